@@ -1,0 +1,117 @@
+"""Every error that moectl raises on purpose. It knows nothing of click, of terminals or of any library.
+
+MoectlError (1)
+├── UsageError (2)               the command line or its values make no sense
+├── PartialFailure (3)           some hosts or checks failed, others did not
+├── HostsError (4)               the hosts file is wrong
+├── PlanError (4)                the split, the shares or the model cannot work
+│   └── CheckpointError (4)      the model cannot be had, or is not one that moectl runs
+├── HostError (5)                a host cannot be used
+│   ├── Unreachable              no route, refused, timed out
+│   ├── AuthFailed               no key was accepted
+│   └── HostKeyError             unknown or changed host key
+├── RemoteError (6)              a host was reached, and what ran there failed
+│   ├── CommandFailed            a command returned non-zero
+│   └── VersionMismatch          python, mlx, mlx-lm or moectl differ
+├── IntegrityError (7)           bytes on disk are not those that were promised
+└── StateError (8)               something has to be done first
+    ├── NotSharded
+    ├── NotDeployed
+    └── NotRunning
+
+Errors carry what a person needs (message, host, hint) and what a script needs (exit_code). `cli.main` is the only
+place that turns them into text and a process exit.
+"""
+
+from __future__ import annotations
+
+
+class MoectlError(Exception):
+    """Say what failed and why in one line; `hint` is a command or action that mends it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None, host: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.host = host
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders (one push process per host): keep the keyword-only fields.
+        return (_rebuild, (type(self), self.message, self.hint, self.host))
+
+    def __str__(self) -> str:
+        return f"{self.host}: {self.message}" if self.host else self.message
+
+
+def _rebuild(kind: type[MoectlError], message: str, hint: str | None, host: str | None) -> MoectlError:
+    return kind(message, hint=hint, host=host)
+
+
+class UsageError(MoectlError):
+    exit_code = 2
+
+
+class PartialFailure(MoectlError):
+    exit_code = 3
+
+
+class HostsError(MoectlError):
+    exit_code = 4
+
+
+class PlanError(MoectlError):
+    exit_code = 4
+
+
+class CheckpointError(PlanError):
+    pass
+
+
+class HostError(MoectlError):
+    exit_code = 5
+
+
+class Unreachable(HostError):
+    pass
+
+
+class AuthFailed(HostError):
+    pass
+
+
+class HostKeyError(HostError):
+    pass
+
+
+class RemoteError(MoectlError):
+    exit_code = 6
+
+
+class CommandFailed(RemoteError):
+    pass
+
+
+class VersionMismatch(RemoteError):
+    pass
+
+
+class IntegrityError(MoectlError):
+    exit_code = 7
+
+
+class StateError(MoectlError):
+    exit_code = 8
+
+
+class NotSharded(StateError):
+    pass
+
+
+class NotDeployed(StateError):
+    pass
+
+
+class NotRunning(StateError):
+    pass

@@ -1,0 +1,145 @@
+"""The shape of a DBRX model, read from its config.json: numbers and tensor names, no files and no arrays.
+
+Names are those of the checkpoint (mlx-lm's spelling): per expert in a checkpoint, stacked over experts in a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moectl.errors import CheckpointError
+
+PROJECTIONS = ("w1", "v1", "w2")  # gate, up, down: y = (silu(x w1ᵀ) ⊙ (x v1ᵀ)) w2ᵀ
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of one DBRX model; all are element counts."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    kv_n_heads: int
+    ffn_hidden: int
+    n_experts: int
+    top_k: int
+    vocab_size: int
+    max_seq_len: int
+    rope_theta: float
+    clip_qkv: float | None
+    moe_normalize: float | None
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def qkv_dim(self) -> int:
+        return (self.n_heads + 2 * self.kv_n_heads) * self.head_dim
+
+    @property
+    def expert_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape of one expert's matrices as (out, in)."""
+        return {
+            "w1": (self.ffn_hidden, self.d_model),
+            "v1": (self.ffn_hidden, self.d_model),
+            "w2": (self.d_model, self.ffn_hidden),
+        }
+
+    def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a layer's replicated tensors by name."""
+        b = block(layer)
+        return {
+            f"{b}.norm_attn_norm.norm_1.weight": (self.d_model,),
+            f"{b}.norm_attn_norm.attn.Wqkv.weight": (self.qkv_dim, self.d_model),
+            f"{b}.norm_attn_norm.attn.out_proj.weight": (self.d_model, self.d_model),
+            f"{b}.norm_attn_norm.norm_2.weight": (self.d_model,),
+            f"{b}.ffn.router.layer.weight": (self.n_experts, self.d_model),
+        }
+
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors outside the layers by name."""
+        return {
+            "transformer.wte.weight": (self.vocab_size, self.d_model),
+            "transformer.norm_f.weight": (self.d_model,),
+            "lm_head.weight": (self.vocab_size, self.d_model),
+        }
+
+    def checkpoint_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield (canonical name, shape) of every unquantised tensor, one matrix per expert."""
+        yield from self.outer_shapes().items()
+        for i in range(self.n_layers):
+            yield from self.layer_shapes(i).items()
+            for e in range(self.n_experts):
+                for projection, shape in self.expert_shapes.items():
+                    yield expert_name(i, e, projection), shape
+
+
+def block(layer: int) -> str:
+    """Return the name prefix of a layer."""
+    return f"transformer.blocks.{layer}"
+
+
+def expert_name(layer: int, expert: int, projection: str) -> str:
+    """Return the canonical name of one expert's matrix in a checkpoint."""
+    return f"{block(layer)}.ffn.experts.{expert}.{projection}.weight"
+
+
+def stacked_name(layer: int, projection: str) -> str:
+    """Return the name of a layer's stacked experts in a shard, shape (experts, out, in)."""
+    return f"{block(layer)}.ffn.experts.{projection}.weight"
+
+
+def read_geometry(config: Mapping[str, Any]) -> Geometry:
+    """Read the geometry from a parsed config.json.
+
+    Raises CheckpointError when the architecture is not DBRX or a field is missing or absurd. `attn_config.rope_theta`
+    and `ffn_config.moe_normalize_expert_weights` (absent = 1.0) are honoured, as the original modeling_dbrx.py does.
+    """
+    if config.get("model_type") != "dbrx":
+        raise CheckpointError(
+            f"this model is of type {config.get('model_type')!r}; moectl runs 'dbrx'",
+            hint="moectl shard databricks/dbrx-instruct",
+        )
+    attn, ffn = config.get("attn_config"), config.get("ffn_config")
+    if not isinstance(attn, Mapping) or not isinstance(ffn, Mapping):
+        raise CheckpointError("config.json has no attn_config or no ffn_config; it is not a complete DBRX config")
+    geometry = Geometry(
+        n_layers=_count(config, "n_layers"),
+        d_model=_count(config, "d_model"),
+        n_heads=_count(config, "n_heads"),
+        kv_n_heads=_count(attn, "kv_n_heads", default=1),
+        ffn_hidden=_count(ffn, "ffn_hidden_size"),
+        n_experts=_count(ffn, "moe_num_experts"),
+        top_k=_count(ffn, "moe_top_k"),
+        vocab_size=_count(config, "vocab_size"),
+        max_seq_len=_count(config, "max_seq_len", default=2048),
+        rope_theta=_positive(attn, "rope_theta", default=10_000.0) or 10_000.0,
+        clip_qkv=_positive(attn, "clip_qkv", default=None),
+        moe_normalize=_positive(ffn, "moe_normalize_expert_weights", default=1.0),
+    )
+    if geometry.d_model % geometry.n_heads:
+        raise CheckpointError(f"config.json: d_model {geometry.d_model} is not divisible by n_heads {geometry.n_heads}")
+    if geometry.n_heads % geometry.kv_n_heads:
+        raise CheckpointError(f"config.json: n_heads {geometry.n_heads} is not divisible by kv_n_heads {geometry.kv_n_heads}")
+    if geometry.top_k > geometry.n_experts:
+        raise CheckpointError(f"config.json: moe_top_k {geometry.top_k} is more than moe_num_experts {geometry.n_experts}")
+    return geometry
+
+
+def _count(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json: {key} should be a positive whole number, it is {value!r}")
+    return value
+
+
+def _positive(config: Mapping[str, Any], key: str, *, default: float | None) -> float | None:
+    value = config.get(key, default)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise CheckpointError(f"config.json: {key} should be a positive number, it is {value!r}")
+    return float(value)
