@@ -1,0 +1,130 @@
+"""DBRX, one rank's part of it, in the order in which a token passes through it.
+
+Attention, norms and caches are mlx-lm's; new here are the stacked experts, the router's normalisation and the one sum
+over ranks per layer. Parameter names match the checkpoint. Sources: databricks modeling_dbrx.py, mlx_lm/models/dbrx.py.
+
+Sizes in comments: B batch, L tokens, D model width, V vocabulary, T = B·L.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.dbrx import ModelArgs, NormAttnNorm
+from mlx_lm.models.dbrx import Router as RouterLogits
+
+from moectl.geometry import Geometry
+from moectl.model.experts import Experts
+from moectl.model.reduce import sum_over_ranks
+from moectl.plan import Placement
+
+
+class Router(RouterLogits):  # type: ignore[misc]
+    """Choose top-k experts per token: softmax over all in float32, top-k, then divide by the p-norm."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry.d_model, geometry.n_experts)
+        self._top_k = geometry.top_k
+        self._p = geometry.moe_normalize
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Return (indices, weights), both (T, K), for x (T, D)."""
+        scores = mx.softmax(super().__call__(x).astype(mx.float32), axis=-1)
+        indices = mx.argpartition(-scores, kth=self._top_k - 1, axis=-1)[:, : self._top_k]
+        weights = mx.take_along_axis(scores, indices, axis=-1)
+        if self._p is not None:
+            weights = weights / mx.linalg.norm(weights, ord=self._p, axis=-1, keepdims=True)
+        return indices, weights.astype(x.dtype)
+
+
+class SparseMoe(nn.Module):
+    """Router and experts; the result is the sum of all ranks' parts."""
+
+    def __init__(self, placement: Placement, rank: int, group: mx.distributed.Group | None) -> None:
+        super().__init__()
+        geometry = placement.geometry
+        first, last = placement.experts(rank)
+        low, high = placement.hidden(rank)
+        self.router = Router(geometry)
+        self.experts = Experts(
+            geometry.d_model, high - low, last - first, first=first, whole=placement.split == "experts"
+        )
+        self._group = group
+
+    def __call__(self, x: mx.array) -> mx.array:  # (B, L, D) → (B, L, D)
+        tokens = x.reshape(-1, x.shape[-1])
+        indices, weights = self.router(tokens)
+        partial = self.experts(tokens, indices, weights)
+        return sum_over_ranks(partial, self._group).reshape(x.shape)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, args: ModelArgs, placement: Placement, rank: int, group: mx.distributed.Group | None) -> None:
+        super().__init__()
+        self.norm_attn_norm = NormAttnNorm(args)
+        self.ffn = SparseMoe(placement, rank, group)
+
+    def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
+        residual, h = self.norm_attn_norm(x, mask, cache)
+        return residual + self.ffn(h)
+
+
+class Transformer(nn.Module):
+    def __init__(self, args: ModelArgs, placement: Placement, rank: int, group: mx.distributed.Group | None) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(args.vocab_size, args.d_model)
+        self.blocks = [DecoderLayer(args, placement, rank, group) for _ in range(args.n_layers)]
+        self.norm_f = nn.LayerNorm(args.d_model, bias=False)
+
+    def __call__(self, inputs: mx.array, cache: Any) -> mx.array:  # (B, L) → (B, L, D)
+        h = self.wte(inputs)
+        cache = cache or [None] * len(self.blocks)
+        mask = create_attention_mask(h, cache[0])
+        for layer, layer_cache in zip(self.blocks, cache, strict=True):
+            h = layer(h, mask, layer_cache)
+        return self.norm_f(h)
+
+
+class Model(nn.Module):
+    """One rank of DBRX; rank 0 has the head, followers give placeholders that keep the graph's order."""
+
+    def __init__(self, placement: Placement, rank: int = 0, group: mx.distributed.Group | None = None) -> None:
+        super().__init__()
+        geometry = placement.geometry
+        self.transformer = Transformer(_mlx_args(geometry), placement, rank, group)
+        if rank == 0:
+            self.lm_head = nn.Linear(geometry.d_model, geometry.vocab_size, bias=False)
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        """Return logits (B, L, V) for token ids (B, L); (B, L, 1) zeros on followers.
+
+        Followers' zeros depend on the last layer, so that whatever is agreed after a step comes after its sums.
+        """
+        h = self.transformer(inputs, cache)
+        if "lm_head" in self:
+            return self.lm_head(h)
+        zeros = mx.zeros((*inputs.shape, 1), dtype=h.dtype)
+        return mx.depends([zeros], [h])[0]
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The layers, by the name under which mlx-lm's cache and generator look for them."""
+        return self.transformer.blocks  # type: ignore[no-any-return]
+
+
+def _mlx_args(geometry: Geometry) -> ModelArgs:
+    # mlx-lm's attention always clips; infinity is its spelling of "no clip".
+    clip = math.inf if geometry.clip_qkv is None else geometry.clip_qkv
+    return ModelArgs(
+        model_type="dbrx",
+        vocab_size=geometry.vocab_size,
+        d_model=geometry.d_model,
+        ffn_config={},
+        attn_config={"kv_n_heads": geometry.kv_n_heads, "clip_qkv": clip, "rope_theta": geometry.rope_theta},
+        n_layers=geometry.n_layers,
+        n_heads=geometry.n_heads,
+    )

@@ -1,0 +1,110 @@
+"""Load one rank's part of a shard set into a `Model`. It reads what the manifest lists and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from moectl.errors import IntegrityError
+from moectl.manifest import Manifest
+from moectl.model.dbrx import Model
+
+# Shards name experts as the checkpoint does, mlx-lm's SwitchGLU by role.
+_EXPERT_NAMES = {"experts.w1.": "experts.mlp.gate_proj.", "experts.v1.": "experts.mlp.up_proj.", "experts.w2.": "experts.mlp.down_proj."}
+
+
+def compute_dtype() -> mx.Dtype:
+    """Return the dtype to calculate in on this device: bfloat16 on a GPU, float32 on a CPU.
+
+    MLX's CPU kernels accumulate quantised products in the activations' dtype: bf16 there is inexact and slow.
+    """
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
+
+
+def load_rank(
+    directory: Path,
+    manifest: Manifest,
+    rank: int,
+    group: mx.distributed.Group | None = None,
+    *,
+    dtype: mx.Dtype | None = None,
+) -> Model:
+    """Build the model of one rank and read its weights, layer by layer.
+
+    `dtype` is what activations, scales and unquantised weights become (None: `compute_dtype()`). Raises IntegrityError
+    when a file is missing, truncated, or does not hold what the manifest's geometry needs.
+    """
+    dtype = dtype or compute_dtype()
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    weights = _open_weights(directory, manifest, rank)
+    model = Model(manifest.placement, rank, group)
+    _quantise_like(model, manifest, weights)
+    wanted = dict(tree_flatten(model.parameters()))
+    for name, array in wanted.items():
+        if name not in weights:
+            raise IntegrityError(f"{directory} has no tensor {name!r} for rank {rank}", hint="moectl deploy --verify")
+        if weights[name].shape != array.shape:
+            raise IntegrityError(
+                f"{directory}: {name} has shape {weights[name].shape}, expected {array.shape}",
+                hint="moectl deploy --verify",
+            )
+    model.eval()
+    names = [f"transformer.blocks.{i}." for i in range(manifest.geometry.n_layers)]
+    for prefix in names:
+        _materialise(model, [n for n in wanted if n.startswith(prefix)], weights, dtype)
+    _materialise(model, [n for n in wanted if not n.startswith("transformer.blocks.")], weights, dtype)
+    return model
+
+
+def _open_weights(directory: Path, manifest: Manifest, rank: int) -> dict[str, mx.array]:
+    weights: dict[str, mx.array] = {}
+    for path, entry in manifest.files_of(rank).items():
+        if not path.endswith(".safetensors"):
+            continue
+        file = directory / path
+        try:
+            if file.stat().st_size != entry.bytes:
+                raise IntegrityError(
+                    f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}", hint="moectl deploy --verify"
+                )
+            loaded = mx.load(str(file))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise IntegrityError(f"{file} cannot be read: {error}", hint="moectl deploy --verify") from None
+        assert isinstance(loaded, dict)
+        weights.update((_module_name(name), array) for name, array in loaded.items())
+    return weights
+
+
+def _module_name(name: str) -> str:
+    for theirs, ours in _EXPERT_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _quantise_like(model: Model, manifest: Manifest, weights: dict[str, mx.array]) -> None:
+    """Make those modules quantised whose weights come with scales."""
+    q = manifest.quantization
+    if q is None:
+        return
+    overrides = manifest.config.get("quantization") or {}
+
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in weights:
+            return False
+        override = overrides.get(path)
+        return override if isinstance(override, dict) else hasattr(module, "to_quantized")
+
+    nn.quantize(model, group_size=q.group_size, bits=q.bits, mode=q.mode, class_predicate=predicate)
+
+
+def _materialise(model: Model, names: list[str], weights: dict[str, mx.array], dtype: mx.Dtype) -> None:
+    # Popping frees each layer's lazy source before the next one is read: the peak is one layer above the model.
+    arrays = [(name, weights.pop(name)) for name in names]
+    ready = [(n, a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a) for n, a in arrays]
+    model.load_weights(ready, strict=False)
+    mx.eval([a for _, a in ready])

@@ -1,0 +1,80 @@
+"""The network against transformers' DbrxForCausalLM: golden logits always, the live oracle where torch is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from moectl.geometry import read_geometry
+from moectl.model.dbrx import Model
+from moectl.model.experts import GROUP_FROM_PAIRS
+from moectl.plan import make_placement
+from tests import oracle
+
+
+def build(case: str, split: str = "hidden", seed: int = 7) -> Model:
+    """Build a one-rank model of an oracle case in float32."""
+    config = oracle.make_config(case)
+    geometry = read_geometry(config)
+    model = Model(make_placement(geometry, split, 1))
+    stacked = []
+    for name, value in oracle.make_weights(config, seed).items():
+        if ".mlp." not in name:
+            stacked.append((name, mx.array(value)))
+            continue
+        prefix, projection = name.rsplit(".", 1)
+        role = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}[projection]
+        w = mx.array(value).reshape(geometry.n_experts, geometry.ffn_hidden, geometry.d_model)
+        stacked.append((f"{prefix}.{role}.weight", w.swapaxes(1, 2) if projection == "w2" else w))
+    model.load_weights(stacked)
+    model.eval()
+    return model
+
+
+def stepwise(model: Model, tokens: list[int]) -> mx.array:
+    """Return logits (1, L, V) computed one token at a time through mlx-lm's cache."""
+    cache = make_prompt_cache(model)
+    return mx.concatenate([model(mx.array([[t]]), cache) for t in tokens], axis=1)
+
+
+@pytest.mark.parametrize("split", ["hidden", "experts"])
+@pytest.mark.parametrize("case", oracle.CASES)
+def test_logits_equal_the_golden_ones(case: str, split: str) -> None:
+    model = build(case, split)
+    tokens = oracle.TOKENS[0]
+    assert len(tokens) < GROUP_FROM_PAIRS  # so that a step gathers; the whole prompt may group
+    with np.load(oracle.GOLDEN) as golden:
+        expected = golden[case]
+    prefill = np.array(model(mx.array(oracle.TOKENS)))
+    np.testing.assert_allclose(prefill, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(np.array(stepwise(model, tokens)), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_grouped_and_gathered_prefill_agree(length: int) -> None:
+    model = build("base")
+    tokens = [int(t) for t in np.random.RandomState(length).randint(0, 96, length)]
+    whole = np.array(model(mx.array([tokens])))
+    np.testing.assert_allclose(whole, np.array(stepwise(model, tokens)), atol=1e-4, rtol=0)
+
+
+def test_golden_cases_differ_from_each_other() -> None:
+    with np.load(oracle.GOLDEN) as golden:
+        distinct = {golden[case].tobytes() for case in oracle.CASES if case not in ("clip-1e4", "clip-none")}
+    assert len(distinct) == len(oracle.CASES) - 2
+
+
+@pytest.mark.oracle
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed; golden logits serve")
+@pytest.mark.parametrize("case", oracle.CASES)
+@pytest.mark.filterwarnings("default")
+def test_logits_equal_the_live_oracle(case: str) -> None:
+    config = oracle.make_config(case)
+    tokens = [[int(t) for t in np.random.RandomState(1).randint(0, 96, 48)]]
+    expected = oracle.oracle_logits(config, oracle.make_weights(config, seed=11), tokens)
+    actual = np.array(build(case, seed=11)(mx.array(tokens)))
+    np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
