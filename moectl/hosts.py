@@ -1,8 +1,35 @@
-"""The list of hosts: hosts.txt, `--hosts a,b` and MLX's JSON hostfiles, in and out. It opens no connection."""
+"""The list of hosts: hosts.txt, `--hosts a,b` and MLX's JSON hostfiles, in and out. It opens no connection.
+
+    file   = { [ host *( SP key "=" value ) ] [ "#" comment ] NL }
+    host   = [ user "@" ] ( ssh-alias / dns-name / ipv4 / "[" ipv6 "]" ) [ ":" port ]
+    key    = ip | rdma | memory | chip | price | python | dir
+
+'#' starts a comment at line start or after a space. Line order is rank order. What ssh knows (User, Port, IdentityFile, ProxyJump) belongs in ~/.ssh/config.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import ipaddress
+import json
+import math
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moectl.errors import HostsError
+
+KEYS = ("ip", "rdma", "memory", "chip", "price", "python", "dir")
+BACKENDS = ("", "any", "ring", "jaccl", "jaccl-ring", "mpi", "nccl")
+
+_UNITS: dict[str, int] = {"": 1, "B": 1}
+_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
+_UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +50,363 @@ class Host:
     @property
     def is_local(self) -> bool:
         return self.name in ("localhost", "127.0.0.1", "::1") and self.user is None and self.port is None
+
+    @property
+    def address(self) -> str:
+        """The host as one writes it for ssh: user@name:port, IPv6 in brackets."""
+        name = f"[{self.name}]" if ":" in self.name else self.name
+        user = f"{self.user}@" if self.user else ""
+        return f"{user}{name}" + (f":{self.port}" if self.port else "")
+
+
+@dataclass(frozen=True, slots=True)
+class HostList:
+    """Hosts in rank order, with what an MLX hostfile says beside them."""
+
+    hosts: tuple[Host, ...]
+    backend: str = ""  # as MLX spells it; empty = not said
+    envs: tuple[str, ...] = ()  # NAME=VALUE for every worker
+    source: str = ""  # where the list came from, for messages
+
+
+def find_hosts(
+    hosts: str | None = None,
+    hostfile: str | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> HostList | None:
+    """Return the host list in force, or None when there is none anywhere.
+
+    Order: --hosts, --hostfile (`-` is stdin), $MOECTL_HOSTFILE, ./hosts.txt, moectl/hosts.txt in
+    ${XDG_CONFIG_HOME:-~/.config}.
+    Raises HostsError when the one in force cannot be read or is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    if hosts is not None:
+        return parse_host_string(hosts)
+    named = hostfile if hostfile is not None else environ.get("MOECTL_HOSTFILE") or None
+    if named is not None:
+        return read_hosts(named)
+    config = Path(environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
+    for path in ((cwd or Path()) / "hosts.txt", config / "moectl" / "hosts.txt"):
+        if path.is_file():
+            return read_hosts(str(path))
+    return None
+
+
+def read_hosts(path: str) -> HostList:
+    """Read a hosts file or an MLX JSON hostfile; `-` reads stdin. Raises HostsError."""
+    if path == "-":
+        return parse_hosts(sys.stdin.read(), "stdin")
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise HostsError(f"{path} is not a text file in UTF-8") from None
+    except OSError as error:
+        raise HostsError(f"cannot read {path}: {error.strerror}", hint="check --hostfile") from None
+    return parse_hosts(text, path)
+
+
+def parse_hosts(text: str, source: str = "hosts.txt") -> HostList:
+    """Parse a hosts file's text; MLX JSON when it opens with `{` or with `[` and an object.
+
+    Raises HostsError with `source:line` in front.
+    """
+    if _looks_like_json(text):
+        return _parse_json(text, source)
+    hosts: list[Host] = []
+    lines: dict[tuple[str, int | None], int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        words = re.sub(r"(^|\s)#.*", "", line).split()
+        if words:
+            where = f"{source}:{number}"
+            host = _parse_line(words, where)
+            _refuse_duplicate(host, lines, number, where)
+            hosts.append(host)
+    return _check_list(HostList(tuple(hosts), source=source))
+
+
+def parse_host_string(text: str) -> HostList:
+    """Parse `--hosts a,ada@b:2222,[::1]`: the same grammar without keys. Raises HostsError."""
+    seen: dict[tuple[str, int | None], int] = {}
+    hosts = []
+    for number, word in enumerate(text.split(","), 1):
+        if not word.strip():
+            raise HostsError("--hosts has an empty name", hint="write --hosts mac1,mac2")
+        host = _parse_address(word.strip(), "--hosts")
+        _refuse_duplicate(host, seen, number, "--hosts")
+        hosts.append(host)
+    return HostList(tuple(hosts), source="--hosts")
+
+
+def parse_size(text: str) -> int:
+    """Return bytes for `120GB` (10⁹), `64GiB` (2³⁰), `1.5TB` or plain bytes. Raises HostsError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text, re.ASCII)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or len(match[1]) > 24:
+        raise HostsError(f"{text!r} is not a size", hint="write for example 120GB (10^9) or 112GiB (2^30)")
+    whole, _, fraction = match[1].partition(".")
+    size = int(whole) * unit + int(fraction or "0") * unit // int(10 ** len(fraction))
+    if size <= 0:
+        raise HostsError(f"{text!r} is not a size above zero")
+    return size
+
+
+def format_hosts(hosts: HostList) -> str:
+    """Return the hosts as hosts.txt text; parsing it gives the same hosts. Raises HostsError.
+
+    Only a value that one line cannot hold (from an MLX JSON file: a path with a space) is refused.
+    """
+    return "".join(" ".join([host.address, *_format_keys(host)]) + "\n" for host in hosts.hosts)
+
+
+def to_mlx_json(hosts: HostList, *, resolve: Callable[[str], str] | None = None) -> str:
+    """Return the list as an MLX hostfile (`mlx.launch --hostfile`); `resolve(name)` fills missing ips.
+
+    Raises HostsError for a host with a port (MLX passes the name to ssh as it is) and a name without address.
+    """
+    rows: list[dict[str, Any]] = []
+    for host in hosts.hosts:
+        if host.port is not None:
+            raise HostsError(
+                "MLX hostfiles cannot hold a port",
+                host=host.address,
+                hint=f"put 'Port {host.port}' under a 'Host' alias in ~/.ssh/config and name the alias",
+            )
+        ssh = "127.0.0.1" if host.is_local else f"{host.user}@{host.name}" if host.user else host.name
+        ips = list(host.ips) or [(resolve or resolve_address)("127.0.0.1" if host.is_local else host.name)]
+        row: dict[str, Any] = {"ssh": ssh, "ips": ips, "rdma": list(host.rdma)}
+        extra = {"memory": host.memory_bytes, "python": host.python, "dir": host.dir}
+        rows.append(row | {k: v for k, v in extra.items() if v is not None})
+    return json.dumps({"backend": hosts.backend, "envs": list(hosts.envs), "hosts": rows}, indent=2) + "\n"
+
+
+def resolve_address(name: str) -> str:
+    """Return the first IP address of a name, IPv4 before IPv6. Raises HostsError."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HostsError(
+            f"its address is not known: {reason}", host=name, hint=f"write '{name} ip=…'"
+        ) from None
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    return str(found[0][4][0])
+
+
+def _looks_like_json(text: str) -> bool:
+    start = text.lstrip()
+    # A line may open with '[' as in '[::1]:22'; JSON's list opens with '[' and then '{', ']' or a blank.
+    return start.startswith("{") or bool(re.match(r"\[\s*([{\]]|$)", start))
+
+
+def _parse_line(words: Sequence[str], where: str) -> Host:
+    host = _parse_address(words[0], where)
+    values: dict[str, str] = {}
+    for word in words[1:]:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise HostsError(
+                f"{where}: expected key=value, found {word!r}", hint=f"keys are {', '.join(KEYS)}"
+            )
+        if key not in KEYS:
+            raise HostsError(
+                f"{where}: unknown key {key!r}.{_suggest(key)}", hint=f"keys are {', '.join(KEYS)}"
+            )
+        if key in values:
+            raise HostsError(f"{where}: {key} is given twice")
+        if not value:
+            raise HostsError(f"{where}: {key} has no value")
+        values[key] = value
+    return _apply_keys(host, values, where)
+
+
+def _suggest(key: str) -> str:
+    near = difflib.get_close_matches(key.lower(), KEYS, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _apply_keys(host: Host, values: Mapping[str, str], where: str) -> Host:
+    ips = tuple(_check_ip(ip, where) for ip in values["ip"].split(",")) if "ip" in values else ()
+    rdma: tuple[str | None, ...] = ()
+    if "rdma" in values:
+        rdma = tuple(None if d in ("", "-", "null") else d for d in values["rdma"].split(","))
+    try:
+        memory = parse_size(values["memory"]) if "memory" in values else None
+    except HostsError as error:
+        raise HostsError(f"{where}: memory: {error.message}", hint=error.hint) from None
+    return replace(
+        host,
+        ips=ips,
+        rdma=rdma,
+        memory_bytes=memory,
+        chip=values.get("chip"),
+        price=_check_price(values["price"], where) if "price" in values else None,
+        python=values.get("python"),
+        dir=values.get("dir"),
+    )
+
+
+def _check_ip(text: str, where: str) -> str:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        raise HostsError(
+            f"{where}: {text!r} is not an IP address", hint="write ip=10.0.0.1 or ip=10.0.0.1,10.0.1.1"
+        ) from None
+    return text
+
+
+def _check_price(text: str, where: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not (math.isfinite(price) and price >= 0):
+        raise HostsError(f"{where}: price {text!r} is not a number", hint="write price=3999")
+    return price
+
+
+def _parse_address(word: str, where: str) -> Host:
+    user, at, rest = word.rpartition("@")
+    if at and not re.fullmatch(r"[^\s@:\[\],#=/-][^\s@:\[\],#=/]*", user):
+        raise HostsError(f"{where}: {user!r} is not a user name", hint="write user@host")
+    bracketed = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?", rest)
+    plain = re.fullmatch(r"(\w[\w.-]*)(?::(.*))?", rest)
+    match = bracketed or plain
+    if match is None or (bracketed and not _is_ipv6(match[1])):
+        hint = f"write [{rest}]" if _is_ipv6(rest) else "write host, user@host, host:port or [ipv6]:port"
+        raise HostsError(f"{where}: {word!r} is not a host", hint=hint)
+    return Host(match[1], user=user or None, port=_parse_port(match[2], where))
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
+
+
+def _parse_port(text: str | None, where: str) -> int | None:
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) < 65536:
+        raise HostsError(f"{where}: port {text!r} is not between 1 and 65535")
+    return int(text)
+
+
+def _refuse_duplicate(host: Host, seen: dict[tuple[str, int | None], int], number: int, where: str) -> None:
+    name = "localhost" if host.is_local else host.name.lower()
+    first = seen.setdefault((name, host.port), number)
+    if first != number:
+        line = "" if where == "--hosts" else f", first on line {first}"
+        raise HostsError(
+            f"{where}: {host.name} is listed twice{line}", hint="each host is one rank: list it once"
+        )
+
+
+def _check_list(hosts: HostList) -> HostList:
+    """Refuse an empty list and RDMA rows that do not fit the number of hosts."""
+    if not hosts.hosts:
+        raise HostsError(f"{hosts.source} lists no host", hint="write one host per line")
+    for rank, host in enumerate(hosts.hosts):
+        if not host.rdma:
+            continue
+        if len(host.rdma) != len(hosts.hosts):
+            raise HostsError(
+                f"{hosts.source}: rdma of {host.name} has {len(host.rdma)} entries, there are "
+                f"{len(hosts.hosts)} hosts",
+                hint="one entry per rank in list order, '-' for the host itself",
+            )
+        if host.rdma[rank] is not None:
+            raise HostsError(
+                f"{hosts.source}: rdma of {host.name} names a device towards itself (entry {rank + 1})",
+                hint="write '-' there",
+            )
+    return hosts
+
+
+def _format_keys(host: Host) -> list[str]:
+    pairs = {
+        "ip": ",".join(host.ips),
+        "rdma": ",".join(d or "-" for d in host.rdma),
+        "memory": _format_size(host.memory_bytes) if host.memory_bytes else "",
+        "chip": host.chip or "",
+        "price": "" if host.price is None else f"{host.price!r}",
+        "python": host.python or "",
+        "dir": host.dir or "",
+    }
+    for key, value in pairs.items():
+        if re.search(r"\s", value):
+            raise HostsError(f"{key} {value!r} has a space, which a hosts file cannot hold", host=host.name)
+    return [f"{k}={v}" for k, v in pairs.items() if v]
+
+
+def _format_size(size: int) -> str:
+    for unit in ("TB", "GB", "MB"):
+        if size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]}{unit}"
+    return f"{size}B"
+
+
+def _parse_json(text: str, source: str) -> HostList:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise HostsError(f"{source} is not valid JSON: {error}") from None
+    if isinstance(data, list):
+        data = {"hosts": data}
+    rows = data.get("hosts") if isinstance(data, dict) else None
+    if not isinstance(rows, list):
+        raise HostsError(
+            f"{source}: an MLX hostfile needs a list 'hosts'", hint='{"hosts": [{"ssh": "mac1", "ips": []}]}'
+        )
+    backend = data.get("backend") or ""
+    if backend not in BACKENDS:
+        raise HostsError(
+            f"{source}: unknown backend {backend!r}", hint=f"MLX knows {', '.join(BACKENDS[2:])}"
+        )
+    envs = _strings(data.get("envs"), f"{source}: envs")
+    for env in envs:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", env, re.DOTALL):
+            raise HostsError(f"{source}: envs: {env!r} is not NAME=VALUE")
+    seen: dict[tuple[str, int | None], int] = {}
+    hosts = []
+    for number, row in enumerate(rows):
+        where = f"{source}: hosts[{number}]"
+        host = _parse_row(row, where)
+        _refuse_duplicate(host, seen, number + 1, where)
+        hosts.append(host)
+    return _check_list(HostList(tuple(hosts), backend, envs, source))
+
+
+def _parse_row(row: object, where: str) -> Host:
+    if not isinstance(row, dict) or not isinstance(row.get("ssh"), str):
+        raise HostsError(f"{where}: needs a string 'ssh'")
+    host = _parse_address(row["ssh"], where)
+    rdma = row.get("rdma") or []
+    if not isinstance(rdma, list) or not all(d is None or (isinstance(d, str) and _is_word(d)) for d in rdma):
+        # MLX also takes several devices per peer; moectl drives one.
+        raise HostsError(f"{where}: rdma has to be a list of one device name or null per host")
+    ips = tuple(_check_ip(ip, where) for ip in _strings(row.get("ips"), f"{where}: ips"))
+    memory, python, root = row.get("memory"), row.get("python"), row.get("dir")
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | str)):
+        raise HostsError(f"{where}: memory has to be bytes or a size such as '120GB'")
+    for key, value in (("python", python), ("dir", root)):
+        if value is not None and (not isinstance(value, str) or not value or "\0" in value):
+            raise HostsError(f"{where}: {key} has to be a path")
+    size = None if memory is None else parse_size(str(memory))
+    return replace(host, ips=ips, rdma=tuple(rdma), memory_bytes=size, python=python, dir=root)
+
+
+def _is_word(text: str) -> bool:
+    return bool(re.fullmatch(r"[^\s,#-][^\s,#]*", text)) and text != "null"
+
+
+def _strings(value: object, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise HostsError(f"{where} has to be a list of strings")
+    return tuple(value)
