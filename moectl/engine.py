@@ -1,0 +1,267 @@
+"""Generate in lockstep: every rank runs this over the same requests and ends with the same tokens, bit for bit.
+
+mlx-lm's BatchGenerator does prefill, caches and the step in flight. Each of its steps ends in one tiny exchange, of
+which only rank 0's part counts: the sampled tokens and a control word (admit requests up to k; cancel request c). So
+followers need no head, no sampler and no clock, and every decision falls at the same step on every rank. A control word
+is obeyed once its step has been computed, one step after it was spoken, because reading the newest would stall the step
+in flight.
+
+An idle engine waits for a message, never inside a collective. This file knows no process, socket or file.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator, StopSequences
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from moectl.errors import UsageError
+from moectl.leash import Cancel, Done, Event, Generate, Order, Refused, Token
+from moectl.model.dbrx import Model
+from moectl.request import Request, Stats
+
+PREFILL_STEP = 512
+MAX_BATCH = 8
+_CONTROL_WORDS = 2  # admit up to, cancel
+_NOBODY = 0  # request ids start at 1
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A request in progress. Fields below `uid` matter on rank 0 only."""
+
+    request: Request
+    tokens: list[int]
+    uid: int = -1
+    sampler: Callable[[mx.array], mx.array] | None = None
+    detokenizer: Any = None
+    arrived_s: float = field(default_factory=time.perf_counter)
+    admitted_s: float = 0.0
+    first_s: float = 0.0
+    count: int = 0
+
+
+class Engine:
+    """One rank's side of the lockstep."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: TokenizerWrapper,
+        *,
+        rank: int = 0,
+        group: mx.distributed.Group | None = None,
+        max_seq_len: int,
+        prefill_step: int = PREFILL_STEP,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._rank = rank
+        self._group = group if group is not None and group.size() > 1 else None
+        self._max_seq_len = max_seq_len
+        # One prompt at a time: rows then join in admission order, so that this file can name each row's request.
+        self._generator = BatchGenerator(
+            model,
+            sampler=self._agree_on_tokens,
+            prefill_batch_size=1,
+            completion_batch_size=MAX_BATCH,
+            prefill_step_size=prefill_step,
+        )
+        self._stop = StopSequences([[t] for t in sorted(tokenizer.eos_token_ids)])
+        self._arrived: dict[int, _Answer] = {}  # by request id, not yet admitted
+        self._cancels: deque[int] = deque()  # wished, not yet spoken (rank 0)
+        self._prefilling: deque[_Answer] = deque()
+        self._decoding: list[_Answer] = []  # in the order of the batch's rows
+        self._spoken: deque[mx.array] = deque()  # control words, oldest first, not yet obeyed
+        self._sampled_rows = False  # whether this step's running rows have been sampled
+        self._admitted = 0  # highest request id so far
+
+    def serve(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        """Obey orders from `inbox` until None arrives there; yield what rank 0 has to tell (followers: nothing)."""
+        while True:
+            if self._idle:
+                while self._admitted + 1 not in self._arrived:
+                    if (order := inbox.get()) is None:
+                        return
+                    self._note(order)
+                yield from self._admit(self._admitted + 1, inbox)
+                continue
+            while not inbox.empty():
+                if (order := inbox.get()) is None:
+                    return
+                self._note(order)
+            yield from self._step(inbox)
+
+    @property
+    def _idle(self) -> bool:
+        return not (self._prefilling or self._decoding)
+
+    def _note(self, order: Order) -> None:
+        match order:
+            case Generate(request=request):
+                self._arrived[request.id] = _Answer(request, [])
+            case Cancel(id=request_id) if self._rank == 0:
+                self._cancels.append(request_id)
+            case _:
+                pass
+
+    # Admission: the same on every rank, because tokenizing and its refusals depend on the request alone.
+
+    def _admit(self, up_to: int, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        while self._admitted < up_to:
+            while self._admitted + 1 not in self._arrived:  # rank 0 has it already; ours is on its way
+                order = inbox.get()
+                if order is None:
+                    raise EOFError("the leash was let go")
+                self._note(order)
+            self._admitted += 1
+            answer = self._arrived.pop(self._admitted)
+            try:
+                answer.tokens = self._tokenize(answer.request)
+            except UsageError as refusal:
+                if self._rank == 0:
+                    yield Refused(answer.request.id, refusal.message, refusal.hint)
+                continue
+            self._insert(answer)
+
+    def _tokenize(self, request: Request) -> list[int]:
+        if request.raw:
+            tokens = self._tokenizer.encode(request.prompt)
+        else:
+            if not self._tokenizer.has_chat_template:
+                raise UsageError("this model has no chat template", hint="use --raw")
+            messages = [{"role": "system", "content": request.system}] if request.system is not None else []
+            messages.append({"role": "user", "content": request.prompt})
+            tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        if not tokens:
+            raise UsageError("the prompt is empty: this model adds no start token", hint="give some text")
+        if len(tokens) >= self._max_seq_len:
+            raise UsageError(
+                f"the prompt has {len(tokens)} tokens, the model's context is {self._max_seq_len}",
+                hint="shorten the prompt",
+            )
+        return list(tokens)
+
+    def _insert(self, answer: _Answer) -> None:
+        request = answer.request
+        room = self._max_seq_len - len(answer.tokens)
+        [answer.uid] = self._generator.insert(
+            [answer.tokens], max_tokens=[min(request.max_tokens, room)], stop_sequences=[self._stop]
+        )
+        answer.admitted_s = time.perf_counter()
+        if self._rank == 0:
+            answer.sampler = make_sampler(request.temperature, 0.0 if request.top_p == 1 else request.top_p)
+            answer.detokenizer = self._tokenizer.detokenizer
+            if request.seed is not None:
+                mx.random.seed(request.seed)
+        self._prefilling.append(answer)
+
+    # One step: compute, tell, obey.
+
+    def _step(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        earlier = len(self._spoken)
+        self._sampled_rows = not self._decoding
+        rows = {answer.uid: answer for answer in self._decoding}
+        _, responses = self._generator.next()
+        for response in responses:
+            answer = rows[response.uid]
+            if response.finish_reason is not None:
+                self._decoding.remove(answer)
+            if self._rank == 0:
+                yield from self._tell(answer, response.token, response.finish_reason)
+        if len(self._spoken) == 0:  # only prefill so far: nothing was sampled, so speak by itself
+            self._speak()
+            earlier = 1
+        while earlier:
+            for _ in range(earlier):
+                yield from self._obey(self._spoken.popleft(), inbox)
+            if not self._idle:
+                return
+            # Idle means nothing in flight and nothing unheard, or rank 0 would wait for what it has already said.
+            mx.synchronize(self._generator.stream)
+            earlier = len(self._spoken)
+
+    def _speak(self) -> None:
+        with mx.stream(self._generator.stream):
+            word = self._from_rank_0(mx.array([], dtype=mx.int32), mx.array(0))
+            mx.eval(word)
+        self._spoken.append(word)
+
+    def _obey(self, word: mx.array, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        with mx.stream(self._generator.stream):
+            admit, cancel = word.tolist()  # type: ignore[misc]
+        yield from self._admit(int(admit), inbox)  # type: ignore[arg-type]
+        for answer in [*self._prefilling, *self._decoding]:
+            if answer.request.id == cancel:
+                self._generator.remove([answer.uid])
+                (self._prefilling if answer in self._prefilling else self._decoding).remove(answer)
+                if self._rank == 0:
+                    yield self._done(answer, "cancelled")
+
+    # Sampling and agreement; called by the generator while it builds a step's graph.
+
+    def _agree_on_tokens(self, logprobs: mx.array) -> mx.array:
+        """Return the tokens (B,) that rank 0 samples from its logprobs (B, V), on every rank."""
+        if self._sampled_rows:  # the running rows are served first, then a prompt that just ended joins
+            answers = [self._prefilling.popleft()]
+            self._decoding.extend(answers)
+        else:
+            answers = self._decoding
+            self._sampled_rows = True
+        if self._rank == 0:
+            rows = [a.sampler(logprobs[i : i + 1]) for i, a in enumerate(answers) if a.sampler is not None]
+            tokens = mx.concatenate(rows).astype(mx.int32)
+        else:
+            tokens = mx.zeros((len(answers),), dtype=mx.int32)
+        agreed = self._from_rank_0(tokens, logprobs)
+        self._spoken.append(agreed[-_CONTROL_WORDS:])
+        return agreed[:-_CONTROL_WORDS].astype(mx.uint32)
+
+    def _from_rank_0(self, tokens: mx.array, after: mx.array) -> mx.array:
+        """Return rank 0's [tokens…, admit, cancel] on every rank, exchanged after `after` was computed."""
+        admit = self._admitted
+        while admit + 1 in self._arrived:
+            admit += 1
+        cancel = self._cancels.popleft() if self._cancels else _NOBODY
+        vector = mx.concatenate([tokens, mx.array([admit, cancel], dtype=mx.int32)])
+        if self._group is None:
+            return vector
+        # Followers' vector must not overtake the last layer's sum, or ranks would add up different things.
+        vector = mx.depends([vector], [after])[0]
+        return mx.distributed.all_gather(vector[None], group=self._group)[0]
+
+    # What rank 0 tells.
+
+    def _tell(self, answer: _Answer, token: int, finish_reason: str | None) -> Iterator[Event]:
+        if not answer.first_s:
+            answer.first_s = time.perf_counter()
+        detokenizer = answer.detokenizer
+        if finish_reason != "stop":  # a stop token is not text
+            answer.count += 1
+            detokenizer.add_token(token)
+            yield Token(answer.request.id, token, detokenizer.last_segment)
+        if finish_reason is not None:
+            detokenizer.finalize()
+            if rest := detokenizer.last_segment:
+                yield Token(answer.request.id, -1, rest)
+            yield self._done(answer, finish_reason)
+
+    def _done(self, answer: _Answer, finish_reason: str) -> Done:
+        now = time.perf_counter()
+        first = answer.first_s or now
+        stats = Stats(
+            prompt_tokens=len(answer.tokens),
+            completion_tokens=answer.count,
+            prompt_s=first - answer.admitted_s,
+            decode_s=now - first,
+            ttft_s=first - answer.arrived_s,
+            peak_memory_bytes=mx.get_peak_memory(),
+        )
+        return Done(answer.request.id, finish_reason, stats)

@@ -1,0 +1,179 @@
+"""The protocol between the controller and a worker: one JSON object per line, each a dataclass below.
+
+Down a worker's stdin go orders and heartbeats, up its stdout come events; stderr is the worker's log. End of file, or
+three seconds without a line, is the leash let go: the worker exits. It neither opens nor closes any stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from moectl.errors import RemoteError
+from moectl.request import Request, Stats
+
+BEAT_S = 1.0  # the controller sends a line at least this often
+SILENCE_S = 3.0  # a worker that hears nothing for this long exits
+MAX_LINE_BYTES = 64 * 1024 * 1024
+
+
+# Down: orders.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Open the shard set and find free ports; answered by Listening."""
+
+    rank: int
+    world_size: int
+    shards: str  # directory on the worker's host
+    addresses: list[str]  # of this rank, for tensor traffic
+    init_timeout_s: float
+    dtype: str | None = None  # None: what suits the device
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Set the environment, write the files, join the group; answered by Connecting, then Connected."""
+
+    backend: str
+    env: dict[str, str]
+    files: dict[str, str]  # variable that names the file → its contents
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read the weights; answered by Ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Answer a request: rank 0 sends Token… and Done, or Refused."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop a request soon; Done follows with the finish reason "cancelled"."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Say that the controller lives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Answer an AllGather with every rank's bytes in rank order (hexadecimal)."""
+
+    data: str
+
+
+# Up: events.
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Free ports, one per address."""
+
+    versions: dict[str, str]
+    ports: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Connecting:
+    """About to enter mlx.distributed.init, where nothing can be heard or said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The group is complete."""
+
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The weights are in memory."""
+
+    memory_bytes: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Text that became final with one more token; may be empty while a character is incomplete."""
+
+    id: int
+    token: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of an answer: "stop", "length" or "cancelled"."""
+
+    id: int
+    finish_reason: str
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that cannot be answered; the worker goes on."""
+
+    id: int
+    message: str
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """Why this worker is about to exit; `kind` names a class of moectl.errors."""
+
+    kind: str
+    message: str
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AllGather:
+    """JACCL's start-up exchange: bytes (hexadecimal) to share with all ranks."""
+
+    data: str
+
+
+Order = Start | Connect | Load | Generate | Cancel | Beat | Gathered
+Event = Listening | Connecting | Connected | Ready | Token | Done | Refused | Fatal | AllGather
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (*Order.__args__, *Event.__args__)}
+_NESTED: dict[str, dict[str, type[Any]]] = {"Generate": {"request": Request}, "Done": {"stats": Stats}}
+
+
+def encode(message: Order | Event) -> bytes:
+    """Return a message as one line of ASCII JSON with its newline."""
+    return json.dumps({"type": type(message).__name__, **dataclasses.asdict(message)}).encode() + b"\n"
+
+
+def decode(line: bytes) -> Order | Event:
+    """Return the message on a line; raise RemoteError when it is none."""
+    try:
+        fields = json.loads(line)
+        kind = fields.pop("type")
+        for name, nested in _NESTED.get(kind, {}).items():
+            fields[name] = nested(**fields[name])
+        message: Order | Event = _KINDS[kind](**fields)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        shown = line[:80].decode("utf-8", "replace").rstrip()
+        raise RemoteError(f"not a message of moectl's worker protocol: {shown!r}") from None
+    return message
+
+
+def read_messages(stream: IO[bytes]) -> Iterator[Order | Event]:
+    """Yield messages until end of file; raise RemoteError at the first line that is none, or too long."""
+    while line := stream.readline(MAX_LINE_BYTES):
+        if not line.endswith(b"\n") and len(line) == MAX_LINE_BYTES:
+            raise RemoteError(f"a line of more than {MAX_LINE_BYTES} bytes in the worker protocol")
+        yield decode(line)

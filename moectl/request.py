@@ -1,0 +1,47 @@
+"""What is asked of the model: text and parameters, as they travel from the command line to every rank.
+
+No tokens: the worker tokenizes. No defaults for people: those are the command line's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moectl.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion; `id` counts up from 1 within a session."""
+
+    id: int
+    prompt: str
+    max_tokens: int
+    system: str | None = None
+    raw: bool = False  # no chat template
+    temperature: float = 0.0  # 0 = greedy
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UsageError(f"max tokens should be 1 or more, it is {self.max_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature should be 0 or more, it is {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p should be above 0 and at most 1, it is {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise UsageError(f"seed should be between 0 and 2^64-1, it is {self.seed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a completion took; times in seconds, memory in bytes (the largest peak of any rank that reported)."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_s: float  # from admission to the first token
+    decode_s: float  # from the first token to the last
+    ttft_s: float  # from the request's arrival at rank 0 to the first token
+    peak_memory_bytes: int

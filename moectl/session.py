@@ -1,0 +1,330 @@
+"""A model running on its hosts: one leash per rank, and what comes up them. It is the same for one machine and for many.
+
+`Session` starts the workers, makes them join and load, hands them requests, and fails as a whole: the first dead rank,
+broken protocol or error ends all of them. It knows nothing of terminals, HTTP or how a shard came to a host.
+"""
+
+from __future__ import annotations
+
+import collections
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moectl import errors
+from moectl.backend import make_connect
+from moectl.errors import MoectlError, RemoteError, Unreachable
+from moectl.hosts import Host
+from moectl.leash import (
+    BEAT_S,
+    AllGather,
+    Beat,
+    Cancel,
+    Connected,
+    Connecting,
+    Done,
+    Event,
+    Fatal,
+    Gathered,
+    Generate,
+    Listening,
+    Load,
+    Order,
+    Ready,
+    Refused,
+    Start,
+    Token,
+    encode,
+    read_messages,
+)
+from moectl.remote import Process, Remote
+from moectl.request import Request
+
+LOG_LINES = 20
+EXIT_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """Where one rank runs and what it reads there."""
+
+    host: Host
+    remote: Remote
+    argv: tuple[str, ...]  # starts the worker on the host
+    shards: str  # the shard set's directory on the host
+    addresses: tuple[str, ...]  # IPv4 addresses for tensor traffic
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A rank's stdout reached its end."""
+
+    reason: str
+
+
+class Session:
+    """Workers on a leash; use as a context manager, or call `close`."""
+
+    def __init__(
+        self,
+        ranks: Sequence[RankSpec],
+        *,
+        backend: str = "ring",
+        start_timeout_s: float = 30.0,
+        load_timeout_s: float = 1800.0,
+        dtype: str | None = None,
+        on_log: Callable[[str, str], None] = lambda host, line: None,
+    ) -> None:
+        self._ranks = ranks
+        self._backend = backend
+        self._start_timeout_s = start_timeout_s
+        self._load_timeout_s = load_timeout_s
+        self._dtype = dtype
+        self._on_log = on_log
+        self._events: queue.SimpleQueue[tuple[int, Event | _Ended]] = queue.SimpleQueue()
+        self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
+        self._processes: list[Process | None] = [None] * len(ranks)
+        self._sending = [threading.Lock() for _ in ranks]
+        self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._last_request = 0
+        self.memory_bytes = [0] * len(ranks)
+        self.load_s = 0.0
+
+    def __enter__(self) -> Session:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Start-up: listen, connect, load; each phase bounded.
+
+    def start(self) -> None:
+        """Start every worker, make them one group and load the model; raise what went wrong, with the host named."""
+        for rank, spec in enumerate(self._ranks):
+            self._launch(rank, spec)
+        self._spawn(self._beat, "heartbeat")
+        for rank, spec in enumerate(self._ranks):
+            self._send(
+                rank,
+                Start(
+                    rank, len(self._ranks), spec.shards, list(spec.addresses), self._start_timeout_s, self._dtype
+                ),
+            )
+        listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, "starting")
+        self._check_versions(listening)
+        if len(self._ranks) > 1:
+            self._connect(listening)
+        begin = time.monotonic()
+        for rank in range(len(self._ranks)):
+            self._send(rank, Load())
+        ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")
+        self.memory_bytes = [ready[rank].memory_bytes for rank in range(len(self._ranks))]
+        self.load_s = time.monotonic() - begin
+
+    def _launch(self, rank: int, spec: RankSpec) -> None:
+        process = spec.remote.start(spec.argv)
+        self._processes[rank] = process
+        self._spawn(lambda: self._read_events(rank, process), f"events-{rank}")
+        self._spawn(lambda: self._read_log(rank, process), f"log-{rank}")
+
+    def _connect(self, listening: dict[int, Listening]) -> None:
+        endpoints = [
+            [f"{address}:{port}" for address, port in zip(spec.addresses, listening[rank].ports, strict=True)]
+            for rank, spec in enumerate(self._ranks)
+        ]
+        hosts = [spec.host for spec in self._ranks]
+        last = len(self._ranks) - 1
+        # The ring's init has no handshake: the last rank dials first, so its neighbours have to be listening by then.
+        for some in (range(last), range(last, last + 1)):
+            for rank in some:
+                self._send(rank, make_connect(self._backend, hosts, endpoints, rank))
+            self._collect(Connecting, some, self._start_timeout_s, "connecting")
+        # A worker bounds its own init by the same time; a little more lets its reason arrive first.
+        self._collect(Connected, range(last + 1), self._start_timeout_s + 2, "connecting")
+
+    def _check_versions(self, listening: dict[int, Listening]) -> None:
+        first = listening[0].versions
+        for rank, event in listening.items():
+            for package in ("moectl", "mlx", "mlx-lm"):
+                if event.versions.get(package) != first.get(package):
+                    raise errors.VersionMismatch(
+                        f"{package} {event.versions.get(package)} here is {first.get(package)} "
+                        f"on {self._ranks[0].host.name}",
+                        host=self._ranks[rank].host.name,
+                        hint="moectl deploy",
+                    )
+
+    def _collect(self, kind: type[Any], ranks: Sequence[int], timeout_s: float, phase: str) -> dict[int, Any]:
+        """Return one event of this kind from each of these ranks, within the time in all."""
+        deadline = time.monotonic() + timeout_s
+        got: dict[int, Any] = {}
+        gathered: dict[int, str] = {}
+        while len(got) < len(ranks):
+            try:
+                rank, event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                missing = ", ".join(self._ranks[r].host.name for r in ranks if r not in got)
+                raise self._failure(
+                    next(r for r in ranks if r not in got),
+                    f"no answer while {phase} within {timeout_s:g} s (waiting for {missing})",
+                    kind=Unreachable,
+                    hint="check the network between the hosts, or allow more time with --start-timeout",
+                ) from None
+            if isinstance(event, AllGather):
+                self._all_gather(gathered, rank, event.data)
+            elif isinstance(event, kind):
+                got[rank] = event
+            else:
+                self._raise_if_bad(rank, event, phase)
+        return got
+
+    def _all_gather(self, gathered: dict[int, str], rank: int, data: str) -> None:
+        gathered[rank] = data
+        if len(gathered) == len(self._ranks):
+            everything = "".join(gathered[r] for r in range(len(self._ranks)))
+            gathered.clear()
+            for r in range(len(self._ranks)):
+                self._send(r, Gathered(everything))
+
+    # Use.
+
+    def next_request_id(self) -> int:
+        """Return the id that the next request has to carry."""
+        return self._last_request + 1
+
+    def generate(self, request: Request) -> Iterator[Token | Done]:
+        """Yield an answer as it comes; the last item is Done.
+
+        Raises UsageError when the model refuses the request (the session goes on), any other MoectlError when a rank
+        failed (the session is over).
+        """
+        self._last_request = request.id
+        for rank in range(len(self._ranks)):
+            self._send(rank, Generate(request))
+        while True:
+            rank, event = self._events.get()
+            match event:
+                case Token(id=request.id):
+                    yield event
+                case Done(id=request.id):
+                    yield event
+                    return
+                case Refused(id=request.id):
+                    raise errors.UsageError(event.message, hint=event.hint)
+                case Token() | Done() | Refused():
+                    pass  # the tail of an answer that nobody waits for any more
+                case _:
+                    self._raise_if_bad(rank, event, "generating")
+
+    def cancel(self, request_id: int) -> None:
+        """Ask all ranks to stop an answer; its Done follows within a few steps."""
+        for rank in range(len(self._ranks)):
+            self._send(rank, Cancel(request_id))
+
+    def close(self) -> None:
+        """Let go of every leash and wait until each worker is gone; idempotent."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        started = [p for p in self._processes if p is not None]
+        for process in started:
+            _quietly(process.stdin.close)
+        deadline = time.monotonic() + EXIT_GRACE_S
+        for process in started:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except (TimeoutError, MoectlError, OSError):
+                _quietly(process.kill)
+        for thread in self._threads:
+            thread.join(EXIT_GRACE_S)
+
+    # Plumbing: one thread per stream, one for heartbeats.
+
+    def _spawn(self, target: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT_S):
+            for rank in range(len(self._ranks)):
+                self._send(rank, Beat())
+
+    def _send(self, rank: int, order: Order) -> None:
+        process = self._processes[rank]
+        if process is None:
+            return
+        try:
+            with self._sending[rank]:
+                process.stdin.write(encode(order))
+                process.stdin.flush()
+        except (OSError, ValueError):
+            pass  # its death is reported by the thread that reads it, with the reason
+
+    def _read_events(self, rank: int, process: Process) -> None:
+        reason = "its output ended"
+        try:
+            for event in read_messages(process.stdout):
+                self._events.put((rank, event))  # type: ignore[arg-type]
+        except MoectlError as error:
+            reason = error.message
+        except (OSError, ValueError) as error:
+            reason = f"the connection broke: {error}"
+        self._events.put((rank, _Ended(reason)))
+
+    def _read_log(self, rank: int, process: Process) -> None:
+        try:
+            for raw in process.stderr:
+                line = raw.decode("utf-8", "replace").rstrip()
+                self._logs[rank].append(line)
+                self._on_log(self._ranks[rank].host.name, line)
+        except (OSError, ValueError):
+            pass  # closed under us
+
+    def _raise_if_bad(self, rank: int, event: Event | _Ended, phase: str) -> None:
+        match event:
+            case Fatal():
+                raise self._failure(rank, event.message, kind=_kind(event.kind), hint=event.hint)
+            case _Ended():
+                raise self._ended(rank, event.reason, phase)
+            case _:
+                raise self._failure(rank, f"an unexpected {type(event).__name__} while {phase}")
+
+    def _ended(self, rank: int, reason: str, phase: str) -> MoectlError:
+        process = self._processes[rank]
+        assert process is not None
+        try:
+            code = process.wait(EXIT_GRACE_S)
+            reason = f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"
+        except (TimeoutError, MoectlError, OSError):
+            pass
+        return self._failure(rank, f"{reason} while {phase}")
+
+    def _failure(
+        self, rank: int, message: str, *, kind: type[MoectlError] = RemoteError, hint: str | None = None
+    ) -> MoectlError:
+        log = list(self._logs[rank])[-3:]
+        if log and hint is None:
+            hint = "its last words: " + " | ".join(log)
+        return kind(f"rank {rank}: {message}", host=self._ranks[rank].host.name, hint=hint)
+
+
+def _kind(name: str) -> type[MoectlError]:
+    kind = getattr(errors, name, RemoteError)
+    return kind if isinstance(kind, type) and issubclass(kind, MoectlError) else RemoteError
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except (OSError, ValueError, MoectlError):
+        pass

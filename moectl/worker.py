@@ -1,0 +1,260 @@
+"""The process on a node, one per rank: it holds a leash (stdin/stdout), a part of the model, and nothing else.
+
+It opens no port of its own but the data plane's, writes no file but the data plane's temporary ones, and ends with its
+leash: end of file, silence, or an error anywhere ends the process at once, because after a broken collective no call
+into the backend can be trusted to return.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib.metadata
+import json
+import os
+import platform
+import queue
+import resource
+import select
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from moectl import __version__, errors
+from moectl.errors import MoectlError
+from moectl.leash import (
+    MAX_LINE_BYTES,
+    SILENCE_S,
+    AllGather,
+    Beat,
+    Connect,
+    Connected,
+    Connecting,
+    Event,
+    Fatal,
+    Gathered,
+    Listening,
+    Load,
+    Order,
+    Ready,
+    Start,
+    decode,
+    encode,
+)
+
+_TEMPORARY = "moectl-"
+
+
+class Leash:
+    """The worker's end: a queue of orders, filled by a thread that ends the process when the controller is gone."""
+
+    def __init__(self, down: IO[bytes], up: IO[bytes]) -> None:
+        self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self.gathered: queue.SimpleQueue[Gathered] = queue.SimpleQueue()
+        self._down = down
+        self._up = up
+        self._sending = threading.Lock()
+        threading.Thread(target=self._listen, name="leash", daemon=True).start()
+
+    def tell(self, event: Event) -> None:
+        """Send an event up; the process ends if nobody listens."""
+        try:
+            with self._sending:
+                self._up.write(encode(event))
+                self._up.flush()
+        except OSError:
+            os._exit(1)
+
+    def take(self, kind: type[Any]) -> Any:
+        """Wait for the next order, which has to be of this kind."""
+        order = self.orders.get()
+        if not isinstance(order, kind):
+            raise errors.RemoteError(f"expected {kind.__name__} from the controller, got {type(order).__name__}")
+        return order
+
+    def _listen(self) -> None:
+        try:
+            for line in self._lines():
+                order = decode(line)
+                if isinstance(order, Gathered):
+                    self.gathered.put(order)
+                elif not isinstance(order, Beat):
+                    self.orders.put(order)  # type: ignore[arg-type]
+            reason = "the controller let go of the leash"
+        except MoectlError as error:
+            reason = str(error)
+        _exit(reason)
+
+    def _lines(self) -> Iterator[bytes]:
+        # Unbuffered reads under select: a buffered readline would hide lines from select.
+        pending = b""
+        while select.select([self._down], [], [], SILENCE_S)[0]:
+            chunk = os.read(self._down.fileno(), 1 << 20)
+            if not chunk:
+                return
+            *lines, pending = (pending + chunk).split(b"\n")
+            if len(pending) > MAX_LINE_BYTES:
+                raise errors.RemoteError(f"a line of more than {MAX_LINE_BYTES} bytes from the controller")
+            yield from lines
+        raise errors.RemoteError(f"nothing heard from the controller for {SILENCE_S:g} s")
+
+
+def main() -> None:
+    """Serve one leash on stdin and stdout until it ends; always ends the process by itself."""
+    # Libraries may print; the leash may not carry that. It gets the real stdout, they get the log.
+    up = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to hear; it cancels, then lets go
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a worker reads its shard set and nothing else
+    leash = Leash(sys.stdin.buffer, up)
+    try:
+        _serve(leash)
+        _exit("done", code=0)
+    except MoectlError as error:
+        leash.tell(Fatal(type(error).__name__, error.message, error.hint))
+        _exit(str(error))
+    except BaseException as error:  # whatever it was: say it, and end before anything can hang
+        _log_traceback()
+        leash.tell(Fatal("MoectlError", f"unexpected {type(error).__name__}: {error}"))
+        _exit(str(error))
+
+
+def _serve(leash: Leash) -> None:
+    start: Start = leash.take(Start)
+    from moectl.manifest import read_manifest
+
+    directory = Path(start.shards).expanduser()
+    manifest = read_manifest(directory)
+    if manifest.world_size != start.world_size:
+        raise errors.NotDeployed(
+            f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
+        )
+    with contextlib.ExitStack() as held:
+        ports = [held.enter_context(_free_port(address)) for address in start.addresses]
+        numbers = [s.getsockname()[1] for s in ports]
+    leash.tell(Listening(_versions(), numbers))
+    group = _join(leash, start) if start.world_size > 1 else None
+    leash.take(Load)
+    begin = time.perf_counter()
+    import mlx.core as mx
+
+    from moectl.engine import Engine
+    from moectl.model.load import load_rank
+
+    dtype = getattr(mx, start.dtype) if start.dtype else None
+    model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
+    tokenizer = _open_tokenizer(directory)
+    engine = Engine(model, tokenizer, rank=start.rank, group=group, max_seq_len=manifest.geometry.max_seq_len)
+    leash.tell(Ready(memory_bytes(), time.perf_counter() - begin))
+    for event in engine.serve(leash.orders):
+        leash.tell(event)
+
+
+def _join(leash: Leash, start: Start) -> Any:
+    """Join the group; the process ends if that takes longer than `init_timeout_s`."""
+    connect: Connect = leash.take(Connect)
+    import mlx.core as mx
+
+    os.environ.update(connect.env)
+    files = {name: _write_temporary(text) for name, text in connect.files.items()}
+    os.environ.update(files)
+    leash.tell(Connecting())
+    # init holds the interpreter lock, so no Python thread could time it: faulthandler's timer is a C thread.
+    faulthandler.dump_traceback_later(start.init_timeout_s, exit=True)
+    try:
+        if connect.backend == "jaccl":
+            group = mx.distributed.init(strict=True, backend="jaccl", all_gather_factory=_side_channel(leash))
+        else:
+            group = mx.distributed.init(strict=True, backend=connect.backend)
+    except (RuntimeError, ValueError) as error:
+        raise errors.Unreachable(f"cannot join the {connect.backend} group: {error}") from None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        for path in files.values():
+            Path(path).unlink(missing_ok=True)
+    if (group.rank(), group.size()) != (start.rank, start.world_size):
+        raise errors.RemoteError(
+            f"joined as rank {group.rank()} of {group.size()}, expected {start.rank} of {start.world_size}"
+        )
+    leash.tell(Connected(group.rank(), group.size()))
+    return group
+
+
+def _side_channel(leash: Leash) -> Any:
+    """Return JACCL's `all_gather_factory`: its start-up exchange travels over the leash instead of a socket."""
+
+    def factory(rank: int, size: int) -> Any:
+        def all_gather(source: bytes, n_bytes: int) -> bytes:
+            leash.tell(AllGather(bytes(source[:n_bytes]).hex()))
+            return bytes.fromhex(leash.gathered.get().data)
+
+        return all_gather
+
+    return factory
+
+
+def _open_tokenizer(directory: Path) -> Any:
+    from mlx_lm.tokenizer_utils import load
+
+    generation = directory / "generation_config.json"
+    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+    try:
+        return load(directory, {"trust_remote_code": False}, eos_token_ids=eos)
+    except (OSError, ValueError, KeyError) as error:
+        raise errors.CheckpointError(
+            f"{directory} has no tokenizer that transformers can read: {error}",
+            hint="a tokenizer.json is needed beside the weights, for example from Xenova/dbrx-instruct-tokenizer",
+        ) from None
+
+
+@contextlib.contextmanager
+def _free_port(address: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        try:
+            listener.bind((address, 0))
+        except OSError as error:
+            raise errors.HostsError(
+                f"cannot listen on {address}: {error.strerror}", hint="give this host's own address with ip="
+            ) from None
+        yield listener
+
+
+def _write_temporary(text: str) -> str:
+    with tempfile.NamedTemporaryFile("w", prefix=_TEMPORARY, suffix=".json", delete=False) as f:
+        f.write(text)
+    return f.name
+
+
+def _versions() -> dict[str, str]:
+    names = ("mlx", "mlx-lm")
+    return {
+        "moectl": __version__,
+        **{n: importlib.metadata.version(n) for n in names},
+        "python": platform.python_version(),
+    }
+
+
+def memory_bytes() -> int:
+    """Return this process's peak resident memory in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _log_traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+def _exit(reason: str, *, code: int = 1) -> None:
+    # os._exit, not sys.exit: destructors of a broken ring may wait for ever.
+    os.write(2, f"moectl worker ends: {reason}\n".encode())
+    os._exit(code)
