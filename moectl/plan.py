@@ -6,6 +6,7 @@ A placement is a list of contiguous spans, one per rank: of experts (`experts`) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ def make_placement(
     if split == "experts":
         total, unit, what = geometry.n_experts, 1, "experts"
     else:
-        unit = group_size or 64
+        unit = group_size or math.gcd(geometry.ffn_hidden, 64)
         if geometry.ffn_hidden % unit:
             raise PlanError(
                 f"the hidden dimension {geometry.ffn_hidden} is not divisible by the group size {unit}",

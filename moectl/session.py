@@ -10,8 +10,8 @@ import collections
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from moectl import errors
@@ -56,6 +56,7 @@ class RankSpec:
     argv: tuple[str, ...]  # starts the worker on the host
     shards: str  # the shard set's directory on the host
     addresses: tuple[str, ...]  # IPv4 addresses for tensor traffic
+    env: Mapping[str, str] = field(default_factory=dict)  # added to the worker's environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,6 @@ class Session:
         self._sending = [threading.Lock() for _ in ranks]
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._last_request = 0
         self.memory_bytes = [0] * len(ranks)
         self.load_s = 0.0
 
@@ -131,7 +131,7 @@ class Session:
         self.load_s = time.monotonic() - begin
 
     def _launch(self, rank: int, spec: RankSpec) -> None:
-        process = spec.remote.start(spec.argv)
+        process = spec.remote.start(spec.argv, env=spec.env)
         self._processes[rank] = process
         self._spawn(lambda: self._read_events(rank, process), f"events-{rank}")
         self._spawn(lambda: self._read_log(rank, process), f"log-{rank}")
@@ -197,28 +197,27 @@ class Session:
 
     # Use.
 
-    def next_request_id(self) -> int:
-        """Return the id that the next request has to carry."""
-        return self._last_request + 1
-
     def generate(self, request: Request) -> Iterator[Token | Done]:
         """Yield an answer as it comes; the last item is Done.
 
         Raises UsageError when the model refuses the request (the session goes on), any other MoectlError when a rank
         failed (the session is over).
         """
-        self._last_request = request.id
         for rank in range(len(self._ranks)):
             self._send(rank, Generate(request))
+        yield from self.answer(request.id)
+
+    def answer(self, request_id: int) -> Iterator[Token | Done]:
+        """Yield what is still to come of an answer that was begun; for going on after an interrupted `generate`."""
         while True:
             rank, event = self._events.get()
             match event:
-                case Token(id=request.id):
+                case Token(id=id_) if id_ == request_id:
                     yield event
-                case Done(id=request.id):
+                case Done(id=id_) if id_ == request_id:
                     yield event
                     return
-                case Refused(id=request.id):
+                case Refused(id=id_) if id_ == request_id:
                     raise errors.UsageError(event.message, hint=event.hint)
                 case Token() | Done() | Refused():
                     pass  # the tail of an answer that nobody waits for any more

@@ -1,0 +1,57 @@
+"""Defaults from TOML files, as click's default_map: ./moectl.toml over ~/.config/moectl/config.toml.
+
+It knows which keys exist only from the table that it is given.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from moectl.errors import UsageError
+from moectl.paths import config_dir
+
+
+def read_config(commands: Mapping[str, Set[str]]) -> dict[str, Any]:
+    """Return {command: {parameter: value}} from the configuration files.
+
+    `commands` lists every command's parameters. A top-level key is a default of all commands that have it. Raises
+    UsageError for an unknown key or malformed TOML, with file and nearest spelling.
+    """
+    merged: dict[str, dict[str, Any]] = {name: {} for name in commands}
+    for path in (config_dir() / "config.toml", Path("moectl.toml")):
+        for name, values in _read(path, commands).items():
+            merged[name].update(values)
+    return merged
+
+
+def _read(path: Path, commands: Mapping[str, Set[str]]) -> dict[str, dict[str, Any]]:
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: {error}", hint="mend or remove that file") from None
+    everywhere = set().union(*commands.values())
+    result: dict[str, dict[str, Any]] = {name: {} for name in commands}
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            _check(path, key, set(commands))
+            for inner in value:
+                _check(path, f"{key}.{inner}", {f"{key}.{p}" for p in commands[key]})
+            result[key].update(value)
+        else:
+            _check(path, key, everywhere)
+            for name in (n for n, parameters in commands.items() if key in parameters):
+                result[name].setdefault(key, value)
+    return result
+
+
+def _check(path: Path, key: str, known: set[str]) -> None:
+    if key in known:
+        return
+    close = difflib.get_close_matches(key, known, n=1)
+    raise UsageError(f"{path}: unknown key '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))

@@ -1,0 +1,150 @@
+"""From a model's name to a shard set on this machine: open the checkpoint, place it on ranks, cut it.
+
+It joins `checkpoint`, `plan` and `shards`; what each of them does is theirs. MLX comes in as `quantise` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moectl import shards
+from moectl.checkpoint import Checkpoint, open_checkpoint
+from moectl.errors import NotSharded, PlanError
+from moectl.manifest import Manifest, Quantization, read_manifest
+from moectl.paths import data_dir
+from moectl.plan import Placement, make_placement
+
+GROUP_SIZES = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
+BITS = {"affine": (2, 3, 4, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
+PLAIN_BITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a person asked for; None is "as it comes"."""
+
+    split: str = "hidden"
+    nodes: int = 1
+    shares: tuple[int, ...] | None = None
+    bits: int | None = None  # None: as the checkpoint is
+    group_size: int | None = None
+    mode: str = "affine"
+
+
+def choose_quantization(wanted: Wanted, checkpoint: Checkpoint) -> Quantization | None:
+    """Return how to quantise; None is a 16-bit copy. Raises PlanError for what MLX does not offer."""
+    if wanted.mode not in GROUP_SIZES:
+        raise PlanError(f"unknown quantisation mode {wanted.mode!r}; it is one of {', '.join(GROUP_SIZES)}")
+    if wanted.bits is None and wanted.mode == "affine" and wanted.group_size is None:
+        return checkpoint.quantization
+    if wanted.bits == PLAIN_BITS:
+        return None
+    bits = wanted.bits or BITS[wanted.mode][0 if wanted.mode != "affine" else 2]
+    if bits not in BITS[wanted.mode]:
+        possible = ", ".join(map(str, BITS[wanted.mode]))
+        raise PlanError(f"mode {wanted.mode} has {possible} bits, not {bits}", hint="or use --q-bits 16 for a plain copy")
+    return Quantization(bits, wanted.group_size or GROUP_SIZES[wanted.mode], wanted.mode)
+
+
+def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
+    """Return who holds what. Raises PlanError."""
+    nodes = len(wanted.shares) if wanted.shares and wanted.nodes == 1 else wanted.nodes
+    group_size = quantization.group_size if quantization else None
+    return make_placement(checkpoint.geometry, wanted.split, nodes, shares=wanted.shares, group_size=group_size)
+
+
+def shard_set_name(source: str, placement: Placement, quantization: Quantization | None) -> str:
+    """Return the directory name of a shard set: NAME-q4-hidden-4, with the shares when they are uneven."""
+    base = source.rstrip("/").rsplit("/", 1)[-1]
+    if quantization is None:
+        precision = "bf16"
+    else:
+        precision = f"q{quantization.bits}" if quantization.mode == "affine" else quantization.mode
+        if quantization.group_size != GROUP_SIZES.get(quantization.mode):
+            precision += f"g{quantization.group_size}"
+    name = f"{base}-{precision}-{placement.split}-{placement.world_size}"
+    if max(placement.shares) - min(placement.shares) > 1:
+        name += "-" + ".".join(map(str, placement.shares))
+    return name
+
+
+def default_directory(name: str) -> Path:
+    """Return where a shard set of this name goes unless told otherwise."""
+    return data_dir() / "shards" / name
+
+
+def shard(
+    source: str,
+    wanted: Wanted,
+    *,
+    directory: Path | None = None,
+    revision: str | None = None,
+    make_quantise: Callable[[], Callable[..., Any]],
+    keep_source: bool = False,
+    jobs: int = 1,
+    force: bool = False,
+    on_plan: Callable[[Path, Placement, Quantization | None, int], bool] = lambda *_: True,
+    on_download: Callable[[str, int, int], None] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[Path, Manifest | None]:
+    """Make (or finish, or find) a shard set; return its directory and manifest.
+
+    `on_plan(directory, placement, quantization, output_bytes)` is told what will be made before anything is written;
+    when it returns False nothing is, and the manifest is None. `make_quantise` is called once work starts.
+    """
+    checkpoint = open_checkpoint(
+        source, revision=revision, work_dir=_work_dir(directory, source), keep_source=keep_source, on_bytes=on_download
+    )
+    try:
+        quantization = choose_quantization(wanted, checkpoint)
+        placement = place(checkpoint, wanted, quantization)
+        name = shard_set_name(checkpoint.source, placement, quantization)
+        directory = directory or default_directory(name)
+        files = shards.plan_files(checkpoint, placement, quantization)
+        if not on_plan(directory, placement, quantization, shards.output_bytes(files)):
+            return directory, None
+        manifest = shards.cut(
+            checkpoint,
+            placement,
+            quantization,
+            directory,
+            name=name,
+            quantise=make_quantise(),
+            jobs=jobs,
+            on_bytes=on_bytes,
+            force=force,
+        )
+        return directory, manifest
+    finally:
+        checkpoint.close()
+
+
+def find_shards(where: str | Path) -> tuple[Path, Manifest]:
+    """Return a shard set by directory or by name. Raises NotSharded."""
+    for directory in (Path(where).expanduser(), default_directory(str(where))):
+        if directory.is_dir():
+            return directory, read_manifest(directory)
+    raise NotSharded(f"there is no shard set {str(where)!r}", hint="moectl shard MODEL")
+
+
+def newest_shards(world_size: int, names: Sequence[str] | None = None) -> tuple[Path, Manifest]:
+    """Return the newest finished shard set cut for this many hosts. Raises NotSharded."""
+    root = data_dir() / "shards"
+    found = sorted(root.glob("*/moectl.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for path in found:
+        if names is None or path.parent.name in names:
+            manifest = read_manifest(path.parent)
+            if manifest.world_size == world_size:
+                return path.parent, manifest
+    raise NotSharded(
+        f"there is no shard set for {world_size} hosts in {root}", hint=f"moectl shard MODEL --nodes {world_size}"
+    )
+
+
+def _work_dir(directory: Path | None, source: str) -> Path:
+    # Beside the output, so that space is checked on the disk that is used; one per source, so that it resumes.
+    root = directory.parent if directory else data_dir() / "shards"
+    return root / f".{source.rstrip('/').rsplit('/', 1)[-1]}.source"

@@ -1,0 +1,35 @@
+"""Environment for ranks of a test: on Linux the preload that keeps waiting ranks from eating the cores."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+@functools.cache
+def preload() -> str | None:
+    """Build norspin.c once per test run and return its path; None where it does not apply or no compiler is there."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if sys.platform != "linux" or compiler is None:
+        return None
+    library = Path(tempfile.mkdtemp(prefix="moectl-norspin-")) / "norspin.so"
+    source = Path(__file__).with_name("norspin.c")
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return str(library)
+
+
+def rank_env(**more: str) -> dict[str, str]:
+    """Return variables to add to a rank's environment."""
+    library = preload()
+    shim = {"LD_PRELOAD": library} if library else {}
+    return {**shim, "OPENBLAS_NUM_THREADS": "1", **more}
+
+
+def process_env(**more: str) -> dict[str, str]:
+    """Return a whole environment for a moectl command whose local ranks inherit it."""
+    return {**os.environ, **rank_env(**more)}
