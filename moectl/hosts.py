@@ -4,7 +4,8 @@
     host   = [ user "@" ] ( ssh-alias / dns-name / ipv4 / "[" ipv6 "]" ) [ ":" port ]
     key    = ip | rdma | memory | chip | price | python | dir
 
-'#' starts a comment at line start or after a space. Line order is rank order. What ssh knows (User, Port, IdentityFile, ProxyJump) belongs in ~/.ssh/config.
+'#' starts a comment at line start or after a space. Line order is rank order.
+What ssh knows (User, Port, IdentityFile, ProxyJump) belongs in ~/.ssh/config.
 """
 
 from __future__ import annotations

@@ -1,14 +1,26 @@
-"""The one seam to a host: run a command, put a file, start a process on a leash. Here: the contract and this machine.
+"""The one seam to a host: run a command, put a file, start a process on a leash.
 
-`ssh` implements the same contract over paramiko. It knows nothing of models, shards or ranks.
+Here are the contract, this machine, and `DryRunRemote`, which decorates either so that nothing is changed.
+`ssh` implements the contract over paramiko. It knows nothing of models, shards or ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol, cast
+
+from moectl import node
+from moectl.errors import CommandFailed, IntegrityError, MoectlError, Unreachable, UsageError
+
+NOT_FOUND = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,30 +33,54 @@ class Completed:
 
 
 class Process(Protocol):
-    """A running child on a host. Closing `stdin` is the leash let go: the child has to exit by itself."""
+    """A running child on a host. Closing `stdin` is the leash let go: the child has to exit by itself.
+
+    The streams are buffered binary files: flush after writing, and drain `stdout` and `stderr` in a thread
+    each, since a full one stops the child. Writing to a child that is gone raises OSError; reading gives
+    what is left, then b"".
+    """
 
     stdin: IO[bytes]
     stdout: IO[bytes]
     stderr: IO[bytes]
 
     def wait(self, timeout_s: float | None = None) -> int:
-        """Return the exit code; raise TimeoutError after `timeout_s` seconds."""
+        """Return the exit code, negative when a signal ended it.
+
+        Raises TimeoutError after `timeout_s` seconds.
+        Raises Unreachable when the connection was lost, so that the exit code will never be known.
+        """
         ...
 
     def kill(self) -> None:
-        """End the child at once (over SSH: close the channel)."""
+        """End the child at once: locally with all its children, over SSH by dropping the connection."""
+        ...
+
+    def close(self) -> None:
+        """Kill the child if it still runs and close the three streams; idempotent."""
         ...
 
 
 class Remote(Protocol):
-    """One host. Paths on it are POSIX strings; a leading `~/` is the login user's home."""
+    """One host. Paths on it are POSIX strings; a leading `~/` is the login user's home, in argv[0] too."""
 
     name: str
+    python: str  # the interpreter that receives and verifies files
 
     def run(
-        self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float | None = 60.0, check: bool = True
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float | None = 60.0,
+        check: bool = True,
+        mutates: bool = False,
     ) -> Completed:
-        """Run argv (no shell interpretation) to its end; raise CommandFailed on non-zero when `check`."""
+        """Run argv (no shell interpretation) to its end; raise CommandFailed on non-zero when `check`.
+
+        Say `mutates` when it changes the host: a dry run leaves it out. After `timeout_s` it is ended, and
+        CommandFailed raised.
+        """
         ...
 
     def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Process:
@@ -54,13 +90,290 @@ class Remote(Protocol):
     def put(
         self, source: Path, destination: str, *, sha256: str, on_bytes: Callable[[int], None] | None = None
     ) -> None:
-        """Copy a file: resume `destination.partial`, verify its SHA-256 on the host, rename to its final name.
+        """Copy a file: resume `destination.partial`, verify its SHA-256 on the host, give it its final name.
 
-        `on_bytes(n)` is called as n more bytes are in place (kept ones included). Raises IntegrityError on a wrong
-        hash, CommandFailed when the host refuses (disk full, no permission), Unreachable when the connection is lost.
+        `on_bytes(n)` is called as n more bytes are in place (kept ones included; n is negative when a resumed
+        copy turned out wrong and starts over). Raises IntegrityError on a wrong hash, CommandFailed when the
+        host refuses (disk full, no permission), Unreachable when the connection is lost.
         """
         ...
 
     def close(self) -> None:
         """Close the connection; idempotent."""
         ...
+
+
+class LocalProcess:
+    """A child of this process, in a session of its own so that Ctrl-C reaches it through its leash only."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+        self.stdin = cast(IO[bytes], child.stdin)
+        self.stdout = cast(IO[bytes], child.stdout)
+        self.stderr = cast(IO[bytes], child.stderr)
+        self.pid = child.pid
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        try:
+            return self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"still running after {timeout_s:g} s") from None
+
+    def kill(self) -> None:
+        _kill_group(self._child)
+        self._child.wait()
+
+    def close(self) -> None:
+        self.kill()
+        for stream in (self.stdin, self.stdout, self.stderr):
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+class LocalRemote:
+    """This machine, through plain subprocesses."""
+
+    def __init__(self, name: str = "localhost", *, python: str | None = None, link: bool = True) -> None:
+        self.name = name
+        self.python = python or sys.executable
+        self._link = link  # hard-link instead of copying where the file system can
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float | None = 60.0,
+        check: bool = True,
+        mutates: bool = False,
+    ) -> Completed:
+        del mutates  # only a dry run asks
+        try:
+            child = self._spawn(argv, None)
+        except FileNotFoundError as error:
+            done = Completed(NOT_FOUND, b"", f"{argv[0]}: {error.strerror}".encode())
+        except OSError as error:
+            done = Completed(126, b"", f"{argv[0]}: {error.strerror}".encode())
+        else:
+            done = self._finish(child, argv, stdin, timeout_s)
+        return check_completed(done, argv, self.name) if check else done
+
+    def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> LocalProcess:
+        try:
+            return LocalProcess(self._spawn(argv, env))
+        except OSError as error:
+            raise CommandFailed(f"cannot start {argv[0]}: {error.strerror}", host=self.name) from None
+
+    def put(
+        self, source: Path, destination: str, *, sha256: str, on_bytes: Callable[[int], None] | None = None
+    ) -> None:
+        target = str(Path(destination).expanduser())
+        count = on_bytes or _ignore
+        size = source_size(source)
+        try:
+            if not (self._link and _link_file(source, target, sha256)):
+                _copy_file(source, target, size, sha256, count)
+            else:
+                count(size)
+        except node.Mismatch as error:
+            if error.args[1]:
+                count(-size)
+                return self.put(source, destination, sha256=sha256, on_bytes=on_bytes)
+            raise put_error(node.describe_failure(error), source, destination, sha256, self.name) from None
+        except (node.Busy, node.Cut, node.Full, OSError) as error:
+            raise put_error(node.describe_failure(error), source, destination, sha256, self.name) from None
+
+    def close(self) -> None:
+        """There is no connection to close."""
+
+    def _spawn(self, argv: Sequence[str], env: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
+        command = [os.path.expanduser(argv[0]) if argv[0].startswith("~/") else argv[0], *argv[1:]]  # noqa: PTH111
+        refuse_nul(command, self.name)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **env} if env else None,
+            start_new_session=True,
+        )
+
+    def _finish(
+        self, child: subprocess.Popen[bytes], argv: Sequence[str], stdin: bytes, timeout_s: float | None
+    ) -> Completed:
+        try:
+            stdout, stderr = child.communicate(stdin, timeout_s)
+        except subprocess.TimeoutExpired:
+            raise timeout_error(argv, timeout_s, self.name) from None
+        finally:
+            if child.returncode is None:  # timed out or interrupted
+                _kill_group(child)
+                child.communicate()
+        return Completed(child.returncode, stdout, stderr)
+
+
+class DryRunRemote:
+    """Another remote with its writes swallowed: what only looks is run, what would change the host is not."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self.name = remote.name
+        self.python = remote.python
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float | None = 60.0,
+        check: bool = True,
+        mutates: bool = False,
+    ) -> Completed:
+        if mutates:
+            return Completed(0, b"", b"")
+        return self._remote.run(argv, stdin=stdin, timeout_s=timeout_s, check=check)
+
+    def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Process:
+        raise UsageError(f"a dry run does not start {argv[0]}", host=self.name)
+
+    def put(
+        self, source: Path, destination: str, *, sha256: str, on_bytes: Callable[[int], None] | None = None
+    ) -> None:
+        (on_bytes or _ignore)(source_size(source))
+
+    def close(self) -> None:
+        self._remote.close()
+
+
+def describe_command(argv: Sequence[str]) -> str:
+    """Return argv as one short line for messages; a script passed with -c is not repeated."""
+    words = []
+    for word in argv[:6]:
+        first = word.split("\n", 1)[0]
+        words.append(word if first == word and len(word) <= 60 else first[:40] + "…")
+    return shlex.join(words) + (" …" if len(argv) > 6 else "")
+
+
+def check_completed(done: Completed, argv: Sequence[str], host: str) -> Completed:
+    """Return `done`, or raise CommandFailed with the last line that the command said."""
+    if done.code == 0:
+        return done
+    said = (done.stderr.strip() or done.stdout.strip()).decode("utf-8", "replace").split("\n")[-1]
+    how = f"exit code {done.code}" if done.code >= 0 else "ended by a signal"
+    if done.code == NOT_FOUND:
+        how = "not found"
+    raise CommandFailed(
+        f"{describe_command(argv)} failed: {how}{': ' if said else ''}{said[:300]}", host=host
+    )
+
+
+def timeout_error(argv: Sequence[str], timeout_s: float | None, host: str) -> CommandFailed:
+    """Return the error for a command that had to be ended."""
+    return CommandFailed(f"{describe_command(argv)} did not finish within {timeout_s or 0:g} s", host=host)
+
+
+def refuse_nul(argv: Sequence[str], host: str) -> None:
+    """Raise CommandFailed for an argument that no operating system can pass on."""
+    if not argv or any("\0" in word for word in argv):
+        raise CommandFailed("a command is empty or holds a NUL character", host=host)
+
+
+def source_size(source: Path) -> int:
+    """Return the size in bytes of a file about to be sent; raise IntegrityError when it cannot be read."""
+    try:
+        return source.stat().st_size
+    except OSError as error:
+        raise IntegrityError(
+            f"{source} cannot be read: {error.strerror}", hint="moectl shard --verify"
+        ) from None
+
+
+def put_error(
+    answer: Mapping[str, Any], source: Path, destination: str, sha256: str, host: str
+) -> MoectlError:
+    """Turn a failure told by `node.describe_failure` into one of ours."""
+    match answer.get("error"):
+        case "full":
+            room = (
+                f"{_gigabytes(answer['free'])} free, {_gigabytes(answer['needed'])} needed for {destination}"
+            )
+            return CommandFailed(
+                f"disk full: {room}", host=host, hint=f"free space on {host}, then run it again"
+            )
+        case "mismatch":
+            return _mismatch_error(answer, source, destination, sha256, host)
+        case "busy":
+            return CommandFailed(
+                f"another push is writing {destination}",
+                host=host,
+                hint="wait for the other deploy to end; two hosts on one machine need a dir= each",
+            )
+        case "cut":
+            return Unreachable(f"the connection was lost while {destination} was sent", host=host)
+        case "os":
+            where = answer["path"] or destination
+            return CommandFailed(f"cannot write {where}: {answer['reason']}", host=host)
+    return CommandFailed(f"cannot write {destination}: {dict(answer)}", host=host)
+
+
+def _mismatch_error(
+    answer: Mapping[str, Any], source: Path, destination: str, sha256: str, host: str
+) -> IntegrityError:
+    try:
+        damaged = node.hash_file(str(source)) != sha256
+    except OSError:
+        damaged = True
+    if damaged:
+        return IntegrityError(f"{source} is not what its manifest promises", hint="moectl shard --verify")
+    found = f"sha256 {answer['sha256'][:8]}… expected {sha256[:8]}…"
+    return IntegrityError(f"{destination} is corrupt: {found}", host=host, hint="run the same command again")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _ignore(_count: int) -> None:
+    pass
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    # A reaped leader's number may belong to another by now: signal the group only before reaping.
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _link_file(source: Path, target: str, sha256: str) -> bool:
+    """Make `target` another name of `source` and check it; False when the file system cannot."""
+    destination = Path(target)
+    partial = Path(f"{target}.partial")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if not (destination.exists() and destination.samefile(source)):
+        partial.unlink(missing_ok=True)
+        try:
+            partial.hardlink_to(source)
+        except OSError:
+            return False
+    found = node.hash_file(str(source))
+    if found != sha256:
+        partial.unlink(missing_ok=True)
+        raise node.Mismatch(found, 0)
+    if partial.exists():
+        partial.replace(destination)
+    return True
+
+
+def _copy_file(source: Path, target: str, size: int, sha256: str, count: Callable[[int], None]) -> None:
+    with source.open("rb", buffering=0) as f:
+
+        def resume(kept: int) -> None:
+            f.seek(kept)
+            count(kept)
+
+        def read(limit: int) -> bytes:
+            block = f.read(limit)
+            count(len(block))
+            return block
+
+        node.receive(read, target, size, sha256, resume)

@@ -1,0 +1,316 @@
+# ruff: noqa: PTH100,PTH103,PTH105,PTH108,PTH110,PTH111,PTH112,PTH116,PTH118,PTH120,PTH123
+"""What happens on a host before moectl is there: receive a file, list files, tell versions and space.
+
+Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from
+Python 3.9 on. `remote` also imports it for this machine. It is not the worker: no model, no mlx, no network.
+
+    python -c TEXT receive PATH BYTES SHA256    file on stdin; answers {"kept": n}, then {} or {"error": …}
+    python -c TEXT survey                       what is there? request on stdin, JSON
+    python -c TEXT record                       remember files that were verified; request on stdin, JSON
+    python -c TEXT write PATH                   stdin becomes PATH, atomically
+
+Each answer is one line of JSON behind ANSWER, which tells it from what a login shell may print.
+"""
+
+# os.path, not pathlib: paths arrive as strings, and every import is paid on the host at each command.
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import select
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+ANSWER = b"moectl-node: "
+BLOCK_BYTES = 1 << 20
+STALL_S = 120.0  # a sender that vanished without a word must not hold the lock for ever
+RECORD = ".moectl-verified.json"
+
+
+class Busy(Exception):
+    """Another push is writing the same file."""
+
+
+class Cut(Exception):
+    """The sender went away before the file was complete."""
+
+
+class Full(Exception):
+    """The disk has not enough room; args are (free, needed) in bytes."""
+
+
+class Mismatch(Exception):
+    """The bytes are not those promised; args are (sha256 found, bytes that an earlier push had left)."""
+
+
+def receive(
+    read: Callable[[int], bytes],
+    destination: str,
+    size_bytes: int,
+    sha256: str,
+    on_kept: Callable[[int], None],
+) -> None:
+    """Complete `destination.partial` with bytes from `read`, check it, and give it its final name.
+
+    `on_kept(n)` is called once, before the first read: `read` has to go on at byte n. A partial file with
+    wrong bytes is removed. Raises Busy, Cut, Full, Mismatch, OSError.
+    """
+    partial = destination + ".partial"
+    os.makedirs(os.path.dirname(destination) or ".", exist_ok=True)
+    fd = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    try:
+        _lock(fd, partial)
+        digest, kept = _hash_prefix(fd, size_bytes)
+        _check_room(partial, size_bytes - kept)
+        on_kept(kept)
+        _append(fd, read, digest, size_bytes - kept, partial)
+        if digest.hexdigest() != sha256:
+            os.unlink(partial)
+            raise Mismatch(digest.hexdigest(), kept)
+        os.fsync(fd)
+        os.replace(partial, destination)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, partial: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = os.path.samestat(os.fstat(fd), os.stat(partial))
+    except (BlockingIOError, FileNotFoundError):
+        same = False
+    if not same:  # the other push renamed it between our open and our lock
+        raise Busy(partial)
+
+
+def _hash_prefix(fd: int, size_bytes: int) -> tuple[Any, int]:
+    """Hash what an earlier push left and stand behind it; a partial file that is too long starts over."""
+    digest = hashlib.sha256()
+    kept = os.fstat(fd).st_size
+    if kept > size_bytes:
+        os.ftruncate(fd, 0)
+        kept = 0
+    left = kept
+    while left:
+        block = os.read(fd, min(BLOCK_BYTES, left))
+        digest.update(block)
+        left -= len(block)
+    return digest, kept
+
+
+def _check_room(path: str, needed: int) -> None:
+    free = shutil.disk_usage(os.path.dirname(path) or ".").free
+    if free < needed:
+        raise Full(free, needed)
+
+
+def _append(fd: int, read: Callable[[int], bytes], digest: Any, left: int, path: str) -> None:
+    while left:
+        block = read(min(BLOCK_BYTES, left))
+        if not block:
+            raise Cut(left)
+        digest.update(block)
+        try:
+            _write_all(fd, block)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise Full(shutil.disk_usage(os.path.dirname(path) or ".").free, left) from None
+            raise
+        left -= len(block)
+
+
+def _write_all(fd: int, block: bytes) -> None:
+    view = memoryview(block)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def hash_file(path: str) -> str:
+    """Return a file's SHA-256 in lower-case hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as f:
+        while block := f.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def survey(request: dict[str, Any]) -> dict[str, Any]:
+    """Answer everything that `deploy` asks of a host, in one round trip.
+
+    Request: root, stamp (path under root), packages, and directory + files {path: [bytes, sha256]} + verify +
+    remember (False in a dry run, which writes nothing).
+    """
+    root = os.path.abspath(os.path.expanduser(request["root"]))
+    directory = os.path.join(root, request["directory"])
+    known = _read_record(directory)
+    missing, kept, corrupt = _compare(directory, request["files"], known, request["verify"])
+    if request["remember"] and kept and known != _read_record(directory):
+        _write_record(directory, known)
+    place = _nearest(root)
+    return {
+        "python": sys.executable,
+        "version": platform.python_version(),
+        "root": root,
+        "directory": directory,
+        "free": shutil.disk_usage(place).free,
+        "device": os.stat(place).st_dev,
+        "writable": os.access(place, os.W_OK | os.X_OK),
+        "packages": _versions(request["packages"]),
+        "stamp": _read_text(os.path.join(root, request["stamp"])),
+        "missing": missing,
+        "kept": kept,
+        "corrupt": corrupt,
+    }
+
+
+def _nearest(path: str) -> str:
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _versions(packages: list[str]) -> dict[str, str]:
+    from importlib import metadata
+
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _compare(
+    directory: str, files: dict[str, list[Any]], record: dict[str, Any], verify: bool
+) -> tuple[dict[str, int], list[str], list[str]]:
+    """Return (missing file → bytes of its `.partial`, files that are right, files that are wrong)."""
+    missing: dict[str, int] = {}
+    kept, corrupt = [], []
+    for name, (size, sha256) in files.items():
+        path = os.path.join(directory, name)
+        state = _check(path, size, sha256, record.get(name), verify)
+        if state is None:
+            missing[name] = min(size, _size_of(path + ".partial"))
+            record.pop(name, None)
+            if os.path.exists(path):
+                corrupt.append(name)
+        else:
+            kept.append(name)
+            record[name] = state
+    return missing, kept, corrupt
+
+
+def _check(path: str, size: int, sha256: str, known: Any, verify: bool) -> list[Any] | None:
+    """Return a right file's record, None for a wrong one; hash only what `known` does not vouch for."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    state = [status.st_size, status.st_mtime_ns, sha256]
+    if status.st_size != size:
+        return None
+    if not verify and known == state:
+        return state
+    try:
+        return state if hash_file(path) == sha256 else None
+    except OSError:
+        return None
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def record(request: dict[str, Any]) -> dict[str, Any]:
+    """Remember files that `receive` has just verified: {directory, files {path: sha256}}."""
+    known = _read_record(request["directory"])
+    for name, sha256 in request["files"].items():
+        status = os.stat(os.path.join(request["directory"], name))
+        known[name] = [status.st_size, status.st_mtime_ns, sha256]
+    _write_record(request["directory"], known)
+    return {}
+
+
+def _read_record(directory: str) -> dict[str, Any]:
+    try:
+        known = json.loads(_read_text(os.path.join(directory, RECORD)) or "{}")
+    except ValueError:
+        known = {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_record(directory: str, known: dict[str, Any]) -> None:
+    # A record that cannot be written costs a re-hash next time, nothing else.
+    with contextlib.suppress(OSError):
+        write(os.path.join(directory, RECORD), json.dumps(known, sort_keys=True).encode())
+
+
+def write(path: str, content: bytes) -> None:
+    """Write a small file atomically."""
+    path = os.path.expanduser(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def describe_failure(error: Exception) -> dict[str, Any]:
+    """Return what went wrong as plain data, for the other end of the connection."""
+    if isinstance(error, Full):
+        return {"error": "full", "free": error.args[0], "needed": error.args[1]}
+    if isinstance(error, Mismatch):
+        return {"error": "mismatch", "sha256": error.args[0], "kept": error.args[1]}
+    if isinstance(error, OSError):
+        return {"error": "os", "reason": error.strerror or str(error), "path": str(error.filename or "")}
+    return {"error": type(error).__name__.lower()}
+
+
+def _read_stdin(count: int) -> bytes:
+    ready, _, _ = select.select([0], [], [], STALL_S)
+    return os.read(0, count) if ready else b""
+
+
+def _answer(value: dict[str, Any]) -> None:
+    sys.stdout.buffer.write(ANSWER + json.dumps(value).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _main(command: str, arguments: list[str]) -> None:
+    try:
+        if command == "receive":
+            destination, size, sha256 = arguments
+            path = os.path.expanduser(destination)
+            receive(_read_stdin, path, int(size), sha256, lambda kept: _answer({"kept": kept}))
+            _answer({})
+        elif command == "write":
+            write(arguments[0], sys.stdin.buffer.read())
+            _answer({})
+        else:
+            request = json.loads(sys.stdin.buffer.read())
+            _answer(survey(request) if command == "survey" else record(request))
+    except Exception as error:
+        _answer(describe_failure(error))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], sys.argv[2:])

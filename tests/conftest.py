@@ -1,0 +1,72 @@
+"""Fixtures for all tests: a clean environment, a real sshd, four hosts in network namespaces."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moectl.hosts import Host
+from tests.netns import Cluster, run_cluster
+from tests.sshd import SSHD, Server, run_sshd
+
+KEPT = ("MOECTL_TEST_",)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Hide the user's own configuration, state and agent from every test."""
+    for name in list(os.environ):
+        if name.startswith(("MOECTL_", "XDG_", "SSH_")) and not name.startswith(KEPT):
+            monkeypatch.delenv(name)
+    home = tmp_path_factory.mktemp("xdg")
+    for name in ("CONFIG", "STATE", "DATA", "CACHE"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
+
+
+@pytest.fixture(scope="session")
+def sshd_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One sshd on localhost for the whole run."""
+    if SSHD is None or shutil.which("ssh") is None:
+        pytest.skip("OpenSSH (sshd and ssh) is not installed")
+    with run_sshd(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+@pytest.fixture
+def sshd(sshd_session: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
+    """The sshd, with an ssh configuration of this test's own, already named by MOECTL_SSH_CONFIG."""
+    server = replace(sshd_session, config=tmp_path / "ssh_config")
+    server.config.touch()
+    monkeypatch.setenv("MOECTL_SSH_CONFIG", str(server.config))
+    return server
+
+
+@pytest.fixture
+def ssh_host(sshd: Server, tmp_path: Path) -> Host:
+    """A host `node0` behind the sshd, whose root directory is this test's own."""
+    return Host(sshd.add_alias("node0"), python=sys.executable, dir=str(tmp_path / "node0"))
+
+
+@pytest.fixture(scope="session")
+def netns_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four hosts node0 … node3 in namespaces of their own, for the whole run. Needs root and iproute2."""
+    if SSHD is None:
+        pytest.skip("sshd is not installed")
+    if os.getuid() != 0 or any(shutil.which(tool) is None for tool in ("ip", "unshare", "nsenter")):
+        pytest.skip("network namespaces need root, iproute2 and util-linux")
+    with run_cluster(tmp_path_factory.mktemp("netns"), 4) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def netns(netns_session: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """The four hosts, whole again after each test; MOECTL_SSH_CONFIG names them."""
+    monkeypatch.setenv("MOECTL_SSH_CONFIG", str(netns_session.config))
+    yield netns_session
+    netns_session.mend()
