@@ -1,0 +1,121 @@
+"""What a running or interrupted `shard` knows of its directory: who works on it, with what settings, which files are done.
+
+Two files beside the output, both gone when the manifest has been written. It knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moectl.errors import StateError
+from moectl.manifest import FileEntry
+
+NAME = ".moectl-journal.jsonl"
+LOCK_NAME = ".moectl-lock"
+
+
+@contextlib.contextmanager
+def lock_directory(directory: Path) -> Iterator[None]:
+    """Hold a directory against a second `shard`. Raises StateError when another process or thread has it."""
+    path = directory / LOCK_NAME
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held, there = os.fstat(fd), path.stat()
+        except BlockingIOError:
+            os.close(fd)
+            raise StateError(
+                f"another moectl shard is writing to {directory}",
+                hint="wait until it has finished, or end it",
+            ) from None
+        except FileNotFoundError:
+            os.close(fd)
+            continue
+        if held.st_ino == there.st_ino:
+            break
+        os.close(fd)  # its last holder removed the name meanwhile
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+class Journal:
+    """An append-only list of finished files under a header that binds it to one set of settings."""
+
+    def __init__(self, directory: Path, binding: Mapping[str, Any], done: Mapping[str, FileEntry]) -> None:
+        """Start a journal, or start it anew with `done` in it: written whole, durable on return."""
+        self.done = dict(done)
+        self._path = directory / NAME
+        temporary = self._path.with_name(NAME + ".partial")
+        with temporary.open("wb") as f:
+            f.write(_line(dict(binding)))
+            for file, entry in self.done.items():
+                f.write(_entry_line(file, entry))
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(self._path)
+        sync_directory(directory)
+
+    def record(self, file: str, entry: FileEntry) -> None:
+        """Add a finished file, durably."""
+        with self._path.open("ab") as f:
+            f.write(_entry_line(file, entry))
+            f.flush()
+            os.fsync(f.fileno())
+        self.done[file] = entry
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileEntry]] | None:
+    """Return (binding, finished files) of an interrupted run, None when there is none.
+
+    A torn last line, as a power cut leaves it, is dropped with all after it.
+    """
+    try:
+        data = (directory / NAME).read_bytes()
+    except FileNotFoundError:
+        return None
+    records = []
+    for line in data.split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
+    if not records:
+        return {}, {}
+    try:
+        done = {r["file"]: FileEntry(int(r["bytes"]), str(r["sha256"])) for r in records[1:]}
+    except (KeyError, TypeError, ValueError):
+        done = {}
+    return records[0], done
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _entry_line(file: str, entry: FileEntry) -> bytes:
+    return _line({"file": file, "bytes": entry.bytes, "sha256": entry.sha256})
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,200 @@
+"""Turn one stored matrix into the parts that a shard holds (packed, scales, biases), block by block in bounded memory.
+
+The only part of `shard` that touches mlx and numpy. It opens no files: `shards` passes in how to read rows and how to
+write bytes, and gets `quantizer` passed in by whoever calls it. Arithmetic is `mx.quantize` itself on blocks of whole
+groups, so that the result equals quantising the whole tensor bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from moectl.manifest import Quantization
+from moectl.recipe import Matrix, Quantise, Read, Write
+
+_BLOCK_BYTES = 2 << 20  # read at a time: stays in a core's cache between reading, transposing and quantising
+_CACHE_BYTES = 32 << 20
+_SKEW_BYTES = 64  # rows a power of two apart share cache sets; one line more makes transposing 3× faster
+
+_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+_STORED = {"BF16": (mx.uint16, np.uint16), "F16": (mx.uint16, np.uint16), "F32": (mx.float32, np.float32)}
+
+
+@contextmanager
+def quantizer(memory_bytes: int) -> Iterator[Quantise]:
+    """Give a function that streams matrices on a stream of the calling thread, in about `memory_bytes` of memory.
+
+    The function is `(matrix, read, write) -> None` as `shards.Quantise` says; use it on this thread only. It reads
+    the next block while the device works on the one before.
+    """
+    mx.set_cache_limit(_CACHE_BYTES)
+    stream = mx.new_stream(mx.gpu if mx.metal.is_available() else mx.cpu)
+    buffers = _Buffers(stream)
+
+    def stream_matrix(matrix: Matrix, read: Read, write: Write) -> None:
+        task = _Task(matrix, read, write, buffers, stream)
+        if matrix.transposed:
+            _stream_transposed(task, memory_bytes)
+        else:
+            _stream_rows(task)
+
+    try:
+        yield stream_matrix
+    finally:
+        mx.synchronize(stream)
+        buffers.clear()
+        mx.clear_streams()  # those of this thread: each holds a thread of its own
+
+
+class _Buffers:
+    """Arrays that are filled from outside, kept from block to block so that their pages are touched once."""
+
+    def __init__(self, stream: mx.Stream) -> None:
+        self._stream = stream
+        self._arrays: dict[tuple[str, int], mx.array] = {}
+
+    def array(self, name: str, slot: int, shape: tuple[int, int], dtype: mx.Dtype) -> mx.array:
+        held = self._arrays.get((name, slot))
+        if held is None or held.dtype != dtype or held.shape[1] != shape[1] or held.shape[0] < shape[0]:
+            held = mx.zeros(shape, dtype, stream=self._stream)
+            mx.eval(held)
+            self._arrays[name, slot] = held
+        return held
+
+    def clear(self) -> None:
+        self._arrays.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    matrix: Matrix
+    read: Read
+    write: Write
+    buffers: _Buffers
+    stream: mx.Stream
+
+    def press(self, block: mx.array) -> list[mx.array]:
+        """Start work on a block of canonical rows; return its parts, 16-bit floats as uint16."""
+        target, stream = self.matrix.target, self.stream
+        if isinstance(target, Quantization):
+            block = block.view(_DTYPES[self.matrix.dtype], stream=stream)
+            parts: list[mx.array] = list(
+                mx.quantize(
+                    block, group_size=target.group_size, bits=target.bits, mode=target.mode, stream=stream
+                )
+            )
+        elif target != self.matrix.dtype:
+            parts = [
+                block.view(_DTYPES[self.matrix.dtype], stream=stream).astype(_DTYPES[target], stream=stream)
+            ]
+        else:
+            parts = [block]
+        parts = [
+            p.view(mx.uint16, stream=stream) if p.dtype in (mx.bfloat16, mx.float16) else p for p in parts
+        ]
+        mx.async_eval(*parts)
+        return parts
+
+
+def _stream_rows(task: _Task) -> None:
+    matrix = task.matrix
+    dtype, item = _STORED[matrix.dtype][0], _STORED[matrix.dtype][1]().itemsize
+    row_bytes = matrix.cols * item
+    step = min(matrix.rows, max(1, _BLOCK_BYTES // row_bytes))
+    offsets = [0, 0, 0]
+
+    def finish(parts: list[mx.array]) -> None:
+        mx.eval(*parts)
+        for i, part in enumerate(parts):
+            task.write(i, offsets[i], memoryview(part).cast("B"))
+            offsets[i] += part.nbytes
+
+    pending: list[mx.array] | None = None
+    for turn, first in enumerate(range(0, matrix.rows, step)):
+        rows = min(step, matrix.rows - first)
+        block = task.buffers.array("rows", turn % 2, (step, matrix.cols), dtype)
+        task.read(first, rows, memoryview(block).cast("B"), row_bytes)
+        parts = task.press(
+            block if block.shape[0] == rows else mx.contiguous(block[:rows], stream=task.stream)
+        )
+        if pending is not None:
+            finish(pending)
+        pending = parts
+    if pending is not None:
+        finish(pending)
+
+
+def _stream_transposed(task: _Task, memory_bytes: int) -> None:
+    """Stream a matrix stored (in, out): blocks of whole groups of its rows become columns of the result.
+
+    The result is put together in memory for as many columns as `memory_bytes` allows, so that writes are long.
+    """
+    matrix = task.matrix
+    item = _STORED[matrix.dtype][1]().itemsize
+    group = matrix.target.group_size if isinstance(matrix.target, Quantization) else 1
+    out_bytes = matrix.cols * max(1, sum(matrix.part_row_bytes(group)))  # of one group of columns
+    block_groups = max(1, _BLOCK_BYTES // (matrix.cols * item * group))
+    tile_groups = max(block_groups, memory_bytes // out_bytes // block_groups * block_groups)
+    total = matrix.rows // group
+    for first in range(0, total, tile_groups):
+        count = min(tile_groups, total - first)
+        tile = _assemble(task, first * group, count * group, block_groups * group)
+        _write_tile(task, tile, first * group)
+
+
+def _assemble(task: _Task, first: int, count: int, step: int) -> list[np.ndarray[Any, Any]]:
+    """Return the parts of `count` columns of the result as byte arrays (out rows, bytes)."""
+    matrix = task.matrix
+    tile = [np.empty((matrix.cols, n), np.uint8) for n in matrix.part_row_bytes(count)]
+
+    def finish(parts: list[mx.array], column: int) -> None:
+        mx.eval(*parts)
+        for whole, part, start in zip(tile, parts, matrix.part_row_bytes(column), strict=True):
+            data = np.asarray(part)
+            at = whole[:, start : start + data.shape[1] * data.itemsize].view(data.dtype)
+            np.copyto(at, data)
+
+    pending: tuple[list[mx.array], int] | None = None
+    for turn, column in enumerate(range(0, count, step)):
+        block = _read_transposed(task, first + column, min(step, count - column), turn % 2)
+        parts = task.press(block)
+        if pending is not None:
+            finish(*pending)
+        pending = parts, column
+    if pending is not None:
+        finish(*pending)
+    return tile
+
+
+def _read_transposed(task: _Task, first: int, rows: int, slot: int) -> mx.array:
+    """Read `rows` stored rows and return them turned, (out, rows)."""
+    matrix = task.matrix
+    mx_type, np_type = _STORED[matrix.dtype]
+    item = np_type().itemsize
+    stride = matrix.cols * item + _SKEW_BYTES
+    stored = task.buffers.array("stored", 0, (rows, stride // item), mx_type)
+    task.read(first, rows, memoryview(stored).cast("B"), stride)
+    turned = task.buffers.array(f"turned{rows}", slot, (matrix.cols, rows), mx_type)
+    np.copyto(np.asarray(turned), np.asarray(stored)[:rows, : matrix.cols].T)
+    return turned
+
+
+def _write_tile(task: _Task, tile: list[np.ndarray[Any, Any]], column: int) -> None:
+    matrix = task.matrix
+    starts = matrix.part_row_bytes(column)
+    for i, (part, start, width) in enumerate(
+        zip(tile, starts, matrix.part_row_bytes(matrix.rows), strict=True)
+    ):
+        data = memoryview(part.reshape(-1))
+        length = part.shape[1]
+        if length == width:
+            task.write(i, 0, data)
+            continue
+        for row in range(part.shape[0]):
+            task.write(i, row * width + start, data[row * length : (row + 1) * length])

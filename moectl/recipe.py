@@ -1,0 +1,366 @@
+"""Lay out a shard set before a byte of it exists: every output file, its header, and where each of its bytes comes from.
+
+Pure arithmetic on headers and shapes. It reads no weights, writes nothing and knows no array library; `shards` carries
+a recipe out and `quantize` does the arithmetic on the way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moectl.checkpoint import SourceTensor
+from moectl.errors import CheckpointError, PlanError
+from moectl.geometry import PROJECTIONS, Geometry, expert_name, stacked_name
+from moectl.manifest import Quantization
+from moectl.plan import Placement
+
+# In the order in which the safetensors library lays tensors out, last first.
+_ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+}
+_RANK = {dtype: i for i, dtype in enumerate(_ITEM_BYTES)}
+_FLOATS = ("BF16", "F16", "F32")
+_PARTS = ("weight", "scales", "biases")
+_PIECE_BYTES = 64 << 20  # larger matrices are cut by rows, so that two streams can share one
+
+# MLX's table of quantisation modes: (group sizes, bits).
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((32, 64, 128), (2, 3, 4, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
+
+
+class Source(Protocol):
+    """What is needed of `checkpoint.Checkpoint` to lay out a shard set."""
+
+    @property
+    def geometry(self) -> Geometry: ...
+    @property
+    def quantization(self) -> Quantization | None: ...
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A rectangle of a stored tensor and what becomes of it."""
+
+    rows: int  # as stored
+    cols: int  # as stored, in elements
+    dtype: str  # as stored, safetensors' spelling
+    transposed: bool  # stored (in, out); the result is (out, in)
+    target: Quantization | str  # how to quantise, or the dtype of the result
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the result is the stored bytes."""
+        return self.target == self.dtype and not self.transposed
+
+    def part_row_bytes(self, columns: int) -> tuple[int, ...]:
+        """Return the bytes that `columns` elements of one result row take in each part (weight, scales, biases)."""
+        return part_bytes(columns, self.dtype, self.target)
+
+
+Read = Callable[
+    [int, int, memoryview, int], None
+]  # (first row, rows, buffer, bytes between rows in the buffer)
+Write = Callable[[int, int, memoryview], None]  # (part, byte offset within the matrix's part, data)
+Quantise = Callable[[Matrix, Read, Write], None]  # turn one matrix into its parts through read and write
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One matrix on its way: where it is read and where its parts go."""
+
+    file: str  # source file
+    offset: int  # of the first byte, in the source file
+    stride: int  # bytes from one stored row to the next
+    matrix: Matrix
+    to: tuple[int, ...]  # absolute offset of each part in the output file
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One safetensors file of a shard set."""
+
+    path: str
+    bytes: int
+    header: bytes
+    tensors: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+
+
+def check_quantization(checkpoint: Source, wanted: Quantization | None) -> None:
+    """Raise PlanError unless the checkpoint can be had in this quantisation."""
+    kept = checkpoint.quantization
+    if kept is not None:
+        if wanted != kept:
+            raise PlanError(
+                f"the checkpoint is already quantised ({describe(kept)}) and cannot be made {describe(wanted)}",
+                hint="leave --q-bits, --q-group-size and --q-mode out, or start from the 16-bit checkpoint",
+            )
+        return
+    if wanted is None:
+        return
+    if wanted.mode not in MODES:
+        raise PlanError(f"unknown quantisation mode {wanted.mode!r}; it is one of {', '.join(MODES)}")
+    groups, widths = MODES[wanted.mode]
+    if wanted.bits not in widths:
+        raise PlanError(f"{wanted.mode} cannot have {wanted.bits} bits; it can have {_list(widths)}")
+    if wanted.group_size not in groups:
+        raise PlanError(
+            f"{wanted.mode} cannot have groups of {wanted.group_size}; it can have {_list(groups)}"
+        )
+    sizes = {"d_model": checkpoint.geometry.d_model, "ffn_hidden_size": checkpoint.geometry.ffn_hidden}
+    for what, size in sizes.items():
+        if size % wanted.group_size:
+            fits = [g for g in groups if all(s % g == 0 for s in sizes.values())]
+            raise PlanError(
+                f"groups of {wanted.group_size} do not divide the model's {what} {size}",
+                hint=f"--q-group-size {min(fits)}" if fits else "--q-bits 16, or another --q-mode",
+            )
+
+
+def describe(quantization: Quantization | None) -> str:
+    """Return a quantisation in a few words."""
+    if quantization is None:
+        return "16-bit"
+    return f"{quantization.bits}-bit {quantization.mode}, groups of {quantization.group_size}"
+
+
+def plan_files(
+    checkpoint: Source,
+    placement: Placement,
+    quantization: Quantization | None,
+    *,
+    keep_float32: bool = False,
+) -> list[OutputFile]:
+    """Lay out every safetensors file of a shard set, in the order in which it is written.
+
+    float32 weights become bfloat16 in a 16-bit copy unless `keep_float32`; routers and norms keep their type. Quantised
+    weights are quantised from the type in which they are stored. Raises PlanError when the placement cuts through a
+    quantisation group, CheckpointError when experts of one layer cannot be stacked.
+    """
+    check_quantization(checkpoint, quantization)
+    planner = _Planner(checkpoint, placement, quantization, keep_float32)
+    geometry = checkpoint.geometry
+    files = [planner.common("common/outer.safetensors", geometry.outer_shapes())]
+    for layer in range(geometry.n_layers):
+        name = f"layer-{layer:03d}.safetensors"
+        files.append(planner.common(f"common/{name}", geometry.layer_shapes(layer)))
+        for rank in range(placement.world_size):
+            files.append(planner.experts(f"rank-{rank}/{name}", layer, rank))
+    return files
+
+
+def part_bytes(columns: int, dtype: str, target: Quantization | str) -> tuple[int, ...]:
+    """Return the bytes of `columns` elements of a row in each part of the result."""
+    if isinstance(target, str):
+        return (columns * item_bytes(target),)
+    groups = columns // target.group_size
+    packed = groups * target.group_size * target.bits // 8
+    if target.mode == "affine":
+        return (packed, groups * item_bytes(dtype), groups * item_bytes(dtype))
+    return (packed, groups)
+
+
+def item_bytes(dtype: str) -> int:
+    """Return the size of one element; raises CheckpointError for a type that DBRX checkpoints do not have."""
+    try:
+        return _ITEM_BYTES[dtype]
+    except KeyError:
+        raise CheckpointError(f"tensors of type {dtype} are not supported") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Elements start to stop of `total` along one axis."""
+
+    start: int
+    stop: int
+    total: int
+
+    def scale(self, stored: int, item: int, name: str) -> tuple[int, int]:
+        """Return the span in stored elements, where `stored` of them hold `total` values."""
+        if self.start * stored % self.total or self.stop * stored % self.total:
+            raise PlanError(
+                f"the split at {self.start}…{self.stop} of {self.total} cuts through a quantisation group of {name}",
+                hint="choose shares in whole groups of this checkpoint, or --split experts",
+            )
+        return self.start * stored // self.total, self.stop * stored // self.total
+
+
+class _Draft:
+    """Tensors and pieces of one file, collected before offsets are known."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.pieces: list[tuple[SourceTensor, int, int, Matrix, tuple[tuple[str, int], ...]]] = []
+
+    def finish(self, path: str) -> OutputFile:
+        order = sorted(self.tensors, key=lambda n: (-_RANK[self.tensors[n][0]], n))
+        offsets: dict[str, int] = {}
+        entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        end = 0
+        for name in order:
+            dtype, shape = self.tensors[name]
+            offsets[name], end = end, end + _product(shape) * item_bytes(dtype)
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offsets[name], end]}
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        pieces = [
+            Piece(s.file, offset, stride, matrix, tuple(len(header) + offsets[n] + at for n, at in to))
+            for s, offset, stride, matrix, to in self.pieces
+        ]
+        pieces.sort(key=lambda p: (p.file, p.offset))  # a disk likes to be read forwards
+        return OutputFile(path, len(header) + end, header, tuple(order), tuple(pieces))
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    checkpoint: Source
+    placement: Placement
+    quantization: Quantization | None
+    keep_float32: bool
+
+    def common(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> OutputFile:
+        draft = _Draft()
+        for name, shape in shapes.items():
+            span = _Span(0, shape[-1], shape[-1])
+            rows = _Span(0, shape[0], shape[0]) if len(shape) == 2 else _Span(0, 1, 1)
+            self._add(draft, name, [name], rows, span, stacked=False)
+        return draft.finish(path)
+
+    def experts(self, path: str, layer: int, rank: int) -> OutputFile:
+        draft = _Draft()
+        first, last = self.placement.experts(rank)
+        start, stop = self.placement.hidden(rank)
+        geometry = self.checkpoint.geometry
+        hidden = _Span(start, stop, geometry.ffn_hidden)
+        model = _Span(0, geometry.d_model, geometry.d_model)
+        for projection in PROJECTIONS:
+            names = [expert_name(layer, e, projection) for e in range(first, last)]
+            rows, columns = (model, hidden) if projection == "w2" else (hidden, model)
+            self._add(draft, stacked_name(layer, projection), names, rows, columns, stacked=True)
+        return draft.finish(path)
+
+    def _add(
+        self, draft: _Draft, name: str, sources: Sequence[str], rows: _Span, columns: _Span, *, stacked: bool
+    ) -> None:
+        """Add a weight, and its scales and biases when the checkpoint has them."""
+        for part in _PARTS:
+            tensors = [self.checkpoint.tensors.get(s.removesuffix("weight") + part) for s in sources]
+            found = [t for t in tensors if t is not None]
+            if not found and part != "weight":
+                continue
+            if len(found) != len(tensors):
+                missing = sources[tensors.index(None)].removesuffix("weight") + part
+                raise CheckpointError(f"the checkpoint has no tensor {missing}")
+            if any(
+                (t.dtype, t.shape, t.transposed) != (found[0].dtype, found[0].shape, found[0].transposed)
+                for t in found
+            ):
+                raise CheckpointError(
+                    f"{name}: experts of one layer differ in type or shape and cannot be stacked"
+                )
+            self._add_stack(draft, name.removesuffix("weight") + part, found, rows, columns, stacked=stacked)
+
+    def _add_stack(
+        self,
+        draft: _Draft,
+        name: str,
+        sources: Sequence[SourceTensor],
+        rows: _Span,
+        columns: _Span,
+        *,
+        stacked: bool,
+    ) -> None:
+        first = sources[0]
+        item = item_bytes(first.dtype)
+        stored = first.shape if len(first.shape) == 2 else (1, *first.shape)
+        down, across = (columns, rows) if first.transposed else (rows, columns)
+        top, bottom = down.scale(stored[0], item, name)
+        left, right = across.scale(stored[1], item, name)
+        target = self._target(name, first)
+        if isinstance(target, Quantization) and (
+            columns.start % target.group_size or columns.stop % target.group_size
+        ):
+            raise PlanError(
+                f"the split at {columns.start}…{columns.stop} cuts through quantisation groups of {target.group_size}",
+                hint="give the placement the same group size as the quantisation",
+            )
+        matrix = Matrix(bottom - top, right - left, first.dtype, first.transposed, target)
+        out_rows, out_columns = (matrix.cols, matrix.rows) if first.transposed else (matrix.rows, matrix.cols)
+        widths = matrix.part_row_bytes(out_columns)
+        lead = (len(sources),) if stacked else ()
+        names = _part_names(name, target)
+        for part, width in zip(names, widths, strict=True):
+            dtype = _part_dtype(part, first.dtype, target)
+            row = (width // item_bytes(dtype),)
+            draft.tensors[part] = (dtype, (*lead, out_rows, *row) if len(first.shape) == 2 else row)
+        for i, source in enumerate(sources):
+            offset = source.offset + top * stored[1] * item + left * item
+            for skip, rows_of in _cut_rows(matrix, item):
+                to = tuple((n, (i * out_rows + skip) * w) for n, w in zip(names, widths, strict=True))
+                draft.pieces.append((source, offset + skip * stored[1] * item, stored[1] * item, rows_of, to))
+
+    def _target(self, name: str, source: SourceTensor) -> Quantization | str:
+        if self.checkpoint.quantization is not None or source.dtype not in _FLOATS:
+            return source.dtype
+        if ".router." in name or len(source.shape) == 1:
+            return source.dtype
+        if self.quantization is not None:
+            return self.quantization
+        return "BF16" if source.dtype == "F32" and not self.keep_float32 else source.dtype
+
+
+def _cut_rows(matrix: Matrix, item: int) -> Iterator[tuple[int, Matrix]]:
+    """Cut a large matrix by rows; yield (first row, matrix)."""
+    step = max(1, _PIECE_BYTES // max(1, matrix.cols * item))
+    if matrix.transposed or matrix.rows <= step:
+        yield 0, matrix
+        return
+    for first in range(0, matrix.rows, step):
+        rows = min(step, matrix.rows - first)
+        yield first, Matrix(rows, matrix.cols, matrix.dtype, matrix.transposed, matrix.target)
+
+
+def _part_names(name: str, target: Quantization | str) -> tuple[str, ...]:
+    if isinstance(target, str):
+        return (name,)
+    parts = _PARTS if target.mode == "affine" else _PARTS[:2]
+    return tuple(name.removesuffix("weight") + p for p in parts)
+
+
+def _part_dtype(part: str, dtype: str, target: Quantization | str) -> str:
+    if isinstance(target, str):
+        return target
+    if part.endswith(".weight"):
+        return "U32"
+    return dtype if target.mode == "affine" else "U8"
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def _list(values: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(values)))
