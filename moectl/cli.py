@@ -182,7 +182,7 @@ def _shard(
             model,
             wanted,
             directory=output,
-            make_quantise=_make_quantise,
+            quantise=_quantise,
             on_plan=on_plan,
             on_download=on_download,
             on_bytes=lambda n: cutting[0].advance(n),
@@ -202,10 +202,10 @@ def _shard(
     return directory
 
 
-def _make_quantise() -> Callable[..., Any]:
-    from moectl.quantize import quantise
+def _quantise(memory_bytes: int) -> Any:
+    from moectl.quantize import quantizer
 
-    return quantise
+    return quantizer(memory_bytes)
 
 
 def _verify(common: Common, directory: Path) -> None:
@@ -344,7 +344,7 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
     bits = int(options["q_bits"]) if options["q_bits"] else None
     nodes = local or (len(shares) if shares else 2)
     wanted = Wanted(options["split"], nodes, shares, bits)
-    return launch.prepare_local(model, wanted, make_quantise=_make_quantise, shard=_quiet_shard(common))
+    return launch.prepare_local(model, wanted, shard=_quiet_shard(common))
 
 
 def _quiet_shard(common: Common) -> Callable[[str, Any], Path]:

@@ -82,29 +82,33 @@ class Engine:
         self._spoken: deque[mx.array] = deque()  # control words, oldest first, not yet obeyed
         self._sampled_rows = False  # whether this step's running rows have been sampled
         self._admitted = 0  # highest request id so far
+        self._closing = False
 
     def serve(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
-        """Obey orders from `inbox` until None arrives there; yield what rank 0 has to tell (followers: nothing)."""
+        """Obey orders from `inbox`; yield what rank 0 has to tell (followers: nothing).
+
+        Returns once None has arrived there and every request before it is answered.
+        """
         while True:
-            if self._idle:
-                while self._admitted + 1 not in self._arrived:
-                    if (order := inbox.get()) is None:
-                        return
-                    self._note(order)
+            if not self._idle:
+                while not inbox.empty():
+                    self._note(inbox.get())
+                yield from self._step(inbox)
+            elif self._admitted + 1 in self._arrived:
                 yield from self._admit(self._admitted + 1, inbox)
-                continue
-            while not inbox.empty():
-                if (order := inbox.get()) is None:
-                    return
-                self._note(order)
-            yield from self._step(inbox)
+            elif self._closing:
+                return
+            else:
+                self._note(inbox.get())
 
     @property
     def _idle(self) -> bool:
         return not (self._prefilling or self._decoding)
 
-    def _note(self, order: Order) -> None:
+    def _note(self, order: Order | None) -> None:
         match order:
+            case None:
+                self._closing = True
             case Generate(request=request):
                 self._arrived[request.id] = _Answer(request, [])
             case Cancel(id=request_id) if self._rank == 0:
@@ -117,10 +121,7 @@ class Engine:
     def _admit(self, up_to: int, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
         while self._admitted < up_to:
             while self._admitted + 1 not in self._arrived:  # rank 0 has it already; ours is on its way
-                order = inbox.get()
-                if order is None:
-                    raise EOFError("the leash was let go")
-                self._note(order)
+                self._note(inbox.get())
             self._admitted += 1
             answer = self._arrived.pop(self._admitted)
             try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moectl import shards
 from moectl.checkpoint import Checkpoint, open_checkpoint
@@ -82,7 +81,7 @@ def shard(
     *,
     directory: Path | None = None,
     revision: str | None = None,
-    make_quantise: Callable[[], Callable[..., Any]],
+    quantise: shards.OpenQuantise,
     keep_source: bool = False,
     jobs: int = 1,
     force: bool = False,
@@ -93,7 +92,7 @@ def shard(
     """Make (or finish, or find) a shard set; return its directory and manifest.
 
     `on_plan(directory, placement, quantization, output_bytes)` is told what will be made before anything is written;
-    when it returns False nothing is, and the manifest is None. `make_quantise` is called once work starts.
+    when it returns False nothing is, and the manifest is None.
     """
     checkpoint = open_checkpoint(
         source, revision=revision, work_dir=_work_dir(directory, source), keep_source=keep_source, on_bytes=on_download
@@ -112,7 +111,7 @@ def shard(
             quantization,
             directory,
             name=name,
-            quantise=make_quantise(),
+            quantise=quantise,
             jobs=jobs,
             on_bytes=on_bytes,
             force=force,

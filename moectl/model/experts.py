@@ -37,12 +37,17 @@ class Experts(nn.Module):
         x (T, D); indices (T, K) of experts; weights (T, K). Returns (T, D) in x's dtype. Syncs with the host only in
         the `experts` split and, on the CPU, when many pairs are grouped.
         """
-        if mx.default_device() == mx.Device(mx.cpu) and indices.size >= GROUP_FROM_PAIRS:
+        if mx.default_device() == mx.Device(mx.cpu) and (indices.size >= GROUP_FROM_PAIRS or self._cannot_gather):
             return self._grouped_on_cpu(x, indices, weights)
         if not self._owns_some:
             y = self.mlp(x, indices)
             return (y * weights[..., None]).sum(axis=-2)
         return self._owned_only(x, indices, weights)
+
+    @property
+    def _cannot_gather(self) -> bool:
+        # MLX's CPU gather_mm knows float32 only; gather_qmm knows all.
+        return "scales" not in self.mlp.gate_proj and self.mlp.gate_proj.weight.dtype != mx.float32
 
     def _owned_only(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         local = np.array(indices).astype(np.int64) - self._first

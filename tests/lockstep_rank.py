@@ -1,0 +1,70 @@
+"""One rank of the equality tests, a process of its own: `python -m tests.lockstep_rank JOB.json RANK`.
+
+It joins one ring and then runs every case of the job on it, because starting an interpreter per case would take most of
+the time. A case is a shard set; its results are the greedy tokens, the last hidden states of a prompt and, on rank 0,
+the logits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from moectl.engine import Engine
+from moectl.leash import Generate, Token
+from moectl.manifest import read_manifest
+from moectl.model.load import load_rank
+from moectl.request import Request
+from moectl.worker import _open_tokenizer
+
+
+def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
+    """Load a shard set, generate from each prompt, and look at one prefill's arrays."""
+    directory = Path(case["shards"])
+    manifest = read_manifest(directory)
+    dtype = getattr(mx, case["dtype"]) if case.get("dtype") else None
+    model = load_rank(directory, manifest, rank, group, dtype=dtype)
+    tokenizer = _open_tokenizer(directory)
+    engine = Engine(model, tokenizer, rank=rank, group=group, max_seq_len=manifest.geometry.max_seq_len, prefill_step=32)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for number, prompt in enumerate(case["prompts"], 1):
+        inbox.put(Generate(Request(number, prompt, case["max_tokens"], raw=case["raw"])))
+    inbox.put(None)
+    answers: dict[int, list[int]] = {number: [] for number in range(1, len(case["prompts"]) + 1)}
+    for event in engine.serve(inbox):
+        assert rank == 0, f"a follower told {event}"
+        if isinstance(event, Token) and event.token >= 0:
+            answers[event.id].append(event.token)
+    tokens = list(answers.values())
+    probe = mx.array([[t % manifest.geometry.vocab_size for t in range(3, 40)]])
+    hidden = model.transformer(probe, None)
+    logits = model(probe)
+    mx.eval(hidden, logits)
+    mx.synchronize()
+    return {
+        "tokens": tokens,
+        "hidden": np.array(hidden.astype(mx.float32)).tobytes().hex() if case.get("keep_hidden") else None,
+        "logits": np.array(logits.astype(mx.float32)).tolist() if rank == 0 else None,
+    }
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    rank = int(sys.argv[2])
+    os.environ["MLX_RANK"] = str(rank)
+    os.environ["MLX_HOSTFILE"] = job["hostfile"]
+    group = mx.distributed.init(strict=True, backend="ring") if job["world_size"] > 1 else None
+    results = [run_case(case, rank, group) for case in job["cases"]]
+    Path(job["out"], f"rank-{rank}.json").write_text(json.dumps(results))
+    os._exit(0)  # as the worker does: no destructor of the ring may keep the test waiting
+
+
+if __name__ == "__main__":
+    main()
