@@ -1,0 +1,128 @@
+"""The rules of the house, kept by a test: which module may import what, and that arrows point one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "moectl"
+NODE = {"engine", "worker", "quantize", "demo.train"}  # and everything in model/
+
+# Library → modules that may import it at all; "model" stands for the whole subpackage.
+ONLY_IN: dict[str, set[str]] = {
+    "click": {"cli"},
+    "tqdm": {"console"},
+    "paramiko": {"ssh", "ssh_config"},
+    "huggingface_hub": {"checkpoint"},
+    "mlx": NODE | {"model"},
+    "mlx_lm": NODE | {"model"},
+    "numpy": NODE | {"model"},
+    "transformers": {"demo.train"},
+    "tokenizers": {"demo.train"},
+    "safetensors": {"checkpoint", "layouts", "demo.train"},
+}
+# Of those, the ones whose import waits until a function needs it.
+INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "checkpoint")}
+
+# From the face down; a module imports only from rooms further down or from its own.
+ROOMS = (
+    {"__main__"},
+    {"cli"},
+    {"console", "config"},
+    {"launch"},
+    {"prepare", "session", "cluster"},
+    {"worker"},
+    {"engine"},
+    {"model", "quantize"},
+    {"ssh", "shards"},
+    {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "checkpoint", "node", "layouts"},
+    {"leash", "manifest"},
+    {"plan", "hosts", "request", "demo", "paths"},
+    {"geometry"},
+    {"errors"},
+    {""},
+)
+
+
+def modules() -> list[str]:
+    return sorted(str(p.relative_to(PACKAGE).with_suffix("")).replace("/", ".") for p in PACKAGE.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    module = module.removesuffix(".__init__").removesuffix("__init__")
+    return "model" if module.startswith("model") else module
+
+
+def imports(module: str) -> list[tuple[str, bool]]:
+    """Return (imported name, whether at the top level) of a module; type-checking imports do not count."""
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    found = []
+
+    def visit(node: ast.AST, top: bool) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} uses a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.extend((name, top) for name in names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    visit(tree, True)
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_libraries_stay_in_their_modules(module: str) -> None:
+    for name, top in imports(module):
+        library = name.split(".")[0]
+        if library in ONLY_IN:
+            assert room(module) in ONLY_IN[library], f"{module} imports {library}"
+            assert not (top and (library, module) in INSIDE_FUNCTIONS), f"{module} imports {library} at the top"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_nothing_points_up(module: str) -> None:
+    levels = {name: level for level, names in enumerate(ROOMS) for name in names}
+    if module == "demo.train":
+        return  # a program of its own
+    assert room(module) in levels, f"{module} has no room yet: add it to ROOMS"
+    here = levels[room(module)]
+    for name, _ in imports(module):
+        if name.startswith("moectl."):
+            parts = name.removeprefix("moectl.").split(".")
+            target = parts[0] if parts[0] in levels else ""
+            assert levels[target] >= here, f"{module} imports {name}, which is above it"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_modules_say_what_they_are(module: str) -> None:
+    text = ast.get_docstring(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text()))
+    assert text, module
+    assert text.split("\n\n")[0].endswith("."), module
+
+
+def loaded_by(code: str) -> set[str]:
+    program = f"import sys\n{code}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "torch", "paramiko", "huggingface_hub", "tqdm", "asyncio"}
+
+
+def test_the_command_line_loads_click_only() -> None:
+    assert not loaded_by("import moectl.cli") & HEAVY
+    code = "import moectl.cli\ntry: moectl.cli.cli(['run', '--help'])\nexcept SystemExit: pass"
+    assert not loaded_by(code) & HEAVY
+
+
+@pytest.mark.parametrize("module", ["moectl.session", "moectl.launch", "moectl.prepare", "moectl.hosts"])
+def test_the_operators_side_never_loads_mlx(module: str) -> None:
+    assert not loaded_by(f"import {module}") & {"mlx", "mlx_lm", "numpy", "transformers", "torch"}
