@@ -35,7 +35,7 @@ from moectl.layouts import (
 )
 from moectl.manifest import Quantization
 
-OnBytes = Callable[[str, int, int], None]  # file, bytes done, bytes in all; may be called from another thread
+OnBytes = Callable[[str, int, int], None]  # weight file, bytes done, bytes in all; from another thread
 
 MIRRORS = (
     "alpindale/dbrx-instruct",
@@ -255,9 +255,9 @@ def _find_directory(source: str) -> Path | None:
     """Return the directory that `source` names, None when it can only be a repository's name."""
     try:
         directory = Path(source).expanduser()
-        if directory.is_dir():
+        if source and directory.is_dir():
             return directory
-        if directory.exists():
+        if source and directory.exists():
             raise CheckpointError(f"{source} is a file; give the directory of the checkpoint")
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source!r} cannot be opened: {error}") from None
@@ -324,7 +324,7 @@ class _Hub:
     ) -> None:
         self.name = repo
         self._asked = revision or "main"
-        self._on_bytes = on_bytes
+        self._on_bytes = on_bytes or (lambda *_: None)
         self._closing = threading.Event()
         self._one_at_a_time = threading.Lock()
         self._downloads: dict[str, Future[Path]] = {}
@@ -463,8 +463,7 @@ class _Hub:
 
         f.flush()
         done = f.seek(0, 2)
-        if self._on_bytes and done:
-            self._on_bytes(file, done, self.files[file])
+        self._on_bytes(file, done, self.files[file])
         http_get(
             hf_hub_url(self.name, file, revision=self.revision),
             f,  # type: ignore[arg-type]
@@ -525,7 +524,7 @@ class _Hub:
                 if hub._closing.is_set():
                     raise _Stopped
                 self.done += int(n or 0)
-                if hub._on_bytes:
+                if file.endswith(".safetensors"):
                     hub._on_bytes(file, self.done, hub.files[file])
 
         return Bar
