@@ -161,6 +161,7 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
         "directory": directory,
         "free": shutil.disk_usage(place).free,
         "device": os.stat(place).st_dev,
+        "env": os.access(os.path.join(root, "env", "bin", "python"), os.X_OK),
         "writable": os.access(place, os.W_OK | os.X_OK),
         "packages": _versions(request["packages"]),
         "stamp": _read_text(os.path.join(root, request["stamp"])),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -243,6 +244,11 @@ class DryRunRemote:
 
     def close(self) -> None:
         self._remote.close()
+
+
+def node_text() -> str:
+    """Return the program that runs on a host for us, as text for `python -c`."""
+    return resources.files("moectl").joinpath("node.py").read_text(encoding="utf-8")
 
 
 def describe_command(argv: Sequence[str]) -> str:

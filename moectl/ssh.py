@@ -17,7 +17,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -30,6 +29,7 @@ from moectl.node import ANSWER
 from moectl.remote import (
     Completed,
     check_completed,
+    node_text,
     put_error,
     refuse_nul,
     source_size,
@@ -291,11 +291,6 @@ def quote_command(argv: Sequence[str], env: Mapping[str, str] | None = None) -> 
 
 def _quote(word: str) -> str:
     return "'" + word.replace("'", "'\"'\"'") + "'"
-
-
-def node_text() -> str:
-    """Return the program that runs on a host for us, as text for `python -c`."""
-    return resources.files("moectl").joinpath("node.py").read_text(encoding="utf-8")
 
 
 def _communicate(channel: paramiko.Channel, stdin: bytes) -> Completed:

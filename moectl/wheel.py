@@ -1,0 +1,73 @@
+"""Pack the moectl that is running into a wheel, so that every node gets exactly this one.
+
+It works from the imported package and its installed metadata, so `pip install .` and `pip install -e .`
+both serve and no build tool or source tree is needed. Equal files give equal bytes. It installs nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import moectl
+from moectl.errors import VersionMismatch
+
+TAG = "py3-none-any"
+EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's earliest date: the wheel must not depend on when it was packed
+INSTALL_HINT = "install it again: pip install moectl (or pip install -e . in its source tree)"
+
+
+def pack_wheel(directory: Path) -> Path:
+    """Write `moectl-VERSION-py3-none-any.whl` into `directory` and return its path.
+
+    Raises VersionMismatch when moectl was not installed by pip, or was changed to another version since.
+    """
+    version = moectl.__version__
+    try:
+        installed = metadata.distribution("moectl")
+    except metadata.PackageNotFoundError:
+        raise VersionMismatch(
+            "this moectl was not installed, so it cannot be sent to a host", hint=INSTALL_HINT
+        ) from None
+    if installed.version != version:
+        raise VersionMismatch(
+            f"this moectl is {version}, but was installed as {installed.version}", hint=INSTALL_HINT
+        )
+    info = f"moectl-{version}.dist-info"
+    files = _package_files()
+    for name in ("METADATA", "entry_points.txt"):
+        text = installed.read_text(name)
+        if text is not None:
+            files[f"{info}/{name}"] = text.encode()
+    files[f"{info}/WHEEL"] = (
+        f"Wheel-Version: 1.0\nGenerator: moectl\nRoot-Is-Purelib: true\nTag: {TAG}\n".encode()
+    )
+    path = directory / f"moectl-{version}-{TAG}.whl"
+    write_wheel(path, info, files)
+    return path
+
+
+def write_wheel(path: Path, info: str, files: dict[str, bytes]) -> None:
+    """Write a wheel of `files` (archive path → content) with its RECORD; equal input gives equal bytes."""
+    rows = [f"{name},sha256={_digest(content)},{len(content)}" for name, content in sorted(files.items())]
+    record = "\n".join([*rows, f"{info}/RECORD,,"]) + "\n"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in [*sorted(files.items()), (f"{info}/RECORD", record.encode())]:
+            entry = zipfile.ZipInfo(name, EPOCH)
+            entry.external_attr = 0o644 << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, content)
+
+
+def _package_files() -> dict[str, bytes]:
+    root = Path(moectl.__file__).parent
+    found = (p for p in root.rglob("*") if p.is_file() and not {"__pycache__", ".DS_Store"} & set(p.parts))
+    return {f"moectl/{p.relative_to(root).as_posix()}": p.read_bytes() for p in found}
+
+
+def _digest(content: bytes) -> str:
+    # The wheel format wants urlsafe base64 without padding.
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
