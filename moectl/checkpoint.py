@@ -121,15 +121,16 @@ def open_checkpoint(
 
     Weights of a repository are used in place when the user's Hugging Face cache has them; else `path`
     downloads them to `work_dir`, or to that cache when `keep_source` is set or there is no `work_dir`.
-    Without network (or with HF_HUB_OFFLINE) that cache has to have all. Raises CheckpointError (no model that
-    moectl runs, or not to be had), IntegrityError (damaged), Unreachable (network), StateError (disk).
+    Without network, with HF_HUB_OFFLINE, or when the repository is gone, that cache has to have all. Raises
+    CheckpointError (no model that moectl runs, or not to be had), IntegrityError (damaged), Unreachable
+    (network), StateError (disk).
     """
     directory = _find_directory(source)
     if directory is not None:
         return _read_checkpoint(_Directory(directory))
     try:
         hub = _Hub(source, revision, None if keep_source else work_dir, on_bytes)
-    except Unreachable as error:
+    except (Unreachable, CheckpointError) as error:
         return _open_cached(source, revision, error)
     try:
         return _read_checkpoint(hub)
@@ -175,7 +176,8 @@ def _read_checkpoint(store: _Store) -> Checkpoint:
 
 
 def _is_sidecar(file: str, size: int) -> bool:
-    wanted = any(fnmatch(file, p) for p in _SIDECARS) and not any(fnmatch(file, p) for p in _NEVER)
+    name = file.lower()
+    wanted = any(fnmatch(name, p.lower()) for p in _SIDECARS) and not any(fnmatch(name, p) for p in _NEVER)
     return wanted and size <= _SIDECAR_LIMIT_BYTES
 
 
@@ -224,9 +226,7 @@ def _read_index(store: _Store) -> dict[str, str]:
 
 
 def _weight_files(store: _Store) -> list[str]:
-    files = (
-        [_SINGLE] if _SINGLE in store.files else sorted(f for f in store.files if f.endswith(".safetensors"))
-    )
+    files = [_SINGLE] if _SINGLE in store.files else sorted(f for f in store.files if f.endswith(".safetensors"))
     if not files:
         raise CheckpointError(
             f"{store.name} has no safetensors weights",
@@ -266,11 +266,14 @@ def _find_directory(source: str) -> Path | None:
     return None
 
 
-def _open_cached(repo: str, revision: str | None, why: Unreachable) -> Checkpoint:
+def _open_cached(repo: str, revision: str | None, why: MoectlError) -> Checkpoint:
     """Open the Hugging Face cache's copy of a repository out of reach; raise `why` when it is not whole."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(repo, _CONFIG, revision=revision)
+    try:
+        config = try_to_load_from_cache(repo, _CONFIG, revision=revision)
+    except (OSError, ValueError):
+        config = None
     if not isinstance(config, str):
         raise why
     snapshot = Path(config).parent
@@ -278,7 +281,7 @@ def _open_cached(repo: str, revision: str | None, why: Unreachable) -> Checkpoin
         return _read_checkpoint(_Directory(snapshot, name=repo, revision=snapshot.name))
     except CheckpointError as error:
         message = f"{why.message}; its cached copy cannot be used: {error.message}"
-        raise Unreachable(message, hint=why.hint) from None
+        raise type(why)(message, hint=why.hint) from None
 
 
 class _Directory:
@@ -319,14 +322,13 @@ class _Stopped(Exception):
 class _Hub:
     """One commit of a Hub repository. Small files go to the Hugging Face cache, weights there or not."""
 
-    def __init__(
-        self, repo: str, revision: str | None, work_dir: Path | None, on_bytes: OnBytes | None
-    ) -> None:
+    def __init__(self, repo: str, revision: str | None, work_dir: Path | None, on_bytes: OnBytes | None) -> None:
         self.name = repo
         self._asked = revision or "main"
         self._on_bytes = on_bytes or (lambda *_: None)
         self._closing = threading.Event()
         self._one_at_a_time = threading.Lock()
+        self._guard = threading.Lock()  # of _downloads
         self._downloads: dict[str, Future[Path]] = {}
         info = self._ask(f"revision {self._asked}", lambda: _repo_info(repo, revision))
         self.revision: str = info.sha
@@ -348,38 +350,43 @@ class _Hub:
         stop = 8 + header_length(start[:8], file, size)
         if stop > len(start):
             start += self._range(file, len(start), stop)
-        # The library validates a header against the file's length: give it header and hole of that length.
-        with tempfile.TemporaryDirectory(prefix="moectl-") as directory:
-            hollow = Path(directory) / "hollow.safetensors"
-            with hollow.open("wb") as f:
-                f.write(start[:stop])
-                f.truncate(size)
-            return read_header(hollow, file)
+        try:
+            return _read_hollow(start[:stop], file, size)
+        except OSError as error:
+            raise _disk_error(error, Path(tempfile.gettempdir())) from None
 
     def path(self, file: str) -> Path:
-        self.prefetch(file)
         try:
-            return self._downloads[file].result()
+            return self._start(file).result()
         except MoectlError:
-            del self._downloads[file]  # a later call tries again
+            with self._guard:
+                self._downloads.pop(file, None)  # a later call tries again
             raise
         except _Stopped:
             raise StateError(f"{self.name} was closed while {file} was on its way") from None
 
     def prefetch(self, file: str) -> None:
-        if file not in self._downloads:
-            future = self._downloads[file] = Future[Path]()
-            # A daemon: a stalled connection must not keep the program from leaving.
-            threading.Thread(
-                target=self._fill, args=(future, file), name=f"fetch {file}", daemon=True
-            ).start()
+        self._start(file)
+
+    def _start(self, file: str) -> Future[Path]:
+        with self._guard:
+            future = self._downloads.get(file)
+            if future is None:
+                future = self._downloads[file] = Future[Path]()
+                # A daemon: a stalled connection must not keep the program from leaving.
+                threading.Thread(target=self._fill, args=(future, file), daemon=True).start()
+        return future
 
     def release(self, file: str) -> None:
-        future = self._downloads.pop(file, None)
-        if future is None or self._root is None or not future.done() or future.exception():
-            return
-        if future.result().parent == self._root:
-            future.result().unlink(missing_ok=True)
+        with self._guard:
+            future = self._downloads.get(file)
+            if future is not None and not future.done():
+                return
+            self._downloads.pop(file, None)
+        if self._root is not None and file in self.files:
+            # An earlier run may have left it: what is released is not needed any more.
+            with contextlib.suppress(OSError):
+                (self._root / file).unlink(missing_ok=True)
 
     def close(self) -> None:
         self._closing.set()
@@ -391,8 +398,10 @@ class _Hub:
         try:
             with self._one_at_a_time:
                 future.set_result(self._fetch(file))
-        except BaseException as error:
+        except (MoectlError, _Stopped) as error:
             future.set_exception(error)
+        except BaseException as error:
+            future.set_exception(_hub_error(error, self.name, file))
 
     def _fetch(self, file: str) -> Path:
         if self._closing.is_set():
@@ -437,24 +446,33 @@ class _Hub:
     def _fetch_to_work_dir(self, file: str, path: Path) -> None:
         """Download to `path`.partial, resuming what is there, and rename when size and hash are right.
 
-        Not hf_hub_download: since 2.x it starts a file afresh after its process has died.
+        Not hf_hub_download: its newer versions start a file afresh once the process has died.
         """
         partial = path.with_name(path.name + ".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            with partial.open("ab") as f:
-                self._lock(f, path.parent)
-                if f.tell() > self.files[file]:
-                    f.truncate(0)
-                _require_space(path.parent, self.files[file] - f.tell(), file)
-                self._ask(file, lambda: self._append(file, f))
+            kept = self._complete(file, partial)
+            if kept and not self._is_intact(partial, file):
+                partial.unlink()  # what an earlier run left was not what it seemed
+                self._complete(file, partial)
             if not self._is_intact(partial, file):
                 partial.unlink()
                 raise self._wrong_bytes(file)
             partial.replace(path)
         except OSError as error:
             raise _disk_error(error, path) from None
+
+    def _complete(self, file: str, partial: Path) -> int:
+        """Download what a partial file lacks; return how many bytes were there."""
+        with partial.open("ab") as f:
+            self._lock(f, partial.parent)
+            if f.tell() > self.files[file]:
+                f.truncate(0)
+            kept = f.seek(0, 2)
+            _require_space(partial.parent, self.files[file] - kept, file)
+            self._ask(file, lambda: self._append(file, f))
+        return kept
 
     def _append(self, file: str, f: IO[bytes]) -> None:
         from huggingface_hub import hf_hub_url
@@ -478,9 +496,9 @@ class _Hub:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StateError(
-                f"another moectl is downloading to {root}", hint="wait for it, or end it"
-            ) from None
+            raise StateError(f"another moectl is downloading to {root}", hint="wait for it, or end it") from None
+        except OSError:
+            pass  # a file system without locks
 
     def _range(self, file: str, start: int, stop: int) -> bytes:
         return self._ask(file, lambda: _read_range(self.name, file, self.revision, start, stop))
@@ -517,6 +535,8 @@ class _Hub:
         class Bar(tqdm):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 self.done = int(kwargs.get("initial") or 0)
+                # hf_xet has a second bar for what crosses the network: only what is on disk counts.
+                self.counts = file.endswith(".safetensors") and ".transfer" not in str(kwargs.get("name"))
                 kwargs["disable"] = True
                 super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -524,7 +544,7 @@ class _Hub:
                 if hub._closing.is_set():
                     raise _Stopped
                 self.done += int(n or 0)
-                if file.endswith(".safetensors"):
+                if self.counts:
                     hub._on_bytes(file, self.done, hub.files[file])
 
         return Bar
@@ -585,6 +605,16 @@ def _read_range(repo: str, file: str, revision: str, start: int, stop: int) -> b
     return data
 
 
+def _read_hollow(header: bytes, file: str, size: int) -> dict[str, StoredTensor]:
+    """Validate a header against its file's length: the safetensors library gets the header and a hole."""
+    with tempfile.TemporaryDirectory(prefix="moectl-") as directory:
+        hollow = Path(directory) / "hollow.safetensors"
+        with hollow.open("wb") as f:
+            f.write(header)
+            f.truncate(size)
+        return read_header(hollow, file)
+
+
 def _status(error: BaseException) -> int:
     return int(getattr(getattr(error, "response", None), "status_code", 0))
 
@@ -597,9 +627,7 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, OfflineModeIsEnabled):
         return False
     # httpx has no public home here: its errors are what HfHubHTTPError is derived from.
-    cut_short = (
-        isinstance(error, OSError) and error.errno is None and not isinstance(error, FileNotFoundError)
-    )
+    cut_short = isinstance(error, OSError) and error.errno is None and not isinstance(error, FileNotFoundError)
     return cut_short or isinstance(error, HfHubHTTPError.__bases__[0])
 
 
@@ -633,9 +661,7 @@ def _hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
             hint="unset HF_HUB_OFFLINE, or give a directory",
         )
     if isinstance(error, RevisionNotFoundError):
-        return CheckpointError(
-            f"{repo} has no {what}", hint=f"see https://huggingface.co/{repo}/commits/main"
-        )
+        return CheckpointError(f"{repo} has no {what}", hint=f"see https://huggingface.co/{repo}/commits/main")
     if isinstance(error, EntryNotFoundError):
         return CheckpointError(f"{repo} has no file {what}")
     if _status(error):
@@ -643,9 +669,7 @@ def _hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
     if isinstance(error, OSError) and error.errno is not None:
         return _disk_error(error, Path(error.filename or what))
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return Unreachable(
-        f"{what} of {repo} did not come: {reason}", hint="run the same command again: it resumes"
-    )
+    return Unreachable(f"{what} of {repo} did not come: {reason}", hint="run the same command again: it resumes")
 
 
 def _status_error(error: BaseException, repo: str, what: str) -> MoectlError:
@@ -665,9 +689,7 @@ def _status_error(error: BaseException, repo: str, what: str) -> MoectlError:
             hint=f"accept its licence at {page} and set a valid HF_TOKEN; or use a mirror: {mirrors}",
         )
     if status in (404, 410):
-        return CheckpointError(
-            f"the Hub has no repository {repo} (HTTP {status})", hint=f"try a mirror: {mirrors}"
-        )
+        return CheckpointError(f"the Hub has no repository {repo} (HTTP {status})", hint=f"try a mirror: {mirrors}")
     wait_s = _retry_after_s(error) if isinstance(error, Exception) else 0
     when = f" in {wait_s:.0f} s" if wait_s else ""
     return Unreachable(

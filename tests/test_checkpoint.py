@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -100,9 +101,7 @@ def test_the_real_model_opens_by_its_headers(tmp_path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = geometry.outer_shapes()
     for i in range(geometry.n_layers):
         shapes |= geometry.layer_shapes(i)
-        shapes |= {
-            f"transformer.blocks.{i}.ffn.experts.mlp.{p}": (16 * 10752, 6144) for p in ("w1", "v1", "w2")
-        }
+        shapes |= {f"transformer.blocks.{i}.ffn.experts.mlp.{p}": (16 * 10752, 6144) for p in ("w1", "v1", "w2")}
     assert len(shapes) == 323
     (tmp_path / "config.json").write_text(json.dumps(config))
     names = list(shapes)
@@ -134,9 +133,7 @@ def test_quantised_tensors_are_those_of_mlx(tmp_path: Path, bits: int, group: in
     opened = open_checkpoint(str(directory))
     assert opened.quantization == Quantization(bits, group, mode)
     weights = make_weights(opened.geometry)
-    expected = to_layout(
-        weights, opened.geometry, "mlx-quantized", q_bits=bits, q_group_size=group, q_mode=mode
-    )
+    expected = to_layout(weights, opened.geometry, "mlx-quantized", q_bits=bits, q_group_size=group, q_mode=mode)
     assert opened.tensors.keys() == expected.keys()
     for name, value in expected.items():
         assert np.array_equal(read_bits(opened, name), bits_of(value)), name
@@ -242,9 +239,7 @@ def _append(d: Path) -> None:
 def _mix(d: Path) -> None:
     expert = mx.zeros((128, 64), mx.bfloat16)
     (d / INDEX).unlink()
-    mx.save_safetensors(
-        str(d / "extra.safetensors"), {"transformer.blocks.0.ffn.experts.0.w1.weight": expert}
-    )
+    mx.save_safetensors(str(d / "extra.safetensors"), {"transformer.blocks.0.ffn.experts.0.w1.weight": expert})
 
 
 def _pickles(d: Path) -> None:
@@ -406,9 +401,7 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-_relaxed = settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+_relaxed = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -434,9 +427,7 @@ def _open_or_refuse(directory: Path) -> None:
     edits=st.lists(st.tuples(st.integers(0, 2600), st.integers(0, 255)), max_size=4),
     cut=st.none() | st.integers(0, 4000),
 )
-def test_damaged_header_bytes_never_surprise(
-    victim: Path, edits: list[tuple[int, int]], cut: int | None
-) -> None:
+def test_damaged_header_bytes_never_surprise(victim: Path, edits: list[tuple[int, int]], cut: int | None) -> None:
     file = victim / "model.safetensors"
     whole = file.read_bytes()
     data = bytearray(whole)
@@ -480,9 +471,7 @@ def test_nonsense_in_config_or_index_never_surprises(victim: Path, path: str, ke
             (victim / "model.safetensors").rename(victim / "part.safetensors")
         else:
             flat = json.loads(kept)
-            places = [(flat, k) for k in flat] + [
-                (flat[p], k) for p in ("attn_config", "ffn_config") for k in flat[p]
-            ]
+            places = [(flat, k) for k in flat] + [(flat[p], k) for p in ("attn_config", "ffn_config") for k in flat[p]]
             where, name = places[key % len(places)]
             where[name] = value
             flat["quantization"] = value if key == 30 else None
@@ -531,11 +520,14 @@ def repo(hub: Hub, tmp_path: Path, request: pytest.FixtureRequest) -> str:
 def weights(hub: Hub, repo: str) -> dict[str, str]:
     """Return the SHA-256 of every weight file of a repository."""
     listing = hub.repos[repo].listing
-    return {
-        str(d["rfilename"]): str(d["lfs"]["sha256"])
-        for d in listing
-        if ".safetensors" in d["rfilename"][-12:]
-    }
+    return {str(d["rfilename"]): str(d["lfs"]["sha256"]) for d in listing if ".safetensors" in d["rfilename"][-12:]}
+
+
+def work_root(hub: Hub, repo: str, tmp_path: Path) -> Path:
+    """Make the directory to which a repository's weights are downloaded under `tmp_path`/work."""
+    root = tmp_path / "work" / f"{repo.replace('/', '--')}-{hub.repos[repo].commit[:12]}"
+    root.mkdir(parents=True)
+    return root
 
 
 def test_weights_come_file_by_file(
@@ -604,9 +596,7 @@ def test_a_killed_download_is_resumed(
         "hub_client.fetch(sys.argv[3], Path(sys.argv[4]))\n"
     )
     arguments = [hub.endpoint, str(home), repo, str(tmp_path / "work")]
-    with subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], cwd=Path(__file__).parent.parent
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=Path(__file__).parent.parent) as child:
         assert hub.stalled.wait(60)
         partial = tmp_path / "work"
         while not any(p.stat().st_size for p in partial.rglob("*.partial")):
@@ -635,6 +625,28 @@ def test_closing_leaves_a_partial_file_and_does_not_wait(
     report = client.submit(hub_client.fetch, repo, tmp_path / "work").result()
     assert report.hashes == weights(hub, repo)
     assert int(str(hub.asked(file)[-1].range).removeprefix("bytes=").rstrip("-")) >= hub_client.CHUNK_BYTES
+
+
+def test_a_damaged_partial_file_is_fetched_anew(
+    hub: Hub, client: ProcessPoolExecutor, repo: str, tmp_path: Path
+) -> None:
+    file = min(weights(hub, repo))
+    root = work_root(hub, repo, tmp_path)
+    (root / (file + ".partial")).write_bytes(bytes(1000))
+    (root / max(weights(hub, repo))).write_bytes(bytes(len(hub.repos[repo].files[max(weights(hub, repo))])))
+    report = client.submit(hub_client.fetch, repo, tmp_path / "work").result()
+    assert report.hashes == weights(hub, repo)
+    assert [r.range for r in hub.asked(file)[-2:]] == ["bytes=1000-", None]
+    assert report.left == []
+
+
+def test_two_runs_do_not_write_to_one_file(hub: Hub, client: ProcessPoolExecutor, repo: str, tmp_path: Path) -> None:
+    file = min(weights(hub, repo))
+    with (work_root(hub, repo, tmp_path) / (file + ".partial")).open("ab") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        error = refused(client, hub_client.fetch, repo, tmp_path / "work")
+    assert type(error) is StateError
+    assert "another moectl is downloading" in error.message
 
 
 def test_kept_sources_go_to_the_cache_and_stay(
@@ -804,9 +816,14 @@ def test_offline_runs_use_the_cache(hub: Hub, client: ProcessPoolExecutor, home:
     assert hub.requests == []
 
 
-def test_nothing_is_printed_and_no_network_is_one_error(
-    hub: Hub, home: Path, repo: str, tmp_path: Path
-) -> None:
+def test_a_repository_that_is_gone_opens_from_the_cache(hub: Hub, client: ProcessPoolExecutor, repo: str) -> None:
+    client.submit(hub_client.pull, repo).result()
+    commit = hub.repos.pop(repo).commit
+    assert client.submit(hub_client.only_open, repo).result().revision == commit
+    assert {r.path for r in hub.requests[-1:]} == {f"/api/models/{repo}"}
+
+
+def test_nothing_is_printed_and_no_network_is_one_error(hub: Hub, home: Path, repo: str, tmp_path: Path) -> None:
     last = max(weights(hub, repo))
     hub.faults += [Fault("/api/models/", status=500), Fault("config.json", method="HEAD", status=503)]
     hub.faults += [
@@ -821,25 +838,17 @@ def test_nothing_is_printed_and_no_network_is_one_error(
     )
     root = Path(__file__).parent.parent
     arguments = [hub.endpoint, str(tmp_path / "home"), repo, str(tmp_path / "work")]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=root, capture_output=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=root, capture_output=True, check=True)
     assert (done.stdout, done.stderr) == (b"", b"")
-    with hub_client.start_client(
-        {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "h")}
-    ) as lost:
+    with hub_client.start_client({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "h")}) as lost:
         error = refused(lost, hub_client.only_open, repo)
         assert type(error) is Unreachable
         assert "did not come" in error.message
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is a device of Linux")
-def test_a_full_disk_is_one_clear_error(
-    hub: Hub, client: ProcessPoolExecutor, repo: str, tmp_path: Path
-) -> None:
-    commit = hub.repos[repo].commit
-    root = tmp_path / "work" / f"{repo.replace('/', '--')}-{commit[:12]}"
-    root.mkdir(parents=True)
+def test_a_full_disk_is_one_clear_error(hub: Hub, client: ProcessPoolExecutor, repo: str, tmp_path: Path) -> None:
+    root = work_root(hub, repo, tmp_path)
     (root / (min(weights(hub, repo)) + ".partial")).symlink_to("/dev/full")
     error = refused(client, hub_client.fetch, repo, tmp_path / "work")
     assert type(error) is StateError
