@@ -79,9 +79,7 @@ def name_tensors(
             yield _plain(raw, name, shape, place)
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"the checkpoint has no tensor {missing[0]}{more}", hint="it is incomplete, or not DBRX"
-        )
+        raise CheckpointError(f"the checkpoint has no tensor {missing[0]}{more}", hint="it is incomplete, or not DBRX")
 
 
 def _find_layout(stored: Mapping[str, StoredTensor]) -> str:
@@ -124,9 +122,7 @@ def _split_fused(raw: str, place: StoredTensor, geometry: Geometry) -> Iterator[
     for e in range(geometry.n_experts):
         name = expert_name(layer, e, projection)
         offset = place.offset + e * step
-        yield SourceTensor(
-            name, place.file, place.dtype, (rows, columns), offset, transposed=projection == "w2"
-        )
+        yield SourceTensor(name, place.file, place.dtype, (rows, columns), offset, transposed=projection == "w2")
 
 
 def _plain(raw: str, name: str, shape: tuple[int, ...], place: StoredTensor) -> SourceTensor:
@@ -145,9 +141,7 @@ def _quantized(
     if q is None:
         raise CheckpointError(f"{raw} is quantised, and config.json does not say how")
     if len(shape) != 2 or shape[1] % q.group_size or shape[1] * q.bits % 32:
-        raise CheckpointError(
-            f"{raw} of shape {shape} cannot be quantised with {q.bits} bits, group {q.group_size}"
-        )
+        raise CheckpointError(f"{raw} of shape {shape} cannot be quantised with {q.bits} bits, group {q.group_size}")
     groups = (shape[0], shape[1] // q.group_size)
     parts = {"weight": (shape[0], shape[1] * q.bits // 32), "scales": groups}
     if q.mode == "affine":
@@ -160,12 +154,8 @@ def _quantized(
         _require_shape(full, place.shape, expected)
         allowed = ("U32",) if part == "weight" else _FLOATS if q.mode == "affine" else ("U8",)
         if place.dtype not in allowed:
-            raise CheckpointError(
-                f"{full} is stored as {place.dtype}; {q.mode} quantisation needs {allowed[0]}"
-            )
-        yield SourceTensor(
-            name.removesuffix("weight") + part, place.file, place.dtype, place.shape, place.offset
-        )
+            raise CheckpointError(f"{full} is stored as {place.dtype}; {q.mode} quantisation needs {allowed[0]}")
+        yield SourceTensor(name.removesuffix("weight") + part, place.file, place.dtype, place.shape, place.offset)
 
 
 def _require_float(raw: str, place: StoredTensor) -> None:

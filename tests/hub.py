@@ -196,9 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
         self._answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
 
-    def _answer(
-        self, status: int, data: bytes, headers: Mapping[str, str], fault: Fault | None = None
-    ) -> None:
+    def _answer(self, status: int, data: bytes, headers: Mapping[str, str], fault: Fault | None = None) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
