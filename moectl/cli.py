@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -21,8 +20,10 @@ from moectl import __version__, errors
 from moectl.errors import MoectlError
 
 if TYPE_CHECKING:
+    from moectl.console import Bar, Progress
     from moectl.hosts import HostList
     from moectl.leash import Done, Token
+    from moectl.prepare import Made, Wanted
     from moectl.session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,6 +60,12 @@ class Common:
             raise errors.HostsError("no hosts are given", hint="write hosts.txt, or use --hosts a,b or --hostfile FILE")
         return found
 
+    def print(self, text: str, document: dict[str, Any], quiet_text: str = "") -> None:
+        """Print a command's result on stdout in the form that was asked for."""
+        shown = json.dumps(document) if self.json else quiet_text if self.quiet else text
+        if shown:
+            click.echo(shown)
+
     def say(self, text: str) -> None:
         """Say something to a person, on stderr."""
         if not self.quiet:
@@ -81,7 +88,9 @@ def common(command: F) -> F:
     wrapped.__name__ = command.__name__
     options = (
         click.option("-H", "--hosts", metavar="LIST", help="Hosts in rank order: a,b,c."),
-        click.option("--hostfile", metavar="FILE", envvar="MOECTL_HOSTFILE", help="hosts.txt or MLX's JSON; - is stdin."),
+        click.option(
+            "--hostfile", metavar="FILE", envvar="MOECTL_HOSTFILE", help="hosts.txt or MLX's JSON; - is stdin."
+        ),
         click.option("--json", is_flag=True, help="Print one JSON document."),
         click.option("-q", "--quiet", is_flag=True, help="Print results only."),
         click.option("-v", "--verbose", count=True, help="Show the workers' logs (twice: debug)."),
@@ -118,7 +127,9 @@ def cli() -> None:
 @click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache.")
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
 @click.option("--force", is_flag=True, help="Make a shard set anew over another one.")
-@click.option("--verify", type=click.Path(path_type=Path), metavar="DIR", help="Hash every file of a shard set instead.")
+@click.option(
+    "--verify", type=click.Path(path_type=Path), metavar="DIR", help="Hash every file of a shard set instead."
+)
 @common
 def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **options: Any) -> None:
     """Cut a checkpoint into one shard per node.
@@ -134,6 +145,7 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
     if verify:
         _verify(common, verify)
         return
+    from moectl import report
     from moectl.prepare import Wanted
 
     nodes = options.pop("nodes")
@@ -151,55 +163,46 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
         group_size=options.pop("q_group_size"),
         mode=options.pop("q_mode"),
     )
-    _shard(common, model, wanted, dry_run=dry_run, **options)
+    options["directory"] = options.pop("output")
+    made = _shard(common, model, wanted, dry_run=dry_run, **options)
+    common.print(
+        report.shard_text(made, dry_run=dry_run), report.shard_json(made, dry_run=dry_run), str(made.directory)
+    )
 
 
-def _shard(
-    common: Common, model: str, wanted: Any, *, dry_run: bool = False, output: Path | None = None, **options: Any
-) -> Path:
+def _shard(common: Common, model: str, wanted: Wanted, *, dry_run: bool = False, **options: Any) -> Made:
     from moectl import prepare
-    from moectl.console import Bar, progress, size_text
+    from moectl.console import progress
 
     if options.get("jobs") is None:
         options["jobs"] = min(2, os.cpu_count() or 1)
     with progress(quiet=common.quiet) as bars:
         cutting: list[Bar] = []
-        downloads: dict[str, tuple[Bar, int]] = {}
-        seen: dict[str, Any] = {}
 
-        def on_plan(directory: Path, placement: Any, quantization: Any, output_bytes: int) -> bool:
-            seen.update(directory=directory, placement=placement, quantization=quantization, bytes=output_bytes)
-            if not dry_run:
-                cutting.append(bars.bar(directory.name, output_bytes))
+        def on_plan(directory: Path, output_bytes: int) -> bool:
+            cutting.append(bars.bar(directory.name, output_bytes))
             return not dry_run
 
-        def on_download(file: str, done: int, total: int) -> None:
-            bar, before = downloads.get(file) or (bars.bar(file, total), 0)
-            bar.advance(done - before)
-            downloads[file] = (bar, done)
-
-        directory, manifest = prepare.shard(
+        return prepare.shard(
             model,
             wanted,
-            directory=output,
             quantise=_quantise,
             on_plan=on_plan,
-            on_download=on_download,
+            on_download=_download_bars(bars),
             on_bytes=lambda n: cutting[0].advance(n),
             **options,
         )
-    total = sum(f.bytes for f in manifest.files.values()) if manifest else seen["bytes"]
-    if common.json:
-        shares = list(seen["placement"].shares)
-        document = {"directory": str(directory), "split": wanted.split, "shares": shares, "bytes": total, "dry_run": dry_run}
-        click.echo(json.dumps({"schema": "moectl.shard/1", **document}))
-    elif common.quiet:
-        click.echo(str(directory))
-    elif dry_run:
-        click.echo(f"Dry run: nothing was written. {size_text(total)} would be, in {directory}.")
-    else:
-        click.echo(f"{size_text(total)} in {directory}, one shard for each of {seen['placement'].world_size} ranks.")
-    return directory
+
+
+def _download_bars(bars: Progress) -> Callable[[str, int, int], None]:
+    downloads: dict[str, tuple[Bar, int]] = {}
+
+    def on_download(file: str, done: int, total: int) -> None:
+        bar, before = downloads.get(file) or (bars.bar(file, total), 0)
+        bar.advance(done - before)
+        downloads[file] = (bar, done)
+
+    return on_download
 
 
 def _quantise(memory_bytes: int) -> Any:
@@ -215,12 +218,10 @@ def _verify(common: Common, directory: Path) -> None:
 
     total = sum(f.bytes for f in read_manifest(directory).files.values())
     with progress(quiet=common.quiet) as bars:
-        bar = bars.bar(directory.name, total)
-        manifest = shards.verify(directory, on_bytes=bar.advance)
-    if common.json:
-        click.echo(json.dumps({"schema": "moectl.verify/1", "files": len(manifest.files), "bytes": total}))
-    elif not common.quiet:
-        click.echo(f"{len(manifest.files)} files, {size_text(total)}: every hash is right.")
+        manifest = shards.verify(directory, on_bytes=bars.bar(directory.name, total).advance)
+    count = len(manifest.files)
+    document = {"schema": "moectl.verify/1", "files": count, "bytes": total}
+    common.print(f"{count} files, {size_text(total)}: every hash is right.", document)
 
 
 @cli.command(epilog=EXIT_STATUS)
@@ -237,18 +238,76 @@ def pull(common: Common, model: str, revision: str | None) -> None:
       moectl pull mlx-community/dbrx-instruct-4bit
     """
     from moectl import checkpoint
-    from moectl.console import Bar, progress
+    from moectl.console import progress
 
     with progress(quiet=common.quiet) as bars:
-        downloads: dict[str, tuple[Bar, int]] = {}
+        directory = checkpoint.pull(model, revision=revision, on_bytes=_download_bars(bars))
+    common.print(str(directory), {"schema": "moectl.pull/1", "directory": str(directory)}, str(directory))
 
-        def on_bytes(file: str, done: int, total: int) -> None:
-            bar, before = downloads.get(file) or (bars.bar(file, total), 0)
-            bar.advance(done - before)
-            downloads[file] = (bar, done)
 
-        directory = checkpoint.pull(model, revision=revision, on_bytes=on_bytes)
-    click.echo(json.dumps({"schema": "moectl.pull/1", "directory": str(directory)}) if common.json else str(directory))
+@cli.command(epilog=EXIT_STATUS)
+@click.argument("hostfile_", metavar="[HOSTFILE]", required=False)
+@click.option("--shards", metavar="DIR", help="The shard set (default: the newest that fits the hosts).")
+@click.option("-n", "--dry-run", is_flag=True, help="Show what would be copied.")
+@click.option("-j", "--jobs", type=click.IntRange(1), help="Hosts at once (default: all).")
+@click.option("--only", multiple=True, metavar="HOST", help="Deploy to this host only (repeatable).")
+@click.option("--verify", is_flag=True, help="Hash again what is there already.")
+@click.option(
+    "--wheelhouse",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Wheels for hosts without internet.",
+)
+@common
+def deploy(common: Common, hostfile_: str | None, shards: str | None, **options: Any) -> None:
+    """Bring every host its software and its shard, and verify them.
+
+    Hosts get a virtual environment with this machine's versions of moectl, mlx and mlx-lm, and the files of their rank.
+    Running the same command again resumes it; what is there already is not sent.
+
+    \b
+    Examples:
+      moectl deploy hosts.txt --dry-run
+      moectl deploy hosts.txt
+      moectl deploy --only mac2 --verify
+    """
+    from moectl import cluster, prepare, report
+
+    if hostfile_:
+        common.hostfile = hostfile_
+    listed = common.host_list(required=True)
+    assert listed is not None
+    found = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
+    directory, manifest = found
+    with _deploy_progress(common) as on_event:
+        result = cluster.deploy(
+            listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
+        )
+    dry_run = options["dry_run"]
+    common.print(
+        report.deploy_text(result, dry_run=dry_run), report.deploy_json(result, manifest.name, dry_run=dry_run)
+    )
+    result.raise_failures()
+
+
+@contextlib.contextmanager
+def _deploy_progress(common: Common) -> Iterator[Callable[[Any], None]]:
+    """Yield what draws a bar per host; how each ended is told afterwards."""
+    from moectl.console import progress
+    from moectl.provision import Advanced, Planned, Working
+
+    with progress(quiet=common.quiet) as bars:
+        drawn: dict[str, Bar] = {}
+
+        def on_event(event: Any) -> None:
+            match event:
+                case Planned(host=host, copy_bytes=size) if size:
+                    drawn[host] = bars.bar(host, size)
+                case Advanced(host=host, bytes=n) if host in drawn:
+                    drawn[host].advance(n)
+                case Working(host=host, what=what) if common.verbose:
+                    common.say(f"[{host}] {what}")
+
+        yield on_event
 
 
 def _shares(text: str | None) -> tuple[int, ...] | None:
@@ -275,12 +334,18 @@ def _shares(text: str | None) -> tuple[int, ...] | None:
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine.")
 @click.option("--shards", metavar="DIR", help="Use this shard set on this machine.")
 @click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed.")
-@click.option("--split", type=click.Choice(["hidden", "experts"]), default="hidden", show_default=True, help="For --model.")
+@click.option(
+    "--split", type=click.Choice(["hidden", "experts"]), default="hidden", show_default=True, help="For --model."
+)
 @click.option("--shares", metavar="A,B,…", help="For --model: uneven parts.")
 @click.option("--q-bits", type=click.Choice(["2", "3", "4", "6", "8", "16"]), help="For --model: bits per weight.")
-@click.option("--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True)
+@click.option(
+    "--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True
+)
 @click.option("--start-timeout", type=click.FloatRange(1), default=30.0, show_default=True, metavar="SECONDS")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's).")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
+)
 @common
 def run(common: Common, prompt: tuple[str, ...], stats: bool, **options: Any) -> None:
     """Generate text.
@@ -344,12 +409,7 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
     bits = int(options["q_bits"]) if options["q_bits"] else None
     nodes = local or (len(shares) if shares else 2)
     wanted = Wanted(options["split"], nodes, shares, bits)
-    return launch.prepare_local(model, wanted, shard=_quiet_shard(common))
-
-
-def _quiet_shard(common: Common) -> Callable[[str, Any], Path]:
-    # `run` prints the answer and nothing else on stdout, so what `shard` would say there is left out.
-    return lambda model, wanted: _shard(Common(None, None, False, common.quiet, 0), model, wanted)
+    return launch.prepare_local(model, wanted, shard=lambda model, wanted: _shard(common, model, wanted).directory)
 
 
 def _log_printer(common: Common) -> Callable[[str, str], None]:
@@ -359,6 +419,8 @@ def _log_printer(common: Common) -> Callable[[str, str], None]:
 
 
 def _answer(common: Common, session: Session, request: Any, stats: bool) -> None:
+    from moectl import report
+
     pieces: list[str] = []
     done: Done | None = None
     for event in _until_interrupted(session, request):
@@ -372,13 +434,12 @@ def _answer(common: Common, session: Session, request: Any, stats: bool) -> None
     assert done is not None
     whole = "".join(pieces)
     if common.json:
-        document = {"text": whole, "finish_reason": done.finish_reason, "stats": asdict(done.stats)}
-        click.echo(json.dumps({"schema": "moectl.run/1", **document}))
+        click.echo(json.dumps(report.run_json(whole, done)))
     elif not whole.endswith("\n"):
         sys.stdout.write("\n")
         sys.stdout.flush()
     if stats:
-        click.echo(_stats_line(done), err=True)
+        click.echo(report.stats_text(done.stats), err=True)
     if done.finish_reason == "cancelled":
         raise KeyboardInterrupt
 
@@ -398,20 +459,6 @@ def _until_interrupted(session: Session, request: Any) -> Iterator[Token | Done]
             asked = True
             session.cancel(request.id)
             events = session.answer(request.id)
-
-
-def _stats_line(done: Done) -> str:
-    from moectl.console import size_text, time_text
-
-    s = done.stats
-    prompt_speed = s.prompt_tokens / s.prompt_s if s.prompt_s else 0.0
-    decoded = max(s.completion_tokens - 1, 0)  # the first token belongs to the prompt's time
-    speed = decoded / s.decode_s if s.decode_s and decoded else 0.0
-    return (
-        f"{s.prompt_tokens} prompt tokens at {prompt_speed:.1f} tok/s · "
-        f"{s.completion_tokens} tokens at {speed:.1f} tok/s · "
-        f"first token {time_text(s.ttft_s)} · peak {size_text(s.peak_memory_bytes)}"
-    )
 
 
 @cli.command(epilog=EXIT_STATUS)

@@ -10,9 +10,11 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TextIO
 
+QUIET_S = 1.0  # what is done by then needs no progress
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _BAR = "{desc} {percentage:3.0f}% {bar:24} {n_fmt}/{total_fmt}B  {rate_fmt}  eta {remaining}"
 
@@ -41,7 +43,9 @@ def colour_wanted(choice: str, stream: TextIO) -> bool:
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
-def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "", width: int | None = None) -> str:
+def table_text(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "", width: int | None = None
+) -> str:
     """Return an aligned table; columns named in `right` (by their letter, a = first) are right-aligned.
 
     Columns that do not fit the width are dropped from the right; nothing wraps.
@@ -82,12 +86,13 @@ class _Lines:
     def __init__(self, label: str, total_bytes: int, lock: threading.Lock) -> None:
         self._label, self._total, self._done, self._said = label, total_bytes, 0, 0
         self._lock = lock
+        self._begin_s = time.monotonic()
 
     def advance(self, n_bytes: int) -> None:
         with self._lock:
             self._done += n_bytes
             tenth = 10 * self._done // self._total if self._total else 10
-            if tenth > self._said:
+            if tenth > self._said and time.monotonic() - self._begin_s > QUIET_S:
                 self._said = tenth
                 line = f"{self._label}  {tenth * 10}%  {size_text(self._done)} of {size_text(self._total)}\n"
                 sys.stderr.write(line)
@@ -126,6 +131,7 @@ class Progress:
             bar_format=_BAR,
             position=len(self._bars),
             dynamic_ncols=True,
+            delay=QUIET_S,
             file=sys.stderr,
         )
         self._bars.append(bar)

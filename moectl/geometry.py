@@ -123,9 +123,13 @@ def read_geometry(config: Mapping[str, Any]) -> Geometry:
     if geometry.d_model % geometry.n_heads:
         raise CheckpointError(f"config.json: d_model {geometry.d_model} is not divisible by n_heads {geometry.n_heads}")
     if geometry.n_heads % geometry.kv_n_heads:
-        raise CheckpointError(f"config.json: n_heads {geometry.n_heads} is not divisible by kv_n_heads {geometry.kv_n_heads}")
+        raise CheckpointError(
+            f"config.json: n_heads {geometry.n_heads} is not divisible by kv_n_heads {geometry.kv_n_heads}"
+        )
     if geometry.top_k > geometry.n_experts:
-        raise CheckpointError(f"config.json: moe_top_k {geometry.top_k} is more than moe_num_experts {geometry.n_experts}")
+        raise CheckpointError(
+            f"config.json: moe_top_k {geometry.top_k} is more than moe_num_experts {geometry.n_experts}"
+        )
     return geometry
 
 

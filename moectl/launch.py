@@ -6,17 +6,19 @@ It decides nothing about the model; it turns what is on disk or deployed into on
 from __future__ import annotations
 
 import contextlib
-import socket
+import ipaddress
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moectl.backend import choose_backend
 from moectl.demo import demo_dir
-from moectl.errors import HostsError
-from moectl.hosts import Host
+from moectl.deployment import Deployment, read_deployment
+from moectl.deployment import find_deployment as find_recorded
+from moectl.errors import HostsError, NotDeployed
+from moectl.hosts import Host, HostList
 from moectl.manifest import Manifest, read_manifest
 from moectl.prepare import Wanted
 from moectl.remote import LocalRemote, Remote
@@ -34,12 +36,97 @@ class Local:
     manifest: Manifest
 
 
-def prepare_local(
-    model: str | None,
-    wanted: Wanted,
-    *,
-    shard: Callable[[str, Wanted], Path],
-) -> Local:
-    """Return a local target for a model (None: the bundled demo), cut into the cache first when needed."""
+Target = Local | Deployment
+
+
+def prepare_local(model: str | None, wanted: Wanted, *, shard: Callable[[str, Wanted], Path]) -> Local:
+    """Return a local target for a model (None: the bundled demo), which `shard` finds or makes."""
     directory = shard(model or str(demo_dir()), wanted)
     return Local(directory, read_manifest(directory))
+
+
+def find_deployment(hosts: HostList | None) -> Deployment | None:
+    """Return the current deployment; None when there is none and no hosts are wanted either.
+
+    Raises NotDeployed when hosts are in force and the current deployment is not on exactly these.
+    """
+    recorded = find_recorded()
+    if hosts is None:
+        return None if recorded is None else read_deployment()
+    names = [host.name for host in hosts.hosts]
+    hint = f"moectl deploy {hosts.source}" if hosts.source.endswith(".txt") else "moectl deploy"
+    if recorded is None:
+        raise NotDeployed(f"no model is deployed on {', '.join(names)}.", hint=hint)
+    deployed = [rank.host.name for rank in recorded.ranks]
+    if deployed != names:
+        raise NotDeployed(
+            f"{recorded.name} is deployed on {', '.join(deployed)}, not on {', '.join(names)}.", hint=hint
+        )
+    return read_deployment()
+
+
+@contextlib.contextmanager
+def open_session(target: Target, *, backend: str = "auto", **options: Any) -> Iterator[Session]:
+    """Start the target's workers and yield their session; `options` are Session's. Everything ends with the block."""
+    with contextlib.ExitStack() as held:
+        ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held)
+        wanted = backend
+        if isinstance(target, Deployment) and backend == "auto" and target.backend:
+            wanted = target.backend
+        chosen = choose_backend(wanted, [spec.host for spec in ranks])
+        yield held.enter_context(Session(ranks, backend=chosen, **options))
+
+
+def _local_ranks(target: Local) -> list[RankSpec]:
+    remote = LocalRemote()
+    argv = (sys.executable, *WORKER)
+    directory = str(target.directory.resolve())
+    spec = RankSpec(Host("localhost"), remote, argv, directory, (LOOPBACK,))
+    return [spec] * target.manifest.world_size
+
+
+def _deployed_ranks(target: Deployment, held: contextlib.ExitStack) -> list[RankSpec]:
+    from moectl.cluster import connect
+
+    hosts = [rank.host for rank in target.ranks]
+    remotes = connect(hosts)
+    for remote in remotes:
+        held.callback(remote.close)
+    env = dict(e.split("=", 1) for e in target.envs)
+    addresses = find_addresses(hosts, remotes)
+    return [
+        RankSpec(rank.host, remote, (rank.python, *WORKER), rank.directory, address, env)
+        for rank, remote, address in zip(target.ranks, remotes, addresses, strict=True)
+    ]
+
+
+def find_addresses(hosts: list[Host], remotes: list[Remote]) -> list[tuple[str, ...]]:
+    """Return each host's IPv4 addresses for tensor traffic: `ip=`, else the one that SSH reached it by.
+
+    sshd tells both ends of the connection in SSH_CONNECTION, so aliases and jump hosts need no guess, and this machine
+    (`localhost`) learns under which address the others see it. Raises HostsError where there is no IPv4 address.
+    """
+    # A localhost among remote hosts has to know how those see it, even where they all have ip=.
+    need_ours = any(h.is_local and not h.ips for h in hosts) and not all(h.is_local for h in hosts)
+    seen = {
+        h.name: _ssh_connection(r)
+        for h, r in zip(hosts, remotes, strict=True)
+        if not h.is_local and (need_ours or not h.ips)
+    }
+    ours = next(iter(seen.values()))[0] if need_ours else LOOPBACK
+    found = [h.ips or ((ours,) if h.is_local else (seen[h.name][1],)) for h in hosts]
+    for host, addresses in zip(hosts, found, strict=True):
+        for address in addresses:
+            if not address or ipaddress.ip_address(address).version != 4:
+                raise HostsError(
+                    f"the ring needs an IPv4 address, and {address or 'none'} is what is known",
+                    host=host.name,
+                    hint=f"write '{host.name} ip=10.0.0.1' with its own address in the hosts file",
+                )
+    return found
+
+
+def _ssh_connection(remote: Remote) -> tuple[str, str]:
+    """Return (this machine's address, the host's address) as the host's sshd sees them; empty when it does not say."""
+    words = remote.run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode().split()
+    return (words[0], words[2]) if len(words) == 4 else ("", "")

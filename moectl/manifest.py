@@ -70,9 +70,7 @@ class Manifest:
 
     @property
     def placement(self) -> Placement:
-        return make_placement(
-            self.geometry, self.split, self.world_size, shares=self.shares, group_size=self.unit
-        )
+        return make_placement(self.geometry, self.split, self.world_size, shares=self.shares, group_size=self.unit)
 
     def files_of(self, rank: int) -> dict[str, FileEntry]:
         """Return the files that a rank needs: its own, the common ones and the small ones at the top."""
@@ -116,11 +114,10 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
         raw = json.loads(text)
         if raw.pop("schema", None) != SCHEMA:
             raise IntegrityError(f"{path} is not of schema {SCHEMA}", hint="make the shard set again with this moectl")
-        quantization = Quantization(**raw.pop("quantization")) if raw["quantization"] else _none(raw)
+        precision = raw.pop("quantization")
+        quantization = Quantization(**precision) if precision else None
         files = {p: FileEntry(**f) for p, f in raw.pop("files").items()}
-        manifest = Manifest(
-            quantization=quantization, files=files, shares=tuple(raw.pop("shares")), **raw
-        )
+        manifest = Manifest(quantization=quantization, files=files, shares=tuple(raw.pop("shares")), **raw)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(f"{path} is damaged: {error}", hint="run the same 'moectl shard' again") from None
     for name, entry in files.items():
@@ -131,7 +128,3 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
             raise IntegrityError(f"{path} has no valid size and hash for {name!r}")
     _ = manifest.placement  # raises when split, shares and config contradict each other
     return manifest
-
-
-def _none(raw: dict[str, Any]) -> None:
-    del raw["quantization"]

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from moectl import shards
 from moectl.checkpoint import Checkpoint, open_checkpoint
-from moectl.errors import NotSharded, PlanError
+from moectl.errors import NotSharded
 from moectl.manifest import Manifest, Quantization, read_manifest
 from moectl.paths import data_dir
 from moectl.plan import Placement, make_placement
+from moectl.recipe import MODES, check_quantization
 
-GROUP_SIZES = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
-BITS = {"affine": (2, 3, 4, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 PLAIN_BITS = 16
 
 
@@ -33,19 +32,31 @@ class Wanted:
     mode: str = "affine"
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A shard set: where, split how, and the bytes of its weight files."""
+
+    directory: Path
+    placement: Placement
+    bytes: int
+
+
 def choose_quantization(wanted: Wanted, checkpoint: Checkpoint) -> Quantization | None:
-    """Return how to quantise; None is a 16-bit copy. Raises PlanError for what MLX does not offer."""
-    if wanted.mode not in GROUP_SIZES:
-        raise PlanError(f"unknown quantisation mode {wanted.mode!r}; it is one of {', '.join(GROUP_SIZES)}")
+    """Return how to quantise; None is a 16-bit copy. Raises PlanError for what MLX or the checkpoint cannot do."""
     if wanted.bits is None and wanted.mode == "affine" and wanted.group_size is None:
         return checkpoint.quantization
-    if wanted.bits == PLAIN_BITS:
-        return None
-    bits = wanted.bits or BITS[wanted.mode][0 if wanted.mode != "affine" else 2]
-    if bits not in BITS[wanted.mode]:
-        possible = ", ".join(map(str, BITS[wanted.mode]))
-        raise PlanError(f"mode {wanted.mode} has {possible} bits, not {bits}", hint="or use --q-bits 16 for a plain copy")
-    return Quantization(bits, wanted.group_size or GROUP_SIZES[wanted.mode], wanted.mode)
+    quantization = None
+    if wanted.bits != PLAIN_BITS:
+        bits, group_size = default_precision(wanted.mode)
+        quantization = Quantization(wanted.bits or bits, wanted.group_size or group_size, wanted.mode)
+    check_quantization(checkpoint, quantization)
+    return quantization
+
+
+def default_precision(mode: str) -> tuple[int, int]:
+    """Return MLX's default (bits, group size) of a quantisation mode; an unknown one gets affine's."""
+    groups, widths = MODES[mode] if mode in MODES and mode != "affine" else ((64,), (4,))
+    return widths[0], groups[0]
 
 
 def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
@@ -62,7 +73,7 @@ def shard_set_name(source: str, placement: Placement, quantization: Quantization
         precision = "bf16"
     else:
         precision = f"q{quantization.bits}" if quantization.mode == "affine" else quantization.mode
-        if quantization.group_size != GROUP_SIZES.get(quantization.mode):
+        if quantization.group_size != default_precision(quantization.mode)[1]:
             precision += f"g{quantization.group_size}"
     name = f"{base}-{precision}-{placement.split}-{placement.world_size}"
     if max(placement.shares) - min(placement.shares) > 1:
@@ -85,14 +96,14 @@ def shard(
     keep_source: bool = False,
     jobs: int = 1,
     force: bool = False,
-    on_plan: Callable[[Path, Placement, Quantization | None, int], bool] = lambda *_: True,
+    on_plan: Callable[[Path, int], bool] = lambda *_: True,
     on_download: Callable[[str, int, int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
-) -> tuple[Path, Manifest | None]:
-    """Make (or finish, or find) a shard set; return its directory and manifest.
+) -> Made:
+    """Make (or finish, or find) a shard set; say where it is.
 
-    `on_plan(directory, placement, quantization, output_bytes)` is told what will be made before anything is written;
-    when it returns False nothing is, and the manifest is None.
+    `on_plan(directory, output_bytes)` is told what will be made before anything is written; when it returns False
+    nothing is.
     """
     checkpoint = open_checkpoint(
         source, revision=revision, work_dir=_work_dir(directory, source), keep_source=keep_source, on_bytes=on_download
@@ -103,20 +114,20 @@ def shard(
         name = shard_set_name(checkpoint.source, placement, quantization)
         directory = directory or default_directory(name)
         files = shards.plan_files(checkpoint, placement, quantization)
-        if not on_plan(directory, placement, quantization, shards.output_bytes(files)):
-            return directory, None
-        manifest = shards.cut(
-            checkpoint,
-            placement,
-            quantization,
-            directory,
-            name=name,
-            quantise=quantise,
-            jobs=jobs,
-            on_bytes=on_bytes,
-            force=force,
-        )
-        return directory, manifest
+        output_bytes = shards.output_bytes(files)
+        if on_plan(directory, output_bytes):
+            shards.cut(
+                checkpoint,
+                placement,
+                quantization,
+                directory,
+                name=name,
+                quantise=quantise,
+                jobs=jobs,
+                on_bytes=on_bytes,
+                force=force,
+            )
+        return Made(directory, placement, output_bytes)
     finally:
         checkpoint.close()
 

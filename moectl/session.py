@@ -1,4 +1,4 @@
-"""A model running on its hosts: one leash per rank, and what comes up them. It is the same for one machine and for many.
+"""A model running on its hosts: one leash per rank, and what comes up them; the same for one machine and for many.
 
 `Session` starts the workers, makes them join and load, hands them requests, and fails as a whole: the first dead rank,
 broken protocol or error ends all of them. It knows nothing of terminals, HTTP or how a shard came to a host.
@@ -7,6 +7,7 @@ broken protocol or error ends all of them. It knows nothing of terminals, HTTP o
 from __future__ import annotations
 
 import collections
+import contextlib
 import queue
 import threading
 import time
@@ -115,9 +116,7 @@ class Session:
         for rank, spec in enumerate(self._ranks):
             self._send(
                 rank,
-                Start(
-                    rank, len(self._ranks), spec.shards, list(spec.addresses), self._start_timeout_s, self._dtype
-                ),
+                Start(rank, len(self._ranks), spec.shards, list(spec.addresses), self._start_timeout_s, self._dtype),
             )
         listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, "starting")
         self._check_versions(listening)
@@ -303,7 +302,9 @@ class Session:
         assert process is not None
         try:
             code = process.wait(EXIT_GRACE_S)
-            reason = f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"
+            reason = (
+                f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"
+            )
         except (TimeoutError, MoectlError, OSError):
             pass
         return self._failure(rank, f"{reason} while {phase}")
@@ -323,7 +324,5 @@ def _kind(name: str) -> type[MoectlError]:
 
 
 def _quietly(action: Callable[[], object]) -> None:
-    try:
+    with contextlib.suppress(OSError, ValueError, MoectlError):
         action()
-    except (OSError, ValueError, MoectlError):
-        pass

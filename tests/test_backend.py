@@ -50,7 +50,13 @@ def launched_by_mlx(
     seen: list[Any] = []
     monkeypatch.setattr(launch, "_launch_with_io", lambda command, arguments, verbose: seen.extend(arguments))
     args = Namespace(
-        env=list(hosts.envs), cwd=None, verbose=False, python=None, starting_port=PORT, connections_per_ip=1, backend=backend
+        env=list(hosts.envs),
+        cwd=None,
+        verbose=False,
+        python=None,
+        starting_port=PORT,
+        connections_per_ip=1,
+        backend=backend,
     )
     start = launch.launch_ring if backend == "ring" else launch.launch_jaccl
     start(ArgumentParser(), hosts.hosts, args, ["program"])

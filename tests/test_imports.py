@@ -60,7 +60,7 @@ def room(module: str) -> str:
 def imports(module: str) -> list[tuple[str, bool]]:
     """Return (imported name, whether at the top level) of a module; type-checking imports do not count."""
     tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
-    found = []
+    found: list[tuple[str, bool]] = []
 
     def visit(node: ast.AST, top: bool) -> None:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):

@@ -23,7 +23,7 @@ from moectl.model.reduce import sum_over_ranks
 from moectl.plan import Placement
 
 
-class Router(RouterLogits):  # type: ignore[misc]
+class Router(RouterLogits):
     """Choose top-k experts per token: softmax over all in float32, top-k, then divide by the p-norm."""
 
     def __init__(self, geometry: Geometry) -> None:
@@ -113,7 +113,7 @@ class Model(nn.Module):
     @property
     def layers(self) -> list[DecoderLayer]:
         """The layers, by the name under which mlx-lm's cache and generator look for them."""
-        return self.transformer.blocks  # type: ignore[no-any-return]
+        return self.transformer.blocks
 
 
 def _mlx_args(geometry: Geometry) -> ModelArgs:

@@ -14,7 +14,11 @@ from moectl.manifest import Manifest
 from moectl.model.dbrx import Model
 
 # Shards name experts as the checkpoint does, mlx-lm's SwitchGLU by role.
-_EXPERT_NAMES = {"experts.w1.": "experts.mlp.gate_proj.", "experts.v1.": "experts.mlp.up_proj.", "experts.w2.": "experts.mlp.down_proj."}
+_EXPERT_NAMES = {
+    "experts.w1.": "experts.mlp.gate_proj.",
+    "experts.v1.": "experts.mlp.up_proj.",
+    "experts.w2.": "experts.mlp.down_proj.",
+}
 
 
 def compute_dtype() -> mx.Dtype:
