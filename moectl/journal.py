@@ -1,4 +1,4 @@
-"""What a running or interrupted `shard` knows of its directory: who works on it, with what settings, which files are done.
+"""What an unfinished `shard` knows of its directory: who works on it, its settings, which files are done.
 
 Two files beside the output, both gone when the manifest has been written. It knows nothing of tensors.
 """

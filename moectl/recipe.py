@@ -1,7 +1,7 @@
-"""Lay out a shard set before a byte of it exists: every output file, its header, and where each of its bytes comes from.
+"""Lay out a shard set before a byte of it exists: its files, their headers, where each byte comes from.
 
-Pure arithmetic on headers and shapes. It reads no weights, writes nothing and knows no array library; `shards` carries
-a recipe out and `quantize` does the arithmetic on the way.
+Pure arithmetic on headers and shapes. It reads no weights, writes nothing and knows no array library;
+`shards` carries a recipe out, and `quantize` does the arithmetic on the way.
 """
 
 from __future__ import annotations
@@ -71,13 +71,11 @@ class Matrix:
         return self.target == self.dtype and not self.transposed
 
     def part_row_bytes(self, columns: int) -> tuple[int, ...]:
-        """Return the bytes that `columns` elements of one result row take in each part (weight, scales, biases)."""
+        """Return the bytes of `columns` elements of a result row in each part (weight, scales, biases)."""
         return part_bytes(columns, self.dtype, self.target)
 
 
-Read = Callable[
-    [int, int, memoryview, int], None
-]  # (first row, rows, buffer, bytes between rows in the buffer)
+Read = Callable[[int, int, memoryview, int], None]  # (first row, rows, buffer, bytes between rows in the buffer)
 Write = Callable[[int, int, memoryview], None]  # (part, byte offset within the matrix's part, data)
 Quantise = Callable[[Matrix, Read, Write], None]  # turn one matrix into its parts through read and write
 
@@ -98,10 +96,10 @@ class OutputFile:
     """One safetensors file of a shard set."""
 
     path: str
-    bytes: int
     header: bytes
     tensors: tuple[str, ...]
     pieces: tuple[Piece, ...]
+    bytes: int
 
 
 def check_quantization(checkpoint: Source, wanted: Quantization | None) -> None:
@@ -110,7 +108,7 @@ def check_quantization(checkpoint: Source, wanted: Quantization | None) -> None:
     if kept is not None:
         if wanted != kept:
             raise PlanError(
-                f"the checkpoint is already quantised ({describe(kept)}) and cannot be made {describe(wanted)}",
+                f"the checkpoint is quantised ({describe(kept)}) and cannot become {describe(wanted)}",
                 hint="leave --q-bits, --q-group-size and --q-mode out, or start from the 16-bit checkpoint",
             )
         return
@@ -122,9 +120,7 @@ def check_quantization(checkpoint: Source, wanted: Quantization | None) -> None:
     if wanted.bits not in widths:
         raise PlanError(f"{wanted.mode} cannot have {wanted.bits} bits; it can have {_list(widths)}")
     if wanted.group_size not in groups:
-        raise PlanError(
-            f"{wanted.mode} cannot have groups of {wanted.group_size}; it can have {_list(groups)}"
-        )
+        raise PlanError(f"{wanted.mode} cannot have groups of {wanted.group_size}; it can have {_list(groups)}")
     sizes = {"d_model": checkpoint.geometry.d_model, "ffn_hidden_size": checkpoint.geometry.ffn_hidden}
     for what, size in sizes.items():
         if size % wanted.group_size:
@@ -151,9 +147,9 @@ def plan_files(
 ) -> list[OutputFile]:
     """Lay out every safetensors file of a shard set, in the order in which it is written.
 
-    float32 weights become bfloat16 in a 16-bit copy unless `keep_float32`; routers and norms keep their type. Quantised
-    weights are quantised from the type in which they are stored. Raises PlanError when the placement cuts through a
-    quantisation group, CheckpointError when experts of one layer cannot be stacked.
+    float32 weights become bfloat16 in a 16-bit copy unless `keep_float32`; routers and norms keep their type.
+    Weights are quantised from the type in which they are stored. Raises PlanError when the placement cuts
+    through a quantisation group, CheckpointError when experts of one layer cannot be stacked.
     """
     check_quantization(checkpoint, quantization)
     planner = _Planner(checkpoint, placement, quantization, keep_float32)
@@ -198,7 +194,7 @@ class _Span:
         """Return the span in stored elements, where `stored` of them hold `total` values."""
         if self.start * stored % self.total or self.stop * stored % self.total:
             raise PlanError(
-                f"the split at {self.start}…{self.stop} of {self.total} cuts through a quantisation group of {name}",
+                f"the split at {self.start}…{self.stop} of {self.total} cuts through a group of {name}",
                 hint="choose shares in whole groups of this checkpoint, or --split experts",
             )
         return self.start * stored // self.total, self.stop * stored // self.total
@@ -228,7 +224,7 @@ class _Draft:
             for s, offset, stride, matrix, to in self.pieces
         ]
         pieces.sort(key=lambda p: (p.file, p.offset))  # a disk likes to be read forwards
-        return OutputFile(path, len(header) + end, header, tuple(order), tuple(pieces))
+        return OutputFile(path, header, tuple(order), tuple(pieces), len(header) + end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,12 +268,9 @@ class _Planner:
                 missing = sources[tensors.index(None)].removesuffix("weight") + part
                 raise CheckpointError(f"the checkpoint has no tensor {missing}")
             if any(
-                (t.dtype, t.shape, t.transposed) != (found[0].dtype, found[0].shape, found[0].transposed)
-                for t in found
+                (t.dtype, t.shape, t.transposed) != (found[0].dtype, found[0].shape, found[0].transposed) for t in found
             ):
-                raise CheckpointError(
-                    f"{name}: experts of one layer differ in type or shape and cannot be stacked"
-                )
+                raise CheckpointError(f"{name}: experts of one layer differ in type or shape and cannot be stacked")
             self._add_stack(draft, name.removesuffix("weight") + part, found, rows, columns, stacked=stacked)
 
     def _add_stack(
@@ -297,11 +290,9 @@ class _Planner:
         top, bottom = down.scale(stored[0], item, name)
         left, right = across.scale(stored[1], item, name)
         target = self._target(name, first)
-        if isinstance(target, Quantization) and (
-            columns.start % target.group_size or columns.stop % target.group_size
-        ):
+        if isinstance(target, Quantization) and (columns.start % target.group_size or columns.stop % target.group_size):
             raise PlanError(
-                f"the split at {columns.start}…{columns.stop} cuts through quantisation groups of {target.group_size}",
+                f"the split at {columns.start}…{columns.stop} cuts through groups of {target.group_size}",
                 hint="give the placement the same group size as the quantisation",
             )
         matrix = Matrix(bottom - top, right - left, first.dtype, first.transposed, target)

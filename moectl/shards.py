@@ -1,8 +1,8 @@
 """Cut a checkpoint into a shard set, in a stream, and check one that is there.
 
-Carries out a `recipe`: reads rows, has them quantised by a callable that is passed in, writes at offsets known
-beforehand, hashes, and writes the manifest last. Memory does not grow with the model, an interrupted cut goes on where
-it was, and a file gets its final name only when it is whole. It knows no array library and prints nothing.
+Carries out a `recipe`: reads rows, has them quantised by a callable that is passed in, writes at offsets
+known beforehand, hashes, and writes the manifest last. Memory does not grow with the model, an interrupted
+cut goes on where it was, a file gets its final name only when it is whole. It knows no array library.
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ def cut(
     force: bool = False,
     keep_float32: bool = False,
 ) -> Manifest:
-    """Write the shard set of a checkpoint to `directory`, or finish one that was interrupted; return its manifest.
+    """Write the shard set of a checkpoint to `directory`, or finish an interrupted one; return its manifest.
 
-    `quantise` is `quantize.quantizer`; `jobs` streams work at once. `on_bytes` is told output bytes as they come
-    (finished files of an earlier run at once), on the calling thread; they add up to `output_bytes`. A set that is
-    there with the same settings is left alone unless `force`, which starts afresh. Raises PlanError, CheckpointError,
-    UsageError (the directory holds something else), StateError (disk full, not writable, in use), IntegrityError.
+    `quantise` is `quantize.quantizer`; `jobs` streams work at once. `on_bytes` is told output bytes as they
+    come (those of an earlier run at once), on the calling thread; they add up to `output_bytes`. A set that
+    is there with the same settings is left alone unless `force`, which starts afresh. Raises PlanError,
+    CheckpointError, UsageError (the directory holds something else), StateError (disk full, not writable, in
+    use), and IntegrityError or Unreachable from the checkpoint.
     """
     if not 1 <= jobs <= MAX_JOBS:
         raise UsageError(f"{jobs} jobs cannot be; use 1 to {MAX_JOBS}")
@@ -108,7 +109,7 @@ def cut(
 def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
     """Hash every file of a shard set again and return its manifest.
 
-    Raises NotSharded, and IntegrityError that names the files which are missing, have another size or other bytes.
+    Raises NotSharded, and IntegrityError that names the files that are missing or have another size or bytes.
     """
     manifest = read_manifest(directory)
     problems = []
@@ -117,9 +118,9 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
         if problem:
             problems.append(f"{file} {problem}")
     if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        named = ", ".join(problems[:3]) + (f", and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise IntegrityError(
-            f"{len(problems)} of {len(manifest.files)} files in {directory} are damaged: {', '.join(problems[:3])}{more}",
+            f"{len(problems)} of {len(manifest.files)} files in {directory} are damaged: {named}",
             hint="delete those files and run the same 'moectl shard' again: it makes only them",
         )
     return manifest
@@ -238,8 +239,9 @@ def _find_finished(job: _Job) -> dict[str, FileEntry] | None:
         return {}
     binding, done = held
     if binding != job.binding():
+        what = _difference(binding, job.binding())
         raise UsageError(
-            f"{job.directory} holds an unfinished shard set made with other settings{_difference(binding, job.binding())}",
+            f"{job.directory} holds an unfinished shard set made with other settings{what}",
             hint="choose another directory with -o, or start afresh with --force",
         )
     return {f: e for f, e in done.items() if _matches(job, f, e)}
@@ -252,8 +254,8 @@ def _finished_of(job: _Job, there: Manifest) -> dict[str, FileEntry]:
     sizes = {f: e.bytes for f, e in there.files.items() if f in mine}
     if not same or sizes != mine:
         raise UsageError(
-            f"{job.directory} already holds another shard set: {there.source}, {describe(there.quantization)}, "
-            f"{there.split} {','.join(map(str, there.shares))}",
+            f"{job.directory} already holds another shard set: {there.source}, "
+            f"{describe(there.quantization)}, {there.split} {','.join(map(str, there.shares))}",
             hint="choose another directory with -o, or replace it with --force",
         )
     if job.changed_since(job.directory / MANIFEST_NAME):
@@ -274,9 +276,7 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 def _refuse_strangers(directory: Path) -> None:
     # Hidden names may be ours (a lock, a download beside) or the desktop's; anything else is somebody's work.
     if any(not p.name.startswith(".") for p in directory.iterdir()):
-        raise UsageError(
-            f"{directory} is not empty and is not a shard set", hint="choose a new directory with -o"
-        )
+        raise UsageError(f"{directory} is not empty and is not a shard set", hint="choose a new directory with -o")
 
 
 def _clear(job: _Job) -> None:
@@ -317,9 +317,7 @@ def _partial(path: Path) -> Path:
 
 def _check_space(job: _Job, missing: Sequence[OutputFile]) -> None:
     """Raise StateError unless the disk has room for what is missing."""
-    there = sum(
-        p.stat().st_blocks * 512 for p in (_partial(job.directory / f.path) for f in missing) if p.exists()
-    )
+    there = sum(p.stat().st_blocks * 512 for p in (_partial(job.directory / f.path) for f in missing) if p.exists())
     needed = max(0, output_bytes(missing) - there)
     files = {p.file for f in missing for p in f.pieces}
     sources = 0
@@ -388,7 +386,7 @@ class _Cancelled(Exception):
 
 
 class _Sources:
-    """Source files on their way through: fetched when needed, the next one in advance, dropped after their last use."""
+    """Source files passing through: the next is fetched in advance, each is dropped after its last use."""
 
     def __init__(self, checkpoint: Checkpoint, files: Sequence[OutputFile], cancel: threading.Event) -> None:
         self._checkpoint = checkpoint
@@ -487,9 +485,7 @@ class _Output:
         if self._flush is not None:
             self._flush.result()
         if os.fstat(self._fd).st_size != self.file.bytes:
-            raise IntegrityError(
-                f"{self.path} came out at another size than planned; this is a defect of moectl"
-            )
+            raise IntegrityError(f"{self.path} came out at another size than planned; this is a defect of moectl")
         os.fsync(self._fd)
         self.close()
         _partial(self.path).replace(self.path)
@@ -515,15 +511,13 @@ class _Run:
         self._journal = journal
         self._journal_lock = threading.Lock()
         self._cancel = threading.Event()
-        self._news: SimpleQueue[int | BaseException | None] = (
-            SimpleQueue()
-        )  # bytes, a failure, or a thread's end
+        self._news: SimpleQueue[int | BaseException | None] = SimpleQueue()  # bytes, a failure, or a thread's end
         self._outputs: dict[str, _Output] = {}
         self._lock = threading.Lock()
         self._pieces: Iterator[tuple[OutputFile, Piece]] = iter(())
 
     def run(self, named: Sequence[OutputFile], missing: Sequence[OutputFile]) -> None:
-        """Hash the files of `named`, make and hash those of `missing`. Raises the first failure of any thread."""
+        """Hash the files of `named`, make and hash those of `missing`; raise a thread's first failure."""
         self._pieces = ((f, p) for f in missing for p in f.pieces)
         self._sources = _Sources(self._job.checkpoint, missing, self._cancel)
         with ExitStack() as stack:
@@ -533,10 +527,7 @@ class _Run:
             stack.callback(self._cancel.set)
             hashes = [self._hasher.submit(self._hash, f, True) for f in named]
             self._hashes = hashes
-            workers = [
-                threading.Thread(target=self._work, name=f"cut {i}", daemon=True)
-                for i in range(self._job.jobs)
-            ]
+            workers = [threading.Thread(target=self._work, name=f"cut {i}", daemon=True) for i in range(self._job.jobs)]
             for worker in workers:
                 worker.start()
             try:
@@ -669,9 +660,7 @@ class _Transfer:
         while wanted:
             count = os.preadv(self._fd, views, offset)
             if count == 0:
-                raise CheckpointError(
-                    f"{self._piece.file} ended too early: it was cut short while being read"
-                )
+                raise CheckpointError(f"{self._piece.file} ended too early: it was cut short while being read")
             wanted -= count
             offset += count
             while views and count >= len(views[0]):
