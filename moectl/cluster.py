@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from multiprocessing import connection
@@ -40,8 +42,10 @@ from moectl.provision import (
     Event,
     HostResult,
     OnEvent,
+    Planned,
     Task,
     deploy_host,
+    inspect_host,
     make_remote,
 )
 from moectl.remote import Remote
@@ -166,9 +170,7 @@ def wanted_versions() -> dict[str, str]:
     return versions
 
 
-def _check_request(
-    hosts: Sequence[Host], manifest: Manifest, only: Sequence[str], wheelhouse: Path | None
-) -> None:
+def _check_request(hosts: Sequence[Host], manifest: Manifest, only: Sequence[str], wheelhouse: Path | None) -> None:
     if len(hosts) != manifest.world_size:
         raise PlanError(
             f"{manifest.name} is cut for {manifest.world_size} hosts, {len(hosts)} are listed",
@@ -210,11 +212,22 @@ def _record(
 
 
 def _run_tasks(tasks: Sequence[Task], jobs: int, on_event: OnEvent) -> tuple[HostResult, ...]:
-    """Run each task in a process of its own, `jobs` at once; leaving early, by Ctrl-C too, ends them all."""
+    """Look at all hosts in threads, then give each that lacks something a process, `jobs` at once.
+
+    Most deployments find little to do, and a process costs more than looking. Leaving early, by Ctrl-C too, ends
+    all processes.
+    """
     context = multiprocessing.get_context("spawn")
-    waiting = list(tasks)
+    waiting: list[Task] = []
     running: dict[connection.Connection, tuple[Any, Task]] = {}
     results: dict[int, HostResult] = {}
+    for task, seen in zip(tasks, _inspect_all(tasks), strict=True):
+        on_event(Planned(task.rank, task.host.name, seen.copied_bytes, seen.kept_bytes))
+        if task.dry_run or seen.error or (seen.python and not seen.copied_bytes):
+            results[task.rank] = seen
+            on_event(seen)
+        else:
+            waiting.append(task)
     try:
         while waiting or running:
             while waiting and len(running) < max(1, jobs):
@@ -242,6 +255,36 @@ def _run_tasks(tasks: Sequence[Task], jobs: int, on_event: OnEvent) -> tuple[Hos
     return tuple(results[rank] for rank in sorted(results))
 
 
+def _inspect_all(tasks: Sequence[Task]) -> list[HostResult]:
+    results: list[HostResult | None] = [None] * len(tasks)
+
+    def inspect(index: int, task: Task) -> None:
+        started = time.monotonic()
+        result = _catch(task, lambda: inspect_host(task))
+        results[index] = replace(result, duration_s=time.monotonic() - started)
+
+    # Daemons, not a pool: Ctrl-C has to leave at once, although a host may be hashing for minutes.
+    threads = [threading.Thread(target=inspect, args=a, daemon=True) for a in enumerate(tasks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [result for result in results if result is not None]
+
+
+def _catch(task: Task, work: Callable[[], HostResult]) -> HostResult:
+    """Return the result of `work`, or its error as a result; a bug on one host must not hide the others."""
+    try:
+        return work()
+    except MoectlError as error:
+        return HostResult(task.rank, task.host, error)
+    except Exception as error:
+        if os.environ.get("MOECTL_DEBUG"):
+            traceback.print_exc()
+        reason = f"unexpected {type(error).__name__}: {error} (a bug in moectl)"
+        return HostResult(task.rank, task.host, MoectlError(reason, host=task.host.name))
+
+
 def _take_event(ours: connection.Connection, task: Task, on_event: OnEvent) -> HostResult | None:
     try:
         event = ours.recv()
@@ -256,20 +299,8 @@ def _serve_task(pipe: connection.Connection, task: Task) -> None:
     """Deploy to one host and send what happens up the pipe; the entry point of a host's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
     started = time.monotonic()
-    try:
-        result = deploy_host(task, _throttle(task, pipe.send))
-    except MoectlError as error:
-        result = HostResult(task.rank, task.host, error)
-    except BrokenPipeError:  # the parent is gone
-        return
-    except Exception as error:
-        if os.environ.get("MOECTL_DEBUG"):
-            raise
-        bug = MoectlError(
-            f"unexpected {type(error).__name__}: {error} (a bug in moectl)", host=task.host.name
-        )
-        result = HostResult(task.rank, task.host, bug)
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
+        result = _catch(task, lambda: deploy_host(task, _throttle(task, pipe.send)))
         pipe.send(replace(result, duration_s=time.monotonic() - started))
 
 

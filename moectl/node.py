@@ -4,7 +4,8 @@
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from
 Python 3.9 on. `remote` also imports it for this machine. It is not the worker: no model, no mlx, no network.
 
-    python -c TEXT receive PATH BYTES SHA256    file on stdin; answers {"kept": n}, then {} or {"error": …}
+    python -c TEXT receive                      files on stdin, each behind a line {"path", "bytes", "sha256"};
+                                                answers {"kept": n} and takes the rest, then {} or {"error": …}
     python -c TEXT survey                       what is there? request on stdin, JSON
     python -c TEXT record                       remember files that were verified; request on stdin, JSON
     python -c TEXT write PATH                   stdin becomes PATH, atomically
@@ -30,6 +31,7 @@ from typing import Any
 
 ANSWER = b"moectl-node: "
 BLOCK_BYTES = 1 << 20
+IDLE_S = 600.0
 STALL_S = 120.0  # a sender that vanished without a word must not hold the lock for ever
 RECORD = ".moectl-verified.json"
 
@@ -286,8 +288,27 @@ def describe_failure(error: Exception) -> dict[str, Any]:
     return {"error": type(error).__name__.lower()}
 
 
-def _read_stdin(count: int) -> bytes:
-    ready, _, _ = select.select([0], [], [], STALL_S)
+def _receive_next() -> bool:
+    """Receive one file; False when there are no more, or when what comes next on stdin is not known any more."""
+    line = b""
+    while not line.endswith(b"\n"):  # the sender waits for our answer: no byte of the file follows yet
+        block = _read_stdin(1 << 16, IDLE_S)
+        if not block:
+            return False
+        line += block
+    header = json.loads(line)
+    path = os.path.expanduser(header["path"])
+    try:
+        receive(_read_stdin, path, header["bytes"], header["sha256"], lambda kept: _answer({"kept": kept}))
+    except Mismatch as error:
+        _answer(describe_failure(error))
+    else:
+        _answer({})
+    return True
+
+
+def _read_stdin(count: int, timeout_s: float = STALL_S) -> bytes:
+    ready, _, _ = select.select([0], [], [], timeout_s)
     return os.read(0, count) if ready else b""
 
 
@@ -299,10 +320,10 @@ def _answer(value: dict[str, Any]) -> None:
 def _main(command: str, arguments: list[str]) -> None:
     try:
         if command == "receive":
-            destination, size, sha256 = arguments
-            path = os.path.expanduser(destination)
-            receive(_read_stdin, path, int(size), sha256, lambda kept: _answer({"kept": kept}))
-            _answer({})
+            with contextlib.suppress(AttributeError, OSError):  # Linux only: fewer, larger reads
+                fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, BLOCK_BYTES)
+            while _receive_next():
+                pass
         elif command == "write":
             write(arguments[0], sys.stdin.buffer.read())
             _answer({})

@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,34 +134,47 @@ def make_remote(host: Host) -> Remote:
     return SSHRemote(host)
 
 
-def deploy_host(task: Task, on_event: OnEvent) -> HostResult:
-    remote = make_remote(task.host)
+def inspect_host(task: Task) -> HostResult:
+    """Look at a host and tell what a deployment would do there; nothing is changed.
+
+    Nothing to do: `copied_bytes` is 0 and `python` is set. Raises what `deploy_host` would raise so far.
+    """
+    remote: Remote = DryRunRemote(make_remote(task.host))
     try:
-        if task.dry_run:
-            remote = DryRunRemote(remote)
-        found = _survey(remote, task)
-        remote.python = found["python"]
-        missing = found["missing"]
-        copy = sum(task.files[name].bytes for name in missing)
-        keep = sum(task.files[name].bytes for name in found["kept"])
-        on_event(Planned(task.rank, task.host.name, copy, keep))
-        needed = sum(task.files[name].bytes - there for name, there in missing.items())
-        _check_room(task, found, needed)
-        python = _prepare_python(remote, task, found, on_event)
-        _push_files(remote, task, found, on_event)
-        on_event(Advanced(task.rank, task.host.name, 0))
-        return HostResult(
-            rank=task.rank,
-            host=task.host,
-            python=python,
-            root=found["root"],
-            directory=found["directory"],
-            copied_bytes=copy,
-            kept_bytes=keep,
-            free_after_bytes=found["free"] - needed,
-        )
+        return _plan(task, _survey(remote, task))
     finally:
         remote.close()
+
+
+def deploy_host(task: Task, on_event: OnEvent) -> HostResult:
+    """Install and copy what a host lacks. Raises HostError, RemoteError and IntegrityError of any kind."""
+    remote = make_remote(task.host)
+    try:
+        found = _survey(remote, task)
+        plan = _plan(task, found)
+        remote.python = found["python"]
+        python = plan.python or _prepare_python(remote, task, found, on_event)
+        _push_files(remote, task, found, on_event)
+        return replace(plan, python=python)
+    finally:
+        remote.close()
+
+
+def _plan(task: Task, found: Mapping[str, Any]) -> HostResult:
+    """Compare what was found with what is wanted. Raises CommandFailed when it cannot fit or be written."""
+    missing = found["missing"]
+    needed = sum(task.files[name].bytes - there for name, there in missing.items())
+    _check_room(task, found, needed)
+    return HostResult(
+        rank=task.rank,
+        host=task.host,
+        python=_find_python(task, found),
+        root=found["root"],
+        directory=found["directory"],
+        copied_bytes=sum(task.files[name].bytes for name in missing),
+        kept_bytes=sum(task.files[name].bytes for name in found["kept"]),
+        free_after_bytes=found["free"] - needed,
+    )
 
 
 def _survey(remote: Remote, task: Task) -> dict[str, Any]:
@@ -209,14 +222,10 @@ def _read_answer(remote: Remote, stdout: bytes, stderr: bytes, code: int) -> dic
     raise CommandFailed(f"its python gave no answer: {said or f'exit code {code}'}", host=remote.name)
 
 
-def _ask(
-    remote: Remote, command: str, arguments: Sequence[str], stdin: bytes, **options: Any
-) -> dict[str, Any]:
-    """Run one of `node`'s commands on the host; an empty answer in a dry run that left it out."""
+def _ask(remote: Remote, command: str, arguments: Sequence[str], stdin: bytes) -> dict[str, Any]:
+    """Run one of `node`'s commands on the host and return its answer."""
     argv = [remote.python, "-c", node_text(), command, *arguments]
-    done = remote.run(argv, stdin=stdin, check=False, **options)
-    if not (done.stdout or done.stderr or done.code):
-        return {}
+    done = remote.run(argv, stdin=stdin, check=False)
     return _read_answer(remote, done.stdout, done.stderr, done.code)
 
 
@@ -231,22 +240,25 @@ def _check_room(task: Task, found: Mapping[str, Any], needed: int) -> None:
         raise CommandFailed(f"cannot write to {found['root']}: permission denied", host=task.host.name)
 
 
-def _prepare_python(remote: Remote, task: Task, found: Mapping[str, Any], on_event: OnEvent) -> str:
-    """Return an interpreter with exactly the wanted versions: the one named, the one here, or a new one."""
-    env_python = f"{found['root']}/env/bin/python"
+def _find_python(task: Task, found: Mapping[str, Any]) -> str:
+    """Return an interpreter with exactly the wanted versions: the one named, or the one made before; else ""."""
     if (task.host.python or task.host.is_local) and found["packages"] == task.versions:
         return str(found["python"])
     if found["stamp"] == task.stamp and found["env"]:
-        return env_python
-    if task.dry_run:
-        return ""
+        return f"{found['root']}/env/bin/python"
+    return ""
+
+
+def _prepare_python(remote: Remote, task: Task, found: Mapping[str, Any], on_event: OnEvent) -> str:
+    """Make or mend the host's own environment and return its interpreter."""
+    env_python = f"{found['root']}/env/bin/python"
     versions = ", ".join(f"{name} {version}" for name, version in task.versions.items())
     on_event(Working(task.rank, task.host.name, f"installing {versions}"))
     if found["python"] != env_python:
         _make_env(remote, found)
     _install(remote, task, found, env_python)
     remote.python = env_python
-    _ask(remote, "write", [f"{found['root']}/{STAMP}"], task.stamp.encode(), mutates=True)
+    _ask(remote, "write", [f"{found['root']}/{STAMP}"], task.stamp.encode())
     return env_python
 
 
@@ -275,9 +287,7 @@ def _install(remote: Remote, task: Task, found: Mapping[str, Any], env_python: s
         remote.run([*pip, "--force-reinstall", "--no-deps", ours], timeout_s=PIP_S, mutates=True)
         remote.run([*pip, *offline, ours, *others], timeout_s=PIP_S, mutates=True)
     except CommandFailed as error:
-        hint = (
-            "no internet there? Here: pip download mlx-lm -d wheels, then moectl deploy --wheelhouse wheels"
-        )
+        hint = "no internet there? Here: pip download mlx-lm -d wheels, then moectl deploy --wheelhouse wheels"
         raise CommandFailed(error.message, host=remote.name, hint=hint) from None
     remote.python = env_python
     request = {"root": found["root"], "directory": "", "files": {}, "verify": False, "remember": False}
@@ -309,4 +319,4 @@ def _push_files(remote: Remote, task: Task, found: Mapping[str, Any], on_event: 
             # Unrecorded files cost a re-hash next time, nothing else: do not hide the error that got us here.
             with contextlib.suppress(MoectlError):
                 request = json.dumps({"directory": directory, "files": pushed}).encode()
-                _ask(remote, "record", [], request, mutates=True)
+                _ask(remote, "record", [], request)

@@ -64,6 +64,7 @@ class SSHRemote:
         self._transport: paramiko.Transport | None = None
         self._opened = contextlib.ExitStack()
         self._lock = threading.Lock()
+        self._receiver: tuple[paramiko.Channel, _Answers] | None = None
 
     def connect(self) -> None:
         """Connect and log in now. Raises Unreachable, AuthFailed, HostKeyError, HostError."""
@@ -117,6 +118,7 @@ class SSHRemote:
             raise put_error(answer, source, destination, sha256, self.name)
 
     def close(self) -> None:
+        self._drop_receiver()
         with self._lock:
             self._transport = None
             self._opened.close()
@@ -149,21 +151,42 @@ class SSHRemote:
         self, source: Path, size: int, destination: str, sha256: str, count: Callable[[int], None]
     ) -> dict[str, Any]:
         """Stream one file into `node.receive` on the host and return its verdict."""
-        channel = self._execute([self.python, "-c", node_text(), "receive", destination, str(size), sha256])
-        answers = _Answers(channel, self.name)
+        header = json.dumps({"path": destination, "bytes": size, "sha256": sha256}).encode() + b"\n"
         try:
-            channel.settimeout(STALL_S)
-            answer = answers.read()
-            if "error" in answer:
-                return answer
-            count(answer["kept"])
-            # A host that stops reading has already said why: the verdict below tells.
-            with contextlib.suppress(OSError):
-                _stream_file(source, answer["kept"], size, channel, count)
+            channel, answers, answer = self._ask_receiver(header)
+            if "error" not in answer:
+                count(answer["kept"])
+                # A host that stops reading has already said why: its answer tells.
+                with contextlib.suppress(OSError):
+                    channel.settimeout(STALL_S)
+                    _stream_file(source, answer["kept"], size, channel, count)
                 channel.settimeout(VERDICT_S)
-            return answers.read()
-        finally:
-            channel.close()
+                answer = answers.read()
+        except BaseException:
+            self._drop_receiver()
+            raise
+        if answer.get("error", "mismatch") != "mismatch":
+            self._drop_receiver()
+        return answer
+
+    def _ask_receiver(self, header: bytes) -> tuple[paramiko.Channel, _Answers, dict[str, Any]]:
+        """Offer a file to the program that receives on the host, started on first use; one serves many files."""
+        if self._receiver is not None:
+            with contextlib.suppress(OSError, Unreachable, CommandFailed):  # idle for too long: start another
+                return *self._receiver, _offer(*self._receiver, header)
+            self._drop_receiver()
+        channel = self._execute([self.python, "-c", node_text(), "receive"])
+        self._receiver = channel, _Answers(channel, self.name)
+        try:
+            return *self._receiver, _offer(*self._receiver, header)
+        except OSError:
+            # It ended at once; its last words say why.
+            return *self._receiver, self._receiver[1].read()
+
+    def _drop_receiver(self) -> None:
+        if self._receiver is not None:
+            self._receiver[0].close()
+            self._receiver = None
 
 
 class SSHProcess:
@@ -271,9 +294,7 @@ class _Answers:
         if code == -1:
             raise Unreachable("the connection was lost", host=self._host)
         said = self._channel.recv_stderr(1 << 16).strip().decode("utf-8", "replace").split("\n")[-1]
-        raise CommandFailed(
-            f"its python cannot receive files: {said or f'exit code {code}'}", host=self._host
-        )
+        raise CommandFailed(f"its python cannot receive files: {said or f'exit code {code}'}", host=self._host)
 
 
 def quote_command(argv: Sequence[str], env: Mapping[str, str] | None = None) -> str:
@@ -298,9 +319,7 @@ def _communicate(channel: paramiko.Channel, stdin: bytes) -> Completed:
     stderr: list[bytes] = []
 
     def feed() -> None:
-        with contextlib.suppress(
-            OSError, EOFError, paramiko.SSHException
-        ):  # a command need not read its stdin
+        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):  # a command need not read its stdin
             channel.sendall(stdin)
             channel.shutdown_write()
 
@@ -319,9 +338,13 @@ def _communicate(channel: paramiko.Channel, stdin: bytes) -> Completed:
     return Completed(code, b"".join(stdout), b"".join(stderr))
 
 
-def _stream_file(
-    source: Path, start: int, size: int, channel: paramiko.Channel, count: Callable[[int], None]
-) -> None:
+def _offer(channel: paramiko.Channel, answers: _Answers, header: bytes) -> dict[str, Any]:
+    channel.settimeout(VERDICT_S)  # it first hashes what an earlier push left
+    channel.sendall(header)
+    return answers.read()
+
+
+def _stream_file(source: Path, start: int, size: int, channel: paramiko.Channel, count: Callable[[int], None]) -> None:
     block = memoryview(bytearray(BLOCK_BYTES))
     with _open_source(source) as f:
         f.seek(start)
@@ -330,17 +353,15 @@ def _stream_file(
             channel.sendall(cast(bytes, block[:got]))  # a view saves paramiko a copy of all that is left
             left -= got
             count(got)
-        if left:
-            channel.shutdown_write()  # the source got shorter: the host sees the end and gives up
+    if left:
+        raise IntegrityError(f"{source} got shorter while it was sent", hint="moectl shard --verify")
 
 
 def _open_source(source: Path) -> io.FileIO:
     try:
         return source.open("rb", buffering=0)
     except OSError as error:
-        raise IntegrityError(
-            f"{source} cannot be read: {error.strerror}", hint="moectl shard --verify"
-        ) from None
+        raise IntegrityError(f"{source} cannot be read: {error.strerror}", hint="moectl shard --verify") from None
 
 
 def _open_transport(
@@ -388,14 +409,10 @@ def _explain(settings: SSHSettings, through: tuple[str, ...]) -> Iterator[None]:
         ) from None
     except (paramiko.SSHException, OSError, EOFError) as error:
         reason = str(error) or type(error).__name__
-        raise Unreachable(
-            f"cannot connect: {reason}{way}", host=name, hint=f"try: {settings.command}"
-        ) from None
+        raise Unreachable(f"cannot connect: {reason}{way}", host=name, hint=f"try: {settings.command}") from None
 
 
-def _dial(
-    settings: SSHSettings, config: str | None, opened: contextlib.ExitStack, through: tuple[str, ...]
-) -> Any:
+def _dial(settings: SSHSettings, config: str | None, opened: contextlib.ExitStack, through: tuple[str, ...]) -> Any:
     """Return something like a socket to the host's sshd: direct, by ProxyJump or by ProxyCommand."""
     if settings.proxy_jump and settings.proxy_jump[-1] != settings.name:
         return _jump(settings, config, opened, through)
