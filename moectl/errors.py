@@ -12,7 +12,8 @@ MoectlError (1)
 │   └── HostKeyError             unknown or changed host key
 ├── RemoteError (6)              a host was reached, and what ran there failed
 │   ├── CommandFailed            a command returned non-zero
-│   └── VersionMismatch          python, mlx, mlx-lm or moectl differ
+│   ├── VersionMismatch          python, mlx, mlx-lm or moectl differ
+│   └── PeerLost                 a rank's connection to another rank broke
 ├── IntegrityError (7)           bytes on disk are not those that were promised
 └── StateError (8)               something has to be done first
     ├── NotSharded
@@ -94,6 +95,10 @@ class CommandFailed(RemoteError):
 
 
 class VersionMismatch(RemoteError):
+    pass
+
+
+class PeerLost(RemoteError):
     pass
 
 

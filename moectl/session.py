@@ -17,7 +17,7 @@ from typing import Any
 
 from moectl import errors
 from moectl.backend import make_connect
-from moectl.errors import MoectlError, RemoteError, Unreachable
+from moectl.errors import MoectlError, PeerLost, RemoteError, Unreachable
 from moectl.hosts import Host
 from moectl.leash import (
     BEAT_S,
@@ -46,6 +46,7 @@ from moectl.request import Request
 
 LOG_LINES = 20
 EXIT_GRACE_S = 5.0
+BLAME_S = 1.0  # how long to wait for the rank at fault after another one said that it lost it
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,9 @@ class RankSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """A rank's stdout reached its end."""
+    """A rank's stdout reached its end; `reason` when it was not a plain end of file."""
 
-    reason: str
+    reason: str | None = None
 
 
 class Session:
@@ -244,6 +245,8 @@ class Session:
                 _quietly(process.kill)
         for thread in self._threads:
             thread.join(EXIT_GRACE_S)
+        for process in started:
+            _quietly(process.close)
 
     # Plumbing: one thread per stream, one for heartbeats.
 
@@ -269,7 +272,7 @@ class Session:
             pass  # its death is reported by the thread that reads it, with the reason
 
     def _read_events(self, rank: int, process: Process) -> None:
-        reason = "its output ended"
+        reason = None
         try:
             for event in read_messages(process.stdout):
                 self._events.put((rank, event))  # type: ignore[arg-type]
@@ -289,25 +292,39 @@ class Session:
             pass  # closed under us
 
     def _raise_if_bad(self, rank: int, event: Event | _Ended, phase: str) -> None:
+        """Raise for the rank at fault: the one that died or erred by itself, not those that lost it as a peer."""
+        reports = [(rank, event)]
+        deadline = time.monotonic() + BLAME_S
+        while all(isinstance(e, Fatal) and e.kind == PeerLost.__name__ for _, e in reports):
+            try:
+                reports.append(self._events.get(timeout=max(0.0, deadline - time.monotonic())))
+            except queue.Empty:
+                break
+            if not isinstance(reports[-1][1], Fatal | _Ended):
+                reports.pop()
+            elif any(r == reports[-1][0] for r, _ in reports[:-1]):
+                reports.pop()  # the end of one that has already said why
+        raise self._explain(*reports[-1], phase)
+
+    def _explain(self, rank: int, event: Event | _Ended, phase: str) -> MoectlError:
         match event:
             case Fatal():
-                raise self._failure(rank, event.message, kind=_kind(event.kind), hint=event.hint)
+                return self._failure(rank, event.message, kind=_kind(event.kind), hint=event.hint)
+            case _Ended(reason=None):
+                return self._failure(rank, f"{self._exit_text(rank)} while {phase}")
             case _Ended():
-                raise self._ended(rank, event.reason, phase)
+                return self._failure(rank, f"{event.reason} (while {phase})")
             case _:
-                raise self._failure(rank, f"an unexpected {type(event).__name__} while {phase}")
+                return self._failure(rank, f"an unexpected {type(event).__name__} while {phase}")
 
-    def _ended(self, rank: int, reason: str, phase: str) -> MoectlError:
+    def _exit_text(self, rank: int) -> str:
         process = self._processes[rank]
         assert process is not None
         try:
             code = process.wait(EXIT_GRACE_S)
-            reason = (
-                f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"
-            )
         except (TimeoutError, MoectlError, OSError):
-            pass
-        return self._failure(rank, f"{reason} while {phase}")
+            return "the connection to the worker was lost"
+        return f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"
 
     def _failure(
         self, rank: int, message: str, *, kind: type[MoectlError] = RemoteError, hint: str | None = None

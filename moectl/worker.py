@@ -49,6 +49,7 @@ from moectl.leash import (
 )
 
 _TEMPORARY = "moectl-"
+_BACKEND_ERRORS = ("[ring]", "[jaccl]")  # how mlx begins what its data planes raise
 
 
 class Leash:
@@ -123,7 +124,9 @@ def main() -> None:
         _exit(str(error))
     except BaseException as error:  # whatever it was: say it, and end before anything can hang
         _log_traceback()
-        leash.tell(Fatal("MoectlError", f"unexpected {type(error).__name__}: {error}"))
+        lost = isinstance(error, RuntimeError) and str(error).startswith(_BACKEND_ERRORS)
+        kind = errors.PeerLost.__name__ if lost else MoectlError.__name__
+        leash.tell(Fatal(kind, str(error) if lost else f"unexpected {type(error).__name__}: {error}"))
         _exit(str(error))
 
 

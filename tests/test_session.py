@@ -1,0 +1,244 @@
+"""A session of real worker processes on this machine: answers, cancels, and failing as a whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from moectl.errors import MoectlError, NotDeployed, RemoteError, Unreachable, UsageError
+from moectl.hosts import Host
+from moectl.leash import Done, Token
+from moectl.remote import LocalRemote
+from moectl.request import Request
+from moectl.session import RankSpec, Session
+from tests.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.ring import rank_env
+from tests.test_lockstep import cut_case
+from tests.tiny import write_checkpoint
+
+WORKER = (sys.executable, "-m", "moectl", "worker")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("source")
+    write_checkpoint(source, vocab_size=VOCAB_SIZE)
+    write_tokenizer(source)
+    return cut_case(source, tmp_path_factory.mktemp("shards") / "two", "hidden", (2, 4), 16)
+
+
+def specs(shards: Path, argv: tuple[str, ...] = WORKER, count: int = 2, **env: str) -> list[RankSpec]:
+    return [
+        RankSpec(Host(f"host{rank}"), LocalRemote(), argv, str(shards), ("127.0.0.1",), rank_env(**env))
+        for rank in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def session(shards: Path) -> Iterator[Session]:
+    with Session(specs(shards)) as session:
+        yield session
+
+
+def worker_pids() -> set[int]:
+    """Return the workers that this test process started, running or not yet reaped."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 3) for line in listed.splitlines()[1:]]
+    return {int(r[0]) for r in rows if int(r[1]) == os.getpid() and "moectl worker" in r[3] and "Z" not in r[2]}
+
+
+def text_of(events: list[Token | Done]) -> str:
+    return "".join(e.text for e in events if isinstance(e, Token))
+
+
+def test_an_answer_streams_and_repeats(session: Session) -> None:
+    first = list(session.generate(Request(1, "hello", 12)))
+    again = list(session.generate(Request(2, "hello", 12)))
+    assert text_of(first) == text_of(again)
+    done = first[-1]
+    assert isinstance(done, Done)
+    assert (done.finish_reason, done.stats.completion_tokens) == ("length", 12)
+    assert len([e for e in first if isinstance(e, Token) and e.token >= 0]) == 12
+    assert done.stats.prompt_tokens == 3 + len("user\nhello" "\n" "assistant\n")  # three special tokens
+    assert 0 < done.stats.prompt_s <= done.stats.ttft_s
+
+
+def test_raw_prompts_have_no_template(session: Session) -> None:
+    done = list(session.generate(Request(3, "hello", 1, raw=True)))[-1]
+    assert isinstance(done, Done)
+    assert done.stats.prompt_tokens == 5
+
+
+def test_system_prompts_count(session: Session) -> None:
+    plain = list(session.generate(Request(4, "hi", 4)))[-1]
+    with_system = list(session.generate(Request(5, "hi", 4, system="be brief")))[-1]
+    assert isinstance(plain, Done)
+    assert isinstance(with_system, Done)
+    assert with_system.stats.prompt_tokens > plain.stats.prompt_tokens
+
+
+def test_seeds_repeat_and_differ(session: Session) -> None:
+    def sample(number: int, seed: int) -> str:
+        request = Request(number, "hello", 16, temperature=1.5, top_p=0.95, seed=seed)
+        return text_of(list(session.generate(request)))
+
+    assert sample(6, 1) == sample(7, 1)
+    assert sample(8, 1) != sample(9, 2)
+
+
+def test_refusals_leave_the_session_working(session: Session) -> None:
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        list(session.generate(Request(10, "", 4, raw=True)))
+    with pytest.raises(UsageError, match="the model's context is 512"):
+        list(session.generate(Request(11, "long " * 200, 4)))
+    assert isinstance(list(session.generate(Request(12, "hello", 2)))[-1], Done)
+
+
+def test_answers_end_at_the_models_context(session: Session) -> None:
+    done = list(session.generate(Request(13, "x" * 500, 100, raw=True)))[-1]
+    assert isinstance(done, Done)
+    assert (done.finish_reason, done.stats.completion_tokens) == ("length", 12)
+
+
+def test_cancel_ends_an_answer_soon(session: Session) -> None:
+    events: list[Token | Done] = []
+    for event in session.generate(Request(14, "hello", 400)):
+        events.append(event)
+        if len(events) == 5:
+            session.cancel(14)
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert done.finish_reason == "cancelled"
+    assert done.stats.completion_tokens < 300
+    again = list(session.generate(Request(15, "hello", 12)))
+    assert isinstance(again[-1], Done)
+
+
+def test_cancel_during_prefill(session: Session) -> None:
+    canceller = threading.Timer(0.001, session.cancel, [16])
+    canceller.start()
+    done = list(session.generate(Request(16, "y" * 505, 6, raw=True)))[-1]
+    canceller.join()
+    assert isinstance(done, Done)
+    assert isinstance(list(session.generate(Request(17, "hello", 2)))[-1], Done)
+
+
+def test_close_leaves_no_process(shards: Path) -> None:
+    before = worker_pids()
+    with Session(specs(shards)) as session:
+        started = worker_pids() - before
+        assert len(started) == 2
+        next(session.generate(Request(1, "hello", 400)))
+    assert not worker_pids() & started
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_all_and_is_named(shards: Path, victim: int) -> None:
+    before = worker_pids()
+    named = f"host{victim}: rank {victim}: the worker was killed by signal 9 while generating"
+    with pytest.raises(RemoteError, match=named) as caught, Session(specs(shards)) as session:
+        pids = sorted(worker_pids() - before)
+        for number, _ in enumerate(session.generate(Request(1, "hello", 400))):
+            if number == 3:
+                os.kill(pids[victim], signal.SIGKILL)
+    assert caught.value.exit_code == 6
+    assert worker_pids() == before
+
+
+def test_a_worker_without_shards_says_so(tmp_path: Path) -> None:
+    with pytest.raises(MoectlError, match="rank 0: .* is not a shard set") as caught, Session(specs(tmp_path, count=1)):
+        pass
+    assert caught.value.exit_code == 8
+
+
+def test_shards_for_another_number_of_ranks(shards: Path) -> None:
+    with pytest.raises(NotDeployed, match="is cut for 2 ranks, not 1"), Session(specs(shards, count=1)):
+        pass
+
+
+def test_a_damaged_shard_is_found(shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", shards, copy], check=True)
+    file = copy / "rank-1" / "layer-000.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(MoectlError, match="host1: rank 1: rank-1/layer-000.safetensors has") as caught:
+        Session(specs(copy)).__enter__()
+    assert caught.value.exit_code == 7
+
+
+def test_a_missing_program_is_named(shards: Path) -> None:
+    with pytest.raises(MoectlError, match="cannot start /nowhere/python"), Session(specs(shards, argv=("/nowhere/python", "-m", "moectl"))):
+        pass
+
+
+def test_a_program_that_is_no_worker(shards: Path) -> None:
+    with pytest.raises(RemoteError, match="not a message of moectl's worker protocol: 'hello'"):
+        Session(specs(shards, argv=("echo", "hello"))).__enter__()
+
+
+def test_a_peer_that_never_joins_is_bounded(shards: Path) -> None:
+    before = worker_pids()
+    ranks = specs(shards)
+    # Rank 1 answers as a worker does until it should join, then stays silent.
+    silent = "import sys,json\nfor line in sys.stdin:\n t=json.loads(line)['type']\n"
+    silent += " if t=='Start': print(json.dumps({'type':'Listening','versions':V,'ports':[9]}),flush=True)\n"
+    silent += " if t=='Connect': print(json.dumps({'type':'Connecting'}),flush=True)\n"
+    import importlib.metadata
+
+    from moectl import __version__
+
+    versions = {"moectl": __version__, **{n: importlib.metadata.version(n) for n in ("mlx", "mlx-lm")}}
+    argv = (sys.executable, "-c", silent.replace("V", repr(versions), 1))
+    ranks[1] = RankSpec(ranks[1].host, ranks[1].remote, argv, str(shards), ("127.0.0.1",))
+    begin = time.monotonic()
+    with pytest.raises((Unreachable, RemoteError), match=r"host\d: rank \d: .*connecting"):
+        Session(ranks, start_timeout_s=6).__enter__()
+    assert time.monotonic() - begin < 60  # bounded at all is the point
+    assert worker_pids() == before
+
+
+def test_versions_that_differ_are_refused(shards: Path) -> None:
+    code = (
+        "import sys,json;sys.stdin.readline();"
+        "print(json.dumps({'type':'Listening','versions':{'moectl':'0.0.9'},'ports':[9]}),flush=True);sys.stdin.read()"
+    )
+    ranks = specs(shards)
+    ranks[1] = RankSpec(ranks[1].host, ranks[1].remote, (sys.executable, "-c", code), str(shards), ("127.0.0.1",))
+    with pytest.raises(MoectlError, match=r"host1: moectl 0\.0\.9 here is .* on host0") as caught:
+        Session(ranks).__enter__()
+    assert caught.value.exit_code == 6
+
+
+def start_worker(shards: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **rank_env()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (lambda p: p.stdin.close(), b"let go of the leash"),
+        (lambda p: None, b"nothing heard from the controller for 3 s"),
+        (lambda p: (p.stdin.write(b"rubbish\n"), p.stdin.flush()), b"not a message"),
+    ],
+)
+def test_a_worker_ends_with_its_leash(
+    act: Callable[[subprocess.Popen[bytes]], object], reason: bytes, shards: Path
+) -> None:
+    process = start_worker(shards)
+    act(process)
+    assert process.wait(20) == 1
+    assert process.stderr is not None
+    assert reason in process.stderr.read()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
