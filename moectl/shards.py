@@ -391,13 +391,12 @@ class _Sources:
     def __init__(self, checkpoint: Checkpoint, files: Sequence[OutputFile], cancel: threading.Event) -> None:
         self._checkpoint = checkpoint
         self._cancel = cancel
-        self._uses = Counter(p.file for f in files for p in f.pieces)
-        self._order = list(dict.fromkeys(p.file for f in files for p in f.pieces))
+        self._remaining = Counter(p.file for f in files for p in f.pieces)
+        self._order = list(self._remaining)
         self._lock = threading.Lock()
         self._opening = {file: threading.Lock() for file in self._order}
         self._fds: dict[str, int] = {}
         self._held: set[str] = set()  # here, or on their way
-        self.remaining = dict(self._uses)
 
     def open(self, file: str) -> int:
         """Return an open descriptor of a file, fetched first when it is not there."""
@@ -426,8 +425,8 @@ class _Sources:
     def done(self, file: str) -> None:
         """Count one use of a file as over."""
         with self._lock:
-            self.remaining[file] -= 1
-            if self.remaining[file]:
+            self._remaining[file] -= 1
+            if self._remaining[file]:
                 return
             self._held.discard(file)
             os.close(self._fds.pop(file))
@@ -437,7 +436,7 @@ class _Sources:
     def _fetch_next(self) -> None:
         # Two at a time: the one in use and the one after it.
         with self._lock:
-            coming = next((f for f in self._order if self.remaining[f] and f not in self._held), None)
+            coming = next((f for f in self._order if self._remaining[f] and f not in self._held), None)
             if coming is not None and len(self._held) < 2 and not self._cancel.is_set():
                 self._held.add(coming)
                 self._checkpoint.prefetch(coming)
@@ -467,7 +466,11 @@ class _Output:
         self._flush: Future[None] | None = None
         self._unflushed = 0
         self._fd = os.open(_partial(self.path), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        self.write(0, memoryview(file.header))
+        try:
+            self.write(0, memoryview(file.header))
+        except BaseException:
+            self.discard()
+            raise
 
     def write(self, offset: int, data: memoryview) -> None:
         while data:

@@ -15,10 +15,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import safetensors
 from hypothesis import HealthCheck, given, settings
@@ -225,7 +227,9 @@ def test_quantised_router_and_other_bits_for_single_tensors_are_kept(
     cut(checkpoint, tmp_path / "out", placement=placement)
     common = mx.load(str(tmp_path / "out/common/layer-001.safetensors"))
     outer = mx.load(str(tmp_path / "out/common/outer.safetensors"))
-    for name, value in (common | outer).items():  # type: ignore[operator]
+    assert isinstance(common, dict)
+    assert isinstance(outer, dict)
+    for name, value in (common | outer).items():
         assert _bits(value) == _bits(stored[name]), name
     assert "transformer.blocks.1.ffn.router.layer.scales" in common
     middle = mx.load(str(tmp_path / "out/rank-1/layer-000.safetensors"))
@@ -261,7 +265,7 @@ def test_float16_source(tmp_path: Path) -> None:
         assert_equal(directory, expected(weights, placement, quantization))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shares_and_block_sizes_give_the_same_bits(
     sources: dict[str, Path], weights: dict[str, mx.array], data: st.DataObject
@@ -274,8 +278,8 @@ def test_any_shares_and_block_sizes_give_the_same_bits(
     nodes = data.draw(st.integers(1, min(4, total)))
     cuts = data.draw(st.sets(st.integers(1, total - 1), min_size=nodes - 1, max_size=nodes - 1))
     edges = [0, *sorted(cuts), total]
-    placement = place(checkpoint, split, tuple(b - a for a, b in zip(edges, edges[1:], strict=False)), quantization)
-    size = st.integers(1, 200_000)
+    placement = place(checkpoint, split, tuple(b - a for a, b in pairwise(edges)), quantization)
+    size = st.integers(3_000, 200_000)  # an expert's matrix has 98 304 bytes
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
         patch.setattr(quantize, "_BLOCK_BYTES", data.draw(size, "block"))
         patch.setattr(shards, "_MEMORY_BYTES", data.draw(size, "memory"))
@@ -287,16 +291,25 @@ def test_any_shares_and_block_sizes_give_the_same_bits(
         assert_equal(Path(directory), expected(weights, placement, quantization))
 
 
-def test_files_are_as_the_safetensors_library_writes_them(sources: dict[str, Path], tmp_path: Path) -> None:
-    cut(open_checkpoint(str(sources["fused"])), tmp_path / "out")
+@pytest.mark.parametrize("quantization", [Q4, Quantization(4, 32, "mxfp4"), None], ids=_name)
+def test_files_are_as_the_safetensors_library_writes_them(tmp_path: Path, quantization: Quantization | None) -> None:
+    checkpoint = open_checkpoint(str(tiny.write_checkpoint(tmp_path / "source", dtype="float32", **SHAPE)))
+    placement = place(checkpoint, quantization=quantization)
+    cut(checkpoint, tmp_path / "out", placement=placement, quantization=quantization)
+    dtypes = {"BF16": "bfloat16", "U32": "uint32", "F32": "float32", "U8": "uint8"}
     for path in sorted((tmp_path / "out").rglob("*.safetensors")):
         data = path.read_bytes()
-        tensors = {}
-        for name, info in safetensors.deserialize(data):
-            dtype = {"BF16": "bfloat16", "U32": "uint32"}[info["dtype"]]
-            tensors[name] = {"dtype": dtype, "shape": info["shape"], "data": bytes(info["data"])}
-        again = safetensors.serialize(tensors, metadata={"format": "mlx"})
-        assert data == again, path
+        kept, tensors = [], {}
+        for name, info in safetensors.deserialize(data):  # type: ignore[no-untyped-call]
+            values = np.frombuffer(info["data"], np.uint8)
+            kept.append(values)
+            tensors[name] = safetensors.TensorSpec(
+                dtype=dtypes[info["dtype"]],
+                shape=info["shape"],
+                data_ptr=values.ctypes.data,
+                data_len=values.nbytes,
+            )
+        assert safetensors.serialize(tensors, metadata={"format": "mlx"}) == data, path
 
 
 def test_each_source_byte_is_read_once(
@@ -304,7 +317,12 @@ def test_each_source_byte_is_read_once(
 ) -> None:
     counts: list[int] = []
     preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *a: counts.append(preadv(*a)) or counts[-1])
+
+    def count(*args: Any) -> int:
+        counts.append(preadv(*args))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", count)
     for layout in PLAIN:
         for split in ("experts", "hidden"):
             counts.clear()
@@ -355,7 +373,7 @@ def test_quantised_source_cannot_be_requantised(
     sources: dict[str, Path], tmp_path: Path, wanted: Quantization | None
 ) -> None:
     checkpoint = open_checkpoint(str(sources["mlx-quantized"]))
-    with pytest.raises(PlanError, match="is quantised .4-bit affine, groups of 64. and cannot become"):
+    with pytest.raises(PlanError, match=r"is quantised .4-bit affine, groups of 64. and cannot become"):
         cut(checkpoint, tmp_path / "out", placement=place(checkpoint), quantization=wanted)
 
 
@@ -450,7 +468,7 @@ def test_two_at_once_are_refused(sources: dict[str, Path], tmp_path: Path) -> No
 _SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-countdown = int(sys.argv[3])
+countdown = sys.maxsize
 def fatal(call):
     def wrapped(*args, **kwargs):
         global countdown
@@ -468,17 +486,16 @@ from moectl.manifest import Quantization
 from moectl.plan import make_placement
 checkpoint = open_checkpoint(sys.argv[1])
 placement = make_placement(checkpoint.geometry, "hidden", 2, shares=(1, 5), group_size=64)
-countdown_before = countdown
-countdown = int(sys.argv[4])
+countdown = int(sys.argv[3])
 shards.cut(checkpoint, placement, Quantization(4, 64), Path(sys.argv[2]), name="tiny",
            quantise=quantize.quantizer, jobs=2)
-print(int(sys.argv[4]) - countdown)
+print(int(sys.argv[3]) - countdown)
 """
 
 
 def _cut_and_kill(source: Path, directory: Path, after: int) -> tuple[int, int]:
     """Cut in a process that kills itself at the n-th call that touches the disk; return (code, calls)."""
-    command = [sys.executable, "-c", _SCRIPT, str(source), str(directory), str(10**9), str(after)]
+    command = [sys.executable, "-c", _SCRIPT, str(source), str(directory), str(after)]
     root = Path(shards.__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=120)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
@@ -518,7 +535,7 @@ def test_resume_keeps_what_is_finished(
     checkpoint = open_checkpoint(str(sources["fused"]))
     cut(checkpoint, tmp_path / "whole")
     total = shards.output_bytes(shards.plan_files(checkpoint, place(checkpoint), Q4))
-    for fraction in (0.2, 0.5, 0.8, 0.99):
+    for fraction in (0.2, 0.5, 0.8):
         directory = tmp_path / str(fraction)
         with pytest.raises(KeyboardInterrupt):
             cut(checkpoint, directory, quantise=_interrupting(int(fraction * total)))
@@ -649,7 +666,7 @@ def test_full_disk_is_a_clear_error_and_can_be_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        with pytest.raises(StateError, match="is full .No space left on device; .* free") as caught:
+        with pytest.raises(StateError, match=r"is full .No space left on device; .* free") as caught:
             cut(checkpoint, tmp_path / "out", jobs=jobs)
     assert "it continues" in str(caught.value.hint)
     _assert_only_whole_files(tmp_path / "out", tree(tmp_path / "whole"))
@@ -686,10 +703,8 @@ def _once(call: Callable[[int], None]) -> Callable[[int], None]:
 
     def wrapped(count: int) -> None:
         if calls:
-            try:
+            with pytest.raises(OSError, match="No space left"):
                 calls.pop()(count)
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
 
     return wrapped
 
@@ -739,7 +754,12 @@ def test_source_cut_short_while_reading(tmp_path: Path, sources: dict[str, Path]
     source = tmp_path / "source"
     shutil.copytree(sources["fused"], source)
     checkpoint = open_checkpoint(str(source))
-    quantise = _at_first_matrix(lambda: [os.truncate(p, 40_000) for p in source.glob("*.safetensors")])
+
+    def shorten() -> None:
+        for path in source.glob("*.safetensors"):
+            os.truncate(path, 40_000)
+
+    quantise = _at_first_matrix(shorten)
     with pytest.raises(CheckpointError, match="ended too early"):
         cut(checkpoint, tmp_path / "out", quantise=quantise)
 
@@ -857,7 +877,7 @@ def test_resume_fetches_only_what_is_still_needed(tmp_path: Path) -> None:
     done = {f for f in tree(tmp_path / "out") if f.endswith(".safetensors")}
     second = Remote(source, tmp_path / "work2")
     cut(second, tmp_path / "out")
-    planned = shards.plan_files(second, place(second._inner), Q4)  # type: ignore[arg-type]
+    planned = shards.plan_files(second, place(second._inner), Q4)
     needed = {p.file for f in planned if f.path not in done for p in f.pieces}
     assert set(second.fetched) == needed
     assert len(needed) < 12
@@ -869,7 +889,7 @@ def test_resume_fetches_only_what_is_still_needed(tmp_path: Path) -> None:
 def test_space_for_downloads_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny.write_checkpoint(tmp_path / "source", files=6, **SHAPE)
     remote = Remote(source, tmp_path / "work")
-    needed = shards.output_bytes(shards.plan_files(remote, place(remote._inner), Q4))  # type: ignore[arg-type]
+    needed = shards.output_bytes(shards.plan_files(remote, place(remote._inner), Q4))
     needed += sum(sorted(remote.sizes.values())[-2:])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
@@ -920,9 +940,9 @@ print(peak() - before)
 
 @pytest.mark.parametrize(("bits", "jobs"), [(8, 2), (16, 4)])
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, bits: int, jobs: int) -> None:
-    """Two experts at DBRX's real width, 0.8 GB of holes: one result matrix alone is 66 MB in 8 bits."""
+    """One expert at DBRX's real width, 0.6 GB of holes: one result matrix alone is 66 MB in 8 bits."""
     shape: dict[str, Any] = dict(n_layers=1, d_model=6144, n_heads=48, kv_n_heads=8, ffn_hidden=10752)
-    config = tiny.make_config(n_experts=2, top_k=1, vocab_size=64, **shape)
+    config = tiny.make_config(n_experts=1, top_k=1, vocab_size=64, **shape)
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config))
