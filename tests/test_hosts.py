@@ -1,0 +1,313 @@
+"""Host lists: the grammar of hosts.txt, --hosts and MLX's JSON, its errors, and the order in which lists are found."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx._distributed_utils.common import Hostfile
+
+from moectl.errors import HostsError
+from moectl.hosts import (
+    Host,
+    HostList,
+    find_hosts,
+    format_hosts,
+    parse_host_string,
+    parse_hosts,
+    parse_size,
+    read_hosts,
+    resolve_address,
+    to_mlx_json,
+)
+
+EXAMPLE = """\
+# four Mac Studios on a 10 GbE switch
+mac1  ip=10.0.0.1
+mac2  ip=10.0.0.2  memory=120GB             # keep some for the desktop
+ada@mac3.local:2222  ip=10.0.0.3,10.0.1.3  python=/opt/venv/bin/python
+
+mac4  ip=10.0.0.4  dir=/Volumes/fast#1/moectl chip=M2-Ultra price=3999.5
+"""
+
+
+def test_reads_the_manual_pages_example() -> None:
+    hosts = parse_hosts(EXAMPLE).hosts
+    assert hosts == (
+        Host("mac1", ips=("10.0.0.1",)),
+        Host("mac2", ips=("10.0.0.2",), memory_bytes=120_000_000_000),
+        Host("mac3.local", user="ada", port=2222, ips=("10.0.0.3", "10.0.1.3"), python="/opt/venv/bin/python"),
+        Host("mac4", ips=("10.0.0.4",), dir="/Volumes/fast#1/moectl", chip="M2-Ultra", price=3999.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("[fe80::1]:22", Host("fe80::1", port=22)),
+        ("[::1]", Host("::1")),
+        ("ada@[2001:db8::7]:2222", Host("2001:db8::7", user="ada", port=2222)),
+        ("192.168.1.5:22", Host("192.168.1.5", port=22)),
+        ("ada@corp@gate", None),
+        ("my_mac-1.local", Host("my_mac-1.local")),
+    ],
+)
+def test_reads_addresses(text: str, host: Host | None) -> None:
+    if host is None:
+        with pytest.raises(HostsError):
+            parse_hosts(text)
+    else:
+        assert parse_hosts(text).hosts == (host,)
+        assert parse_host_string(text).hosts == (host,)
+        assert host.address == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mac1\nmac2\n# x\nmac3 memroy=1GB", "hosts.txt:4: unknown key 'memroy'. Did you mean 'memory'?"),
+        ("mac1 colour=red", "hosts.txt:1: unknown key 'colour'."),
+        ("mac1 ip", "hosts.txt:1: expected key=value, found 'ip'"),
+        ("mac1 ip=", "hosts.txt:1: ip has no value"),
+        ("mac1 ip=10.0.0.1 ip=10.0.0.2", "hosts.txt:1: ip is given twice"),
+        ("mac1 ip=10.0.0.300", "hosts.txt:1: '10.0.0.300' is not an IP address"),
+        ("mac1 memory=lots", "hosts.txt:1: memory: 'lots' is not a size"),
+        ("mac1 price=nan", "hosts.txt:1: price 'nan' is not a number"),
+        ("mac1 price=-1", "hosts.txt:1: price '-1' is not a number"),
+        ("mac1\n\nMAC1", "hosts.txt:3: MAC1 is listed twice, first on line 1"),
+        ("localhost\n127.0.0.1", "hosts.txt:2: 127.0.0.1 is listed twice, first on line 1"),
+        ("mac1:0", "hosts.txt:1: port '0' is not between 1 and 65535"),
+        ("mac1:ssh", "hosts.txt:1: port 'ssh' is not between 1 and 65535"),
+        ("-oProxyCommand=x", "hosts.txt:1: '-oProxyCommand=x' is not a host"),
+        ("::1", "hosts.txt:1: '::1' is not a host"),
+        ("[mac1]", "hosts.txt:1: '[mac1]' is not a host"),
+        ("# nothing", "hosts.txt lists no host"),
+        ("", "hosts.txt lists no host"),
+        ("a rdma=-,en2\nb rdma=en2", "hosts.txt: rdma of b has 1 entries, there are 2 hosts"),
+        ("a rdma=-,en2\nb rdma=en2,en2", "hosts.txt: rdma of b names a device towards itself (entry 2)"),
+    ],
+)
+def test_names_the_line_and_the_mistake(text: str, message: str) -> None:
+    with pytest.raises(HostsError) as caught:
+        parse_hosts(text)
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 4
+
+
+def test_rdma_rows_take_dash_null_and_nothing_for_oneself() -> None:
+    hosts = parse_hosts("a rdma=-,rdma_en2,rdma_en3\nb rdma=rdma_en2,null,rdma_en3\nc rdma=rdma_en2,rdma_en3,").hosts
+    assert [h.rdma for h in hosts] == [
+        (None, "rdma_en2", "rdma_en3"),
+        ("rdma_en2", None, "rdma_en3"),
+        ("rdma_en2", "rdma_en3", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("120GB", 120 * 10**9),
+        ("64GiB", 64 * 2**30),
+        ("1.5TB", 1_500_000_000_000),
+        ("4096", 4096),
+        ("7kb", 7000),
+        ("0.1MiB", 104857),
+    ],
+)
+def test_reads_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "1e9", "-1GB", "1 XB", "0GB", "1.GB", "٣GB"])
+def test_refuses_what_is_no_size(text: str) -> None:
+    with pytest.raises(HostsError):
+        parse_size(text)
+
+
+def test_only_a_bare_local_name_means_no_ssh() -> None:
+    local = [h.is_local for h in parse_hosts("localhost").hosts + parse_hosts("127.0.0.1\n[::1]:22").hosts]
+    assert local == [True, True, False]
+    assert not parse_hosts("ada@localhost").hosts[0].is_local
+
+
+def test_reads_mlx_hostfiles_with_our_keys_riding_along() -> None:
+    text = json.dumps(
+        {
+            "backend": "jaccl",
+            "envs": ["MLX_METAL_FAST_SYNCH=1"],
+            "hosts": [
+                {"ssh": "ada@mac1", "ips": ["10.0.0.1"], "rdma": [None, "rdma_en2"], "memory": "120GB"},
+                {"ssh": "mac2", "ips": [], "rdma": ["rdma_en2", None], "dir": "/Volumes/my disk", "python": "/p"},
+            ],
+        }
+    )
+    found = parse_hosts(text, "hosts.json")
+    assert (found.backend, found.envs, found.source) == ("jaccl", ("MLX_METAL_FAST_SYNCH=1",), "hosts.json")
+    assert found.hosts == (
+        Host("mac1", user="ada", ips=("10.0.0.1",), rdma=(None, "rdma_en2"), memory_bytes=120 * 10**9),
+        Host("mac2", rdma=("rdma_en2", None), dir="/Volumes/my disk", python="/p"),
+    )
+    assert parse_hosts('  [{"ssh": "mac1"}]').hosts == (Host("mac1"),)
+    with pytest.raises(HostsError, match="has a space"):
+        format_hosts(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"hosts": 1}',
+        '{"hosts": [1]}',
+        '{"hosts": [{"ssh": 1}]}',
+        '{"hosts": [{"ssh": "a", "ips": "10.0.0.1"}]}',
+        '{"hosts": [{"ssh": "a", "ips": ["x"]}]}',
+        '{"hosts": [{"ssh": "a", "rdma": [["en1", "en2"]]}]}',
+        '{"hosts": [{"ssh": "a", "memory": true}]}',
+        '{"hosts": [{"ssh": "a", "dir": 3}]}',
+        '{"hosts": [{"ssh": "a"}, {"ssh": "a"}]}',
+        '{"backend": "telepathy", "hosts": [{"ssh": "a"}]}',
+        '{"envs": ["no value"], "hosts": [{"ssh": "a"}]}',
+        "[" * 100_000,
+    ],
+)
+def test_refuses_damaged_json(text: str) -> None:
+    with pytest.raises(HostsError):
+        parse_hosts(text)
+
+
+# MLX does not close the file that it reads.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_writes_what_mlx_itself_reads(tmp_path: Path) -> None:
+    hosts = parse_hosts("localhost rdma=-,en2\nada@mac2 ip=10.0.0.2,10.0.1.2 rdma=en2,- memory=1GiB")
+    path = tmp_path / "hosts.json"
+    path.write_text(to_mlx_json(hosts, resolve=lambda name: {"127.0.0.1": "127.0.0.1"}[name]))
+    read = Hostfile.from_file(path).hosts
+    assert [(h.ssh_hostname, h.ips, h.rdma) for h in read] == [
+        ("127.0.0.1", ["127.0.0.1"], [None, "en2"]),
+        ("ada@mac2", ["10.0.0.2", "10.0.1.2"], ["en2", None]),
+    ]
+    again = read_hosts(str(path))
+    assert again.hosts[1].memory_bytes == 2**30
+    assert again.hosts[0].is_local
+
+
+def test_mlx_hostfiles_cannot_hold_a_port() -> None:
+    with pytest.raises(HostsError, match="cannot hold a port") as caught:
+        to_mlx_json(parse_hosts("ada@mac3:2222 ip=10.0.0.3"))
+    assert caught.value.hint is not None
+    assert "Port 2222" in caught.value.hint
+
+
+def test_resolves_names_or_says_how_to_help() -> None:
+    assert resolve_address("localhost") in ("127.0.0.1", "::1")
+    with pytest.raises(HostsError) as caught:
+        resolve_address("no-such-host.invalid")
+    assert caught.value.hint == "write 'no-such-host.invalid ip=…'"
+
+
+def test_the_list_in_force(tmp_path: Path) -> None:
+    def write(name: str, host: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(host)
+        return str(path)
+
+    environ = {"XDG_CONFIG_HOME": str(tmp_path / "config")}
+
+    def name(**kw: str) -> str | None:
+        found = find_hosts(**kw, environ=environ, cwd=tmp_path)
+        return found.hosts[0].name if found else None
+
+    assert name() is None
+    write("config/moectl/hosts.txt", "xdg")
+    assert name() == "xdg"
+    write("hosts.txt", "here")
+    assert name() == "here"
+    environ["MOECTL_HOSTFILE"] = write("env.txt", "environment")
+    assert name() == "environment"
+    assert name(hostfile=write("flag.txt", "flag")) == "flag"
+    assert name(hostfile=write("flag.txt", "flag"), hosts="a,b") == "a"
+
+
+def test_reads_stdin_for_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("mac1\nmac2 ip=10.0.0.2\n"))
+    assert [h.name for h in read_hosts("-").hosts] == ["mac1", "mac2"]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_unreadable_files_are_hosts_errors(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "hosts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(HostsError):
+        read_hosts(str(path))
+
+
+@pytest.mark.parametrize("text", ["a,,b", "a,a", "", "a b"])
+def test_refuses_bad_host_strings(text: str) -> None:
+    with pytest.raises(HostsError):
+        parse_host_string(text)
+
+
+PIECES = st.sampled_from(
+    [
+        "mac1",
+        "mac2",
+        "ada@",
+        ":22",
+        "[::1]",
+        " ",
+        "\n",
+        "#",
+        "ip=",
+        "10.0.0.1",
+        ",",
+        "memory=",
+        "1GB",
+        "rdma=",
+        "-",
+        "{",
+        "[",
+    ]
+)
+
+
+@given(st.one_of(st.text(), st.lists(PIECES).map("".join), st.from_regex(r"\[?\{.*", fullmatch=True)))
+def test_any_text_is_a_host_list_or_a_hosts_error(text: str) -> None:
+    try:
+        hosts = parse_hosts(text)
+    except HostsError:
+        return
+    assert parse_hosts(format_hosts(hosts)).hosts == hosts.hosts
+
+
+WORDS = st.text(string.ascii_letters + string.digits + "/._-+%$'", min_size=1, max_size=12)
+IPS = st.ip_addresses().map(str)
+HOSTS = st.builds(
+    Host,
+    name=st.one_of(st.from_regex(r"[a-z0-9_][a-z0-9._-]{0,9}", fullmatch=True), st.ip_addresses(v=6).map(str)),
+    user=st.none() | st.from_regex(r"[a-z_][a-z0-9_.-]{0,7}", fullmatch=True),
+    port=st.none() | st.integers(1, 65535),
+    ips=st.lists(IPS, max_size=3).map(tuple),
+    memory_bytes=st.none() | st.integers(1, 2**50),
+    chip=st.none() | WORDS,
+    price=st.none() | st.floats(0, 1e9),
+    python=st.none() | WORDS,
+    dir=st.none() | WORDS,
+)
+LISTS = st.lists(
+    HOSTS, min_size=1, max_size=5, unique_by=lambda h: ("localhost" if h.is_local else h.name.lower(), h.port)
+).map(lambda hosts: HostList(tuple(hosts)))
+
+
+@given(LISTS)
+def test_every_host_list_survives_being_written_and_read(hosts: HostList) -> None:
+    assert parse_hosts(format_hosts(hosts)).hosts == hosts.hosts
