@@ -377,7 +377,10 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, **options: Any) ->
 
 
 def _prompt_text(words: tuple[str, ...]) -> str:
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    try:
+        piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise errors.UsageError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
     text = " ".join(part for part in (piped, *words) if part)
     if not text.strip() and not words:
         raise errors.UsageError("no prompt is given", hint='moectl run "What is expert parallelism?"')

@@ -1,0 +1,251 @@
+"""The command line itself: help, exit codes, errors as text and JSON, configuration. The verbs are tested elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moectl import __version__, cli, errors
+from moectl.console import colour_wanted, size_text, table_text, time_text
+from tests.tiny import write_checkpoint
+
+MODULE = [sys.executable, "-m", "moectl"]
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
+    """Run the command line in this process; return exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["moectl", *words])
+    monkeypatch.setattr(sys, "stdin", None)
+    code = cli._run()
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: run(capsys, monkeypatch, *words)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.mark.parametrize("command", sorted(cli.cli.commands))
+def test_every_command_has_help(command: str, call: Any) -> None:
+    code, out, err = call(command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Usage: moectl {command}")
+    if command != "worker":
+        assert "Exit status:" in out
+        assert "Example" in out
+        for flag in ("--hosts", "--hostfile", "--json", "--quiet", "--verbose", "--color"):
+            assert flag in out
+
+
+def test_version_and_module() -> None:
+    done = subprocess.run([*MODULE, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"moectl {__version__}\n"
+
+
+def test_no_command_prints_help_and_is_usage(call: Any) -> None:
+    code, out, err = call()
+    assert code == 2
+    assert "Usage: moectl" in out + err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("rnu",), "Did you mean 'run'?"),
+        (("run", "--max-tokns", "3", "x"), "Did you mean '--max-tokens'?"),
+        (("run", "-m", "0", "x"), "0 is not in the range"),
+        (("run", "--top-p", "0", "x"), "range"),
+        (("shard", "--q-bits", "5", "x"), "'5' is not one of"),
+        (("run", "--shards", "a", "--model", "b", "x"), "exclude each other"),
+    ],
+)
+def test_wrong_words_are_usage_errors(words: tuple[str, ...], message: str, call: Any) -> None:
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_prompt_is_needed(call: Any) -> None:
+    code, out, err = call("run")
+    assert (code, out) == (2, "")
+    assert err == 'Error: no prompt is given\nHint: moectl run "What is expert parallelism?"\n'
+
+
+def test_standard_input_that_is_no_text() -> None:
+    done = subprocess.run([*MODULE, "run", "--local", "1"], input=b"\xff\xfe", capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"Error: standard input is not UTF-8 text")
+
+
+def test_errors_as_json(call: Any) -> None:
+    code, out, err = call("shard", "--verify", "nowhere", "--json")
+    assert (code, out) == (8, "")
+    assert json.loads(err.splitlines()[-1]) == {
+        "error": {
+            "code": 8,
+            "kind": "NotSharded",
+            "host": None,
+            "message": "nowhere is not a shard set: it has no moectl.json",
+            "hint": "moectl shard MODEL",
+        }
+    }
+
+
+def test_usage_errors_as_json(call: Any) -> None:
+    code, _, err = call("shard", "--json", "--nodes", "many")
+    assert code == 2
+    assert json.loads(err.splitlines()[-1])["error"]["code"] == 2
+
+
+def test_bugs_say_what_to_do(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.hosts.find_hosts", lambda *_: {}["rope_theta"])
+    code, _, err = call("hosts")
+    assert code == 1
+    assert err.startswith("Error: unexpected KeyError: 'rope_theta' (a bug in moectl)")
+    assert "MOECTL_DEBUG=1" in err
+    monkeypatch.setenv("MOECTL_DEBUG", "1")
+    with pytest.raises(KeyError):
+        call("hosts")
+
+
+def all_errors(kind: type[errors.MoectlError] = errors.MoectlError) -> list[type[errors.MoectlError]]:
+    return [kind, *(e for sub in kind.__subclasses__() for e in all_errors(sub))]
+
+
+def test_the_error_tree_is_drawn_as_it_is() -> None:
+    drawn = errors.__doc__ or ""
+    for kind in all_errors():
+        assert kind.__name__ in drawn
+    codes = {kind.__name__: kind.exit_code for kind in all_errors()}
+    assert codes["UsageError"] == 2
+    assert codes["PartialFailure"] == 3
+    assert codes["CheckpointError"] == codes["HostsError"] == 4
+    assert codes["AuthFailed"] == 5
+    assert codes["PeerLost"] == 6
+    assert codes["IntegrityError"] == 7
+    assert codes["NotDeployed"] == 8
+
+
+def test_shard_reports(call: Any, model: Path) -> None:
+    code, out, _ = call("shard", str(model), "-n", "2", "--dry-run", "-o", "out")
+    assert (code, Path("out").exists()) == (0, False)
+    assert out.startswith("Dry run: nothing was written. ")
+    code, out, _ = call("shard", str(model), "-n", "3", "-o", "out", "--json")
+    document = json.loads(out)
+    assert (code, document["shares"], document["directory"]) == (0, [2, 2, 2], "out")
+    code, out, _ = call("shard", str(model), "-n", "3", "-o", "out", "-q")
+    assert (code, out) == (0, "out\n")
+    code, out, _ = call("shard", "--verify", "out")
+    assert code == 0
+    assert "every hash is right" in out
+    weights = Path("out/rank-1/layer-001.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    code, _, err = call("shard", "--verify", "out")
+    assert code == 7
+    assert "rank-1/layer-001.safetensors" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("-n", "17", "--split", "experts"), 4, "at most 16 nodes"),
+        (("-n", "2", "--shares", "1,2,3"), 4, "3 shares were given for 2 nodes"),
+        (("--shares", "1,2"), 4, "add up to 3"),
+        (("--shares", "a,b"), 2, "--shares should be whole numbers"),
+        (("-n", "2", "--q-bits", "4", "--q-group-size", "48"), 4, "cannot have groups of 48"),
+        (("-n", "2", "--q-mode", "mxfp4", "--q-bits", "8"), 4, "mxfp4 cannot have 8 bits"),
+        ((), 2, "how many nodes?"),
+    ],
+)
+def test_impossible_shards(words: tuple[str, ...], code: int, message: str, call: Any, model: Path) -> None:
+    got, out, err = call("shard", str(model), *words)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert len(err.splitlines()) <= 2
+
+
+def test_configuration_comes_before_built_in_defaults(call: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("moectl.toml").write_text(f'[shard]\nnodes = 2\noutput = "from-file"\nmodel = "{model}"\n')
+    assert json.loads(call("shard", "--json")[1])["shares"] == [3, 3]
+    monkeypatch.setenv("MOECTL_SHARD_NODES", "3")
+    assert json.loads(call("shard", "--json", "-o", "from-environment")[1])["shares"] == [2, 2, 2]
+    assert json.loads(call("shard", "--json", "-o", "from-flag", "-n", "1")[1])["shares"] == [6]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run]\nmax_tokns = 5\n", "unknown key 'run.max_tokns'. Did you mean 'run.max_tokens'?"),
+        ("hostfil = 'x'\n", "unknown key 'hostfil'. Did you mean 'hostfile'?"),
+        ("[rnu]\n", "unknown key 'rnu'"),
+        ("not toml", "moectl.toml"),
+    ],
+)
+def test_wrong_configuration(text: str, message: str, call: Any) -> None:
+    Path("moectl.toml").write_text(text)
+    code, out, err = call("hosts", "--hosts", "a")
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_hosts_prints_names_or_mlx_json(call: Any) -> None:
+    Path("hosts.txt").write_text("a ip=10.0.0.1\nb ip=10.0.0.2\n")
+    assert call("hosts") == (0, "a\nb\n", "")
+    assert [h["ssh"] for h in json.loads(call("hosts", "--mlx")[1])["hosts"]] == ["a", "b"]
+
+
+def test_no_hosts(call: Any) -> None:
+    code, _, err = call("deploy")
+    assert code == 4
+    assert err.startswith("Error: no hosts are given\nHint: ")
+
+
+def test_sizes_and_times() -> None:
+    assert [size_text(n) for n in (0, 999, 1000, 72_900_000_000, 999_950)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "72.9 GB",
+        "1.0 MB",
+    ]
+    assert [time_text(s) for s in (0.42, 59.0, 651)] == ["0.4 s", "59.0 s", "10m51s"]
+
+
+def test_tables_drop_columns_instead_of_wrapping() -> None:
+    rows = [("mac1", "72.9 GB", "0 B"), ("mac22", "1.0 GB", "10 B")]
+    wide = table_text(("HOST", "COPY", "KEEP"), rows, right="bc", width=40)
+    assert wide == "HOST      COPY  KEEP\nmac1   72.9 GB   0 B\nmac22   1.0 GB  10 B"
+    narrow = table_text(("HOST", "COPY", "KEEP"), rows, right="bc", width=15)
+    assert narrow == "HOST      COPY\nmac1   72.9 GB\nmac22   1.0 GB"
+
+
+@pytest.mark.parametrize(
+    ("choice", "environment", "wanted"),
+    [
+        ("always", {"NO_COLOR": "1"}, True),
+        ("never", {"FORCE_COLOR": "1"}, False),
+        ("auto", {"FORCE_COLOR": "1"}, True),
+        ("auto", {"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+        ("auto", {}, False),
+    ],
+)
+def test_colour(choice: str, environment: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with Path("/dev/null").open("w") as stream:
+        assert colour_wanted(choice, stream) == wanted

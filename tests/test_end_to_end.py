@@ -1,0 +1,202 @@
+"""shard → deploy → run as a user types it, over real sshd: on localhost, and on four hosts with addresses of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.netns import Cluster
+from tests.ring import process_env, rank_env
+from tests.sshd import Server
+from tests.tiny import write_checkpoint
+
+MOECTL = (sys.executable, "-m", "moectl")
+PROMPT = ("run", "the quick brown fox", "-m", "32")
+
+
+def moectl(*words: str, check: int | None = 0, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run moectl as a process of its own and check its exit code."""
+    done = subprocess.run(
+        [*MOECTL, *words], capture_output=True, text=True, input=stdin, env=process_env(**env), timeout=300, check=False
+    )
+    assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "tiny-dbrx"
+    write_checkpoint(directory, vocab_size=VOCAB_SIZE)
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The answer of one process."""
+    data = str(tmp_path_factory.mktemp("alone"))
+    return moectl(*PROMPT, "--local", "1", "--model", str(model), XDG_DATA_HOME=data).stdout
+
+
+def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.txt"
+    lines = [f"{sshd.add_alias(name)} python={sys.executable} dir={tmp_path / name}" for name in ("left", "right")]
+    hosts.write_text("\n".join(["# two names of one machine", *lines]) + "\n")
+    at = ("--hostfile", str(hosts))
+    made = json.loads(moectl("shard", str(model), *at, "--json").stdout)
+    assert made["shares"] == [3, 3]
+
+    dry = moectl("deploy", str(hosts), "--dry-run")
+    assert "Dry run: nothing was copied." in dry.stdout
+    assert not (tmp_path / "left" / "shards").exists()
+    assert moectl(*PROMPT, *at, check=8).stderr.startswith("Error: no model is deployed on left, right.")
+
+    first = json.loads(moectl("deploy", str(hosts), "--json").stdout)
+    assert [h["ok"] for h in first["hosts"]] == [True, True]
+    assert all(h["copied_bytes"] > 0 for h in first["hosts"])
+    second = json.loads(moectl("deploy", str(hosts), "--json").stdout)
+    assert [h["copied_bytes"] for h in second["hosts"]] == [0, 0]
+
+    assert moectl(*PROMPT).stdout == alone  # the deployment is remembered
+    assert moectl(*PROMPT, *at).stdout == alone
+    elsewhere = moectl(*PROMPT, "--hosts", "left", check=8).stderr
+    assert "is deployed on left, right, not on left." in elsewhere
+
+
+def test_mixing_this_machine_with_another(sshd: Server, model: Path, alone: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.txt"
+    remote = sshd.add_alias("other")
+    root = f"python={sys.executable} dir={tmp_path}"
+    hosts.write_text(f"localhost {root}/here\n{remote} {root}/there\n")
+    moectl("shard", str(model), "--hostfile", str(hosts), "--split", "experts", "--shares", "5,11", "-q")
+    moectl("deploy", str(hosts))
+    assert moectl(*PROMPT).stdout == alone
+
+
+@pytest.fixture
+def four_hosts(netns: Cluster, tmp_path: Path) -> Iterator[Path]:
+    """An MLX hostfile of the four hosts: its "envs" carry the preload to the ranks."""
+    rows = [{"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []} for host in netns.hosts()]
+    path = tmp_path / "hosts.json"
+    path.write_text(json.dumps({"envs": [f"{k}={v}" for k, v in rank_env().items()], "hosts": rows}))
+    yield path
+    for rank in range(4):
+        left = [line for line in netns.processes(rank).values() if "moectl worker" in line]
+        assert left == [], f"node{rank} still runs {left}"
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(("split", "shares"), [("hidden", "2,1,1,2"), ("experts", "7,1,2,6")])
+def test_four_hosts_answer_like_one_process(split: str, shares: str, four_hosts: Path, model: Path, alone: str) -> None:
+    at = ("--hostfile", str(four_hosts))
+    moectl("shard", str(model), *at, "--split", split, "--shares", shares)
+    result = json.loads(moectl("deploy", *at, "--json").stdout)
+    assert [h["ok"] for h in result["hosts"]] == [True] * 4
+    answer = moectl(*PROMPT, *at, "--stats")
+    assert answer.stdout == alone
+    assert "prompt tokens at" in answer.stderr
+
+
+@pytest.mark.netns
+def test_ctrl_c_leaves_nothing_on_any_host(four_hosts: Path, model: Path, netns: Cluster) -> None:
+    at = ("--hostfile", str(four_hosts))
+    moectl("shard", str(model), *at, "-q")
+    moectl("deploy", *at)
+    command = [*MOECTL, "run", "tell me everything", "-m", "480", *at]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env())
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    running = [any("moectl worker" in line for line in netns.processes(rank).values()) for rank in range(4)]
+    assert running == [True] * 4
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr.decode().endswith("Interrupted.\n")
+
+
+@pytest.mark.netns
+def test_a_dead_host_is_named(four_hosts: Path, model: Path, netns: Cluster) -> None:
+    at = ("--hostfile", str(four_hosts))
+    moectl("shard", str(model), *at, "-q")
+    moectl("deploy", *at)
+    netns.unplug(2)
+    done = moectl(*PROMPT, *at, check=5)
+    assert done.stderr.startswith("Error: node2: ")
+
+
+def find_workers() -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if "moectl worker" in line]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_local_runs(number: int, code: int, model: Path) -> None:
+    moectl("shard", str(model), "-n", "2", "-q")
+    command = [*MOECTL, "run", "tell me everything", "-m", "480", "--local", "2", "--model", str(model)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env())
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == code
+    mine = str(process.pid)
+    assert not [line for line in find_workers() if line.split()[0] == mine]
+
+
+def test_a_second_ctrl_c_ends_at_once(model: Path) -> None:
+    command = [*MOECTL, "run", "tell me everything", "-m", "480", "--local", "1", "--model", str(model)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env())
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+
+
+def test_a_killed_controller_leaves_no_worker(model: Path) -> None:
+    command = [*MOECTL, "run", "tell me everything", "-m", "480", "--local", "2", "--model", str(model)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=process_env())
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    mine = str(process.pid)
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines() if "moectl worker" in line]
+    pids = [int(pid) for pid, parent, *_ in rows if parent == mine]
+    assert len(pids) == 2
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def run_local(model: Path, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    return moectl("run", "--local", "2", "--model", str(model), *words, **more)
+
+
+def test_json_and_stdin(model: Path) -> None:
+    piped = json.loads(run_local(model, "--raw", "--json", "-m", "4", "fox", stdin="the quick").stdout)
+    typed = json.loads(run_local(model, "--raw", "--json", "-m", "4", "the quick fox").stdout)
+    assert piped["schema"] == "moectl.run/1"
+    assert piped["text"] == typed["text"]
+    assert piped["finish_reason"] == "length"
+    assert piped["stats"]["prompt_tokens"] == len("the quick fox")
