@@ -24,6 +24,8 @@ _CACHE_BYTES = 32 << 20
 _SKEW_BYTES = 64  # rows a power of two apart share cache sets: one line more makes turning 3× faster
 _TURN_ROWS = 64  # turned at a time, measured fastest
 
+_IDLE: list[mx.Stream] = []
+
 _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 _STORED = {"BF16": mx.uint16, "F16": mx.uint16, "F32": mx.float32}  # as Python can hold them
 
@@ -36,7 +38,7 @@ def quantizer(memory_bytes: int) -> Iterator[Quantise]:
     works on the one before.
     """
     mx.set_cache_limit(_CACHE_BYTES)
-    stream = mx.new_stream(mx.gpu if mx.metal.is_available() else mx.cpu)
+    stream = _take_stream()
     buffers = _Buffers(stream)
 
     def stream_matrix(matrix: Matrix, read: Read, write: Write) -> None:
@@ -51,7 +53,15 @@ def quantizer(memory_bytes: int) -> Iterator[Quantise]:
     finally:
         mx.synchronize(stream)
         buffers.clear()
-        mx.clear_streams()  # those of this thread: each holds a thread of its own
+        _IDLE.append(stream)
+
+
+def _take_stream() -> mx.Stream:
+    # A CPU stream holds an OS thread that nothing ends (`clear_streams` does not): use streams again.
+    try:
+        return _IDLE.pop()
+    except IndexError:
+        return mx.new_thread_unsafe_stream(mx.gpu if mx.metal.is_available() else mx.cpu)
 
 
 class _Buffers:
@@ -64,7 +74,7 @@ class _Buffers:
 
     def array(self, name: str, slot: int, shape: tuple[int, int], dtype: mx.Dtype) -> mx.array:
         held = self._arrays.get((name, slot))
-        if held is None or held.dtype != dtype or held.shape[1] != shape[1] or held.shape[0] < shape[0]:
+        if held is None or held.dtype != dtype or held.shape != shape:
             held = mx.zeros(shape, dtype, stream=self._stream)
             mx.eval(held)
             self._arrays[name, slot] = held
@@ -133,9 +143,10 @@ def _stream_rows(task: _Task) -> None:
     pending: list[mx.array] | None = None
     for turn, first in enumerate(range(0, matrix.rows, step)):
         rows = min(step, matrix.rows - first)
-        block = task.buffers.array("rows", turn % 2, (step, matrix.cols), dtype)
+        name = "rows" if rows == step else "last rows"
+        block = task.buffers.array(name, turn % 2, (rows, matrix.cols), dtype)
         task.read(first, rows, _bytes_of(block), row_bytes)
-        parts = task.press(block if block.shape[0] == rows else mx.contiguous(block[:rows], stream=task.stream))
+        parts = task.press(block)
         if pending is not None:
             finish(pending)
         pending = parts
@@ -175,7 +186,8 @@ def _assemble(task: _Task, first: int, count: int, step: int) -> list[np.ndarray
 
     pending: tuple[list[mx.array], int] | None = None
     for turn, column in enumerate(range(0, count, step)):
-        block = _read_transposed(task, first + column, min(step, count - column), turn % 2)
+        rows = min(step, count - column)
+        block = _read_transposed(task, first + column, rows, turn % 2, "" if rows == step else "last ")
         parts = task.press(block)
         if pending is not None:
             finish(*pending)
@@ -185,14 +197,14 @@ def _assemble(task: _Task, first: int, count: int, step: int) -> list[np.ndarray
     return tile
 
 
-def _read_transposed(task: _Task, first: int, rows: int, slot: int) -> mx.array:
-    """Read `rows` stored rows and return them turned, (out, rows)."""
+def _read_transposed(task: _Task, first: int, rows: int, slot: int, which: str) -> mx.array:
+    """Read `rows` stored rows and return them turned, (out, rows); buffers are named by `which`."""
     matrix = task.matrix
     dtype = _STORED[matrix.dtype]
     stride = matrix.cols * dtype.size + _SKEW_BYTES
-    stored = task.buffers.array("stored", 0, (rows, stride // dtype.size), dtype)
+    stored = task.buffers.array(f"{which}stored", 0, (rows, stride // dtype.size), dtype)
     task.read(first, rows, _bytes_of(stored), stride)
-    turned = task.buffers.array(f"turned{rows}", slot, (matrix.cols, rows), dtype)
+    turned = task.buffers.array(f"{which}turned", slot, (matrix.cols, rows), dtype)
     source, target = np.asarray(stored)[:, : matrix.cols], np.asarray(turned)
     for row in range(0, rows, _TURN_ROWS):
         stop = min(rows, row + _TURN_ROWS)

@@ -59,6 +59,11 @@ class Checkpoint(Source, Protocol):
     def release(self, file: str) -> None: ...
 
 
+def default_jobs() -> int:
+    """Return how many streams to use: one core is left to reading, writing and hashing."""
+    return max(1, min(4, (os.cpu_count() or 2) - 1))
+
+
 def output_bytes(files: Iterable[OutputFile]) -> int:
     """Return the bytes of planned files together; the model's small files come on top."""
     return sum(f.bytes for f in files)

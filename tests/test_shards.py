@@ -331,6 +331,16 @@ def test_each_source_byte_is_read_once(
             assert sum(counts) == sum(t.nbytes for t in checkpoint.tensors.values())
 
 
+def test_streams_are_used_again(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A CPU stream holds an OS thread for ever: a process that cuts often must not gather them."""
+    checkpoint = open_checkpoint(str(sources["fused"]))
+    cut(checkpoint, tmp_path / "out", jobs=2)
+    before = len(quantize._IDLE)
+    for _ in range(3):
+        cut(checkpoint, tmp_path / "out", jobs=2, force=True)
+    assert len(quantize._IDLE) <= max(before, 2)
+
+
 # What cannot be asked for.
 
 
