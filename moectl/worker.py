@@ -154,7 +154,7 @@ def _serve(leash: Leash) -> None:
 
     dtype = getattr(mx, start.dtype) if start.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
-    tokenizer = _open_tokenizer(directory)
+    tokenizer = open_tokenizer(directory)
     engine = Engine(model, tokenizer, rank=start.rank, group=group, max_seq_len=manifest.geometry.max_seq_len)
     leash.tell(Ready(memory_bytes(), time.perf_counter() - begin))
     for event in engine.serve(leash.orders):
@@ -204,7 +204,8 @@ def _side_channel(leash: Leash) -> Any:
     return factory
 
 
-def _open_tokenizer(directory: Path) -> Any:
+def open_tokenizer(directory: Path) -> Any:
+    """Open the tokenizer of a shard set, with the stop tokens of its generation_config.json. Raises CheckpointError."""
     from mlx_lm.tokenizer_utils import load
 
     generation = directory / "generation_config.json"

@@ -22,7 +22,7 @@ from moectl.leash import Generate, Token
 from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
 from moectl.request import Request
-from moectl.worker import _open_tokenizer
+from moectl.worker import open_tokenizer
 
 
 def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
@@ -31,8 +31,10 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
     manifest = read_manifest(directory)
     dtype = getattr(mx, case["dtype"]) if case.get("dtype") else None
     model = load_rank(directory, manifest, rank, group, dtype=dtype)
-    tokenizer = _open_tokenizer(directory)
-    engine = Engine(model, tokenizer, rank=rank, group=group, max_seq_len=manifest.geometry.max_seq_len, prefill_step=32)
+    tokenizer = open_tokenizer(directory)
+    engine = Engine(
+        model, tokenizer, rank=rank, group=group, max_seq_len=manifest.geometry.max_seq_len, prefill_step=32
+    )
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for number, prompt in enumerate(case["prompts"], 1):
         inbox.put(Generate(Request(number, prompt, case["max_tokens"], raw=case["raw"])))

@@ -111,7 +111,7 @@ def test_usage_errors_as_json(call: Any) -> None:
 
 
 def test_bugs_say_what_to_do(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.hosts.find_hosts", lambda *_: {}["rope_theta"])
+    monkeypatch.setattr("moectl.hosts.find_hosts", lambda *_: dict[str, int]()["rope_theta"])
     code, _, err = call("hosts")
     assert code == 1
     assert err.startswith("Error: unexpected KeyError: 'rope_theta' (a bug in moectl)")

@@ -1,4 +1,4 @@
-"""shard → deploy → run as a user types it, over real sshd: on localhost, and on four hosts with addresses of their own."""
+"""shard → deploy → run as a user types it, over real sshd: on localhost, and on four hosts of their own."""
 
 from __future__ import annotations
 

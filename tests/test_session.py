@@ -67,7 +67,7 @@ def test_an_answer_streams_and_repeats(session: Session) -> None:
     assert isinstance(done, Done)
     assert (done.finish_reason, done.stats.completion_tokens) == ("length", 12)
     assert len([e for e in first if isinstance(e, Token) and e.token >= 0]) == 12
-    assert done.stats.prompt_tokens == 3 + len("user\nhello" "\n" "assistant\n")  # three special tokens
+    assert done.stats.prompt_tokens == 3 + len("user\nhello\nassistant\n")  # three special tokens
     assert 0 < done.stats.prompt_s <= done.stats.ttft_s
 
 
@@ -144,17 +144,22 @@ def test_close_leaves_no_process(shards: Path) -> None:
 def test_a_killed_rank_ends_all_and_is_named(shards: Path, victim: int) -> None:
     before = worker_pids()
     named = f"host{victim}: rank {victim}: the worker was killed by signal 9 while generating"
-    with pytest.raises(RemoteError, match=named) as caught, Session(specs(shards)) as session:
+    with Session(specs(shards)) as session:
         pids = sorted(worker_pids() - before)
-        for number, _ in enumerate(session.generate(Request(1, "hello", 400))):
-            if number == 3:
-                os.kill(pids[victim], signal.SIGKILL)
+        answer = session.generate(Request(1, "hello", 400))
+        next(answer)
+        os.kill(pids[victim], signal.SIGKILL)
+        with pytest.raises(RemoteError, match=named) as caught:
+            list(answer)
     assert caught.value.exit_code == 6
     assert worker_pids() == before
 
 
 def test_a_worker_without_shards_says_so(tmp_path: Path) -> None:
-    with pytest.raises(MoectlError, match="rank 0: .* is not a shard set") as caught, Session(specs(tmp_path, count=1)):
+    with (
+        pytest.raises(MoectlError, match=r"rank 0: .* is not a shard set") as caught,
+        Session(specs(tmp_path, count=1)),
+    ):
         pass
     assert caught.value.exit_code == 8
 
@@ -169,13 +174,16 @@ def test_a_damaged_shard_is_found(shards: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", shards, copy], check=True)
     file = copy / "rank-1" / "layer-000.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(MoectlError, match="host1: rank 1: rank-1/layer-000.safetensors has") as caught:
+    with pytest.raises(MoectlError, match=r"host1: rank 1: rank-1/layer-000\.safetensors has") as caught:
         Session(specs(copy)).__enter__()
     assert caught.value.exit_code == 7
 
 
 def test_a_missing_program_is_named(shards: Path) -> None:
-    with pytest.raises(MoectlError, match="cannot start /nowhere/python"), Session(specs(shards, argv=("/nowhere/python", "-m", "moectl"))):
+    with (
+        pytest.raises(MoectlError, match="cannot start /nowhere/python"),
+        Session(specs(shards, argv=("/nowhere/python", "-m", "moectl"))),
+    ):
         pass
 
 

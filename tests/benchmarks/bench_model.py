@@ -1,0 +1,103 @@
+"""Decode and prefill speed of moectl's DBRX beside mlx-lm's own, in one run: `python -m tests.benchmarks.bench_model`.
+
+A random model with DBRX's proportions on this machine's device. moectl runs as real workers on the ring, mlx-lm through
+its own generator. Ratios matter; absolutes are this machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import stream_generate
+from mlx_lm.models.dbrx import Model, ModelArgs
+
+from moectl.checkpoint import open_checkpoint
+from moectl.hosts import Host
+from moectl.leash import Done
+from moectl.manifest import Quantization
+from moectl.plan import make_placement
+from moectl.quantize import quantizer
+from moectl.remote import LocalRemote
+from moectl.request import Request
+from moectl.session import RankSpec, Session
+from moectl.shards import cut
+from moectl.worker import open_tokenizer
+from tests.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.ring import rank_env
+from tests.tiny import write_checkpoint
+
+
+def time_mlx_lm(source: Path, bits: int, prompt: str, count: int) -> tuple[float, float]:
+    """Return mlx-lm's (prefill, decode) in tokens per second, float32 activations as in moectl on a CPU."""
+    checkpoint = open_checkpoint(str(source))
+    model = Model(ModelArgs.from_dict(checkpoint.config))
+    weights: dict[str, Any] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        weights.update(mx.load(str(file)))  # type: ignore[arg-type]
+    float32 = {k: v.astype(mx.float32) for k, v in model.sanitize(weights).items()}
+    model.load_weights(list(float32.items()))
+    if bits < 16:
+        nn.quantize(model, 64, bits, class_predicate=lambda p, m: hasattr(m, "to_quantized") and "router" not in p)
+    model.eval()
+    mx.eval(model.parameters())
+    tokenizer = open_tokenizer(source)
+    tokens = tokenizer.encode(prompt)
+    for _ in range(2):  # the first warms up
+        begin = time.perf_counter()
+        times = [time.perf_counter() for _ in stream_generate(model, tokenizer, tokens, max_tokens=count)]
+    return len(tokens) / (times[0] - begin), (len(times) - 1) / (times[-1] - times[0])
+
+
+def time_moectl(shards: Path, ranks: int, prompt: str, count: int) -> tuple[float, float]:
+    """Return moectl's (prefill, decode) in tokens per second on this many local ranks."""
+    worker = (sys.executable, "-m", "moectl", "worker")
+    spec = RankSpec(Host("localhost"), LocalRemote(), worker, str(shards), ("127.0.0.1",), rank_env())
+    with Session([spec] * ranks, start_timeout_s=120) as session:
+        for number in (1, 2):
+            done = list(session.generate(Request(number, prompt, count, raw=True)))[-1]
+    assert isinstance(done, Done)
+    stats = done.stats
+    return stats.prompt_tokens / stats.prompt_s, (stats.completion_tokens - 1) / stats.decode_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompt", type=int, default=256, help="prompt tokens")
+    parser.add_argument("--generate", type=int, default=48, help="generated tokens")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "model"
+        sizes: dict[str, Any] = {"n_layers": 4, "d_model": 512, "n_heads": 8, "kv_n_heads": 2, "ffn_hidden": 896}
+        write_checkpoint(source, vocab_size=VOCAB_SIZE, max_seq_len=2048, **sizes)
+        write_tokenizer(source)
+        prompt = "mixture of experts " * (args.prompt // 19 + 1)
+        prompt = prompt[: args.prompt]
+        print("tokens per second, and the ratio to mlx-lm's")
+        print(f"{'bits':>4} {'what':<22} {'prefill':>9} {'ratio':>6} {'decode':>9} {'ratio':>6}")
+        for bits in (16, 8, 4):
+            reference = time_mlx_lm(source, bits, prompt, args.generate)
+            show(bits, "mlx-lm, 1 process", reference, reference)
+            for split, ranks in (("hidden", 1), ("hidden", 2), ("experts", 2)):
+                shards = Path(scratch) / f"{bits}-{split}-{ranks}"
+                checkpoint = open_checkpoint(str(source))
+                placement = make_placement(checkpoint.geometry, split, ranks, group_size=64)
+                quantization = None if bits == 16 else Quantization(bits, 64)
+                cut(checkpoint, placement, quantization, shards, name="bench", quantise=quantizer)
+                measured = time_moectl(shards, ranks, prompt, args.generate)
+                show(bits, f"moectl {split}, {ranks} rank{'s' * (ranks > 1)}", measured, reference)
+
+
+def show(bits: int, what: str, measured: tuple[float, float], reference: tuple[float, float]) -> None:
+    cells = [f"{m:9.1f} {m / r:6.2f}" for m, r in zip(measured, reference, strict=True)]
+    print(f"{bits:>4} {what:<22} {' '.join(cells)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
