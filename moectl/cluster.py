@@ -300,8 +300,9 @@ def _serve_task(pipe: connection.Connection, task: Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
     started = time.monotonic()
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
-        result = _catch(task, lambda: deploy_host(task, _throttle(task, pipe.send)))
-        pipe.send(replace(result, duration_s=time.monotonic() - started))
+        send = _throttle(task, pipe.send)
+        result = _catch(task, lambda: deploy_host(task, send))
+        send(replace(result, duration_s=time.monotonic() - started))
 
 
 def _throttle(task: Task, send: OnEvent) -> OnEvent:

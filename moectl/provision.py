@@ -19,7 +19,7 @@ from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.hosts import Host
 from moectl.manifest import FileEntry
 from moectl.node import ANSWER, hash_file
-from moectl.remote import DryRunRemote, LocalRemote, Remote, node_text, put_error
+from moectl.remote import DryRunRemote, LocalRemote, Remote, node_text, put_error, room_text
 
 ROOT = "~/.moectl"
 PACKAGES = ("moectl", "mlx", "mlx-lm")  # what has to be equal on every rank, or the ranks disagree
@@ -233,9 +233,8 @@ def _check_room(task: Task, found: Mapping[str, Any], needed: int) -> None:
     if task.host.is_local and found["device"] == task.shards.stat().st_dev:
         return  # hard links take no room
     if needed > found["free"]:
-        free = f"{found['free'] / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed"
         name = task.host.name
-        raise CommandFailed(f"disk full: {free}", host=name, hint=f"free space on {name}")
+        raise CommandFailed(room_text(found["free"], needed), host=name, hint=f"free space on {name}")
     if needed and not found["writable"]:
         raise CommandFailed(f"cannot write to {found['root']}: permission denied", host=task.host.name)
 

@@ -268,9 +268,7 @@ def check_completed(done: Completed, argv: Sequence[str], host: str) -> Complete
     how = f"exit code {done.code}" if done.code >= 0 else "ended by a signal"
     if done.code == NOT_FOUND:
         how = "not found"
-    raise CommandFailed(
-        f"{describe_command(argv)} failed: {how}{': ' if said else ''}{said[:300]}", host=host
-    )
+    raise CommandFailed(f"{describe_command(argv)} failed: {how}{': ' if said else ''}{said[:300]}", host=host)
 
 
 def timeout_error(argv: Sequence[str], timeout_s: float | None, host: str) -> CommandFailed:
@@ -289,22 +287,16 @@ def source_size(source: Path) -> int:
     try:
         return source.stat().st_size
     except OSError as error:
-        raise IntegrityError(
-            f"{source} cannot be read: {error.strerror}", hint="moectl shard --verify"
-        ) from None
+        raise IntegrityError(f"{source} cannot be read: {error.strerror}", hint="moectl shard --verify") from None
 
 
-def put_error(
-    answer: Mapping[str, Any], source: Path, destination: str, sha256: str, host: str
-) -> MoectlError:
+def put_error(answer: Mapping[str, Any], source: Path, destination: str, sha256: str, host: str) -> MoectlError:
     """Turn a failure told by `node.describe_failure` into one of ours."""
     match answer.get("error"):
         case "full":
-            room = (
-                f"{_gigabytes(answer['free'])} free, {_gigabytes(answer['needed'])} needed for {destination}"
-            )
+            room = room_text(answer["free"], answer["needed"])
             return CommandFailed(
-                f"disk full: {room}", host=host, hint=f"free space on {host}, then run it again"
+                f"{room} for {destination}", host=host, hint=f"free space on {host}, then run it again"
             )
         case "mismatch":
             return _mismatch_error(answer, source, destination, sha256, host)
@@ -335,7 +327,12 @@ def _mismatch_error(
     return IntegrityError(f"{destination} is corrupt: {found}", host=host, hint="run the same command again")
 
 
-def _gigabytes(size: int) -> str:
+def room_text(free: int, needed: int) -> str:
+    """Return what is missing on a disk, in words."""
+    return f"disk full: {_size_text(free)} free, {_size_text(needed)} needed"
+
+
+def _size_text(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
