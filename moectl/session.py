@@ -91,6 +91,7 @@ class Session:
         self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
         self._processes: list[Process | None] = [None] * len(ranks)
         self._sending = [threading.Lock() for _ in ranks]
+        self._gathered: dict[int, str] = {}  # a JACCL exchange under way
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self.memory_bytes = [0] * len(ranks)
@@ -167,7 +168,6 @@ class Session:
         """Return one event of this kind from each of these ranks, within the time in all."""
         deadline = time.monotonic() + timeout_s
         got: dict[int, Any] = {}
-        gathered: dict[int, str] = {}
         while len(got) < len(ranks):
             try:
                 rank, event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -180,18 +180,18 @@ class Session:
                     hint="check the network between the hosts, or allow more time with --start-timeout",
                 ) from None
             if isinstance(event, AllGather):
-                self._all_gather(gathered, rank, event.data)
+                self._all_gather(rank, event.data)
             elif isinstance(event, kind):
                 got[rank] = event
             else:
                 self._raise_if_bad(rank, event, phase)
         return got
 
-    def _all_gather(self, gathered: dict[int, str], rank: int, data: str) -> None:
-        gathered[rank] = data
-        if len(gathered) == len(self._ranks):
-            everything = "".join(gathered[r] for r in range(len(self._ranks)))
-            gathered.clear()
+    def _all_gather(self, rank: int, data: str) -> None:
+        self._gathered[rank] = data
+        if len(self._gathered) == len(self._ranks):
+            everything = "".join(self._gathered[r] for r in range(len(self._ranks)))
+            self._gathered.clear()
             for r in range(len(self._ranks)):
                 self._send(r, Gathered(everything))
 

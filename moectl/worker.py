@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,15 +53,17 @@ _BACKEND_ERRORS = ("[ring]", "[jaccl]")  # how mlx begins what its data planes r
 
 
 class Leash:
-    """The worker's end: a queue of orders, filled by a thread that ends the process when the controller is gone."""
+    """The worker's end: a queue of orders, filled by a thread that calls `on_end(reason)` when the leash has ended."""
 
-    def __init__(self, down: IO[bytes], up: IO[bytes]) -> None:
+    def __init__(self, down: IO[bytes], up: IO[bytes], *, on_end: Callable[[str], None]) -> None:
         self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self.gathered: queue.SimpleQueue[Gathered] = queue.SimpleQueue()
         self._down = down
         self._up = up
         self._sending = threading.Lock()
-        threading.Thread(target=self._listen, name="leash", daemon=True).start()
+        self._on_end = on_end
+        self._thread = threading.Thread(target=self._listen, name="leash", daemon=True)
+        self._thread.start()
 
     def tell(self, event: Event) -> None:
         """Send an event up; the process ends if nobody listens."""
@@ -79,6 +81,10 @@ class Leash:
             raise errors.RemoteError(f"expected {kind.__name__} from the controller, got {type(order).__name__}")
         return order
 
+    def join(self) -> None:
+        """Wait for the leash to end."""
+        self._thread.join()
+
     def _listen(self) -> None:
         try:
             for line in self._lines():
@@ -90,7 +96,7 @@ class Leash:
             reason = "the controller let go of the leash"
         except MoectlError as error:
             reason = str(error)
-        _exit(reason)
+        self._on_end(reason)
 
     def _lines(self) -> Iterator[bytes]:
         # Unbuffered reads under select: a buffered readline would hide lines from select.
@@ -115,7 +121,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to hear; it cancels, then lets go
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["HF_HUB_OFFLINE"] = "1"  # a worker reads its shard set and nothing else
-    leash = Leash(sys.stdin.buffer, up)
+    leash = Leash(sys.stdin.buffer, up, on_end=_exit)
     try:
         _serve(leash)
         _exit("done", code=0)
@@ -143,7 +149,7 @@ def _serve(leash: Leash) -> None:
     with contextlib.ExitStack() as held:
         ports = [held.enter_context(_free_port(address)) for address in start.addresses]
         numbers = [s.getsockname()[1] for s in ports]
-    leash.tell(Listening(_versions(), numbers))
+    leash.tell(Listening(own_versions(), numbers))
     group = _join(leash, start) if start.world_size > 1 else None
     leash.take(Load)
     begin = time.perf_counter()
@@ -174,7 +180,7 @@ def _join(leash: Leash, start: Start) -> Any:
     faulthandler.dump_traceback_later(start.init_timeout_s, exit=True)
     try:
         if connect.backend == "jaccl":
-            group = mx.distributed.init(strict=True, backend="jaccl", all_gather_factory=_side_channel(leash))
+            group = mx.distributed.init(strict=True, backend="jaccl", all_gather_factory=side_channel(leash))
         else:
             group = mx.distributed.init(strict=True, backend=connect.backend)
     except (RuntimeError, ValueError) as error:
@@ -191,7 +197,7 @@ def _join(leash: Leash, start: Start) -> Any:
     return group
 
 
-def _side_channel(leash: Leash) -> Any:
+def side_channel(leash: Leash) -> Any:
     """Return JACCL's `all_gather_factory`: its start-up exchange travels over the leash instead of a socket."""
 
     def factory(rank: int, size: int) -> Any:
@@ -237,7 +243,8 @@ def _write_temporary(text: str) -> str:
     return f.name
 
 
-def _versions() -> dict[str, str]:
+def own_versions() -> dict[str, str]:
+    """Return this interpreter's versions of what has to be equal on every rank, and of Python."""
     names = ("mlx", "mlx-lm")
     return {
         "moectl": __version__,

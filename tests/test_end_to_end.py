@@ -86,7 +86,9 @@ def test_mixing_this_machine_with_another(sshd: Server, model: Path, alone: str,
 @pytest.fixture
 def four_hosts(netns: Cluster, tmp_path: Path) -> Iterator[Path]:
     """An MLX hostfile of the four hosts: its "envs" carry the preload to the ranks."""
-    rows = [{"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []} for host in netns.hosts()]
+    rows: list[dict[str, Any]] = [
+        {"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []} for host in netns.hosts()
+    ]
     path = tmp_path / "hosts.json"
     path.write_text(json.dumps({"envs": [f"{k}={v}" for k, v in rank_env().items()], "hosts": rows}))
     yield path

@@ -9,16 +9,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moectl.errors import MoectlError, NotDeployed, RemoteError, Unreachable, UsageError
 from moectl.hosts import Host
-from moectl.leash import Done, Token
+from moectl.leash import AllGather, Done, Gathered, Token, decode, encode
 from moectl.remote import LocalRemote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
+from moectl.worker import Leash, own_versions, side_channel
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import rank_env
 from tests.test_lockstep import cut_case
@@ -165,8 +167,8 @@ def test_a_worker_without_shards_says_so(tmp_path: Path) -> None:
 
 
 def test_shards_for_another_number_of_ranks(shards: Path) -> None:
-    with pytest.raises(NotDeployed, match="is cut for 2 ranks, not 1"), Session(specs(shards, count=1)):
-        pass
+    with pytest.raises(NotDeployed, match="is cut for 2 ranks, not 1"):
+        Session(specs(shards, count=1)).__enter__()
 
 
 def test_a_damaged_shard_is_found(shards: Path, tmp_path: Path) -> None:
@@ -180,11 +182,8 @@ def test_a_damaged_shard_is_found(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_program_is_named(shards: Path) -> None:
-    with (
-        pytest.raises(MoectlError, match="cannot start /nowhere/python"),
-        Session(specs(shards, argv=("/nowhere/python", "-m", "moectl"))),
-    ):
-        pass
+    with pytest.raises(MoectlError, match="cannot start /nowhere/python"):
+        Session(specs(shards, argv=("/nowhere/python", "-m", "moectl"))).__enter__()
 
 
 def test_a_program_that_is_no_worker(shards: Path) -> None:
@@ -192,20 +191,41 @@ def test_a_program_that_is_no_worker(shards: Path) -> None:
         Session(specs(shards, argv=("echo", "hello"))).__enter__()
 
 
+# A stand-in for a worker whose backend is not here: it speaks the protocol and calculates nothing.
+STAND_IN = """
+import json, sys
+def tell(kind, **fields): print(json.dumps({"type": kind, **fields}), flush=True)
+def obey(kind, order):
+    if kind == "Start":
+        tell("Listening", versions=VERSIONS, ports=[9])
+    elif kind == "Connect":
+        tell("Connecting")
+        rank = order["env"]["MLX_RANK"]
+        if MODE == "gather":
+            tell("AllGather", data=(f"<{rank}>" * 2).encode().hex())
+    elif kind == "Gathered":
+        print(bytes.fromhex(order["data"]).decode(), file=sys.stderr, flush=True)
+        tell("Connected", rank=0, world_size=3)
+    elif kind == "Load":
+        tell("Ready", memory_bytes=1, load_s=0.0)
+for line in sys.stdin:
+    order = json.loads(line)
+    obey(order.pop("type"), order)
+"""
+
+
+def stand_in(mode: str, versions: dict[str, str] | None = None) -> tuple[str, ...]:
+    return (
+        sys.executable,
+        "-c",
+        STAND_IN.replace("VERSIONS", repr(versions or own_versions())).replace("MODE", repr(mode)),
+    )
+
+
 def test_a_peer_that_never_joins_is_bounded(shards: Path) -> None:
     before = worker_pids()
     ranks = specs(shards)
-    # Rank 1 answers as a worker does until it should join, then stays silent.
-    silent = "import sys,json\nfor line in sys.stdin:\n t=json.loads(line)['type']\n"
-    silent += " if t=='Start': print(json.dumps({'type':'Listening','versions':V,'ports':[9]}),flush=True)\n"
-    silent += " if t=='Connect': print(json.dumps({'type':'Connecting'}),flush=True)\n"
-    import importlib.metadata
-
-    from moectl import __version__
-
-    versions = {"moectl": __version__, **{n: importlib.metadata.version(n) for n in ("mlx", "mlx-lm")}}
-    argv = (sys.executable, "-c", silent.replace("V", repr(versions), 1))
-    ranks[1] = RankSpec(ranks[1].host, ranks[1].remote, argv, str(shards), ("127.0.0.1",))
+    ranks[1] = replace(ranks[1], argv=stand_in("silent"))
     begin = time.monotonic()
     with pytest.raises((Unreachable, RemoteError), match=r"host\d: rank \d: .*connecting"):
         Session(ranks, start_timeout_s=6).__enter__()
@@ -213,13 +233,50 @@ def test_a_peer_that_never_joins_is_bounded(shards: Path) -> None:
     assert worker_pids() == before
 
 
+def test_jaccl_exchanges_its_metadata_over_the_leash(shards: Path) -> None:
+    devices = [(None, "rdma_en3", "rdma_en4"), ("rdma_en2", None, "rdma_en4"), ("rdma_en2", "rdma_en3", None)]
+    heard: list[str] = []
+    ranks = [
+        replace(spec, argv=stand_in("gather"), host=Host(f"host{i}", rdma=devices[i]))
+        for i, spec in enumerate(specs(shards, count=3))
+    ]
+    with Session(ranks, backend="jaccl", on_log=lambda host, line: heard.append(line)):
+        pass
+    assert heard == ["<0><0><1><1><2><2>"] * 3
+
+
+def test_a_jaccl_exchange_that_stalls_is_bounded(shards: Path) -> None:
+    devices = [(None, "rdma_en3"), ("rdma_en2", None)]
+    ranks = [
+        replace(spec, argv=stand_in(mode), host=Host(f"host{i}", rdma=devices[i]))
+        for i, (spec, mode) in enumerate(zip(specs(shards), ("gather", "silent"), strict=True))
+    ]
+    with pytest.raises(Unreachable, match="no answer while connecting within 3 s"):
+        Session(ranks, backend="jaccl", start_timeout_s=1).__enter__()
+
+
+def test_the_workers_side_of_the_exchange() -> None:
+    orders_read, orders_write = os.pipe()
+    events_read, events_write = os.pipe()
+    with (
+        os.fdopen(orders_read, "rb") as down,
+        os.fdopen(orders_write, "wb") as controller,
+        os.fdopen(events_read, "rb") as events,
+        os.fdopen(events_write, "wb") as up,
+    ):
+        leash = Leash(down, up, on_end=lambda reason: None)
+        all_gather = side_channel(leash)(0, 2)
+        controller.write(encode(Gathered(b"abcdef".hex())))
+        controller.flush()
+        assert all_gather(b"abc-and-more", 3) == b"abcdef"
+        assert decode(events.readline()) == AllGather(b"abc".hex())
+        controller.close()
+        leash.join()
+
+
 def test_versions_that_differ_are_refused(shards: Path) -> None:
-    code = (
-        "import sys,json;sys.stdin.readline();"
-        "print(json.dumps({'type':'Listening','versions':{'moectl':'0.0.9'},'ports':[9]}),flush=True);sys.stdin.read()"
-    )
     ranks = specs(shards)
-    ranks[1] = RankSpec(ranks[1].host, ranks[1].remote, (sys.executable, "-c", code), str(shards), ("127.0.0.1",))
+    ranks[1] = replace(ranks[1], argv=stand_in("silent", {**own_versions(), "moectl": "0.0.9"}))
     with pytest.raises(MoectlError, match=r"host1: moectl 0\.0\.9 here is .* on host0") as caught:
         Session(ranks).__enter__()
     assert caught.value.exit_code == 6
