@@ -207,8 +207,8 @@ def _cut_locked(job: _Job, force: bool) -> Manifest:
         return manifest
     if force:
         _clear(job)
-    manifest_path.unlink(missing_ok=True)
     journal = journals.Journal(job.directory, job.binding(), done)
+    manifest_path.unlink(missing_ok=True)  # after the journal: one of the two says at any time that this is ours
     # A file has its final name before it has its hash: it is whole, and need not be made again.
     named = [f for f in job.files if f.path not in done and _size(job.directory / f.path) == f.bytes]
     missing = [f for f in job.files if f.path not in done and f not in named]
@@ -295,14 +295,14 @@ def _clear(job: _Job) -> None:
     except MoectlError:
         if held is None:
             _refuse_strangers(job.directory)
-    (job.directory / MANIFEST_NAME).unlink(missing_ok=True)
-    (job.directory / journals.NAME).unlink(missing_ok=True)
     for file in old:
         path = job.directory / file
         path.unlink(missing_ok=True)
         _partial(path).unlink(missing_ok=True)
         if path.parent != job.directory and path.parent.is_dir() and not any(path.parent.iterdir()):
             path.parent.rmdir()
+    (job.directory / MANIFEST_NAME).unlink(missing_ok=True)
+    (job.directory / journals.NAME).unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int | None:

@@ -498,14 +498,14 @@ checkpoint = open_checkpoint(sys.argv[1])
 placement = make_placement(checkpoint.geometry, "hidden", 2, shares=(1, 5), group_size=64)
 countdown = int(sys.argv[3])
 shards.cut(checkpoint, placement, Quantization(4, 64), Path(sys.argv[2]), name="tiny",
-           quantise=quantize.quantizer, jobs=2)
+           quantise=quantize.quantizer, jobs=2, force=sys.argv[4:] == ["force"])
 print(int(sys.argv[3]) - countdown)
 """
 
 
-def _cut_and_kill(source: Path, directory: Path, after: int) -> tuple[int, int]:
+def _cut_and_kill(source: Path, directory: Path, after: int, *options: str) -> tuple[int, int]:
     """Cut in a process that kills itself at the n-th call that touches the disk; return (code, calls)."""
-    command = [sys.executable, "-c", _SCRIPT, str(source), str(directory), str(after)]
+    command = [sys.executable, "-c", _SCRIPT, str(source), str(directory), str(after), *options]
     root = Path(shards.__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=120)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
@@ -514,7 +514,7 @@ def _cut_and_kill(source: Path, directory: Path, after: int) -> tuple[int, int]:
 
 def test_kill_at_any_moment_then_resume(sources: dict[str, Path], tmp_path: Path) -> None:
     source = sources["fused"]
-    code, calls = _cut_and_kill(source, tmp_path / "whole", 10**9)
+    code, calls = _cut_and_kill(source, tmp_path / "whole", sys.maxsize)
     assert code == 0
     whole = tree(tmp_path / "whole")
     draw = random.Random(2)
@@ -530,6 +530,18 @@ def test_kill_at_any_moment_then_resume(sources: dict[str, Path], tmp_path: Path
             after *= 2
         assert tree(directory) == whole
     assert kills >= 4
+
+
+def test_kill_while_replacing_another_set(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = sources["fused"]
+    _cut_and_kill(source, tmp_path / "whole", sys.maxsize)
+    checkpoint = open_checkpoint(str(source))
+    for after in (4, 15, 28):
+        directory = tmp_path / str(after)
+        cut(checkpoint, directory, quantization=Quantization(8, 64), placement=place(checkpoint, shares=(5, 1)))
+        assert _cut_and_kill(source, directory, after, "force")[0] == -signal.SIGKILL
+        assert _cut_and_kill(source, directory, sys.maxsize, "force")[0] == 0
+        assert tree(directory) == tree(tmp_path / "whole")
 
 
 def _assert_only_whole_files(directory: Path, whole: dict[str, bytes]) -> None:
