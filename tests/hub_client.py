@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moectl import checkpoint
+from moectl import checkpoint, hub
 from moectl.checkpoint import Checkpoint, open_checkpoint
 
 CHUNK_BYTES = 16 << 10
@@ -52,7 +52,7 @@ def enter(environment: dict[str, str]) -> None:
     ):
         os.environ.pop(name, None)
     os.environ.update({"HF_HUB_DISABLE_TELEMETRY": "1", **environment})
-    checkpoint._RETRY_WAITS_S = (0.01, 0.01, 0.01, 0.01)
+    hub._RETRY_WAITS_S = (0.01, 0.01, 0.01, 0.01)
     from huggingface_hub import constants
 
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES

@@ -22,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moectl import checkpoint
 from moectl.checkpoint import Checkpoint, open_checkpoint, pull
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError, Unreachable
 from moectl.geometry import read_geometry
+from moectl.hub import _require_space
 from moectl.manifest import Quantization
 from tests import hub_client
 from tests.hub import Fault, Hub
@@ -857,4 +857,4 @@ def test_a_full_disk_is_one_clear_error(hub: Hub, client: ProcessPoolExecutor, r
 
 def test_free_space_is_checked_first(tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"model needs 1000000000\.0 GB, and .* free"):
-        checkpoint._require_space(tmp_path / "not" / "yet", 10**18, "model")
+        _require_space(tmp_path / "not" / "yet", 10**18, "model")

@@ -17,29 +17,34 @@ ONLY_IN: dict[str, set[str]] = {
     "click": {"cli"},
     "tqdm": {"console"},
     "paramiko": {"ssh", "ssh_config"},
-    "huggingface_hub": {"checkpoint"},
+    "huggingface_hub": {"hub"},
     "mlx": NODE | {"model"},
     "mlx_lm": NODE | {"model"},
     "numpy": NODE | {"model"},
     "transformers": {"demo.train"},
     "tokenizers": {"demo.train"},
-    "safetensors": {"checkpoint", "layouts", "demo.train"},
+    "safetensors": {"layouts", "demo.train"},
 }
 # Of those, the ones whose import waits until a function needs it.
-INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "checkpoint")}
+INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub")}
 
 # From the face down; a module imports only from rooms further down or from its own.
 ROOMS = (
     {"__main__"},
     {"cli"},
+    {"report"},
     {"console", "config"},
     {"launch"},
     {"prepare", "session", "cluster"},
+    {"provision"},
     {"worker"},
     {"engine"},
     {"model", "quantize"},
     {"ssh", "shards"},
-    {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "checkpoint", "node", "layouts"},
+    {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "node"},
+    {"checkpoint"},
+    {"hub"},
+    {"layouts"},
     {"leash", "manifest"},
     {"plan", "hosts", "request", "demo", "paths"},
     {"geometry"},

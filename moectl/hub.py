@@ -1,0 +1,417 @@
+"""Files of one commit of a Hugging Face Hub repository: headers by range request, downloads that resume and verify.
+
+huggingface_hub does all HTTP and is imported nowhere else, here only when a repository is opened: it is slow to
+load. What the files mean is `checkpoint`'s business; nothing here decides which of them a model needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError, Unreachable
+from moectl.layouts import StoredTensor, header_length, read_header
+
+OnBytes = Callable[[str, int, int], None]  # weight file, bytes done, bytes in all; from another thread
+
+MIRRORS = (
+    "alpindale/dbrx-instruct",
+    "SinclairSchneider/dbrx-instruct-quantization-fixed",
+    "mlx-community/dbrx-instruct-4bit",
+)
+_FIRST_READ_BYTES = 64 << 10
+_RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0)
+_LONGEST_WAIT_S = 60  # a server that asks for more is not waited for
+_TIMEOUT_S = 30
+_AGAIN = "run the same command again"
+_T = TypeVar("_T")
+
+
+class _Stopped(Exception):
+    """The download is no longer wanted; leaves a partial file for the next run."""
+
+
+class Repository:
+    """One commit of a repository. Small files go to the Hugging Face cache, weights there or to `work_dir`."""
+
+    def __init__(self, repo: str, revision: str | None, work_dir: Path | None, on_bytes: OnBytes | None) -> None:
+        """Ask the Hub what the commit holds. Raises CheckpointError or Unreachable."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity(logging.log_levels["critical"])  # what matters comes back as our errors
+        self.name = repo
+        self._asked = revision or "main"
+        self._on_bytes = on_bytes or (lambda *_: None)
+        self._closing = threading.Event()
+        self._one_at_a_time = threading.Lock()
+        self._guard = threading.Lock()  # of _downloads
+        self._downloads: dict[str, Future[Path]] = {}
+        info = self._ask(
+            f"revision {self._asked}",
+            lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S),
+        )
+        self.revision = str(info.sha)
+        self.files: dict[str, int] = {}
+        self._hashes: dict[str, tuple[str, str]] = {}  # file → algorithm, digest
+        for entry in info.siblings or []:
+            if "/" not in entry.rfilename and entry.size is not None:
+                self.files[entry.rfilename] = entry.size
+                promised = ("sha256", entry.lfs.sha256) if entry.lfs else ("sha1", entry.blob_id or "")
+                self._hashes[entry.rfilename] = promised
+        self._root = work_dir and work_dir / f"{repo.replace('/', '--')}-{self.revision[:12]}"
+
+    def header(self, file: str) -> dict[str, StoredTensor]:
+        """Read a header with one or two range requests, and no weights."""
+        local = self._cached(file)
+        if local is not None:
+            return read_header(local, file)
+        size = self.files[file]
+        start = self._range(file, 0, min(size, _FIRST_READ_BYTES))
+        stop = 8 + header_length(start[:8], file, size)
+        if stop > len(start):
+            start += self._range(file, len(start), stop)
+        try:
+            return _read_hollow(start[:stop], file, size)
+        except OSError as error:
+            raise _disk_error(error, Path(tempfile.gettempdir())) from None
+
+    def path(self, file: str) -> Path:
+        """Return a file's local path once it is there."""
+        try:
+            return self._start(file).result()
+        except MoectlError:
+            with self._guard:
+                self._downloads.pop(file, None)  # a later call tries again
+            raise
+        except _Stopped:
+            raise StateError(f"{self.name} was closed while {file} was on its way") from None
+
+    def prefetch(self, file: str) -> None:
+        """Start to download a file in the background, after those that were asked for before."""
+        self._start(file)
+
+    def release(self, file: str) -> None:
+        """Delete a file from the work directory, unless it is still on its way there."""
+        with self._guard:
+            future = self._downloads.get(file)
+            if future is not None and not future.done():
+                return
+            self._downloads.pop(file, None)
+        if self._root is not None and file in self.files:
+            # An earlier run may have left it: what is released is not needed any more.
+            with contextlib.suppress(OSError):
+                (self._root / file).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Stop downloads at their next bytes, without waiting for them."""
+        self._closing.set()
+        if self._root is not None:
+            with contextlib.suppress(OSError):  # absent, or it holds what the next run can use
+                self._root.rmdir()
+
+    def _start(self, file: str) -> Future[Path]:
+        with self._guard:
+            future = self._downloads.get(file)
+            if future is None:
+                future = self._downloads[file] = Future[Path]()
+                # A daemon: a stalled connection must not keep the program from leaving.
+                threading.Thread(target=self._fill, args=(future, file), daemon=True).start()
+        return future
+
+    def _fill(self, future: Future[Path], file: str) -> None:
+        try:
+            with self._one_at_a_time:
+                future.set_result(self._fetch(file))
+        except (MoectlError, _Stopped) as error:
+            future.set_exception(error)
+        except BaseException as error:
+            future.set_exception(_hub_error(error, self.name, file))
+
+    def _fetch(self, file: str) -> Path:
+        if self._closing.is_set():
+            raise _Stopped
+        if file not in self.files:
+            raise CheckpointError(f"{self.name} has no file {file}")
+        cached = self._cached(file)
+        if cached is not None:
+            return cached
+        if self._root is None or not file.endswith(".safetensors"):
+            return self._ask(file, lambda: self._fetch_to_cache(file))
+        path = self._root / file
+        if not (path.is_file() and self._is_intact(path, file)):
+            self._fetch_to_work_dir(file, path)
+        return path
+
+    def _cached(self, file: str) -> Path | None:
+        found = find_cached(self.name, file, self.revision)
+        return found if found is not None and found.stat().st_size == self.files[file] else None
+
+    def _fetch_to_cache(self, file: str) -> Path:
+        from huggingface_hub import constants, hf_hub_download
+
+        _require_space(Path(constants.HF_HUB_CACHE), self.files[file], file)
+        bar = self._make_bar(file)
+        # The branch's name, not its commit, makes the cache remember the branch: offline runs look for it.
+        asked = self._asked if file == "config.json" else self.revision
+        path = Path(hf_hub_download(self.name, file, revision=asked, tqdm_class=bar))
+        if path.parent.name != self.revision:  # the branch has moved on since it was opened
+            path = Path(hf_hub_download(self.name, file, revision=self.revision, tqdm_class=bar))
+        if not self._is_intact(path, file):
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise self._wrong_bytes(file)
+        return path
+
+    def _fetch_to_work_dir(self, file: str, path: Path) -> None:
+        """Download to `path`.partial, resuming what is there, and rename when size and hash are right.
+
+        Not hf_hub_download: its newer versions start a file afresh once the process has died.
+        """
+        partial = path.with_name(path.name + ".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            resumed = self._complete(file, partial)
+            while not self._is_intact(partial, file):
+                partial.unlink()
+                if not resumed:
+                    raise self._wrong_bytes(file)
+                resumed = self._complete(file, partial)  # what an earlier run left was not what it seemed
+            partial.replace(path)
+        except OSError as error:
+            raise _disk_error(error, path) from None
+
+    def _complete(self, file: str, partial: Path) -> bool:
+        """Download what a partial file lacks; return whether it had some bytes."""
+        with partial.open("ab") as f:
+            _lock(f, partial.parent)
+            if f.tell() > self.files[file]:
+                f.truncate(0)
+            kept = f.seek(0, 2)
+            _require_space(partial.parent, self.files[file] - kept, file)
+            self._ask(file, lambda: self._append(file, f))
+        return kept > 0
+
+    def _append(self, file: str, f: IO[bytes]) -> None:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        done = f.seek(0, 2)
+        self._on_bytes(file, done, self.files[file])
+        http_get(
+            hf_hub_url(self.name, file, revision=self.revision),
+            f,  # type: ignore[arg-type]
+            resume_size=done,
+            headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+            expected_size=self.files[file],
+            tqdm_class=self._make_bar(file),
+        )
+
+    def _range(self, file: str, start: int, stop: int) -> bytes:
+        return self._ask(file, lambda: _read_range(self.name, file, self.revision, start, stop))
+
+    def _is_intact(self, path: Path, file: str) -> bool:
+        algorithm, promised = self._hashes[file]
+        size = path.stat().st_size
+        if size != self.files[file] or not promised:
+            return size == self.files[file]
+        digest = hashlib.new(algorithm)
+        if algorithm == "sha1":  # git hashes a blob with its length in front
+            digest.update(f"blob {size}\0".encode())
+        with path.open("rb") as f:
+            while chunk := f.read(1 << 20):
+                if self._closing.is_set():
+                    raise _Stopped
+                digest.update(chunk)
+        return digest.hexdigest() == promised
+
+    def _wrong_bytes(self, file: str) -> IntegrityError:
+        return IntegrityError(f"{file} of {self.name} came with the wrong size or hash, and was deleted", hint=_AGAIN)
+
+    def _make_bar(self, file: str) -> Any:
+        """Return a silent tqdm class that tells `on_bytes` instead of a terminal."""
+        from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+        repository = self
+
+        class Bar(tqdm):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                self.done = int(kwargs.get("initial") or 0)
+                # hf_xet has a second bar for what crosses the network: only what is on disk counts.
+                self.counts = file.endswith(".safetensors") and ".transfer" not in str(kwargs.get("name"))
+                kwargs["disable"] = True
+                super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+            def update(self, n: float | None = 1) -> None:
+                if repository._closing.is_set():
+                    raise _Stopped
+                self.done += int(n or 0)
+                if self.counts:
+                    repository._on_bytes(file, self.done, repository.files[file])
+
+        return Bar
+
+    def _ask(self, what: str, call: Callable[[], _T]) -> _T:
+        """Do one thing with the Hub: retry what may pass, turn what does not into our errors."""
+        waits = iter(_RETRY_WAITS_S)
+        while True:
+            try:
+                return call()
+            except (MoectlError, _Stopped):
+                raise
+            except Exception as error:  # httpx, huggingface_hub, hf_xet: each has its own tree
+                wait_s = next(waits, None) if _may_pass(error) else None
+                if wait_s is None:
+                    raise _hub_error(error, self.name, what) from None
+                if self._closing.wait(max(wait_s, _retry_after_s(error))):
+                    raise _Stopped from None
+
+
+def find_cached(repo: str, file: str, revision: str | None) -> Path | None:
+    """Return the Hugging Face cache's copy of a file without asking the Hub, None when there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repo, file, revision=revision)
+    except (OSError, ValueError):  # unreadable, or no repository's name
+        return None
+    return Path(found) if isinstance(found, str) and Path(found).is_file() else None
+
+
+def _read_range(repo: str, file: str, revision: str, start: int, stop: int) -> bytes:
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+    url = hf_hub_url(repo, file, revision=revision)
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    data = b""
+    with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as response:
+        hf_raise_for_status(response)
+        first = start if response.status_code == 206 else 0
+        for chunk in response.iter_bytes():
+            data += chunk
+            if first + len(data) >= stop:  # a server that ignores Range would send the whole file
+                break
+    data = data[start - first : stop - first]
+    if len(data) < stop - start:
+        raise OSError(f"{len(data)} bytes came instead of {stop - start}")
+    return data
+
+
+def _read_hollow(header: bytes, file: str, size: int) -> dict[str, StoredTensor]:
+    """Validate a header against its file's length: the safetensors library gets the header and a hole."""
+    with tempfile.TemporaryDirectory(prefix="moectl-") as directory:
+        hollow = Path(directory) / "hollow.safetensors"
+        with hollow.open("wb") as f:
+            f.write(header)
+            f.truncate(size)
+        return read_header(hollow, file)
+
+
+def _lock(f: IO[bytes], root: Path) -> None:
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StateError(f"another moectl is downloading to {root}", hint="wait for it, or end it") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _require_space(directory: Path, nbytes: int, file: str) -> None:
+    while not directory.exists():
+        directory = directory.parent
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise StateError(
+            f"{file} needs {nbytes / 1e9:.1f} GB, and {directory} has {free / 1e9:.1f} GB free",
+            hint=f"free some space and {_AGAIN}: it resumes",
+        )
+
+
+# What can go wrong, as our errors.
+
+
+def _status(error: BaseException) -> int:
+    return int(getattr(getattr(error, "response", None), "status_code", 0))
+
+
+def _retry_after_s(error: BaseException) -> float:
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    try:
+        return max(0.0, float(headers.get("Retry-After", 0)))
+    except ValueError:
+        return 0.0
+
+
+def _may_pass(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return _status(error) in (408, 429, 500, 502, 503, 504) and _retry_after_s(error) <= _LONGEST_WAIT_S
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    # httpx has no public home here: its errors are what HfHubHTTPError is derived from.
+    cut_short = isinstance(error, OSError) and error.errno is None and not isinstance(error, FileNotFoundError)
+    return cut_short or isinstance(error, HfHubHTTPError.__bases__[0])
+
+
+def _hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
+    """Turn an error of huggingface_hub or of the disk into ours, saying what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, errors.HFValidationError):
+        message = f"{repo!r} is neither a directory nor a repository's name"
+        return CheckpointError(message, hint="use OWNER/NAME or a path")
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        message = f"{what} of {repo} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set"
+        return Unreachable(message, hint="unset HF_HUB_OFFLINE, or give a directory")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointError(f"{repo} has no {what}", hint=f"see https://huggingface.co/{repo}/commits/main")
+    if isinstance(error, errors.EntryNotFoundError):
+        return CheckpointError(f"{repo} has no file {what}")
+    if _status(error):
+        return _status_error(error, repo, what)
+    if isinstance(error, OSError) and error.errno is not None:
+        return _disk_error(error, Path(error.filename or what))
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return Unreachable(f"{what} of {repo} did not come: {reason}", hint=f"{_AGAIN}: it resumes")
+
+
+def _status_error(error: BaseException, repo: str, what: str) -> MoectlError:
+    from huggingface_hub.errors import GatedRepoError
+
+    status = _status(error)
+    accept = f"accept its licence at https://huggingface.co/{repo}"
+    mirrors = ", ".join(m for m in MIRRORS if m != repo)
+    if status == 403 or isinstance(error, GatedRepoError):
+        message = f"{repo} may not be downloaded with this account (HTTP {status})"
+        return CheckpointError(message, hint=f"{accept} and set HF_TOKEN; or use a mirror: {mirrors}")
+    if status == 401:
+        message = f"{repo} does not exist, or is closed to you (HTTP 401)"
+        return CheckpointError(message, hint=f"{accept} and set a valid HF_TOKEN; or use a mirror: {mirrors}")
+    if status in (404, 410):
+        return CheckpointError(f"the Hub has no repository {repo} (HTTP {status})", hint=f"try a mirror: {mirrors}")
+    wait_s = _retry_after_s(error)
+    when = f" in {wait_s:.0f} s" if wait_s else ""
+    message = f"{what} of {repo} did not come: the Hub answered HTTP {status}"
+    return Unreachable(message, hint=f"{_AGAIN}{when}: it resumes")
+
+
+def _disk_error(error: OSError, path: Path) -> MoectlError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = f"the disk is full: {path} cannot be written"
+        return StateError(message, hint=f"free some space and {_AGAIN}: it resumes")
+    return StateError(f"{path} cannot be written: {error.strerror or error}")
