@@ -66,9 +66,7 @@ def write_deployment(deployment: Deployment) -> None:
             os.fsync(f.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise StateError(
-            f"cannot write {path}: {error.strerror}", hint="is XDG_STATE_HOME writable?"
-        ) from None
+        raise StateError(f"cannot write {path}: {error.strerror}", hint="is XDG_STATE_HOME writable?") from None
 
 
 def find_deployment() -> Deployment | None:

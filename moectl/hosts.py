@@ -189,9 +189,7 @@ def resolve_address(name: str) -> str:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise HostsError(
-            f"its address is not known: {reason}", host=name, hint=f"write '{name} ip=…'"
-        ) from None
+        raise HostsError(f"its address is not known: {reason}", host=name, hint=f"write '{name} ip=…'") from None
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     return str(found[0][4][0])
 
@@ -208,13 +206,9 @@ def _parse_line(words: Sequence[str], where: str) -> Host:
     for word in words[1:]:
         key, equals, value = word.partition("=")
         if not equals:
-            raise HostsError(
-                f"{where}: expected key=value, found {word!r}", hint=f"keys are {', '.join(KEYS)}"
-            )
+            raise HostsError(f"{where}: expected key=value, found {word!r}", hint=f"keys are {', '.join(KEYS)}")
         if key not in KEYS:
-            raise HostsError(
-                f"{where}: unknown key {key!r}.{_suggest(key)}", hint=f"keys are {', '.join(KEYS)}"
-            )
+            raise HostsError(f"{where}: unknown key {key!r}.{_suggest(key)}", hint=f"keys are {', '.join(KEYS)}")
         if key in values:
             raise HostsError(f"{where}: {key} is given twice")
         if not value:
@@ -302,9 +296,7 @@ def _refuse_duplicate(host: Host, seen: dict[tuple[str, int | None], int], numbe
     first = seen.setdefault((name, host.port), number)
     if first != number:
         line = "" if where == "--hosts" else f", first on line {first}"
-        raise HostsError(
-            f"{where}: {host.name} is listed twice{line}", hint="each host is one rank: list it once"
-        )
+        raise HostsError(f"{where}: {host.name} is listed twice{line}", hint="each host is one rank: list it once")
 
 
 def _check_list(hosts: HostList) -> HostList:
@@ -316,8 +308,7 @@ def _check_list(hosts: HostList) -> HostList:
             continue
         if len(host.rdma) != len(hosts.hosts):
             raise HostsError(
-                f"{hosts.source}: rdma of {host.name} has {len(host.rdma)} entries, there are "
-                f"{len(hosts.hosts)} hosts",
+                f"{hosts.source}: rdma of {host.name} has {len(host.rdma)} entries, there are {len(hosts.hosts)} hosts",
                 hint="one entry per rank in list order, '-' for the host itself",
             )
         if host.rdma[rank] is not None:
@@ -365,9 +356,7 @@ def _parse_json(text: str, source: str) -> HostList:
         )
     backend = data.get("backend") or ""
     if backend not in BACKENDS:
-        raise HostsError(
-            f"{source}: unknown backend {backend!r}", hint=f"MLX knows {', '.join(BACKENDS[2:])}"
-        )
+        raise HostsError(f"{source}: unknown backend {backend!r}", hint=f"MLX knows {', '.join(BACKENDS[2:])}")
     envs = _strings(data.get("envs"), f"{source}: envs")
     for env in envs:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", env, re.DOTALL):

@@ -109,9 +109,7 @@ def _run_openssh(argv: Sequence[str], host: str) -> subprocess.CompletedProcess[
             errors="replace",
         )
     except FileNotFoundError:
-        raise HostError(
-            f"{argv[0]} is not installed here", host=host, hint="install OpenSSH's client"
-        ) from None
+        raise HostError(f"{argv[0]} is not installed here", host=host, hint="install OpenSSH's client") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HostError(f"{argv[0]} did not answer: {error}", host=host) from None
 

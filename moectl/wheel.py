@@ -33,18 +33,14 @@ def pack_wheel(directory: Path) -> Path:
             "this moectl was not installed, so it cannot be sent to a host", hint=INSTALL_HINT
         ) from None
     if installed.version != version:
-        raise VersionMismatch(
-            f"this moectl is {version}, but was installed as {installed.version}", hint=INSTALL_HINT
-        )
+        raise VersionMismatch(f"this moectl is {version}, but was installed as {installed.version}", hint=INSTALL_HINT)
     info = f"moectl-{version}.dist-info"
     files = _package_files()
     for name in ("METADATA", "entry_points.txt"):
         text = installed.read_text(name)
         if text is not None:
             files[f"{info}/{name}"] = text.encode()
-    files[f"{info}/WHEEL"] = (
-        f"Wheel-Version: 1.0\nGenerator: moectl\nRoot-Is-Purelib: true\nTag: {TAG}\n".encode()
-    )
+    files[f"{info}/WHEEL"] = f"Wheel-Version: 1.0\nGenerator: moectl\nRoot-Is-Purelib: true\nTag: {TAG}\n".encode()
     path = directory / f"moectl-{version}-{TAG}.whl"
     write_wheel(path, info, files)
     return path

@@ -138,9 +138,7 @@ def _start_node(
 
 def _start_holder(stack: contextlib.ExitStack, namespace: str, own: Path, name: str) -> int:
     """Start the process that holds a node's mounts and hostname; return once both are set."""
-    script = (
-        'mount --make-rprivate / && mount --bind "$1" /node && hostname "$2" && echo ready; exec sleep 9d'
-    )
+    script = 'mount --make-rprivate / && mount --bind "$1" /node && hostname "$2" && echo ready; exec sleep 9d'
     child = subprocess.Popen(
         [
             "ip",
