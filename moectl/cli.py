@@ -123,7 +123,7 @@ def cli() -> None:
 @click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
 @click.option("--q-mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), default="affine", show_default=True)
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("-j", "--jobs", type=click.IntRange(1), help="Streams at once (default: 2, or 1 on one core).")
+@click.option("-j", "--jobs", type=click.IntRange(1), help="Streams at once (default: all cores but one, at most 4).")
 @click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache.")
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
 @click.option("--force", is_flag=True, help="Make a shard set anew over another one.")
@@ -174,8 +174,6 @@ def _shard(common: Common, model: str, wanted: Wanted, *, dry_run: bool = False,
     from moectl import prepare
     from moectl.console import progress
 
-    if options.get("jobs") is None:
-        options["jobs"] = min(2, os.cpu_count() or 1)
     with progress(quiet=common.quiet) as bars:
         cutting: list[Bar] = []
 
@@ -412,7 +410,10 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
     bits = int(options["q_bits"]) if options["q_bits"] else None
     nodes = local or (len(shares) if shares else 2)
     wanted = Wanted(options["split"], nodes, shares, bits)
-    return launch.prepare_local(model, wanted, shard=lambda model, wanted: _shard(common, model, wanted).directory)
+    # The cache is ours: what is there of another state of the model is replaced.
+    return launch.prepare_local(
+        model, wanted, shard=lambda model, wanted: _shard(common, model, wanted, replace=True).directory
+    )
 
 
 def _log_printer(common: Common) -> Callable[[str, str], None]:

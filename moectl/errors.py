@@ -2,6 +2,7 @@
 
 MoectlError (1)
 ├── UsageError (2)               the command line or its values make no sense
+│   └── ShardsDiffer             a directory holds a shard set of another source or other settings
 ├── PartialFailure (3)           some hosts or checks failed, others did not
 ├── HostsError (4)               the hosts file is wrong
 ├── PlanError (4)                the split, the shares or the model cannot work
@@ -52,6 +53,10 @@ def _rebuild(kind: type[MoectlError], message: str, hint: str | None, host: str 
 
 class UsageError(MoectlError):
     exit_code = 2
+
+
+class ShardsDiffer(UsageError):
+    pass
 
 
 class PartialFailure(MoectlError):

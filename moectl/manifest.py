@@ -52,6 +52,7 @@ class Manifest:
     name: str
     source: str  # repo id or the directory's name
     revision: str | None  # commit hash of the Hub repository, None for a directory
+    fingerprint: str  # of the source's weight files, see `shards.fingerprint_source`
     config: dict[str, Any]  # the source's config.json
     quantization: Quantization | None  # None = 16-bit copy
     split: str

@@ -5,13 +5,14 @@ It joins `checkpoint`, `plan` and `shards`; what each of them does is theirs. ML
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moectl import shards
 from moectl.checkpoint import Checkpoint, open_checkpoint
-from moectl.errors import NotSharded
+from moectl.errors import NotSharded, ShardsDiffer
 from moectl.manifest import Manifest, Quantization, read_manifest
 from moectl.paths import data_dir
 from moectl.plan import Placement, make_placement
@@ -94,8 +95,9 @@ def shard(
     revision: str | None = None,
     quantise: shards.OpenQuantise,
     keep_source: bool = False,
-    jobs: int = 1,
+    jobs: int | None = None,
     force: bool = False,
+    replace: bool = False,
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
     on_download: Callable[[str, int, int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
@@ -103,7 +105,8 @@ def shard(
     """Make (or finish, or find) a shard set; say where it is.
 
     `on_plan(directory, output_bytes)` is told what will be made before anything is written; when it returns False
-    nothing is.
+    nothing is. `replace` starts afresh where the directory holds a set of another source or with other settings,
+    `force` always.
     """
     checkpoint = open_checkpoint(
         source, revision=revision, work_dir=_work_dir(directory, source), keep_source=keep_source, on_bytes=on_download
@@ -116,17 +119,23 @@ def shard(
         files = shards.plan_files(checkpoint, placement, quantization)
         output_bytes = shards.output_bytes(files)
         if on_plan(directory, output_bytes):
-            shards.cut(
+            cut = partial(
+                shards.cut,
                 checkpoint,
                 placement,
                 quantization,
                 directory,
                 name=name,
                 quantise=quantise,
-                jobs=jobs,
+                jobs=jobs or shards.default_jobs(),
                 on_bytes=on_bytes,
-                force=force,
             )
+            try:
+                cut(force=force)
+            except ShardsDiffer:
+                if not replace:
+                    raise
+                cut(force=True)
         return Made(directory, placement, output_bytes)
     finally:
         checkpoint.close()
@@ -140,15 +149,14 @@ def find_shards(where: str | Path) -> tuple[Path, Manifest]:
     raise NotSharded(f"there is no shard set {str(where)!r}", hint="moectl shard MODEL")
 
 
-def newest_shards(world_size: int, names: Sequence[str] | None = None) -> tuple[Path, Manifest]:
+def newest_shards(world_size: int) -> tuple[Path, Manifest]:
     """Return the newest finished shard set cut for this many hosts. Raises NotSharded."""
     root = data_dir() / "shards"
     found = sorted(root.glob("*/moectl.json"), key=lambda p: p.stat().st_mtime, reverse=True)
     for path in found:
-        if names is None or path.parent.name in names:
-            manifest = read_manifest(path.parent)
-            if manifest.world_size == world_size:
-                return path.parent, manifest
+        manifest = read_manifest(path.parent)
+        if manifest.world_size == world_size:
+            return path.parent, manifest
     raise NotSharded(
         f"there is no shard set for {world_size} hosts in {root}", hint=f"moectl shard MODEL --nodes {world_size}"
     )

@@ -22,6 +22,7 @@ from moectl.recipe import Matrix, Quantise, Read, Write
 _BLOCK_BYTES = 2 << 20  # read at a time: stays in a core's cache while it is turned and quantised
 _CACHE_BYTES = 32 << 20
 _SKEW_BYTES = 64  # rows a power of two apart share cache sets: one line more makes turning 3× faster
+_CPU_RUN = 32  # elements that MLX's CPU kernels of the fp modes take at once
 _TURN_ROWS = 64  # turned at a time, measured fastest
 
 _IDLE: list[mx.Stream] = []
@@ -109,9 +110,13 @@ class _Task:
         target, stream = self.matrix.target, self.stream
         if isinstance(target, Quantization):
             block = block.view(_DTYPES[self.matrix.dtype], stream=stream)
+            rows = block.shape[0]
+            if block.size % _CPU_RUN:  # nvfp4's groups of 16, an odd number of them: MLX's CPU kernel needs a pair
+                block = mx.concatenate([block, block[-1:]], stream=stream)
             parts: list[mx.array] = list(
                 mx.quantize(block, group_size=target.group_size, bits=target.bits, mode=target.mode, stream=stream)
             )
+            parts = [p[:rows] for p in parts] if block.shape[0] > rows else parts
         elif target != self.matrix.dtype:
             parts = [block.view(_DTYPES[self.matrix.dtype], stream=stream).astype(_DTYPES[target], stream=stream)]
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import threading
@@ -22,7 +23,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from moectl import journal as journals
-from moectl.errors import CheckpointError, IntegrityError, MoectlError, NotSharded, StateError, UsageError
+from moectl.errors import CheckpointError, IntegrityError, MoectlError, NotSharded, ShardsDiffer, StateError, UsageError
 from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, write_manifest
 from moectl.plan import Placement
@@ -87,8 +88,8 @@ def cut(
     `quantise` is `quantize.quantizer`; `jobs` streams work at once. `on_bytes` is told output bytes as they
     come (those of an earlier run at once), on the calling thread; they add up to `output_bytes`. A set that
     is there with the same settings is left alone unless `force`, which starts afresh. Raises PlanError,
-    CheckpointError, UsageError (the directory holds something else), StateError (disk full, not writable, in
-    use), and IntegrityError or Unreachable from the checkpoint.
+    CheckpointError, ShardsDiffer or UsageError (the directory holds something else), StateError (disk full,
+    not writable, in use), and IntegrityError or Unreachable from the checkpoint.
     """
     if not 1 <= jobs <= MAX_JOBS:
         raise UsageError(f"{jobs} jobs cannot be; use 1 to {MAX_JOBS}")
@@ -97,6 +98,7 @@ def cut(
         name=name,
         source=checkpoint.source,
         revision=checkpoint.revision,
+        fingerprint=fingerprint_source(checkpoint),
         config=checkpoint.config,
         quantization=quantization,
         split=placement.split,
@@ -109,6 +111,19 @@ def cut(
             return _cut_locked(_Job(checkpoint, plain, files, directory, quantise, jobs, on_bytes), force)
     except OSError as error:
         raise _explain(error, directory) from error
+
+
+def fingerprint_source(checkpoint: Checkpoint) -> str:
+    """Return a hash that tells one state of the weight files from another without reading them.
+
+    A commit of the Hub never changes; a directory may without a change of names or sizes, so its times count too.
+    """
+    local = checkpoint.revision is None
+    state = [
+        (file, size, checkpoint.path(file).stat().st_mtime_ns if local else checkpoint.revision)
+        for file, size in sorted(checkpoint.sizes.items())
+    ]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
@@ -180,18 +195,9 @@ class _Job:
             "split": m.split,
             "shares": list(m.shares),
             "unit": m.unit,
-            "sources": {f: [size, self._modified(f)] for f, size in sorted(self.checkpoint.sizes.items())},
+            "fingerprint": m.fingerprint,
             "files": {f.path: f.bytes for f in self.files},
         }
-
-    def _modified(self, file: str) -> int | None:
-        # A commit of the Hub never changes; a directory may, without a change of sizes.
-        return self.checkpoint.path(file).stat().st_mtime_ns if self.manifest.revision is None else None
-
-    def changed_since(self, manifest_path: Path) -> bool:
-        """Whether the source directory is newer than a finished shard set."""
-        made = manifest_path.stat().st_mtime_ns
-        return any((self._modified(f) or 0) > made for f in self.checkpoint.sizes)
 
 
 def _cut_locked(job: _Job, force: bool) -> Manifest:
@@ -245,7 +251,7 @@ def _find_finished(job: _Job) -> dict[str, FileEntry] | None:
     binding, done = held
     if binding != job.binding():
         what = _difference(binding, job.binding())
-        raise UsageError(
+        raise ShardsDiffer(
             f"{job.directory} holds an unfinished shard set made with other settings{what}",
             hint="choose another directory with -o, or start afresh with --force",
         )
@@ -253,29 +259,29 @@ def _find_finished(job: _Job) -> dict[str, FileEntry] | None:
 
 
 def _finished_of(job: _Job, there: Manifest) -> dict[str, FileEntry]:
-    """Return the files of a finished shard set that can be kept. Raises UsageError when it is another one."""
+    """Return the files of a finished shard set that can be kept. Raises ShardsDiffer when it is another one."""
     mine = {f.path: f.bytes for f in job.files}
     same = replace(there, name=job.manifest.name, files={}, tensors={}).to_json() == job.manifest.to_json()
     sizes = {f: e.bytes for f, e in there.files.items() if f in mine}
-    if not same or sizes != mine:
-        raise UsageError(
-            f"{job.directory} already holds another shard set: {there.source}, "
-            f"{describe(there.quantization)}, {there.split} {','.join(map(str, there.shares))}",
-            hint="choose another directory with -o, or replace it with --force",
-        )
-    if job.changed_since(job.directory / MANIFEST_NAME):
-        raise UsageError(
-            f"{there.source} has changed since {job.directory} was made of it",
+    if same and sizes == mine:
+        return {f: e for f, e in there.files.items() if f in mine and _matches(job, f, e)}
+    if there.fingerprint != job.manifest.fingerprint and there.source == job.manifest.source:
+        raise ShardsDiffer(
+            f"{there.source} is not as it was when {job.directory} was made of it",
             hint="make it again with --force, or choose another directory with -o",
         )
-    return {f: e for f, e in there.files.items() if f in mine and _matches(job, f, e)}
+    raise ShardsDiffer(
+        f"{job.directory} already holds another shard set: {there.source}, "
+        f"{describe(there.quantization)}, {there.split} {','.join(map(str, there.shares))}",
+        hint="choose another directory with -o, or replace it with --force",
+    )
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     for key in ("source", "revision", "quantization", "split", "shares", "unit"):
         if there.get(key) != here[key]:
             return f": {key} {there.get(key)} there, {here[key]} now"
-    return ": the source has changed" if there.get("sources") != here["sources"] else ""
+    return ": the source has changed" if there.get("fingerprint") != here["fingerprint"] else ""
 
 
 def _refuse_strangers(directory: Path) -> None:

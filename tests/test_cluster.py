@@ -58,7 +58,7 @@ def make_shards(directory: Path, ranks: int, *, layer_bytes: int = LAYER_BYTES) 
         path.write_bytes(os.urandom(layer_bytes))
         files[name] = FileEntry(layer_bytes, hash_file(str(path)))
     shares = tuple(16 // ranks for _ in range(ranks))
-    manifest = Manifest(directory.name, "tiny", None, make_config(), None, "experts", shares, 1, files)
+    manifest = Manifest(directory.name, "tiny", None, "", make_config(), None, "experts", shares, 1, files)
     write_manifest(directory, manifest)
     return manifest
 
