@@ -91,9 +91,8 @@ def raise_failures(errors: Mapping[str, MoectlError | None]) -> None:
 
 
 def connect(hosts: Sequence[Host]) -> list[Remote]:
-    """Connect to all hosts at once; when one fails, close the others and raise as `raise_failures`."""
+    """Connect to all hosts at once, for work that needs every one; raise the first host's error when any fails."""
     remotes = [make_remote(host) for host in hosts]
-    errors: dict[str, MoectlError | None] = {}
 
     def probe(remote: Remote) -> MoectlError | None:
         try:
@@ -103,13 +102,15 @@ def connect(hosts: Sequence[Host]) -> list[Remote]:
         return None
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, len(remotes))) as pool:
-        for remote, error in zip(remotes, pool.map(probe, remotes), strict=True):
-            errors[remote.name] = error
-    if any(errors.values()):
-        for remote in remotes:
-            remote.close()
-    raise_failures(errors)
-    return remotes
+        failed = [error for error in pool.map(probe, remotes) if error is not None]
+    if not failed:
+        return remotes
+    for remote in remotes:
+        remote.close()
+    if len(failed) > 1:
+        others = ", ".join(str(error.host) for error in failed[1:])
+        failed[0].message += f" (and {others} cannot be used either)"
+    raise failed[0]
 
 
 def deploy(
