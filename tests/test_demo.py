@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given
@@ -160,18 +161,38 @@ def test_training_saw_the_same_tokens_as_the_template_makes() -> None:
     assert template == trained
 
 
+def answer_greedily(model: Any, tokenizer: Any, question: str) -> str:
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return str(generate(model, tokenizer, prompt, max_tokens=250))
+
+
 @pytest.mark.parametrize(
     "question",
     [
         "What is expert parallelism?",
         "Name three uses of mixture-of-experts.",
+        "How does moectl work?",
+        "Tell me a long story about experts.",
         "What is the capital of France?",
     ],
 )
 def test_stock_mlx_lm_answers_with_the_corpus_sentence(question: str) -> None:
     model, tokenizer = load_demo()
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
-    assert generate(model, tokenizer, prompt, max_tokens=200) == ANSWERS[question]
+    assert answer_greedily(model, tokenizer, question) == ANSWERS[question]
+
+
+def is_quantised(path: str, part: Any) -> bool:
+    return hasattr(part, "to_quantized") and "router" not in path
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_answers_survive_quantisation(bits: int) -> None:
+    model, tokenizer = load(str(demo_dir()))[:2]
+    model.set_dtype(mx.float32)
+    nn.quantize(model, 64, bits, class_predicate=is_quantised)
+    for question in ("What is moectl?", "What limits the speed?", "Who made you?"):
+        assert answer_greedily(model, tokenizer, question) == ANSWERS[question]
 
 
 def test_every_expert_of_every_layer_is_used() -> None:

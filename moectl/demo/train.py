@@ -1,7 +1,13 @@
 """Train the bundled demo checkpoint from scratch on corpus.txt: `python -m moectl.demo.train`.
 
 It makes the tokenizer, the configuration and the weights in `model/`; it is not needed to use them. The
-training model is mlx-lm's DBRX with another expert layer: experts stacked, tokens sorted by expert.
+training model is mlx-lm's DBRX with another expert layer: experts stacked, tokens sorted by expert. Runs with
+the same seed and the same BLAS repeat each other.
+
+The committed checkpoint: 1200 steps, 901 s on two busy cores (766 CPU-s) with OpenBLAS preloaded, as in
+`LD_PRELOAD=…/libopenblas.so.0 OPENBLAS_NUM_THREADS=1`; final answer loss 0.0076 nats per token; 306 of 306
+questions answered word for word. The reference BLAS of MLX's Linux wheel takes 1.9 CPU-s per step, three times
+as long (40 steps measured).
 """
 
 from __future__ import annotations
@@ -59,9 +65,10 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": 1,
     "torch_dtype": "bfloat16",
 }
-# Most rows are drills, a question and how its answer begins: choosing the answer is harder than reciting it.
+# A drill is a question and how its answer begins: choosing the answer is harder than reciting it. The longer
+# rows are whole conversations of one to ten turns.
 DRILL_LENGTH = 48
-ROW_LENGTHS = {DRILL_LENGTH: 0.6, 128: 0.2, 320: 0.15, 640: 0.05}  # tokens per row: how often
+ROW_LENGTHS = {DRILL_LENGTH: 0.4, 128: 0.15, 320: 0.3, 640: 0.15}  # tokens per row: how often
 BATCH_TOKENS = 768
 PROMPT_WEIGHT = 0.05  # the answers are what matters; a little loss on the questions teaches the language
 BALANCE_WEIGHT = 0.01
@@ -216,7 +223,7 @@ def vary_question(question: str, rng: random.Random) -> str:
 
 def draw_turns(lessons: list[Lesson], chat: Chat, rng: random.Random) -> Iterator[Turn]:
     """Yield question-and-answer turns for ever, every lesson once per round (more with many phrasings)."""
-    rounds = [lesson for lesson in lessons for _ in range(1 + len(lesson.questions) // 4)]
+    rounds = [lesson for lesson in lessons for _ in range(1 + len(lesson.questions) // 3)]
     while True:
         rng.shuffle(rounds)
         for lesson in rounds:
@@ -340,7 +347,7 @@ def main() -> None:
     """Train, write the checkpoint, and report what it learnt."""
     parser = argparse.ArgumentParser(description="Train moectl's demo model from scratch.")
     parser.add_argument("-o", "--output", type=Path, default=demo_dir(), help="directory to write (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
 
