@@ -11,4 +11,4 @@ from pathlib import Path
 
 def demo_dir() -> Path:
     """Return the directory of the bundled checkpoint."""
-    return Path(__file__).parent / "model"
+    return Path(__file__).parent / "moectl-demo"

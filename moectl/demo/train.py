@@ -1,6 +1,6 @@
 """Train the bundled demo checkpoint from scratch on corpus.txt: `python -m moectl.demo.train`.
 
-It makes the tokenizer, the configuration and the weights in `model/`; it is not needed to use them. The
+It makes the tokenizer, the configuration and the weights in `moectl-demo/`; it is not needed to use them. The
 training model is mlx-lm's DBRX with another expert layer: experts stacked, tokens sorted by expert. Runs with
 the same seed and the same BLAS repeat each other.
 
