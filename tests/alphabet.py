@@ -26,10 +26,9 @@ def write_tokenizer(directory: Path) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": TEMPLATE,
-        "eos_token": SPECIAL[0],
         "pad_token": SPECIAL[1],
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    # No stop token that a random model would hit: equality tests want their 64 tokens.
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [VOCAB_SIZE - 1]}))
+    # A stop token that no model can give: equality tests want their 64 tokens.
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [VOCAB_SIZE]}))
