@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,16 @@ from tests.netns import Cluster, run_cluster
 from tests.sshd import SSHD, Server, run_sshd
 
 KEPT = ("MOECTL_TEST_",)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Under MOECTL_TEST_STRICT (CI) nothing is skipped: what a test lacks has to be installed."""
+    report = yield
+    if report.skipped and os.environ.get("MOECTL_TEST_STRICT"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"{item.nodeid} may not be skipped here. {reason}"
+    return report
 
 
 @pytest.fixture(autouse=True)
