@@ -1,6 +1,103 @@
-"""Make `python -m moectl` the same as the `moectl` script; it decides nothing."""
+"""Where moectl begins and ends: `moectl` and `python -m moectl`. Exceptions become one line of text and an exit code.
 
-from moectl.cli import main
+The only place that does so; what the verbs do is `cli`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from typing import NoReturn
+
+import click
+
+from moectl import errors
+from moectl.cli import cli
+from moectl.errors import MoectlError
+from moectl.flags import Failed
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; unwinds like Ctrl-C does."""
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process with its exit code."""
+    if sys.argv[1:2] != ["worker"]:
+        signal.signal(signal.SIGTERM, _on_sigterm)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop an answer
+    sys.exit(run())
+
+
+def _on_sigterm(*_: object) -> None:
+    raise Terminated
+
+
+def run() -> int:
+    """Run the command line in `sys.argv`; return its exit code."""
+    try:
+        from moectl.config import read_config
+
+        defaults = read_config({n: {p.name for p in c.params if p.name} for n, c in cli.commands.items()})
+        result = cli.main(prog_name="moectl", standalone_mode=False, default_map=defaults)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        if _json_in_words():
+            return _print_error(errors.UsageError(error.format_message()), as_json=True)
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    except Terminated:
+        click.echo("Terminated.", err=True)
+        return TERMINATED
+    except BrokenPipeError:
+        # Whoever read stdout has left; keep the interpreter from saying so at exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:
+        if os.environ.get("MOECTL_DEBUG") == "1":
+            raise
+        if isinstance(error, Failed):
+            return _print_error(error.error, as_json=error.flags.json, color=error.flags.color)
+        return _print_error(error, as_json=_json_in_words())
+
+
+def _json_in_words() -> bool:
+    # For errors before the flags have been read; after `--` come words, not flags.
+    words = sys.argv[1:]
+    return "--json" in words[: words.index("--") if "--" in words else None]
+
+
+def _print_error(error: Exception, *, as_json: bool, color: str = "auto") -> int:
+    from moectl.console import colour_wanted
+
+    if isinstance(error, MoectlError):
+        code, text, message, hint, host = error.exit_code, str(error), error.message, error.hint, error.host
+    else:
+        code, host, hint = 1, None, "run again with MOECTL_DEBUG=1 and report it"
+        text = message = f"unexpected {type(error).__name__}: {error} (a bug in moectl)"
+    if as_json:
+        details = {"code": code, "kind": type(error).__name__, "host": host, "message": message, "hint": hint}
+        click.echo(json.dumps({"error": details}), err=True)
+        return code
+    coloured = colour_wanted(color, sys.stderr)
+    click.echo(f"{click.style('Error:', fg='red', bold=True)} {text}", err=True, color=coloured)
+    if hint:
+        click.echo(f"Hint: {hint}", err=True)
+    return code
+
 
 if __name__ == "__main__":
     main()

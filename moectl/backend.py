@@ -38,15 +38,12 @@ def make_connect(
     hosts: Sequence[Host],
     endpoints: Sequence[Sequence[str]],
     rank: int,
-    *,
-    envs: Sequence[str] = (),
 ) -> Connect:
     """Return the order that makes one rank join the group.
 
     `endpoints` are each rank's "ip:port" strings. The ring takes all of them; JACCL's coordinator is rank 0's first.
-    `envs` are an MLX hostfile's own NAME=VALUE strings.
     """
-    env = {**dict(e.split("=", 1) for e in envs), "MLX_RANK": str(rank)}
+    env = {"MLX_RANK": str(rank)}
     if backend == "ring":
         return Connect("ring", env, {"MLX_HOSTFILE": json.dumps([list(e) for e in endpoints])})
     env["MLX_JACCL_COORDINATOR"] = endpoints[0][0]

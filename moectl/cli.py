@@ -1,4 +1,4 @@
-"""The command line: words in, words and an exit code out. Every verb is a few lines over the module that does it.
+"""The command line's verbs: each is a few lines over the module that does it. Exit codes are `__main__`'s.
 
 Imports of the working modules are inside the commands, so that `--help` and Tab load click only.
 """
@@ -7,103 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moectl import __version__, errors
-from moectl.errors import MoectlError
+from moectl.flags import EXIT_STATUS, Common, common
 
 if TYPE_CHECKING:
     from moectl.console import Bar, Progress
-    from moectl.hosts import HostList
-    from moectl.leash import Done, Token
     from moectl.prepare import Made, Wanted
     from moectl.session import Session
 
-F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_MODEL = "databricks/dbrx-instruct"
-INTERRUPTED, TERMINATED = 130, 143
-
-EXIT_STATUS = """\b
-Exit status:
-  0 done   1 bug   2 usage   3 some hosts failed   4 hosts file or plan impossible
-  5 host unreachable, key or login   6 remote command or version   7 damaged bytes
-  8 not sharded, deployed or running   130 interrupted   143 terminated"""
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; unwinds like Ctrl-C does."""
-
-
-class Common:
-    """The values of the flags that every command has."""
-
-    def __init__(self, hosts: str | None, hostfile: str | None, json: bool, quiet: bool, verbose: int) -> None:
-        self.hosts = hosts
-        self.hostfile = hostfile
-        self.json = json
-        self.quiet = quiet
-        self.verbose = verbose
-
-    def host_list(self, *, required: bool = False) -> HostList | None:
-        """Return the hosts in force, or None."""
-        from moectl.hosts import find_hosts
-
-        found = find_hosts(self.hosts, self.hostfile)
-        if found is None and required:
-            raise errors.HostsError("no hosts are given", hint="write hosts.txt, or use --hosts a,b or --hostfile FILE")
-        return found
-
-    def print(self, text: str, document: dict[str, Any], quiet_text: str = "") -> None:
-        """Print a command's result on stdout in the form that was asked for."""
-        shown = json.dumps(document) if self.json else quiet_text if self.quiet else text
-        if shown:
-            click.echo(shown)
-
-    def say(self, text: str) -> None:
-        """Say something to a person, on stderr."""
-        if not self.quiet:
-            click.echo(text, err=True)
-
-
-def common(command: F) -> F:
-    """Give a command the flags that all commands have, and pass them as one `common` argument."""
-
-    @click.pass_context
-    def wrapped(ctx: click.Context, /, *args: Any, **kw: Any) -> Any:
-        from moectl.console import colour_wanted
-
-        ctx.color = colour_wanted(kw.pop("color"), sys.stdout)
-        flags = Common(kw.pop("hosts"), kw.pop("hostfile"), kw.pop("json"), kw.pop("quiet"), kw.pop("verbose"))
-        ctx.obj = flags
-        return ctx.invoke(command, *args, common=flags, **kw)
-
-    wrapped.__doc__ = command.__doc__
-    wrapped.__name__ = command.__name__
-    options = (
-        click.option("-H", "--hosts", metavar="LIST", help="Hosts in rank order: a,b,c."),
-        click.option(
-            "--hostfile", metavar="FILE", envvar="MOECTL_HOSTFILE", help="hosts.txt or MLX's JSON; - is stdin."
-        ),
-        click.option("--json", is_flag=True, help="Print one JSON document."),
-        click.option("-q", "--quiet", is_flag=True, help="Print results only."),
-        click.option("-v", "--verbose", count=True, help="Show the workers' logs (twice: debug)."),
-        click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True),
-    )
-    for option in reversed(options):
-        wrapped = option(wrapped)
-    return wrapped  # type: ignore[return-value]
+MAX_START_S = 86400.0
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MOECTL", "max_content_width": 100},
-    epilog=f"Start: moectl shard {DEFAULT_MODEL} --nodes 4 && moectl deploy hosts.txt && moectl run\n\n{EXIT_STATUS}",
+    epilog=f"Start: moectl shard {DEFAULT_MODEL} -n 4 && moectl deploy hosts.txt && moectl run PROMPT\n\n{EXIT_STATUS}",
 )
 @click.version_option(__version__, "-V", "--version", message="moectl %(version)s")
 def cli() -> None:
@@ -157,7 +84,7 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
         nodes = len(hosts.hosts)
     wanted = Wanted(
         split=options.pop("split"),
-        nodes=nodes or len(shares or ()),
+        nodes=nodes,
         shares=shares,
         bits=int(bits) if (bits := options.pop("q_bits")) else None,
         group_size=options.pop("q_group_size"),
@@ -332,15 +259,19 @@ def _shares(text: str | None) -> tuple[int, ...] | None:
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine.")
 @click.option("--shards", metavar="DIR", help="Use this shard set on this machine.")
 @click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed.")
-@click.option(
-    "--split", type=click.Choice(["hidden", "experts"]), default="hidden", show_default=True, help="For --model."
-)
+@click.option("--split", type=click.Choice(["hidden", "experts"]), help="For --model (default: hidden).")
 @click.option("--shares", metavar="A,B,…", help="For --model: uneven parts.")
 @click.option("--q-bits", type=click.Choice(["2", "3", "4", "6", "8", "16"]), help="For --model: bits per weight.")
 @click.option(
     "--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True
 )
-@click.option("--start-timeout", type=click.FloatRange(1), default=30.0, show_default=True, metavar="SECONDS")
+@click.option(
+    "--start-timeout",
+    type=click.FloatRange(1, MAX_START_S, clamp=True),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+)
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
 )
@@ -360,12 +291,14 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, **options: Any) ->
     from moectl import launch
     from moectl.request import Request
 
-    text = _prompt_text(prompt)
-    target = _target(common, options)
-    parameters = {k: options[k] for k in ("max_tokens", "system", "raw", "top_p", "seed")}
-    request = Request(1, text, temperature=options["temp"], **parameters)
+    request = Request(
+        1,
+        _prompt_text(prompt, common),
+        temperature=options["temp"],
+        **{k: options[k] for k in ("max_tokens", "system", "raw", "top_p", "seed")},
+    )
     with launch.open_session(
-        target,
+        _target(common, options),
         backend=options["backend"],
         start_timeout_s=options["start_timeout"],
         dtype=options["dtype"],
@@ -374,9 +307,11 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, **options: Any) ->
         _answer(common, session, request, stats or bool(common.verbose))
 
 
-def _prompt_text(words: tuple[str, ...]) -> str:
+def _prompt_text(words: tuple[str, ...], common: Common) -> str:
+    # What `--hostfile -` reads from standard input is not the prompt.
+    typed = sys.stdin is None or sys.stdin.isatty() or common.hostfile == "-"
     try:
-        piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode()
+        piped = "" if typed else sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise errors.UsageError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
     text = " ".join(part for part in (piped, *words) if part)
@@ -391,8 +326,10 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
     from moectl.prepare import Wanted, find_shards
 
     local, shards, model = options["local"], options["shards"], options["model"]
-    if shards and model:
-        raise errors.UsageError("--shards and --model exclude each other")
+    here = {"--local": local, "--shards": shards, "--model": model}
+    cutting = {"--split": options["split"], "--shares": options["shares"], "--q-bits": options["q_bits"]}
+    _refuse_both({"--shards": shards}, {"--model": model, **cutting})
+    _refuse_both({"--hosts": common.hosts, "--hostfile": common.hostfile}, here)
     if shards:
         directory, manifest = find_shards(shards)
         if local not in (None, manifest.world_size):
@@ -404,16 +341,20 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
     if not (local or model):
         deployment = launch.find_deployment(common.host_list())
         if deployment is not None:
+            _refuse_both({f"the deployment {deployment.name}": True}, cutting)
             return deployment
         common.say("No hosts and nothing deployed: the bundled demo model answers on 2 local ranks.")
     shares = _shares(options["shares"])
     bits = int(options["q_bits"]) if options["q_bits"] else None
-    nodes = local or (len(shares) if shares else 2)
-    wanted = Wanted(options["split"], nodes, shares, bits)
-    # The cache is ours: what is there of another state of the model is replaced.
-    return launch.prepare_local(
-        model, wanted, shard=lambda model, wanted: _shard(common, model, wanted, replace=True).directory
-    )
+    wanted = Wanted(options["split"] or "hidden", local or (None if shares else 2), shares, bits)
+    return launch.prepare_local(model, wanted, shard=lambda m, w: _shard(common, m, w, cached=True).directory)
+
+
+def _refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
+    """Raise UsageError when a flag of each is given: one of them would be ignored."""
+    for one in (name for name, value in these.items() if value):
+        for other in (name for name, value in those.items() if value):
+            raise errors.UsageError(f"{one} and {other} exclude each other")
 
 
 def _log_printer(common: Common) -> Callable[[str, str], None]:
@@ -424,18 +365,18 @@ def _log_printer(common: Common) -> Callable[[str, str], None]:
 
 def _answer(common: Common, session: Session, request: Any, stats: bool) -> None:
     from moectl import report
+    from moectl.leash import Done
 
     pieces: list[str] = []
-    done: Done | None = None
-    for event in _until_interrupted(session, request):
-        if (text := getattr(event, "text", None)) is None:
-            done = event  # type: ignore[assignment]
-            continue
-        pieces.append(text)
-        if not common.json:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-    assert done is not None
+    with _cancel_on_interrupt(session, request.id) as interrupted:
+        for event in session.generate(request):
+            if isinstance(event, Done):
+                done = event
+                continue
+            pieces.append(event.text)
+            if not common.json:
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
     whole = "".join(pieces)
     if common.json:
         click.echo(json.dumps(report.run_json(whole, done)))
@@ -444,25 +385,29 @@ def _answer(common: Common, session: Session, request: Any, stats: bool) -> None
         sys.stdout.flush()
     if stats:
         click.echo(report.stats_text(done.stats), err=True)
-    if done.finish_reason == "cancelled":
+    if interrupted.is_set():
         raise KeyboardInterrupt
 
 
-def _until_interrupted(session: Session, request: Any) -> Iterator[Token | Done]:
-    """Yield the answer; the first Ctrl-C asks for its end and goes on to it, the second ends at once."""
-    events = session.generate(request)
-    asked = False
-    while True:
-        try:
-            yield next(events)
-        except StopIteration:
-            return
-        except KeyboardInterrupt:
-            if asked:
-                raise
-            asked = True
-            session.cancel(request.id)
-            events = session.answer(request.id)
+@contextlib.contextmanager
+def _cancel_on_interrupt(session: Session, request_id: int) -> Iterator[threading.Event]:
+    """Make the first Ctrl-C ask for the answer's end, which then comes as usual; the second ends at once.
+
+    The wish is sent by a thread: the signal may have come while this one was sending.
+    """
+    interrupted = threading.Event()
+
+    def on_interrupt(*_: object) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+        threading.Thread(target=session.cancel, args=(request_id,), daemon=True).start()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @cli.command(epilog=EXIT_STATUS)
@@ -492,68 +437,3 @@ def worker() -> None:
     from moectl import worker as process
 
     process.main()
-
-
-# From an exception to text and an exit code.
-
-
-def main() -> NoReturn:
-    """Run the command line and end the process with its exit code."""
-    if sys.argv[1:2] != ["worker"]:
-        signal.signal(signal.SIGTERM, _on_sigterm)
-    sys.exit(_run())
-
-
-def _on_sigterm(*_: object) -> None:
-    raise Terminated
-
-
-def _run() -> int:
-    as_json = "--json" in sys.argv[1:]
-    try:
-        from moectl.config import read_config
-
-        defaults = read_config({n: {p.name for p in c.params if p.name} for n, c in cli.commands.items()})
-        result = cli.main(prog_name="moectl", standalone_mode=False, default_map=defaults)
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.ClickException as error:
-        if as_json:
-            _print_error(errors.UsageError(error.format_message()), as_json=True)
-        else:
-            error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        return INTERRUPTED
-    except Terminated:
-        click.echo("Terminated.", err=True)
-        return TERMINATED
-    except BrokenPipeError:
-        # Whoever read stdout has left; keep the interpreter from saying so at exit.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except Exception as error:
-        if os.environ.get("MOECTL_DEBUG") == "1":
-            raise
-        return _print_error(error, as_json=as_json)
-
-
-def _print_error(error: Exception, *, as_json: bool) -> int:
-    if isinstance(error, MoectlError):
-        code, text, hint, host = error.exit_code, str(error), error.hint, error.host
-        message = error.message
-    else:
-        code, host, hint = 1, None, "run again with MOECTL_DEBUG=1 and report it"
-        text = message = f"unexpected {type(error).__name__}: {error} (a bug in moectl)"
-    if as_json:
-        kind = type(error).__name__
-        details = {"code": code, "kind": kind, "host": host, "message": message, "hint": hint}
-        click.echo(json.dumps({"error": details}), err=True)
-        return code
-    click.echo(f"{click.style('Error:', fg='red', bold=True)} {text}", err=True)
-    if hint:
-        click.echo(f"Hint: {hint}", err=True)
-    return code

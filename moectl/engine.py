@@ -24,7 +24,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from moectl.errors import UsageError
-from moectl.leash import Cancel, Done, Event, Generate, Order, Refused, Token
+from moectl.leash import Cancel, Done, Event, Generate, Order, Prefilled, Refused, Token
 from moectl.model.dbrx import Model
 from moectl.request import Request, Stats
 
@@ -170,7 +170,9 @@ class Engine:
         earlier = len(self._spoken)
         self._sampled_rows = not self._decoding
         rows = {answer.uid: answer for answer in self._decoding}
-        _, responses = self._generator.next()
+        prompts, responses = self._generator.next()
+        if self._rank == 0:
+            yield from (Prefilled(self._prefilling[0].request.id, p.progress[0]) for p in prompts if self._prefilling)
         for response in responses:
             answer = rows[response.uid]
             if response.finish_reason is not None:
@@ -230,7 +232,10 @@ class Engine:
         admit = self._admitted
         while admit + 1 in self._arrived:
             admit += 1
-        cancel = self._cancels.popleft() if self._cancels else _NOBODY
+        # A wish to cancel what is not admitted yet waits until it is: followers could not know what is meant.
+        cancel = next((c for c in self._cancels if c <= self._admitted), _NOBODY)
+        if cancel != _NOBODY:
+            self._cancels.remove(cancel)
         vector = mx.concatenate([tokens, mx.array([admit, cancel], dtype=mx.int32)])
         if self._group is None:
             return vector

@@ -18,8 +18,7 @@ MoectlError (1)
 ├── IntegrityError (7)           bytes on disk are not those that were promised
 └── StateError (8)               something has to be done first
     ├── NotSharded
-    ├── NotDeployed
-    └── NotRunning
+    └── NotDeployed
 
 Errors carry what a person needs (message, host, hint) and what a script needs (exit_code). `cli.main` is the only
 place that turns them into text and a process exit.
@@ -120,8 +119,4 @@ class NotSharded(StateError):
 
 
 class NotDeployed(StateError):
-    pass
-
-
-class NotRunning(StateError):
     pass

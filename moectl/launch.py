@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from moectl.deployment import find_deployment as find_recorded
 from moectl.errors import HostsError, NotDeployed
 from moectl.hosts import Host, HostList
 from moectl.manifest import Manifest, read_manifest
+from moectl.paths import state_dir
 from moectl.prepare import Wanted
 from moectl.remote import LocalRemote, Remote
 from moectl.session import RankSpec, Session
@@ -62,7 +63,10 @@ def find_deployment(hosts: HostList | None) -> Deployment | None:
         raise NotDeployed(
             f"{recorded.name} is deployed on {', '.join(deployed)}, not on {', '.join(names)}.", hint=hint
         )
-    return read_deployment()
+    complete = read_deployment()
+    # What the list says now (addresses, devices) counts, not what it said when the shards were deployed.
+    ranks = tuple(replace(rank, host=host) for rank, host in zip(complete.ranks, hosts.hosts, strict=True))
+    return replace(complete, ranks=ranks, backend=hosts.backend, envs=hosts.envs)
 
 
 @contextlib.contextmanager
@@ -80,9 +84,10 @@ def open_session(target: Target, *, backend: str = "auto", **options: Any) -> It
 def _local_ranks(target: Local) -> list[RankSpec]:
     remote = LocalRemote()
     argv = (sys.executable, *WORKER)
-    directory = str(target.directory.resolve())
-    spec = RankSpec(Host("localhost"), remote, argv, directory, (LOOPBACK,))
-    return [spec] * target.manifest.world_size
+    directory = target.directory.resolve()
+    spec = RankSpec(Host("localhost"), remote, argv, str(directory), (LOOPBACK,))
+    logs = [state_dir() / "logs" / f"{directory.name}-rank-{rank}.log" for rank in range(target.manifest.world_size)]
+    return [replace(spec, log=str(log)) for log in logs]
 
 
 def _deployed_ranks(target: Deployment, held: contextlib.ExitStack) -> list[RankSpec]:
@@ -92,12 +97,25 @@ def _deployed_ranks(target: Deployment, held: contextlib.ExitStack) -> list[Rank
     remotes = connect(hosts)
     for remote in remotes:
         held.callback(remote.close)
-    env = dict(e.split("=", 1) for e in target.envs)
+    env = split_envs(target.envs)
     addresses = find_addresses(hosts, remotes)
     return [
-        RankSpec(rank.host, remote, (rank.python, *WORKER), rank.directory, address, env)
-        for rank, remote, address in zip(target.ranks, remotes, addresses, strict=True)
+        RankSpec(
+            rank.host,
+            remote,
+            (rank.python, *WORKER),
+            rank.directory,
+            address,
+            env,
+            log=f"{rank.root}/logs/{target.name}-rank-{number}.log",
+        )
+        for number, (rank, remote, address) in enumerate(zip(target.ranks, remotes, addresses, strict=True))
     ]
+
+
+def split_envs(envs: Sequence[str]) -> dict[str, str]:
+    """Return an MLX hostfile's NAME=VALUE strings as variables; a bare NAME is an empty one, as for mlx.launch."""
+    return {name: value for name, _, value in (e.partition("=") for e in envs)}
 
 
 def find_addresses(hosts: list[Host], remotes: list[Remote]) -> list[tuple[str, ...]]:

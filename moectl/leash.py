@@ -31,6 +31,7 @@ class Start:
     addresses: list[str]  # of this rank, for tensor traffic
     init_timeout_s: float
     dtype: str | None = None  # None: what suits the device
+    log: str | None = None  # file on the worker's host for a copy of its log
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,13 @@ class Connected:
 class Ready:
     """The weights are in memory."""
 
-    memory_bytes: int
-    load_s: float
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """So many of a prompt's tokens have been processed."""
+
+    id: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +153,7 @@ class AllGather:
 
 
 Order = Start | Connect | Load | Generate | Cancel | Beat | Gathered
-Event = Listening | Connecting | Connected | Ready | Token | Done | Refused | Fatal | AllGather
+Event = Listening | Connecting | Connected | Ready | Prefilled | Token | Done | Refused | Fatal | AllGather
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (*Order.__args__, *Event.__args__)}
 _NESTED: dict[str, dict[str, type[Any]]] = {"Generate": {"request": Request}, "Done": {"stats": Stats}}
 

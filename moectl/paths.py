@@ -11,6 +11,11 @@ def data_dir() -> Path:
     return _base("XDG_DATA_HOME", ".local/share")
 
 
+def cache_dir() -> Path:
+    """Return where shard sets live that `run` made by itself: `$XDG_CACHE_HOME/moectl`."""
+    return _base("XDG_CACHE_HOME", ".cache")
+
+
 def state_dir() -> Path:
     """Return where the current deployment is recorded: `$XDG_STATE_HOME/moectl`."""
     return _base("XDG_STATE_HOME", ".local/state")

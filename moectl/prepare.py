@@ -14,7 +14,7 @@ from moectl import shards
 from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.errors import NotSharded, ShardsDiffer
 from moectl.manifest import Manifest, Quantization, read_manifest
-from moectl.paths import data_dir
+from moectl.paths import cache_dir, data_dir
 from moectl.plan import Placement, make_placement
 from moectl.recipe import MODES, check_quantization
 
@@ -26,7 +26,7 @@ class Wanted:
     """What a person asked for; None is "as it comes"."""
 
     split: str = "hidden"
-    nodes: int = 1
+    nodes: int | None = None  # None: one per share, or 1
     shares: tuple[int, ...] | None = None
     bits: int | None = None  # None: as the checkpoint is
     group_size: int | None = None
@@ -62,7 +62,7 @@ def default_precision(mode: str) -> tuple[int, int]:
 
 def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
     """Return who holds what. Raises PlanError."""
-    nodes = len(wanted.shares) if wanted.shares and wanted.nodes == 1 else wanted.nodes
+    nodes = wanted.nodes if wanted.nodes is not None else len(wanted.shares or (1,))
     group_size = quantization.group_size if quantization else None
     return make_placement(checkpoint.geometry, wanted.split, nodes, shares=wanted.shares, group_size=group_size)
 
@@ -82,11 +82,6 @@ def shard_set_name(source: str, placement: Placement, quantization: Quantization
     return name
 
 
-def default_directory(name: str) -> Path:
-    """Return where a shard set of this name goes unless told otherwise."""
-    return data_dir() / "shards" / name
-
-
 def shard(
     source: str,
     wanted: Wanted,
@@ -97,7 +92,7 @@ def shard(
     keep_source: bool = False,
     jobs: int | None = None,
     force: bool = False,
-    replace: bool = False,
+    cached: bool = False,
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
     on_download: Callable[[str, int, int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
@@ -105,17 +100,21 @@ def shard(
     """Make (or finish, or find) a shard set; say where it is.
 
     `on_plan(directory, output_bytes)` is told what will be made before anything is written; when it returns False
-    nothing is. `replace` starts afresh where the directory holds a set of another source or with other settings,
-    `force` always.
+    nothing is. `force` starts afresh. `cached` sets live in the cache, apart from those that a person made, and one of
+    another source or with other settings is replaced.
     """
     checkpoint = open_checkpoint(
-        source, revision=revision, work_dir=_work_dir(directory, source), keep_source=keep_source, on_bytes=on_download
+        source,
+        revision=revision,
+        work_dir=_work_dir(directory, source, cached),
+        keep_source=keep_source,
+        on_bytes=on_download,
     )
     try:
         quantization = choose_quantization(wanted, checkpoint)
         placement = place(checkpoint, wanted, quantization)
         name = shard_set_name(checkpoint.source, placement, quantization)
-        directory = directory or default_directory(name)
+        directory = directory or (cache_dir() if cached else data_dir()) / "shards" / name
         files = shards.plan_files(checkpoint, placement, quantization)
         output_bytes = shards.output_bytes(files)
         if on_plan(directory, output_bytes):
@@ -133,7 +132,7 @@ def shard(
             try:
                 cut(force=force)
             except ShardsDiffer:
-                if not replace:
+                if not cached:
                     raise
                 cut(force=True)
         return Made(directory, placement, output_bytes)
@@ -143,7 +142,7 @@ def shard(
 
 def find_shards(where: str | Path) -> tuple[Path, Manifest]:
     """Return a shard set by directory or by name. Raises NotSharded."""
-    for directory in (Path(where).expanduser(), default_directory(str(where))):
+    for directory in (Path(where).expanduser(), data_dir() / "shards" / where):
         if directory.is_dir():
             return directory, read_manifest(directory)
     raise NotSharded(f"there is no shard set {str(where)!r}", hint="moectl shard MODEL")
@@ -162,7 +161,7 @@ def newest_shards(world_size: int) -> tuple[Path, Manifest]:
     )
 
 
-def _work_dir(directory: Path | None, source: str) -> Path:
+def _work_dir(directory: Path | None, source: str, cached: bool) -> Path:
     # Beside the output, so that space is checked on the disk that is used; one per source, so that it resumes.
-    root = directory.parent if directory else data_dir() / "shards"
+    root = directory.parent if directory else (cache_dir() if cached else data_dir()) / "shards"
     return root / f".{source.rstrip('/').rsplit('/', 1)[-1]}.source"

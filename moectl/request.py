@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from moectl.errors import UsageError
 
 
+MAX_PROMPT_BYTES = 4 * 1024 * 1024
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One completion; `id` counts up from 1 within a session."""
@@ -25,6 +28,13 @@ class Request:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for text in (self.prompt, self.system or ""):
+            try:
+                size = len(text.encode())
+            except UnicodeEncodeError:
+                raise UsageError("the prompt is not UTF-8 text") from None
+            if size > MAX_PROMPT_BYTES:
+                raise UsageError(f"the prompt has {size} bytes, more than {MAX_PROMPT_BYTES}: no context holds it")
         if self.max_tokens < 1:
             raise UsageError(f"max tokens should be 1 or more, it is {self.max_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -37,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a completion took; times in seconds, memory in bytes (the largest peak of any rank that reported)."""
+    """What a completion took; times in seconds, memory in bytes (the peak of rank 0's arrays)."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -34,6 +34,7 @@ from moectl.leash import (
     Listening,
     Load,
     Order,
+    Prefilled,
     Ready,
     Refused,
     Start,
@@ -46,6 +47,7 @@ from moectl.request import Request
 
 LOG_LINES = 20
 EXIT_GRACE_S = 5.0
+INIT_EXTRA_S = 5.0
 BLAME_S = 1.0  # how long to wait for the rank at fault after another one said that it lost it
 
 
@@ -59,6 +61,7 @@ class RankSpec:
     shards: str  # the shard set's directory on the host
     addresses: tuple[str, ...]  # IPv4 addresses for tensor traffic
     env: Mapping[str, str] = field(default_factory=dict)  # added to the worker's environment
+    log: str | None = None  # file on the host for a copy of the worker's log
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class Session:
         backend: str = "ring",
         start_timeout_s: float = 30.0,
         load_timeout_s: float = 1800.0,
+        step_timeout_s: float = 120.0,
         dtype: str | None = None,
         on_log: Callable[[str, str], None] = lambda host, line: None,
     ) -> None:
@@ -85,6 +89,7 @@ class Session:
         self._backend = backend
         self._start_timeout_s = start_timeout_s
         self._load_timeout_s = load_timeout_s
+        self._step_timeout_s = step_timeout_s
         self._dtype = dtype
         self._on_log = on_log
         self._events: queue.SimpleQueue[tuple[int, Event | _Ended]] = queue.SimpleQueue()
@@ -94,8 +99,7 @@ class Session:
         self._gathered: dict[int, str] = {}  # a JACCL exchange under way
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
-        self.memory_bytes = [0] * len(ranks)
-        self.load_s = 0.0
+        self._failure_so_far: MoectlError | None = None
 
     def __enter__(self) -> Session:
         try:
@@ -112,24 +116,30 @@ class Session:
 
     def start(self) -> None:
         """Start every worker, make them one group and load the model; raise what went wrong, with the host named."""
+        self._spawn(self._beat, "heartbeat")
         for rank, spec in enumerate(self._ranks):
             self._launch(rank, spec)
-        self._spawn(self._beat, "heartbeat")
         for rank, spec in enumerate(self._ranks):
             self._send(
                 rank,
-                Start(rank, len(self._ranks), spec.shards, list(spec.addresses), self._start_timeout_s, self._dtype),
+                Start(
+                    rank,
+                    len(self._ranks),
+                    spec.shards,
+                    list(spec.addresses),
+                    # Longer than this side waits, so that the reason is told here and not by a stack on the host.
+                    self._start_timeout_s + INIT_EXTRA_S,
+                    self._dtype,
+                    spec.log,
+                ),
             )
         listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, "starting")
         self._check_versions(listening)
         if len(self._ranks) > 1:
             self._connect(listening)
-        begin = time.monotonic()
         for rank in range(len(self._ranks)):
             self._send(rank, Load())
-        ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")
-        self.memory_bytes = [ready[rank].memory_bytes for rank in range(len(self._ranks))]
-        self.load_s = time.monotonic() - begin
+        self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")
 
     def _launch(self, rank: int, spec: RankSpec) -> None:
         process = spec.remote.start(spec.argv, env=spec.env)
@@ -149,8 +159,7 @@ class Session:
             for rank in some:
                 self._send(rank, make_connect(self._backend, hosts, endpoints, rank))
             self._collect(Connecting, some, self._start_timeout_s, "connecting")
-        # A worker bounds its own init by the same time; a little more lets its reason arrive first.
-        self._collect(Connected, range(last + 1), self._start_timeout_s + 2, "connecting")
+        self._collect(Connected, range(last + 1), self._start_timeout_s, "connecting")
 
     def _check_versions(self, listening: dict[int, Listening]) -> None:
         first = listening[0].versions
@@ -201,28 +210,45 @@ class Session:
         """Yield an answer as it comes; the last item is Done.
 
         Raises UsageError when the model refuses the request (the session goes on), any other MoectlError when a rank
-        failed (the session is over).
+        failed or nothing came for `step_timeout_s` (the session is over, and says so again when asked again).
         """
         for rank in range(len(self._ranks)):
             self._send(rank, Generate(request))
-        yield from self.answer(request.id)
-
-    def answer(self, request_id: int) -> Iterator[Token | Done]:
-        """Yield what is still to come of an answer that was begun; for going on after an interrupted `generate`."""
         while True:
-            rank, event = self._events.get()
+            rank, event = self._next_event()
             match event:
-                case Token(id=id_) if id_ == request_id:
+                case Token(id=id_) if id_ == request.id:
                     yield event
-                case Done(id=id_) if id_ == request_id:
+                case Done(id=id_) if id_ == request.id:
                     yield event
                     return
-                case Refused(id=id_) if id_ == request_id:
+                case Refused(id=id_) if id_ == request.id:
                     raise errors.UsageError(event.message, hint=event.hint)
-                case Token() | Done() | Refused():
-                    pass  # the tail of an answer that nobody waits for any more
+                case Prefilled() | Token() | Done() | Refused():
+                    pass  # progress, or the tail of an answer that nobody waits for any more
                 case _:
                     self._raise_if_bad(rank, event, "generating")
+
+    def _next_event(self) -> tuple[int, Event | _Ended]:
+        if self._failure_so_far is not None:
+            raise self._failure_so_far
+        if self._closed.is_set():
+            raise errors.StateError("the session is closed")
+        try:
+            return self._events.get(timeout=self._step_timeout_s)
+        except queue.Empty:
+            hosts = ", ".join(spec.host.name for spec in self._ranks)
+            raise self._fail(
+                PeerLost(
+                    f"nothing was computed for {self._step_timeout_s:g} s by {hosts}",
+                    hint="a host hangs, or the link between two of them is cut: check them, then run it again",
+                )
+            ) from None
+
+    def _fail(self, error: MoectlError) -> MoectlError:
+        """Remember why the session is over; return the error."""
+        self._failure_so_far = error
+        return error
 
     def cancel(self, request_id: int) -> None:
         """Ask all ranks to stop an answer; its Done follows within a few steps."""
@@ -258,7 +284,9 @@ class Session:
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_S):
             for rank in range(len(self._ranks)):
-                self._send(rank, Beat())
+                # Where a lock is held, bytes are on their way: that is as good as a beat, and the others need theirs.
+                if not self._sending[rank].locked():
+                    self._send(rank, Beat())
 
     def _send(self, rank: int, order: Order) -> None:
         process = self._processes[rank]
@@ -287,7 +315,8 @@ class Session:
             for raw in process.stderr:
                 line = raw.decode("utf-8", "replace").rstrip()
                 self._logs[rank].append(line)
-                self._on_log(self._ranks[rank].host.name, line)
+                with contextlib.suppress(OSError):  # whoever listens may be gone; the worker must not block on that
+                    self._on_log(self._ranks[rank].host.name, line)
         except (OSError, ValueError):
             pass  # closed under us
 
@@ -304,7 +333,7 @@ class Session:
                 reports.pop()
             elif any(r == reports[-1][0] for r, _ in reports[:-1]):
                 reports.pop()  # the end of one that has already said why
-        raise self._explain(*reports[-1], phase)
+        raise self._fail(self._explain(*reports[-1], phase))
 
     def _explain(self, rank: int, event: Event | _Ended, phase: str) -> MoectlError:
         match event:

@@ -11,10 +11,10 @@ import contextlib
 import faulthandler
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import queue
-import resource
 import select
 import signal
 import socket
@@ -36,6 +36,7 @@ from moectl.leash import (
     Connect,
     Connected,
     Connecting,
+    Done,
     Event,
     Fatal,
     Gathered,
@@ -49,6 +50,8 @@ from moectl.leash import (
 )
 
 _TEMPORARY = "moectl-"
+_FORMAT = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+_log = logging.getLogger("moectl.worker")
 _BACKEND_ERRORS = ("[ring]", "[jaccl]")  # how mlx begins what its data planes raise
 
 
@@ -94,7 +97,7 @@ class Leash:
                 elif not isinstance(order, Beat):
                     self.orders.put(order)  # type: ignore[arg-type]
             reason = "the controller let go of the leash"
-        except MoectlError as error:
+        except Exception as error:  # whatever it was, this thread may not end without ending the worker
             reason = str(error)
         self._on_end(reason)
 
@@ -117,6 +120,11 @@ def main() -> None:
     # Libraries may print; the leash may not carry that. It gets the real stdout, they get the log.
     up = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    _log.setLevel(logging.INFO)
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(_FORMAT)
+    _log.addHandler(console)
+    logging.raiseExceptions = False  # a log that cannot be written is no reason to talk about it
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to hear; it cancels, then lets go
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -129,7 +137,7 @@ def main() -> None:
         leash.tell(Fatal(type(error).__name__, error.message, error.hint))
         _exit(str(error))
     except BaseException as error:  # whatever it was: say it, and end before anything can hang
-        _log_traceback()
+        _log.exception("unexpected")
         lost = isinstance(error, RuntimeError) and str(error).startswith(_BACKEND_ERRORS)
         kind = errors.PeerLost.__name__ if lost else MoectlError.__name__
         leash.tell(Fatal(kind, str(error) if lost else f"unexpected {type(error).__name__}: {error}"))
@@ -138,6 +146,9 @@ def main() -> None:
 
 def _serve(leash: Leash) -> None:
     start: Start = leash.take(Start)
+    if start.log:
+        _log_to(Path(start.log).expanduser())
+    _log.info("rank %d of %d starts on %s", start.rank, start.world_size, start.shards)
     from moectl.manifest import read_manifest
 
     directory = Path(start.shards).expanduser()
@@ -146,11 +157,10 @@ def _serve(leash: Leash) -> None:
         raise errors.NotDeployed(
             f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
         )
-    with contextlib.ExitStack() as held:
-        ports = [held.enter_context(_free_port(address)) for address in start.addresses]
-        numbers = [s.getsockname()[1] for s in ports]
-    leash.tell(Listening(own_versions(), numbers))
-    group = _join(leash, start) if start.world_size > 1 else None
+    with contextlib.ExitStack() as ports:
+        numbers = [ports.enter_context(_free_port(address)) for address in start.addresses]
+        leash.tell(Listening(own_versions(), numbers))
+        group = _join(leash, start, ports) if start.world_size > 1 else None
     leash.take(Load)
     begin = time.perf_counter()
     import mlx.core as mx
@@ -162,19 +172,26 @@ def _serve(leash: Leash) -> None:
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
     tokenizer = open_tokenizer(directory)
     engine = Engine(model, tokenizer, rank=start.rank, group=group, max_seq_len=manifest.geometry.max_seq_len)
-    leash.tell(Ready(memory_bytes(), time.perf_counter() - begin))
+    _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
+    leash.tell(Ready())
     for event in engine.serve(leash.orders):
+        if isinstance(event, Done):
+            _log.info("request %d: %s after %d tokens", event.id, event.finish_reason, event.stats.completion_tokens)
         leash.tell(event)
 
 
-def _join(leash: Leash, start: Start) -> Any:
-    """Join the group; the process ends if that takes longer than `init_timeout_s`."""
+def _join(leash: Leash, start: Start, ports: contextlib.ExitStack) -> Any:
+    """Join the group; the process ends if that takes longer than `init_timeout_s`.
+
+    `ports` holds the promised ports until the backend takes them over.
+    """
     connect: Connect = leash.take(Connect)
     import mlx.core as mx
 
     os.environ.update(connect.env)
     files = {name: _write_temporary(text) for name, text in connect.files.items()}
     os.environ.update(files)
+    ports.close()
     leash.tell(Connecting())
     # init holds the interpreter lock, so no Python thread could time it: faulthandler's timer is a C thread.
     faulthandler.dump_traceback_later(start.init_timeout_s, exit=True)
@@ -193,6 +210,7 @@ def _join(leash: Leash, start: Start) -> Any:
         raise errors.RemoteError(
             f"joined as rank {group.rank()} of {group.size()}, expected {start.rank} of {start.world_size}"
         )
+    _log.info("joined over %s as rank %d of %d", connect.backend, start.rank, start.world_size)
     leash.tell(Connected(group.rank(), group.size()))
     return group
 
@@ -215,10 +233,12 @@ def open_tokenizer(directory: Path) -> Any:
     from mlx_lm.tokenizer_utils import load
 
     generation = directory / "generation_config.json"
-    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
     try:
+        if not any(directory.glob("tokenizer*")):  # transformers would make up an empty one
+            raise FileNotFoundError("no such file")
+        eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
         return load(directory, {"trust_remote_code": False}, eos_token_ids=eos)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise errors.CheckpointError(
             f"{directory} has no tokenizer that transformers can read: {error}",
             hint="a tokenizer.json is needed beside the weights, for example from Xenova/dbrx-instruct-tokenizer",
@@ -226,7 +246,7 @@ def open_tokenizer(directory: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _free_port(address: str) -> Iterator[socket.socket]:
+def _free_port(address: str) -> Iterator[int]:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         try:
             listener.bind((address, 0))
@@ -234,7 +254,7 @@ def _free_port(address: str) -> Iterator[socket.socket]:
             raise errors.HostsError(
                 f"cannot listen on {address}: {error.strerror}", hint="give this host's own address with ip="
             ) from None
-        yield listener
+        yield listener.getsockname()[1]
 
 
 def _write_temporary(text: str) -> str:
@@ -253,19 +273,22 @@ def own_versions() -> dict[str, str]:
     }
 
 
-def memory_bytes() -> int:
-    """Return this process's peak resident memory in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _log_to(path: Path) -> None:
+    """Keep a copy of the log on this host, two files of 1 MB at most; without one if the disk does not let us."""
+    from logging.handlers import RotatingFileHandler
 
-
-def _log_traceback() -> None:
-    import traceback
-
-    traceback.print_exc()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handler = RotatingFileHandler(path, maxBytes=1_000_000, backupCount=1, encoding="utf-8")
+    except OSError as error:
+        _log.warning("no log file: %s", error)
+        return
+    handler.setFormatter(_FORMAT)
+    _log.addHandler(handler)
 
 
 def _exit(reason: str, *, code: int = 1) -> None:
-    # os._exit, not sys.exit: destructors of a broken ring may wait for ever.
-    os.write(2, f"moectl worker ends: {reason}\n".encode())
+    # os._exit, not sys.exit: destructors of a broken ring may wait for ever. The log may be gone with the controller.
+    with contextlib.suppress(Exception):
+        _log.info("ends: %s", reason)
     os._exit(code)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 GOLDEN = Path(__file__).parent / "golden" / "logits.npz"
-TOKENS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43]]
+TOKENS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19, 71, 69, 39, 93]]
 
 _BASE: dict[str, Any] = {"clip_qkv": 8.0, "kv_n_heads": 2, "top_k": 4, "normalize": 1.0}
 CASES: dict[str, dict[str, Any]] = {

@@ -13,6 +13,7 @@ from mlx._distributed_utils import common, launch
 from moectl.backend import choose_backend, make_connect
 from moectl.errors import HostsError
 from moectl.hosts import Host, parse_hosts
+from moectl.launch import split_envs
 
 PORT = 32323
 
@@ -88,8 +89,9 @@ def test_environment_equals_mlx_launch(
     endpoints = [[f"{host.ips[0]}:{port}"] for host, port in zip(listed.hosts, ports, strict=True)]
     assert len(theirs) == len(listed.hosts)
     for rank, (env, files) in enumerate(theirs):
-        ours = make_connect(backend, listed.hosts, endpoints, rank, envs=listed.envs)
-        assert ours.env == env
+        ours = make_connect(backend, listed.hosts, endpoints, rank)
+        # The hostfile's own variables are set when the worker starts, the group's when it joins.
+        assert {**split_envs(listed.envs), **ours.env} == env
         assert {k: json.loads(v) for k, v in ours.files.items()} == {k: json.loads(v) for k, v in files.items()}
 
 

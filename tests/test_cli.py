@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from moectl import __version__, cli, errors
+from moectl import __main__, __version__, cli, errors
 from moectl.console import colour_wanted, size_text, table_text, time_text
+from moectl.flags import Failed
 from tests.tiny import write_checkpoint
 
 MODULE = [sys.executable, "-m", "moectl"]
@@ -21,7 +22,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *wo
     """Run the command line in this process; return exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["moectl", *words])
     monkeypatch.setattr(sys, "stdin", None)
-    code = cli._run()
+    code = __main__.run()
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -70,6 +71,9 @@ def test_no_command_prints_help_and_is_usage(call: Any) -> None:
         (("run", "--top-p", "0", "x"), "range"),
         (("shard", "--q-bits", "5", "x"), "'5' is not one of"),
         (("run", "--shards", "a", "--model", "b", "x"), "exclude each other"),
+        (("run", "--hosts", "a", "--local", "2", "x"), "--hosts and --local exclude each other"),
+        (("run", "--shards", "a", "--q-bits", "4", "x"), "--shards and --q-bits exclude each other"),
+        (("run", "--local", "1", "bad \udcff"), "the prompt is not UTF-8 text"),
     ],
 )
 def test_wrong_words_are_usage_errors(words: tuple[str, ...], message: str, call: Any) -> None:
@@ -104,6 +108,24 @@ def test_errors_as_json(call: Any) -> None:
     }
 
 
+def test_colour_of_errors(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, environment, coloured in [
+        (("--color", "always"), {}, True),
+        (("--color", "never"), {"FORCE_COLOR": "1"}, False),
+        ((), {"FORCE_COLOR": "1"}, True),
+        ((), {}, False),
+    ]:
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert ("\x1b[" in call("shard", "--verify", "nowhere", *words)[2]) == coloured
+
+
+def test_json_may_come_from_the_configuration(call: Any) -> None:
+    Path("moectl.toml").write_text("json = true\n")
+    assert json.loads(call("shard", "--verify", "nowhere")[2])["error"]["code"] == 8
+
+
 def test_usage_errors_as_json(call: Any) -> None:
     code, _, err = call("shard", "--json", "--nodes", "many")
     assert code == 2
@@ -117,8 +139,9 @@ def test_bugs_say_what_to_do(call: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert err.startswith("Error: unexpected KeyError: 'rope_theta' (a bug in moectl)")
     assert "MOECTL_DEBUG=1" in err
     monkeypatch.setenv("MOECTL_DEBUG", "1")
-    with pytest.raises(KeyError):
+    with pytest.raises(Failed) as caught:
         call("hosts")
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def all_errors(kind: type[errors.MoectlError] = errors.MoectlError) -> list[type[errors.MoectlError]]:
@@ -163,6 +186,7 @@ def test_shard_reports(call: Any, model: Path) -> None:
     [
         (("-n", "17", "--split", "experts"), 4, "at most 16 nodes"),
         (("-n", "2", "--shares", "1,2,3"), 4, "3 shares were given for 2 nodes"),
+        (("-n", "1", "--shares", "1,5"), 4, "2 shares were given for 1 nodes"),
         (("--shares", "1,2"), 4, "add up to 3"),
         (("--shares", "a,b"), 2, "--shares should be whole numbers"),
         (("-n", "2", "--q-bits", "4", "--q-group-size", "48"), 4, "cannot have groups of 48"),

@@ -136,51 +136,11 @@ def test_a_dead_host_is_named(four_hosts: Path, model: Path, netns: Cluster) -> 
     assert done.stderr.startswith("Error: node2: ")
 
 
-def find_workers() -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if "moectl worker" in line]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_local_runs(number: int, code: int, model: Path) -> None:
-    moectl("shard", str(model), "-n", "2", "-q")
-    command = [*MOECTL, "run", "tell me everything", "-m", "480", "--local", "2", "--model", str(model)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env())
-    assert process.stdout is not None
-    assert process.stdout.read(1)
-    process.send_signal(number)
-    process.communicate(timeout=30)
-    assert process.returncode == code
-    mine = str(process.pid)
-    assert not [line for line in find_workers() if line.split()[0] == mine]
-
-
-def test_a_second_ctrl_c_ends_at_once(model: Path) -> None:
-    command = [*MOECTL, "run", "tell me everything", "-m", "480", "--local", "1", "--model", str(model)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env())
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 130
-
-
-def test_a_killed_controller_leaves_no_worker(model: Path) -> None:
-    command = [*MOECTL, "run", "tell me everything", "-m", "480", "--local", "2", "--model", str(model)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=process_env())
-    assert process.stdout is not None
-    assert process.stdout.read(1)
-    mine = str(process.pid)
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Return the pids of a running moectl's local workers."""
     listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in listed.splitlines() if "moectl worker" in line]
-    pids = [int(pid) for pid, parent, *_ in rows if parent == mine]
-    assert len(pids) == 2
-    process.kill()
-    process.communicate()
-    deadline = time.monotonic() + 10
-    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in pids if is_running(pid)]
+    rows = [line.split(None, 2) for line in listed.splitlines() if "moectl worker" in line]
+    return [int(pid) for pid, parent, _ in rows if parent == str(process.pid)]
 
 
 def is_running(pid: int) -> bool:
@@ -189,6 +149,56 @@ def is_running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def await_end(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+@pytest.fixture
+def answering(model: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """A moectl in the middle of a long answer on two local ranks, and its workers."""
+    command = [*MOECTL, "run", "tell me everything", "-m", "480", "--local", "2", "--model", str(model)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env())
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    pids = workers_of(process)
+    assert len(pids) == 2
+    yield process, pids
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_signals_end_everything(number: int, code: int, answering: tuple[subprocess.Popen[bytes], list[int]]) -> None:
+    process, pids = answering
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == code
+    await_end(pids)
+
+
+def test_a_second_ctrl_c_ends_at_once(answering: tuple[subprocess.Popen[bytes], list[int]]) -> None:
+    process, pids = answering
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)  # so that the first Ctrl-C cannot end the answer
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    await_end(pids)
+
+
+def test_a_set_that_run_made_is_never_deployed(model: Path, tmp_path: Path) -> None:
+    moectl("run", "--local", "2", "--model", str(model), "-m", "1", "x")
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("a\nb\n")
+    assert "there is no shard set for 2 hosts" in moectl("deploy", str(hosts), check=8).stderr
 
 
 def run_local(model: Path, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:

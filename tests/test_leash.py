@@ -28,7 +28,9 @@ requests = st.builds(
 )
 texts = st.text()
 messages = st.one_of(
-    st.builds(leash.Start, numbers, numbers, texts, st.lists(texts), st.just(30.0), st.none() | texts),
+    st.builds(
+        leash.Start, numbers, numbers, texts, st.lists(texts), st.just(30.0), st.none() | texts, st.none() | texts
+    ),
     st.builds(leash.Connect, texts, st.dictionaries(texts, texts), st.dictionaries(texts, texts)),
     st.builds(leash.Load),
     st.builds(leash.Generate, requests),
@@ -38,7 +40,8 @@ messages = st.one_of(
     st.builds(leash.Listening, st.dictionaries(texts, texts), st.lists(numbers)),
     st.builds(leash.Connecting),
     st.builds(leash.Connected, numbers, numbers),
-    st.builds(leash.Ready, numbers, st.just(0.5)),
+    st.builds(leash.Ready),
+    st.builds(leash.Prefilled, numbers, numbers),
     st.builds(leash.Token, numbers, numbers, texts),
     st.builds(leash.Done, numbers, texts, stats),
     st.builds(leash.Refused, numbers, texts, st.none() | texts),
@@ -94,6 +97,9 @@ def test_nearly_right_messages_are_refused(line: bytes) -> None:
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"seed": -1},
+        {"prompt": "\udcff"},
+        {"prompt": "x" * (5 * 1024 * 1024)},
+        {"system": "\udcff"},
     ],
 )
 def test_requests_check_their_parameters(wrong: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from moectl import prepare
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
 from moectl.manifest import Quantization, read_manifest
+from moectl.paths import cache_dir, data_dir
 from moectl.prepare import Wanted
 from moectl.quantize import quantizer
 from tests.tiny import write_checkpoint
@@ -25,6 +26,7 @@ def model(tmp_path: Path) -> Path:
     [
         (Wanted(nodes=2), "tiny-bf16-hidden-2"),
         (Wanted(nodes=4), "tiny-bf16-hidden-4"),  # 2.2.1.1 of 6 is as even as can be
+        (Wanted(), "tiny-bf16-hidden-1"),
         (Wanted(shares=(1, 5)), "tiny-bf16-hidden-2-1.5"),
         (Wanted(split="experts", shares=(8, 4, 4)), "tiny-bf16-experts-3-8.4.4"),
         (Wanted(nodes=2, bits=4), "tiny-q4-hidden-2"),
@@ -35,13 +37,13 @@ def model(tmp_path: Path) -> Path:
 )
 def test_shard_sets_are_named_after_what_they_are(wanted: Wanted, name: str, model: Path) -> None:
     made = prepare.shard(str(model), wanted, quantise=quantizer, on_plan=lambda *_: False)
-    assert made.directory == prepare.default_directory(name)
+    assert made.directory == data_dir() / "shards" / name
     assert not made.directory.exists()
 
 
 def test_defaults_of_quantisation_are_mlxs(model: Path) -> None:
     def quantization(wanted: Wanted) -> Quantization | None:
-        made = prepare.shard(str(model), wanted, quantise=quantizer, replace=True)
+        made = prepare.shard(str(model), wanted, quantise=quantizer, cached=True)
         return read_manifest(made.directory).quantization
 
     assert quantization(Wanted()) is None
@@ -65,8 +67,18 @@ def test_another_model_of_the_same_name_is_never_mistaken(tmp_path: Path, model:
     with pytest.raises(ShardsDiffer, match="not as it was"):
         prepare.shard(str(other), Wanted(nodes=2), quantise=quantizer)
     assert read_manifest(first.directory).files == before
-    prepare.shard(str(other), Wanted(nodes=2), quantise=quantizer, replace=True)
-    assert read_manifest(first.directory).files != before
+    assert read_manifest(first.directory).files == before
+
+
+def test_the_cache_follows_the_model_and_leaves_peoples_sets_alone(tmp_path: Path, model: Path) -> None:
+    mine = prepare.shard(str(model), Wanted(nodes=2), quantise=quantizer)
+    cached = prepare.shard(str(model), Wanted(nodes=2), quantise=quantizer, cached=True)
+    assert cached.directory == cache_dir() / "shards" / "tiny-bf16-hidden-2"
+    before = read_manifest(cached.directory).files
+    other = write_checkpoint(tmp_path / "elsewhere" / "tiny", seed=9)
+    prepare.shard(str(other), Wanted(nodes=2), quantise=quantizer, cached=True)
+    assert read_manifest(cached.directory).files != before
+    assert read_manifest(mine.directory).files == before
 
 
 def test_a_finished_set_is_found_by_name_and_by_directory(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""The flags that every command has, and how a command's result is printed under them. It knows no command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moectl import errors
+
+if TYPE_CHECKING:
+    from moectl.hosts import HostList
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EXIT_STATUS = """\b
+Exit status:
+  0 done   1 bug   2 usage   3 some hosts failed   4 hosts file or plan impossible
+  5 host unreachable, key or login   6 remote command or version   7 damaged bytes
+  8 not sharded, deployed or running   130 interrupted   143 terminated"""
+
+
+class Common:
+    """The values of the flags that every command has."""
+
+    def __init__(
+        self, *, hosts: str | None, hostfile: str | None, json: bool, quiet: bool, verbose: int, color: str
+    ) -> None:
+        self.hosts = hosts
+        self.hostfile = hostfile
+        self.json = json
+        self.quiet = quiet
+        self.verbose = verbose
+        self.color = color
+
+    def host_list(self, *, required: bool = False) -> HostList | None:
+        """Return the hosts in force, or None."""
+        from moectl.hosts import find_hosts
+
+        found = find_hosts(self.hosts, self.hostfile)
+        if found is None and required:
+            raise errors.HostsError("no hosts are given", hint="write hosts.txt, or use --hosts a,b or --hostfile FILE")
+        return found
+
+    def print(self, text: str, document: dict[str, Any], quiet_text: str = "") -> None:
+        """Print a command's result on stdout in the form that was asked for."""
+        shown = json.dumps(document) if self.json else quiet_text if self.quiet else text
+        if shown:
+            click.echo(shown)
+
+    def say(self, text: str) -> None:
+        """Say something to a person, on stderr."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+
+class Failed(Exception):
+    """An error on its way out of a command, with the flags that say how to print it."""
+
+    def __init__(self, error: Exception, flags: Common) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.flags = flags
+
+
+def common(command: F) -> F:
+    """Give a command the flags that all commands have, and pass them as one `common` argument."""
+
+    @click.pass_context
+    def wrapped(ctx: click.Context, /, *args: Any, **kw: Any) -> Any:
+        from moectl.console import colour_wanted
+
+        flags = Common(**{k: kw.pop(k) for k in ("hosts", "hostfile", "json", "quiet", "verbose", "color")})
+        ctx.color = colour_wanted(flags.color, sys.stdout)
+        try:
+            return ctx.invoke(command, *args, common=flags, **kw)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            raise Failed(error, flags) from error
+
+    wrapped.__doc__ = command.__doc__
+    wrapped.__name__ = command.__name__
+    options = (
+        click.option("-H", "--hosts", metavar="LIST", help="Hosts in rank order: a,b,c."),
+        click.option(
+            "--hostfile", metavar="FILE", envvar="MOECTL_HOSTFILE", help="hosts.txt or MLX's JSON; - is stdin."
+        ),
+        click.option("--json", is_flag=True, help="Print one JSON document."),
+        click.option("-q", "--quiet", is_flag=True, help="Print results only."),
+        click.option("-v", "--verbose", count=True, help="Show what happens, and the workers' logs."),
+        click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True),
+    )
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
