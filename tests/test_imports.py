@@ -14,7 +14,7 @@ NODE = {"engine", "worker", "quantize", "demo.train"}  # and everything in model
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
-    "click": {"cli"},
+    "click": {"__main__", "cli", "flags"},
     "tqdm": {"console"},
     "paramiko": {"ssh", "ssh_config"},
     "huggingface_hub": {"hub"},
@@ -32,6 +32,7 @@ INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub")}
 ROOMS = (
     {"__main__"},
     {"cli"},
+    {"flags"},
     {"report"},
     {"console", "config"},
     {"launch"},
