@@ -13,6 +13,8 @@ from moectl.errors import IntegrityError
 from moectl.manifest import Manifest
 from moectl.model.dbrx import Model
 
+_HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
+
 # Shards name experts as the checkpoint does, mlx-lm's SwitchGLU by role.
 _EXPERT_NAMES = {
     "experts.w1.": "experts.mlp.gate_proj.",
@@ -51,11 +53,11 @@ def load_rank(
     wanted = dict(tree_flatten(model.parameters()))
     for name, array in wanted.items():
         if name not in weights:
-            raise IntegrityError(f"{directory} has no tensor {name!r} for rank {rank}", hint="moectl deploy --verify")
+            raise IntegrityError(f"{directory} has no tensor {name!r} for rank {rank}", hint=_HINT)
         if weights[name].shape != array.shape:
             raise IntegrityError(
                 f"{directory}: {name} has shape {weights[name].shape}, expected {array.shape}",
-                hint="moectl deploy --verify",
+                hint=_HINT,
             )
     model.eval()
     names = [f"transformer.blocks.{i}." for i in range(manifest.geometry.n_layers)]
@@ -73,12 +75,10 @@ def _open_weights(directory: Path, manifest: Manifest, rank: int) -> dict[str, m
         file = directory / path
         try:
             if file.stat().st_size != entry.bytes:
-                raise IntegrityError(
-                    f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}", hint="moectl deploy --verify"
-                )
+                raise IntegrityError(f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}", hint=_HINT)
             loaded = mx.load(str(file))
         except (OSError, RuntimeError, ValueError) as error:
-            raise IntegrityError(f"{file} cannot be read: {error}", hint="moectl deploy --verify") from None
+            raise IntegrityError(f"{file} cannot be read: {error}", hint=_HINT) from None
         assert isinstance(loaded, dict)
         weights.update((_module_name(name), array) for name, array in loaded.items())
     return weights
