@@ -33,6 +33,9 @@ _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 
 
+NAMES_ONLY = "--hosts"  # the source of a list that says nothing but names
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """One host as its owner wrote it; position in the list is its rank."""
@@ -138,7 +141,7 @@ def parse_host_string(text: str) -> HostList:
         host = _parse_address(word.strip(), "--hosts")
         _refuse_duplicate(host, seen, number, "--hosts")
         hosts.append(host)
-    return HostList(tuple(hosts), source="--hosts")
+    return HostList(tuple(hosts), source=NAMES_ONLY)
 
 
 def parse_size(text: str) -> int:

@@ -18,7 +18,7 @@ from moectl.demo import demo_dir
 from moectl.deployment import Deployment, read_deployment
 from moectl.deployment import find_deployment as find_recorded
 from moectl.errors import HostsError, NotDeployed
-from moectl.hosts import Host, HostList
+from moectl.hosts import NAMES_ONLY, Host, HostList
 from moectl.manifest import Manifest, read_manifest
 from moectl.paths import state_dir
 from moectl.prepare import Wanted
@@ -64,7 +64,9 @@ def find_deployment(hosts: HostList | None) -> Deployment | None:
             f"{recorded.name} is deployed on {', '.join(deployed)}, not on {', '.join(names)}.", hint=hint
         )
     complete = read_deployment()
-    # What the list says now (addresses, devices) counts, not what it said when the shards were deployed.
+    if hosts.source == NAMES_ONLY:
+        return complete
+    # What the file says now (addresses, devices) counts, not what it said when the shards were deployed.
     ranks = tuple(replace(rank, host=host) for rank, host in zip(complete.ranks, hosts.hosts, strict=True))
     return replace(complete, ranks=ranks, backend=hosts.backend, envs=hosts.envs)
 

@@ -1,0 +1,88 @@
+"""From a deployment to ranks: whose word counts when the hosts file has changed, and by which address ranks meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from moectl.deployment import DeployedRank, Deployment, write_deployment
+from moectl.errors import HostsError, NotDeployed
+from moectl.hosts import Host, parse_host_string, parse_hosts
+from moectl.launch import find_addresses, find_deployment, split_envs
+from moectl.remote import Completed
+
+
+@pytest.fixture
+def deployed() -> Deployment:
+    hosts = [Host("a", ips=("10.0.0.1",)), Host("b", ips=("10.0.0.2",))]
+    ranks = tuple(DeployedRank(h, "/env/bin/python", "/root", "/root/shards/x") for h in hosts)
+    deployment = Deployment("x", "/shards/x", ranks, "ring", ("A=1",))
+    write_deployment(deployment)
+    return deployment
+
+
+def test_nothing_wanted_and_nothing_deployed() -> None:
+    assert find_deployment(None) is None
+
+
+def test_the_current_deployment_is_used(deployed: Deployment) -> None:
+    assert find_deployment(None) == deployed
+    assert find_deployment(parse_host_string("a,b")) == deployed
+
+
+def test_the_hosts_file_of_today_counts(deployed: Deployment) -> None:
+    found = find_deployment(parse_hosts("a ip=10.0.9.1\nb ip=10.0.9.2\n"))
+    assert found is not None
+    assert [rank.host.ips for rank in found.ranks] == [("10.0.9.1",), ("10.0.9.2",)]
+    assert [rank.directory for rank in found.ranks] == [rank.directory for rank in deployed.ranks]
+
+
+def test_other_hosts_are_not_deployed(deployed: Deployment) -> None:
+    with pytest.raises(NotDeployed, match="x is deployed on a, b, not on b, a"):
+        find_deployment(parse_host_string("b,a"))
+
+
+def test_an_unfinished_deployment_is_named() -> None:
+    write_deployment(Deployment("x", "/x", (DeployedRank(Host("a"), "/p", "/r", "/d"), DeployedRank(Host("b")))))
+    with pytest.raises(NotDeployed, match="x is not deployed on b yet"):
+        find_deployment(None)
+
+
+class Answering:
+    """A remote whose sshd says how it was reached; nothing else is asked of it here."""
+
+    def __init__(self, connection: str) -> None:
+        self.connection = connection
+
+    def run(self, argv: Sequence[str], **_: Any) -> Completed:
+        assert list(argv) == ["printenv", "SSH_CONNECTION"]
+        return Completed(0 if self.connection else 1, self.connection.encode(), b"")
+
+
+def addresses(*pairs: tuple[Host, str]) -> list[tuple[str, ...]]:
+    remotes: list[Any] = [Answering(connection) for _, connection in pairs]
+    return find_addresses([host for host, _ in pairs], remotes)
+
+
+def test_addresses_are_those_by_which_ssh_came() -> None:
+    two = addresses((Host("a"), "10.0.0.9 5 10.0.0.1 22\n"), (Host("b", ips=("10.1.0.2", "10.2.0.2")), ""))
+    assert two == [("10.0.0.1",), ("10.1.0.2", "10.2.0.2")]
+
+
+def test_this_machine_meets_others_by_the_address_that_they_see() -> None:
+    here, there = Host("localhost"), Host("b", ips=("10.0.0.2",))
+    assert addresses((here, ""), (there, "10.0.0.9 5 10.0.0.2 22")) == [("10.0.0.9",), ("10.0.0.2",)]
+    assert addresses((here, "")) == [("127.0.0.1",)]
+
+
+@pytest.mark.parametrize("connection", ["", "fe80::1 5 fe80::2 22"])
+def test_a_host_without_an_ipv4_address_is_refused(connection: str) -> None:
+    with pytest.raises(HostsError, match="a: the ring needs an IPv4 address") as caught:
+        addresses((Host("a"), connection))
+    assert "a ip=10.0.0.1" in str(caught.value.hint)
+
+
+def test_envs_of_an_mlx_hostfile() -> None:
+    assert split_envs(["A=1", "B=x=y", "C"]) == {"A": "1", "B": "x=y", "C": ""}
