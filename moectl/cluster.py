@@ -6,7 +6,6 @@ happens on one host is `provision`'s. It prints nothing: events tell what happen
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import multiprocessing
 import os
@@ -52,6 +51,7 @@ from moectl.remote import Remote
 from moectl.wheel import pack_wheel
 
 EVENT_INTERVAL_S = 0.1
+END_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class DeployResult:
 
     def raise_failures(self) -> None:
         """Raise PartialFailure naming the failed hosts; the error itself when all failed alike."""
-        raise_failures({r.host.name: r.error for r in self.results})
+        raise_failures({r.host.address: r.error for r in self.results})
 
 
 def raise_failures(errors: Mapping[str, MoectlError | None]) -> None:
@@ -94,15 +94,21 @@ def connect(hosts: Sequence[Host]) -> list[Remote]:
     """Connect to all hosts at once, for work that needs every one; raise the first host's error when any fails."""
     remotes = [make_remote(host) for host in hosts]
 
-    def probe(remote: Remote) -> MoectlError | None:
+    found: list[MoectlError | None] = [None] * len(remotes)
+
+    def probe(rank: int, remote: Remote) -> None:
         try:
             remote.run(["true"])
-        except MoectlError as error:
-            return error
-        return None
+        except Exception as error:
+            found[rank] = _as_ours(error, hosts[rank])
 
-    with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, len(remotes))) as pool:
-        failed = [error for error in pool.map(probe, remotes) if error is not None]
+    # Daemons, not a pool: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
+    threads = [threading.Thread(target=probe, args=a, daemon=True) for a in enumerate(remotes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    failed = [error for error in found if error is not None]
     if not failed:
         return remotes
     for remote in remotes:
@@ -129,8 +135,8 @@ def deploy(
 ) -> DeployResult:
     """Bring every host its interpreter and its rank's files, and record the deployment.
 
-    `only` names the hosts to deploy to (all when empty), `jobs` bounds how many work at once, `verify`
-    hashes again what is recorded as right, `wheelhouse` is a directory of wheels for hosts without internet.
+    `only` names the hosts to deploy to, by name or address (all when empty), `jobs` bounds how many work at once,
+    `verify` hashes again what is recorded as right, `wheelhouse` is a directory of wheels for hosts without internet.
     A host that fails is in the result; only what concerns all is raised: PlanError (number of hosts),
     UsageError, VersionMismatch, IntegrityError.
     """
@@ -152,7 +158,7 @@ def deploy(
                 verify=verify,
             )
             for rank, host in enumerate(hosts)
-            if not only or host.name in only
+            if not only or host.name in only or host.address in only
         ]
         result = DeployResult(_run_tasks(tasks, jobs or len(tasks), on_event))
     if not dry_run and result.succeeded:
@@ -177,10 +183,9 @@ def _check_request(hosts: Sequence[Host], manifest: Manifest, only: Sequence[str
             f"{manifest.name} is cut for {manifest.world_size} hosts, {len(hosts)} are listed",
             hint=f"moectl shard --nodes {len(hosts)}, or list {manifest.world_size} hosts",
         )
-    names = [host.name for host in hosts]
     for name in only:
-        if name not in names:
-            raise UsageError(f"{name} is not among the hosts ({', '.join(names)})")
+        if not any(name in (host.name, host.address) for host in hosts):
+            raise UsageError(f"{name} is not among the hosts ({', '.join(host.address for host in hosts)})")
     if manifest.name in ("", ".", "..") or PurePosixPath(manifest.name).name != manifest.name:
         raise IntegrityError(f"{manifest.name!r} cannot be the name of a shard set's directory")
     if wheelhouse is not None and not any(wheelhouse.glob("*.whl")):
@@ -213,84 +218,110 @@ def _record(
 
 
 def _run_tasks(tasks: Sequence[Task], jobs: int, on_event: OnEvent) -> tuple[HostResult, ...]:
-    """Look at all hosts in threads, then give each that lacks something a process, `jobs` at once.
+    """Look at all hosts in threads; each that lacks something then gets a process, `jobs` at once.
 
-    Most deployments find little to do, and a process costs more than looking. Leaving early, by Ctrl-C too, ends
-    all processes.
+    Most deployments find little to do, and a process costs more than looking. A host goes on as soon as it was looked
+    at, whatever the others do. Leaving early, by Ctrl-C too, ends all processes.
     """
-    context = multiprocessing.get_context("spawn")
+    looking = {_start_look(task): task for task in tasks}
     waiting: list[Task] = []
     running: dict[connection.Connection, tuple[Any, Task]] = {}
     results: dict[int, HostResult] = {}
-    for task, seen in zip(tasks, _inspect_all(tasks), strict=True):
-        on_event(Planned(task.rank, task.host.name, seen.copied_bytes, seen.kept_bytes))
-        if task.dry_run or seen.error or (seen.python and not seen.copied_bytes):
-            results[task.rank] = seen
-            on_event(seen)
-        else:
-            waiting.append(task)
     try:
-        while waiting or running:
+        while looking or waiting or running:
             while waiting and len(running) < max(1, jobs):
                 task = waiting.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_serve_task, args=(theirs, task), daemon=True)
-                process.start()
-                theirs.close()
+                ours, process = _start_process(task)
                 running[ours] = process, task
-            for ready in connection.wait(list(running)):
+            for ready in connection.wait([*looking, *running]):
                 assert isinstance(ready, connection.Connection)
-                result = _take_event(ready, running[ready][1], on_event)
+                if ready in looking:
+                    task = looking.pop(ready)
+                    result = _take_look(ready, task, on_event)
+                    if result is None:
+                        waiting.append(task)
+                else:
+                    process, task = running[ready]
+                    result = _take_event(ready, task, on_event)
+                    if result is not None:
+                        del running[ready]
+                        _end_process(ready, process)
                 if result is not None:
-                    process, _ = running.pop(ready)
                     results[result.rank] = result
-                    process.join()
-                    process.close()
-                    ready.close()
     finally:
         for ours, (process, _) in running.items():
             process.terminate()
-            process.join()
-            process.close()
+            _end_process(ours, process)
+        for ours in looking:
             ours.close()
     return tuple(results[rank] for rank in sorted(results))
 
 
-def _inspect_all(tasks: Sequence[Task]) -> list[HostResult]:
-    results: list[HostResult | None] = [None] * len(tasks)
+def _start_look(task: Task) -> connection.Connection:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
 
-    def inspect(index: int, task: Task) -> None:
+    def look() -> None:
         started = time.monotonic()
         result = _catch(task, lambda: inspect_host(task))
-        results[index] = replace(result, duration_s=time.monotonic() - started)
+        with contextlib.suppress(OSError):  # nobody waits any more
+            theirs.send(replace(result, duration_s=time.monotonic() - started))
+        theirs.close()
 
-    # Daemons, not a pool: Ctrl-C has to leave at once, although a host may be hashing for minutes.
-    threads = [threading.Thread(target=inspect, args=a, daemon=True) for a in enumerate(tasks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [result for result in results if result is not None]
+    # A daemon: Ctrl-C has to leave at once, although a host may be hashing for minutes.
+    threading.Thread(target=look, daemon=True).start()
+    return ours
+
+
+def _take_look(ours: connection.Connection, task: Task, on_event: OnEvent) -> HostResult | None:
+    """Tell what was seen on a host; return it when there is nothing more to do there."""
+    seen: HostResult = ours.recv()
+    ours.close()
+    on_event(Planned(task.rank, task.host.address, seen.copied_bytes, seen.kept_bytes))
+    if task.dry_run or seen.error or (seen.python and not seen.copied_bytes):
+        on_event(seen)
+        return seen
+    return None
+
+
+def _start_process(task: Task) -> tuple[connection.Connection, Any]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_serve_task, args=(theirs, task), daemon=True)
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def _end_process(ours: connection.Connection, process: Any) -> None:
+    process.join(END_GRACE_S)
+    process.kill()
+    process.join()
+    process.close()
+    ours.close()
 
 
 def _catch(task: Task, work: Callable[[], HostResult]) -> HostResult:
-    """Return the result of `work`, or its error as a result; a bug on one host must not hide the others."""
+    """Return the result of `work`, or its error as a result."""
     try:
         return work()
-    except MoectlError as error:
-        return HostResult(task.rank, task.host, error)
     except Exception as error:
-        if os.environ.get("MOECTL_DEBUG"):
-            traceback.print_exc()
-        reason = f"unexpected {type(error).__name__}: {error} (a bug in moectl)"
-        return HostResult(task.rank, task.host, MoectlError(reason, host=task.host.name))
+        return HostResult(task.rank, task.host, _as_ours(error, task.host))
+
+
+def _as_ours(error: Exception, host: Host) -> MoectlError:
+    """Return the error as one of ours; a bug met on one host must not hide what became of the others."""
+    if isinstance(error, MoectlError):
+        return error
+    if os.environ.get("MOECTL_DEBUG"):
+        traceback.print_exception(error)
+    return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)", host=host.address)
 
 
 def _take_event(ours: connection.Connection, task: Task, on_event: OnEvent) -> HostResult | None:
     try:
         event = ours.recv()
     except EOFError:
-        error = MoectlError("its deploy process ended without a word", host=task.host.name)
+        error = MoectlError("its deploy process ended without a word", host=task.host.address)
         event = HostResult(task.rank, task.host, error)
     on_event(event)
     return event if isinstance(event, HostResult) else None
@@ -317,7 +348,7 @@ def _throttle(task: Task, send: OnEvent) -> OnEvent:
             if time.monotonic() - sent < EVENT_INTERVAL_S:
                 return
         if pending:
-            send(Advanced(task.rank, task.host.name, pending))
+            send(Advanced(task.rank, task.host.address, pending))
             pending, sent = 0, time.monotonic()
         if not isinstance(event, Advanced):
             send(event)

@@ -42,8 +42,8 @@ class Deployment:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Names of the hosts that have not been deployed to yet."""
-        return tuple(r.host.name for r in self.ranks if not r.python)
+        """Addresses of the hosts that have not been deployed to yet."""
+        return tuple(r.host.address for r in self.ranks if not r.python)
 
 
 def deployment_path() -> Path:

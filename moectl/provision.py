@@ -252,7 +252,7 @@ def _prepare_python(remote: Remote, task: Task, found: Mapping[str, Any], on_eve
     """Make or mend the host's own environment and return its interpreter."""
     env_python = f"{found['root']}/env/bin/python"
     versions = ", ".join(f"{name} {version}" for name, version in task.versions.items())
-    on_event(Working(task.rank, task.host.name, f"installing {versions}"))
+    on_event(Working(task.rank, task.host.address, f"installing {versions}"))
     if found["python"] != env_python:
         _make_env(remote, found)
     _install(remote, task, found, env_python)
@@ -305,7 +305,7 @@ def _push_files(remote: Remote, task: Task, found: Mapping[str, Any], on_event: 
         remote.run(["rm", "-f", "--", f"{directory}/{manifest_file.NAME}"], mutates=True)
 
     def on_bytes(count: int) -> None:
-        on_event(Advanced(task.rank, task.host.name, count))
+        on_event(Advanced(task.rank, task.host.address, count))
 
     pushed: dict[str, str] = {}
     try:

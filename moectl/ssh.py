@@ -57,7 +57,7 @@ class SSHRemote:
     """One host over SSH. It connects when first used, and again when the connection was lost."""
 
     def __init__(self, host: Host, *, config: str | None = None) -> None:
-        self.name = host.name
+        self.name = host.address
         self.python = host.python or "python3"
         self._host = host
         self._config = config

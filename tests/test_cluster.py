@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -168,6 +169,22 @@ def test_hosts_that_all_fail_alike_give_that_error() -> None:
     assert codes(auth, disk) == 3
     assert codes(lost, None) == 3
     raise_failures({"mac0": None, "mac1": None})
+
+
+def test_two_ports_of_one_name_are_two_hosts(sshd: Server, tmp_path: Path, shards: Path) -> None:
+    manifest = make_shards(shards, 2)
+    sshd.add_alias("box")
+    dead = Host("box", port=find_free_port(), python=sys.executable, dir=str(tmp_path / "dead"))
+    alive = Host("box", port=sshd.port, python=sys.executable, dir=str(tmp_path / "alive"))
+    events: list[Event] = []
+    result = deploy([dead, alive], shards, manifest, on_event=events.append)
+    with pytest.raises(PartialFailure, match=rf"^1 of 2 hosts failed: {dead.address}\.$"):
+        result.raise_failures()
+    assert {e.host for e in events if isinstance(e, Planned)} == {dead.address, alive.address}
+    with pytest.raises(NotDeployed, match=rf"is not deployed on {dead.address} yet"):
+        read_deployment()
+    assert [r.rank for r in deploy([dead, alive], shards, manifest, only=[alive.address]).results] == [1]
+    assert [r.rank for r in deploy([dead, alive], shards, manifest, only=["box"]).results] == [0, 1]
 
 
 def test_damage_on_a_host_is_found_and_mended(sshd: Server, tmp_path: Path, shards: Path) -> None:
@@ -359,6 +376,25 @@ def test_an_environment_is_made_once_from_a_wheelhouse(
     assert len([e for e in events if isinstance(e, Working)]) == 1
 
 
+def test_no_host_waits_for_a_silent_one(sshd: Server, tmp_path: Path, shards: Path) -> None:
+    manifest, hosts = make_shards(shards, 2), make_hosts(sshd, tmp_path, 2)
+    events: list[Event] = []
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        hosts[0] = replace(hosts[0], name=sshd.add_alias("silent", "ConnectTimeout 30", port=silent.getsockname()[1]))
+
+        def on_event(event: Event) -> None:
+            events.append(event)
+            if isinstance(event, HostResult) and event.rank == 1:
+                silent.close()
+
+        result = deploy(hosts, shards, manifest, on_event=on_event)
+    assert [r.ok for r in result.results] == [False, True]
+    ends = [e.rank for e in events if isinstance(e, HostResult)]
+    assert ends == [1, 0]
+
+
 # Interruption.
 
 
@@ -426,10 +462,39 @@ def test_connect_gives_all_hosts_or_names_the_bad_one(sshd: Server, tmp_path: Pa
     for remote in remotes:
         remote.close()
     dead = Host(sshd.add_alias("dead", port=find_free_port()))
-    with pytest.raises(PartialFailure, match=r"1 of 3 hosts failed: dead"):
+    with pytest.raises(Unreachable, match=r"^dead: port \d+ refused the connection$"):
         connect([*hosts, dead])
-    with pytest.raises(Unreachable, match=r"^dead: port"):
-        connect([dead])
+    also = Host(sshd.add_alias("dead2", port=find_free_port()))
+    with pytest.raises(
+        Unreachable, match=r"^dead: port \d+ refused the connection \(and dead2 cannot be used either\)$"
+    ):
+        connect([dead, *hosts, also])
+
+
+def test_ctrl_c_does_not_wait_for_a_silent_host(sshd: Server, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(moectl.__file__).parent.parent)!r})\n"
+        "from moectl.cluster import connect\n"
+        "from moectl.hosts import Host\n"
+        "try: connect([Host('silent')])\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        sshd.add_alias("silent", "ConnectTimeout 600", port=silent.getsockname()[1])
+        child = subprocess.Popen([sys.executable, str(script)])
+        accepted, _ = silent.accept()
+        with accepted:
+            assert accepted.recv(4) == b"SSH-"
+            child.send_signal(signal.SIGINT)
+            try:
+                assert child.wait(30) == 130
+            finally:
+                child.kill()
+                child.wait()
 
 
 @pytest.mark.netns
