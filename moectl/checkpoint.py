@@ -16,8 +16,7 @@ from typing import Any, Protocol
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, Unreachable
 from moectl.geometry import Geometry, read_geometry
 from moectl.hub import MIRRORS, OnBytes, Repository, find_cached
-from moectl.layouts import SourceTensor as SourceTensor
-from moectl.layouts import StoredTensor, name_tensors, quantization_of, read_header, read_quantization
+from moectl.layouts import SourceTensor, StoredTensor, name_tensors, quantization_of, read_header, read_quantization
 from moectl.manifest import Quantization
 
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -7,10 +7,8 @@ load. What the files mean is `checkpoint`'s business; nothing here decides which
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from moectl.disk import explain_refusal, format_gb, free_bytes
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError, Unreachable
 from moectl.layouts import StoredTensor, header_length, read_header
 
@@ -83,7 +82,7 @@ class Repository:
         try:
             return _read_hollow(start[:stop], file, size)
         except OSError as error:
-            raise _disk_error(error, Path(tempfile.gettempdir())) from None
+            raise explain_refusal(error, Path(tempfile.gettempdir())) from None
 
     def path(self, file: str) -> Path:
         """Return a file's local path once it is there."""
@@ -189,7 +188,7 @@ class Repository:
                 resumed = self._complete(file, partial)  # what an earlier run left was not what it seemed
             partial.replace(path)
         except OSError as error:
-            raise _disk_error(error, path) from None
+            raise explain_refusal(error, path) from None
 
     def _complete(self, file: str, partial: Path) -> bool:
         """Download what a partial file lacks; return whether it had some bytes."""
@@ -329,12 +328,10 @@ def _lock(f: IO[bytes], root: Path) -> None:
 
 
 def _require_space(directory: Path, nbytes: int, file: str) -> None:
-    while not directory.exists():
-        directory = directory.parent
-    free = shutil.disk_usage(directory).free
+    free = free_bytes(directory)
     if free < nbytes:
         raise StateError(
-            f"{file} needs {nbytes / 1e9:.1f} GB, and {directory} has {free / 1e9:.1f} GB free",
+            f"{file} needs {format_gb(nbytes)}, and {directory} has {format_gb(free)} free",
             hint=f"free some space and {_AGAIN}: it resumes",
         )
 
@@ -385,7 +382,7 @@ def _hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
     if _status(error):
         return _status_error(error, repo, what)
     if isinstance(error, OSError) and error.errno is not None:
-        return _disk_error(error, Path(error.filename or what))
+        return explain_refusal(error, Path(error.filename or what))
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return Unreachable(f"{what} of {repo} did not come: {reason}", hint=f"{_AGAIN}: it resumes")
 
@@ -408,10 +405,3 @@ def _status_error(error: BaseException, repo: str, what: str) -> MoectlError:
     when = f" in {wait_s:.0f} s" if wait_s else ""
     message = f"{what} of {repo} did not come: the Hub answered HTTP {status}"
     return Unreachable(message, hint=f"{_AGAIN}{when}: it resumes")
-
-
-def _disk_error(error: OSError, path: Path) -> MoectlError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = f"the disk is full: {path} cannot be written"
-        return StateError(message, hint=f"free some space and {_AGAIN}: it resumes")
-    return StateError(f"{path} cannot be written: {error.strerror or error}")

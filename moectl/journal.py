@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moectl.disk import sync_directory
 from moectl.errors import StateError
 from moectl.manifest import FileEntry
 
@@ -102,15 +103,6 @@ def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileEntry]]
     except (KeyError, TypeError, ValueError):
         done = {}
     return records[0], done
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _entry_line(file: str, entry: FileEntry) -> bytes:

@@ -23,9 +23,27 @@ from moectl.geometry import PROJECTIONS, Geometry, block, expert_name
 from moectl.manifest import Quantization
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit
-_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4, "U8": 1}
-_FLOATS = ("BF16", "F16", "F32")
-_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+FLOATS = ("BF16", "F16", "F32")  # what weights may be stored as
+# In the order in which the safetensors library lays tensors out, last first.
+ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+}
+# MLX's table of quantisation modes: (group sizes, bits).
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
 _LAYOUTS = {
     "fused": re.compile(r"transformer\.blocks\.\d+\.ffn\.experts\.mlp\.(w1|v1|w2)"),
     "v2": re.compile(r"transformer\.blocks\.\d+\.ffn\.experts\.mlp\.\d+\.(w1|v1|w2)\.weight"),
@@ -46,7 +64,7 @@ class SourceTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +98,14 @@ def name_tensors(
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"the checkpoint has no tensor {missing[0]}{more}", hint="it is incomplete, or not DBRX")
+
+
+def item_bytes(dtype: str) -> int:
+    """Return the size of one element; raises CheckpointError for a type that DBRX checkpoints do not have."""
+    try:
+        return ITEM_BYTES[dtype]
+    except KeyError:
+        raise CheckpointError(f"tensors of type {dtype} are not supported") from None
 
 
 def _find_layout(stored: Mapping[str, StoredTensor]) -> str:
@@ -117,7 +143,7 @@ def _split_fused(raw: str, place: StoredTensor, geometry: Geometry) -> Iterator[
     _require_float(raw, place)
     rows, columns = geometry.ffn_hidden, geometry.d_model
     _require_shape(raw, place.shape, (geometry.n_experts * rows, columns))
-    step = rows * columns * _ITEM_BYTES[place.dtype]
+    step = rows * columns * ITEM_BYTES[place.dtype]
     layer, projection = int(raw.split(".")[2]), raw.rsplit(".", 1)[1]
     for e in range(geometry.n_experts):
         name = expert_name(layer, e, projection)
@@ -152,16 +178,16 @@ def _quantized(
         if place is None:
             raise CheckpointError(f"the checkpoint has no tensor {full}", hint="it is incomplete")
         _require_shape(full, place.shape, expected)
-        allowed = ("U32",) if part == "weight" else _FLOATS if q.mode == "affine" else ("U8",)
+        allowed = ("U32",) if part == "weight" else FLOATS if q.mode == "affine" else ("U8",)
         if place.dtype not in allowed:
             raise CheckpointError(f"{full} is stored as {place.dtype}; {q.mode} quantisation needs {allowed[0]}")
         yield SourceTensor(name.removesuffix("weight") + part, place.file, place.dtype, place.shape, place.offset)
 
 
 def _require_float(raw: str, place: StoredTensor) -> None:
-    if place.dtype not in _FLOATS:
+    if place.dtype not in FLOATS:
         raise CheckpointError(
-            f"{raw} is stored as {place.dtype}; moectl reads {', '.join(_FLOATS)} and what MLX has quantised"
+            f"{raw} is stored as {place.dtype}; moectl reads {', '.join(FLOATS)} and what MLX has quantised"
         )
 
 
@@ -196,7 +222,8 @@ def quantization_of(config: Mapping[str, Any], name: str) -> Quantization | None
 def _parse_quantization(raw: object) -> Quantization:
     if isinstance(raw, Mapping):
         bits, group, mode = raw.get("bits"), raw.get("group_size"), raw.get("mode", "affine")
-        if bits in (2, 3, 4, 5, 6, 8) and group in (16, 32, 64, 128) and mode in _MODES:
+        groups, widths = MODES.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
+        if bits in widths and group in groups:
             return Quantization(int(bits), int(group), mode)
     raise CheckpointError(f"config.json: the quantisation {raw!r} is not one of MLX's"[:300])
 
@@ -240,7 +267,7 @@ def header_length(start: bytes, file: str, size: int) -> int:
 def _place(file: str, info: Mapping[str, Any], base: int, size: int) -> StoredTensor:
     begin, end = info["data_offsets"]
     dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
-    nbytes = math.prod(shape) * _ITEM_BYTES.get(dtype, 0)
+    nbytes = math.prod(shape) * ITEM_BYTES.get(dtype, 0)
     if not 0 <= begin <= end <= size - base or (nbytes and nbytes != end - begin):
         raise ValueError(f"bytes {begin} to {end} cannot hold {dtype} {shape}")
     return StoredTensor(file, dtype, shape, base + begin)

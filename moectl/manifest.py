@@ -6,8 +6,9 @@ reads and writes that one file; it neither makes nor moves the files that it lis
 Layout of a shard set (paths in the manifest are relative, with forward slashes):
     moectl.json                         this file, written last
     config.json tokenizer* LICENSE …    copied from the source
-    common/outer.safetensors            embedding, final norm, head
+    common/embedding.safetensors        the embedding
     common/layer-000.safetensors …      a layer's replicated tensors, stored once
+    common/head.safetensors             final norm and head
     rank-0/layer-000.safetensors …      that rank's experts, one stacked array per projection
 """
 

@@ -7,41 +7,21 @@ Pure arithmetic on headers and shapes. It reads no weights, writes nothing and k
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moectl.checkpoint import SourceTensor
 from moectl.errors import CheckpointError, PlanError
 from moectl.geometry import PROJECTIONS, Geometry, expert_name, stacked_name
+from moectl.layouts import FLOATS, ITEM_BYTES, SourceTensor, item_bytes
+from moectl.layouts import MODES as MODES
 from moectl.manifest import Quantization
 from moectl.plan import Placement
 
-# In the order in which the safetensors library lays tensors out, last first.
-_ITEM_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-}
-_RANK = {dtype: i for i, dtype in enumerate(_ITEM_BYTES)}
-_FLOATS = ("BF16", "F16", "F32")
+_RANK = {dtype: i for i, dtype in enumerate(ITEM_BYTES)}
 _PARTS = ("weight", "scales", "biases")
 _PIECE_BYTES = 64 << 20  # larger matrices are cut by rows, so that two streams can share one
-
-# MLX's table of quantisation modes: (group sizes, bits).
-MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((32, 64, 128), (2, 3, 4, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
 
 
 class Source(Protocol):
@@ -142,24 +122,26 @@ def plan_files(
     checkpoint: Source,
     placement: Placement,
     quantization: Quantization | None,
-    *,
-    keep_float32: bool = False,
 ) -> list[OutputFile]:
     """Lay out every safetensors file of a shard set, in the order in which it is written.
 
-    float32 weights become bfloat16 in a 16-bit copy unless `keep_float32`; routers and norms keep their type.
-    Weights are quantised from the type in which they are stored. Raises PlanError when the placement cuts
-    through a quantisation group, CheckpointError when experts of one layer cannot be stacked.
+    It is the order in which checkpoints have the tensors, so that each source file is needed for a while and not again.
+    float32 weights become bfloat16 in a 16-bit copy; routers and norms keep their type. Weights are quantised from the
+    type in which they are stored. Raises PlanError when the placement cuts through a quantisation group,
+    CheckpointError when experts of one layer cannot be stacked.
     """
     check_quantization(checkpoint, quantization)
-    planner = _Planner(checkpoint, placement, quantization, keep_float32)
+    planner = _Planner(checkpoint, placement, quantization)
     geometry = checkpoint.geometry
-    files = [planner.common("common/outer.safetensors", geometry.outer_shapes())]
+    outer = geometry.outer_shapes()
+    embedding = {name: outer.pop(name) for name in list(outer) if ".wte." in name}
+    files = [planner.common("common/embedding.safetensors", embedding)]
     for layer in range(geometry.n_layers):
         name = f"layer-{layer:03d}.safetensors"
         files.append(planner.common(f"common/{name}", geometry.layer_shapes(layer)))
         for rank in range(placement.world_size):
             files.append(planner.experts(f"rank-{rank}/{name}", layer, rank))
+    files.append(planner.common("common/head.safetensors", outer))
     return files
 
 
@@ -172,14 +154,6 @@ def part_bytes(columns: int, dtype: str, target: Quantization | str) -> tuple[in
     if target.mode == "affine":
         return (packed, groups * item_bytes(dtype), groups * item_bytes(dtype))
     return (packed, groups)
-
-
-def item_bytes(dtype: str) -> int:
-    """Return the size of one element; raises CheckpointError for a type that DBRX checkpoints do not have."""
-    try:
-        return _ITEM_BYTES[dtype]
-    except KeyError:
-        raise CheckpointError(f"tensors of type {dtype} are not supported") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +188,7 @@ class _Draft:
         end = 0
         for name in order:
             dtype, shape = self.tensors[name]
-            offsets[name], end = end, end + _product(shape) * item_bytes(dtype)
+            offsets[name], end = end, end + math.prod(shape) * item_bytes(dtype)
             entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offsets[name], end]}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -232,7 +206,6 @@ class _Planner:
     checkpoint: Source
     placement: Placement
     quantization: Quantization | None
-    keep_float32: bool
 
     def common(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> OutputFile:
         draft = _Draft()
@@ -311,13 +284,13 @@ class _Planner:
                 draft.pieces.append((source, offset + skip * stored[1] * item, stored[1] * item, rows_of, to))
 
     def _target(self, name: str, source: SourceTensor) -> Quantization | str:
-        if self.checkpoint.quantization is not None or source.dtype not in _FLOATS:
+        if self.checkpoint.quantization is not None or source.dtype not in FLOATS:
             return source.dtype
         if ".router." in name or len(source.shape) == 1:
             return source.dtype
         if self.quantization is not None:
             return self.quantization
-        return "BF16" if source.dtype == "F32" and not self.keep_float32 else source.dtype
+        return "BF16" if source.dtype == "F32" else source.dtype
 
 
 def _cut_rows(matrix: Matrix, item: int) -> Iterator[tuple[int, Matrix]]:
@@ -344,13 +317,6 @@ def _part_dtype(part: str, dtype: str, target: Quantization | str) -> str:
     if part.endswith(".weight"):
         return "U32"
     return dtype if target.mode == "affine" else "U8"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
 
 
 def _list(values: Sequence[int]) -> str:

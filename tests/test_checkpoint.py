@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import signal
 import struct
@@ -29,7 +28,7 @@ from moectl.hub import _require_space
 from moectl.manifest import Quantization
 from tests import hub_client
 from tests.hub import Fault, Hub
-from tests.tiny import make_config, make_weights, to_layout, write_checkpoint, write_weights
+from tests.tiny import make_config, make_weights, to_layout, write_checkpoint, write_hollow_dbrx, write_weights
 
 SMALL: dict[str, Any] = {"n_layers": 1, "n_experts": 2, "top_k": 1, "ffn_hidden": 128}
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -88,33 +87,11 @@ def test_every_layout_gives_the_same_tensors(tmp_path: Path, layout: str, dtype:
 
 def test_the_real_model_opens_by_its_headers(tmp_path: Path) -> None:
     """All 263 GB of databricks/dbrx-instruct as holes: sizes as the real index has them."""
-    config = make_config(
-        n_layers=40,
-        d_model=6144,
-        n_heads=48,
-        kv_n_heads=8,
-        ffn_hidden=10752,
-        vocab_size=100352,
-        max_seq_len=32768,
-    )
-    geometry = read_geometry(config)
-    shapes: dict[str, tuple[int, ...]] = geometry.outer_shapes()
-    for i in range(geometry.n_layers):
-        shapes |= geometry.layer_shapes(i)
-        shapes |= {f"transformer.blocks.{i}.ffn.experts.mlp.{p}": (16 * 10752, 6144) for p in ("w1", "v1", "w2")}
-    assert len(shapes) == 323
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    names = list(shapes)
-    for i in range(61):
-        header, end = {}, 0
-        for name in names[i * 323 // 61 : (i + 1) * 323 // 61]:
-            begin, end = end, end + 2 * math.prod(shapes[name])
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        with (tmp_path / f"model-{i + 1:05}-of-00061.safetensors").open("wb") as f:
-            f.write(struct.pack("<Q", len(text)) + text)
-            f.truncate(8 + len(text) + end)
-    opened = open_checkpoint(str(tmp_path))
+    opened = open_checkpoint(str(write_hollow_dbrx(tmp_path)))
+    assert len(opened.sizes) == 61
+    last = {n for n, t in opened.tensors.items() if "00061-of" in t.file}
+    experts = {f"transformer.blocks.39.ffn.experts.{e}.w2.weight" for e in range(16)}
+    assert last == {"transformer.norm_f.weight", "lm_head.weight", *experts}
     assert sum(t.nbytes for t in opened.tensors.values()) == 263_193_047_040
     assert len(opened.tensors) == 3 + 40 * (5 + 16 * 3)
     one, other = (opened.tensors[f"transformer.blocks.39.ffn.experts.{e}.w2.weight"] for e in (0, 15))

@@ -1,0 +1,49 @@
+"""What a disk refuses, as our errors; how much it has left; names made durable. It knows nothing of what files hold."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from moectl.errors import MoectlError, StateError, UsageError
+
+AGAIN = "run the same command again: it continues"
+
+
+def explain_refusal(error: OSError, path: Path) -> MoectlError:
+    """Turn what the disk says when `path` is written into what to do."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StateError(
+            f"the disk is full: {path} cannot be written ({reason}; {format_gb(free_bytes(path))} free)",
+            hint=f"free some space and {AGAIN}",
+        )
+    named = error.filename or path
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StateError(f"{named} cannot be written: {reason}", hint="choose another directory with -o")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return UsageError(f"{path} is not a directory", hint="choose another directory with -o")
+    return StateError(f"{named} cannot be used: {reason}")
+
+
+def free_bytes(path: Path) -> int:
+    """Return what the disk has left on which `path` is, or will be."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def format_gb(nbytes: int) -> str:
+    """Return bytes as GB, small ones as MB."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

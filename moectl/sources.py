@@ -1,0 +1,132 @@
+"""Source files passing through: each comes before it is needed, one ahead of those in use, and goes after its last use.
+
+It decides when files come and go, not how: that is the business of whoever supplies them. What is read from them is
+`pipeline`'s business.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from moectl.errors import CheckpointError
+from moectl.recipe import OutputFile
+
+
+class Supply(Protocol):
+    """Where source files come from: what is needed of `checkpoint.Checkpoint`."""
+
+    def path(self, file: str) -> Path: ...
+    def prefetch(self, file: str) -> None: ...
+    def release(self, file: str) -> None: ...
+
+
+class Cancelled(Exception):
+    """Another thread failed, or the user wants to stop."""
+
+
+class Sources:
+    """Open source files for pieces that are taken file by file, in order. All methods may be called on any thread."""
+
+    def __init__(self, supply: Supply, files: Sequence[OutputFile]) -> None:
+        self._supply = supply
+        self._uses = Counter(p.file for f in files for p in f.pieces)
+        self._coming = list(self._uses)  # in the order of their first use
+        self._news = threading.Condition()
+        self._here: dict[str, int | BaseException] = {}  # open descriptors, or why there is none
+        self._asked: set[str] = set()
+        self._prefetched: set[str] = set()
+        self._cancelled = False
+
+    def open(self, file: str) -> int:
+        """Return a file's descriptor as soon as it is here.
+
+        Raises Cancelled, CheckpointError when it cannot be opened, and what the supply raises.
+        """
+        with self._news:
+            if file not in self._asked:
+                self._asked.add(file)
+                # A download takes minutes and cannot be told to stop: nobody waits for this thread when that happens.
+                threading.Thread(target=self._fetch, args=(file,), daemon=True).start()
+            while not self._cancelled and file not in self._here:
+                self._news.wait()
+            if self._cancelled:
+                raise Cancelled
+            found = self._here[file]
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def done(self, file: str) -> None:
+        """Count one use of a file as over; after the last it is closed and released."""
+        with self._news:
+            self._uses[file] -= 1
+            if self._uses[file] == 0:
+                self._close(file)
+                self._supply.release(file)
+
+    def cancel(self) -> None:
+        """Wake those that wait in `open`, with Cancelled."""
+        with self._news:
+            self._cancelled = True
+            self._news.notify_all()
+
+    def close(self) -> None:
+        """Close every descriptor; nothing may be reading any more."""
+        self.cancel()
+        with self._news:
+            for file in list(self._here):
+                self._close(file)
+
+    def _close(self, file: str) -> None:
+        found = self._here.pop(file)
+        if isinstance(found, int):
+            os.close(found)
+
+    def _fetch(self, file: str) -> None:
+        found: int | BaseException
+        try:
+            found = os.open(self._supply.path(file), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            found = explain_unreadable(file, error)
+        except BaseException as error:
+            found = error
+        with self._news:
+            self._here[file] = found
+            if self._cancelled:
+                self._close(file)
+            elif isinstance(found, int):
+                self._prefetch()
+            self._news.notify_all()
+
+    def _prefetch(self) -> None:
+        """Have the first file fetched that nobody has asked for: one beyond those in use."""
+        following = next((f for f in self._coming if f not in self._asked), None)
+        if following is not None and following not in self._prefetched:
+            self._prefetched.add(following)
+            self._supply.prefetch(following)
+
+
+def peak_bytes(files: Sequence[OutputFile], sizes: Mapping[str, int]) -> int:
+    """Return the most bytes of source files that are held at once while `files` are made, one after another."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for turn, output in enumerate(files):
+        for piece in output.pieces:
+            first.setdefault(piece.file, turn)
+            last[piece.file] = turn
+    peak = 0
+    for turn in range(len(files)):
+        held = sum(sizes[f] for f in first if first[f] <= turn <= last[f])
+        following = next((sizes[f] for f in first if first[f] > turn), 0)
+        peak = max(peak, held + following)
+    return peak
+
+
+def explain_unreadable(file: str, error: OSError) -> CheckpointError:
+    """Return the error that names a source file as the one that cannot be read."""
+    return CheckpointError(f"the source file {error.filename or file} cannot be read: {error.strerror or error}")
