@@ -5,6 +5,7 @@ Names are those of the checkpoint (mlx-lm's spelling): per expert in a checkpoin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,8 @@ def stacked_name(layer: int, projection: str) -> str:
 def read_geometry(config: Mapping[str, Any]) -> Geometry:
     """Read the geometry from a parsed config.json.
 
-    Raises CheckpointError when the architecture is not DBRX or a field is missing or absurd. `attn_config.rope_theta`
+    Raises CheckpointError when the architecture is not DBRX, the activation is not silu, or a field is missing or
+    absurd. `attn_config.rope_theta`
     and `ffn_config.moe_normalize_expert_weights` (absent = 1.0) are honoured, as the original modeling_dbrx.py does.
     """
     if config.get("model_type") != "dbrx":
@@ -106,6 +108,10 @@ def read_geometry(config: Mapping[str, Any]) -> Geometry:
     attn, ffn = config.get("attn_config"), config.get("ffn_config")
     if not isinstance(attn, Mapping) or not isinstance(ffn, Mapping):
         raise CheckpointError("config.json has no attn_config or no ffn_config; it is not a complete DBRX config")
+    activation = ffn.get("ffn_act_fn")
+    name = activation.get("name") if isinstance(activation, Mapping) else activation
+    if name not in (None, "silu"):
+        raise CheckpointError(f"config.json: the experts' activation is {name!r}; moectl runs 'silu' only")
     geometry = Geometry(
         n_layers=_count(config, "n_layers"),
         d_model=_count(config, "d_model"),
@@ -144,6 +150,6 @@ def _positive(config: Mapping[str, Any], key: str, *, default: float | None) -> 
     value = config.get(key, default)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"config.json: {key} should be a positive number, it is {value!r}")
     return float(value)

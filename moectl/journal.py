@@ -15,7 +15,7 @@ from typing import Any
 
 from moectl.disk import sync_directory
 from moectl.errors import StateError
-from moectl.manifest import FileEntry
+from moectl.manifest import FileEntry, is_count, is_entry, is_inside
 
 NAME = ".moectl-journal.jsonl"
 LOCK_NAME = ".moectl-lock"
@@ -81,7 +81,8 @@ class Journal:
 def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileEntry]] | None:
     """Return (binding, finished files) of an interrupted run, None when there is none.
 
-    A torn last line, as a power cut leaves it, is dropped with all after it.
+    A torn last line, as a power cut leaves it, is dropped with all after it. One that makes no sense, or names a file
+    outside the directory, comes back empty.
     """
     try:
         data = (directory / NAME).read_bytes()
@@ -91,17 +92,20 @@ def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileEntry]]
     for line in data.split(b"\n")[:-1]:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(record, dict):
             break
         records.append(record)
-    if not records:
+    files = records[0].get("files") if records else None
+    if not isinstance(files, dict) or not all(is_inside(f) and is_count(size) for f, size in files.items()):
         return {}, {}
-    try:
-        done = {r["file"]: FileEntry(int(r["bytes"]), str(r["sha256"])) for r in records[1:]}
-    except (KeyError, TypeError, ValueError):
-        done = {}
+    done = {}
+    for record in records[1:]:
+        file, entry = record.get("file"), FileEntry(record.get("bytes", -1), record.get("sha256", ""))
+        if not isinstance(file, str) or file not in files or not is_entry(entry):
+            break
+        done[file] = entry
     return records[0], done
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moectl.errors import IntegrityError, NotSharded
+from moectl.errors import IntegrityError, MoectlError, NotSharded
 from moectl.geometry import Geometry, read_geometry
 from moectl.plan import Placement, make_placement
 
@@ -112,21 +112,82 @@ def read_manifest(directory: Path) -> Manifest:
 
 def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
     """Parse a manifest's text; `path` only names it in errors. Raises IntegrityError."""
+    again = "run the same 'moectl shard' again"
     try:
         raw = json.loads(text)
+        if not isinstance(raw, dict):
+            raise ValueError("it is not a JSON object")
         if raw.pop("schema", None) != SCHEMA:
-            raise IntegrityError(f"{path} is not of schema {SCHEMA}", hint="make the shard set again with this moectl")
-        precision = raw.pop("quantization")
-        quantization = Quantization(**precision) if precision else None
-        files = {p: FileEntry(**f) for p, f in raw.pop("files").items()}
-        manifest = Manifest(quantization=quantization, files=files, shares=tuple(raw.pop("shares")), **raw)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise IntegrityError(f"{path} is damaged: {error}", hint="run the same 'moectl shard' again") from None
-    for name, entry in files.items():
-        parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-            raise IntegrityError(f"{path} names a file outside its directory: {name!r}")
-        if not isinstance(entry.bytes, int) or entry.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", str(entry.sha256)):
-            raise IntegrityError(f"{path} has no valid size and hash for {name!r}")
-    _ = manifest.placement  # raises when split, shares and config contradict each other
+            raise IntegrityError(f"{path} is not of schema {SCHEMA}", hint=again)
+        manifest = _build(raw)
+        _ = manifest.placement  # raises when split, shares and config contradict each other
+    except IntegrityError:
+        raise
+    except MoectlError as error:
+        raise IntegrityError(f"{path} is damaged: {error.message}", hint=again) from None
+    except KeyError as error:
+        raise IntegrityError(f"{path} is damaged: it has no {error}", hint=again) from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}", hint=again) from None
+    for name, entry in manifest.files.items():
+        if not is_inside(name):
+            raise IntegrityError(f"{path} names a file outside its directory: {name!r}", hint=again)
+        if not is_entry(entry):
+            raise IntegrityError(f"{path} has no valid size and hash for {name!r}", hint=again)
     return manifest
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file's name in a record stays within the directory of that record."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and not {"..", "\\", "\0"} & {*path.parts, *name}
+
+
+def is_entry(entry: FileEntry) -> bool:
+    """Whether an entry that was read holds a size and a SHA-256."""
+    return is_count(entry.bytes) and isinstance(entry.sha256, str) and bool(re.fullmatch("[0-9a-f]{64}", entry.sha256))
+
+
+def is_count(value: object) -> bool:
+    """Whether a value that was read is a whole number, not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _build(raw: dict[str, Any]) -> Manifest:
+    """Build a manifest of parsed JSON. Raises KeyError, TypeError or ValueError."""
+    precision, shares, revision = raw.pop("quantization"), raw.pop("shares"), raw.pop("revision")
+    config, unit, files, tensors = raw.pop("config"), raw.pop("unit"), raw.pop("files"), raw.pop("tensors")
+    _require(all(isinstance(raw[key], str) for key in ("name", "source", "fingerprint", "split")), "its texts")
+    _require(revision is None or isinstance(revision, str), "its revision")
+    _require(isinstance(config, dict), "its config")
+    _require(isinstance(shares, list) and all(map(is_count, shares)) and bool(shares), "its shares")
+    _require(is_count(unit) and unit > 0, "its unit")
+    _require(isinstance(files, dict), "its files")
+    _require(isinstance(tensors, dict) and all(map(_are_texts, tensors.values())), "its tensors")
+    return Manifest(
+        **raw,
+        revision=revision,
+        config=config,
+        quantization=_build_quantization(precision),
+        shares=tuple(shares),
+        unit=unit,
+        files={name: FileEntry(**entry) for name, entry in files.items()},
+        tensors=tensors,
+    )
+
+
+def _build_quantization(precision: Any) -> Quantization | None:
+    if precision is None:
+        return None
+    q = Quantization(**precision)
+    _require(is_count(q.bits) and is_count(q.group_size) and isinstance(q.mode, str), "its quantisation")
+    return q
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(v, str) for v in values)
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise TypeError(f"{what} cannot be read")

@@ -332,7 +332,6 @@ def _names_settings(path: Path, plain: Manifest) -> bool:
         "quantization": quantization,
         "shares": plain.shares,
         "split": plain.split,
-        "unit": plain.unit,
     }
     return all(json.dumps({k: v}, indent=1, sort_keys=True)[2:-2] in text for k, v in settings.items())
 

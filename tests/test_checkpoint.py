@@ -28,7 +28,15 @@ from moectl.hub import _require_space
 from moectl.manifest import Quantization
 from tests import hub_client
 from tests.hub import Fault, Hub
-from tests.tiny import make_config, make_weights, to_layout, write_checkpoint, write_hollow_dbrx, write_weights
+from tests.tiny import (
+    json_values,
+    make_config,
+    make_weights,
+    to_layout,
+    write_checkpoint,
+    write_hollow_dbrx,
+    write_weights,
+)
 
 SMALL: dict[str, Any] = {"n_layers": 1, "n_experts": 2, "top_k": 1, "ffn_hidden": 128}
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -373,11 +381,6 @@ def test_a_directory_that_changes_is_noticed(tmp_path: Path) -> None:
         opened.path(FIRST)
 
 
-_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
 _relaxed = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -418,7 +421,7 @@ def test_damaged_header_bytes_never_surprise(victim: Path, edits: list[tuple[int
 
 
 @_relaxed
-@given(tensor=st.integers(0, 12), key=st.sampled_from(["dtype", "shape", "data_offsets", None]), value=_json)
+@given(tensor=st.integers(0, 12), key=st.sampled_from(["dtype", "shape", "data_offsets", None]), value=json_values)
 def test_nonsense_in_a_header_never_surprises(victim: Path, tensor: int, key: str | None, value: Any) -> None:
     file = victim / "model.safetensors"
     whole = file.read_bytes()
@@ -438,7 +441,7 @@ def test_nonsense_in_a_header_never_surprises(victim: Path, tensor: int, key: st
 
 
 @_relaxed
-@given(path=st.sampled_from(["config.json", INDEX]), key=st.integers(0, 30), value=_json)
+@given(path=st.sampled_from(["config.json", INDEX]), key=st.integers(0, 30), value=json_values)
 def test_nonsense_in_config_or_index_never_surprises(victim: Path, path: str, key: int, value: Any) -> None:
     config, index = victim / "config.json", victim / INDEX
     kept = config.read_bytes()

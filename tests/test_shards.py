@@ -468,6 +468,114 @@ def test_changed_source_is_refused_until_forced(tmp_path: Path, sources: dict[st
     assert_equal(tmp_path / "out", expected(weights, place(checkpoint), Q4))
 
 
+def _damage_end(path: Path) -> None:
+    path.write_text(path.read_text()[:-20])
+
+
+def _damage_start(path: Path) -> None:
+    path.write_text("{" + path.read_text()[400:])
+
+
+def _damage_schema(path: Path) -> None:
+    path.write_text(path.read_text().replace("moectl.shards/1", "moectl.shards/0"))
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [(_damage_end, True), (_damage_start, True), (_damage_schema, True), (lambda p: p.write_bytes(b"\xff"), False)],
+    ids=["cut", "torn", "old", "garbage"],
+)
+def test_a_damaged_manifest_is_mended(
+    sources: dict[str, Path], tmp_path: Path, damage: Callable[[Path], object], kept: bool, force: bool
+) -> None:
+    """Weights are kept, and hashed, where it still says what they were made of."""
+    checkpoint = open_checkpoint(str(sources["fused"]))
+    out = tmp_path / "out"
+    cut(checkpoint, out)
+    whole, before = tree(out), _stamps(out)
+    damage(out / "moectl.json")
+    cut(checkpoint, out, force=force)
+    assert tree(out) == whole
+    after = _stamps(out)
+    weights = {f for f in before if f.endswith(".safetensors")}
+    assert all((after[f] == before[f]) == (kept and not force) for f in weights)
+
+
+def test_weights_under_a_manifest_that_says_nothing_are_not_trusted(sources: dict[str, Path], tmp_path: Path) -> None:
+    other = tiny.write_checkpoint(tmp_path / "other", seed=5, **SHAPE)
+    cut(open_checkpoint(str(other)), tmp_path / "out")
+    _damage_end(tmp_path / "out/moectl.json")
+    checkpoint = open_checkpoint(str(sources["fused"]))
+    cut(checkpoint, tmp_path / "out")
+    cut(checkpoint, tmp_path / "fresh")
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_changed_small_files_are_copied_again_and_weights_are_not(sources: dict[str, Path], tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(sources["fused"], source)
+    (source / "merges.txt").write_text("a b\n")
+    cut(open_checkpoint(str(source)), out)
+    before = _stamps(out)
+    same_size = (source / "tokenizer_config.json").read_text().replace("Fast", "Slow")
+    (source / "tokenizer_config.json").write_text(same_size)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "merges.txt").unlink()
+    config = json.loads((source / "config.json").read_text())
+    config["attn_config"]["rope_theta"] = 10_000.0
+    (source / "config.json").write_text(json.dumps(config))
+    made = cut(open_checkpoint(str(source)), out)
+    assert made.geometry.rope_theta == 10_000.0
+    assert (out / "tokenizer_config.json").read_text() == same_size
+    assert (out / "chat_template.jinja").exists()
+    assert not (out / "merges.txt").exists()
+    assert shards.verify(out) == made
+    after = _stamps(out)
+    assert {f: s for f, s in after.items() if f.endswith(".safetensors")} == {
+        f: s for f, s in before.items() if f.endswith(".safetensors")
+    }
+    assert cut(open_checkpoint(str(source)), out) == made
+    assert _stamps(out) == after
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"files": {"../precious.safetensors": 1}},
+        {"files": {"rank-0/../../precious.safetensors": 1}},
+        {"files": {"precious": 1}},
+        {"files": 7},
+        {"files": [["../precious.safetensors"]]},
+        {"files": None},
+    ],
+    ids=str,
+)
+def test_a_crafted_journal_deletes_nothing_of_others(
+    sources: dict[str, Path], tmp_path: Path, header: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    precious = [tmp_path / "precious.safetensors", tmp_path / "precious", out / "precious"]
+    for path in precious:
+        path.write_text("mine")
+    (out / "rank-0").mkdir()
+    (out / journal.NAME).write_text(json.dumps(header) + "\n")
+    with pytest.raises(UsageError, match="other settings"):
+        cut(open_checkpoint(str(sources["fused"])), out)
+    cut(open_checkpoint(str(sources["fused"])), out, force=True)
+    assert all(path.read_text() == "mine" for path in precious)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(tiny.json_values | st.fixed_dictionaries({"file": tiny.json_values, "bytes": tiny.json_values})))
+def test_a_nonsense_journal_never_surprises(tmp_path: Path, lines: list[Any]) -> None:
+    (tmp_path / journal.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held = journal.read_journal(tmp_path)
+    assert held is not None
+    assert all(isinstance(f, str) and isinstance(e.bytes, int) for f, e in held[1].items())
+
+
 def test_somebodys_directory_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "out" / "common").mkdir(parents=True)
     (tmp_path / "out" / "common" / "head.safetensors").write_text("mine")
@@ -803,6 +911,43 @@ def test_source_cut_short_while_reading(tmp_path: Path, sources: dict[str, Path]
     quantise = _at_first_matrix(shorten)
     with pytest.raises(CheckpointError, match="ended too early"):
         cut(checkpoint, tmp_path / "out", quantise=quantise)
+
+
+@pytest.mark.parametrize("call", ["preadv", "open"])
+def test_a_source_that_cannot_be_read_is_named(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    checkpoint = open_checkpoint(str(sources["fused"]))
+    real = getattr(os, call)
+
+    def fail(first: Any, *args: Any) -> Any:
+        if call == "preadv" or str(first).startswith(str(sources["fused"])):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(first, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(
+            CheckpointError, match=r"source file model-0000.-of-00002\.safetensors cannot be read: Input"
+        ):
+            cut(checkpoint, tmp_path / "out")
+
+
+def test_a_small_file_that_cannot_be_read_is_named(tmp_path: Path, sources: dict[str, Path]) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources["fused"], source)
+    checkpoint = open_checkpoint(str(source))
+    with pytest.MonkeyPatch.context() as patch:
+        read = Path.read_bytes
+
+        def fail(path: Path) -> bytes:
+            if path == source / "LICENSE":
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            return read(path)
+
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(CheckpointError, match="source file LICENSE cannot be read: Permission"):
+            cut(checkpoint, tmp_path / "out")
 
 
 def _at_first_matrix(act: Callable[[], object]) -> shards.OpenQuantise:

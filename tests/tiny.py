@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from hypothesis import strategies as st
 
 from moectl.geometry import PROJECTIONS, Geometry, block, expert_name, read_geometry
 
@@ -25,6 +26,12 @@ _SIDECARS = {
     "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}\n',
     "generation_config.json": '{"eos_token_id": [100257, 100279]}\n',
 }
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
 
 
 def make_config(
