@@ -16,7 +16,7 @@ NODE = {"engine", "worker", "quantize", "demo.train"}  # and everything in model
 ONLY_IN: dict[str, set[str]] = {
     "click": {"__main__", "cli", "flags"},
     "tqdm": {"console"},
-    "paramiko": {"ssh", "ssh_config"},
+    "paramiko": {"ssh", "ssh_connect", "ssh_login"},
     "huggingface_hub": {"hub"},
     "mlx": NODE | {"model"},
     "mlx_lm": NODE | {"model"},
@@ -44,6 +44,8 @@ ROOMS = (
     {"ssh", "shards"},
     {"pipeline"},
     {"sources"},
+    {"ssh_connect"},
+    {"ssh_login"},
     {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "node"},
     {"checkpoint"},
     {"hub"},

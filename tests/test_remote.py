@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import moectl.ssh
+import moectl.ssh_connect
 from moectl import node
 from moectl.errors import (
     AuthFailed,
@@ -695,12 +695,12 @@ def test_the_fast_cipher_is_agreed(ssh: SSHRemote) -> None:
 
 @pytest.mark.netns
 def test_a_host_that_falls_silent_is_noticed(netns: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moectl.ssh, "KEEPALIVE_S", 1)
-    monkeypatch.setattr(moectl.ssh, "DEAD_AFTER_S", 2)
+    monkeypatch.setattr(moectl.ssh_connect, "KEEPALIVE_S", 0.5)
+    monkeypatch.setattr(moectl.ssh_connect, "DEAD_AFTER_S", 2)
     remote = SSHRemote(netns.hosts()[0])
     process = remote.start(["cat"])
     netns.cut(0)
-    assert process.stdout.read() == b""  # the kernel gives the peer up
+    assert process.stdout.read() == b""  # nothing is heard any more
     with pytest.raises(Unreachable):
         process.wait(20)
     process.close()
@@ -708,4 +708,26 @@ def test_a_host_that_falls_silent_is_noticed(netns: Cluster, monkeypatch: pytest
         remote.run(["true"])
     netns.heal(0)
     assert remote.run(["hostname"]).stdout == b"node0\n"
+    remote.close()
+
+
+@pytest.mark.netns
+def test_a_host_that_falls_silent_behind_a_jump_host_is_noticed(
+    netns: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moectl.ssh_connect, "KEEPALIVE_S", 0.5)
+    monkeypatch.setattr(moectl.ssh_connect, "DEAD_AFTER_S", 2)
+    config = tmp_path / "config"
+    config.write_text("Host node1\n  ProxyJump node0\n" + netns.config.read_text())
+    monkeypatch.setenv("MOECTL_SSH_CONFIG", str(config))
+    remote = SSHRemote(netns.hosts()[1])
+    process = remote.start(["cat"])
+    netns.cut(1)
+    ended = threading.Thread(target=process.stdout.read, daemon=True)
+    ended.start()
+    ended.join(60)
+    assert not ended.is_alive()
+    with pytest.raises(Unreachable):
+        process.wait(1)
+    process.close()
     remote.close()
