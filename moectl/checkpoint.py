@@ -7,10 +7,13 @@ downloaded. How files come from the Hub is `hub`'s business, what the tensors ar
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, Unreachable
@@ -36,6 +39,7 @@ _SIDECARS = (
 )
 _NEVER = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.safetensors")
 _SIDECAR_LIMIT_BYTES = 64 << 20
+_HEADER_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,17 +173,51 @@ def _read_headers(store: _Store) -> dict[str, StoredTensor]:
     """Read the headers of all weight files: raw tensor name → place."""
     index = _read_index(store)
     files = sorted(set(index.values())) if index else _weight_files(store)
+    headers = _read_in_parallel(store.header, files)
     stored: dict[str, StoredTensor] = {}
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        headers = list(pool.map(store.header, files))
-    for header in headers:
-        for name, place in header.items():
+    for file in files:
+        for name, place in headers[file].items():
             if index and index.get(name, place.file) != place.file:
                 continue  # the index says which of two copies counts
             if name in stored:
                 raise CheckpointError(f"{store.name}: {name} is in both {stored[name].file} and {place.file}")
             stored[name] = place
     return stored
+
+
+def _read_in_parallel(
+    read: Callable[[str], dict[str, StoredTensor]], files: Sequence[str]
+) -> dict[str, dict[str, StoredTensor]]:
+    """Return what `read` makes of each file; raise its first error at once.
+
+    Its threads are daemons, unlike a pool's: a stalled connection must not keep the program from leaving.
+    """
+    todo = deque(files)
+    done: SimpleQueue[tuple[str, dict[str, StoredTensor] | BaseException]] = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            try:
+                file = todo.popleft()
+            except IndexError:
+                return
+            try:
+                done.put((file, read(file)))
+            except BaseException as error:
+                done.put((file, error))
+
+    for _ in range(min(_HEADER_THREADS, len(files))):
+        threading.Thread(target=work, daemon=True).start()
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    try:
+        while len(headers) < len(files):
+            file, header = done.get()
+            if isinstance(header, BaseException):
+                raise header
+            headers[file] = header
+    finally:
+        todo.clear()
+    return headers
 
 
 def _read_index(store: _Store) -> dict[str, str]:

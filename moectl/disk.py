@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moectl.errors import MoectlError, StateError, UsageError
 
-AGAIN = "run the same command again: it continues"
+_AGAIN = "run the same command again: it continues"
 
 
 def explain_refusal(error: OSError, path: Path) -> MoectlError:
@@ -18,7 +18,7 @@ def explain_refusal(error: OSError, path: Path) -> MoectlError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StateError(
             f"the disk is full: {path} cannot be written ({reason}; {format_gb(free_bytes(path))} free)",
-            hint=f"free some space and {AGAIN}",
+            hint=f"free some space and {_AGAIN}",
         )
     named = error.filename or path
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -117,6 +117,7 @@ class Repository:
         if self._root is not None:
             with contextlib.suppress(OSError):  # absent, or it holds what the next run can use
                 self._root.rmdir()
+                self._root.parent.rmdir()
 
     def _start(self, file: str) -> Future[Path]:
         with self._guard:

@@ -95,6 +95,12 @@ def name_tensors(
             yield from _quantized(raw, name, shape, stored, config)
         else:
             yield _plain(raw, name, shape, place)
+    quantization = read_quantization(config)
+    if quantization is not None and not missing and not any(n.endswith(".scales") for n in stored):
+        raise CheckpointError(
+            f"config.json says that it is quantised ({quantization.bits}-bit {quantization.mode}), and no tensor is",
+            hint="remove 'quantization' from config.json if the weights are whole",
+        )
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"the checkpoint has no tensor {missing[0]}{more}", hint="it is incomplete, or not DBRX")

@@ -287,6 +287,18 @@ DAMAGES: list[tuple[str, Callable[[Path], object], type[MoectlError], str]] = [
         CheckpointError,
         r"not one of MLX's",
     ),
+    (
+        "quantised by its config only",
+        _config(lambda c: c.update(quantization={"bits": 4, "group_size": 64})),
+        CheckpointError,
+        r"config\.json says that it is quantised .4-bit affine.*, and no tensor is",
+    ),
+    (
+        "another activation",
+        _config(lambda c: c["ffn_config"].update(ffn_act_fn={"name": "gelu"})),
+        CheckpointError,
+        r"activation is 'gelu'; moectl runs 'silu' only",
+    ),
     ("no config", lambda d: (d / "config.json").unlink(), CheckpointError, r"no config\.json"),
     (
         "config cut",
@@ -464,6 +476,13 @@ def test_nonsense_in_config_or_index_never_surprises(victim: Path, path: str, ke
             (victim / "part.safetensors").rename(victim / "model.safetensors")
 
 
+def test_the_activation_may_be_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "m", **SMALL)
+    for act in ({"name": "silu"}, "silu", None):
+        edit_json(directory / "config.json", lambda c, act=act: c["ffn_config"].update(ffn_act_fn=act))  # type: ignore[misc]
+        open_checkpoint(str(directory))
+
+
 # The Hub, over real HTTP, with the real client in a process of its own.
 
 
@@ -520,6 +539,7 @@ def test_weights_come_file_by_file(
     sizes = sorted(len(served.files[f]) for f in report.hashes)
     assert 0 < report.peak_bytes <= sizes[-1] + sizes[-2]
     assert report.left == []
+    assert not (tmp_path / "work").exists()
     assert {f: p[-1] for f, p in report.progress.items()} == {
         f: (len(served.files[f]), len(served.files[f])) for f in report.hashes
     }
@@ -605,6 +625,50 @@ def test_closing_leaves_a_partial_file_and_does_not_wait(
     report = client.submit(hub_client.fetch, repo, tmp_path / "work").result()
     assert report.hashes == weights(hub, repo)
     assert int(str(hub.asked(file)[-1].range).removeprefix("bytes=").rstrip("-")) >= hub_client.CHUNK_BYTES
+
+
+def test_ctrl_c_is_heard_while_headers_are_read(hub: Hub, home: Path, repo: str) -> None:
+    """Connections that hang, and waits between retries, must not keep the program from leaving."""
+    files = sorted(weights(hub, repo))
+    hub.faults += [Fault(file, cut_after=10, stall=True) for file in files[:2]]
+    hub.faults += [Fault(file, status=503, times=100) for file in files[2:]]
+    script = (
+        "import sys; from tests import hub_client; from moectl import hub\n"
+        "hub_client.enter({'HF_ENDPOINT': sys.argv[1], 'HF_HOME': sys.argv[2]})\n"
+        "hub._RETRY_WAITS_S = (60.0,) * 4\n"
+        "try: hub_client.only_open(sys.argv[3])\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    root = Path(__file__).parent.parent
+    arguments = [sys.executable, "-c", script, hub.endpoint, str(home), repo]
+    with subprocess.Popen(arguments, cwd=root) as child:
+        try:
+            assert hub.stalled.wait(60)
+            child.send_signal(signal.SIGINT)
+            assert child.wait(20) == 130  # not 30 s for the connections and minutes for the retries
+            assert not hub.go.is_set()
+        finally:
+            child.kill()
+            hub.go.set()
+
+
+def test_one_bad_header_ends_the_reading_of_others(hub: Hub, home: Path, repo: str) -> None:
+    files = sorted(weights(hub, repo))
+    hub.faults += [Fault(files[0], status=403), Fault(files[1], cut_after=10, stall=True)]
+    with hub_client.start_client({"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home)}) as other:
+        error = refused(other, hub_client.only_open, repo)
+        assert type(error) is CheckpointError
+        assert len(hub.asked(files[1])) <= 1  # its connection was not waited for: that would have been tried again
+    hub.go.set()
+
+
+def test_somebodys_file_in_the_work_directory_stays(
+    hub: Hub, client: ProcessPoolExecutor, repo: str, tmp_path: Path
+) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine").write_text("mine")
+    client.submit(hub_client.fetch, repo, tmp_path / "work").result()
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["mine"]
 
 
 def test_a_damaged_partial_file_is_fetched_anew(
