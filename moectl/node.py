@@ -10,7 +10,7 @@ Python 3.9 on. `remote` also imports it for this machine. It is not the worker: 
     python -c TEXT record                       remember files that were verified; request on stdin, JSON
     python -c TEXT write PATH                   stdin becomes PATH, atomically
 
-Each answer is one line of JSON behind ANSWER, which tells it from what a login shell may print.
+Each answer is a line of JSON behind ANSWER, which tells it from what a login shell may print.
 """
 
 # os.path, not pathlib: paths arrive as strings, and every import is paid on the host at each command.
@@ -313,8 +313,19 @@ def _read_stdin(count: int, timeout_s: float = STALL_S) -> bytes:
 
 
 def _answer(value: dict[str, Any]) -> None:
-    sys.stdout.buffer.write(ANSWER + json.dumps(value).encode() + b"\n")
+    # On a line of its own, whatever a login shell has left on the one before.
+    sys.stdout.buffer.write(b"\n" + ANSWER + json.dumps(value).encode() + b"\n")
     sys.stdout.buffer.flush()
+
+
+def parse_answer(line: bytes) -> dict[str, Any] | None:
+    """Return the answer on a line of output, None when the line is noise of the login shell."""
+    _, mark, text = line.rpartition(ANSWER)
+    try:
+        answer = json.loads(text) if mark else None
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def _main(command: str, arguments: list[str]) -> None:

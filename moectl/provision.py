@@ -18,7 +18,7 @@ from moectl import manifest as manifest_file
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.hosts import Host
 from moectl.manifest import FileEntry
-from moectl.node import ANSWER, hash_file
+from moectl.node import hash_file, parse_answer
 from moectl.remote import DryRunRemote, LocalRemote, Remote, node_text, put_error, room_text
 
 ROOT = "~/.moectl"
@@ -213,8 +213,8 @@ def _survey(remote: Remote, task: Task) -> dict[str, Any]:
 
 def _read_answer(remote: Remote, stdout: bytes, stderr: bytes, code: int) -> dict[str, Any]:
     for line in stdout.split(b"\n"):
-        if line.startswith(ANSWER):
-            answer: dict[str, Any] = json.loads(line[len(ANSWER) :])
+        answer = parse_answer(line)
+        if answer is not None:
             if "error" in answer:
                 raise put_error(answer, Path(), answer.get("path", "a file"), "", remote.name)
             return answer

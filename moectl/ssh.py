@@ -11,7 +11,7 @@ import json
 import logging
 import shlex
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -19,7 +19,7 @@ import paramiko
 
 from moectl.errors import CommandFailed, IntegrityError, Unreachable
 from moectl.hosts import Host
-from moectl.node import ANSWER
+from moectl.node import parse_answer
 from moectl.remote import (
     Completed,
     check_completed,
@@ -143,10 +143,8 @@ class SSHRemote:
             channel, answers, answer = self._ask_receiver(header)
             if "error" not in answer:
                 count(answer["kept"])
-                # A host that stops reading has already said why: its answer tells.
-                with contextlib.suppress(OSError):
-                    channel.settimeout(STALL_S)
-                    _stream_file(source, answer["kept"], size, channel, count)
+                channel.settimeout(STALL_S)
+                _stream_file(source, answer["kept"], size, channel, count)
                 channel.settimeout(VERDICT_S)
                 answer = answers.read()
         except BaseException:
@@ -265,8 +263,9 @@ class _Answers:
             line, newline, rest = self._buffer.partition(b"\n")
             if newline:
                 self._buffer = rest
-                if line.startswith(ANSWER):
-                    return cast(dict[str, Any], json.loads(line[len(ANSWER) :]))
+                answer = parse_answer(line)
+                if answer is not None:
+                    return answer
                 continue
             self._buffer += self._receive()
 
@@ -332,20 +331,27 @@ def _offer(channel: paramiko.Channel, answers: _Answers, header: bytes) -> dict[
 
 
 def _stream_file(source: Path, start: int, size: int, channel: paramiko.Channel, count: Callable[[int], None]) -> None:
-    block = memoryview(bytearray(BLOCK_BYTES))
-    with _open_source(source) as f:
-        f.seek(start)
-        left = size - start
-        while left and (got := f.readinto(block[: min(BLOCK_BYTES, left)])):
-            channel.sendall(cast(bytes, block[:got]))  # a view saves paramiko a copy of all that is left
-            left -= got
-            count(got)
+    """Send a file from `start` on; stop where the host stops reading, since its answer tells why."""
+    left = size - start
+    for block in _read_blocks(source, start, left):
+        try:
+            channel.sendall(cast(bytes, block))  # a view saves paramiko a copy of all that is left
+        except OSError:
+            return
+        left -= len(block)
+        count(len(block))
     if left:
         raise IntegrityError(f"{source} got shorter while it was sent", hint="moectl shard --verify")
 
 
-def _open_source(source: Path) -> io.FileIO:
+def _read_blocks(source: Path, start: int, left: int) -> Iterator[memoryview]:
+    """Yield views of one buffer. Raises IntegrityError for what the disk refuses."""
+    block = memoryview(bytearray(BLOCK_BYTES))
     try:
-        return source.open("rb", buffering=0)
+        with source.open("rb", buffering=0) as f:
+            f.seek(start)
+            while left and (got := f.readinto(block[: min(BLOCK_BYTES, left)])):
+                left -= got
+                yield block[:got]
     except OSError as error:
         raise IntegrityError(f"{source} cannot be read: {error.strerror}", hint="moectl shard --verify") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import moectl.ssh
 import moectl.ssh_connect
 from moectl import node
 from moectl.errors import (
@@ -679,6 +681,37 @@ def test_noise_of_the_login_shell_is_no_answer(ssh: SSHRemote, tmp_path: Path) -
     ssh.python = str(noisy)
     ssh.put(tmp_path / "source", str(tmp_path / "target"), sha256=sha256)
     assert (tmp_path / "target").stat().st_size == 1000
+
+
+def test_noise_without_a_line_end_is_no_answer_either(ssh: SSHRemote, tmp_path: Path) -> None:
+    sha256 = write_random(tmp_path / "source", 1000)
+    noisy = tmp_path / "noisy-python"
+    noisy.write_text(f'#!/bin/sh\nprintf "\\033]0;title\\007$ "\nexec {sys.executable} "$@"\n')
+    noisy.chmod(0o755)
+    ssh.python = str(noisy)
+    ended = threading.Thread(
+        target=ssh.put, args=(tmp_path / "source", str(tmp_path / "target")), kwargs={"sha256": sha256}, daemon=True
+    )
+    ended.start()
+    ended.join(20)
+    assert not ended.is_alive()
+    assert (tmp_path / "target").stat().st_size == 1000
+
+
+def test_a_source_that_breaks_on_the_way_is_not_blamed_on_the_host(ssh: SSHRemote, tmp_path: Path) -> None:
+    sha256 = write_random(tmp_path / "source", 4 << 20)
+    target = str(tmp_path / "target")
+
+    def break_off(count: int) -> None:
+        if count:
+            raise OSError(errno.EIO, "the terminal is gone")
+
+    with pytest.raises(OSError, match="the terminal is gone"):
+        ssh.put(tmp_path / "source", target, sha256=sha256, on_bytes=break_off)
+    Path(f"{target}.partial").unlink(missing_ok=True)
+    # Reading /proc/self/mem at its start fails with EIO, as a damaged disk would.
+    with pytest.raises(IntegrityError, match=r"/proc/self/mem cannot be read: Input/output error"):
+        moectl.ssh._stream_file(Path("/proc/self/mem"), 0, 100, ssh._execute(["cat"]), lambda n: None)
 
 
 def test_a_host_without_python_says_so(ssh: SSHRemote, tmp_path: Path) -> None:
