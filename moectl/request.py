@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from moectl.errors import UsageError
 
-
 MAX_PROMPT_BYTES = 4 * 1024 * 1024
 
 
