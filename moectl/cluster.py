@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -48,7 +49,7 @@ from moectl.provision import (
     make_remote,
 )
 from moectl.remote import Remote
-from moectl.wheel import pack_wheel
+from moectl.wheel import download_command, hash_code, pack_wheel
 
 EVENT_INTERVAL_S = 0.1
 END_GRACE_S = 5.0
@@ -143,7 +144,7 @@ def deploy(
     _check_request(hosts, manifest, only, wheelhouse)
     with tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
         versions = wanted_versions()
-        wheel = pack_wheel(Path(scratch))
+        wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse)
         tasks = [
             Task(
                 rank=rank,
@@ -152,8 +153,8 @@ def deploy(
                 name=manifest.name,
                 files={**manifest.files_of(rank), manifest_file.NAME: _manifest_entry(shard_dir)},
                 versions=versions,
-                wheel=wheel,
-                wheelhouse=wheelhouse,
+                code=hash_code(),
+                wheels=wheels,
                 dry_run=dry_run,
                 verify=verify,
             )
@@ -189,15 +190,30 @@ def _check_request(hosts: Sequence[Host], manifest: Manifest, only: Sequence[str
     if manifest.name in ("", ".", "..") or PurePosixPath(manifest.name).name != manifest.name:
         raise IntegrityError(f"{manifest.name!r} cannot be the name of a shard set's directory")
     if wheelhouse is not None and not any(wheelhouse.glob("*.whl")):
-        raise UsageError(f"there are no wheels in {wheelhouse}", hint=f"pip download moectl -d {wheelhouse}")
+        raise UsageError(
+            f"there are no wheels in {wheelhouse}", hint=download_command(str(wheelhouse), wanted_versions())
+        )
 
 
 def _manifest_entry(shard_dir: Path) -> FileEntry:
     path = shard_dir / manifest_file.NAME
     try:
-        return FileEntry(path.stat().st_size, hash_file(str(path)))
+        return _hash_entry(path)
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}", hint="moectl shard MODEL") from None
+
+
+def _list_wheels(ours: Path, wheelhouse: Path | None) -> dict[Path, FileEntry]:
+    house = sorted(wheelhouse.glob("*.whl")) if wheelhouse else []
+    wheels = [ours, *(wheel.resolve() for wheel in house if wheel.name != ours.name)]
+    try:
+        return {wheel: _hash_entry(wheel) for wheel in wheels}
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _hash_entry(path: Path) -> FileEntry:
+    return FileEntry(path.stat().st_size, hash_file(str(path)))
 
 
 def _record(
@@ -209,8 +225,9 @@ def _record(
         earlier = find_deployment()
         if earlier and earlier.name == name and earlier.shards == str(shards):
             ranks |= {i: r for i, r in enumerate(earlier.ranks) if i in ranks and r.host == ranks[i].host}
-    for r in result.results:
-        ranks[r.rank] = DeployedRank(r.host, r.python, r.root, r.directory) if r.ok else DeployedRank(r.host)
+    # A host that fails now may still hold what an earlier deploy brought it: its entry stays.
+    for r in result.succeeded:
+        ranks[r.rank] = DeployedRank(r.host, r.python, r.root, r.directory)
     write_deployment(Deployment(name, str(shards), tuple(ranks.values()), backend, envs))
 
 
@@ -330,6 +347,7 @@ def _take_event(ours: connection.Connection, task: Task, on_event: OnEvent) -> H
 def _serve_task(pipe: connection.Connection, task: Task) -> None:
     """Deploy to one host and send what happens up the pipe; the entry point of a host's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out, commands under way are ended too
     started = time.monotonic()
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         send = _throttle(task, pipe.send)

@@ -6,10 +6,11 @@ Python 3.9 on. `remote` also imports it for this machine. It is not the worker: 
 
     python -c TEXT receive                      files on stdin, each behind a line {"path", "bytes", "sha256"};
                                                 answers {"kept": n} and takes the rest, then {} or {"error": …}
-    python -c TEXT survey                       what is there? request on stdin, JSON
+    python -c TEXT survey                       what is there? request on stdin, a line of JSON
+    python -c TEXT install                      run commands that mend an environment, one deploy at a time; likewise
     python -c TEXT record                       remember files that were verified; request on stdin, JSON
-    python -c TEXT write PATH                   stdin becomes PATH, atomically
 
+`survey` and `install` can take long: they end, with all that they started, when their stdin does.
 Each answer is a line of JSON behind ANSWER, which tells it from what a login shell may print.
 """
 
@@ -25,7 +26,10 @@ import os
 import platform
 import select
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +41,11 @@ RECORD = ".moectl-verified.json"
 
 
 class Busy(Exception):
-    """Another push is writing the same file."""
+    """Another push is writing the same file, or another deploy is installing."""
+
+
+class StepFailed(Exception):
+    """A command of `install` failed; args are (its index, exit code, its last words)."""
 
 
 class Cut(Exception):
@@ -146,15 +154,13 @@ def hash_file(path: str) -> str:
 def survey(request: dict[str, Any]) -> dict[str, Any]:
     """Answer everything that `deploy` asks of a host, in one round trip.
 
-    Request: root, stamp (path under root), packages, and directory + files {path: [bytes, sha256]} + verify +
-    remember (False in a dry run, which writes nothing).
+    Request: root, stamp (path under root), packages, wheels {name: [bytes, sha256]}, and directory + files
+    {path: [bytes, sha256]} + verify + remember (False in a dry run, which writes nothing).
     """
     root = os.path.abspath(os.path.expanduser(request["root"]))
     directory = os.path.join(root, request["directory"])
-    known = _read_record(directory)
-    missing, kept, corrupt = _compare(directory, request["files"], known, request["verify"])
-    if request["remember"] and kept and known != _read_record(directory):
-        _write_record(directory, known)
+    missing, kept, corrupt = _look(directory, request["files"], request["verify"], request["remember"])
+    wheels, _, _ = _look(os.path.join(root, "wheels"), request["wheels"], False, request["remember"])
     place = _nearest(root)
     return {
         "python": sys.executable,
@@ -163,14 +169,59 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
         "directory": directory,
         "free": shutil.disk_usage(place).free,
         "device": os.stat(place).st_dev,
-        "env": os.access(os.path.join(root, "env", "bin", "python"), os.X_OK),
+        "env": _is_env_of_this_python(os.path.join(root, "env")),
         "writable": os.access(place, os.W_OK | os.X_OK),
         "packages": _versions(request["packages"]),
+        "code": _find_code(),
         "stamp": _read_text(os.path.join(root, request["stamp"])),
+        "wheels": wheels,
         "missing": missing,
         "kept": kept,
         "corrupt": corrupt,
     }
+
+
+def _look(directory: str, files: dict[str, list[Any]], verify: bool, remember: bool) -> Any:
+    known = _read_record(directory)
+    found = _compare(directory, files, known, verify)
+    if remember and found[1] and known != _read_record(directory):
+        _write_record(directory, known)
+    return found
+
+
+def _is_env_of_this_python(env: str) -> bool:
+    """Tell whether the environment works and was made by the python that runs this."""
+    python = os.path.join(env, "bin", "python")
+    cfg = _read_text(os.path.join(env, "pyvenv.cfg"))
+    minor = ".".join(platform.python_version_tuple()[:2])
+    same = os.path.realpath(python) == os.path.realpath(sys.executable)
+    return same and os.access(python, os.X_OK) and f"version = {minor}." in cfg
+
+
+def _find_code() -> str:
+    """Return the hash of the moectl that this python would import, "" when there is none."""
+    from importlib import util
+
+    spec = util.find_spec("moectl")
+    return hash_package(os.path.dirname(spec.origin)) if spec and spec.origin else ""
+
+
+def hash_package(directory: str) -> str:
+    """Return one SHA-256 over the names and bytes of a package's files."""
+    digest = hashlib.sha256()
+    for path in list_package(directory):
+        name = os.path.relpath(path, directory)
+        digest.update(f"{name}\0{hash_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def list_package(directory: str) -> list[str]:
+    """Return the files of a package, sorted, without what python and the Finder leave there."""
+    found = []
+    for place, _, names in os.walk(directory):
+        if os.path.basename(place) != "__pycache__":
+            found += [os.path.join(place, name) for name in names if name != ".DS_Store"]
+    return sorted(found)
 
 
 def _nearest(path: str) -> str:
@@ -265,6 +316,30 @@ def _write_record(directory: str, known: dict[str, Any]) -> None:
         write(os.path.join(directory, RECORD), json.dumps(known, sort_keys=True).encode())
 
 
+def install(request: dict[str, Any]) -> dict[str, Any]:
+    """Run `steps` (argv each), then write `stamp` (its path and content); the stamp is away in between.
+
+    Holds `lock` meanwhile. Raises Busy, StepFailed, OSError.
+    """
+    path, content = request["stamp"]
+    os.makedirs(os.path.dirname(request["lock"]), exist_ok=True)
+    with open(request["lock"], "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(request["lock"]) from None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        for index, argv in enumerate(request["steps"]):
+            # In our own process group, which `_end_with_stdin` ends.
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            if done.returncode:
+                said = done.stderr.decode("utf-8", "replace").strip()
+                raise StepFailed(index, done.returncode, said[-4000:])
+        write(path, content.encode())
+    return {}
+
+
 def write(path: str, content: bytes) -> None:
     """Write a small file atomically."""
     path = os.path.expanduser(path)
@@ -281,6 +356,8 @@ def describe_failure(error: Exception) -> dict[str, Any]:
     """Return what went wrong as plain data, for the other end of the connection."""
     if isinstance(error, Full):
         return {"error": "full", "free": error.args[0], "needed": error.args[1]}
+    if isinstance(error, StepFailed):
+        return {"error": "step", "step": error.args[0], "code": error.args[1], "said": error.args[2]}
     if isinstance(error, Mismatch):
         return {"error": "mismatch", "sha256": error.args[0], "kept": error.args[1]}
     if isinstance(error, OSError):
@@ -328,22 +405,29 @@ def parse_answer(line: bytes) -> dict[str, Any] | None:
     return answer if isinstance(answer, dict) else None
 
 
-def _main(command: str, arguments: list[str]) -> None:
+def _end_with_stdin() -> None:
+    """Wait for the end of stdin, which is our leash; then end this process group, pip and its children included."""
+    while os.read(0, 1 << 12):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def _main(command: str) -> None:
     try:
         if command == "receive":
             with contextlib.suppress(AttributeError, OSError):  # Linux only: fewer, larger reads
                 fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, BLOCK_BYTES)
             while _receive_next():
                 pass
-        elif command == "write":
-            write(arguments[0], sys.stdin.buffer.read())
-            _answer({})
+        elif command == "record":
+            _answer(record(json.loads(sys.stdin.buffer.read())))
         else:
-            request = json.loads(sys.stdin.buffer.read())
-            _answer(survey(request) if command == "survey" else record(request))
+            request = json.loads(sys.stdin.buffer.readline())
+            threading.Thread(target=_end_with_stdin, daemon=True).start()
+            _answer(survey(request) if command == "survey" else install(request))
     except Exception as error:
         _answer(describe_failure(error))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2:])
+    _main(sys.argv[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from moectl import manifest as manifest_file
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.hosts import Host
 from moectl.manifest import FileEntry
-from moectl.node import hash_file, parse_answer
-from moectl.remote import DryRunRemote, LocalRemote, Remote, node_text, put_error, room_text
+from moectl.node import parse_answer
+from moectl.remote import LocalRemote, Remote, node_text, put_error, room_text
+from moectl.wheel import download_command
 
 ROOT = "~/.moectl"
 PACKAGES = ("moectl", "mlx", "mlx-lm")  # what has to be equal on every rank, or the ranks disagree
@@ -37,6 +38,13 @@ CANDIDATES = (
     *(f"/Library/Frameworks/Python.framework/Versions/3.{minor}/bin/python3" for minor in range(14, 10, -1)),
 )
 NO_PYTHON = 9
+CHECK = """
+import json, sys
+from importlib.metadata import version
+wanted = json.loads(sys.argv[1])
+found = {name: version(name) for name in wanted}
+sys.exit(0 if found == wanted else f"pip installed {found}")
+"""
 FIND_PYTHON = f"""
 text=$1; shift
 for p in "$@"; do
@@ -114,15 +122,16 @@ class Task:
     name: str
     files: dict[str, FileEntry]  # moectl.json last
     versions: dict[str, str]
-    wheel: Path
-    wheelhouse: Path | None
+    code: str  # hash of the operator's moectl
+    wheels: dict[Path, FileEntry]  # moectl's own first, then those of a wheelhouse
     dry_run: bool
     verify: bool
 
     @property
     def stamp(self) -> str:
         """What the environment's stamp says when there is nothing to install."""
-        return json.dumps({"versions": self.versions, "wheel": hash_file(str(self.wheel))}, sort_keys=True)
+        ours = next(iter(self.wheels.values()))
+        return json.dumps({"versions": self.versions, "wheel": ours.sha256}, sort_keys=True)
 
 
 def make_remote(host: Host) -> Remote:
@@ -135,11 +144,11 @@ def make_remote(host: Host) -> Remote:
 
 
 def inspect_host(task: Task) -> HostResult:
-    """Look at a host and tell what a deployment would do there; nothing is changed.
+    """Look at a host and tell what a deployment would do there.
 
-    Nothing to do: `copied_bytes` is 0 and `python` is set. Raises what `deploy_host` would raise so far.
+    At most the record of verified files is written, in a dry run not even that. Nothing to do: `copied_bytes` is 0 and `python` is set. Raises what `deploy_host` would raise so far.
     """
-    remote: Remote = DryRunRemote(make_remote(task.host))
+    remote = make_remote(task.host)
     try:
         return _plan(task, _survey(remote, task))
     finally:
@@ -163,12 +172,15 @@ def deploy_host(task: Task, on_event: OnEvent) -> HostResult:
 def _plan(task: Task, found: Mapping[str, Any]) -> HostResult:
     """Compare what was found with what is wanted. Raises CommandFailed when it cannot fit or be written."""
     missing = found["missing"]
+    python = _find_python(task, found)
     needed = sum(task.files[name].bytes - there for name, there in missing.items())
+    if not python:
+        needed += sum(f.bytes - found["wheels"].get(w.name, f.bytes) for w, f in task.wheels.items())
     _check_room(task, found, needed)
     return HostResult(
         rank=task.rank,
         host=task.host,
-        python=_find_python(task, found),
+        python=python,
         root=found["root"],
         directory=found["directory"],
         copied_bytes=sum(task.files[name].bytes for name in missing),
@@ -194,12 +206,14 @@ def _survey(remote: Remote, task: Task) -> dict[str, Any]:
         "remember": not task.dry_run,
         "packages": PACKAGES,
         "stamp": STAMP,
+        "wheels": {wheel.name: [f.bytes, f.sha256] for wheel, f in task.wheels.items()},
     }
     done = remote.run(
         ["sh", "-c", FIND_PYTHON, "moectl", node_text(), *candidates],
-        stdin=json.dumps(request).encode(),
+        stdin=json.dumps(request).encode() + b"\n",
         timeout_s=SURVEY_S,
         check=False,
+        leash=True,
     )
     if done.code == NO_PYTHON:
         seen = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1].strip()
@@ -208,25 +222,31 @@ def _survey(remote: Remote, task: Task) -> dict[str, Any]:
             host=remote.name,
             hint="install one there, or name it in the hosts file: python=/path/to/python3",
         )
-    return _read_answer(remote, done.stdout, done.stderr, done.code)
+    answer = _read_answer(remote, done.stdout, done.stderr, done.code)
+    _refuse_error(remote, answer)
+    return answer
 
 
 def _read_answer(remote: Remote, stdout: bytes, stderr: bytes, code: int) -> dict[str, Any]:
     for line in stdout.split(b"\n"):
         answer = parse_answer(line)
         if answer is not None:
-            if "error" in answer:
-                raise put_error(answer, Path(), answer.get("path", "a file"), "", remote.name)
             return answer
     said = stderr.decode("utf-8", "replace").strip().split("\n")[-1]
     raise CommandFailed(f"its python gave no answer: {said or f'exit code {code}'}", host=remote.name)
 
 
-def _ask(remote: Remote, command: str, arguments: Sequence[str], stdin: bytes) -> dict[str, Any]:
-    """Run one of `node`'s commands on the host and return its answer."""
-    argv = [remote.python, "-c", node_text(), command, *arguments]
-    done = remote.run(argv, stdin=stdin, check=False)
-    return _read_answer(remote, done.stdout, done.stderr, done.code)
+def _refuse_error(remote: Remote, answer: Mapping[str, Any]) -> None:
+    if "error" in answer:
+        raise put_error(answer, Path(), answer.get("path", "a file"), "", remote.name)
+
+
+def _record(remote: Remote, directory: str, files: Mapping[str, str]) -> None:
+    """Let the host remember files that were just verified."""
+    request = json.dumps({"directory": directory, "files": files}).encode()
+    # Unrecorded files cost a re-hash next time, nothing else: do not hide the error that got us here.
+    with contextlib.suppress(MoectlError):
+        remote.run([remote.python, "-c", node_text(), "record"], stdin=request, check=False)
 
 
 def _check_room(task: Task, found: Mapping[str, Any], needed: int) -> None:
@@ -241,7 +261,8 @@ def _check_room(task: Task, found: Mapping[str, Any], needed: int) -> None:
 
 def _find_python(task: Task, found: Mapping[str, Any]) -> str:
     """Return an interpreter with exactly the wanted versions: the one named, or the one made before; else ""."""
-    if (task.host.python or task.host.is_local) and found["packages"] == task.versions:
+    ours = found["packages"] == task.versions and found["code"] == task.code
+    if (task.host.python or task.host.is_local) and ours:
         return str(found["python"])
     if found["stamp"] == task.stamp and found["env"]:
         return f"{found['root']}/env/bin/python"
@@ -249,50 +270,72 @@ def _find_python(task: Task, found: Mapping[str, Any]) -> str:
 
 
 def _prepare_python(remote: Remote, task: Task, found: Mapping[str, Any], on_event: OnEvent) -> str:
-    """Make or mend the host's own environment and return its interpreter."""
-    env_python = f"{found['root']}/env/bin/python"
+    """Make or mend the host's own environment and return its interpreter. Raises CommandFailed, VersionMismatch."""
     versions = ", ".join(f"{name} {version}" for name, version in task.versions.items())
     on_event(Working(task.rank, task.host.address, f"installing {versions}"))
-    if found["python"] != env_python:
-        _make_env(remote, found)
-    _install(remote, task, found, env_python)
-    remote.python = env_python
-    _ask(remote, "write", [f"{found['root']}/{STAMP}"], task.stamp.encode())
-    return env_python
+    _push_wheels(remote, task, found)
+    root = found["root"]
+    steps = _list_steps(task, found)
+    request = {"lock": f"{root}/env.lock", "stamp": [f"{root}/{STAMP}", task.stamp], "steps": list(steps.values())}
+    argv = [remote.python, "-c", node_text(), "install"]
+    stdin = json.dumps(request).encode() + b"\n"
+    done = remote.run(argv, stdin=stdin, timeout_s=PIP_S, check=False, leash=True)
+    answer = _read_answer(remote, done.stdout, done.stderr, done.code)
+    if answer.get("error") == "step":
+        raise _step_error(remote, task, list(steps)[answer["step"]], answer)
+    if answer.get("error") == "busy":
+        hint = "wait for the other deploy to end; two hosts on one machine need a dir= each"
+        raise CommandFailed(f"another deploy is installing in {root}/env", host=remote.name, hint=hint)
+    _refuse_error(remote, answer)
+    remote.python = f"{root}/env/bin/python"
+    return remote.python
 
 
-def _make_env(remote: Remote, found: Mapping[str, Any]) -> None:
-    clear = [] if found["env"] else ["--clear"]  # what an interrupted or outdated one left
+def _push_wheels(remote: Remote, task: Task, found: Mapping[str, Any]) -> None:
+    directory = f"{found['root']}/wheels"
+    pushed = {}
     try:
-        argv = [found["python"], "-m", "venv", *clear, f"{found['root']}/env"]
-        remote.run(argv, timeout_s=600.0, mutates=True)
-    except CommandFailed as error:
-        hint = "its python needs venv and pip (Debian, Ubuntu: apt install python3-venv)"
-        raise CommandFailed(error.message, host=remote.name, hint=hint) from None
+        for wheel, entry in task.wheels.items():
+            if wheel.name in found["wheels"]:
+                remote.put(wheel, f"{directory}/{wheel.name}", sha256=entry.sha256)
+                pushed[wheel.name] = entry.sha256
+    finally:
+        if pushed:
+            _record(remote, directory, pushed)
 
 
-def _install(remote: Remote, task: Task, found: Mapping[str, Any], env_python: str) -> None:
-    """Push the wheel (and the wheelhouse) and run pip on the host. Raises CommandFailed, VersionMismatch."""
-    wheels = f"{found['root']}/wheels"
-    house = sorted(task.wheelhouse.glob("*.whl")) if task.wheelhouse else []
-    for wheel in [task.wheel, *(w for w in house if w.name != task.wheel.name)]:
-        remote.put(wheel, f"{wheels}/{wheel.name}", sha256=hash_file(str(wheel)))
-    ours = f"{wheels}/{task.wheel.name}"
-    pip = [env_python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--quiet"]
-    offline = ["--no-index", "--find-links", wheels] if house else []
+def _list_steps(task: Task, found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the commands that make or mend the environment, by what they do."""
+    root = found["root"]
+    python, wheels = f"{root}/env/bin/python", f"{root}/wheels"
+    ours = f"{wheels}/{next(iter(task.wheels)).name}"
+    pip = [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--quiet"]
+    offline = ["--no-index", "--find-links", wheels] if len(task.wheels) > 1 else []
     others = [f"{name}=={version}" for name, version in task.versions.items() if name != "moectl"]
-    try:
+    steps = {
         # pip takes an equal version for an equal wheel: put ours in by force, then what it needs.
-        remote.run([*pip, "--force-reinstall", "--no-deps", ours], timeout_s=PIP_S, mutates=True)
-        remote.run([*pip, *offline, ours, *others], timeout_s=PIP_S, mutates=True)
-    except CommandFailed as error:
-        hint = "no internet there? Here: pip download mlx-lm -d wheels, then moectl deploy --wheelhouse wheels"
-        raise CommandFailed(error.message, host=remote.name, hint=hint) from None
-    remote.python = env_python
-    request = {"root": found["root"], "directory": "", "files": {}, "verify": False, "remember": False}
-    again = _ask(remote, "survey", [], json.dumps({**request, "packages": PACKAGES, "stamp": STAMP}).encode())
-    if again["packages"] != task.versions:
-        raise VersionMismatch(f"pip installed {again['packages']}, wanted {task.versions}", host=remote.name)
+        "moectl": [*pip, "--force-reinstall", "--no-deps", ours],
+        "packages": [*pip, *offline, ours, *others],
+        "check": [python, "-c", CHECK, json.dumps(task.versions)],
+    }
+    if found["env"] and found["stamp"]:
+        return steps
+    # None yet, one of another python, or what an interrupted install left.
+    return {"venv": [found["python"], "-m", "venv", "--clear", f"{root}/env"], **steps}
+
+
+def _step_error(remote: Remote, task: Task, step: str, answer: Mapping[str, Any]) -> MoectlError:
+    said = str(answer["said"]).strip().split("\n")[-1] or f"exit code {answer['code']}"
+    match step:
+        case "venv":
+            hint = "its python needs venv and pip (Debian, Ubuntu: apt install python3-venv)"
+            return CommandFailed(f"cannot make an environment: {said}", host=remote.name, hint=hint)
+        case "check":
+            return VersionMismatch(f"{said}, wanted {task.versions}", host=remote.name)
+    hint = (
+        f"no internet there? Here: {download_command('wheels', task.versions)}; then moectl deploy --wheelhouse wheels"
+    )
+    return CommandFailed(f"pip: {said}", host=remote.name, hint=hint)
 
 
 def _push_files(remote: Remote, task: Task, found: Mapping[str, Any], on_event: OnEvent) -> None:
@@ -302,7 +345,7 @@ def _push_files(remote: Remote, task: Task, found: Mapping[str, Any], on_event: 
     directory = found["directory"]
     if manifest_file.NAME in found["corrupt"]:
         # Until the last file is there, no manifest may promise a complete set.
-        remote.run(["rm", "-f", "--", f"{directory}/{manifest_file.NAME}"], mutates=True)
+        remote.run(["rm", "-f", "--", f"{directory}/{manifest_file.NAME}"])
 
     def on_bytes(count: int) -> None:
         on_event(Advanced(task.rank, task.host.address, count))
@@ -315,7 +358,4 @@ def _push_files(remote: Remote, task: Task, found: Mapping[str, Any], on_event: 
             pushed[name] = entry.sha256
     finally:
         if pushed:
-            # Unrecorded files cost a re-hash next time, nothing else: do not hide the error that got us here.
-            with contextlib.suppress(MoectlError):
-                request = json.dumps({"directory": directory, "files": pushed}).encode()
-                _ask(remote, "record", [], request)
+            _record(remote, directory, pushed)

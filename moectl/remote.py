@@ -1,7 +1,6 @@
 """The one seam to a host: run a command, put a file, start a process on a leash.
 
-Here are the contract, this machine, and `DryRunRemote`, which decorates either so that nothing is changed.
-`ssh` implements the contract over paramiko. It knows nothing of models, shards or ranks.
+Here are the contract and this machine; `ssh` implements the contract over paramiko. It knows nothing of models, shards or ranks.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from moectl import node
-from moectl.errors import CommandFailed, IntegrityError, MoectlError, Unreachable, UsageError
+from moectl.errors import CommandFailed, IntegrityError, MoectlError, Unreachable
 
 NOT_FOUND = 127
 
@@ -75,12 +75,13 @@ class Remote(Protocol):
         stdin: bytes = b"",
         timeout_s: float | None = 60.0,
         check: bool = True,
-        mutates: bool = False,
+        leash: bool = False,
     ) -> Completed:
         """Run argv (no shell interpretation) to its end; raise CommandFailed on non-zero when `check`.
 
-        Say `mutates` when it changes the host: a dry run leaves it out. After `timeout_s` it is ended, and
-        CommandFailed raised.
+        After `timeout_s` CommandFailed is raised. A local command has been ended then, with its children. One over SSH
+        is no longer heard of, and ends by itself only if it minds its stdin: with `leash`, stdin stays open after
+        `stdin` was sent, and its end (time is up, Ctrl-C, a lost connection) tells the command to go.
         """
         ...
 
@@ -134,10 +135,9 @@ class LocalProcess:
 class LocalRemote:
     """This machine, through plain subprocesses."""
 
-    def __init__(self, name: str = "localhost", *, python: str | None = None, link: bool = True) -> None:
+    def __init__(self, name: str = "localhost", *, python: str | None = None) -> None:
         self.name = name
         self.python = python or sys.executable
-        self._link = link  # hard-link instead of copying where the file system can
 
     def run(
         self,
@@ -146,9 +146,8 @@ class LocalRemote:
         stdin: bytes = b"",
         timeout_s: float | None = 60.0,
         check: bool = True,
-        mutates: bool = False,
+        leash: bool = False,
     ) -> Completed:
-        del mutates  # only a dry run asks
         try:
             child = self._spawn(argv, None)
         except FileNotFoundError as error:
@@ -156,7 +155,7 @@ class LocalRemote:
         except OSError as error:
             done = Completed(126, b"", f"{argv[0]}: {error.strerror}".encode())
         else:
-            done = self._finish(child, argv, stdin, timeout_s)
+            done = self._finish(child, argv, stdin, timeout_s, leash)
         return check_completed(done, argv, self.name) if check else done
 
     def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> LocalProcess:
@@ -172,7 +171,7 @@ class LocalRemote:
         count = on_bytes or _ignore
         size = source_size(source)
         try:
-            if not (self._link and _link_file(source, target, sha256)):
+            if not _link_file(source, target, sha256):
                 _copy_file(source, target, size, sha256, count)
             else:
                 count(size)
@@ -200,50 +199,24 @@ class LocalRemote:
         )
 
     def _finish(
-        self, child: subprocess.Popen[bytes], argv: Sequence[str], stdin: bytes, timeout_s: float | None
+        self, child: subprocess.Popen[bytes], argv: Sequence[str], stdin: bytes, timeout_s: float | None, leash: bool
     ) -> Completed:
+        held = child.stdin if leash else None
         try:
-            stdout, stderr = child.communicate(stdin, timeout_s)
+            if held is not None:
+                child.stdin = None  # communicate would close it
+                threading.Thread(target=_feed, args=(held, stdin), daemon=True).start()
+            stdout, stderr = child.communicate(None if leash else stdin, timeout_s)
         except subprocess.TimeoutExpired:
             raise timeout_error(argv, timeout_s, self.name) from None
         finally:
             if child.returncode is None:  # timed out or interrupted
                 _kill_group(child)
                 child.communicate()
+            if held is not None:
+                with contextlib.suppress(OSError):
+                    held.close()
         return Completed(child.returncode, stdout, stderr)
-
-
-class DryRunRemote:
-    """Another remote with its writes swallowed: what only looks is run, what would change the host is not."""
-
-    def __init__(self, remote: Remote) -> None:
-        self._remote = remote
-        self.name = remote.name
-        self.python = remote.python
-
-    def run(
-        self,
-        argv: Sequence[str],
-        *,
-        stdin: bytes = b"",
-        timeout_s: float | None = 60.0,
-        check: bool = True,
-        mutates: bool = False,
-    ) -> Completed:
-        if mutates:
-            return Completed(0, b"", b"")
-        return self._remote.run(argv, stdin=stdin, timeout_s=timeout_s, check=check)
-
-    def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Process:
-        raise UsageError(f"a dry run does not start {argv[0]}", host=self.name)
-
-    def put(
-        self, source: Path, destination: str, *, sha256: str, on_bytes: Callable[[int], None] | None = None
-    ) -> None:
-        (on_bytes or _ignore)(source_size(source))
-
-    def close(self) -> None:
-        self._remote.close()
 
 
 def node_text() -> str:
@@ -334,6 +307,12 @@ def room_text(free: int, needed: int) -> str:
 
 def _size_text(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _feed(pipe: IO[bytes], data: bytes) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a command need not read its stdin
+        pipe.write(data)
+        pipe.flush()
 
 
 def _ignore(_count: int) -> None:

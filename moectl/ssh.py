@@ -53,10 +53,6 @@ class SSHRemote:
         self._lock = threading.Lock()
         self._receiver: tuple[paramiko.Channel, _Answers] | None = None
 
-    def connect(self) -> None:
-        """Connect and log in now. Raises Unreachable, AuthFailed, HostKeyError, HostError."""
-        self._connected()
-
     def run(
         self,
         argv: Sequence[str],
@@ -64,9 +60,8 @@ class SSHRemote:
         stdin: bytes = b"",
         timeout_s: float | None = 60.0,
         check: bool = True,
-        mutates: bool = False,
+        leash: bool = False,
     ) -> Completed:
-        del mutates  # only a dry run asks
         channel = self._execute(argv)
         expired = threading.Event()
 
@@ -78,7 +73,7 @@ class SSHRemote:
         try:
             if timer:
                 timer.start()
-            done = _communicate(channel, stdin)
+            done = _communicate(channel, stdin, leash)
         finally:
             if timer:
                 timer.cancel()
@@ -300,14 +295,15 @@ def _quote(word: str) -> str:
     return "'" + word.replace("'", "'\"'\"'") + "'"
 
 
-def _communicate(channel: paramiko.Channel, stdin: bytes) -> Completed:
+def _communicate(channel: paramiko.Channel, stdin: bytes, leash: bool) -> Completed:
     """Feed stdin and drain both outputs at once, so that neither end waits for the other."""
     stderr: list[bytes] = []
 
     def feed() -> None:
         with contextlib.suppress(OSError, EOFError, paramiko.SSHException):  # a command need not read its stdin
             channel.sendall(stdin)
-            channel.shutdown_write()
+            if not leash:
+                channel.shutdown_write()
 
     def drain() -> None:
         while block := channel.recv_stderr(1 << 16):

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 import zipfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import moectl
 from moectl.errors import VersionMismatch
+from moectl.node import hash_package, list_package
 
 TAG = "py3-none-any"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's earliest date: the wheel must not depend on when it was packed
-INSTALL_HINT = "install it again: pip install moectl (or pip install -e . in its source tree)"
+INSTALL_HINT = "install it again: pip install -e . in its source tree"
 
 
 def pack_wheel(directory: Path) -> Path:
@@ -46,6 +49,18 @@ def pack_wheel(directory: Path) -> Path:
     return path
 
 
+def hash_code() -> str:
+    """Return the hash of the running moectl's files, as a host tells its own."""
+    return hash_package(str(Path(moectl.__file__).parent))
+
+
+def download_command(directory: str, versions: Mapping[str, str]) -> str:
+    """Return the command that fills a wheelhouse with all that moectl needs, in exactly these versions."""
+    needed = [line for line in metadata.requires("moectl") or [] if "extra ==" not in line]
+    pinned = [f"{name}=={version}" for name, version in versions.items() if name != "moectl"]
+    return shlex.join(["pip", "download", "--only-binary=:all:", "-d", directory, *pinned, *needed])
+
+
 def write_wheel(path: Path, info: str, files: dict[str, bytes]) -> None:
     """Write a wheel of `files` (archive path → content) with its RECORD; equal input gives equal bytes."""
     rows = [f"{name},sha256={_digest(content)},{len(content)}" for name, content in sorted(files.items())]
@@ -60,7 +75,7 @@ def write_wheel(path: Path, info: str, files: dict[str, bytes]) -> None:
 
 def _package_files() -> dict[str, bytes]:
     root = Path(moectl.__file__).parent
-    found = (p for p in root.rglob("*") if p.is_file() and not {"__pycache__", ".DS_Store"} & set(p.parts))
+    found = map(Path, list_package(str(root)))
     return {f"moectl/{p.relative_to(root).as_posix()}": p.read_bytes() for p in found}
 
 

@@ -1,4 +1,4 @@
-"""The Remote contract: one suite for this machine and for a real sshd, then what only SSH or only a dry run has."""
+"""The Remote contract: one suite for this machine and for a real sshd, then what only SSH has."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ from moectl.errors import (
     IntegrityError,
     MoectlError,
     Unreachable,
-    UsageError,
 )
 from moectl.hosts import Host
-from moectl.remote import DryRunRemote, LocalRemote, Remote
+from moectl.remote import LocalRemote, Remote
 from moectl.ssh import SSHRemote
 from tests.netns import Cluster
 from tests.sshd import Server, find_free_port, known_host, make_key
@@ -56,13 +55,19 @@ HOSTILE = [
 ]
 
 
+def refuse_link(path: Path, target: Path) -> None:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))  # as between two file systems
+
+
 @pytest.fixture(params=["local", "copy", "ssh"])
 def remote(request: pytest.FixtureRequest) -> Iterator[Remote]:
     """This machine (hard-linking and copying) and the sshd on it."""
     if request.param == "ssh":
         made: Remote = SSHRemote(request.getfixturevalue("ssh_host"))
     else:
-        made = LocalRemote(link=request.param == "local")
+        if request.param == "copy":
+            request.getfixturevalue("monkeypatch").setattr(Path, "hardlink_to", refuse_link)
+        made = LocalRemote()
     yield made
     made.close()
 
@@ -414,23 +419,6 @@ def test_receiving_ends_right_or_leaves_nothing(
         assert names_in(target.parent) == ["target"]
 
 
-# The dry run.
-
-
-def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
-    remote = DryRunRemote(LocalRemote())
-    sha256 = write_random(tmp_path / "source", 1000)
-    counted: list[int] = []
-    remote.put(tmp_path / "source", str(tmp_path / "target"), sha256=sha256, on_bytes=counted.append)
-    assert remote.run(["touch", str(tmp_path / "touched")], mutates=True).code == 0
-    assert remote.run(["echo", "looking"]).stdout == b"looking\n"
-    with pytest.raises(UsageError):
-        remote.start(["true"])
-    remote.close()
-    assert counted == [1000]
-    assert names_in(tmp_path) == ["source"]
-
-
 # What only SSH has: configuration, keys, trust, lost connections.
 
 
@@ -438,7 +426,7 @@ def fails(kind: type[MoectlError], host: Host) -> MoectlError:
     """Connect, which has to fail with exactly this error."""
     remote = SSHRemote(host)
     with pytest.raises(MoectlError) as caught:
-        remote.connect()
+        remote.run(["true"])
     remote.close()
     assert type(caught.value) is kind, caught.value
     assert caught.value.host == host.name
@@ -471,7 +459,7 @@ def test_a_changed_host_key_is_refused_and_the_hint_mends_it(sshd: Server, tmp_p
     fails(HostKeyError, Host("node0"))  # now unknown
     known.write_text(sshd.known_hosts.read_text())
     remote = SSHRemote(Host("node0"))
-    remote.connect()
+    remote.run(["true"])
     remote.close()
 
 
@@ -497,7 +485,7 @@ def test_hashed_names_aliases_and_plain_names_are_found(sshd: Server, tmp_path: 
             subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(known)], check=True, capture_output=True)
             assert "127.0.0.1" not in known.read_text()
         remote = SSHRemote(Host(sshd.add_alias(f"n{number}", f"UserKnownHostsFile {known}", extra)))
-        remote.connect()
+        remote.run(["true"])
         remote.close()
 
 
@@ -611,7 +599,7 @@ def test_includes_and_match_blocks_count(sshd: Server, tmp_path: Path) -> None:
     included.add_alias("node7")
     sshd.config.write_text(f"Include {included.config}\nMatch host 127.0.0.1 exec true\n  ConnectTimeout 7\n")
     remote = SSHRemote(Host("node7"))
-    remote.connect()
+    remote.run(["true"])
     remote.close()
 
 
@@ -632,7 +620,7 @@ def test_a_failing_jump_host_is_named(sshd: Server) -> None:
     sshd.add_alias("node0", "ProxyJump bastion")
     remote = SSHRemote(Host("node0"))
     with pytest.raises(Unreachable, match=r"bastion: port \d+ refused the connection \(jump host to node0\)"):
-        remote.connect()
+        remote.run(["true"])
 
 
 def test_jumps_in_a_circle_end(sshd: Server) -> None:
@@ -640,7 +628,7 @@ def test_jumps_in_a_circle_end(sshd: Server) -> None:
     sshd.add_alias("b", "ProxyJump a")
     remote = SSHRemote(Host("a"))
     with pytest.raises(HostError, match="goes round in a circle"):
-        remote.connect()
+        remote.run(["true"])
 
 
 def test_proxy_command_is_run_and_ended(sshd: Server, tmp_path: Path) -> None:
@@ -722,7 +710,7 @@ def test_a_host_without_python_says_so(ssh: SSHRemote, tmp_path: Path) -> None:
 
 
 def test_the_fast_cipher_is_agreed(ssh: SSHRemote) -> None:
-    ssh.connect()
+    ssh.run(["true"])
     assert getattr(ssh._transport, "remote_cipher", None) == "aes128-gcm@openssh.com"
 
 
