@@ -1,4 +1,4 @@
-"""The list of hosts: hosts.txt, `--hosts a,b` and MLX's JSON hostfiles, in and out. It opens no connection.
+"""The list of hosts: hosts.txt, `--hosts a,b` and MLX's JSON hostfiles, in and out; it opens no connection.
 
     file   = { [ host *( SP key "=" value ) ] [ "#" comment ] NL }
     host   = [ user "@" ] ( ssh-alias / dns-name / ipv4 / "[" ipv6 "]" ) [ ":" port ]
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl.errors import HostsError
+from moectl.paths import config_dir
 
 KEYS = ("ip", "rdma", "memory", "chip", "price", "python", "dir")
 BACKENDS = ("", "any", "ring", "jaccl", "jaccl-ring", "mpi", "nccl")
@@ -73,27 +74,18 @@ class HostList:
     source: str = ""  # where the list came from, for messages
 
 
-def find_hosts(
-    hosts: str | None = None,
-    hostfile: str | None = None,
-    *,
-    environ: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
-) -> HostList | None:
+def find_hosts(hosts: str | None = None, hostfile: str | None = None) -> HostList | None:
     """Return the host list in force, or None when there is none anywhere.
 
-    Order: --hosts, --hostfile (`-` is stdin), $MOECTL_HOSTFILE, ./hosts.txt, moectl/hosts.txt in
-    ${XDG_CONFIG_HOME:-~/.config}.
+    Order: --hosts, --hostfile (`-` is stdin), $MOECTL_HOSTFILE, ./hosts.txt, hosts.txt in `paths.config_dir`.
     Raises HostsError when the one in force cannot be read or is wrong.
     """
-    environ = os.environ if environ is None else environ
     if hosts is not None:
         return parse_host_string(hosts)
-    named = hostfile if hostfile is not None else environ.get("MOECTL_HOSTFILE") or None
+    named = hostfile if hostfile is not None else os.environ.get("MOECTL_HOSTFILE") or None
     if named is not None:
         return read_hosts(named)
-    config = Path(environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
-    for path in ((cwd or Path()) / "hosts.txt", config / "moectl" / "hosts.txt"):
+    for path in (Path("hosts.txt"), config_dir() / "hosts.txt"):
         if path.is_file():
             return read_hosts(str(path))
     return None
@@ -101,15 +93,22 @@ def find_hosts(
 
 def read_hosts(path: str) -> HostList:
     """Read a hosts file or an MLX JSON hostfile; `-` reads stdin. Raises HostsError."""
-    if path == "-":
-        return parse_hosts(sys.stdin.read(), "stdin")
+    source = "stdin" if path == "-" else path
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        data = _read_stdin() if path == "-" else Path(path).expanduser().read_bytes()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise HostsError(f"{path} is not a text file in UTF-8") from None
-    except OSError as error:
-        raise HostsError(f"cannot read {path}: {error.strerror}", hint="check --hostfile") from None
-    return parse_hosts(text, path)
+        raise HostsError(f"{source} is not a text file in UTF-8") from None
+    except (OSError, RuntimeError, ValueError) as error:  # `~nobody/x` has no home, a NUL is in no path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HostsError(f"cannot read {source}: {reason}", hint="check --hostfile") from None
+    return parse_hosts(text, source)
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:  # python started with it closed
+        raise ValueError("it is closed")
+    return sys.stdin.buffer.read()
 
 
 def parse_hosts(text: str, source: str = "hosts.txt") -> HostList:
@@ -155,14 +154,6 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise HostsError(f"{text!r} is not a size above zero")
     return size
-
-
-def format_hosts(hosts: HostList) -> str:
-    """Return the hosts as hosts.txt text; parsing it gives the same hosts. Raises HostsError.
-
-    Only a value that one line cannot hold (from an MLX JSON file: a path with a space) is refused.
-    """
-    return "".join(" ".join([host.address, *_format_keys(host)]) + "\n" for host in hosts.hosts)
 
 
 def to_mlx_json(hosts: HostList, *, resolve: Callable[[str], str] | None = None) -> str:
@@ -320,29 +311,6 @@ def _check_list(hosts: HostList) -> HostList:
                 hint="write '-' there",
             )
     return hosts
-
-
-def _format_keys(host: Host) -> list[str]:
-    pairs = {
-        "ip": ",".join(host.ips),
-        "rdma": ",".join(d or "-" for d in host.rdma),
-        "memory": _format_size(host.memory_bytes) if host.memory_bytes else "",
-        "chip": host.chip or "",
-        "price": "" if host.price is None else f"{host.price!r}",
-        "python": host.python or "",
-        "dir": host.dir or "",
-    }
-    for key, value in pairs.items():
-        if re.search(r"\s", value):
-            raise HostsError(f"{key} {value!r} has a space, which a hosts file cannot hold", host=host.name)
-    return [f"{k}={v}" for k, v in pairs.items() if v]
-
-
-def _format_size(size: int) -> str:
-    for unit in ("TB", "GB", "MB"):
-        if size % _UNITS[unit] == 0:
-            return f"{size // _UNITS[unit]}{unit}"
-    return f"{size}B"
 
 
 def _parse_json(text: str, source: str) -> HostList:

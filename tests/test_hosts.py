@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import string
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,6 @@ from moectl.hosts import (
     Host,
     HostList,
     find_hosts,
-    format_hosts,
     parse_host_string,
     parse_hosts,
     parse_size,
@@ -152,8 +153,6 @@ def test_reads_mlx_hostfiles_with_our_keys_riding_along() -> None:
         Host("mac2", rdma=("rdma_en2", None), dir="/Volumes/my disk", python="/p"),
     )
     assert parse_hosts('  [{"ssh": "mac1"}]').hosts == (Host("mac1"),)
-    with pytest.raises(HostsError, match="has a space"):
-        format_hosts(found)
 
 
 @pytest.mark.parametrize(
@@ -211,17 +210,18 @@ def test_resolves_names_or_says_how_to_help() -> None:
     assert caught.value.hint == "write 'no-such-host.invalid ip=…'"
 
 
-def test_the_list_in_force(tmp_path: Path) -> None:
+def test_the_list_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(name: str, host: str) -> str:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(host)
         return str(path)
 
-    environ = {"XDG_CONFIG_HOME": str(tmp_path / "config")}
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
 
     def name(**kw: str) -> str | None:
-        found = find_hosts(**kw, environ=environ, cwd=tmp_path)
+        found = find_hosts(**kw)
         return found.hosts[0].name if found else None
 
     assert name() is None
@@ -229,17 +229,30 @@ def test_the_list_in_force(tmp_path: Path) -> None:
     assert name() == "xdg"
     write("hosts.txt", "here")
     assert name() == "here"
-    environ["MOECTL_HOSTFILE"] = write("env.txt", "environment")
+    monkeypatch.setenv("MOECTL_HOSTFILE", write("env.txt", "environment"))
     assert name() == "environment"
     assert name(hostfile=write("flag.txt", "flag")) == "flag"
     assert name(hostfile=write("flag.txt", "flag"), hosts="a,b") == "a"
 
 
 def test_reads_stdin_for_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("mac1\nmac2 ip=10.0.0.2\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"mac1\nmac2 ip=10.0.0.2\n")))
     assert [h.name for h in read_hosts("-").hosts] == ["mac1", "mac2"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"mac\xff")))
+    with pytest.raises(HostsError, match=r"^stdin is not a text file in UTF-8$"):
+        read_hosts("-")
+    sys.stdin.close()
+    with pytest.raises(HostsError, match=r"^cannot read stdin: .*closed"):
+        read_hosts("-")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(HostsError, match=r"^cannot read stdin: it is closed$"):
+        read_hosts("-")
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/hosts.txt", "a\0b"])
+def test_paths_that_cannot_be_are_hosts_errors(path: str) -> None:
+    with pytest.raises(HostsError, match="cannot read"):
+        read_hosts(path)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
@@ -278,6 +291,25 @@ PIECES = st.sampled_from(
         "[",
     ]
 )
+
+
+def format_hosts(hosts: HostList) -> str:
+    """Return the hosts as hosts.txt text, to be read again."""
+    return "".join(" ".join([host.address, *format_keys(host)]) + "\n" for host in hosts.hosts)
+
+
+def format_keys(host: Host) -> list[str]:
+    pairs = {
+        "ip": ",".join(host.ips),
+        "rdma": ",".join(d or "-" for d in host.rdma),
+        "memory": f"{host.memory_bytes}" if host.memory_bytes else "",
+        "chip": host.chip or "",
+        "price": "" if host.price is None else f"{host.price!r}",
+        "python": host.python or "",
+        "dir": host.dir or "",
+    }
+    assert not any(c.isspace() for value in pairs.values() for c in value)
+    return [f"{k}={v}" for k, v in pairs.items() if v]
 
 
 @given(st.one_of(st.text(), st.lists(PIECES).map("".join), st.from_regex(r"\[?\{.*", fullmatch=True)))
