@@ -146,7 +146,8 @@ def make_remote(host: Host) -> Remote:
 def inspect_host(task: Task) -> HostResult:
     """Look at a host and tell what a deployment would do there.
 
-    At most the record of verified files is written, in a dry run not even that. Nothing to do: `copied_bytes` is 0 and `python` is set. Raises what `deploy_host` would raise so far.
+    At most the record of verified files is written, in a dry run not even that. Nothing to do: `copied_bytes` is 0 and
+    `python` is set. Raises what `deploy_host` would raise so far.
     """
     remote = make_remote(task.host)
     try:

@@ -1,6 +1,7 @@
 """The one seam to a host: run a command, put a file, start a process on a leash.
 
-Here are the contract and this machine; `ssh` implements the contract over paramiko. It knows nothing of models, shards or ranks.
+Here are the contract and this machine; `ssh` implements the contract over paramiko. It knows nothing of models, shards
+or ranks.
 """
 
 from __future__ import annotations

@@ -369,11 +369,39 @@ def test_an_environment_is_made_once_from_a_wheelhouse(
     again.raise_failures()
     assert again.results[0].python == str(python)
     assert not [e for e in events if isinstance(e, Working)]
-    # Another moectl is another stamp: it is installed over the old one.
+    # Another moectl is another stamp: it is installed over the old one, and wheels that are there are not sent again.
+    there = {w.name: w.stat().st_ino for w in (tmp_path / "node0" / "wheels").glob("*.whl")}
     stamp = tmp_path / "node0" / "env" / "moectl-env.json"
     stamp.write_text(json.dumps({**json.loads(stamp.read_text()), "wheel": "of yesterday"}))
     deploy([host], shards, manifest, wheelhouse=house, on_event=events.append).raise_failures()
     assert len([e for e in events if isinstance(e, Working)]) == 1
+    assert {w.name: w.stat().st_ino for w in (tmp_path / "node0" / "wheels").glob("*.whl")} == there
+    assert len(there) > 5
+    # What an interrupted install left is made again, by the environment's own python when there is no other.
+    stamp.unlink()
+    own = replace(host, python=None)
+    deploy([own], shards, manifest, wheelhouse=house).raise_failures()
+    assert json.loads(stamp.read_text())["versions"]["moectl"] == moectl.__version__
+
+
+def test_other_code_under_the_same_version_is_not_ours(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, host = make_shards(shards, 1), Host("localhost", dir=str(tmp_path / "root"))
+    assert deploy([host], shards, manifest, dry_run=True).results[0].python == sys.executable
+    monkeypatch.setattr(moectl.cluster, "hash_code", lambda: "of another source tree")
+    assert deploy([host], shards, manifest, dry_run=True).results[0].python == ""
+
+
+def test_a_host_that_fails_keeps_what_it_had(sshd: Server, tmp_path: Path, shards: Path) -> None:
+    manifest, hosts = make_shards(shards, 2), make_hosts(sshd, tmp_path, 2)
+    deploy(hosts, shards, manifest).raise_failures()
+    before = read_deployment()
+    (tmp_path / "node1" / "shards" / shards.name / "config.json").unlink()
+    (shards / "config.json").write_bytes(b"damaged here")
+    result = deploy(hosts, shards, manifest)
+    assert [r.ok for r in result.results] == [True, False]
+    assert read_deployment() == before
 
 
 def test_no_host_waits_for_a_silent_one(sshd: Server, tmp_path: Path, shards: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -33,7 +34,7 @@ from moectl.errors import (
     Unreachable,
 )
 from moectl.hosts import Host
-from moectl.remote import LocalRemote, Remote
+from moectl.remote import LocalRemote, Remote, node_text
 from moectl.ssh import SSHRemote
 from tests.netns import Cluster
 from tests.sshd import Server, find_free_port, known_host, make_key
@@ -132,6 +133,40 @@ def test_run_ends_what_takes_too_long(remote: Remote) -> None:
     with pytest.raises(CommandFailed, match=r"did not finish within 0.3 s"):
         remote.run(["sleep", "60"], timeout_s=0.3)
     assert remote.run(["echo", "still here"]).stdout == b"still here\n"
+
+
+def test_a_leash_ends_an_install_with_its_children(remote: Remote, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    script = f"echo $$ > {pid}.new; mv {pid}.new {pid}; sleep 600"
+    stamp = tmp_path / "stamp"
+    stamp.write_text("of an earlier install")
+    request = {"lock": str(tmp_path / "lock"), "stamp": [str(stamp), "x"], "steps": [["sh", "-c", script]]}
+    with pytest.raises(CommandFailed, match="did not finish"):
+        remote.run(
+            [sys.executable, "-c", node_text(), "install"],
+            stdin=json.dumps(request).encode() + b"\n",
+            timeout_s=2,
+            leash=True,
+        )
+    wait_until_gone(int(pid.read_text()))
+    assert not stamp.exists()  # nobody takes what is half installed for whole
+
+
+def test_two_installs_do_not_mix(remote: Remote, tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", node_text(), "install"]
+    stamp = tmp_path / "stamp"
+    request = {"lock": str(tmp_path / "lock"), "stamp": [str(stamp), "done"], "steps": [["true"]]}
+    stdin = json.dumps(request).encode() + b"\n"
+    with (tmp_path / "lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        assert b'{"error": "busy"}' in remote.run(argv, stdin=stdin, leash=True).stdout
+        assert not stamp.exists()
+    assert b"{}" in remote.run(argv, stdin=stdin, leash=True).stdout
+    assert stamp.read_text() == "done"
+    failing = {**request, "steps": [["true"], ["sh", "-c", "echo no >&2; exit 3"]]}
+    said = remote.run(argv, stdin=json.dumps(failing).encode() + b"\n", leash=True).stdout
+    assert node.parse_answer(said.strip()) == {"error": "step", "step": 1, "code": 3, "said": "no"}
+    assert not stamp.exists()
 
 
 def test_a_tilde_is_the_home_directory_of_the_login(remote: Remote) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import moectl
 from moectl.errors import VersionMismatch
-from moectl.wheel import pack_wheel
+from moectl.wheel import download_command, pack_wheel
 
 
 def test_the_wheel_holds_what_runs_here_and_pip_takes_it(tmp_path: Path) -> None:
@@ -34,6 +36,15 @@ def test_the_wheel_holds_what_runs_here_and_pip_takes_it(tmp_path: Path) -> None
     ).stdout.split()
     assert said == [moectl.__version__, str(target / "moectl" / "__init__.py")]
     assert (target / "bin" / "moectl").exists()
+
+
+def test_the_download_command_names_what_is_needed_and_works() -> None:
+    command = shlex.split(download_command("some where", {"moectl": "1", "mlx": "0.1", "mlx-lm": "0.2"}))
+    assert command[:5] == ["pip", "download", "--only-binary=:all:", "-d", "some where"]
+    assert command[5:7] == ["mlx==0.1", "mlx-lm==0.2"]
+    names = {Requirement(word).name for word in command[5:]}
+    assert {"mlx", "mlx-lm", "click", "paramiko", "huggingface-hub", "safetensors", "tqdm"} <= names
+    assert not {"moectl", "pytest"} & names
 
 
 def test_equal_packages_give_equal_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
