@@ -480,6 +480,53 @@ def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(sshd: Server, tmp_pa
         assert_holds(tmp_path / f"node{rank}" / "shards" / shards.name, manifest, rank)
 
 
+def processes_of(path: Path) -> list[str]:
+    """Return the command lines of running programs that name a path."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(entry.read_text().replace("\0", " "))
+    return [line for line in found if str(path) in line]
+
+
+def test_ctrl_c_ends_an_install_on_this_machine_too(tmp_path: Path, shards: Path) -> None:
+    make_shards(shards, 1)
+    root = tmp_path / "root"
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(moectl.__file__).parent.parent)!r})\n"
+        "from pathlib import Path\n"
+        "from moectl import cluster\n"
+        "from moectl.hosts import Host\n"
+        "from moectl.manifest import read_manifest\n"
+        "def main():\n"
+        "    cluster.hash_code = lambda: 'of no interpreter here'\n"
+        f"    host = Host('localhost', dir={str(root)!r})\n"
+        "    try: cluster.deploy([host], Path(sys.argv[1]), read_manifest(Path(sys.argv[1])))\n"
+        "    except KeyboardInterrupt: sys.exit(130)\n"
+        "if __name__ == '__main__': main()\n"
+    )
+    with socket.socket() as index:  # a package index that never answers
+        index.bind(("127.0.0.1", 0))
+        index.listen()
+        index.settimeout(90)
+        address = f"http://127.0.0.1:{index.getsockname()[1]}/"
+        environ = {**os.environ, "PIP_INDEX_URL": address, "PIP_CONFIG_FILE": os.devnull, "NO_PROXY": "*"}
+        child = subprocess.Popen([sys.executable, str(script), str(shards)], env=environ)
+        asked, _ = index.accept()
+        with asked:
+            assert processes_of(root)
+            child.send_signal(signal.SIGINT)
+            assert child.wait(30) == 130
+            for _ in range(500):
+                if not processes_of(root):
+                    break
+                time.sleep(0.02)
+            else:
+                pytest.fail("pip outlived Ctrl-C")
+
+
 # Connecting, and four hosts.
 
 
