@@ -13,10 +13,12 @@ from pathlib import Path
 from moectl import shards
 from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.errors import NotSharded, ShardsDiffer
+from moectl.layouts import MODES
 from moectl.manifest import Manifest, Quantization, read_manifest
 from moectl.paths import cache_dir, data_dir
+from moectl.pipeline import OpenQuantise
 from moectl.plan import Placement, make_placement
-from moectl.recipe import MODES, check_quantization
+from moectl.recipe import check_quantization, plan_files
 
 PLAIN_BITS = 16
 
@@ -88,7 +90,7 @@ def shard(
     *,
     directory: Path | None = None,
     revision: str | None = None,
-    quantise: shards.OpenQuantise,
+    quantise: OpenQuantise,
     keep_source: bool = False,
     jobs: int | None = None,
     force: bool = False,
@@ -115,7 +117,7 @@ def shard(
         placement = place(checkpoint, wanted, quantization)
         name = shard_set_name(checkpoint.source, placement, quantization)
         directory = directory or (cache_dir() if cached else data_dir()) / "shards" / name
-        files = shards.plan_files(checkpoint, placement, quantization)
+        files = plan_files(checkpoint, placement, quantization)
         output_bytes = shards.output_bytes(files)
         if on_plan(directory, output_bytes):
             cut = partial(

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 from moectl.errors import CheckpointError, PlanError
 from moectl.geometry import PROJECTIONS, Geometry, expert_name, stacked_name
-from moectl.layouts import FLOATS, ITEM_BYTES, SourceTensor, item_bytes
-from moectl.layouts import MODES as MODES
+from moectl.layouts import FLOATS, ITEM_BYTES, MODES, SourceTensor, item_bytes
 from moectl.manifest import Quantization
 from moectl.plan import Placement
 

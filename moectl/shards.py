@@ -22,11 +22,9 @@ from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, 
 from moectl.geometry import Geometry
 from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, write_manifest
-from moectl.pipeline import OnBytes, hash_file, make_files, partial_path
-from moectl.pipeline import OpenQuantise as OpenQuantise
+from moectl.pipeline import OnBytes, OpenQuantise, hash_file, make_files, partial_path
 from moectl.plan import Placement
-from moectl.recipe import OutputFile, Source, describe
-from moectl.recipe import plan_files as plan_files
+from moectl.recipe import OutputFile, Source, describe, plan_files
 
 MAX_JOBS = 16
 # The weight files of a shard set, by any version of moectl: all that is deleted on the word of a record.

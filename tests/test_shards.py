@@ -177,7 +177,7 @@ def test_output_equals_whole_tensor_quantisation(
     )
     files = expected(weights, placement, quantization)
     assert_equal(tmp_path / "a" / "b", files)
-    planned = shards.plan_files(checkpoint, placement, quantization)
+    planned = recipe.plan_files(checkpoint, placement, quantization)
     assert {f.path: f.bytes for f in planned}.items() <= {p: e.bytes for p, e in manifest.files.items()}.items()
     assert sum(told) == shards.output_bytes(planned)
     assert shards.verify(tmp_path / "a" / "b") == manifest == read_manifest(tmp_path / "a" / "b")
@@ -410,7 +410,7 @@ def test_finished_set_is_left_alone(sources: dict[str, Path], tmp_path: Path) ->
     told: list[int] = []
     assert cut(checkpoint, tmp_path / "out", on_bytes=told.append) == first
     assert _stamps(tmp_path / "out") == before
-    assert sum(told) == shards.output_bytes(shards.plan_files(checkpoint, place(checkpoint), Q4))
+    assert sum(told) == shards.output_bytes(recipe.plan_files(checkpoint, place(checkpoint), Q4))
     assert cut(checkpoint, tmp_path / "out", name="other") == replace(first, name="other")
     assert read_manifest(tmp_path / "out").name == "other"
 
@@ -676,7 +676,7 @@ def test_resume_keeps_what_is_finished(
     """At most one file that was begun is made again, finished ones are not even read again."""
     checkpoint = open_checkpoint(str(sources["fused"]))
     cut(checkpoint, tmp_path / "whole")
-    total = shards.output_bytes(shards.plan_files(checkpoint, place(checkpoint), Q4))
+    total = shards.output_bytes(recipe.plan_files(checkpoint, place(checkpoint), Q4))
     hashed: list[str] = []
     opened: list[str] = []
     begun: list[Any] = []
@@ -714,7 +714,7 @@ def test_resume_keeps_what_is_finished(
         assert {f: s for f, s in _stamps(directory).items() if f in named} == {f: kept[f] for f in named}
 
 
-def _interrupting(after_bytes: int) -> shards.OpenQuantise:
+def _interrupting(after_bytes: int) -> pipeline.OpenQuantise:
     """Return a quantiser that sends this process a real SIGINT once so many bytes are written."""
     left = after_bytes
     sent = threading.Event()
@@ -786,7 +786,7 @@ def test_unfinished_set_with_other_settings_is_refused(sources: dict[str, Path],
 
 def test_space_is_checked_first(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(str(sources["fused"]))
-    needed = shards.output_bytes(shards.plan_files(checkpoint, place(checkpoint), Q4))
+    needed = shards.output_bytes(recipe.plan_files(checkpoint, place(checkpoint), Q4))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(StateError, match=rf"has 0\.\d MB free, {needed / 1e6:.1f} MB are needed"):
@@ -950,7 +950,7 @@ def test_a_small_file_that_cannot_be_read_is_named(tmp_path: Path, sources: dict
             cut(checkpoint, tmp_path / "out")
 
 
-def _at_first_matrix(act: Callable[[], object]) -> shards.OpenQuantise:
+def _at_first_matrix(act: Callable[[], object]) -> pipeline.OpenQuantise:
     pending = [act]
 
     @contextmanager
@@ -1052,7 +1052,7 @@ def test_remote_files_come_one_by_one_and_go(tmp_path: Path, jobs: int) -> None:
     assert sorted(remote.fetched) == sorted(remote.sizes)  # each once
     assert not remote.here
     assert not list((tmp_path / "work").glob("*.safetensors"))
-    assert remote.most_bytes <= peak_bytes(shards.plan_files(remote, place(remote._inner), Q4), remote.sizes)
+    assert remote.most_bytes <= peak_bytes(recipe.plan_files(remote, place(remote._inner), Q4), remote.sizes)
     # A layer's 8 tensors lie in up to four files of 3; one more is on its way.
     assert 3 <= remote.most <= 5
 
@@ -1060,7 +1060,7 @@ def test_remote_files_come_one_by_one_and_go(tmp_path: Path, jobs: int) -> None:
 def test_the_next_file_of_the_real_model_comes_while_others_are_worked_on(tmp_path: Path) -> None:
     """The 61 files of databricks/dbrx-instruct as holes, on four ranks: the network is idle only while pieces are."""
     checkpoint = open_checkpoint(str(tiny.write_hollow_dbrx(tmp_path)))
-    files = shards.plan_files(checkpoint, place(checkpoint, shares=(42, 42, 42, 42)), Q4)
+    files = recipe.plan_files(checkpoint, place(checkpoint, shares=(42, 42, 42, 42)), Q4)
     pieces = [p for f in files for p in f.pieces]
     order = list(dict.fromkeys(p.file for p in pieces))
     assert order == sorted(checkpoint.sizes)
@@ -1106,7 +1106,7 @@ def test_resume_fetches_only_what_is_still_needed(tmp_path: Path) -> None:
     done = {f for f in tree(tmp_path / "out") if f.endswith(".safetensors")}
     second = Remote(source, tmp_path / "work2")
     cut(second, tmp_path / "out")
-    planned = shards.plan_files(second, place(second._inner), Q4)
+    planned = recipe.plan_files(second, place(second._inner), Q4)
     needed = {p.file for f in planned if f.path not in done for p in f.pieces}
     assert set(second.fetched) == needed
     assert len(needed) < 12
@@ -1118,8 +1118,8 @@ def test_resume_fetches_only_what_is_still_needed(tmp_path: Path) -> None:
 def test_space_for_downloads_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny.write_checkpoint(tmp_path / "source", files=6, **SHAPE)
     remote = Remote(source, tmp_path / "work")
-    needed = shards.output_bytes(shards.plan_files(remote, place(remote._inner), Q4))
-    needed += peak_bytes(shards.plan_files(remote, place(remote._inner), Q4), remote.sizes)
+    needed = shards.output_bytes(recipe.plan_files(remote, place(remote._inner), Q4))
+    needed += peak_bytes(recipe.plan_files(remote, place(remote._inner), Q4), remote.sizes)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(StateError, match="for downloads are needed"):
