@@ -330,20 +330,21 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
 def _link_file(source: Path, target: str, sha256: str) -> bool:
     """Make `target` another name of `source` and check it; False when the file system cannot."""
     destination = Path(target)
-    partial = Path(f"{target}.partial")
+    linked, partial = Path(f"{target}.link"), Path(f"{target}.partial")
     destination.parent.mkdir(parents=True, exist_ok=True)
     if not (destination.exists() and destination.samefile(source)):
-        partial.unlink(missing_ok=True)
+        linked.unlink(missing_ok=True)
         try:
-            partial.hardlink_to(source)
+            linked.hardlink_to(source)
         except OSError:
             return False
     found = node.hash_file(str(source))
     if found != sha256:
-        partial.unlink(missing_ok=True)
+        linked.unlink(missing_ok=True)
         raise node.Mismatch(found, 0)
-    if partial.exists():
-        partial.replace(destination)
+    if linked.exists():
+        linked.replace(destination)
+        partial.unlink(missing_ok=True)  # what an earlier push had left
     return True
 
 

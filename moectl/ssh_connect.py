@@ -185,6 +185,11 @@ class _Line:
             raise
         return sent
 
+    def close(self) -> None:
+        # A channel says goodbye through the jump host, which may be gone first.
+        with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
+            self._sock.close()
+
     def _give_up(self) -> None:
         if time.monotonic() - self._heard > DEAD_AFTER_S:
             # With a number: paramiko formats both parts of an OSError.
