@@ -6,10 +6,12 @@ The only place that does so; what the verbs do is `cli`'s.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -30,9 +32,12 @@ def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
     if sys.argv[1:2] != ["worker"]:
         signal.signal(signal.SIGTERM, _on_sigterm)
+    # A stream that was closed (`>&-`), or a terminal that lacks a letter, is no reason to stop.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - for the rest of the process
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop an answer
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     sys.exit(run())
 
 

@@ -61,7 +61,8 @@ def cli() -> None:
 def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **options: Any) -> None:
     """Cut a checkpoint into one shard per node.
 
-    MODEL is a directory or a Hugging Face repository. Running the same command again resumes it.
+    MODEL is a directory or a Hugging Face repository (default: databricks/dbrx-instruct, or a mirror of it when that is
+    out of reach). Running the same command again resumes it.
 
     \b
     Examples:
@@ -108,7 +109,7 @@ def _shard(common: Common, model: str, wanted: Wanted, *, dry_run: bool = False,
             cutting.append(bars.bar(directory.name, output_bytes))
             return not dry_run
 
-        return prepare.shard(
+        made = prepare.shard(
             model,
             wanted,
             quantise=_quantise,
@@ -117,6 +118,9 @@ def _shard(common: Common, model: str, wanted: Wanted, *, dry_run: bool = False,
             on_bytes=lambda n: cutting[0].advance(n),
             **options,
         )
+    for warning in made.warnings:
+        common.say(f"Warning: {warning}")
+    return made
 
 
 def _download_bars(bars: Progress) -> Callable[[str, int, int], None]:
@@ -203,6 +207,7 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
     assert listed is not None
     found = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
     directory, manifest = found
+    common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
     with _deploy_progress(common) as on_event:
         result = cluster.deploy(
             listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
@@ -229,7 +234,7 @@ def _deploy_progress(common: Common) -> Iterator[Callable[[Any], None]]:
                     drawn[host] = bars.bar(host, size)
                 case Advanced(host=host, bytes=n) if host in drawn:
                     drawn[host].advance(n)
-                case Working(host=host, what=what) if common.verbose:
+                case Working(host=host, what=what):
                     common.say(f"[{host}] {what}")
 
         yield on_event
@@ -267,7 +272,7 @@ def _shares(text: str | None) -> tuple[int, ...] | None:
 )
 @click.option(
     "--start-timeout",
-    type=click.FloatRange(1, MAX_START_S, clamp=True),
+    type=click.FloatRange(1, MAX_START_S),
     default=30.0,
     show_default=True,
     metavar="SECONDS",
@@ -315,7 +320,7 @@ def _prompt_text(words: tuple[str, ...], common: Common) -> str:
     except UnicodeDecodeError as error:
         raise errors.UsageError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
     text = " ".join(part for part in (piped, *words) if part)
-    if not text.strip() and not words:
+    if not text.strip():
         raise errors.UsageError("no prompt is given", hint='moectl run "What is expert parallelism?"')
     return text
 
@@ -375,18 +380,26 @@ def _answer(common: Common, session: Session, request: Any, stats: bool) -> None
                 continue
             pieces.append(event.text)
             if not common.json:
-                sys.stdout.write(event.text)
-                sys.stdout.flush()
+                _write(event.text)
     whole = "".join(pieces)
     if common.json:
         click.echo(json.dumps(report.run_json(whole, done)))
     elif not whole.endswith("\n"):
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        _write("\n")
     if stats:
         click.echo(report.stats_text(done.stats), err=True)
     if interrupted.is_set():
         raise KeyboardInterrupt
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise errors.MoectlError(f"cannot write the answer: {error.strerror}") from None
 
 
 @contextlib.contextmanager

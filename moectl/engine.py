@@ -140,7 +140,11 @@ class Engine:
                 raise UsageError("this model has no chat template", hint="use --raw")
             messages = [{"role": "system", "content": request.system}] if request.system is not None else []
             messages.append({"role": "user", "content": request.prompt})
-            tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            try:
+                tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            except Exception as error:  # the template is the model's own program
+                reason = " ".join(str(error).split())
+                raise UsageError(f"the model's chat template fails: {reason}", hint="use --raw") from None
         if not tokens:
             raise UsageError("the prompt is empty: this model adds no start token", hint="give some text")
         if len(tokens) >= self._max_seq_len:

@@ -366,7 +366,7 @@ def _may_pass(error: Exception) -> bool:
 
 def _hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
     """Turn an error of huggingface_hub or of the disk into ours, saying what to do."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
@@ -385,7 +385,10 @@ def _hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
     if isinstance(error, OSError) and error.errno is not None:
         return explain_refusal(error, Path(error.filename or what))
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return Unreachable(f"{what} of {repo} did not come: {reason}", hint=f"{_AGAIN}: it resumes")
+    return Unreachable(
+        f"{what} of {repo} did not come from {constants.ENDPOINT}: {reason}",
+        hint=f"check the network, then {_AGAIN}: it resumes; if {repo} is a directory, there is none of that name here",
+    )
 
 
 def _status_error(error: BaseException, repo: str, what: str) -> MoectlError:

@@ -54,16 +54,20 @@ def find_deployment(hosts: HostList | None) -> Deployment | None:
     recorded = find_recorded()
     if hosts is None:
         return None if recorded is None else read_deployment()
-    names = [host.name for host in hosts.hosts]
+    names = [host.address for host in hosts.hosts]
     hint = f"moectl deploy {hosts.source}" if hosts.source.endswith(".txt") else "moectl deploy"
     if recorded is None:
         raise NotDeployed(f"no model is deployed on {', '.join(names)}.", hint=hint)
-    deployed = [rank.host.name for rank in recorded.ranks]
+    deployed = [rank.host.address for rank in recorded.ranks]
     if deployed != names:
         raise NotDeployed(
             f"{recorded.name} is deployed on {', '.join(deployed)}, not on {', '.join(names)}.", hint=hint
         )
     complete = read_deployment()
+    for rank, host in zip(complete.ranks, hosts.hosts, strict=True):
+        if hosts.source != NAMES_ONLY and rank.host.dir != host.dir:
+            where = host.dir or "its home"
+            raise NotDeployed(f"{complete.name} is deployed in {rank.root}, not in {where}.", host=host.name, hint=hint)
     if hosts.source == NAMES_ONLY:
         return complete
     # What the file says now (addresses, devices) counts, not what it said when the shards were deployed.
@@ -129,12 +133,12 @@ def find_addresses(hosts: list[Host], remotes: list[Remote]) -> list[tuple[str, 
     # A localhost among remote hosts has to know how those see it, even where they all have ip=.
     need_ours = any(h.is_local and not h.ips for h in hosts) and not all(h.is_local for h in hosts)
     seen = {
-        h.name: _ssh_connection(r)
+        h.address: _ssh_connection(r)
         for h, r in zip(hosts, remotes, strict=True)
         if not h.is_local and (need_ours or not h.ips)
     }
     ours = next(iter(seen.values()))[0] if need_ours else LOOPBACK
-    found = [h.ips or ((ours,) if h.is_local else (seen[h.name][1],)) for h in hosts]
+    found = [h.ips or ((ours,) if h.is_local else (seen[h.address][1],)) for h in hosts]
     for host, addresses in zip(hosts, found, strict=True):
         for address in addresses:
             if not address or ipaddress.ip_address(address).version != 4:

@@ -14,6 +14,7 @@ from moectl import shards
 from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.errors import NotSharded, ShardsDiffer
 from moectl.layouts import MODES
+from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import Manifest, Quantization, read_manifest
 from moectl.paths import cache_dir, data_dir
 from moectl.pipeline import OpenQuantise
@@ -42,6 +43,7 @@ class Made:
     directory: Path
     placement: Placement
     bytes: int
+    warnings: tuple[str, ...] = ()
 
 
 def choose_quantization(wanted: Wanted, checkpoint: Checkpoint) -> Quantization | None:
@@ -137,9 +139,20 @@ def shard(
                 if not cached:
                     raise
                 cut(force=True)
-        return Made(directory, placement, output_bytes)
+            # What a person named last is what `deploy` takes, also when it was there already.
+            (directory / MANIFEST_NAME).touch()
+        return Made(directory, placement, output_bytes, _warnings(checkpoint))
     finally:
         checkpoint.close()
+
+
+def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if "tokenizer.json" in checkpoint.sidecars:
+        return ()
+    return (
+        f"{checkpoint.source} has no tokenizer.json: 'moectl run' will need one in the shard set "
+        "(for DBRX, Xenova/dbrx-instruct-tokenizer has it)",
+    )
 
 
 def find_shards(where: str | Path) -> tuple[Path, Manifest]:

@@ -40,17 +40,19 @@ def shard_json(made: Made, *, dry_run: bool) -> dict[str, Any]:
 def deploy_text(result: DeployResult, *, dry_run: bool) -> str:
     """Return a line per host, or in a dry run the table of what would be copied."""
     if not dry_run:
-        width = max(len(r.host.name) for r in result.results)
-        return "\n".join(f"{r.host.name:{width}}  {_outcome(r)}" for r in result.results)
+        width = max(len(r.host.address) for r in result.results)
+        return "\n".join(f"{r.host.address:{width}}  {_outcome(r)}" for r in result.results)
     header = ("HOST", "COPY", "KEEP", "FREE AFTER", "DESTINATION")
     lines = [
-        (r.host.name, *map(size_text, (r.copied_bytes, r.kept_bytes, r.free_after_bytes)), r.directory)
+        (r.host.address, *map(size_text, (r.copied_bytes, r.kept_bytes, r.free_after_bytes)), r.directory)
         if r.error is None
-        else (r.host.name, "-", "-", "-", f"failed: {r.error.message}")
+        else (r.host.address, "-", "-", "-", "failed")
         for r in result.results
     ]
     total = sum(r.copied_bytes for r in result.succeeded)
-    return f"{table_text(header, lines, right='bcd')}\nDry run: nothing was copied. {size_text(total)} would be."
+    reasons = [f"{r.host.address}  {_outcome(r)}" for r in result.results if r.error is not None]
+    summary = f"Dry run: nothing was copied. {size_text(total)} would be."
+    return "\n".join([table_text(header, lines, right="bcd"), *reasons, summary])
 
 
 def _outcome(result: HostResult) -> str:
@@ -67,7 +69,7 @@ def deploy_json(result: DeployResult, name: str, *, dry_run: bool) -> dict[str, 
     hosts = [
         {
             "rank": r.rank,
-            "host": r.host.name,
+            "host": r.host.address,
             "ok": r.ok,
             "error": None if r.error is None else r.error.message,
             "copied_bytes": r.copied_bytes,

@@ -353,6 +353,8 @@ class Session:
             code = process.wait(EXIT_GRACE_S)
         except (TimeoutError, MoectlError, OSError):
             return "the connection to the worker was lost"
+        if code == -1:
+            return "the worker was killed by a signal"  # sshd does not tell which
         return f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"
 
     def _failure(

@@ -240,7 +240,7 @@ def open_tokenizer(directory: Path) -> Any:
         return load(directory, {"trust_remote_code": False}, eos_token_ids=eos)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise errors.CheckpointError(
-            f"{directory} has no tokenizer that transformers can read: {error}",
+            f"{directory} has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
             hint="a tokenizer.json is needed beside the weights, for example from Xenova/dbrx-instruct-tokenizer",
         ) from None
 

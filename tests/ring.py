@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import shutil
@@ -17,7 +18,9 @@ def preload() -> str | None:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if sys.platform != "linux" or compiler is None:
         return None
-    library = Path(tempfile.mkdtemp(prefix="moectl-norspin-")) / "norspin.so"
+    directory = tempfile.mkdtemp(prefix="moectl-norspin-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    library = Path(directory) / "norspin.so"
     source = Path(__file__).with_name("norspin.c")
     subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     return str(library)

@@ -52,15 +52,15 @@ def main(megabytes: int = 1000, rounds: int = 3) -> None:
         server.add_alias("bench")
         source, target = Path(scratch) / "source", Path(scratch) / "target"
         sha256 = write_random(source, megabytes)
-        remote = SSHRemote(Host("bench", python=sys.executable), config=str(server.config))
-        remote.connect()
         put_s, scp_s = [], []
         for _ in range(rounds):
             target.unlink(missing_ok=True)
+            # A connection each time, as scp makes one.
+            remote = SSHRemote(Host("bench", python=sys.executable), config=str(server.config))
             put_s.append(time_put(remote, source, target, sha256))
+            remote.close()
             target.unlink()
             scp_s.append(time_scp(server, source, target))
-        remote.close()
     put, scp = megabytes / min(put_s), megabytes / min(scp_s)
     print(f"{megabytes} MB, best of {rounds}, same cipher; moectl verifies, scp does not")
     print(f"moectl {put:.0f} MB/s, scp {scp:.0f} MB/s, ratio {put / scp:.2f}")
