@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -313,7 +314,7 @@ def make_wheelhouse(directory: Path) -> Path:
     names = {"mlx", "mlx-lm"}
     for line in metadata.requires("moectl") or []:
         if "extra ==" not in line:
-            names.add(line.split(";")[0].split("[")[0].split(">")[0].split("=")[0].strip())
+            names.add(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0])
     for name in names:
         version, stem = metadata.version(name), name.replace("-", "_")
         info = f"{stem}-{version}.dist-info"

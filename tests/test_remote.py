@@ -209,12 +209,12 @@ def test_kill_ends_a_process_on_its_leash_and_its_children(remote: Remote, tmp_p
     process.kill()
     assert process.wait(20) < 0
     assert process.stdout.read() == b""
+    for pid in map(int, pids.read_text().split()):
+        wait_until_gone(pid)  # each holds the other end of stdin while it ends
     process.stdin.write(b"x")
     with pytest.raises(OSError, match=r"gone|Broken pipe"):
         process.stdin.flush()
     process.close()
-    for pid in map(int, pids.read_text().split()):
-        wait_until_gone(pid)
 
 
 def wait_until_gone(pid: int) -> None:
