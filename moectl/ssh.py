@@ -67,7 +67,7 @@ class SSHRemote:
 
         def expire() -> None:
             expired.set()
-            channel.close()
+            _close(channel)
 
         timer = threading.Timer(timeout_s, expire) if timeout_s is not None else None
         try:
@@ -77,7 +77,7 @@ class SSHRemote:
         finally:
             if timer:
                 timer.cancel()
-            channel.close()
+            _close(channel)
         if expired.is_set():
             raise timeout_error(argv, timeout_s, self.name)
         if done.code == -1 and not cast(paramiko.Transport, channel.transport).is_active():
@@ -165,7 +165,7 @@ class SSHRemote:
 
     def _drop_receiver(self) -> None:
         if self._receiver is not None:
-            self._receiver[0].close()
+            _close(self._receiver[0])
             self._receiver = None
 
 
@@ -204,7 +204,7 @@ class SSHProcess:
         for stream in (self.stdin, self.stdout, self.stderr):
             with contextlib.suppress(OSError):
                 stream.close()
-        self._channel.close()
+        _close(self._channel)
 
     @property
     def _transport(self) -> paramiko.Transport:
@@ -293,6 +293,12 @@ def quote_command(argv: Sequence[str], env: Mapping[str, str] | None = None) -> 
 
 def _quote(word: str) -> str:
     return "'" + word.replace("'", "'\"'\"'") + "'"
+
+
+def _close(channel: paramiko.Channel) -> None:
+    """Close a channel, though its connection may just have gone."""
+    with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+        channel.close()
 
 
 def _communicate(channel: paramiko.Channel, stdin: bytes, leash: bool) -> Completed:

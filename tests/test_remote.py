@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import paramiko
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -133,6 +134,20 @@ def test_run_ends_what_takes_too_long(remote: Remote) -> None:
     with pytest.raises(CommandFailed, match=r"did not finish within 0.3 s"):
         remote.run(["sleep", "60"], timeout_s=0.3)
     assert remote.run(["echo", "still here"]).stdout == b"still here\n"
+
+
+def test_a_connection_that_goes_as_the_time_is_up(ssh: SSHRemote, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = paramiko.Channel.close
+
+    def fail(channel: paramiko.Channel) -> None:
+        close(channel)
+        raise EOFError  # what paramiko lets out when the socket broke first
+
+    with monkeypatch.context() as patched:
+        patched.setattr(paramiko.Channel, "close", fail)
+        with pytest.raises(CommandFailed, match="did not finish"):
+            ssh.run(["sleep", "60"], timeout_s=0.3)
+    assert ssh.run(["echo", "still here"]).stdout == b"still here\n"
 
 
 def test_a_leash_ends_an_install_with_its_children(remote: Remote, tmp_path: Path) -> None:

@@ -717,7 +717,7 @@ def test_resume_keeps_what_is_finished(
 def _interrupting(after_bytes: int) -> pipeline.OpenQuantise:
     """Return a quantiser that sends this process a real SIGINT once so many bytes are written."""
     left = after_bytes
-    sent = threading.Event()
+    once = threading.Lock()  # taken by the one thread that sends it: a second signal would cut the cleaning up short
 
     @contextmanager
     def open_quantise(memory_bytes: int) -> Iterator[recipe.Quantise]:
@@ -727,8 +727,7 @@ def _interrupting(after_bytes: int) -> pipeline.OpenQuantise:
                 nonlocal left
                 inner(matrix, read, write)
                 left -= sum(matrix.part_row_bytes(matrix.rows * matrix.cols))
-                if left < 0 and not sent.is_set():
-                    sent.set()
+                if left < 0 and once.acquire(blocking=False):
                     os.kill(os.getpid(), signal.SIGINT)
                     # The main thread has the signal before this piece is reported as done.
                     threading.Event().wait(0.2)
