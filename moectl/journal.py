@@ -50,7 +50,10 @@ def lock_directory(directory: Path) -> Iterator[None]:
 
 
 class Journal:
-    """An append-only list of finished files under a header that binds it to one set of settings."""
+    """An append-only list of finished files under a header that binds it to one set of settings.
+
+    A context manager; it stays open meanwhile, so that Ctrl-C at any moment finds a file to close.
+    """
 
     def __init__(self, directory: Path, binding: Mapping[str, Any], done: Mapping[str, FileEntry]) -> None:
         """Start a journal, or start it anew with `done` in it: written whole, durable on return."""
@@ -65,13 +68,20 @@ class Journal:
             os.fsync(f.fileno())
         temporary.replace(self._path)
         sync_directory(directory)
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
 
     def record(self, file: str, entry: FileEntry) -> None:
         """Add a finished file, durably."""
-        with self._path.open("ab") as f:
-            f.write(_entry_line(file, entry))
-            f.flush()
-            os.fsync(f.fileno())
+        line = _entry_line(file, entry)
+        while line:
+            line = line[os.write(self._fd, line) :]
+        os.fsync(self._fd)
         self.done[file] = entry
 
     def remove(self) -> None:

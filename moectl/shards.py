@@ -172,28 +172,28 @@ def _cut_locked(
     if old is not None and len(done) == len(files) and _is_current(checkpoint, directory, old, plain):
         on_bytes(output_bytes(files))
         return _keep(directory, old, plain.name)
-    journal = journals.Journal(directory, binding, done)
-    (directory / MANIFEST_NAME).unlink(missing_ok=True)  # after the journal: one of the two says that this is ours
-    # A file has its final name before it has its hash: it is whole, and need not be made again.
-    named = [f for f in files if f.path not in done and _size(directory / f.path) == f.bytes]
-    missing = [f for f in files if f.path not in done and f not in named]
-    _check_space(checkpoint, directory, missing)
-    on_bytes(output_bytes(f for f in files if f.path in done))
-    make_files(
-        checkpoint,
-        directory,
-        missing,
-        named,
-        quantise=quantise,
-        jobs=jobs,
-        on_bytes=on_bytes,
-        on_hashed=journal.record,
-    )
-    manifest = _complete(checkpoint, directory, plain, files, journal.done)
-    _drop_stale(directory, old, manifest)
-    write_manifest(directory, manifest)
-    sync_directory(directory)
-    journal.remove()
+    with journals.Journal(directory, binding, done) as journal:
+        (directory / MANIFEST_NAME).unlink(missing_ok=True)  # after the journal: one of the two says that this is ours
+        # A file has its final name before it has its hash: it is whole, and need not be made again.
+        named = [f for f in files if f.path not in done and _size(directory / f.path) == f.bytes]
+        missing = [f for f in files if f.path not in done and f not in named]
+        _check_space(checkpoint, directory, missing)
+        on_bytes(output_bytes(f for f in files if f.path in done))
+        make_files(
+            checkpoint,
+            directory,
+            missing,
+            named,
+            quantise=quantise,
+            jobs=jobs,
+            on_bytes=on_bytes,
+            on_hashed=journal.record,
+        )
+        manifest = _complete(checkpoint, directory, plain, files, journal.done)
+        _drop_stale(directory, old, manifest)
+        write_manifest(directory, manifest)
+        sync_directory(directory)
+        journal.remove()
     return manifest
 
 
