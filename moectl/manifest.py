@@ -23,7 +23,7 @@ from typing import Any
 
 from moectl.errors import IntegrityError, MoectlError, NotSharded
 from moectl.geometry import Geometry, read_geometry
-from moectl.plan import Placement, make_placement
+from moectl.placement import Placement, make_placement
 
 NAME = "moectl.json"
 SCHEMA = "moectl.shards/1"

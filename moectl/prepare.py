@@ -1,6 +1,6 @@
 """From a model's name to a shard set on this machine: open the checkpoint, place it on ranks, cut it.
 
-It joins `checkpoint`, `plan` and `shards`; what each of them does is theirs. MLX comes in as `quantise` only.
+It joins `checkpoint`, `placement` and `shards`; what each of them does is theirs. MLX comes in as `quantise` only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import Manifest, Quantization, read_manifest
 from moectl.paths import cache_dir, data_dir
 from moectl.pipeline import OpenQuantise
-from moectl.plan import Placement, make_placement
+from moectl.placement import Placement, make_placement
 from moectl.recipe import check_quantization, plan_files
 
 PLAIN_BITS = 16

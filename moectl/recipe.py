@@ -16,7 +16,7 @@ from moectl.errors import CheckpointError, PlanError
 from moectl.geometry import PROJECTIONS, Geometry, expert_name, stacked_name
 from moectl.layouts import FLOATS, ITEM_BYTES, MODES, SourceTensor, item_bytes
 from moectl.manifest import Quantization
-from moectl.plan import Placement
+from moectl.placement import Placement
 
 _RANK = {dtype: i for i, dtype in enumerate(ITEM_BYTES)}
 _PARTS = ("weight", "scales", "biases")

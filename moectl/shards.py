@@ -23,7 +23,7 @@ from moectl.geometry import Geometry
 from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, write_manifest
 from moectl.pipeline import OnBytes, OpenQuantise, hash_file, make_files, partial_path
-from moectl.plan import Placement
+from moectl.placement import Placement
 from moectl.recipe import OutputFile, Source, describe, plan_files
 
 MAX_JOBS = 16

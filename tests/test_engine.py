@@ -16,7 +16,7 @@ from moectl.engine import Engine
 from moectl.leash import Cancel, Done, Generate, Prefilled, Refused, Token
 from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
-from moectl.plan import make_placement
+from moectl.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.shards import cut

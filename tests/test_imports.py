@@ -51,7 +51,7 @@ ROOMS = (
     {"hub"},
     {"layouts"},
     {"leash", "manifest"},
-    {"plan", "hosts", "request", "demo", "paths", "disk"},
+    {"placement", "chips", "hosts", "request", "demo", "paths", "disk"},
     {"geometry"},
     {"errors"},
     {""},

@@ -20,7 +20,7 @@ import pytest
 from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.manifest import Quantization
-from moectl.plan import make_placement
+from moectl.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.shards import cut
 from tests.alphabet import VOCAB_SIZE, write_tokenizer

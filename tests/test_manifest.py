@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moectl.errors import IntegrityError
 from moectl.geometry import read_geometry
 from moectl.manifest import FileEntry, Manifest, Quantization, parse_manifest
-from moectl.plan import make_placement
+from moectl.placement import make_placement
 from tests.tiny import json_values, make_config
 
 CONFIG = make_config()

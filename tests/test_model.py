@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from moectl.geometry import read_geometry
 from moectl.model.dbrx import Model
 from moectl.model.experts import GROUP_FROM_PAIRS
-from moectl.plan import make_placement
+from moectl.placement import make_placement
 from tests import oracle
 
 

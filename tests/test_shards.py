@@ -31,7 +31,7 @@ from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, PlanError, StateError, UsageError
 from moectl.geometry import PROJECTIONS, expert_name, stacked_name
 from moectl.manifest import Manifest, Quantization, read_manifest
-from moectl.plan import Placement, make_placement
+from moectl.placement import Placement, make_placement
 from moectl.sources import Sources, peak_bytes
 from tests import tiny
 
@@ -612,7 +612,7 @@ Path.replace = fatal(Path.replace)
 from moectl import quantize, shards
 from moectl.checkpoint import open_checkpoint
 from moectl.manifest import Quantization
-from moectl.plan import make_placement
+from moectl.placement import make_placement
 checkpoint = open_checkpoint(sys.argv[1])
 placement = make_placement(checkpoint.geometry, "hidden", 2, shares=(1, 5), group_size=64)
 countdown = int(sys.argv[3])
@@ -1148,7 +1148,7 @@ import mlx.core as mx
 from moectl import quantize, shards
 from moectl.checkpoint import open_checkpoint
 from moectl.manifest import Quantization
-from moectl.plan import make_placement
+from moectl.placement import make_placement
 def peak():
     status = Path("/proc/self/status")
     if status.exists():

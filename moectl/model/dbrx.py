@@ -20,7 +20,7 @@ from mlx_lm.models.dbrx import Router as RouterLogits
 from moectl.geometry import Geometry
 from moectl.model.experts import Experts
 from moectl.model.reduce import sum_over_ranks
-from moectl.plan import Placement
+from moectl.placement import Placement
 
 
 class Router(RouterLogits):

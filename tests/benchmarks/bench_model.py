@@ -22,7 +22,7 @@ from moectl.checkpoint import open_checkpoint
 from moectl.hosts import Host
 from moectl.leash import Done
 from moectl.manifest import Quantization
-from moectl.plan import make_placement
+from moectl.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.remote import LocalRemote
 from moectl.request import Request

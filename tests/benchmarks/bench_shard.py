@@ -154,7 +154,7 @@ def cut_here(source: Path, target: Path, nodes: int, jobs: int, ballast: Path | 
     from moectl import quantize, shards
     from moectl.checkpoint import open_checkpoint
     from moectl.manifest import Quantization
-    from moectl.plan import make_placement
+    from moectl.placement import make_placement
 
     baseline = peak_bytes()
     began, cpu = time.perf_counter(), time.process_time()
