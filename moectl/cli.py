@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "databricks/dbrx-instruct"
 MAX_START_S = 86400.0
+SPLITS = ["hidden", "experts", "tensor", "layers"]
 
 
 @click.group(
@@ -44,8 +45,8 @@ def cli() -> None:
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Directory of the shard set.")
 @click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
-@click.option("--split", type=click.Choice(["hidden", "experts"]), default="hidden", show_default=True)
-@click.option("--shares", metavar="A,B,…", help="Uneven parts: experts, or units of the hidden dimension, per rank.")
+@click.option("--split", type=click.Choice(SPLITS), default="hidden", show_default=True)
+@click.option("--shares", metavar="A,B,…", help="Uneven parts per rank: experts, layers, or hidden units.")
 @click.option("--q-bits", type=click.Choice(["2", "3", "4", "6", "8", "16"]), help="Bits per weight; 16 copies.")
 @click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
 @click.option("--q-mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), default="affine", show_default=True)
@@ -264,7 +265,7 @@ def _shares(text: str | None) -> tuple[int, ...] | None:
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine.")
 @click.option("--shards", metavar="DIR", help="Use this shard set on this machine.")
 @click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed.")
-@click.option("--split", type=click.Choice(["hidden", "experts"]), help="For --model (default: hidden).")
+@click.option("--split", type=click.Choice(SPLITS), help="For --model (default: hidden).")
 @click.option("--shares", metavar="A,B,…", help="For --model: uneven parts.")
 @click.option("--q-bits", type=click.Choice(["2", "3", "4", "6", "8", "16"]), help="For --model: bits per weight.")
 @click.option(

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moectl.errors import CheckpointError, PlanError
-from moectl.geometry import PROJECTIONS, Geometry, expert_name, stacked_name
+from moectl.geometry import PROJECTIONS, Geometry, block, expert_name, stacked_name
 from moectl.layouts import FLOATS, ITEM_BYTES, MODES, SourceTensor, item_bytes
 from moectl.manifest import Quantization
-from moectl.placement import Placement
+from moectl.placement import Placement, check_groups
 
 _RANK = {dtype: i for i, dtype in enumerate(ITEM_BYTES)}
 _PARTS = ("weight", "scales", "biases")
@@ -130,17 +130,16 @@ def plan_files(
     CheckpointError when experts of one layer cannot be stacked.
     """
     check_quantization(checkpoint, quantization)
+    kept = checkpoint.quantization or quantization
+    if kept is not None:
+        check_groups(placement, kept.group_size)
     planner = _Planner(checkpoint, placement, quantization)
-    geometry = checkpoint.geometry
-    outer = geometry.outer_shapes()
+    outer = checkpoint.geometry.outer_shapes()
     embedding = {name: outer.pop(name) for name in list(outer) if ".wte." in name}
-    files = [planner.common("common/embedding.safetensors", embedding)]
-    for layer in range(geometry.n_layers):
-        name = f"layer-{layer:03d}.safetensors"
-        files.append(planner.common(f"common/{name}", geometry.layer_shapes(layer)))
-        for rank in range(placement.world_size):
-            files.append(planner.experts(f"rank-{rank}/{name}", layer, rank))
-    files.append(planner.common("common/head.safetensors", outer))
+    files = [planner.outer("embedding", embedding, 0)]
+    for layer in range(checkpoint.geometry.n_layers):
+        files += planner.layer(layer)
+    files.append(planner.outer("head", outer, placement.head_rank))
     return files
 
 
@@ -206,81 +205,111 @@ class _Planner:
     placement: Placement
     quantization: Quantization | None
 
-    def common(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> OutputFile:
+    def outer(self, name: str, shapes: Mapping[str, tuple[int, ...]], rank: int) -> OutputFile:
+        """Lay out tensors outside the layers: for all ranks, or for the one that alone has use for them."""
+        home = f"rank-{rank}" if self.placement.split == "layers" else "common"
         draft = _Draft()
-        for name, shape in shapes.items():
-            span = _Span(0, shape[-1], shape[-1])
-            rows = _Span(0, shape[0], shape[0]) if len(shape) == 2 else _Span(0, 1, 1)
-            self._add(draft, name, [name], rows, span, stacked=False)
-        return draft.finish(path)
+        self._add_whole(draft, shapes)
+        return draft.finish(f"{home}/{name}.safetensors")
 
-    def experts(self, path: str, layer: int, rank: int) -> OutputFile:
-        draft = _Draft()
+    def layer(self, layer: int) -> Iterator[OutputFile]:
+        """Lay out a layer: what several ranks need in one file, what one rank needs in that rank's."""
+        shapes = self.checkpoint.geometry.layer_shapes(layer)
+        name = f"layer-{layer:03d}.safetensors"
+        ranks = [r for r in range(self.placement.world_size) if layer in range(*self.placement.layers(r))]
+        if self.placement.split != "layers":
+            draft = _Draft()
+            divided = _attention_names(layer) if self.placement.split == "tensor" else ()
+            self._add_whole(draft, {n: s for n, s in shapes.items() if n not in divided})
+            yield draft.finish(f"common/{name}")
+        for rank in ranks:
+            draft = _Draft()
+            if self.placement.split == "layers":
+                self._add_whole(draft, shapes)
+            elif self.placement.split == "tensor":
+                self._add_heads(draft, layer, rank)
+            self._add_experts(draft, layer, rank)
+            yield draft.finish(f"rank-{rank}/{name}")
+
+    def _add_whole(self, draft: _Draft, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name, shape in shapes.items():
+            rows = _Span(0, shape[0], shape[0]) if len(shape) == 2 else _Span(0, 1, 1)
+            self._add(draft, name, [(name, rows)], _Span(0, shape[-1], shape[-1]), stacked=False)
+
+    def _add_heads(self, draft: _Draft, layer: int, rank: int) -> None:
+        """Add the attention of some heads: the rows of their queries, keys and values, and the output's columns."""
+        geometry = self.checkpoint.geometry
+        (start, stop), (kv_start, kv_stop) = self.placement.query_heads(rank), self.placement.kv_heads(rank)
+        keys = geometry.n_heads  # heads in a column: all queries, then all keys, then all values
+        values = keys + geometry.kv_n_heads
+        spans = ((start, stop), (keys + kv_start, keys + kv_stop), (values + kv_start, values + kv_stop))
+        size, model = geometry.head_dim, geometry.d_model
+        qkv, out = _attention_names(layer)
+        rows = [(qkv, _Span(a * size, b * size, geometry.qkv_dim)) for a, b in spans]
+        self._add(draft, qkv, rows, _Span(0, model, model), stacked=False)
+        self._add(draft, out, [(out, _Span(0, model, model))], _Span(start * size, stop * size, model), stacked=False)
+
+    def _add_experts(self, draft: _Draft, layer: int, rank: int) -> None:
         first, last = self.placement.experts(rank)
         start, stop = self.placement.hidden(rank)
         geometry = self.checkpoint.geometry
         hidden = _Span(start, stop, geometry.ffn_hidden)
         model = _Span(0, geometry.d_model, geometry.d_model)
         for projection in PROJECTIONS:
-            names = [expert_name(layer, e, projection) for e in range(first, last)]
             rows, columns = (model, hidden) if projection == "w2" else (hidden, model)
-            self._add(draft, stacked_name(layer, projection), names, rows, columns, stacked=True)
-        return draft.finish(path)
+            slices = [(expert_name(layer, e, projection), rows) for e in range(first, last)]
+            self._add(draft, stacked_name(layer, projection), slices, columns, stacked=True)
 
     def _add(
-        self, draft: _Draft, name: str, sources: Sequence[str], rows: _Span, columns: _Span, *, stacked: bool
+        self, draft: _Draft, name: str, slices: Sequence[tuple[str, _Span]], columns: _Span, *, stacked: bool
     ) -> None:
-        """Add a weight, and its scales and biases when the checkpoint has them."""
+        """Add a weight made of rows of others, and its scales and biases when the checkpoint has them."""
         for part in _PARTS:
-            tensors = [self.checkpoint.tensors.get(s.removesuffix("weight") + part) for s in sources]
+            tensors = [self.checkpoint.tensors.get(s.removesuffix("weight") + part) for s, _ in slices]
             found = [t for t in tensors if t is not None]
             if not found and part != "weight":
                 continue
             if len(found) != len(tensors):
-                missing = sources[tensors.index(None)].removesuffix("weight") + part
+                missing = slices[tensors.index(None)][0].removesuffix("weight") + part
                 raise CheckpointError(f"the checkpoint has no tensor {missing}")
             if any(
                 (t.dtype, t.shape, t.transposed) != (found[0].dtype, found[0].shape, found[0].transposed) for t in found
             ):
                 raise CheckpointError(f"{name}: experts of one layer differ in type or shape and cannot be stacked")
-            self._add_stack(draft, name.removesuffix("weight") + part, found, rows, columns, stacked=stacked)
+            rows = [span for _, span in slices]
+            self._add_part(draft, name.removesuffix("weight") + part, found, rows, columns, stacked=stacked)
 
-    def _add_stack(
+    def _add_part(
         self,
         draft: _Draft,
         name: str,
         sources: Sequence[SourceTensor],
-        rows: _Span,
+        rows: Sequence[_Span],
         columns: _Span,
         *,
         stacked: bool,
     ) -> None:
         first = sources[0]
-        item = item_bytes(first.dtype)
-        stored = first.shape if len(first.shape) == 2 else (1, *first.shape)
-        down, across = (columns, rows) if first.transposed else (rows, columns)
-        top, bottom = down.scale(stored[0], item, name)
-        left, right = across.scale(stored[1], item, name)
         target = self._target(name, first)
         if isinstance(target, Quantization) and (columns.start % target.group_size or columns.stop % target.group_size):
             raise PlanError(
                 f"the split at {columns.start}…{columns.stop} cuts through groups of {target.group_size}",
                 hint="give the placement the same group size as the quantisation",
             )
-        matrix = Matrix(bottom - top, right - left, first.dtype, first.transposed, target)
-        out_rows, out_columns = (matrix.cols, matrix.rows) if first.transposed else (matrix.rows, matrix.cols)
-        widths = matrix.part_row_bytes(out_columns)
-        lead = (len(sources),) if stacked else ()
-        names = _part_names(name, target)
-        for part, width in zip(names, widths, strict=True):
+        cuts = [_cut_out(s, r, columns, target, name) for s, r in zip(sources, rows, strict=True)]
+        heights, width = [c.out_shape[0] for c in cuts], cuts[0].out_shape[1]
+        names, widths = _part_names(name, target), cuts[0].matrix.part_row_bytes(width)
+        for part, row_bytes in zip(names, widths, strict=True):
             dtype = _part_dtype(part, first.dtype, target)
-            row = (width // item_bytes(dtype),)
-            draft.tensors[part] = (dtype, (*lead, out_rows, *row) if len(first.shape) == 2 else row)
-        for i, source in enumerate(sources):
-            offset = source.offset + top * stored[1] * item + left * item
-            for skip, rows_of in _cut_rows(matrix, item):
-                to = tuple((n, (i * out_rows + skip) * w) for n, w in zip(names, widths, strict=True))
-                draft.pieces.append((source, offset + skip * stored[1] * item, stored[1] * item, rows_of, to))
+            row = row_bytes // item_bytes(dtype)
+            shape = (len(cuts), heights[0], row) if stacked else (sum(heights), row)
+            draft.tensors[part] = (dtype, shape if len(first.shape) == 2 else (row,))
+        below = 0  # rows of the result that are planned already; stacking lays matrices out like one tall one
+        for source, cut in zip(sources, cuts, strict=True):
+            for skip, matrix in _cut_rows(cut.matrix, item_bytes(source.dtype)):
+                to = tuple((n, (below + skip) * w) for n, w in zip(names, widths, strict=True))
+                draft.pieces.append((source, cut.offset + skip * cut.stride, cut.stride, matrix, to))
+            below += cut.out_shape[0]
 
     def _target(self, name: str, source: SourceTensor) -> Quantization | str:
         if self.checkpoint.quantization is not None or source.dtype not in FLOATS:
@@ -290,6 +319,37 @@ class _Planner:
         if self.quantization is not None:
             return self.quantization
         return "BF16" if source.dtype == "F32" else source.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A rectangle of a source tensor: where it is stored, and what it becomes."""
+
+    offset: int
+    stride: int
+    matrix: Matrix
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        rows, columns = self.matrix.rows, self.matrix.cols
+        return (columns, rows) if self.matrix.transposed else (rows, columns)
+
+
+def _cut_out(source: SourceTensor, rows: _Span, columns: _Span, target: Quantization | str, name: str) -> _Cut:
+    """Return the rectangle of these rows and columns of the result in the tensor that is stored."""
+    item = item_bytes(source.dtype)
+    stored = source.shape if len(source.shape) == 2 else (1, *source.shape)
+    down, across = (columns, rows) if source.transposed else (rows, columns)
+    top, bottom = down.scale(stored[0], item, name)
+    left, right = across.scale(stored[1], item, name)
+    matrix = Matrix(bottom - top, right - left, source.dtype, source.transposed, target)
+    return _Cut(source.offset + (top * stored[1] + left) * item, stored[1] * item, matrix)
+
+
+def _attention_names(layer: int) -> tuple[str, str]:
+    """Return the names of a layer's two attention matrices: into the heads, and out of them."""
+    attention = f"{block(layer)}.norm_attn_norm.attn"
+    return f"{attention}.Wqkv.weight", f"{attention}.out_proj.weight"
 
 
 def _cut_rows(matrix: Matrix, item: int) -> Iterator[tuple[int, Matrix]]:

@@ -46,11 +46,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a completion took; times in seconds, memory in bytes (the peak of rank 0's arrays)."""
+    """What a completion took; times in seconds, memory in bytes (the peak of the leading rank's arrays)."""
 
     prompt_tokens: int
     completion_tokens: int
     prompt_s: float  # from admission to the first token
     decode_s: float  # from the first token to the last
-    ttft_s: float  # from the request's arrival at rank 0 to the first token
+    ttft_s: float  # from the request's arrival at the leading rank to the first token
     peak_memory_bytes: int

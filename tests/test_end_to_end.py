@@ -73,12 +73,15 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
     assert "is deployed on left, right, not on left." in elsewhere
 
 
-def test_mixing_this_machine_with_another(sshd: Server, model: Path, alone: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("split", "shares"), [("experts", "5,11"), ("layers", "1,1")])
+def test_mixing_this_machine_with_another(
+    split: str, shares: str, sshd: Server, model: Path, alone: str, tmp_path: Path
+) -> None:
     hosts = tmp_path / "hosts.txt"
     remote = sshd.add_alias("other")
     root = f"python={sys.executable} dir={tmp_path}"
     hosts.write_text(f"localhost {root}/here\n{remote} {root}/there\n")
-    moectl("shard", str(model), "--hostfile", str(hosts), "--split", "experts", "--shares", "5,11", "-q")
+    moectl("shard", str(model), "--hostfile", str(hosts), "--split", split, "--shares", shares, "-q")
     moectl("deploy", str(hosts))
     assert moectl(*PROMPT).stdout == alone
 
@@ -203,6 +206,13 @@ def test_a_set_that_run_made_is_never_deployed(model: Path, tmp_path: Path) -> N
 
 def run_local(model: Path, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
     return moectl("run", "--local", "2", "--model", str(model), *words, **more)
+
+
+@pytest.mark.parametrize("split", ["tensor", "layers"])
+def test_every_split_answers_like_one_process(split: str, model: Path, alone: str) -> None:
+    assert moectl(*PROMPT, "--local", "2", "--split", split, "--model", str(model)).stdout == alone
+    refused = moectl(*PROMPT, "--local", "3", "--split", split, "--model", str(model), check=4).stderr
+    assert ("at most 2 nodes" if split == "layers" else "1 or 2 nodes work") in refused
 
 
 def test_json_and_stdin(model: Path) -> None:

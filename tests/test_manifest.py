@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -65,6 +66,16 @@ def parse(text: str) -> Manifest | None:
 
 def test_what_is_written_is_read_back() -> None:
     assert parse(WHOLE.to_json()) == WHOLE
+
+
+@pytest.mark.parametrize(("split", "shares"), [("experts", (15, 1)), ("tensor", (2, 4)), ("layers", (1, 1))])
+def test_every_split_is_read_back(split: str, shares: tuple[int, ...]) -> None:
+    placement = make_placement(read_geometry(CONFIG), split, 2, shares=shares, group_size=64)
+    manifest = replace(WHOLE, split=split, shares=placement.shares, unit=placement.unit)
+    read = parse(manifest.to_json())
+    assert read == manifest
+    assert read is not None
+    assert read.placement == placement
 
 
 @settings(max_examples=400, deadline=None)

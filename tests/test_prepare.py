@@ -29,6 +29,8 @@ def model(tmp_path: Path) -> Path:
         (Wanted(), "tiny-bf16-hidden-1"),
         (Wanted(shares=(1, 5)), "tiny-bf16-hidden-2-1.5"),
         (Wanted(split="experts", shares=(8, 4, 4)), "tiny-bf16-experts-3-8.4.4"),
+        (Wanted(split="layers", nodes=2), "tiny-bf16-layers-2"),
+        (Wanted(split="tensor", shares=(2, 4)), "tiny-bf16-tensor-2-2.4"),
         (Wanted(nodes=2, bits=4), "tiny-q4-hidden-2"),
         (Wanted(nodes=2, bits=8, group_size=32), "tiny-q8g32-hidden-2"),
         (Wanted(nodes=2, mode="mxfp4"), "tiny-mxfp4-hidden-2"),

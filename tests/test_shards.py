@@ -74,9 +74,13 @@ def place(
 ) -> Placement:
     """Place on ranks; `shares` are stretched to the geometry's total."""
     unit = quantization.group_size if quantization else 64
-    total = checkpoint.geometry.n_experts if split == "experts" else checkpoint.geometry.ffn_hidden // unit
-    shares = (*shares[:-1], total - sum(shares[:-1]))
+    shares = (*shares[:-1], total_shares(checkpoint, split, unit) - sum(shares[:-1]))
     return make_placement(checkpoint.geometry, split, len(shares), shares=shares, group_size=unit)
+
+
+def total_shares(checkpoint: Checkpoint, split: str, unit: int) -> int:
+    geometry = checkpoint.geometry
+    return {"experts": geometry.n_experts, "layers": geometry.n_layers}.get(split, geometry.ffn_hidden // unit)
 
 
 def cut(
@@ -108,12 +112,18 @@ def expected(
     def spread(names: Any) -> dict[str, mx.array]:
         return {n.removesuffix("weight") + p: v for n in names for p, v in parts(n).items()}
 
-    files = {"common/embedding.safetensors": spread(["transformer.wte.weight"])}
+    world = range(placement.world_size)
+    shared = placement.split != "layers"
+    files = {f"{'common' if shared else 'rank-0'}/embedding.safetensors": spread(["transformer.wte.weight"])}
     for i in range(geometry.n_layers):
-        files[f"common/layer-{i:03d}.safetensors"] = spread(geometry.layer_shapes(i))
-        for rank in range(placement.world_size):
+        whole = spread(geometry.layer_shapes(i))
+        divided = {n: whole.pop(n) for n in list(whole) if ".attn." in n and placement.split == "tensor"}
+        if shared:
+            files[f"common/layer-{i:03d}.safetensors"] = whole
+        for rank in (r for r in world if placement.layers(r)[0] <= i < placement.layers(r)[1]):
+            held = files[f"rank-{rank}/layer-{i:03d}.safetensors"] = {} if shared else dict(whole)
+            held |= {n: slice_heads(n, value, placement, rank) for n, value in divided.items()}
             (first, last), (start, stop) = placement.experts(rank), placement.hidden(rank)
-            held = files[f"rank-{rank}/layer-{i:03d}.safetensors"] = {}
             for projection in PROJECTIONS:
                 experts = [parts(expert_name(i, e, projection)) for e in range(first, last)]
                 for part in experts[0]:
@@ -124,8 +134,23 @@ def expected(
                     else:
                         stack = stack[:, start:stop]
                     held[stacked_name(i, projection).removesuffix("weight") + part] = stack
-    files["common/head.safetensors"] = spread(["transformer.norm_f.weight", "lm_head.weight"])
+    last_rank = f"rank-{placement.world_size - 1}"
+    files[f"{'common' if shared else last_rank}/head.safetensors"] = spread(
+        ["transformer.norm_f.weight", "lm_head.weight"]
+    )
     return files
+
+
+def slice_heads(name: str, value: mx.array, placement: Placement, rank: int) -> mx.array:
+    """Return a rank's part of a whole attention matrix (or its scales or biases), head by head."""
+    g, n = placement.geometry, placement.world_size
+    if ".out_proj." in name:
+        return mx.split(value, n, axis=1)[rank]
+    heads = mx.split(value, g.n_heads + 2 * g.kv_n_heads, axis=0)
+    queries, keys, values = heads[: g.n_heads], heads[g.n_heads : -g.kv_n_heads], heads[-g.kv_n_heads :]
+    return mx.concatenate(
+        [h for some in (queries, keys, values) for h in some[rank * len(some) // n :][: len(some) // n]]
+    )
 
 
 def assert_equal(directory: Path, files: dict[str, dict[str, mx.array]]) -> None:
@@ -186,7 +211,35 @@ def test_output_equals_whole_tensor_quantisation(
     assert not [p for p in tree(tmp_path / "a" / "b") if "/." in p or p.startswith(".")]
 
 
-@pytest.mark.parametrize("split", ["experts", "hidden"])
+@pytest.mark.parametrize("quantization", [None, Q4, Quantization(3, 32), Quantization(4, 16, "nvfp4")], ids=_name)
+@pytest.mark.parametrize(("split", "shares"), [("tensor", (1, 2)), ("layers", (1, 1)), ("layers", (2,))])
+@pytest.mark.parametrize("layout", PLAIN)
+def test_heads_and_layers_equal_whole_tensor_quantisation(
+    sources: dict[str, Path],
+    weights: dict[str, mx.array],
+    tmp_path: Path,
+    layout: str,
+    split: str,
+    shares: tuple[int, ...],
+    quantization: Quantization | None,
+) -> None:
+    checkpoint = open_checkpoint(str(sources[layout]))
+    placement = place(checkpoint, split, shares, quantization)
+    manifest = cut(checkpoint, tmp_path / "out", placement=placement, quantization=quantization, jobs=2)
+    assert_equal(tmp_path / "out", expected(weights, placement, quantization))
+    assert shards.verify(tmp_path / "out") == manifest
+    assert manifest.placement == placement
+
+
+def test_each_rank_of_a_pipeline_needs_its_own_files_only(sources: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(sources["fused"]))
+    manifest = cut(checkpoint, tmp_path / "out", placement=place(checkpoint, "layers", (1, 1)))
+    weights = [{f for f in manifest.files_of(rank) if f.endswith(".safetensors")} for rank in (0, 1)]
+    assert weights[0] == {"rank-0/embedding.safetensors", "rank-0/layer-000.safetensors"}
+    assert weights[1] == {"rank-1/head.safetensors", "rank-1/layer-001.safetensors"}
+
+
+@pytest.mark.parametrize("split", ["experts", "hidden", "tensor", "layers"])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS[1:], ids=_name)
 def test_quantised_source_is_kept(
     tmp_path: Path, weights: dict[str, mx.array], split: str, quantization: Quantization
@@ -201,7 +254,12 @@ def test_quantised_source_is_kept(
     )
     checkpoint = open_checkpoint(str(source))
     assert checkpoint.quantization == quantization
-    placement = place(checkpoint, split, (2, 1), quantization)
+    shares = (1, 1) if split == "layers" else (2, 1)
+    placement = place(checkpoint, split, shares, quantization)
+    if split == "tensor" and quantization.group_size == 128:  # of a head's 32 columns, each rank has two heads
+        with pytest.raises(PlanError, match=r"64 columns of the attention's output, .* only 1 node works"):
+            cut(checkpoint, tmp_path / "out", placement=placement, quantization=quantization)
+        return
     cut(checkpoint, tmp_path / "out", placement=placement, quantization=quantization)
     assert_equal(tmp_path / "out", expected(weights, placement, quantization))
 
@@ -265,17 +323,18 @@ def test_float16_source(tmp_path: Path) -> None:
         assert_equal(directory, expected(weights, placement, quantization))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shares_and_block_sizes_give_the_same_bits(
     sources: dict[str, Path], weights: dict[str, mx.array], data: st.DataObject
 ) -> None:
     layout = data.draw(st.sampled_from(PLAIN))
-    split = data.draw(st.sampled_from(["experts", "hidden"]))
+    split = data.draw(st.sampled_from(["experts", "hidden", "tensor", "layers"]))
     quantization = data.draw(st.sampled_from(QUANTIZATIONS))
     checkpoint = open_checkpoint(str(sources[layout]))
-    total = 4 if split == "experts" else 384 // (quantization.group_size if quantization else 64)
-    nodes = data.draw(st.integers(1, min(4, total)))
+    total = total_shares(checkpoint, split, quantization.group_size if quantization else 64)
+    few = split == "tensor" and quantization is not None and quantization.group_size == 128
+    nodes = data.draw(st.integers(1, min(1 if few else 2 if split == "tensor" else 4, total)))
     cuts = data.draw(st.sets(st.integers(1, total - 1), min_size=nodes - 1, max_size=nodes - 1))
     edges = [0, *sorted(cuts), total]
     placement = place(checkpoint, split, tuple(b - a for a, b in pairwise(edges)), quantization)
@@ -324,7 +383,7 @@ def test_each_source_byte_is_read_once(
 
     monkeypatch.setattr(os, "preadv", count)
     for layout in PLAIN:
-        for split in ("experts", "hidden"):
+        for split in ("experts", "hidden", "tensor", "layers"):
             counts.clear()
             checkpoint = open_checkpoint(str(sources[layout]))
             cut(checkpoint, tmp_path / layout / split, placement=place(checkpoint, split), jobs=2)

@@ -60,7 +60,7 @@ def load_rank(
                 hint=_HINT,
             )
     model.eval()
-    names = [f"transformer.blocks.{i}." for i in range(manifest.geometry.n_layers)]
+    names = [f"transformer.blocks.{i}." for i in range(*manifest.placement.layers(rank))]
     for prefix in names:
         _materialise(model, [n for n in wanted if n.startswith(prefix)], weights, dtype)
     _materialise(model, [n for n in wanted if not n.startswith("transformer.blocks.")], weights, dtype)
