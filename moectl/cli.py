@@ -47,6 +47,7 @@ def cli() -> None:
 @click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
 @click.option("--split", type=click.Choice(SPLITS), default="hidden", show_default=True)
 @click.option("--shares", metavar="A,B,…", help="Uneven parts per rank: experts, layers, or hidden units.")
+@click.option("--replicas", type=click.IntRange(1), help="For --split experts: copies of each expert (default: 1).")
 @click.option("--q-bits", type=click.Choice(["2", "3", "4", "6", "8", "16"]), help="Bits per weight; 16 copies.")
 @click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
 @click.option("--q-mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), default="affine", show_default=True)
@@ -88,6 +89,7 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
         split=options.pop("split"),
         nodes=nodes,
         shares=shares,
+        replicas=options.pop("replicas") or 1,
         bits=int(bits) if (bits := options.pop("q_bits")) else None,
         group_size=options.pop("q_group_size"),
         mode=options.pop("q_mode"),
@@ -267,6 +269,7 @@ def _shares(text: str | None) -> tuple[int, ...] | None:
 @click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed.")
 @click.option("--split", type=click.Choice(SPLITS), help="For --model (default: hidden).")
 @click.option("--shares", metavar="A,B,…", help="For --model: uneven parts.")
+@click.option("--replicas", type=click.IntRange(1), help="For --model and --split experts: copies of each expert.")
 @click.option("--q-bits", type=click.Choice(["2", "3", "4", "6", "8", "16"]), help="For --model: bits per weight.")
 @click.option(
     "--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True
@@ -333,7 +336,7 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
 
     local, shards, model = options["local"], options["shards"], options["model"]
     here = {"--local": local, "--shards": shards, "--model": model}
-    cutting = {"--split": options["split"], "--shares": options["shares"], "--q-bits": options["q_bits"]}
+    cutting = {f"--{k.replace('_', '-')}": options[k] for k in ("split", "shares", "replicas", "q_bits")}
     _refuse_both({"--shards": shards}, {"--model": model, **cutting})
     _refuse_both({"--hosts": common.hosts, "--hostfile": common.hostfile}, here)
     if shards:
@@ -352,7 +355,8 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
         common.say("No hosts and nothing deployed: the bundled demo model answers on 2 local ranks.")
     shares = _shares(options["shares"])
     bits = int(options["q_bits"]) if options["q_bits"] else None
-    wanted = Wanted(options["split"] or "hidden", local or (None if shares else 2), shares, bits)
+    nodes = local or (None if shares else 2)
+    wanted = Wanted(options["split"] or "hidden", nodes, shares, options["replicas"] or 1, bits)
     return launch.prepare_local(model, wanted, shard=lambda m, w: _shard(common, m, w, cached=True).directory)
 
 

@@ -66,7 +66,7 @@ class Engine:
     ) -> None:
         self._tokenizer = tokenizer
         self._leader = leader
-        self._leads = rank == leader
+        self._rank = rank
         self._group = group if group is not None and group.size() > 1 else None
         self._max_seq_len = max_seq_len
         # One prompt at a time: rows then join in admission order, so that this file can name each row's request.
@@ -103,6 +103,10 @@ class Engine:
                 return
             else:
                 self._note(inbox.get())
+
+    @property
+    def _leads(self) -> bool:
+        return self._rank == self._leader
 
     @property
     def _idle(self) -> bool:

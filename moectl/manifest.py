@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moectl.copies import Held
 from moectl.errors import IntegrityError, MoectlError, NotSharded
 from moectl.geometry import Geometry, read_geometry
-from moectl.placement import Placement, make_placement
+from moectl.placement import Placement, make_placement, place_experts
 
 NAME = "moectl.json"
 SCHEMA = "moectl.shards/1"
@@ -62,6 +63,7 @@ class Manifest:
     unit: int
     files: dict[str, FileEntry] = field(default_factory=dict)
     tensors: dict[str, list[str]] = field(default_factory=dict)  # tensor name → the files that hold (a part of) it
+    held: Held | None = None  # experts of each rank, see `Placement.held`
 
     @property
     def world_size(self) -> int:
@@ -73,6 +75,8 @@ class Manifest:
 
     @property
     def placement(self) -> Placement:
+        if self.held is not None:
+            return place_experts(self.geometry, self.held)
         return make_placement(self.geometry, self.split, self.world_size, shares=self.shares, group_size=self.unit)
 
     def files_of(self, rank: int) -> dict[str, FileEntry]:
@@ -158,11 +162,13 @@ def _build(raw: dict[str, Any]) -> Manifest:
     """Build a manifest of parsed JSON. Raises KeyError, TypeError or ValueError."""
     precision, shares, revision = raw.pop("quantization"), raw.pop("shares"), raw.pop("revision")
     config, unit, files, tensors = raw.pop("config"), raw.pop("unit"), raw.pop("files"), raw.pop("tensors")
+    held = _build_held(raw.pop("held", None))  # sets made before there were copies do not have it
     _require(all(isinstance(raw[key], str) for key in ("name", "source", "fingerprint", "split")), "its texts")
     _require(revision is None or isinstance(revision, str), "its revision")
     _require(isinstance(config, dict), "its config")
     _require(isinstance(shares, list) and all(map(is_count, shares)) and bool(shares), "its shares")
     _require(is_count(unit) and unit > 0, "its unit")
+    _require(held is None or (raw["split"], unit, shares) == ("experts", 1, [*map(len, held)]), "its ranks' experts")
     _require(isinstance(files, dict), "its files")
     _require(isinstance(tensors, dict) and all(map(_are_texts, tensors.values())), "its tensors")
     return Manifest(
@@ -172,9 +178,18 @@ def _build(raw: dict[str, Any]) -> Manifest:
         quantization=_build_quantization(precision),
         shares=tuple(shares),
         unit=unit,
+        held=held,
         files={name: FileEntry(**entry) for name, entry in files.items()},
         tensors=tensors,
     )
+
+
+def _build_held(held: Any) -> Held | None:
+    if held is None:
+        return None
+    _require(isinstance(held, list) and all(isinstance(numbers, list) for numbers in held), "its ranks' experts")
+    _require(all(is_count(number) for numbers in held for number in numbers), "its ranks' experts")
+    return tuple(tuple(numbers) for numbers in held)
 
 
 def _build_quantization(precision: Any) -> Quantization | None:

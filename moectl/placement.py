@@ -1,8 +1,8 @@
 """Decide which rank holds what: pure arithmetic on a geometry, no files, no network, no arrays.
 
-A placement is a list of shares, one per rank, and each `--split` says of what: whole experts (`experts`), every
-expert's hidden dimension (`hidden`), that and attention heads (`tensor`), or whole layers (`layers`). What is not
-divided is on every rank, but for the head: one rank needs it, the one that samples.
+A placement is a list of shares, one per rank, and each `--split` says of what: whole experts (`experts`, of which there
+may be copies), every expert's hidden dimension (`hidden`), that and attention heads (`tensor`), or whole layers
+(`layers`). What is not divided is on every rank, but for the head: one rank needs it, the one that samples.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moectl.copies import Held, place_copies
 from moectl.errors import PlanError
 from moectl.geometry import Geometry
 
@@ -23,10 +24,11 @@ class Placement:
     """What each rank holds of a model."""
 
     split: str
-    # Per rank. experts: experts; hidden, tensor: units of `unit` hidden elements; layers: layers.
+    # Per rank. experts: experts, copies included; hidden, tensor: units of `unit` hidden elements; layers: layers.
     shares: tuple[int, ...]
     unit: int  # elements per share: the quantisation group for hidden and tensor, else 1
     geometry: Geometry
+    held: Held | None = None  # experts of each rank, where they have copies or are not placed in order
 
     @property
     def world_size(self) -> int:
@@ -36,9 +38,25 @@ class Placement:
         start = sum(self.shares[:rank]) * self.unit
         return start, start + self.shares[rank] * self.unit
 
-    def experts(self, rank: int) -> Span:
-        """Return the span of expert numbers that a rank holds of each of its layers."""
-        return self._span(rank) if self.split == "experts" else (0, self.geometry.n_experts)
+    def experts_of(self, rank: int) -> tuple[int, ...]:
+        """Return the numbers of the experts that a rank holds (a part of) in each of its layers, ascending."""
+        if self.held is not None:
+            return self.held[rank]
+        return tuple(range(*(self._span(rank) if self.split == "experts" else (0, self.geometry.n_experts))))
+
+    @property
+    def owners(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks that hold (a part of) each expert, in rank order."""
+        held = [set(self.experts_of(rank)) for rank in range(self.world_size)]
+        return tuple(
+            tuple(rank for rank, numbers in enumerate(held) if expert in numbers)
+            for expert in range(self.geometry.n_experts)
+        )
+
+    @property
+    def replicas(self) -> int:
+        """The most copies that an expert has."""
+        return 1 if self.held is None else max(map(len, self.owners))
 
     def hidden(self, rank: int) -> Span:
         """Return the span of every expert's hidden dimension that a rank holds, in elements."""
@@ -76,13 +94,23 @@ class Placement:
 
 
 def make_placement(
-    geometry: Geometry, split: str, nodes: int, *, shares: Sequence[int] | None = None, group_size: int | None = None
+    geometry: Geometry,
+    split: str,
+    nodes: int,
+    *,
+    shares: Sequence[int] | None = None,
+    group_size: int | None = None,
+    replicas: int = 1,
+    frequencies: Sequence[float] | None = None,
 ) -> Placement:
     """Place a model on `nodes` ranks, evenly unless `shares` says how.
 
     `shares` are experts per rank (`experts`), layers per rank (`layers`), or units of the hidden dimension per rank
     (`hidden` and `tensor`, where one unit is one quantisation group: 168 of 64 in DBRX); `tensor` always divides heads
-    evenly. Raises PlanError when nodes or shares cannot work, with what would.
+    evenly. With `replicas`, `experts` gives each expert up to that many copies, and shares count copies: between one
+    and `replicas` of each expert together. With `frequencies` (one number per expert: how often it is selected, in any
+    unit) experts are placed so that ranks expect equal work, and the busiest get copies first. Raises PlanError when
+    nodes or shares cannot work, with what would.
     """
     if split not in SPLITS:
         raise PlanError(f"unknown split {split!r}; it is one of {', '.join(SPLITS)}")
@@ -96,17 +124,50 @@ def make_placement(
         )
     if nodes > total:
         raise PlanError(f"{nodes} nodes are too many: the model has {total} {what}, so at most {total} nodes")
+    _check_copies(geometry, split, nodes, replicas, frequencies)
     if shares is None:
-        base, extra = divmod(total, nodes)
+        base, extra = divmod(total * replicas, nodes)
         shares = [base + (rank < extra) for rank in range(nodes)]
     if len(shares) != nodes:
         raise PlanError(f"{len(shares)} shares were given for {nodes} nodes; give one per node")
-    if min(shares) < 1 or sum(shares) != total:
+    if not (1 <= min(shares) <= max(shares) <= total <= sum(shares) <= total * replicas):
+        together = f"{total}" if replicas == 1 else f"{total} to {total * replicas}"
+        each = "1 or more" if replicas == 1 else f"1 to {total}"
         raise PlanError(
-            f"shares {','.join(map(str, shares))} add up to {sum(shares)}; each must be 1 or more and together "
-            f"{total} ({what})"
+            f"shares {','.join(map(str, shares))} add up to {sum(shares)}; each must be {each} and together "
+            f"{together} ({what})"
         )
-    return Placement(split, tuple(shares), unit, geometry)
+    held = None
+    if replicas > 1 or frequencies is not None:
+        held = place_copies(shares, replicas, frequencies or [1.0] * total)
+    return Placement(split, tuple(shares), unit, geometry, held)
+
+
+def place_experts(geometry: Geometry, held: Held) -> Placement:
+    """Return the `experts` placement in which these ranks hold these experts. Raises PlanError when it is none."""
+    numbers = [e for experts in held for e in experts]
+    in_order = all(experts and list(experts) == sorted(set(experts)) for experts in held)
+    if not in_order or set(numbers) != set(range(geometry.n_experts)):
+        raise PlanError(
+            f"the ranks' experts should be {geometry.n_experts} numbers from 0, each on one rank or more, and in order"
+        )
+    return Placement("experts", tuple(map(len, held)), 1, geometry, held)
+
+
+def _check_copies(
+    geometry: Geometry, split: str, nodes: int, replicas: int, frequencies: Sequence[float] | None
+) -> None:
+    """Raise PlanError unless these copies can be had."""
+    if replicas < 1:
+        raise PlanError(f"{replicas} copies of an expert cannot be; use 1 or more")
+    if split != "experts" and (replicas > 1 or frequencies is not None):
+        raise PlanError(f"only whole experts can have copies, and --split {split} has none", hint="--split experts")
+    if replicas > nodes:
+        raise PlanError(f"{replicas} copies of an expert need {replicas} nodes; there are {nodes}")
+    if frequencies is not None and (
+        len(frequencies) != geometry.n_experts or not all(math.isfinite(f) and f >= 0 for f in frequencies)
+    ):
+        raise PlanError(f"routing frequencies should be {geometry.n_experts} numbers, one per expert and none negative")
 
 
 def _units(geometry: Geometry, split: str, group_size: int | None) -> tuple[int, int, str]:

@@ -31,6 +31,7 @@ class Wanted:
     split: str = "hidden"
     nodes: int | None = None  # None: one per share, or 1
     shares: tuple[int, ...] | None = None
+    replicas: int = 1  # of each expert
     bits: int | None = None  # None: as the checkpoint is
     group_size: int | None = None
     mode: str = "affine"
@@ -68,11 +69,21 @@ def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | N
     """Return who holds what. Raises PlanError."""
     nodes = wanted.nodes if wanted.nodes is not None else len(wanted.shares or (1,))
     group_size = quantization.group_size if quantization else None
-    return make_placement(checkpoint.geometry, wanted.split, nodes, shares=wanted.shares, group_size=group_size)
+    return make_placement(
+        checkpoint.geometry,
+        wanted.split,
+        nodes,
+        shares=wanted.shares,
+        group_size=group_size,
+        replicas=wanted.replicas,
+    )
 
 
 def shard_set_name(source: str, placement: Placement, quantization: Quantization | None) -> str:
-    """Return the directory name of a shard set: NAME-q4-hidden-4, with the shares when they are uneven."""
+    """Return the directory name of a shard set: NAME-q4-hidden-4, with the shares when they are uneven.
+
+    Copies of experts show as NAME-q4-experts-4-x2.
+    """
     base = source.rstrip("/").rsplit("/", 1)[-1]
     if quantization is None:
         precision = "bf16"
@@ -81,6 +92,8 @@ def shard_set_name(source: str, placement: Placement, quantization: Quantization
         if quantization.group_size != default_precision(quantization.mode)[1]:
             precision += f"g{quantization.group_size}"
     name = f"{base}-{precision}-{placement.split}-{placement.world_size}"
+    if placement.replicas > 1:
+        name += f"-x{placement.replicas}"
     if max(placement.shares) - min(placement.shares) > 1:
         name += "-" + ".".join(map(str, placement.shares))
     return name

@@ -250,14 +250,13 @@ class _Planner:
         self._add(draft, out, [(out, _Span(0, model, model))], _Span(start * size, stop * size, model), stacked=False)
 
     def _add_experts(self, draft: _Draft, layer: int, rank: int) -> None:
-        first, last = self.placement.experts(rank)
         start, stop = self.placement.hidden(rank)
         geometry = self.checkpoint.geometry
         hidden = _Span(start, stop, geometry.ffn_hidden)
         model = _Span(0, geometry.d_model, geometry.d_model)
         for projection in PROJECTIONS:
             rows, columns = (model, hidden) if projection == "w2" else (hidden, model)
-            slices = [(expert_name(layer, e, projection), rows) for e in range(first, last)]
+            slices = [(expert_name(layer, e, projection), rows) for e in self.placement.experts_of(rank)]
             self._add(draft, stacked_name(layer, projection), slices, columns, stacked=True)
 
     def _add(

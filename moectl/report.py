@@ -32,6 +32,7 @@ def shard_json(made: Made, *, dry_run: bool) -> dict[str, Any]:
         "directory": str(made.directory),
         "split": made.placement.split,
         "shares": list(made.placement.shares),
+        "replicas": made.placement.replicas,
         "bytes": made.bytes,
         "dry_run": dry_run,
     }

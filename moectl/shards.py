@@ -89,6 +89,7 @@ def cut(
         split=placement.split,
         shares=placement.shares,
         unit=placement.unit,
+        held=placement.held,
     )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,8 @@ def _cut_locked(
 def _bind(plain: Manifest, files: Sequence[OutputFile]) -> dict[str, Any]:
     """Return what an unfinished directory is bound to: as long as it is equal, its files may be kept."""
     q = plain.quantization
-    return {
+    held = {"held": [list(numbers) for numbers in plain.held]} if plain.held else {}
+    return held | {
         "schema": "moectl.journal/1",
         "source": plain.source,
         "revision": plain.revision,
@@ -325,19 +327,21 @@ def _names_settings(path: Path, plain: Manifest) -> bool:
     """Whether a damaged manifest, or one of another schema, still says that it was made of this with these settings."""
     text = path.read_text(encoding="utf-8", errors="replace")
     quantization = plain.quantization and asdict(plain.quantization)
-    settings = {
+    settings: dict[str, Any] = {
         "fingerprint": plain.fingerprint,
         "quantization": quantization,
         "shares": plain.shares,
         "split": plain.split,
     }
+    if plain.held is not None:
+        settings["held"] = plain.held
     return all(json.dumps({k: v}, indent=1, sort_keys=True)[2:-2] in text for k, v in settings.items())
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    for key in ("source", "revision", "quantization", "split", "shares", "unit"):
-        if there.get(key) != here[key]:
-            return f": {key} {there.get(key)} there, {here[key]} now"
+    for key in ("source", "revision", "quantization", "split", "shares", "unit", "held"):
+        if there.get(key) != here.get(key):
+            return f": {key} {there.get(key)} there, {here.get(key)} now"
     return ": the source has changed" if there.get("fingerprint") != here["fingerprint"] else ""
 
 

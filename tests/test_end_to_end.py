@@ -73,15 +73,12 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
     assert "is deployed on left, right, not on left." in elsewhere
 
 
-@pytest.mark.parametrize(("split", "shares"), [("experts", "5,11"), ("layers", "1,1")])
-def test_mixing_this_machine_with_another(
-    split: str, shares: str, sshd: Server, model: Path, alone: str, tmp_path: Path
-) -> None:
+def test_mixing_this_machine_with_another(sshd: Server, model: Path, alone: str, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.txt"
     remote = sshd.add_alias("other")
     root = f"python={sys.executable} dir={tmp_path}"
     hosts.write_text(f"localhost {root}/here\n{remote} {root}/there\n")
-    moectl("shard", str(model), "--hostfile", str(hosts), "--split", split, "--shares", shares, "-q")
+    moectl("shard", str(model), "--hostfile", str(hosts), "--split", "layers", "-q")
     moectl("deploy", str(hosts))
     assert moectl(*PROMPT).stdout == alone
 
@@ -208,11 +205,18 @@ def run_local(model: Path, *words: str, **more: Any) -> subprocess.CompletedProc
     return moectl("run", "--local", "2", "--model", str(model), *words, **more)
 
 
-@pytest.mark.parametrize("split", ["tensor", "layers"])
-def test_every_split_answers_like_one_process(split: str, model: Path, alone: str) -> None:
-    assert moectl(*PROMPT, "--local", "2", "--split", split, "--model", str(model)).stdout == alone
-    refused = moectl(*PROMPT, "--local", "3", "--split", split, "--model", str(model), check=4).stderr
-    assert ("at most 2 nodes" if split == "layers" else "1 or 2 nodes work") in refused
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (("--split", "tensor"), "2 KV heads cannot be divided by 5 nodes; 1 or 2 nodes work"),
+        (("--split", "layers"), "5 nodes are too many: the model has 2 layers"),
+        (("--split", "experts", "--replicas", "2", "--shares", "16,12"), "2 shares were given for 5 nodes"),
+    ],
+)
+def test_every_split_answers_like_one_process(words: tuple[str, ...], refused: str, model: Path, alone: str) -> None:
+    at = ("--model", str(model), *words)
+    assert moectl(*PROMPT, "--local", "2", *at).stdout == alone
+    assert refused in moectl(*PROMPT, "--local", "5", *at, check=4).stderr
 
 
 def test_json_and_stdin(model: Path) -> None:

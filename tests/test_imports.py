@@ -51,7 +51,7 @@ ROOMS = (
     {"hub"},
     {"layouts"},
     {"leash", "manifest"},
-    {"placement", "chips", "hosts", "request", "demo", "paths", "disk"},
+    {"placement", "copies", "balance", "chips", "hosts", "request", "demo", "paths", "disk"},
     {"geometry"},
     {"errors"},
     {""},

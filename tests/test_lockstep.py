@@ -30,7 +30,7 @@ from tests.tiny import write_checkpoint
 TOKENS = 64
 BITS = (16, 8, 4)
 MODELS = ("demo", "random", "deep")
-# Demo: 4 units of the hidden dimension, 2 KV heads, 4 layers; random: 6, 2, 2; deep: 4, 4, 5.
+# Demo: 4 units of the hidden dimension, 2 KV heads, 4 layers; random: 6, 2, 2; deep: 4, 4, 4.
 SHARES: dict[str, dict[str, dict[int, list[tuple[int, ...]]]]] = {
     "demo": {
         "hidden": {1: [(4,)], 2: [(2, 2), (1, 3)], 3: [(1, 1, 2), (2, 1, 1)], 4: [(1, 1, 1, 1)]},
@@ -38,12 +38,13 @@ SHARES: dict[str, dict[str, dict[int, list[tuple[int, ...]]]]] = {
     },
     "random": {
         "hidden": {1: [(6,)], 2: [(3, 3), (5, 1)], 3: [(2, 2, 2), (1, 3, 2)], 4: [(1, 2, 1, 2)]},
+        "copies": {2: [(16, 9)], 4: [(8, 8, 8, 8)]},  # of whole experts, two at most
         "experts": {1: [(16,)], 2: [(8, 8), (15, 1)], 3: [(6, 5, 5), (9, 4, 3)], 4: [(4, 4, 4, 4), (1, 3, 10, 2)]},
     },
     "deep": {
         "hidden": {1: [(4,)]},
         "tensor": {2: [(2, 2), (1, 3)], 4: [(1, 1, 1, 1)]},
-        "layers": {2: [(4, 1)], 3: [(1, 1, 3)], 4: [(2, 1, 1, 1)]},
+        "layers": {2: [(3, 1)], 3: [(1, 1, 2)], 4: [(1, 1, 1, 1)]},
     },
 }
 PROMPTS = {
@@ -61,7 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_tokenizer(random)
     deep = tmp_path_factory.mktemp("deep")
     write_checkpoint(
-        deep, vocab_size=VOCAB_SIZE, n_layers=5, d_model=256, n_heads=8, kv_n_heads=4, ffn_hidden=256, n_experts=8
+        deep, vocab_size=VOCAB_SIZE, n_layers=4, d_model=256, n_heads=8, kv_n_heads=4, ffn_hidden=256, n_experts=8
     )
     write_tokenizer(deep)
     return {"demo": demo_dir(), "random": random, "deep": deep}
@@ -70,7 +71,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def cut_case(source: Path, out: Path, split: str, shares: tuple[int, ...], bits: int) -> Path:
     checkpoint = open_checkpoint(str(source))
     quantization = None if bits == 16 else Quantization(bits, 64)
-    placement = make_placement(checkpoint.geometry, split, len(shares), shares=shares, group_size=64)
+    split, replicas = ("experts", 2) if split == "copies" else (split, 1)
+    geometry = checkpoint.geometry
+    placement = make_placement(geometry, split, len(shares), shares=shares, group_size=64, replicas=replicas)
     cut(checkpoint, placement, quantization, out, name=out.name, quantise=quantizer)
     return out
 

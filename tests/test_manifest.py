@@ -78,6 +78,25 @@ def test_every_split_is_read_back(split: str, shares: tuple[int, ...]) -> None:
     assert read.placement == placement
 
 
+def test_copies_of_experts_are_read_back() -> None:
+    placement = make_placement(read_geometry(CONFIG), "experts", 3, replicas=2, frequencies=range(16))
+    manifest = replace(WHOLE, split="experts", shares=placement.shares, unit=1, held=placement.held)
+    read = parse(manifest.to_json())
+    assert read == manifest
+    assert read is not None
+    assert read.placement == placement
+    for held in ([[0, 1]], [[0], "1"], [list(range(16)), [3, 3], [1]], [list(range(15)), [1], [2]], [[True], [], []]):
+        raw = {**json.loads(manifest.to_json()), "held": held, "shares": [len(e) for e in held]}
+        assert parse(json.dumps(raw)) is None
+    assert parse(change(("held",), [[0], [1]])) is None
+
+
+def test_a_set_made_before_there_were_copies_is_read() -> None:
+    raw = deepcopy(RAW)
+    del raw["held"]
+    assert parse(json.dumps(raw)) == WHOLE
+
+
 @settings(max_examples=400, deadline=None)
 @given(path=st.sampled_from(places(RAW)), value=json_values | st.integers() | st.just(10**400) | st.just(["x"]))
 def test_nonsense_in_a_manifest_never_surprises(path: tuple[Any, ...], value: Any) -> None:

@@ -70,7 +70,7 @@ def _cells(placement: Placement, rank: int) -> list[tuple[tuple[int, int], int]]
     start, stop = placement.hidden(rank)
     assert start % 32 == stop % 32 == 0
     units = range(start // 32, stop // 32)
-    layers, experts = range(*placement.layers(rank)), range(*placement.experts(rank))
+    layers, experts = range(*placement.layers(rank)), placement.experts_of(rank)
     return [((layer, e), u) for layer in layers for e in experts for u in units]
 
 
@@ -102,6 +102,23 @@ def test_what_cannot_work_is_refused_with_what_can(
 ) -> None:
     with pytest.raises(PlanError, match=words):
         make_placement(DBRX, split, nodes, shares=shares)
+
+
+@pytest.mark.parametrize(
+    ("split", "nodes", "more", "words"),
+    [
+        ("hidden", 4, {"replicas": 2}, "only whole experts can have copies, and --split hidden has none"),
+        ("experts", 2, {"replicas": 3}, "3 copies of an expert need 3 nodes; there are 2"),
+        ("experts", 2, {"replicas": 0}, "0 copies"),
+        ("experts", 2, {"replicas": 2, "shares": (17, 8)}, "each must be 1 to 16 and together 16 to 32 .experts."),
+        ("experts", 2, {"replicas": 2, "shares": (8, 7)}, "add up to 15"),
+        ("experts", 2, {"frequencies": [1.0] * 15}, "should be 16 numbers"),
+        ("experts", 2, {"frequencies": [float("nan")] * 16}, "should be 16 numbers"),
+    ],
+)
+def test_copies_that_cannot_be(split: str, nodes: int, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        make_placement(DBRX, split, nodes, **more)
 
 
 def test_heads_have_to_keep_quantisation_groups_whole() -> None:

@@ -31,6 +31,8 @@ def model(tmp_path: Path) -> Path:
         (Wanted(split="experts", shares=(8, 4, 4)), "tiny-bf16-experts-3-8.4.4"),
         (Wanted(split="layers", nodes=2), "tiny-bf16-layers-2"),
         (Wanted(split="tensor", shares=(2, 4)), "tiny-bf16-tensor-2-2.4"),
+        (Wanted(split="experts", nodes=4, replicas=2), "tiny-bf16-experts-4-x2"),
+        (Wanted(split="experts", shares=(9, 8, 4), replicas=2), "tiny-bf16-experts-3-x2-9.8.4"),
         (Wanted(nodes=2, bits=4), "tiny-q4-hidden-2"),
         (Wanted(nodes=2, bits=8, group_size=32), "tiny-q8g32-hidden-2"),
         (Wanted(nodes=2, mode="mxfp4"), "tiny-mxfp4-hidden-2"),

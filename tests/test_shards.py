@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from moectl import journal, pipeline, quantize, recipe, shards
 from moectl.checkpoint import Checkpoint, open_checkpoint
-from moectl.errors import CheckpointError, IntegrityError, MoectlError, PlanError, StateError, UsageError
+from moectl.errors import CheckpointError, IntegrityError, MoectlError, PlanError, ShardsDiffer, StateError, UsageError
 from moectl.geometry import PROJECTIONS, expert_name, stacked_name
 from moectl.manifest import Manifest, Quantization, read_manifest
 from moectl.placement import Placement, make_placement
@@ -123,9 +123,9 @@ def expected(
         for rank in (r for r in world if placement.layers(r)[0] <= i < placement.layers(r)[1]):
             held = files[f"rank-{rank}/layer-{i:03d}.safetensors"] = {} if shared else dict(whole)
             held |= {n: slice_heads(n, value, placement, rank) for n, value in divided.items()}
-            (first, last), (start, stop) = placement.experts(rank), placement.hidden(rank)
+            start, stop = placement.hidden(rank)
             for projection in PROJECTIONS:
-                experts = [parts(expert_name(i, e, projection)) for e in range(first, last)]
+                experts = [parts(expert_name(i, e, projection)) for e in placement.experts_of(rank)]
                 for part in experts[0]:
                     stack = mx.stack([e[part] for e in experts])
                     if projection == "w2":
@@ -229,6 +229,24 @@ def test_heads_and_layers_equal_whole_tensor_quantisation(
     assert_equal(tmp_path / "out", expected(weights, placement, quantization))
     assert shards.verify(tmp_path / "out") == manifest
     assert manifest.placement == placement
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_copies_of_experts_are_in_every_owners_shard(
+    sources: dict[str, Path], weights: dict[str, mx.array], tmp_path: Path, layout: str
+) -> None:
+    checkpoint = open_checkpoint(str(sources[layout]))
+    placement = make_placement(
+        checkpoint.geometry, "experts", 3, replicas=2, shares=(2, 3, 1), frequencies=[1, 2, 4, 3]
+    )
+    assert placement.held == ((1, 2), (0, 2, 3), (3,))
+    manifest = cut(checkpoint, tmp_path / "out", placement=placement)
+    assert_equal(tmp_path / "out", expected(weights, placement, Q4))
+    assert manifest.placement == placement
+    assert cut(checkpoint, tmp_path / "out", placement=placement) == manifest
+    other = make_placement(checkpoint.geometry, "experts", 3, replicas=2, shares=(2, 3, 1))
+    with pytest.raises(ShardsDiffer):
+        cut(checkpoint, tmp_path / "out", placement=other)
 
 
 def test_each_rank_of_a_pipeline_needs_its_own_files_only(sources: dict[str, Path], tmp_path: Path) -> None:

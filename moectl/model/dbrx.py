@@ -49,13 +49,8 @@ class SparseMoe(nn.Module):
 
     def __init__(self, placement: Placement, rank: int, group: mx.distributed.Group | None) -> None:
         super().__init__()
-        geometry = placement.geometry
-        first, last = placement.experts(rank)
-        low, high = placement.hidden(rank)
-        self.router = Router(geometry)
-        self.experts = Experts(
-            geometry.d_model, high - low, last - first, first=first, whole=placement.split == "experts"
-        )
+        self.router = Router(placement.geometry)
+        self.experts = Experts(placement, rank)
         self._group = None if placement.split == "layers" else group
 
     def __call__(self, x: mx.array) -> mx.array:  # (B, L, D) → (B, L, D)

@@ -1,7 +1,8 @@
 """A layer's experts as stacked arrays, and the two ways to run a rank's part of them.
 
 `hidden`: the rank holds a slice of every expert and computes it for every selected (token, expert) pair. `experts`: the
-rank holds whole experts and computes only the pairs that it owns. Either result is a partial sum over ranks. The router
+rank holds whole experts and computes only the pairs that are its own: all of an expert that nobody else has, its share
+of one that has copies. Either result is a partial sum over ranks. The router
 and the sum itself are elsewhere.
 
 Decode gathers matrices by index on the device. Prefill groups the pairs by expert: on a GPU by mlx-lm's sorted gather,
@@ -17,19 +18,26 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from moectl.balance import share_out
+from moectl.placement import Placement
+
 # Fewer (token, expert) pairs than this are gathered one by one on the CPU; more are grouped by expert.
 GROUP_FROM_PAIRS = 64
 
 
 class Experts(nn.Module):
-    """Experts [first, first + count) of a layer, or a slice of their hidden dimension."""
+    """A rank's experts of a layer, or its slice of the hidden dimension of all."""
 
-    def __init__(self, d_model: int, hidden: int, count: int, *, first: int = 0, whole: bool = False) -> None:
+    def __init__(self, placement: Placement, rank: int) -> None:
         super().__init__()
-        self.mlp = SwitchGLU(d_model, hidden, count, bias=False)
-        self._first = first
-        self._count = count
-        self._owns_some = whole  # `experts` split: pairs of other ranks' experts are skipped
+        numbers, (low, high) = placement.experts_of(rank), placement.hidden(rank)
+        self.mlp = SwitchGLU(placement.geometry.d_model, high - low, len(numbers), bias=False)
+        self._rank = rank
+        self._count = len(numbers)
+        self._place = np.full(placement.geometry.n_experts, -1)  # in the stack, by expert
+        self._place[list(numbers)] = np.arange(len(numbers))
+        self._owns_some = placement.split == "experts"  # pairs of other ranks' experts are skipped
+        self._owners = placement.owners if placement.replicas > 1 else None
 
     def __call__(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         """Return this rank's share of Σₖ weightₖ · expertₖ(x).
@@ -49,9 +57,24 @@ class Experts(nn.Module):
         # MLX's CPU gather_mm knows float32 only; gather_qmm knows all.
         return "scales" not in self.mlp.gate_proj and self.mlp.gate_proj.weight.dtype != mx.float32
 
+    def _own(self, indices: mx.array) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return for each pair (T, K) the place of its expert in the stack, -1 where other ranks compute it."""
+        chosen = np.array(indices).astype(np.int64)
+        places = self._place[chosen]
+        if self._owners is not None:
+            experts, counts = np.unique(chosen, return_counts=True)
+            shares = share_out(dict(zip(experts.tolist(), counts.tolist(), strict=True)), self._owners)
+            for expert in (e for e, share in shares.items() if self._rank in share):
+                token, slot = np.nonzero(chosen == expert)  # dealt out in the order of tokens, by rank
+                start = sum(n for rank, n in shares[expert].items() if rank < self._rank)
+                theirs = np.ones(token.size, dtype=bool)
+                theirs[start : start + shares[expert][self._rank]] = False
+                places[token[theirs], slot[theirs]] = -1
+        return places
+
     def _owned_only(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
-        local = np.array(indices).astype(np.int64) - self._first
-        token, slot = np.nonzero((local >= 0) & (local < self._count))
+        local = self._own(indices)
+        token, slot = np.nonzero(local >= 0)
         if token.size == 0:
             return mx.zeros_like(x)
         rows = mx.array(token.astype(np.uint32))
@@ -62,7 +85,7 @@ class Experts(nn.Module):
     def _grouped_on_cpu(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         mx.eval(x, indices, weights)
         xs, ws = _to_numpy(x), _to_numpy(weights)
-        local = np.array(indices).astype(np.int64) - self._first
+        local = self._own(indices)
         out = np.zeros(xs.shape, dtype=np.float32)
         for expert in range(self._count):
             token, slot = np.nonzero(local == expert)
