@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.geometry import read_geometry
 from moectl.model.dbrx import Model
-from moectl.model.experts import GROUP_FROM_PAIRS
+from moectl.model.experts import GROUP_FROM_PAIRS, Experts
 from moectl.placement import make_placement
 from tests import oracle
 
@@ -61,6 +61,28 @@ def test_grouped_and_gathered_prefill_agree(length: int) -> None:
     tokens = [int(t) for t in np.random.RandomState(length).randint(0, 96, length)]
     whole = np.array(model(mx.array([tokens])))
     np.testing.assert_allclose(whole, np.array(stepwise(model, tokens)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_owners_of_copies_add_up_to_all_experts(replicas: int, tokens: int) -> None:
+    geometry = read_geometry(oracle.make_config("base"))
+    alone = Experts(make_placement(geometry, "experts", 1), 0)
+    placement = make_placement(geometry, "experts", 3, replicas=replicas, frequencies=[8, 1, 1, 5, 1, 1, 1, 2])
+    x = mx.random.normal((tokens, geometry.d_model), key=mx.random.key(1))
+    scores = mx.random.uniform(shape=(tokens, geometry.n_experts), key=mx.random.key(2))
+    indices = mx.argpartition(-scores, kth=geometry.top_k - 1, axis=-1)[:, : geometry.top_k]
+    weights = mx.take_along_axis(scores, indices, axis=-1)
+    total, owners = mx.zeros_like(x), np.zeros(indices.shape, dtype=int)
+    for rank in range(3):
+        part = Experts(placement, rank)
+        numbers = mx.array(placement.experts_of(rank))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            part.mlp[name].weight = alone.mlp[name].weight[numbers]
+        total += part(x, indices, weights)
+        owners += part._own(indices) >= 0
+    assert (owners == 1).all()
+    np.testing.assert_allclose(np.array(total), np.array(alone(x, indices, weights)), atol=1e-5, rtol=0)
 
 
 def test_golden_cases_differ_from_each_other() -> None:
