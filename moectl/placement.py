@@ -1,7 +1,6 @@
 """Decide which rank holds what: pure arithmetic on a geometry, no files, no network, no arrays.
 
-A placement is a list of contiguous spans, one per rank: of experts (`experts`) or of every expert's hidden dimension
-(`hidden`). Attention, norms, router, embedding and head are on every rank.
+PLACEHOLDER for the branch that brings the real one.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from moectl.errors import PlanError
 from moectl.geometry import Geometry
 
-SPLITS = ("experts", "hidden")
+SPLITS = ("experts", "hidden", "tensor", "layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +38,37 @@ class Placement:
 
     def hidden(self, rank: int) -> tuple[int, int]:
         """Return the span of every expert's hidden dimension that a rank holds, in elements."""
-        return self._span(rank) if self.split == "hidden" else (0, self.geometry.ffn_hidden)
+        return self._span(rank) if self.split in ("hidden", "tensor") else (0, self.geometry.ffn_hidden)
+
+    def layers(self, rank: int) -> tuple[int, int]:
+        return self._span(rank) if self.split == "layers" else (0, self.geometry.n_layers)
+
+    def kv_heads(self, rank: int) -> tuple[int, int]:
+        each = self.geometry.kv_n_heads // self.world_size
+        return (rank * each, (rank + 1) * each) if self.split == "tensor" else (0, self.geometry.kv_n_heads)
+
+    def holds_embedding(self, rank: int) -> bool:
+        return self.split != "layers" or rank == 0
+
+    def holds_head(self, rank: int) -> bool:
+        return rank == (self.world_size - 1 if self.split == "layers" else 0)
 
 
 def make_placement(
     geometry: Geometry, split: str, nodes: int, *, shares: Sequence[int] | None = None, group_size: int | None = None
 ) -> Placement:
-    """Place the experts on `nodes` ranks, evenly unless `shares` says how.
-
-    `shares` are experts per rank (`experts`) or units of the hidden dimension per rank (`hidden`, where one unit is one
-    quantisation group: 168 of 64 in DBRX). Raises PlanError when nodes or shares cannot work, with what would.
-    """
     if split not in SPLITS:
         raise PlanError(f"unknown split {split!r}; it is one of {', '.join(SPLITS)}")
     if split == "experts":
         total, unit, what = geometry.n_experts, 1, "experts"
+    elif split == "layers":
+        total, unit, what = geometry.n_layers, 1, "layers"
     else:
         unit = group_size or math.gcd(geometry.ffn_hidden, 64)
-        if geometry.ffn_hidden % unit:
-            raise PlanError(
-                f"the hidden dimension {geometry.ffn_hidden} is not divisible by the group size {unit}",
-                hint="choose another --q-group-size, or --split experts",
-            )
         total, what = geometry.ffn_hidden // unit, f"units of {unit} hidden elements"
-    if nodes < 1:
-        raise PlanError(f"{nodes} nodes cannot hold a model; use 1 or more")
+    if split == "tensor" and geometry.kv_n_heads % nodes:
+        fits = [n for n in range(1, geometry.kv_n_heads + 1) if geometry.kv_n_heads % n == 0]
+        raise PlanError(f"{geometry.kv_n_heads} KV heads cannot be divided by {nodes}; {fits} work")
     if nodes > total:
         raise PlanError(f"{nodes} nodes are too many: the model has {total} {what}, so at most {total} nodes")
     if shares is None:

@@ -23,13 +23,18 @@ _PARTS = ("weight", "scales", "biases")
 _PIECE_BYTES = 64 << 20  # larger matrices are cut by rows, so that two streams can share one
 
 
-class Source(Protocol):
-    """What is needed of `checkpoint.Checkpoint` to lay out a shard set."""
+class Described(Protocol):
+    """A model as far as its shape and precision."""
 
     @property
     def geometry(self) -> Geometry: ...
     @property
     def quantization(self) -> Quantization | None: ...
+
+
+class Source(Described, Protocol):
+    """What is needed of `checkpoint.Checkpoint` to lay out a shard set."""
+
     @property
     def tensors(self) -> Mapping[str, SourceTensor]: ...
 
@@ -81,7 +86,7 @@ class OutputFile:
     bytes: int
 
 
-def check_quantization(checkpoint: Source, wanted: Quantization | None) -> None:
+def check_quantization(checkpoint: Described, wanted: Quantization | None) -> None:
     """Raise PlanError unless the checkpoint can be had in this quantisation."""
     kept = checkpoint.quantization
     if kept is not None:

@@ -8,14 +8,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from moectl.budget import Verdict
 from moectl.console import size_text, table_text, time_text
 
 if TYPE_CHECKING:
+    from moectl.catalog import Model
     from moectl.cluster import DeployResult
     from moectl.leash import Done
+    from moectl.plan import NodePlan, Plan, Question
     from moectl.prepare import Made
     from moectl.provision import HostResult
     from moectl.request import Stats
+    from moectl.whatif import Row
 
 
 def shard_text(made: Made, *, dry_run: bool) -> str:
@@ -97,3 +101,145 @@ def stats_text(stats: Stats) -> str:
         f"{stats.completion_tokens} tokens at {speed:.1f} tok/s · "
         f"first token {time_text(stats.ttft_s)} · peak {size_text(stats.peak_memory_bytes)}"
     )
+
+
+def plan_text(model: Model, question: Question, plan: Plan) -> str:
+    """Return the table of who would hold what, whether it fits, and how fast it would be."""
+    lines = [model_text(model, question), plan_table(question, plan), _fit_text(plan), plan.why]
+    if plan.prediction is not None:
+        p = plan.prediction
+        lines.append(
+            f"Predicted: {p.decode_tok_s:.1f} tok/s · prompt {p.prefill_tok_s:.0f} tok/s · first token "
+            f"{time_text(p.ttft_s)} after {question.prompt_tokens} tokens · {p.communication_share:.0%} communication "
+            f"({p.collectives_per_token} exchanges per token over {question.link.name}, {question.calibration.name})"
+        )
+        if plan.tok_s_per_usd is not None:
+            lines[-1] += f" · {plan.tok_s_per_usd * 1000:.2f} tok/s per 1000 USD"
+    if plan.feasible:  # else they are the error's hint
+        lines.extend(f"Advice: {advice}." for advice in plan.advice)
+    return "\n".join(lines)
+
+
+def model_text(model: Model, question: Question) -> str:
+    """Return a model in one line."""
+    g = model.geometry
+    quantization = question.quantization
+    precision = "bf16" if quantization is None else f"{quantization.bits}-bit {quantization.mode}"
+    return (
+        f"{model.name} · {g.parameters / 1e9:.0f}B parameters, {g.active_parameters / 1e9:.0f}B active · "
+        f"{g.n_layers} layers · {g.n_experts} experts, {g.top_k} used per token · {precision}"
+    )
+
+
+def plan_table(question: Question, plan: Plan) -> str:
+    """Return a row per rank."""
+    header = ("RANK", "HOST", _HELD[plan.split], "WEIGHTS", f"KV {question.context}", "NEED", "USABLE", "HEADROOM")
+    rows = [_plan_row(plan, rank, node) for rank, node in enumerate(plan.nodes)]
+    return table_text(header, rows, right="adefgh")
+
+
+_HELD = {"experts": "EXPERTS", "hidden": "HIDDEN", "tensor": "HIDDEN", "layers": "LAYERS"}
+
+
+def _plan_row(plan: Plan, rank: int, node: NodePlan) -> tuple[str, ...]:
+    need = node.need
+    sizes = (need.weights, need.kv, need.total, node.budget_bytes)
+    left = node.budget_bytes - need.total
+    headroom = size_text(left) if left >= 0 else f"-{size_text(-left)}"
+    return (str(rank), node.host, _held_text(plan, rank), *map(size_text, sizes), headroom)
+
+
+def _held_text(plan: Plan, rank: int) -> str:
+    placement = plan.placement
+    if placement.split in ("hidden", "tensor"):
+        return f"{placement.shares[rank]}/{sum(placement.shares)}"
+    if placement.split == "layers":
+        first, last = placement.layers(rank)
+        return f"{first}-{last - 1}"
+    first, last = placement.experts(rank)
+    return f"{first}-{last - 1}"
+
+
+def _fit_text(plan: Plan) -> str:
+    total = size_text(sum(node.need.weights for node in plan.nodes))
+    if plan.verdict is Verdict.FITS:
+        return f"Fits. {total} of weights in total."
+    worst = max(plan.nodes, key=lambda node: node.need.total / max(1, node.budget_bytes))
+    share = f"{worst.need.total / max(1, worst.budget_bytes):.0%}"
+    if plan.verdict is Verdict.BORDERLINE:
+        return f"Borderline: {worst.host} would use {share} of what it can give. {total} of weights in total."
+    return f"Does not fit: {worst.host} would need {share} of what it can give. {total} of weights in total."
+
+
+def plan_json(model: Model, question: Question, plan: Plan) -> dict[str, Any]:
+    """Return the document of `plan --json`."""
+    p = plan.prediction
+    quantization = question.quantization
+    return {
+        "schema": "moectl.plan/1",
+        "model": model.name,
+        "q_bits": quantization.bits if quantization else 16,
+        "context": question.context,
+        "feasible": plan.feasible,
+        "verdict": plan.verdict.name.lower(),
+        "split": plan.split,
+        "shares": list(plan.placement.shares),
+        "link": question.link.name,
+        "calibration": question.calibration.name,
+        "nodes": [
+            {
+                "host": node.host,
+                "weights_bytes": node.need.weights,
+                "kv_bytes": node.need.kv,
+                "need_bytes": node.need.total,
+                "budget_bytes": node.budget_bytes,
+            }
+            for node in plan.nodes
+        ],
+        "prediction": None if p is None else {**asdict(p), "tok_s_per_usd": plan.tok_s_per_usd},
+        "advice": list(plan.advice),
+        "why": plan.why,
+    }
+
+
+def what_if_text(model: Model, rows: list[Row]) -> str:
+    """Return predicted tok/s of clusters that one could buy, with the split that gives it."""
+    counts = [count for count, _ in rows[0].cells]
+    header = ("CHIP", "MEMORY", "LINK", "BITS", *(f"{count} NODE{'S' * (count > 1)}" for count in counts))
+    lines = [
+        (row.chip, f"{row.memory_gib} GB", row.link, str(row.bits), *(_cell_text(plan) for _, plan in row.cells))
+        for row in rows
+    ]
+    note = "tok/s, predicted, of one answer at a time; ~ borderline memory, - does not fit."
+    return "\n".join([table_text(header, lines, right="bdefghi"), note])
+
+
+def _cell_text(plan: Plan | None) -> str:
+    if plan is None or plan.prediction is None or not plan.feasible:
+        return "-"
+    mark = "~" if plan.verdict is Verdict.BORDERLINE else ""
+    split = "" if plan.placement.world_size == 1 else f" {plan.split}"
+    return f"{mark}{plan.prediction.decode_tok_s:.1f}{split}"
+
+
+def what_if_json(model: Model, rows: list[Row]) -> dict[str, Any]:
+    """Return the document of `plan --what-if --json`."""
+    return {
+        "schema": "moectl.what-if/1",
+        "model": model.name,
+        "rows": [
+            {
+                "chip": row.chip,
+                "memory_gib": row.memory_gib,
+                "link": row.link,
+                "q_bits": row.bits,
+                "nodes": count,
+                "feasible": plan is not None and plan.feasible,
+                "split": None if plan is None else plan.split,
+                "decode_tok_s": None if plan is None or plan.prediction is None else plan.prediction.decode_tok_s,
+                "tok_s_per_usd": None if plan is None else plan.tok_s_per_usd,
+            }
+            for row in rows
+            for count, plan in row.cells
+        ],
+    }
