@@ -94,7 +94,7 @@ def rank_need(
         kv=kv_bytes(placement, rank, context, concurrency, dtype_bytes),
         activations=_activation_bytes(placement, rank, context, dtype_bytes),
         communication=2 * PREFILL_TOKENS * placement.geometry.d_model * dtype_bytes * (placement.world_size > 1),
-        runtime=RUNTIME_BYTES[dtype_bytes],
+        runtime=_runtime_bytes(placement, rank, context, dtype_bytes),
         loading=tensors.loading_bytes(),
     )
 
@@ -191,19 +191,30 @@ class _Tensors:
 
 
 def _activation_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> int:
-    """Return the largest set of intermediate arrays of one layer, at prefill.
+    """Return the largest set of MLX's intermediate arrays, at prefill.
 
-    Metal's attention is fused; the CPU's writes the scores of every head out.
+    A GPU's attention is fused and its experts are gathered; a CPU writes the scores of all heads out. The 11.5 and 5.5
+    are fitted to MLX's peak on a CPU for d_model 64 to 1024 (tests/test_memory.py); on Metal nothing was measured.
     """
     geometry = placement.geometry
     tokens = min(PREFILL_TOKENS, context)
     start, stop = placement.hidden(rank)
     low, high = placement.kv_heads(rank)
     heads = (high - low) * (geometry.n_heads // geometry.kv_n_heads)
-    attention = tokens * (4 * geometry.d_model + 2 * (heads + 2 * (high - low)) * geometry.head_dim) * dtype_bytes
     if dtype_bytes == CPU_DTYPE_BYTES:
-        attention += 2 * heads * tokens * context * dtype_bytes
-    pairs = tokens * geometry.top_k
-    experts = pairs * (3 * (stop - start) + 2 * geometry.d_model) * dtype_bytes
-    logits = 2 * geometry.vocab_size * 4 * placement.holds_head(rank)
-    return max(attention, experts) + logits
+        kv = (high - low) * geometry.head_dim
+        arrays = heads * tokens * context + tokens * (23 * geometry.d_model + 11 * kv) // 2
+    else:
+        experts = tokens * geometry.top_k * (3 * (stop - start) + 2 * geometry.d_model)
+        arrays = experts + tokens * (4 * geometry.d_model + 2 * (heads + 2 * (high - low)) * geometry.head_dim)
+    return arrays * dtype_bytes
+
+
+def _runtime_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> int:
+    """Return what is held outside MLX: the process, and on a CPU numpy's dequantised expert with the rows for it."""
+    if dtype_bytes != CPU_DTYPE_BYTES:
+        return RUNTIME_BYTES[dtype_bytes]
+    start, stop = placement.hidden(rank)
+    rows = min(PREFILL_TOKENS, context)
+    numpy = (2 * placement.geometry.d_model + 3 * rows) * (stop - start) * dtype_bytes
+    return RUNTIME_BYTES[dtype_bytes] + numpy

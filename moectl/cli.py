@@ -46,7 +46,7 @@ def cli() -> None:
 
 @cli.command(epilog=EXIT_STATUS)
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--ctx", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of context to keep.")
+@click.option("--ctx", type=click.IntRange(1), help="Tokens of context to keep (default: 4096, or the model's own).")
 @click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Answers at once.")
 @click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="For TTFT.")
 @click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 is bf16 (default: as the model is).")

@@ -97,12 +97,10 @@ def stated_memory(chip: Chip, stated_bytes: int) -> Memory:
     return Memory(whole, min(stated_bytes, default_working_set_bytes(whole)))
 
 
-def _rates(chip: Chip, calibration: Calibration) -> Rates | None:
-    tflops = chip.bf16_tflops or chip.fp16_tflops
-    if tflops is None:
-        return None
+def _rates(chip: Chip, calibration: Calibration) -> Rates:
     return Rates(
-        chip.bandwidth_gb_s * 1e9 * calibration.memory_efficiency, tflops * 1e12 * calibration.compute_efficiency
+        chip.bandwidth_gb_s * 1e9 * calibration.memory_efficiency,
+        chip.fp16_tflops * 1e12 * calibration.compute_efficiency,
     )
 
 

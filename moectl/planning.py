@@ -25,12 +25,14 @@ from moectl.plan import Node, Plan, Question, make_plan, refusal
 from moectl.prepare import Wanted, choose_quantization, describe_model
 from moectl.whatif import Row, what_if
 
+CONTEXT = 4096  # tokens, unless asked otherwise
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a person said about a plan; None is "as it comes"."""
 
-    ctx: int = 4096
+    ctx: int | None = None  # CONTEXT, or the model's own if that is less
     concurrency: int = 1
     prompt_tokens: int = 512
     chip: str | None = None
@@ -83,7 +85,7 @@ def ask(model: Model, asked: Asked, hosts: Sequence[Host]) -> Question:
         nodes,
         find_link(calibration, asked.link or default_link(hosts)),
         calibration,
-        context=asked.ctx,
+        context=asked.ctx or min(CONTEXT, model.geometry.max_seq_len),
         concurrency=asked.concurrency,
         prompt_tokens=asked.prompt_tokens,
     )
@@ -96,7 +98,7 @@ def plan_purchase(source: str, wanted: Wanted, asked: Asked) -> tuple[Model, lis
     rows = what_if(
         chosen if wanted.bits else model,
         CALIBRATIONS[asked.calibration],
-        context=asked.ctx,
+        context=asked.ctx or min(CONTEXT, model.geometry.max_seq_len),
         prompt_tokens=asked.prompt_tokens,
         fixed=wanted.bits is not None,
     )
@@ -154,7 +156,6 @@ def check_fit(
     placement: Placement,
     nodes: Sequence[Node | None],
     *,
-    context: int = Asked.ctx,
     force: bool,
     warn: Callable[[str], None],
 ) -> None:
@@ -163,7 +164,7 @@ def check_fit(
     `nodes` are by rank, None where nothing is known of a host. Raises PlanError; with `force` it only warns, as it does
     where memory is tight.
     """
-    context = min(context, model.geometry.max_seq_len)
+    context = min(CONTEXT, model.geometry.max_seq_len)
     for node, ranks in _by_host(nodes):
         need = sum(
             rank_need(placement, model.quantization, rank, context=context, dtype_bytes=node.dtype_bytes).total

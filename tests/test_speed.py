@@ -28,7 +28,6 @@ def run(
 ) -> Prediction:
     """Predict DBRX on equal nodes; 128 tokens in, as in the paper."""
     found = find_chip(chip)
-    assert found.fp16_tflops
     rates = Rates(
         found.bandwidth_gb_s * 1e9 * calibration.memory_efficiency,
         found.fp16_tflops * 1e12 * calibration.compute_efficiency,
