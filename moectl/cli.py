@@ -54,7 +54,6 @@ def cli() -> None:
 @click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
 @click.option("--split", type=SPLIT, default="auto", show_default=True)
 @click.option("--shares", metavar="A,B,…", help="Uneven parts instead of those that the plan would choose.")
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each expert.")
 @click.option("--chip", metavar="NAME", help="Chip of hosts without chip=, such as m2-ultra.")
 @click.option("--memory", metavar="SIZE", help="Memory of hosts without memory=, such as 192GB.")
 @click.option("--link", metavar="NAME", help="rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.")
@@ -109,7 +108,6 @@ def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
         bits=int(bits) if bits else None,
         group_size=options["q_group_size"],
         mode=options["q_mode"],
-        replicas=options["replicas"],
     )
 
 
@@ -119,7 +117,6 @@ def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
 @click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
 @click.option("--split", type=SPLIT, default="auto", show_default=True, help="auto: what 'moectl plan' finds fastest.")
 @click.option("--shares", metavar="A,B,…", help="Uneven parts: experts, units of the hidden dimension, or layers.")
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each expert.")
 @click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 copies.")
 @click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
 @click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
@@ -157,7 +154,7 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
             raise errors.UsageError("how many nodes? There is no hosts file", hint="use --nodes N or --hostfile FILE")
         nodes = len(hosts.hosts)
     wanted = _wanted(options, nodes)
-    for name in ("split", "shares", "replicas", "q_bits", "q_group_size", "q_mode"):
+    for name in ("split", "shares", "q_bits", "q_group_size", "q_mode"):
         del options[name]
     if hosts is not None:
         options["choose_place"] = place_on(hosts.hosts, Asked(), force=options["force"], say=common.say)
@@ -339,7 +336,6 @@ def _shares(text: str | None) -> tuple[int, ...] | None:
 @click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed.")
 @click.option("--split", type=SPLIT, help="For --model (default: auto).")
 @click.option("--shares", metavar="A,B,…", help="For --model: uneven parts.")
-@click.option("--replicas", type=click.IntRange(1), help="For --model: copies of each expert.")
 @click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight.")
 @click.option("--force", is_flag=True, help="Try it although memory will not do.")
 @click.option(
@@ -409,7 +405,7 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
 
     local, shards, model = options["local"], options["shards"], options["model"]
     here = {"--local": local, "--shards": shards, "--model": model}
-    cutting = {f"--{name.replace('_', '-')}": options[name] for name in ("split", "shares", "replicas", "q_bits")}
+    cutting = {f"--{name.replace('_', '-')}": options[name] for name in ("split", "shares", "q_bits")}
     force = options["force"]
     _refuse_both({"--shards": shards}, {"--model": model, **cutting})
     _refuse_both({"--hosts": common.hosts, "--hostfile": common.hostfile}, here)
@@ -433,8 +429,7 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
         common.say("No hosts and nothing deployed: the bundled demo model answers on 2 local ranks.")
     shares = _shares(options["shares"])
     bits = int(options["q_bits"]) if options["q_bits"] else None
-    replicas = options["replicas"] or 1
-    wanted = Wanted(options["split"] or "auto", local or (None if shares else 2), shares, bits, replicas=replicas)
+    wanted = Wanted(options["split"] or "auto", local or (None if shares else 2), shares, bits)
     place = place_here(force, common.say)
     return launch.prepare_local(
         model, wanted, shard=lambda m, w: _shard(common, m, w, cached=True, choose_place=place).directory

@@ -1,10 +1,10 @@
 """Generate in lockstep: every rank runs this over the same requests and ends with the same tokens, bit for bit.
 
 mlx-lm's BatchGenerator does prefill, caches and the step in flight. Each of its steps ends in one tiny exchange, of
-which only rank 0's part counts: the sampled tokens and a control word (admit requests up to k; cancel request c). So
-followers need no head, no sampler and no clock, and every decision falls at the same step on every rank. A control word
-is obeyed once its step has been computed, one step after it was spoken, because reading the newest would stall the step
-in flight.
+which only the leader's part counts (the rank that has the head: rank 0, or the last of a pipeline): the sampled tokens
+and a control word (admit requests up to k; cancel request c). So followers need no head, no sampler and no clock, and
+every decision falls at the same step on every rank. A control word is obeyed once its step has been computed, one step
+after it was spoken, because reading the newest would stall the step in flight.
 
 An idle engine waits for a message, never inside a collective. This file knows no process, socket or file.
 """
@@ -36,7 +36,7 @@ _NOBODY = 0  # request ids start at 1
 
 @dataclass(slots=True)
 class _Answer:
-    """A request in progress. Fields below `uid` matter on rank 0 only."""
+    """A request in progress. Fields below `uid` matter on the leader only."""
 
     request: Request
     tokens: list[int]
@@ -58,12 +58,14 @@ class Engine:
         tokenizer: TokenizerWrapper,
         *,
         rank: int = 0,
+        head_rank: int = 0,
         group: mx.distributed.Group | None = None,
         max_seq_len: int,
         prefill_step: int = PREFILL_STEP,
     ) -> None:
         self._tokenizer = tokenizer
-        self._rank = rank
+        self._leads = rank == head_rank
+        self._head_rank = head_rank
         self._group = group if group is not None and group.size() > 1 else None
         self._max_seq_len = max_seq_len
         # One prompt at a time: rows then join in admission order, so that this file can name each row's request.
@@ -76,7 +78,7 @@ class Engine:
         )
         self._stop = StopSequences([[t] for t in sorted(tokenizer.eos_token_ids)])
         self._arrived: dict[int, _Answer] = {}  # by request id, not yet admitted
-        self._cancels: deque[int] = deque()  # wished, not yet spoken (rank 0)
+        self._cancels: deque[int] = deque()  # wished, not yet spoken (leader)
         self._prefilling: deque[_Answer] = deque()
         self._decoding: list[_Answer] = []  # in the order of the batch's rows
         self._spoken: deque[mx.array] = deque()  # control words, oldest first, not yet obeyed
@@ -85,7 +87,7 @@ class Engine:
         self._closing = False
 
     def serve(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
-        """Obey orders from `inbox`; yield what rank 0 has to tell (followers: nothing).
+        """Obey orders from `inbox`; yield what the leader has to tell (followers: nothing).
 
         Returns once None has arrived there and every request before it is answered.
         """
@@ -111,7 +113,7 @@ class Engine:
                 self._closing = True
             case Generate(request=request):
                 self._arrived[request.id] = _Answer(request, [])
-            case Cancel(id=request_id) if self._rank == 0:
+            case Cancel(id=request_id) if self._leads:
                 self._cancels.append(request_id)
             case _:
                 pass
@@ -120,14 +122,14 @@ class Engine:
 
     def _admit(self, up_to: int, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
         while self._admitted < up_to:
-            while self._admitted + 1 not in self._arrived:  # rank 0 has it already; ours is on its way
+            while self._admitted + 1 not in self._arrived:  # the leader has it already; ours is on its way
                 self._note(inbox.get())
             self._admitted += 1
             answer = self._arrived.pop(self._admitted)
             try:
                 answer.tokens = self._tokenize(answer.request)
             except UsageError as refusal:
-                if self._rank == 0:
+                if self._leads:
                     yield Refused(answer.request.id, refusal.message, refusal.hint)
                 continue
             self._insert(answer)
@@ -161,7 +163,7 @@ class Engine:
             [answer.tokens], max_tokens=[min(request.max_tokens, room)], stop_sequences=[self._stop]
         )
         answer.admitted_s = time.perf_counter()
-        if self._rank == 0:
+        if self._leads:
             answer.sampler = make_sampler(request.temperature, 0.0 if request.top_p == 1 else request.top_p)
             answer.detokenizer = self._tokenizer.detokenizer
             if request.seed is not None:
@@ -175,13 +177,13 @@ class Engine:
         self._sampled_rows = not self._decoding
         rows = {answer.uid: answer for answer in self._decoding}
         prompts, responses = self._generator.next()
-        if self._rank == 0:
+        if self._leads:
             yield from (Prefilled(self._prefilling[0].request.id, p.progress[0]) for p in prompts if self._prefilling)
         for response in responses:
             answer = rows[response.uid]
             if response.finish_reason is not None:
                 self._decoding.remove(answer)
-            if self._rank == 0:
+            if self._leads:
                 yield from self._tell(answer, response.token, response.finish_reason)
         if len(self._spoken) == 0:  # only prefill so far: nothing was sampled, so speak by itself
             self._speak()
@@ -191,13 +193,13 @@ class Engine:
                 yield from self._obey(self._spoken.popleft(), inbox)
             if not self._idle:
                 return
-            # Idle means nothing in flight and nothing unheard, or rank 0 would wait for what it has already said.
+            # Idle means nothing in flight and nothing unheard, or the leader would wait for what it has already said.
             mx.synchronize(self._generator.stream)
             earlier = len(self._spoken)
 
     def _speak(self) -> None:
         with mx.stream(self._generator.stream):
-            word = self._from_rank_0(mx.array([], dtype=mx.int32), mx.array(0))
+            word = self._from_leader(mx.array([], dtype=mx.int32), mx.array(0))
             mx.eval(word)
         self._spoken.append(word)
 
@@ -209,30 +211,30 @@ class Engine:
             if answer.request.id == cancel:
                 self._generator.remove([answer.uid])
                 (self._prefilling if answer in self._prefilling else self._decoding).remove(answer)
-                if self._rank == 0:
+                if self._leads:
                     yield self._done(answer, "cancelled")
 
     # Sampling and agreement; called by the generator while it builds a step's graph.
 
     def _agree_on_tokens(self, logprobs: mx.array) -> mx.array:
-        """Return the tokens (B,) that rank 0 samples from its logprobs (B, V), on every rank."""
+        """Return the tokens (B,) that the leader samples from its logprobs (B, V), on every rank."""
         if self._sampled_rows:  # the running rows are served first, then a prompt that just ended joins
             answers = [self._prefilling.popleft()]
             self._decoding.extend(answers)
         else:
             answers = self._decoding
             self._sampled_rows = True
-        if self._rank == 0:
+        if self._leads:
             rows = [a.sampler(logprobs[i : i + 1]) for i, a in enumerate(answers) if a.sampler is not None]
             tokens = mx.concatenate(rows).astype(mx.int32)
         else:
             tokens = mx.zeros((len(answers),), dtype=mx.int32)
-        agreed = self._from_rank_0(tokens, logprobs)
+        agreed = self._from_leader(tokens, logprobs)
         self._spoken.append(agreed[-_CONTROL_WORDS:])
         return agreed[:-_CONTROL_WORDS].astype(mx.uint32)
 
-    def _from_rank_0(self, tokens: mx.array, after: mx.array) -> mx.array:
-        """Return rank 0's [tokens…, admit, cancel] on every rank, exchanged after `after` was computed."""
+    def _from_leader(self, tokens: mx.array, after: mx.array) -> mx.array:
+        """Return the leader's [tokens…, admit, cancel] on every rank, exchanged after `after` was computed."""
         admit = self._admitted
         while admit + 1 in self._arrived:
             admit += 1
@@ -245,9 +247,9 @@ class Engine:
             return vector
         # Followers' vector must not overtake the last layer's sum, or ranks would add up different things.
         vector = mx.depends([vector], [after])[0]
-        return mx.distributed.all_gather(vector[None], group=self._group)[0]
+        return mx.distributed.all_gather(vector[None], group=self._group)[self._head_rank]
 
-    # What rank 0 tells.
+    # What the leader tells.
 
     def _tell(self, answer: _Answer, token: int, finish_reason: str | None) -> Iterator[Event]:
         if not answer.first_s:

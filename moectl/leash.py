@@ -50,7 +50,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Answer a request: rank 0 sends Token… and Done, or Refused."""
+    """Answer a request: the rank that has the head sends Token… and Done, or Refused."""
 
     request: Request
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from moectl.budget import COMFORTABLE, KV_STEP, Memory, Need, Verdict, judge, rank_need
 from moectl.calibration import Calibration, Link
@@ -92,9 +93,7 @@ class Plan:
         return self.verdict is not Verdict.TOO_MUCH
 
 
-def make_plan(
-    question: Question, split: str = "auto", *, shares: Sequence[int] | None = None, replicas: int = 1
-) -> Plan:
+def make_plan(question: Question, split: str = "auto", *, shares: Sequence[int] | None = None) -> Plan:
     """Answer a question for one split, or for the best: that which fits, and of those the fastest.
 
     Raises PlanError where no placement exists at all (too many nodes, shares that do not add up).
@@ -104,13 +103,13 @@ def make_plan(
             f"a context of {question.context} tokens is beyond the model's {question.geometry.max_seq_len}",
             hint=f"--ctx {question.geometry.max_seq_len}",
         )
-    plan = _best(question, split, shares, replicas)
+    plan = _best(question, split, shares)
     return dataclasses.replace(plan, why=_explain(question, split, plan), advice=tuple(_advise(question, plan)))
 
 
-def _best(question: Question, split: str, shares: Sequence[int] | None, replicas: int = 1) -> Plan:
+def _best(question: Question, split: str, shares: Sequence[int] | None) -> Plan:
     if split != "auto":
-        return _plan_split(question, split, shares, replicas)
+        return _plan_split(question, split, shares)
     plans = list(_candidates(question, shares))
     return min(plans, key=_badness)
 
@@ -137,8 +136,8 @@ def _badness(plan: Plan) -> tuple[float, ...]:
     return plan.verdict, -plan.prediction.decode_tok_s
 
 
-def _plan_split(question: Question, split: str, shares: Sequence[int] | None, replicas: int = 1) -> Plan:
-    return plan_placement(question, _place(question, split, shares, replicas))
+def _plan_split(question: Question, split: str, shares: Sequence[int] | None) -> Plan:
+    return plan_placement(question, _place(question, split, shares))
 
 
 def plan_placement(question: Question, placement: Placement) -> Plan:
@@ -179,22 +178,28 @@ def _predict(question: Question, placement: Placement) -> Prediction | None:
 # Shares.
 
 
-def _place(question: Question, split: str, shares: Sequence[int] | None, replicas: int = 1) -> Placement:
+def _place(question: Question, split: str, shares: Sequence[int] | None) -> Placement:
     nodes = len(question.nodes)
-    more = {"replicas": replicas} if replicas > 1 else {}
-    make = lambda given: make_placement(  # noqa: E731
-        question.geometry, split, nodes, shares=given, group_size=question.group_size, **more
-    )
-    even = make(shares)
-    if shares is not None or split == "tensor" or nodes == 1 or replicas > 1 or _all_alike(question.nodes):
+    make = partial(make_placement, question.geometry, split, nodes, group_size=question.group_size)
+    even = make(shares=shares)
+    if split == "tensor" and question.quantization is not None:
+        first, last = even.heads(0)
+        width, group = (last - first) * question.geometry.head_dim, question.quantization.group_size
+        if width % group:
+            raise PlanError(
+                f"a tensor split over {nodes} nodes leaves {width} columns of attention to each: "
+                f"not whole groups of {group}",
+                hint="--split hidden, fewer nodes, or a smaller --q-group-size",
+            )
+    if shares is not None or split == "tensor" or nodes == 1 or _all_alike(question.nodes):
         return even
     total = sum(even.shares)
     weights = [_weight(node, split) for node in question.nodes]
     for limit in (COMFORTABLE, 1.0):
         divided = spread(total, weights, [_most(question, even, rank, limit) for rank in range(nodes)])
         if divided is not None:
-            return make(divided)
-    return make(spread(total, weights, [total] * nodes))
+            return make(shares=divided)
+    return make(shares=spread(total, weights, [total] * nodes))
 
 
 def _all_alike(nodes: Sequence[Node]) -> bool:

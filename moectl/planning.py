@@ -67,7 +67,7 @@ def plan_cluster(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host
     split, shares = wanted.split, wanted.shares
     if manifest is not None and split == "auto" and manifest.world_size == len(hosts):
         return Answer(model, question, make_plan(question, manifest.split, shares=manifest.shares))
-    return Answer(model, question, make_plan(question, split, shares=shares, replicas=wanted.replicas))
+    return Answer(model, question, make_plan(question, split, shares=shares))
 
 
 def choose(model: Model, wanted: Wanted) -> Model:
@@ -121,7 +121,7 @@ def place_on(
             placement = prepare.place(checkpoint, wanted, quantization)
             check_fit(model, placement, nodes[:count], force=force, warn=say)
             return placement
-        plan = make_plan(ask(model, asked, hosts), wanted.split, shares=wanted.shares, replicas=wanted.replicas)
+        plan = make_plan(ask(model, asked, hosts), wanted.split, shares=wanted.shares)
         if not (plan.feasible or force):
             raise refusal(plan)
         say(plan.why)

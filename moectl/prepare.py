@@ -35,7 +35,6 @@ class Wanted:
     bits: int | None = None  # None: as the checkpoint is
     group_size: int | None = None
     mode: str = "affine"
-    replicas: int = 1  # `experts`: copies of each expert
 
 
 @dataclass(frozen=True, slots=True)

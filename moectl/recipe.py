@@ -139,13 +139,12 @@ def plan_files(
     geometry = checkpoint.geometry
     outer = geometry.outer_shapes()
     embedding = {name: outer.pop(name) for name in list(outer) if ".wte." in name}
-    files = [planner.common("common/embedding.safetensors", embedding)]
+    pipeline = placement.split == "layers"
+    first, last = ("rank-0", f"rank-{placement.head_rank}") if pipeline else ("common", "common")
+    files = [planner.whole(f"{first}/embedding.safetensors", embedding)]
     for layer in range(geometry.n_layers):
-        name = f"layer-{layer:03d}.safetensors"
-        files.append(planner.common(f"common/{name}", geometry.layer_shapes(layer)))
-        for rank in range(placement.world_size):
-            files.append(planner.experts(f"rank-{rank}/{name}", layer, rank))
-    files.append(planner.common("common/head.safetensors", outer))
+        files.extend(planner.layer(layer))
+    files.append(planner.whole(f"{last}/head.safetensors", outer))
     return files
 
 
@@ -211,16 +210,52 @@ class _Planner:
     placement: Placement
     quantization: Quantization | None
 
-    def common(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> OutputFile:
+    def whole(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> OutputFile:
+        """Lay out a file of tensors that are not cut."""
         draft = _Draft()
+        self._add_whole(draft, shapes)
+        return draft.finish(path)
+
+    def layer(self, layer: int) -> Iterator[OutputFile]:
+        """Yield a layer's files: what several ranks need, then what each rank has of its own."""
+        placement = self.placement
+        name = f"layer-{layer:03d}.safetensors"
+        shared = self.checkpoint.geometry.layer_shapes(layer)
+        heads = {n: shared.pop(n) for n in list(shared) if ".attn." in n} if placement.split == "tensor" else {}
+        if placement.split != "layers":
+            yield self.whole(f"common/{name}", shared)
+        for rank in range(placement.world_size):
+            start, stop = placement.layers(rank)
+            if start <= layer < stop:
+                draft = _Draft()
+                if placement.split == "layers":
+                    self._add_whole(draft, shared)
+                self._add_heads(draft, heads, rank)
+                self._add_experts(draft, layer, rank)
+                yield draft.finish(f"rank-{rank}/{name}")
+
+    def _add_whole(self, draft: _Draft, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
             span = _Span(0, shape[-1], shape[-1])
             rows = _Span(0, shape[0], shape[0]) if len(shape) == 2 else _Span(0, 1, 1)
-            self._add(draft, name, [name], rows, span, stacked=False)
-        return draft.finish(path)
+            self._add(draft, name, [name], [rows], span, stacked=False)
 
-    def experts(self, path: str, layer: int, rank: int) -> OutputFile:
-        draft = _Draft()
+    def _add_heads(self, draft: _Draft, shapes: Mapping[str, tuple[int, ...]], rank: int) -> None:
+        """Add a rank's part of attention: its heads' rows of queries, keys and values, and their output columns."""
+        g = self.checkpoint.geometry
+        first, last = self.placement.heads(rank)
+        low, high = self.placement.kv_heads(rank)
+        keys, values = g.n_heads, g.n_heads + g.kv_n_heads
+        for name, (rows, columns) in ((n, (s[0], s[1])) for n, s in shapes.items()):
+            if ".Wqkv." in name:
+                heads = ((first, last), (keys + low, keys + high), (values + low, values + high))
+                spans = [_Span(a * g.head_dim, b * g.head_dim, rows) for a, b in heads]
+                self._add(draft, name, [name], spans, _Span(0, columns, columns), stacked=False)
+            else:
+                across = _Span(first * g.head_dim, last * g.head_dim, columns)
+                self._add(draft, name, [name], [_Span(0, rows, rows)], across, stacked=False)
+
+    def _add_experts(self, draft: _Draft, layer: int, rank: int) -> None:
         first, last = self.placement.experts(rank)
         start, stop = self.placement.hidden(rank)
         geometry = self.checkpoint.geometry
@@ -229,11 +264,17 @@ class _Planner:
         for projection in PROJECTIONS:
             names = [expert_name(layer, e, projection) for e in range(first, last)]
             rows, columns = (model, hidden) if projection == "w2" else (hidden, model)
-            self._add(draft, stacked_name(layer, projection), names, rows, columns, stacked=True)
-        return draft.finish(path)
+            self._add(draft, stacked_name(layer, projection), names, [rows], columns, stacked=True)
 
     def _add(
-        self, draft: _Draft, name: str, sources: Sequence[str], rows: _Span, columns: _Span, *, stacked: bool
+        self,
+        draft: _Draft,
+        name: str,
+        sources: Sequence[str],
+        rows: Sequence[_Span],  # put together in this order
+        columns: _Span,
+        *,
+        stacked: bool,
     ) -> None:
         """Add a weight, and its scales and biases when the checkpoint has them."""
         for part in _PARTS:
@@ -255,37 +296,37 @@ class _Planner:
         draft: _Draft,
         name: str,
         sources: Sequence[SourceTensor],
-        rows: _Span,
+        rows: Sequence[_Span],
         columns: _Span,
         *,
         stacked: bool,
     ) -> None:
         first = sources[0]
-        item = item_bytes(first.dtype)
-        stored = first.shape if len(first.shape) == 2 else (1, *first.shape)
-        down, across = (columns, rows) if first.transposed else (rows, columns)
-        top, bottom = down.scale(stored[0], item, name)
-        left, right = across.scale(stored[1], item, name)
         target = self._target(name, first)
         if isinstance(target, Quantization) and (columns.start % target.group_size or columns.stop % target.group_size):
             raise PlanError(
-                f"the split at {columns.start}…{columns.stop} cuts through groups of {target.group_size}",
-                hint="give the placement the same group size as the quantisation",
+                f"the split at {columns.start}…{columns.stop} of {columns.total} cuts through groups of "
+                f"{target.group_size} in {name}",
+                hint="choose a smaller --q-group-size, another number of nodes, or another --split",
             )
-        matrix = Matrix(bottom - top, right - left, first.dtype, first.transposed, target)
-        out_rows, out_columns = (matrix.cols, matrix.rows) if first.transposed else (matrix.rows, matrix.cols)
-        widths = matrix.part_row_bytes(out_columns)
+        parts = [_cut_rectangle(first, span, columns, target, name) for span in rows]
+        out_columns = parts[0].out_columns
+        widths = parts[0].matrix.part_row_bytes(out_columns)
+        out_rows = sum(part.out_rows for part in parts)
         lead = (len(sources),) if stacked else ()
         names = _part_names(name, target)
         for part, width in zip(names, widths, strict=True):
             dtype = _part_dtype(part, first.dtype, target)
             row = (width // item_bytes(dtype),)
             draft.tensors[part] = (dtype, (*lead, out_rows, *row) if len(first.shape) == 2 else row)
-        for i, source in enumerate(sources):
-            offset = source.offset + top * stored[1] * item + left * item
-            for skip, rows_of in _cut_rows(matrix, item):
-                to = tuple((n, (i * out_rows + skip) * w) for n, w in zip(names, widths, strict=True))
-                draft.pieces.append((source, offset + skip * stored[1] * item, stored[1] * item, rows_of, to))
+        at = 0
+        for source in sources:
+            for rectangle in parts:
+                for skip, matrix in _cut_rows(rectangle.matrix, rectangle.item):
+                    to = tuple((n, (at + skip) * w) for n, w in zip(names, widths, strict=True))
+                    offset = source.offset + rectangle.offset + skip * rectangle.stride
+                    draft.pieces.append((source, offset, rectangle.stride, matrix, to))
+                at += rectangle.out_rows
 
     def _target(self, name: str, source: SourceTensor) -> Quantization | str:
         if self.checkpoint.quantization is not None or source.dtype not in FLOATS:
@@ -295,6 +336,37 @@ class _Planner:
         if self.quantization is not None:
             return self.quantization
         return "BF16" if source.dtype == "F32" else source.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Rectangle:
+    """A rectangle of a stored tensor: what is read from where, and the rows and columns that it becomes."""
+
+    matrix: Matrix
+    offset: int  # of its first byte, from the tensor's first
+    stride: int
+    item: int
+
+    @property
+    def out_rows(self) -> int:
+        return self.matrix.cols if self.matrix.transposed else self.matrix.rows
+
+    @property
+    def out_columns(self) -> int:
+        return self.matrix.rows if self.matrix.transposed else self.matrix.cols
+
+
+def _cut_rectangle(
+    source: SourceTensor, rows: _Span, columns: _Span, target: Quantization | str, name: str
+) -> _Rectangle:
+    """Find a rectangle, given in values, in a tensor that may be stored transposed or packed."""
+    item = item_bytes(source.dtype)
+    stored = source.shape if len(source.shape) == 2 else (1, *source.shape)
+    down, across = (columns, rows) if source.transposed else (rows, columns)
+    top, bottom = down.scale(stored[0], item, name)
+    left, right = across.scale(stored[1], item, name)
+    matrix = Matrix(bottom - top, right - left, source.dtype, source.transposed, target)
+    return _Rectangle(matrix, (top * stored[1] + left) * item, stored[1] * item, item)
 
 
 def _cut_rows(matrix: Matrix, item: int) -> Iterator[tuple[int, Matrix]]:

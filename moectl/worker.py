@@ -171,7 +171,14 @@ def _serve(leash: Leash) -> None:
     dtype = getattr(mx, start.dtype) if start.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
     tokenizer = open_tokenizer(directory)
-    engine = Engine(model, tokenizer, rank=start.rank, group=group, max_seq_len=manifest.geometry.max_seq_len)
+    engine = Engine(
+        model,
+        tokenizer,
+        rank=start.rank,
+        head_rank=manifest.placement.head_rank,
+        group=group,
+        max_seq_len=manifest.geometry.max_seq_len,
+    )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     leash.tell(Ready())
     for event in engine.serve(leash.orders):

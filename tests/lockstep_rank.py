@@ -1,8 +1,8 @@
 """One rank of the equality tests, a process of its own: `python -m tests.lockstep_rank JOB.json RANK`.
 
 It joins one ring and then runs every case of the job on it, because starting an interpreter per case would take most of
-the time. A case is a shard set; its results are the greedy tokens, the last hidden states of a prompt and, on rank 0,
-the logits.
+the time. A case is a shard set; its results are the greedy tokens, the last hidden states of a prompt and, on the rank
+that has the head, the logits.
 """
 
 from __future__ import annotations
@@ -32,8 +32,15 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
     dtype = getattr(mx, case["dtype"]) if case.get("dtype") else None
     model = load_rank(directory, manifest, rank, group, dtype=dtype)
     tokenizer = open_tokenizer(directory)
+    leader = manifest.placement.head_rank
     engine = Engine(
-        model, tokenizer, rank=rank, group=group, max_seq_len=manifest.geometry.max_seq_len, prefill_step=32
+        model,
+        tokenizer,
+        rank=rank,
+        head_rank=leader,
+        group=group,
+        max_seq_len=manifest.geometry.max_seq_len,
+        prefill_step=32,
     )
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for number, prompt in enumerate(case["prompts"], 1):
@@ -41,7 +48,7 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
     inbox.put(None)
     answers: dict[int, list[int]] = {number: [] for number in range(1, len(case["prompts"]) + 1)}
     for event in engine.serve(inbox):
-        assert rank == 0, f"a follower told {event}"
+        assert rank == leader, f"a follower told {event}"
         if isinstance(event, Token) and event.token >= 0:
             answers[event.id].append(event.token)
     tokens = list(answers.values())
@@ -53,7 +60,7 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "hidden": np.array(hidden.astype(mx.float32)).tobytes().hex() if case.get("keep_hidden") else None,
-        "logits": np.array(logits.astype(mx.float32)).tolist() if rank == 0 else None,
+        "logits": np.array(logits.astype(mx.float32)).tolist() if rank == leader else None,
     }
 
 
