@@ -36,7 +36,7 @@ def moectl(*words: str, check: int | None = 0, stdin: str = "", **env: str) -> s
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "tiny-dbrx"
-    write_checkpoint(directory, vocab_size=VOCAB_SIZE)
+    write_checkpoint(directory, vocab_size=VOCAB_SIZE, n_layers=4)
     write_tokenizer(directory)
     return directory
 
@@ -73,6 +73,13 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
     assert "is deployed on left, right, not on left." in elsewhere
 
 
+@pytest.mark.parametrize("split", ["tensor", "layers"])
+def test_one_step_on_this_machine(split: str, model: Path, alone: str) -> None:
+    """`run --local N --model DIR --split …` cuts and answers."""
+    where = ("--local", "2", "--model", str(model), "--split", split)
+    assert moectl(*PROMPT, *where).stdout == alone
+
+
 def test_mixing_this_machine_with_another(sshd: Server, model: Path, alone: str, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.txt"
     remote = sshd.add_alias("other")
@@ -98,7 +105,7 @@ def four_hosts(netns: Cluster, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.netns
-@pytest.mark.parametrize(("split", "shares"), [("hidden", "2,1,1,2"), ("experts", "7,1,2,6")])
+@pytest.mark.parametrize(("split", "shares"), [("hidden", "2,1,1,2"), ("experts", "7,1,2,6"), ("layers", "1,1,1,1")])
 def test_four_hosts_answer_like_one_process(split: str, shares: str, four_hosts: Path, model: Path, alone: str) -> None:
     at = ("--hostfile", str(four_hosts))
     moectl("shard", str(model), *at, "--split", split, "--shares", shares)

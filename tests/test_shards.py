@@ -108,24 +108,53 @@ def expected(
     def spread(names: Any) -> dict[str, mx.array]:
         return {n.removesuffix("weight") + p: v for n in names for p, v in parts(n).items()}
 
-    files = {"common/embedding.safetensors": spread(["transformer.wte.weight"])}
+    pipeline_ranks = placement.split == "layers"
+    first_rank, last_rank = ("rank-0", f"rank-{placement.head_rank}") if pipeline_ranks else ("common", "common")
+    files = {f"{first_rank}/embedding.safetensors": spread(["transformer.wte.weight"])}
     for i in range(geometry.n_layers):
-        files[f"common/layer-{i:03d}.safetensors"] = spread(geometry.layer_shapes(i))
+        name = f"layer-{i:03d}.safetensors"
+        shared = spread(geometry.layer_shapes(i))
+        if pipeline_ranks:
+            [rank] = [r for r in range(placement.world_size) if i in range(*placement.layers(r))]
+            files[f"rank-{rank}/{name}"] = {**shared, **_experts_of(placement, parts, i, rank)}
+            continue
+        attention = {n: v for n, v in shared.items() if ".attn." in n} if placement.split == "tensor" else {}
+        files[f"common/{name}"] = {n: v for n, v in shared.items() if n not in attention}
         for rank in range(placement.world_size):
-            (first, last), (start, stop) = placement.experts(rank), placement.hidden(rank)
-            held = files[f"rank-{rank}/layer-{i:03d}.safetensors"] = {}
-            for projection in PROJECTIONS:
-                experts = [parts(expert_name(i, e, projection)) for e in range(first, last)]
-                for part in experts[0]:
-                    stack = mx.stack([e[part] for e in experts])
-                    if projection == "w2":
-                        width = stack.shape[2]
-                        stack = stack[:, :, start * width // geometry.ffn_hidden : stop * width // geometry.ffn_hidden]
-                    else:
-                        stack = stack[:, start:stop]
-                    held[stacked_name(i, projection).removesuffix("weight") + part] = stack
-    files["common/head.safetensors"] = spread(["transformer.norm_f.weight", "lm_head.weight"])
+            heads = {n: _heads_of(placement, n, v, rank) for n, v in attention.items()}
+            files[f"rank-{rank}/{name}"] = {**heads, **_experts_of(placement, parts, i, rank)}
+    files[f"{last_rank}/head.safetensors"] = spread(["transformer.norm_f.weight", "lm_head.weight"])
     return files
+
+
+def _experts_of(placement: Placement, parts: Any, i: int, rank: int) -> dict[str, mx.array]:
+    """Return a rank's stacks of a layer, from whole experts."""
+    (first, last), (start, stop) = placement.experts(rank), placement.hidden(rank)
+    ffn_hidden = placement.geometry.ffn_hidden
+    held = {}
+    for projection in PROJECTIONS:
+        experts = [parts(expert_name(i, e, projection)) for e in range(first, last)]
+        for part in experts[0]:
+            stack = mx.stack([e[part] for e in experts])
+            if projection == "w2":
+                width = stack.shape[2]
+                stack = stack[:, :, start * width // ffn_hidden : stop * width // ffn_hidden]
+            else:
+                stack = stack[:, start:stop]
+            held[stacked_name(i, projection).removesuffix("weight") + part] = stack
+    return held
+
+
+def _heads_of(placement: Placement, name: str, value: mx.array, rank: int) -> mx.array:
+    """Return a rank's heads of a whole attention tensor, packed or not."""
+    geometry = placement.geometry
+    (first, last), (low, high) = placement.heads(rank), placement.kv_heads(rank)
+    width = value.shape[1]
+    if ".out_proj." in name:
+        return value[:, first * width // geometry.n_heads : last * width // geometry.n_heads]
+    heads = value.reshape(-1, geometry.head_dim, width)
+    q, k, v = mx.split(heads, [geometry.n_heads, geometry.n_heads + geometry.kv_n_heads])
+    return mx.concatenate([q[first:last], k[low:high], v[low:high]]).reshape(-1, width)
 
 
 def assert_equal(directory: Path, files: dict[str, dict[str, mx.array]]) -> None:
@@ -184,6 +213,24 @@ def test_output_equals_whole_tensor_quantisation(
     held = {name: [f for f in files if name in files[f]] for tensors in files.values() for name in tensors}
     assert manifest.tensors == held
     assert not [p for p in tree(tmp_path / "a" / "b") if "/." in p or p.startswith(".")]
+
+
+@pytest.mark.parametrize("layout", [*PLAIN, "mlx-quantized"])
+@pytest.mark.parametrize(("split", "shares"), [("tensor", (1, 2, 1, 2)), ("tensor", (3, 3)), ("layers", (1, 2))])
+def test_heads_and_layers_equal_whole_tensor_quantisation(
+    tmp_path: Path, layout: str, split: str, shares: tuple[int, ...]
+) -> None:
+    shape = {"n_layers": 3, "d_model": 256, "n_heads": 8, "kv_n_heads": 4, "n_experts": 3, "top_k": 2}
+    checkpoint = open_checkpoint(str(tiny.write_checkpoint(tmp_path / "source", layout=layout, **shape)))
+    weights = tiny.make_weights(checkpoint.geometry)
+    placement = make_placement(checkpoint.geometry, split, len(shares), shares=shares, group_size=64)
+    for quantization in (Q4,) if layout == "mlx-quantized" else (None, Q4):
+        out = tmp_path / _name(quantization)
+        manifest = cut(checkpoint, out, placement=placement, quantization=quantization)
+        assert_equal(out, expected(weights, placement, quantization))
+        assert manifest.placement == placement
+        if split == "layers":
+            assert not [f for f in manifest.files_of(0) if f.startswith(("common/", "rank-1/"))]
 
 
 @pytest.mark.parametrize("split", ["experts", "hidden"])
