@@ -220,7 +220,7 @@ def test_output_equals_whole_tensor_quantisation(
 def test_heads_and_layers_equal_whole_tensor_quantisation(
     tmp_path: Path, layout: str, split: str, shares: tuple[int, ...]
 ) -> None:
-    shape = {"n_layers": 3, "d_model": 256, "n_heads": 8, "kv_n_heads": 4, "n_experts": 3, "top_k": 2}
+    shape: dict[str, Any] = {"n_layers": 3, "d_model": 256, "n_heads": 8, "kv_n_heads": 4, "n_experts": 3, "top_k": 2}
     checkpoint = open_checkpoint(str(tiny.write_checkpoint(tmp_path / "source", layout=layout, **shape)))
     weights = tiny.make_weights(checkpoint.geometry)
     placement = make_placement(checkpoint.geometry, split, len(shares), shares=shares, group_size=64)
