@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -30,6 +30,7 @@ MAX_START_S = 86400.0
 SPLIT = click.Choice(["auto", "experts", "hidden", "tensor", "layers"])
 Q_BITS = click.Choice(["2", "3", "4", "6", "8", "16"])
 Q_MODE = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
+FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.group(
@@ -322,6 +323,38 @@ def _shares(text: str | None) -> tuple[int, ...] | None:
 # Use
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def target_options(command: F) -> F:
+    """Give a command the flags that say which model to run, where and how; `_target` and `_open` read them."""
+    options = (
+        click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine."),
+        click.option("--shards", metavar="DIR", help="Use this shard set on this machine."),
+        click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed."),
+        click.option("--split", type=SPLIT, help="For --model (default: auto)."),
+        click.option("--shares", metavar="A,B,…", help="For --model: uneven parts."),
+        click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight."),
+        click.option("--force", is_flag=True, help="Try it although memory will not do."),
+        click.option(
+            "--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True
+        ),
+        click.option(
+            "--start-timeout",
+            type=click.FloatRange(1, MAX_START_S),
+            default=30.0,
+            show_default=True,
+            metavar="SECONDS",
+        ),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @cli.command(epilog=EXIT_STATUS)
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
@@ -331,26 +364,7 @@ def _shares(text: str | None) -> tuple[int, ...] | None:
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Make sampling repeatable.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
 @click.option("--stats", is_flag=True, help="Print speeds on stderr afterwards (-v implies it).")
-@click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine.")
-@click.option("--shards", metavar="DIR", help="Use this shard set on this machine.")
-@click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed.")
-@click.option("--split", type=SPLIT, help="For --model (default: auto).")
-@click.option("--shares", metavar="A,B,…", help="For --model: uneven parts.")
-@click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight.")
-@click.option("--force", is_flag=True, help="Try it although memory will not do.")
-@click.option(
-    "--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True
-)
-@click.option(
-    "--start-timeout",
-    type=click.FloatRange(1, MAX_START_S),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-)
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
-)
+@target_options
 @common
 def run(common: Common, prompt: tuple[str, ...], stats: bool, **options: Any) -> None:
     """Generate text.
@@ -364,7 +378,6 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, **options: Any) ->
       git diff | moectl run "Write a commit message for this diff."
       moectl run --local 2 --model ./my-dbrx "Hello"
     """
-    from moectl import launch
     from moectl.request import Request
 
     request = Request(
@@ -373,14 +386,20 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, **options: Any) ->
         temperature=options["temp"],
         **{k: options[k] for k in ("max_tokens", "system", "raw", "top_p", "seed")},
     )
-    with launch.open_session(
-        _target(common, options),
+    with _open(common, options, _target(common, options)) as session:
+        _answer(common, session, request, stats or bool(common.verbose))
+
+
+def _open(common: Common, options: dict[str, Any], target: Any) -> contextlib.AbstractContextManager[Session]:
+    from moectl import launch
+
+    return launch.open_session(
+        target,
         backend=options["backend"],
         start_timeout_s=options["start_timeout"],
         dtype=options["dtype"],
         on_log=_log_printer(common),
-    ) as session:
-        _answer(common, session, request, stats or bool(common.verbose))
+    )
 
 
 def _prompt_text(words: tuple[str, ...], common: Common) -> str:
@@ -502,6 +521,58 @@ def _cancel_on_interrupt(session: Session, request_id: int) -> Iterator[threadin
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@cli.command(epilog=EXIT_STATUS)
+@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True)
+@click.option("-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--plan", type=FILE, metavar="FILE", help="Put the prediction of `plan --json` beside it.")
+@click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw a picture (needs moectl[plot]).")
+@click.option("--compare", type=FILE, multiple=True, metavar="FILE", help="For --plot: a result of `bench --json`.")
+@click.option("--routing-stats", type=FILE, metavar="FILE", help="Write how often each expert was chosen.")
+@target_options
+@common
+def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[Path, ...], **options: Any) -> None:
+    """Measure prompt and generation speed, and where the time goes.
+
+    Prompts are random tokens. After the trials every rank takes some decode steps apart: computing, all-reduce (with
+    the wait for the slowest rank), and the rest.
+
+    \b
+    Examples:
+      moectl bench
+      moectl bench --local 2 -p 128 -g 32 --json > two.json
+      moectl bench --local 4 --plot ranks.svg --compare two.json
+    """
+    from moectl import bench as benchmark
+    from moectl import disk, report, routing
+    from moectl import plot as plotting
+
+    if options["routing_stats"]:
+        disk.check_destination(options["routing_stats"])
+    if plot:
+        plotting.check_plot(plot)
+    elif compare:
+        raise errors.UsageError("--compare is for --plot", hint="add --plot FILE.svg")
+    earlier = plotting.read_documents(compare)
+    predicted = benchmark.read_prediction(plan) if plan else None
+    target = _target(common, options)
+    trials = options["num_trials"]
+
+    def on_trial(number: int, trial: benchmark.Trial) -> None:
+        speeds = f"prompt {trial.prefill_tok_s:.1f} tok/s, generate {trial.decode_tok_s:.1f} tok/s"
+        common.say(f"trial {number} of {trials}: {speeds}")
+
+    with _open(common, options, target) as session:
+        counts = {key: options[key] for key in ("prompt_tokens", "generation_tokens")}
+        result = benchmark.bench(session, target.name, trials=trials, predicted=predicted, on_trial=on_trial, **counts)
+    document = report.bench_json(result)
+    common.print(report.bench_text(result), document)
+    if options["routing_stats"]:
+        routing.write_routing(options["routing_stats"], result.routing)
+    if plot:
+        plotting.write_plot(plot, [*earlier, document])
 
 
 @cli.command(epilog=EXIT_STATUS)

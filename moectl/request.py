@@ -1,6 +1,7 @@
 """What is asked of the model: text and parameters, as they travel from the command line to every rank.
 
-No tokens: the worker tokenizes. No defaults for people: those are the command line's.
+Tokens only where a measurement needs exactly so many: the worker tokenizes. No defaults for people: those are the
+command line's.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ class Request:
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0
     seed: int | None = None
+    prompt_tokens: tuple[int, ...] | None = None  # token ids instead of `prompt`; neither template nor tokenizer then
+    ignore_eos: bool = False  # go on to max_tokens
 
     def __post_init__(self) -> None:
+        if self.prompt_tokens is not None:  # JSON has lists only
+            object.__setattr__(self, "prompt_tokens", tuple(self.prompt_tokens))
         for text in (self.prompt, self.system or ""):
             try:
                 size = len(text.encode())

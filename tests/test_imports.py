@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moectl"
-NODE = {"engine", "worker", "quantize", "demo.train"}  # and everything in model/
+NODE = {"engine", "worker", "profile", "quantize", "demo.train"}  # and everything in model/
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
@@ -24,9 +24,10 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": {"demo.train"},
     "tokenizers": {"demo.train"},
     "safetensors": {"layouts", "demo.train"},
+    "matplotlib": {"plot"},
 }
 # Of those, the ones whose import waits until a function needs it.
-INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub")}
+INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot")}
 
 # From the face down; a module imports only from rooms further down or from its own.
 ROOMS = (
@@ -35,7 +36,7 @@ ROOMS = (
     {"flags"},
     {"report"},
     {"console", "config"},
-    {"launch", "planning"},
+    {"launch", "planning", "bench", "plot"},
     {"prepare", "session", "cluster", "whatif", "machine"},
     {"nodes"},
     {"plan"},
@@ -45,6 +46,7 @@ ROOMS = (
     {"provision"},
     {"worker"},
     {"engine"},
+    {"profile"},
     {"model", "quantize"},
     {"ssh", "shards"},
     {"pipeline"},
@@ -55,7 +57,7 @@ ROOMS = (
     {"checkpoint"},
     {"hub"},
     {"layouts"},
-    {"leash", "manifest"},
+    {"leash", "manifest", "routing"},
     {"placement", "chips", "hardware", "hosts", "request", "demo", "paths", "disk"},
     {"geometry"},
     {"errors"},
@@ -129,7 +131,18 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "torch", "paramiko", "huggingface_hub", "tqdm", "asyncio"}
+HEAVY = {
+    "mlx",
+    "mlx_lm",
+    "numpy",
+    "transformers",
+    "torch",
+    "paramiko",
+    "huggingface_hub",
+    "tqdm",
+    "asyncio",
+    "matplotlib",
+}
 
 
 def test_the_command_line_loads_click_only() -> None:

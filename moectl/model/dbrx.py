@@ -128,6 +128,7 @@ class Model(nn.Module):
     def __init__(self, placement: Placement, rank: int = 0, group: mx.distributed.Group | None = None) -> None:
         super().__init__()
         geometry = placement.geometry
+        self.placement = placement
         self.transformer = Transformer(_mlx_args(geometry), placement, rank, group)
         if placement.holds_head(rank):
             self.lm_head = nn.Linear(geometry.d_model, geometry.vocab_size, bias=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from moectl.model.reduce import exchanged
 from moectl.placement import Placement
 
 
@@ -19,14 +20,15 @@ class Pipeline:
 
     def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """Return what the rank before sends, of this shape and dtype."""
-        return mx.distributed.recv(shape, dtype, self._rank - 1, group=self._group)
+        source, group = self._rank - 1, self._group
+        return exchanged(mx.zeros((0,)), lambda _: mx.distributed.recv(shape, dtype, source, group=group))
 
     def send(self, h: mx.array, cache: Any) -> mx.array:
         """Send `h` to the next rank and return it.
 
         Whoever evaluates the result or `cache` has sent it: at prefill only caches are evaluated.
         """
-        sent = mx.distributed.send(h, self._rank + 1, group=self._group)
+        sent = exchanged(h, lambda x: mx.distributed.send(x, self._rank + 1, group=self._group))
         if cache is not None:
             cache.keys = mx.depends([cache.keys], [sent])[0]
         return sent
