@@ -64,8 +64,7 @@ def _draw(documents: Sequence[dict[str, Any]]) -> bytes:
     for axis, (key, title) in zip(axes, _SPEEDS, strict=False):
         (_draw_ranks if len(documents) > 1 else _draw_trials)(axis, documents, key)
         axis.set(title=title, ylabel="tokens/s")
-        axis.set_ylim(bottom=0)
-        axis.legend()
+        _finish(axis)
     _draw_parts(axes[2], documents)
     figure.suptitle(" · ".join(dict.fromkeys(f"{d['model']}" for d in documents)))
     picture = io.BytesIO()
@@ -109,7 +108,13 @@ def _draw_parts(axis: Any, documents: Sequence[dict[str, Any]]) -> None:
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axis.set_xticks(places, [name for name, _ in bars])
     axis.set(title="per token", ylabel="ms")
-    axis.legend()
+    _finish(axis)
+
+
+def _finish(axis: Any) -> None:
+    axis.margins(x=0.1)
+    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the legend
+    axis.legend(loc="upper center", ncols=3, frameon=False)
 
 
 def _new_figure(width: float, height: float) -> Any:

@@ -69,6 +69,9 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
 
     assert moectl(*PROMPT).stdout == alone  # the deployment is remembered
     assert moectl(*PROMPT, *at).stdout == alone
+    measured = json.loads(moectl("bench", *at, "-p", "8", "-g", "3", "-n", "1", "--json").stdout)
+    assert measured["model"] == "tiny-dbrx-bf16-hidden-2"
+    assert [rank["host"] for rank in measured["ranks"]] == ["left", "right"]
     elsewhere = moectl(*PROMPT, "--hosts", "left", check=8).stderr
     assert "is deployed on left, right, not on left." in elsewhere
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from moectl.model.reduce import exchanged
+from moectl.model.reduce import run_exchange
 from moectl.placement import Placement
 
 
@@ -21,14 +21,14 @@ class Pipeline:
     def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """Return what the rank before sends, of this shape and dtype."""
         source, group = self._rank - 1, self._group
-        return exchanged(mx.zeros((0,)), lambda _: mx.distributed.recv(shape, dtype, source, group=group))
+        return run_exchange(mx.zeros((0,)), lambda _: mx.distributed.recv(shape, dtype, source, group=group))
 
     def send(self, h: mx.array, cache: Any) -> mx.array:
         """Send `h` to the next rank and return it.
 
         Whoever evaluates the result or `cache` has sent it: at prefill only caches are evaluated.
         """
-        sent = exchanged(h, lambda x: mx.distributed.send(x, self._rank + 1, group=self._group))
+        sent = run_exchange(h, lambda x: mx.distributed.send(x, self._rank + 1, group=self._group))
         if cache is not None:
             cache.keys = mx.depends([cache.keys], [sent])[0]
         return sent

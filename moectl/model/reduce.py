@@ -29,11 +29,11 @@ def sum_over_ranks(x: mx.array, group: mx.distributed.Group | None) -> mx.array:
     """
     if group is None or group.size() == 1:
         return x
-    return exchanged(x, partial(_sum, group=group))
+    return run_exchange(x, partial(_sum, group=group))
 
 
-def exchanged(x: mx.array, exchange: Exchange) -> mx.array:
-    """Return `exchange(x)`, before the eyes of the observer if there is one."""
+def run_exchange(x: mx.array, exchange: Exchange) -> mx.array:
+    """Return `exchange(x)`, an array that other ranks take part in; where somebody observes, as that wishes."""
     return exchange(x) if _observer is None else _observer(x, exchange)
 
 
