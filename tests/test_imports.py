@@ -52,7 +52,7 @@ ROOMS = (
     {"layouts"},
     {"leash", "manifest"},
     {"placement", "chips", "hosts", "request", "demo", "paths", "disk"},
-    {"geometry"},
+    {"geometry", "hardware"},
     {"errors"},
     {""},
 )
