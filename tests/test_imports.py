@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moectl"
-NODE = {"engine", "worker", "quantize", "demo.train"}  # and everything in model/
+NODE = {"engine", "measure", "worker", "quantize", "demo.train"}  # and everything in model/
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
@@ -35,9 +35,10 @@ ROOMS = (
     {"flags"},
     {"report"},
     {"console", "config"},
-    {"launch"},
+    {"launch", "probe"},
     {"prepare", "session", "cluster"},
     {"provision"},
+    {"measure"},
     {"worker"},
     {"engine"},
     {"model", "quantize"},
@@ -46,10 +47,11 @@ ROOMS = (
     {"sources"},
     {"ssh_connect"},
     {"ssh_login"},
-    {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "node"},
+    {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "node", "links"},
     {"checkpoint"},
     {"hub"},
     {"layouts"},
+    {"measured"},
     {"leash", "manifest"},
     {"placement", "chips", "hosts", "request", "demo", "paths", "disk"},
     {"geometry", "hardware"},
