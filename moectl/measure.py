@@ -165,12 +165,12 @@ class _Bench:
         scale = short.geometry.ffn_hidden / self._placement.geometry.ffn_hidden
         models = {
             depth: weights.fill(
-                weights.make_model(_with_depth(short, depth), self._group.rank, self._group.group), self._dtype
+                weights.make_model(with_depth(short, depth), self._group.rank, self._group.group), self._dtype
             )
             for depth in {self._shallow, self._deep}
         }
         decode, prefill = _Passes(models, self._job, self._group).measure()
-        solo = weights.fill(weights.make_model(_with_depth(short, self._deep), self._group.rank, None), self._dtype)
+        solo = weights.fill(weights.make_model(with_depth(short, self._deep), self._group.rank, None), self._dtype)
         parts = _Parts(solo, short, self._group, prefill.tokens, scale)
         ranks = parts.measure()
         collective = parts.time_collectives(self._dtype)
@@ -179,8 +179,8 @@ class _Bench:
         return Speed(
             self._placement.split,
             self._placement.shares,
-            _scale_up(decode, attention + sums[0], scale),
-            _scale_up(prefill, attention + sums[1], scale),
+            scale_up(decode, attention + sums[0], scale),
+            scale_up(prefill, attention + sums[1], scale),
             collective,
             ranks,
             prefill.tokens,
@@ -192,11 +192,11 @@ class _Bench:
         short, shared = self._placement, False
         while True:
             weights = Weights(self._job.quantization, shared=shared)
-            model = weights.make_model(_with_depth(short, self._deep), self._group.rank, None)
+            model = weights.make_model(with_depth(short, self._deep), self._group.rank, None)
             needed = self._group.largest(weights.count_bytes(model, self._dtype))
             if needed <= self._job.memory_bytes:
                 return short, weights
-            shorter = _shrink(short, self._job.quantization) if shared else short
+            shorter = shrink(short, self._job.quantization) if shared else short
             if shared and shorter == short:
                 raise CommandFailed(
                     f"measuring needs {needed / 1e9:.1f} GB, and may take {self._job.memory_bytes / 1e9:.1f} GB here",
@@ -235,7 +235,7 @@ class _Passes:
             rounds += 1
             spent = self._group.largest(time.perf_counter() - begin)
             if rounds > _LEAST_ROUNDS and spent > self._job.budget_s:
-                return self._fit(1, self._step), self._fit(prompt, self._first)
+                return fit_pass(1, self._step), fit_pass(prompt, self._first)
 
     def _answer(self, depth: int, prompt: int, count: int) -> tuple[float, float]:
         """Return the seconds (to the first token, per further token) of one answer, the same on every rank."""
@@ -254,13 +254,17 @@ class _Passes:
         told = self._group.share(first, step)
         return max(row[0] for row in told), max(row[1] for row in told)
 
-    def _fit(self, tokens: int, seconds: dict[int, list[float]]) -> Pass:
-        """Return the line through both depths' medians."""
-        shallow, deep = min(seconds), max(seconds)
-        low, high = (statistics.median(seconds[depth]) for depth in (shallow, deep))
-        layer = (high - low) / (deep - shallow) if deep > shallow else high
-        layer = min(max(layer, 0.0), high / deep)  # noise must not make a part negative
-        return Pass(tokens, layer, high - deep * layer)
+
+def fit_pass(tokens: int, seconds: dict[int, list[float]]) -> Pass:
+    """Return the line through the medians of the shallowest and the deepest model, by depth.
+
+    It meets the deepest one's; noise may not make a part negative.
+    """
+    shallow, deep = min(seconds), max(seconds)
+    low, high = (statistics.median(seconds[depth]) for depth in (shallow, deep))
+    layer = (high - low) / (deep - shallow) if deep > shallow else high / deep
+    layer = min(max(layer, 0.0), high / deep)
+    return Pass(tokens, layer, max(0.0, high - deep * layer))
 
 
 class _Parts:
@@ -435,11 +439,12 @@ class _Characters:
         """Nobody reads the text."""
 
 
-def _with_depth(placement: Placement, depth: int) -> Placement:
+def with_depth(placement: Placement, depth: int) -> Placement:
+    """Return a placement of the same layers, so many of them."""
     return replace(placement, geometry=replace(placement.geometry, n_layers=depth))
 
 
-def _shrink(placement: Placement, quantization: Quantization | None) -> Placement:
+def shrink(placement: Placement, quantization: Quantization | None) -> Placement:
     """Return a placement that needs less memory; the same one when there is none."""
     geometry = placement.geometry
     if placement.split == "experts":
@@ -453,7 +458,7 @@ def _shrink(placement: Placement, quantization: Quantization | None) -> Placemen
     return replace(placement, shares=shares, geometry=replace(geometry, ffn_hidden=hidden))
 
 
-def _scale_up(measured: Pass, other_s: float, scale: float) -> Pass:
+def scale_up(measured: Pass, other_s: float, scale: float) -> Pass:
     """Return a pass with the time of whole experts; `other_s` of each layer's is not the experts'."""
     return replace(measured, layer_s=measured.layer_s + max(0.0, measured.layer_s - other_s) * (1 / scale - 1))
 

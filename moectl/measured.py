@@ -1,7 +1,7 @@
 """What is asked of a measurement and what comes of it: numbers and their JSON.
 
-`probe` asks on this machine, `measure` answers on the nodes. Nothing is measured here, and nothing predicted but by adding up: a pass takes what is outside the layers plus so many
-layers.
+`probe` asks on this machine, `measure` answers on the nodes. Nothing is measured here, and nothing predicted but by
+adding up: a pass takes what is outside the layers plus so many layers.
 """
 
 from __future__ import annotations
