@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,7 +49,7 @@ def cli() -> None:
 @cli.command(epilog=EXIT_STATUS)
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--ctx", type=click.IntRange(1), help="Tokens of context to keep (default: 4096, or the model's own).")
-@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Answers at once.")
+@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True)
 @click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="For TTFT.")
 @click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 is bf16 (default: as the model is).")
 @click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
@@ -59,12 +60,14 @@ def cli() -> None:
 @click.option("--memory", metavar="SIZE", help="Memory of hosts without memory=, such as 192GB.")
 @click.option("--link", metavar="NAME", help="rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.")
 @click.option("--calibration", type=click.Choice(["default", "paper"]), default="default", show_default=True)
+@click.option("--probe", is_flag=True, help="Ask the hosts over SSH for their chips and memory.")
 @click.option("--what-if", is_flag=True, help="Show clusters that one could buy, without hosts.")
 @common
 def plan(common: Common, model: str, **options: Any) -> None:
     """Show which host would hold what, whether it fits, and how fast it would be.
 
-    Nothing is downloaded or sent: DBRX is known by name, hosts by their keys in hosts.txt or by --chip and --memory.
+    Nothing is downloaded or sent: DBRX is known by name, hosts by their keys in hosts.txt, by --chip and --memory, or
+    by what they say when asked with --probe.
 
     \b
     Examples:
@@ -74,7 +77,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
     """
     from moectl import report
     from moectl.plan import refusal
-    from moectl.planning import plan_cluster, plan_purchase
+    from moectl.planning import plan_cluster, plan_purchase, probe_hosts
 
     asked, wanted = _asked(options), _wanted(options)
     if options["what_if"]:
@@ -83,6 +86,8 @@ def plan(common: Common, model: str, **options: Any) -> None:
         return
     hosts = common.host_list(required=True)
     assert hosts is not None
+    if options["probe"]:
+        asked = replace(asked, found=probe_hosts(hosts.hosts))
     answer = plan_cluster(model, wanted, asked, hosts.hosts)
     found = (answer.model, answer.question, answer.plan)
     common.print(report.plan_text(*found), report.plan_json(*found))

@@ -65,7 +65,7 @@ def _chip(host: Host, defaults: Defaults, found: Hardware | None) -> Chip:
 
 def _memory(host: Host, defaults: Defaults, found: Hardware | None, chip: Chip) -> Memory:
     if found is not None and found.memory_bytes:
-        total, working_set = found.memory_bytes, found.working_set_bytes
+        total, working_set = found.memory_bytes, found.wired_limit_bytes or found.working_set_bytes
         if is_apple(chip) and working_set is None:
             working_set = default_working_set_bytes(total)
         if host.memory_bytes is not None:  # the owner keeps the rest

@@ -201,6 +201,20 @@ def _by_host(nodes: Sequence[Node | None]) -> list[tuple[Node, list[int]]]:
     return list(held.values())
 
 
+def probe_hosts(hosts: Sequence[Host]) -> dict[str, Hardware]:
+    """Ask every host over SSH what it is made of, all at once; by name. Raises the first host's error."""
+    from moectl.cluster import connect
+    from moectl.probe import read_all_hardware
+
+    remotes = connect(hosts)
+    try:
+        found = read_all_hardware(remotes)
+    finally:
+        for remote in remotes:
+            remote.close()
+    return {host.name: hardware for host, hardware in zip(hosts, found, strict=True)}
+
+
 def known_node(host: Host, asked: Asked) -> Node | None:
     """Return a host as a node, None when its chip or memory is not known."""
     try:

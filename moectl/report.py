@@ -130,9 +130,13 @@ def model_text(model: Model, question: Question) -> str:
     quantization = question.quantization
     precision = "bf16" if quantization is None else f"{quantization.bits}-bit {quantization.mode}"
     return (
-        f"{model.name} · {g.parameters / 1e9:.0f}B parameters, {g.active_parameters / 1e9:.0f}B active · "
+        f"{model.name} · {_count_text(g.parameters)} parameters, {_count_text(g.active_parameters)} active · "
         f"{g.n_layers} layers · {g.n_experts} experts, {g.top_k} used per token · {precision}"
     )
+
+
+def _count_text(count: int) -> str:
+    return f"{count / 1e9:.0f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def plan_table(question: Question, plan: Plan) -> str:

@@ -21,6 +21,7 @@ from moectl.errors import PlanError
 from moectl.flags import Failed
 from moectl.geometry import DBRX
 from moectl.manifest import Quantization
+from moectl.paths import data_dir
 from moectl.plan import Node, Question, make_plan, refusal, spread
 from moectl.speed import Rates
 
@@ -254,3 +255,37 @@ def test_what_if_lists_what_one_could_buy() -> None:
     assert not any(row["link"] == "rdma" for row in rows if row["chip"] in ("m2-ultra", "m4"))
     assert "m3-ultra" in plan("--what-if").stdout
     assert PAPER.name in plan("--help").stdout
+
+
+def test_shard_deploy_and_run_refuse_by_the_same_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written before the refusal; --force goes on and warns."""
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("a chip=linux-cpu memory=400MB\nb chip=linux-cpu memory=64GB\n")
+    small = ("--hostfile", str(hosts))
+    refused = CliRunner().invoke(cli, ["shard", str(demo_dir()), *small])
+    assert isinstance(refused.exception, Failed)
+    assert re.match("the model does not fit: a needs 0.4 GB, 0.3 GB is usable", str(refused.exception.error))
+    assert not (data_dir() / "shards").exists()
+    forced = CliRunner().invoke(cli, ["shard", str(demo_dir()), *small, "--force"], catch_exceptions=False)
+    assert forced.exit_code == 0
+    assert "Warning: a needs 0.4 GB, 0.3 GB is usable" in forced.stderr
+    deployed = CliRunner().invoke(cli, ["deploy", str(hosts)])
+    assert isinstance(deployed.exception, Failed)
+    assert "does not fit: a needs 0.4 GB" in str(deployed.exception.error)
+    tiny = Node("this machine", Memory(400_000_000), None, 4, None, is_mac=False)
+    monkeypatch.setattr("moectl.planning.own_node", lambda: tiny)
+    ran = CliRunner().invoke(cli, ["run", "--local", "2", "--model", str(demo_dir()), "Hello"])
+    assert isinstance(ran.exception, Failed)
+    assert "does not fit: this machine needs 0.9 GB" in str(ran.exception.error)
+
+
+def test_shard_chooses_what_the_plan_finds_fastest(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("a chip=m4-max memory=128GB\nb chip=m4 memory=32GB\n")
+    words = ["shard", str(demo_dir()), "--hostfile", str(hosts), "--json", "--dry-run"]
+    made = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert json.loads(made.stdout)["split"] in ("hidden", "layers", "experts")
+    words = ["plan", str(demo_dir()), "--hostfile", str(hosts), "--json"]
+    planned = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)
+    assert [planned["split"], planned["shares"]] == [json.loads(made.stdout)[key] for key in ("split", "shares")]
+    assert planned["why"] in made.stderr
