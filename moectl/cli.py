@@ -11,8 +11,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,12 +22,16 @@ from moectl.flags import EXIT_STATUS, Common, common
 
 if TYPE_CHECKING:
     from moectl.console import Bar, Progress
+    from moectl.planning import Asked
     from moectl.prepare import Made, Wanted
     from moectl.session import Session
 
 DEFAULT_MODEL = "databricks/dbrx-instruct"
 MAX_START_S = 86400.0
-SPLITS = ["hidden", "experts", "tensor", "layers"]
+SPLIT = click.Choice(["auto", "experts", "hidden", "tensor", "layers"])
+Q_BITS = click.Choice(["2", "3", "4", "6", "8", "16"])
+Q_MODE = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
+FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.group(
@@ -43,14 +48,87 @@ def cli() -> None:
 
 @cli.command(epilog=EXIT_STATUS)
 @click.argument("model", default=DEFAULT_MODEL)
+@click.option("--ctx", type=click.IntRange(1), help="Tokens of context to keep (default: 4096, or the model's own).")
+@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True)
+@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="For TTFT.")
+@click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 is bf16 (default: as the model is).")
+@click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
+@click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
+@click.option("--split", type=SPLIT, default="auto", show_default=True)
+@click.option("--shares", metavar="A,B,…", help="Uneven parts instead of those that the plan would choose.")
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert.")
+@click.option("--chip", metavar="NAME", help="Chip of hosts without chip=, such as m2-ultra.")
+@click.option("--memory", metavar="SIZE", help="Memory of hosts without memory=, such as 192GB.")
+@click.option("--link", metavar="NAME", help="rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.")
+@click.option("--calibration", type=click.Choice(["default", "paper"]), default="default", show_default=True)
+@click.option("--probe", is_flag=True, help="Ask the hosts over SSH for their chips and memory.")
+@click.option("--what-if", is_flag=True, help="Show clusters that one could buy, without hosts.")
+@common
+def plan(common: Common, model: str, **options: Any) -> None:
+    """Show which host would hold what, whether it fits, and how fast it would be.
+
+    Nothing is downloaded or sent: DBRX is known by name, hosts by their keys in hosts.txt, by --chip and --memory, or
+    by what they say when asked with --probe.
+
+    \b
+    Examples:
+      moectl plan --hosts mac1,mac2 --chip m2-ultra --memory 192GB
+      moectl plan --q-bits 4 --link rdma hosts.txt
+      moectl plan --what-if
+    """
+    from moectl import report
+    from moectl.plan import refusal
+    from moectl.planning import plan_cluster, plan_purchase, probe_hosts
+
+    asked, wanted = _asked(options), _wanted(options)
+    if options["what_if"]:
+        priced, rows = plan_purchase(model, wanted, asked)
+        common.print(report.what_if_text(priced, rows), report.what_if_json(priced, rows))
+        return
+    hosts = common.host_list(required=True)
+    assert hosts is not None
+    if options["probe"]:
+        asked = replace(asked, found=probe_hosts(hosts.hosts))
+    answer = plan_cluster(model, wanted, asked, hosts.hosts)
+    found = (answer.model, answer.question, answer.plan)
+    common.print(report.plan_text(*found), report.plan_json(*found))
+    if not answer.plan.feasible:
+        raise refusal(answer.plan)
+
+
+def _asked(options: dict[str, Any]) -> Asked:
+    from moectl.planning import Asked
+
+    return Asked(
+        **{k: options[k] for k in ("ctx", "concurrency", "prompt_tokens", "chip", "memory", "link", "calibration")}
+    )
+
+
+def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
+    from moectl.prepare import Wanted
+
+    bits = options["q_bits"]
+    return Wanted(
+        split=options["split"],
+        nodes=nodes,
+        shares=_shares(options["shares"]),
+        replicas=options["replicas"],
+        bits=int(bits) if bits else None,
+        group_size=options["q_group_size"],
+        mode=options["q_mode"],
+    )
+
+
+@cli.command(epilog=EXIT_STATUS)
+@click.argument("model", default=DEFAULT_MODEL)
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Directory of the shard set.")
 @click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
-@click.option("--split", type=click.Choice(SPLITS), default="hidden", show_default=True)
-@click.option("--shares", metavar="A,B,…", help="Uneven parts per rank: experts, layers, or hidden units.")
-@click.option("--replicas", type=click.IntRange(1), help="For --split experts: copies of each expert (default: 1).")
-@click.option("--q-bits", type=click.Choice(["2", "3", "4", "6", "8", "16"]), help="Bits per weight; 16 copies.")
+@click.option("--split", type=SPLIT, default="auto", show_default=True, help="auto: what 'moectl plan' finds fastest.")
+@click.option("--shares", metavar="A,B,…", help="Uneven parts: experts, units of the hidden dimension, or layers.")
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert.")
+@click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 copies.")
 @click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
-@click.option("--q-mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), default="affine", show_default=True)
+@click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Streams at once (default: all cores but one, at most 4).")
 @click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache.")
@@ -76,24 +154,19 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
         _verify(common, verify)
         return
     from moectl import report
-    from moectl.prepare import Wanted
+    from moectl.planning import Asked, place_on
 
     nodes = options.pop("nodes")
-    shares = _shares(options.pop("shares"))
-    if nodes is None and shares is None:
-        hosts = common.host_list()
+    hosts = common.host_list()
+    if nodes is None and options["shares"] is None:
         if hosts is None:
             raise errors.UsageError("how many nodes? There is no hosts file", hint="use --nodes N or --hostfile FILE")
         nodes = len(hosts.hosts)
-    wanted = Wanted(
-        split=options.pop("split"),
-        nodes=nodes,
-        shares=shares,
-        replicas=options.pop("replicas") or 1,
-        bits=int(bits) if (bits := options.pop("q_bits")) else None,
-        group_size=options.pop("q_group_size"),
-        mode=options.pop("q_mode"),
-    )
+    wanted = _wanted(options, nodes)
+    for name in ("split", "shares", "replicas", "q_bits", "q_group_size", "q_mode"):
+        del options[name]
+    if hosts is not None:
+        options["choose_place"] = place_on(hosts.hosts, Asked(), force=options["force"], say=common.say)
     options["directory"] = options.pop("output")
     made = _shard(common, model, wanted, dry_run=dry_run, **options)
     common.print(
@@ -184,6 +257,7 @@ def pull(common: Common, model: str, revision: str | None) -> None:
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Hosts at once (default: all).")
 @click.option("--only", multiple=True, metavar="HOST", help="Deploy to this host only (repeatable).")
 @click.option("--verify", is_flag=True, help="Hash again what is there already.")
+@click.option("--force", is_flag=True, help="Deploy although a host's memory will not do.")
 @click.option(
     "--wheelhouse",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -203,6 +277,7 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
       moectl deploy --only mac2 --verify
     """
     from moectl import cluster, prepare, report
+    from moectl.planning import check_hosts
 
     if hostfile_:
         common.hostfile = hostfile_
@@ -211,6 +286,7 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
     found = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
     directory, manifest = found
     common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
+    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say)
     with _deploy_progress(common) as on_event:
         result = cluster.deploy(
             listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
@@ -255,6 +331,39 @@ def _shares(text: str | None) -> tuple[int, ...] | None:
 # Use
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def target_options(command: F) -> F:
+    """Give a command the flags that say which model to run, where and how; `_target` and `_open` read them."""
+    options = (
+        click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine."),
+        click.option("--shards", metavar="DIR", help="Use this shard set on this machine."),
+        click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed."),
+        click.option("--split", type=SPLIT, help="For --model (default: auto)."),
+        click.option("--shares", metavar="A,B,…", help="For --model: uneven parts."),
+        click.option("--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert."),
+        click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight."),
+        click.option("--force", is_flag=True, help="Try it although memory will not do."),
+        click.option(
+            "--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True
+        ),
+        click.option(
+            "--start-timeout",
+            type=click.FloatRange(1, MAX_START_S),
+            default=30.0,
+            show_default=True,
+            metavar="SECONDS",
+        ),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @cli.command(epilog=EXIT_STATUS)
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
@@ -264,26 +373,7 @@ def _shares(text: str | None) -> tuple[int, ...] | None:
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Make sampling repeatable.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
 @click.option("--stats", is_flag=True, help="Print speeds on stderr afterwards (-v implies it).")
-@click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine.")
-@click.option("--shards", metavar="DIR", help="Use this shard set on this machine.")
-@click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed.")
-@click.option("--split", type=click.Choice(SPLITS), help="For --model (default: hidden).")
-@click.option("--shares", metavar="A,B,…", help="For --model: uneven parts.")
-@click.option("--replicas", type=click.IntRange(1), help="For --model and --split experts: copies of each expert.")
-@click.option("--q-bits", type=click.Choice(["2", "3", "4", "6", "8", "16"]), help="For --model: bits per weight.")
-@click.option(
-    "--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True
-)
-@click.option(
-    "--start-timeout",
-    type=click.FloatRange(1, MAX_START_S),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-)
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
-)
+@target_options
 @common
 def run(common: Common, prompt: tuple[str, ...], stats: bool, **options: Any) -> None:
     """Generate text.
@@ -297,7 +387,6 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, **options: Any) ->
       git diff | moectl run "Write a commit message for this diff."
       moectl run --local 2 --model ./my-dbrx "Hello"
     """
-    from moectl import launch
     from moectl.request import Request
 
     request = Request(
@@ -306,14 +395,20 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, **options: Any) ->
         temperature=options["temp"],
         **{k: options[k] for k in ("max_tokens", "system", "raw", "top_p", "seed")},
     )
-    with launch.open_session(
-        _target(common, options),
+    with _open(common, options, _target(common, options)) as session:
+        _answer(common, session, request, stats or bool(common.verbose))
+
+
+def _open(common: Common, options: dict[str, Any], target: Any) -> contextlib.AbstractContextManager[Session]:
+    from moectl import launch
+
+    return launch.open_session(
+        target,
         backend=options["backend"],
         start_timeout_s=options["start_timeout"],
         dtype=options["dtype"],
         on_log=_log_printer(common),
-    ) as session:
-        _answer(common, session, request, stats or bool(common.verbose))
+    )
 
 
 def _prompt_text(words: tuple[str, ...], common: Common) -> str:
@@ -332,11 +427,14 @@ def _prompt_text(words: tuple[str, ...], common: Common) -> str:
 def _target(common: Common, options: dict[str, Any]) -> Any:
     """Return what to run: a shard set on this machine, or a deployment on hosts."""
     from moectl import launch
+    from moectl.manifest import read_manifest
+    from moectl.planning import check_here, check_hosts, place_here
     from moectl.prepare import Wanted, find_shards
 
     local, shards, model = options["local"], options["shards"], options["model"]
     here = {"--local": local, "--shards": shards, "--model": model}
-    cutting = {f"--{k.replace('_', '-')}": options[k] for k in ("split", "shares", "replicas", "q_bits")}
+    cutting = {f"--{name.replace('_', '-')}": options[name] for name in ("split", "shares", "replicas", "q_bits")}
+    force = options["force"]
     _refuse_both({"--shards": shards}, {"--model": model, **cutting})
     _refuse_both({"--hosts": common.hosts, "--hostfile": common.hostfile}, here)
     if shards:
@@ -346,18 +444,25 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
                 f"{directory.name} is cut for {manifest.world_size} ranks, not {local}",
                 hint=f"use --local {manifest.world_size}",
             )
+        check_here(manifest, force=force, say=common.say)
         return launch.Local(directory, manifest)
     if not (local or model):
         deployment = launch.find_deployment(common.host_list())
         if deployment is not None:
             _refuse_both({f"the deployment {deployment.name}": True}, cutting)
+            hosts = [rank.host for rank in deployment.ranks]
+            with contextlib.suppress(errors.NotSharded, errors.IntegrityError):  # the operator's copy may be gone
+                check_hosts(hosts, read_manifest(Path(deployment.shards)), force=force, warn=common.say)
             return deployment
         common.say("No hosts and nothing deployed: the bundled demo model answers on 2 local ranks.")
     shares = _shares(options["shares"])
     bits = int(options["q_bits"]) if options["q_bits"] else None
     nodes = local or (None if shares else 2)
-    wanted = Wanted(options["split"] or "hidden", nodes, shares, options["replicas"] or 1, bits)
-    return launch.prepare_local(model, wanted, shard=lambda m, w: _shard(common, m, w, cached=True).directory)
+    wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits)
+    place = place_here(force, common.say)
+    return launch.prepare_local(
+        model, wanted, shard=lambda m, w: _shard(common, m, w, cached=True, choose_place=place).directory
+    )
 
 
 def _refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
@@ -426,6 +531,58 @@ def _cancel_on_interrupt(session: Session, request_id: int) -> Iterator[threadin
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@cli.command(epilog=EXIT_STATUS)
+@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True)
+@click.option("-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--plan", type=FILE, metavar="FILE", help="Put the prediction of `plan --json` beside it.")
+@click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw a picture (needs moectl[plot]).")
+@click.option("--compare", type=FILE, multiple=True, metavar="FILE", help="For --plot: a result of `bench --json`.")
+@click.option("--routing-stats", type=FILE, metavar="FILE", help="Write how often each expert was chosen.")
+@target_options
+@common
+def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[Path, ...], **options: Any) -> None:
+    """Measure prompt and generation speed, and where the time goes.
+
+    Prompts are random tokens. After the trials every rank takes some decode steps apart: computing, all-reduce (with
+    the wait for the slowest rank), and the rest.
+
+    \b
+    Examples:
+      moectl bench
+      moectl bench --local 2 -p 128 -g 32 --json > two.json
+      moectl bench --local 4 --plot ranks.svg --compare two.json
+    """
+    from moectl import bench as benchmark
+    from moectl import disk, report, routing
+    from moectl import plot as plotting
+
+    if options["routing_stats"]:
+        disk.check_destination(options["routing_stats"])
+    if plot:
+        plotting.check_plot(plot)
+    elif compare:
+        raise errors.UsageError("--compare is for --plot", hint="add --plot FILE.svg")
+    earlier = plotting.read_documents(compare)
+    predicted = benchmark.read_prediction(plan) if plan else None
+    target = _target(common, options)
+    trials = options["num_trials"]
+
+    def on_trial(number: int, trial: benchmark.Trial) -> None:
+        speeds = f"prompt {trial.prefill_tok_s:.1f} tok/s, generate {trial.decode_tok_s:.1f} tok/s"
+        common.say(f"trial {number} of {trials}: {speeds}")
+
+    with _open(common, options, target) as session:
+        counts = {key: options[key] for key in ("prompt_tokens", "generation_tokens")}
+        result = benchmark.bench(session, target.name, trials=trials, predicted=predicted, on_trial=on_trial, **counts)
+    document = report.bench_json(result)
+    common.print(report.bench_text(result), document)
+    if options["routing_stats"]:
+        routing.write_routing(options["routing_stats"], result.routing)
+    if plot:
+        plotting.write_plot(plot, [*earlier, document])
 
 
 @cli.command(epilog=EXIT_STATUS)

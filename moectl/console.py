@@ -43,6 +43,11 @@ def colour_wanted(choice: str, stream: TextIO) -> bool:
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
+def columns() -> int:
+    """Return how many letters a line may have: the terminal's width, 100 where there is none."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
 def table_text(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "", width: int | None = None
 ) -> str:
@@ -50,7 +55,7 @@ def table_text(
 
     Columns that do not fit the width are dropped from the right; nothing wraps.
     """
-    width = width or shutil.get_terminal_size((100, 24)).columns
+    width = width or columns()
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     shown, used = 0, -2
     for column in widths:

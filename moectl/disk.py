@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -33,6 +34,29 @@ def free_bytes(path: Path) -> int:
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def check_destination(path: Path) -> None:
+    """Raise UsageError when no file can be made at `path`, so that nobody works long for one."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path.absolute().parent} is not a directory that can be written to")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there complete or not at all. Raises StateError."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise StateError(f"{path} cannot be written: {os.strerror(error.errno or 0)}") from None
 
 
 def sync_directory(directory: Path) -> None:

@@ -1,11 +1,10 @@
 """Generate in lockstep: every rank runs this over the same requests and ends with the same tokens, bit for bit.
 
 mlx-lm's BatchGenerator does prefill, caches and the step in flight. Each of its steps ends in one tiny exchange, of
-which only the leader's part counts (the rank with the head): the sampled tokens and a control word (admit requests up
-to k; cancel request c). So followers need no head, no sampler and no clock, and every decision falls at the same step
-on every rank. A control word
-is obeyed once its step has been computed, one step after it was spoken, because reading the newest would stall the step
-in flight.
+which only the leader's part counts (the rank that has the head: rank 0, or the last of a pipeline): the sampled tokens
+and a control word (admit requests up to k; cancel request c). So followers need no head, no sampler and no clock, and
+every decision falls at the same step on every rank. A control word is obeyed once its step has been computed, one step
+after it was spoken, because reading the newest would stall the step in flight.
 
 An idle engine waits for a message, never inside a collective. This file knows no process, socket or file.
 """
@@ -25,8 +24,9 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from moectl.errors import UsageError
-from moectl.leash import Cancel, Done, Event, Generate, Order, Prefilled, Refused, Token
+from moectl.leash import Cancel, Done, Event, Generate, Order, Prefilled, Profile, Refused, Token
 from moectl.model.dbrx import Model
+from moectl.profile import profile
 from moectl.request import Request, Stats
 
 PREFILL_STEP = 512
@@ -59,16 +59,19 @@ class Engine:
         tokenizer: TokenizerWrapper,
         *,
         rank: int = 0,
-        leader: int = 0,
+        head_rank: int = 0,
         group: mx.distributed.Group | None = None,
         max_seq_len: int,
         prefill_step: int = PREFILL_STEP,
     ) -> None:
+        self._model = model
         self._tokenizer = tokenizer
-        self._leader = leader
         self._rank = rank
+        self._leads = rank == head_rank
+        self._head_rank = head_rank
         self._group = group if group is not None and group.size() > 1 else None
         self._max_seq_len = max_seq_len
+        self._prefill_step = prefill_step
         # One prompt at a time: rows then join in admission order, so that this file can name each row's request.
         self._generator = BatchGenerator(
             model,
@@ -79,6 +82,7 @@ class Engine:
         )
         self._stop = StopSequences([[t] for t in sorted(tokenizer.eos_token_ids)])
         self._arrived: dict[int, _Answer] = {}  # by request id, not yet admitted
+        self._profiles: dict[int, Profile] = {}  # by id, waiting for their turn and for idleness
         self._cancels: deque[int] = deque()  # wished, not yet spoken (leader)
         self._prefilling: deque[_Answer] = deque()
         self._decoding: list[_Answer] = []  # in the order of the batch's rows
@@ -99,14 +103,13 @@ class Engine:
                 yield from self._step(inbox)
             elif self._admitted + 1 in self._arrived:
                 yield from self._admit(self._admitted + 1, inbox)
+            elif self._admitted + 1 in self._profiles:
+                self._admitted += 1
+                yield from self._profile(self._profiles.pop(self._admitted))
             elif self._closing:
                 return
             else:
                 self._note(inbox.get())
-
-    @property
-    def _leads(self) -> bool:
-        return self._rank == self._leader
 
     @property
     def _idle(self) -> bool:
@@ -118,10 +121,19 @@ class Engine:
                 self._closing = True
             case Generate(request=request):
                 self._arrived[request.id] = _Answer(request, [])
+            case Profile(id=profile_id):
+                self._profiles[profile_id] = order
             case Cancel(id=request_id) if self._leads:
                 self._cancels.append(request_id)
             case _:
                 pass
+
+    def _profile(self, order: Profile) -> Iterator[Event]:
+        # No request is admitted past this order's id, so every rank is idle here, at the same place in the count.
+        stream = self._generator.stream
+        yield from profile(
+            self._model, order, rank=self._rank, leads=self._leads, prefill_step=self._prefill_step, stream=stream
+        )
 
     # Admission: the same on every rank, because tokenizing and its refusals depend on the request alone.
 
@@ -140,7 +152,12 @@ class Engine:
             self._insert(answer)
 
     def _tokenize(self, request: Request) -> list[int]:
-        if request.raw:
+        if request.prompt_tokens is not None:
+            tokens = list(request.prompt_tokens)
+            vocab_size = self._model.placement.geometry.vocab_size
+            if not all(0 <= token < vocab_size for token in tokens):
+                raise UsageError(f"a prompt token is outside the model's vocabulary of {vocab_size}")
+        elif request.raw:
             tokens = self._tokenizer.encode(request.prompt)
         else:
             if not self._tokenizer.has_chat_template:
@@ -164,8 +181,9 @@ class Engine:
     def _insert(self, answer: _Answer) -> None:
         request = answer.request
         room = self._max_seq_len - len(answer.tokens)
+        stop = StopSequences() if request.ignore_eos else self._stop
         [answer.uid] = self._generator.insert(
-            [answer.tokens], max_tokens=[min(request.max_tokens, room)], stop_sequences=[self._stop]
+            [answer.tokens], max_tokens=[min(request.max_tokens, room)], stop_sequences=[stop]
         )
         answer.admitted_s = time.perf_counter()
         if self._leads:
@@ -252,7 +270,7 @@ class Engine:
             return vector
         # Followers' vector must not overtake the last layer's sum, or ranks would add up different things.
         vector = mx.depends([vector], [after])[0]
-        return mx.distributed.all_gather(vector[None], group=self._group)[self._leader]
+        return mx.distributed.all_gather(vector[None], group=self._group)[self._head_rank]
 
     # What the leader tells.
 

@@ -5,6 +5,7 @@ Names are those of the checkpoint (mlx-lm's spelling): per expert in a checkpoin
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,6 +68,28 @@ class Geometry:
             "transformer.norm_f.weight": (self.d_model,),
             "lm_head.weight": (self.vocab_size, self.d_model),
         }
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the model."""
+        return self._outer + self.n_layers * (self._layer + self.n_experts * self._expert)
+
+    @property
+    def active_parameters(self) -> int:
+        """The parameters that take part in one token."""
+        return self._outer + self.n_layers * (self._layer + self.top_k * self._expert)
+
+    @property
+    def _outer(self) -> int:
+        return sum(math.prod(shape) for shape in self.outer_shapes().values())
+
+    @property
+    def _layer(self) -> int:
+        return sum(math.prod(shape) for shape in self.layer_shapes(0).values())
+
+    @property
+    def _expert(self) -> int:
+        return sum(math.prod(shape) for shape in self.expert_shapes.values())
 
     def checkpoint_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield (canonical name, shape) of every unquantised tensor, one matrix per expert."""
@@ -153,3 +176,20 @@ def _positive(config: Mapping[str, Any], key: str, *, default: float | None) -> 
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"config.json: {key} should be a positive number, it is {value!r}")
     return float(value)
+
+
+# databricks/dbrx-instruct and dbrx-base, so that a plan needs no network (config.json of the original repository).
+DBRX = Geometry(
+    n_layers=40,
+    d_model=6144,
+    n_heads=48,
+    kv_n_heads=8,
+    ffn_hidden=10752,
+    n_experts=16,
+    top_k=4,
+    vocab_size=100352,
+    max_seq_len=32768,
+    rope_theta=500_000.0,
+    clip_qkv=8.0,
+    moe_normalize=1.0,
+)

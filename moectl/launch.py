@@ -36,6 +36,10 @@ class Local:
     directory: Path
     manifest: Manifest
 
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
 
 Target = Local | Deployment
 

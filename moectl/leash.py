@@ -50,9 +50,21 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Answer a request: the rank with the head sends Token… and Done, or Refused."""
+    """Answer a request: the rank that has the head sends Token… and Done, or Refused."""
 
     request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Take the decode steps of these tokens apart; every rank answers with Profiled, rank 0 with Prefilled before.
+
+    `id` is of the same count as requests', so that it falls between the same two of them on every rank.
+    """
+
+    id: int
+    tokens: list[int]
+    steps: int  # the last so many tokens go through one by one, those before them as a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +110,13 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The weights are in memory."""
+    """The weights are in memory; what kind of model they make."""
+
+    split: str
+    bits: int | None  # per weight; None: not quantised
+    vocab_size: int
+    max_seq_len: int
+    top_k: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +146,26 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Profiled:
+    """Where a rank's time goes in one decode step, and what its router chose; see `moectl.profile` for each figure.
+
+    Times are means over the steps, `compute_s` and `all_reduce_s` also sums over a step's layers.
+    """
+
+    id: int
+    compute_s: float
+    all_reduce_s: float
+    step_s: float  # one such step, with everything that profiling adds
+    exchanges: int  # all-reduces in one step
+    peak_memory_bytes: int  # of MLX's arrays, since the process began
+    peak_rss_bytes: int  # of the process
+    layers: list[int]  # that this rank has
+    chosen: list[list[int]]  # per such layer and expert: how often it was chosen
+    own_experts: float  # that this rank runs, per token and layer
+    busiest_experts: float  # that the busiest rank of each layer runs, per token and layer
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """A request that cannot be answered; the worker goes on."""
 
@@ -152,8 +190,8 @@ class AllGather:
     data: str
 
 
-Order = Start | Connect | Load | Generate | Cancel | Beat | Gathered
-Event = Listening | Connecting | Connected | Ready | Prefilled | Token | Done | Refused | Fatal | AllGather
+Order = Start | Connect | Load | Generate | Profile | Cancel | Beat | Gathered
+Event = Listening | Connecting | Connected | Ready | Prefilled | Token | Done | Profiled | Refused | Fatal | AllGather
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (*Order.__args__, *Event.__args__)}
 _NESTED: dict[str, dict[str, type[Any]]] = {"Generate": {"request": Request}, "Done": {"stats": Stats}}
 

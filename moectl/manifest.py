@@ -9,8 +9,7 @@ Layout of a shard set (paths in the manifest are relative, with forward slashes)
     common/embedding.safetensors        the embedding
     common/layer-000.safetensors …      a layer's replicated tensors, stored once
     common/head.safetensors             final norm and head
-    rank-0/layer-000.safetensors …      that rank's part: experts, one stacked array per projection, and its heads
-What one rank alone needs is under that rank: in the `layers` split everything, and nothing is under common.
+    rank-0/layer-000.safetensors …      that rank's experts, one stacked array per projection
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Decide which rank holds what: pure arithmetic on a geometry, no files, no network, no arrays.
 
-A placement is a list of shares, one per rank, and each `--split` says of what: whole experts (`experts`, of which there
-may be copies), every expert's hidden dimension (`hidden`), that and attention heads (`tensor`), or whole layers
-(`layers`). What is not divided is on every rank, but for the head: one rank needs it, the one that samples.
+Four ways to split. `experts`: whole experts; `hidden`: a span of every expert's hidden dimension; both replicate
+attention, norms, router and embedding, and rank 0 has the head. `tensor`: as `hidden`, and attention heads and their
+keys and values are divided too. `layers`: consecutive layers, whole; the first rank has the embedding, the last one the
+head.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ from moectl.errors import PlanError
 from moectl.geometry import Geometry
 
 SPLITS = ("experts", "hidden", "tensor", "layers")
-Span = tuple[int, int]  # half-open: [start, stop)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What each rank holds of a model."""
+    """What each rank holds; spans are half-open [start, stop)."""
 
     split: str
-    # Per rank. experts: experts, copies included; hidden, tensor: units of `unit` hidden elements; layers: layers.
-    shares: tuple[int, ...]
-    unit: int  # elements per share: the quantisation group for hidden and tensor, else 1
+    shares: tuple[int, ...]  # per rank: experts, units of `unit` hidden elements, or layers
+    unit: int  # elements per share: the quantisation group in `hidden` and `tensor`, else 1
     geometry: Geometry
     held: Held | None = None  # experts of each rank, where they have copies or are not placed in order
 
@@ -34,9 +33,10 @@ class Placement:
     def world_size(self) -> int:
         return len(self.shares)
 
-    def _span(self, rank: int) -> Span:
-        start = sum(self.shares[:rank]) * self.unit
-        return start, start + self.shares[rank] * self.unit
+    @property
+    def head_rank(self) -> int:
+        """The rank that has the head, samples, and so leads the others."""
+        return self.world_size - 1 if self.split == "layers" else 0
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
         """Return the numbers of the experts that a rank holds (a part of) in each of its layers, ascending."""
@@ -58,39 +58,37 @@ class Placement:
         """The most copies that an expert has."""
         return 1 if self.held is None else max(map(len, self.owners))
 
-    def hidden(self, rank: int) -> Span:
+    def hidden(self, rank: int) -> tuple[int, int]:
         """Return the span of every expert's hidden dimension that a rank holds, in elements."""
         return self._span(rank) if self.split in ("hidden", "tensor") else (0, self.geometry.ffn_hidden)
 
-    def layers(self, rank: int) -> Span:
-        """Return the span of layers that a rank computes (a part of)."""
+    def layers(self, rank: int) -> tuple[int, int]:
+        """Return the span of layers that a rank holds."""
         return self._span(rank) if self.split == "layers" else (0, self.geometry.n_layers)
 
-    def kv_heads(self, rank: int) -> Span:
-        """Return the span of KV heads that a rank holds of each of its layers, with their query heads and KV cache."""
-        if self.split != "tensor":
-            return 0, self.geometry.kv_n_heads
-        each = self.geometry.kv_n_heads // self.world_size
-        return rank * each, (rank + 1) * each
+    def kv_heads(self, rank: int) -> tuple[int, int]:
+        """Return the span of KV heads that a rank holds, with the query heads that belong to them."""
+        count = self.geometry.kv_n_heads
+        each = count // self.world_size
+        return (rank * each, (rank + 1) * each) if self.split == "tensor" else (0, count)
 
-    def query_heads(self, rank: int) -> Span:
-        """Return the span of query heads that attend to a rank's KV heads."""
-        start, stop = self.kv_heads(rank)
-        each = self.geometry.n_heads // self.geometry.kv_n_heads
-        return start * each, stop * each
+    def heads(self, rank: int) -> tuple[int, int]:
+        """Return the span of query heads that a rank holds."""
+        first, last = self.kv_heads(rank)
+        per_kv = self.geometry.n_heads // self.geometry.kv_n_heads
+        return first * per_kv, last * per_kv
 
     def holds_embedding(self, rank: int) -> bool:
-        """Whether a rank turns token ids into vectors itself."""
+        """Whether a rank turns tokens into vectors."""
         return self.split != "layers" or rank == 0
-
-    @property
-    def head_rank(self) -> int:
-        """The one rank with the head; it samples, and tells the others."""
-        return self.world_size - 1 if self.split == "layers" else 0
 
     def holds_head(self, rank: int) -> bool:
         """Whether a rank turns vectors into logits."""
         return rank == self.head_rank
+
+    def _span(self, rank: int) -> tuple[int, int]:
+        start = sum(self.shares[:rank]) * self.unit
+        return start, start + self.shares[rank] * self.unit
 
 
 def make_placement(
@@ -105,22 +103,21 @@ def make_placement(
 ) -> Placement:
     """Place a model on `nodes` ranks, evenly unless `shares` says how.
 
-    `shares` are experts per rank (`experts`), layers per rank (`layers`), or units of the hidden dimension per rank
-    (`hidden` and `tensor`, where one unit is one quantisation group: 168 of 64 in DBRX); `tensor` always divides heads
-    evenly. With `replicas`, `experts` gives each expert up to that many copies, and shares count copies: between one
-    and `replicas` of each expert together. With `frequencies` (one number per expert: how often it is selected, in any
-    unit) experts are placed so that ranks expect equal work, and the busiest get copies first. Raises PlanError when
-    nodes or shares cannot work, with what would.
+    `shares` are per rank: experts (`experts`), layers (`layers`), or units of the hidden dimension (`hidden` and
+    `tensor`, where one unit is one quantisation group: 168 of 64 in DBRX). With `replicas`, `experts` gives each expert
+    up to that many copies, and shares count copies: between one and `replicas` of each expert together. With
+    `frequencies` (one number per expert: how often it is selected, in any unit) experts are placed so that ranks expect
+    equal work, and the busiest get copies first. Raises PlanError when nodes or shares cannot work, with what would.
     """
-    if split not in SPLITS:
-        raise PlanError(f"unknown split {split!r}; it is one of {', '.join(SPLITS)}")
-    total, unit, what = _units(geometry, split, group_size)
     if nodes < 1:
         raise PlanError(f"{nodes} nodes cannot hold a model; use 1 or more")
+    total, unit, what = _divisible(geometry, split, group_size)
     if split == "tensor" and geometry.kv_n_heads % nodes:
+        able = [n for n in range(1, geometry.kv_n_heads + 1) if geometry.kv_n_heads % n == 0]
         raise PlanError(
-            f"{geometry.kv_n_heads} KV heads cannot be divided by {nodes} nodes; {_choice(tensor_nodes(geometry))}",
-            hint="use another number of nodes, or --split hidden",
+            f"{geometry.kv_n_heads} KV heads cannot be divided by {nodes} nodes; "
+            f"a tensor split works on {_either(able)}",
+            hint="--split hidden works on any number of nodes",
         )
     if nodes > total:
         raise PlanError(f"{nodes} nodes are too many: the model has {total} {what}, so at most {total} nodes")
@@ -170,12 +167,14 @@ def _check_copies(
         raise PlanError(f"routing frequencies should be {geometry.n_experts} numbers, one per expert and none negative")
 
 
-def _units(geometry: Geometry, split: str, group_size: int | None) -> tuple[int, int, str]:
-    """Return how many units a split divides, the elements in one, and what they are."""
+def _divisible(geometry: Geometry, split: str, group_size: int | None) -> tuple[int, int, str]:
+    """Return what a split divides: how many units, elements per unit, and their name."""
     if split == "experts":
         return geometry.n_experts, 1, "experts"
     if split == "layers":
         return geometry.n_layers, 1, "layers"
+    if split not in SPLITS:
+        raise PlanError(f"unknown split {split!r}; it is one of {', '.join(SPLITS)}")
     unit = group_size or math.gcd(geometry.ffn_hidden, 64)
     if geometry.ffn_hidden % unit:
         raise PlanError(
@@ -185,28 +184,6 @@ def _units(geometry: Geometry, split: str, group_size: int | None) -> tuple[int,
     return geometry.ffn_hidden // unit, unit, f"units of {unit} hidden elements"
 
 
-def tensor_nodes(geometry: Geometry, group_size: int = 1) -> list[int]:
-    """Return the numbers of nodes that `tensor` can use: those that divide the KV heads and keep groups whole.
-
-    Each rank has a slice of the columns of the attention's output projection, and quantisation groups run along these.
-    """
-    heads = range(1, geometry.kv_n_heads + 1)
-    return [n for n in heads if geometry.kv_n_heads % n == 0 and geometry.d_model // n % group_size == 0]
-
-
-def check_groups(placement: Placement, group_size: int) -> None:
-    """Raise PlanError when a placement cuts through the quantisation groups of the attention's output projection."""
-    nodes = tensor_nodes(placement.geometry, group_size)
-    if placement.split == "tensor" and placement.world_size not in nodes:
-        columns = placement.geometry.d_model // placement.world_size
-        raise PlanError(
-            f"each of {placement.world_size} nodes would have {columns} columns of the attention's output, "
-            f"which are not whole groups of {group_size}; {_choice(nodes)}",
-            hint="use another number of nodes, a smaller --q-group-size, or --split hidden",
-        )
-
-
-def _choice(nodes: Sequence[int]) -> str:
-    if len(nodes) < 2:
-        return f"only {nodes[0]} node works" if nodes else "no number of nodes works"
-    return f"{', '.join(map(str, nodes[:-1]))} or {nodes[-1]} nodes work"
+def _either(numbers: Sequence[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last

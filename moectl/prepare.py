@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from moectl import shards
+from moectl.catalog import MODELS, Model
 from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.errors import NotSharded, ShardsDiffer
 from moectl.layouts import MODES
@@ -19,7 +20,7 @@ from moectl.manifest import Manifest, Quantization, read_manifest
 from moectl.paths import cache_dir, data_dir
 from moectl.pipeline import OpenQuantise
 from moectl.placement import Placement, make_placement
-from moectl.recipe import check_quantization, plan_files
+from moectl.recipe import Described, check_quantization, plan_files
 
 PLAIN_BITS = 16
 
@@ -28,10 +29,10 @@ PLAIN_BITS = 16
 class Wanted:
     """What a person asked for; None is "as it comes"."""
 
-    split: str = "hidden"
+    split: str = "auto"
     nodes: int | None = None  # None: one per share, or 1
     shares: tuple[int, ...] | None = None
-    replicas: int = 1  # of each expert
+    replicas: int = 1  # of each expert, at most
     bits: int | None = None  # None: as the checkpoint is
     group_size: int | None = None
     mode: str = "affine"
@@ -47,7 +48,10 @@ class Made:
     warnings: tuple[str, ...] = ()
 
 
-def choose_quantization(wanted: Wanted, checkpoint: Checkpoint) -> Quantization | None:
+Place = Callable[[Checkpoint, Wanted, Quantization | None], Placement]
+
+
+def choose_quantization(wanted: Wanted, checkpoint: Described) -> Quantization | None:
     """Return how to quantise; None is a 16-bit copy. Raises PlanError for what MLX or the checkpoint cannot do."""
     if wanted.bits is None and wanted.mode == "affine" and wanted.group_size is None:
         return checkpoint.quantization
@@ -66,12 +70,17 @@ def default_precision(mode: str) -> tuple[int, int]:
 
 
 def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
-    """Return who holds what. Raises PlanError."""
+    """Return who holds what when nothing is known of the hosts; `auto` is `hidden` then, `experts` with copies.
+
+    Raises PlanError.
+    """
+    alone = "hidden" if wanted.replicas == 1 else "experts"  # only whole experts have copies
+    split = alone if wanted.split == "auto" else wanted.split
     nodes = wanted.nodes if wanted.nodes is not None else len(wanted.shares or (1,))
     group_size = quantization.group_size if quantization else None
     return make_placement(
         checkpoint.geometry,
-        wanted.split,
+        split,
         nodes,
         shares=wanted.shares,
         group_size=group_size,
@@ -110,6 +119,7 @@ def shard(
     jobs: int | None = None,
     force: bool = False,
     cached: bool = False,
+    choose_place: Place | None = None,
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
     on_download: Callable[[str, int, int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
@@ -117,8 +127,9 @@ def shard(
     """Make (or finish, or find) a shard set; say where it is.
 
     `on_plan(directory, output_bytes)` is told what will be made before anything is written; when it returns False
-    nothing is. `force` starts afresh. `cached` sets live in the cache, apart from those that a person made, and one of
-    another source or with other settings is replaced.
+    nothing is. `choose_place` decides who holds what (default: `place`) and may refuse. `force` starts afresh. `cached`
+    sets live in the cache, apart from those that a person made, and one of another source or with other settings is
+    replaced.
     """
     checkpoint = open_checkpoint(
         source,
@@ -129,7 +140,7 @@ def shard(
     )
     try:
         quantization = choose_quantization(wanted, checkpoint)
-        placement = place(checkpoint, wanted, quantization)
+        placement = (choose_place or place)(checkpoint, wanted, quantization)
         name = shard_set_name(checkpoint.source, placement, quantization)
         directory = directory or (cache_dir() if cached else data_dir()) / "shards" / name
         files = plan_files(checkpoint, placement, quantization)
@@ -166,6 +177,24 @@ def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
         f"{checkpoint.source} has no tokenizer.json: 'moectl run' will need one in the shard set "
         "(for DBRX, Xenova/dbrx-instruct-tokenizer has it)",
     )
+
+
+def describe_model(source: str) -> tuple[Model, Manifest | None]:
+    """Return what a planner needs of a model: one known by name, a shard set, or a checkpoint's headers.
+
+    A shard set comes with its manifest. Raises what `open_checkpoint` raises.
+    """
+    if source in MODELS and not Path(source).is_dir():
+        return MODELS[source], None
+    try:
+        _, manifest = find_shards(source)
+    except NotSharded:
+        checkpoint = open_checkpoint(source)
+        try:
+            return Model(checkpoint.source, checkpoint.geometry, checkpoint.quantization), None
+        finally:
+            checkpoint.close()
+    return Model(manifest.name, manifest.geometry, manifest.quantization), manifest
 
 
 def find_shards(where: str | Path) -> tuple[Path, Manifest]:

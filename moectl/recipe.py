@@ -13,23 +13,28 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moectl.errors import CheckpointError, PlanError
-from moectl.geometry import PROJECTIONS, Geometry, block, expert_name, stacked_name
+from moectl.geometry import PROJECTIONS, Geometry, expert_name, stacked_name
 from moectl.layouts import FLOATS, ITEM_BYTES, MODES, SourceTensor, item_bytes
 from moectl.manifest import Quantization
-from moectl.placement import Placement, check_groups
+from moectl.placement import Placement
 
 _RANK = {dtype: i for i, dtype in enumerate(ITEM_BYTES)}
 _PARTS = ("weight", "scales", "biases")
 _PIECE_BYTES = 64 << 20  # larger matrices are cut by rows, so that two streams can share one
 
 
-class Source(Protocol):
-    """What is needed of `checkpoint.Checkpoint` to lay out a shard set."""
+class Described(Protocol):
+    """A model as far as its shape and precision."""
 
     @property
     def geometry(self) -> Geometry: ...
     @property
     def quantization(self) -> Quantization | None: ...
+
+
+class Source(Described, Protocol):
+    """What is needed of `checkpoint.Checkpoint` to lay out a shard set."""
+
     @property
     def tensors(self) -> Mapping[str, SourceTensor]: ...
 
@@ -81,7 +86,7 @@ class OutputFile:
     bytes: int
 
 
-def check_quantization(checkpoint: Source, wanted: Quantization | None) -> None:
+def check_quantization(checkpoint: Described, wanted: Quantization | None) -> None:
     """Raise PlanError unless the checkpoint can be had in this quantisation."""
     kept = checkpoint.quantization
     if kept is not None:
@@ -130,16 +135,16 @@ def plan_files(
     CheckpointError when experts of one layer cannot be stacked.
     """
     check_quantization(checkpoint, quantization)
-    kept = checkpoint.quantization or quantization
-    if kept is not None:
-        check_groups(placement, kept.group_size)
     planner = _Planner(checkpoint, placement, quantization)
-    outer = checkpoint.geometry.outer_shapes()
+    geometry = checkpoint.geometry
+    outer = geometry.outer_shapes()
     embedding = {name: outer.pop(name) for name in list(outer) if ".wte." in name}
-    files = [planner.outer("embedding", embedding, 0)]
-    for layer in range(checkpoint.geometry.n_layers):
-        files += planner.layer(layer)
-    files.append(planner.outer("head", outer, placement.head_rank))
+    pipeline = placement.split == "layers"
+    first, last = ("rank-0", f"rank-{placement.head_rank}") if pipeline else ("common", "common")
+    files = [planner.whole(f"{first}/embedding.safetensors", embedding)]
+    for layer in range(geometry.n_layers):
+        files.extend(planner.layer(layer))
+    files.append(planner.whole(f"{last}/head.safetensors", outer))
     return files
 
 
@@ -205,49 +210,50 @@ class _Planner:
     placement: Placement
     quantization: Quantization | None
 
-    def outer(self, name: str, shapes: Mapping[str, tuple[int, ...]], rank: int) -> OutputFile:
-        """Lay out tensors outside the layers: for all ranks, or for the one that alone has use for them."""
-        home = f"rank-{rank}" if self.placement.split == "layers" else "common"
+    def whole(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> OutputFile:
+        """Lay out a file of tensors that are not cut."""
         draft = _Draft()
         self._add_whole(draft, shapes)
-        return draft.finish(f"{home}/{name}.safetensors")
+        return draft.finish(path)
 
     def layer(self, layer: int) -> Iterator[OutputFile]:
-        """Lay out a layer: what several ranks need in one file, what one rank needs in that rank's."""
-        shapes = self.checkpoint.geometry.layer_shapes(layer)
+        """Yield a layer's files: what several ranks need, then what each rank has of its own."""
+        placement = self.placement
         name = f"layer-{layer:03d}.safetensors"
-        ranks = [r for r in range(self.placement.world_size) if layer in range(*self.placement.layers(r))]
-        if self.placement.split != "layers":
-            draft = _Draft()
-            divided = _attention_names(layer) if self.placement.split == "tensor" else ()
-            self._add_whole(draft, {n: s for n, s in shapes.items() if n not in divided})
-            yield draft.finish(f"common/{name}")
-        for rank in ranks:
-            draft = _Draft()
-            if self.placement.split == "layers":
-                self._add_whole(draft, shapes)
-            elif self.placement.split == "tensor":
-                self._add_heads(draft, layer, rank)
-            self._add_experts(draft, layer, rank)
-            yield draft.finish(f"rank-{rank}/{name}")
+        shared = self.checkpoint.geometry.layer_shapes(layer)
+        heads = {n: shared.pop(n) for n in list(shared) if ".attn." in n} if placement.split == "tensor" else {}
+        if placement.split != "layers":
+            yield self.whole(f"common/{name}", shared)
+        for rank in range(placement.world_size):
+            start, stop = placement.layers(rank)
+            if start <= layer < stop:
+                draft = _Draft()
+                if placement.split == "layers":
+                    self._add_whole(draft, shared)
+                self._add_heads(draft, heads, rank)
+                self._add_experts(draft, layer, rank)
+                yield draft.finish(f"rank-{rank}/{name}")
 
     def _add_whole(self, draft: _Draft, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
+            span = _Span(0, shape[-1], shape[-1])
             rows = _Span(0, shape[0], shape[0]) if len(shape) == 2 else _Span(0, 1, 1)
-            self._add(draft, name, [(name, rows)], _Span(0, shape[-1], shape[-1]), stacked=False)
+            self._add(draft, name, [name], [rows], span, stacked=False)
 
-    def _add_heads(self, draft: _Draft, layer: int, rank: int) -> None:
-        """Add the attention of some heads: the rows of their queries, keys and values, and the output's columns."""
-        geometry = self.checkpoint.geometry
-        (start, stop), (kv_start, kv_stop) = self.placement.query_heads(rank), self.placement.kv_heads(rank)
-        keys = geometry.n_heads  # heads in a column: all queries, then all keys, then all values
-        values = keys + geometry.kv_n_heads
-        spans = ((start, stop), (keys + kv_start, keys + kv_stop), (values + kv_start, values + kv_stop))
-        size, model = geometry.head_dim, geometry.d_model
-        qkv, out = _attention_names(layer)
-        rows = [(qkv, _Span(a * size, b * size, geometry.qkv_dim)) for a, b in spans]
-        self._add(draft, qkv, rows, _Span(0, model, model), stacked=False)
-        self._add(draft, out, [(out, _Span(0, model, model))], _Span(start * size, stop * size, model), stacked=False)
+    def _add_heads(self, draft: _Draft, shapes: Mapping[str, tuple[int, ...]], rank: int) -> None:
+        """Add a rank's part of attention: its heads' rows of queries, keys and values, and their output columns."""
+        g = self.checkpoint.geometry
+        first, last = self.placement.heads(rank)
+        low, high = self.placement.kv_heads(rank)
+        keys, values = g.n_heads, g.n_heads + g.kv_n_heads
+        for name, (rows, columns) in ((n, (s[0], s[1])) for n, s in shapes.items()):
+            if ".Wqkv." in name:
+                heads = ((first, last), (keys + low, keys + high), (values + low, values + high))
+                spans = [_Span(a * g.head_dim, b * g.head_dim, rows) for a, b in heads]
+                self._add(draft, name, [name], spans, _Span(0, columns, columns), stacked=False)
+            else:
+                across = _Span(first * g.head_dim, last * g.head_dim, columns)
+                self._add(draft, name, [name], [_Span(0, rows, rows)], across, stacked=False)
 
     def _add_experts(self, draft: _Draft, layer: int, rank: int) -> None:
         start, stop = self.placement.hidden(rank)
@@ -255,30 +261,36 @@ class _Planner:
         hidden = _Span(start, stop, geometry.ffn_hidden)
         model = _Span(0, geometry.d_model, geometry.d_model)
         for projection in PROJECTIONS:
+            names = [expert_name(layer, e, projection) for e in self.placement.experts_of(rank)]
             rows, columns = (model, hidden) if projection == "w2" else (hidden, model)
-            slices = [(expert_name(layer, e, projection), rows) for e in self.placement.experts_of(rank)]
-            self._add(draft, stacked_name(layer, projection), slices, columns, stacked=True)
+            self._add(draft, stacked_name(layer, projection), names, [rows], columns, stacked=True)
 
     def _add(
-        self, draft: _Draft, name: str, slices: Sequence[tuple[str, _Span]], columns: _Span, *, stacked: bool
+        self,
+        draft: _Draft,
+        name: str,
+        sources: Sequence[str],
+        rows: Sequence[_Span],  # put together in this order
+        columns: _Span,
+        *,
+        stacked: bool,
     ) -> None:
-        """Add a weight made of rows of others, and its scales and biases when the checkpoint has them."""
+        """Add a weight, and its scales and biases when the checkpoint has them."""
         for part in _PARTS:
-            tensors = [self.checkpoint.tensors.get(s.removesuffix("weight") + part) for s, _ in slices]
+            tensors = [self.checkpoint.tensors.get(s.removesuffix("weight") + part) for s in sources]
             found = [t for t in tensors if t is not None]
             if not found and part != "weight":
                 continue
             if len(found) != len(tensors):
-                missing = slices[tensors.index(None)][0].removesuffix("weight") + part
+                missing = sources[tensors.index(None)].removesuffix("weight") + part
                 raise CheckpointError(f"the checkpoint has no tensor {missing}")
             if any(
                 (t.dtype, t.shape, t.transposed) != (found[0].dtype, found[0].shape, found[0].transposed) for t in found
             ):
                 raise CheckpointError(f"{name}: experts of one layer differ in type or shape and cannot be stacked")
-            rows = [span for _, span in slices]
-            self._add_part(draft, name.removesuffix("weight") + part, found, rows, columns, stacked=stacked)
+            self._add_stack(draft, name.removesuffix("weight") + part, found, rows, columns, stacked=stacked)
 
-    def _add_part(
+    def _add_stack(
         self,
         draft: _Draft,
         name: str,
@@ -292,23 +304,28 @@ class _Planner:
         target = self._target(name, first)
         if isinstance(target, Quantization) and (columns.start % target.group_size or columns.stop % target.group_size):
             raise PlanError(
-                f"the split at {columns.start}…{columns.stop} cuts through groups of {target.group_size}",
-                hint="give the placement the same group size as the quantisation",
+                f"the split at {columns.start}…{columns.stop} of {columns.total} cuts through groups of "
+                f"{target.group_size} in {name}",
+                hint="choose a smaller --q-group-size, another number of nodes, or another --split",
             )
-        cuts = [_cut_out(s, r, columns, target, name) for s, r in zip(sources, rows, strict=True)]
-        heights, width = [c.out_shape[0] for c in cuts], cuts[0].out_shape[1]
-        names, widths = _part_names(name, target), cuts[0].matrix.part_row_bytes(width)
-        for part, row_bytes in zip(names, widths, strict=True):
+        parts = [_cut_rectangle(first, span, columns, target, name) for span in rows]
+        out_columns = parts[0].out_columns
+        widths = parts[0].matrix.part_row_bytes(out_columns)
+        out_rows = sum(part.out_rows for part in parts)
+        lead = (len(sources),) if stacked else ()
+        names = _part_names(name, target)
+        for part, width in zip(names, widths, strict=True):
             dtype = _part_dtype(part, first.dtype, target)
-            row = row_bytes // item_bytes(dtype)
-            shape = (len(cuts), heights[0], row) if stacked else (sum(heights), row)
-            draft.tensors[part] = (dtype, shape if len(first.shape) == 2 else (row,))
-        below = 0  # rows of the result that are planned already; stacking lays matrices out like one tall one
-        for source, cut in zip(sources, cuts, strict=True):
-            for skip, matrix in _cut_rows(cut.matrix, item_bytes(source.dtype)):
-                to = tuple((n, (below + skip) * w) for n, w in zip(names, widths, strict=True))
-                draft.pieces.append((source, cut.offset + skip * cut.stride, cut.stride, matrix, to))
-            below += cut.out_shape[0]
+            row = (width // item_bytes(dtype),)
+            draft.tensors[part] = (dtype, (*lead, out_rows, *row) if len(first.shape) == 2 else row)
+        at = 0
+        for source in sources:
+            for rectangle in parts:
+                for skip, matrix in _cut_rows(rectangle.matrix, rectangle.item):
+                    to = tuple((n, (at + skip) * w) for n, w in zip(names, widths, strict=True))
+                    offset = source.offset + rectangle.offset + skip * rectangle.stride
+                    draft.pieces.append((source, offset, rectangle.stride, matrix, to))
+                at += rectangle.out_rows
 
     def _target(self, name: str, source: SourceTensor) -> Quantization | str:
         if self.checkpoint.quantization is not None or source.dtype not in FLOATS:
@@ -321,34 +338,34 @@ class _Planner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cut:
-    """A rectangle of a source tensor: where it is stored, and what it becomes."""
+class _Rectangle:
+    """A rectangle of a stored tensor: what is read from where, and the rows and columns that it becomes."""
 
-    offset: int
-    stride: int
     matrix: Matrix
+    offset: int  # of its first byte, from the tensor's first
+    stride: int
+    item: int
 
     @property
-    def out_shape(self) -> tuple[int, int]:
-        rows, columns = self.matrix.rows, self.matrix.cols
-        return (columns, rows) if self.matrix.transposed else (rows, columns)
+    def out_rows(self) -> int:
+        return self.matrix.cols if self.matrix.transposed else self.matrix.rows
+
+    @property
+    def out_columns(self) -> int:
+        return self.matrix.rows if self.matrix.transposed else self.matrix.cols
 
 
-def _cut_out(source: SourceTensor, rows: _Span, columns: _Span, target: Quantization | str, name: str) -> _Cut:
-    """Return the rectangle of these rows and columns of the result in the tensor that is stored."""
+def _cut_rectangle(
+    source: SourceTensor, rows: _Span, columns: _Span, target: Quantization | str, name: str
+) -> _Rectangle:
+    """Find a rectangle, given in values, in a tensor that may be stored transposed or packed."""
     item = item_bytes(source.dtype)
     stored = source.shape if len(source.shape) == 2 else (1, *source.shape)
     down, across = (columns, rows) if source.transposed else (rows, columns)
     top, bottom = down.scale(stored[0], item, name)
     left, right = across.scale(stored[1], item, name)
     matrix = Matrix(bottom - top, right - left, source.dtype, source.transposed, target)
-    return _Cut(source.offset + (top * stored[1] + left) * item, stored[1] * item, matrix)
-
-
-def _attention_names(layer: int) -> tuple[str, str]:
-    """Return the names of a layer's two attention matrices: into the heads, and out of them."""
-    attention = f"{block(layer)}.norm_attn_norm.attn"
-    return f"{attention}.Wqkv.weight", f"{attention}.out_proj.weight"
+    return _Rectangle(matrix, (top * stored[1] + left) * item, stored[1] * item, item)
 
 
 def _cut_rows(matrix: Matrix, item: int) -> Iterator[tuple[int, Matrix]]:

@@ -1,6 +1,7 @@
 """What is asked of the model: text and parameters, as they travel from the command line to every rank.
 
-No tokens: the worker tokenizes. No defaults for people: those are the command line's.
+Tokens only where a measurement needs exactly so many: the worker tokenizes. No defaults for people: those are the
+command line's.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ class Request:
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0
     seed: int | None = None
+    prompt_tokens: tuple[int, ...] | None = None  # token ids instead of `prompt`; neither template nor tokenizer then
+    ignore_eos: bool = False  # go on to max_tokens
 
     def __post_init__(self) -> None:
+        if self.prompt_tokens is not None:  # JSON has lists only
+            object.__setattr__(self, "prompt_tokens", tuple(self.prompt_tokens))
         for text in (self.prompt, self.system or ""):
             try:
                 size = len(text.encode())
@@ -46,11 +51,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a completion took; times in seconds, memory in bytes (the peak of the leading rank's arrays)."""
+    """What a completion took; times in seconds, memory in bytes (the peak of rank 0's arrays)."""
 
     prompt_tokens: int
     completion_tokens: int
     prompt_s: float  # from admission to the first token
     decode_s: float  # from the first token to the last
-    ttft_s: float  # from the request's arrival at the leading rank to the first token
+    ttft_s: float  # from the request's arrival at rank 0 to the first token
     peak_memory_bytes: int

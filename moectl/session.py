@@ -35,6 +35,8 @@ from moectl.leash import (
     Load,
     Order,
     Prefilled,
+    Profile,
+    Profiled,
     Ready,
     Refused,
     Start,
@@ -100,6 +102,7 @@ class Session:
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self._failure_so_far: MoectlError | None = None
+        self._ready: Ready | None = None
 
     def __enter__(self) -> Session:
         try:
@@ -139,7 +142,7 @@ class Session:
             self._connect(listening)
         for rank in range(len(self._ranks)):
             self._send(rank, Load())
-        self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")
+        self._ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")[0]
 
     def _launch(self, rank: int, spec: RankSpec) -> None:
         process = spec.remote.start(spec.argv, env=spec.env)
@@ -224,10 +227,41 @@ class Session:
                     return
                 case Refused(id=id_) if id_ == request.id:
                     raise errors.UsageError(event.message, hint=event.hint)
-                case Prefilled() | Token() | Done() | Refused():
+                case Prefilled() | Token() | Done() | Refused() | Profiled():
                     pass  # progress, or the tail of an answer that nobody waits for any more
                 case _:
                     self._raise_if_bad(rank, event, "generating")
+
+    def profile(self, order: Profile) -> list[Profiled]:
+        """Take decode steps apart on every rank; return what each measured, by rank.
+
+        `order.id` is the next one of the count that requests use too. Raises MoectlError as `generate` does.
+        """
+        for rank in range(len(self._ranks)):
+            self._send(rank, order)
+        got: dict[int, Profiled] = {}
+        while len(got) < len(self._ranks):
+            rank, event = self._next_event()
+            match event:
+                case Profiled(id=id_) if id_ == order.id:
+                    got[rank] = event
+                case Prefilled() | Token() | Done() | Refused() | Profiled():
+                    pass
+                case _:
+                    self._raise_if_bad(rank, event, "profiling")
+        return [got[rank] for rank in range(len(self._ranks))]
+
+    @property
+    def model(self) -> Ready:
+        """What rank 0 said of the model when it was loaded."""
+        if self._ready is None:
+            raise errors.StateError("no model is loaded yet")
+        return self._ready
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The hosts' names in rank order."""
+        return tuple(spec.host.name for spec in self._ranks)
 
     def _next_event(self) -> tuple[int, Event | _Ended]:
         if self._failure_so_far is not None:

@@ -28,7 +28,7 @@ from moectl.recipe import OutputFile, Source, describe, plan_files
 
 MAX_JOBS = 16
 # The weight files of a shard set, by any version of moectl: all that is deleted on the word of a record.
-_WEIGHTS = re.compile(r"(common|rank-\d+)/(embedding|head|outer|layer-\d+)\.safetensors")
+_WEIGHTS = re.compile(r"(common/(embedding|head|outer|layer-\d+)|rank-\d+/layer-\d+)\.safetensors")
 
 
 class Checkpoint(Source, sources.Supply, Protocol):

@@ -175,12 +175,14 @@ def _serve(leash: Leash) -> None:
         model,
         tokenizer,
         rank=start.rank,
-        leader=manifest.placement.head_rank,
+        head_rank=manifest.placement.head_rank,
         group=group,
         max_seq_len=manifest.geometry.max_seq_len,
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
-    leash.tell(Ready())
+    q, geometry = manifest.quantization, manifest.geometry
+    bits = q.bits if q else None
+    leash.tell(Ready(manifest.placement.split, bits, geometry.vocab_size, geometry.max_seq_len, geometry.top_k))
     for event in engine.serve(leash.orders):
         if isinstance(event, Done):
             _log.info("request %d: %s after %d tokens", event.id, event.finish_reason, event.stats.completion_tokens)

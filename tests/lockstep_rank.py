@@ -2,7 +2,7 @@
 
 It joins one ring and then runs every case of the job on it, because starting an interpreter per case would take most of
 the time. A case is a shard set; its results are the greedy tokens, the last hidden states of a prompt and, on the rank
-with the head, the logits.
+that has the head, the logits.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
     manifest = read_manifest(directory)
     dtype = getattr(mx, case["dtype"]) if case.get("dtype") else None
     model = load_rank(directory, manifest, rank, group, dtype=dtype)
-    leader = manifest.placement.head_rank
     tokenizer = open_tokenizer(directory)
+    leader = manifest.placement.head_rank
     engine = Engine(
         model,
         tokenizer,
         rank=rank,
-        leader=leader,
+        head_rank=leader,
         group=group,
         max_seq_len=manifest.geometry.max_seq_len,
         prefill_step=32,
@@ -54,9 +54,8 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
     tokens = list(answers.values())
     probe = mx.array([[t % manifest.geometry.vocab_size for t in range(3, 40)]])
     hidden = model.transformer(probe, None)
-    mx.eval(hidden)  # one after the other: two graphs in one evaluation may exchange in another order on each rank
     logits = model(probe)
-    mx.eval(logits)
+    mx.eval(hidden, logits)
     mx.synchronize()
     return {
         "tokens": tokens,

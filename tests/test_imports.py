@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moectl"
-NODE = {"engine", "worker", "quantize", "demo.train"}  # and everything in model/
+NODE = {"engine", "worker", "profile", "quantize", "demo.train"}  # and everything in model/
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
@@ -24,9 +24,10 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": {"demo.train"},
     "tokenizers": {"demo.train"},
     "safetensors": {"layouts", "demo.train"},
+    "matplotlib": {"plot"},
 }
 # Of those, the ones whose import waits until a function needs it.
-INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub")}
+INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot")}
 
 # From the face down; a module imports only from rooms further down or from its own.
 ROOMS = (
@@ -35,24 +36,30 @@ ROOMS = (
     {"flags"},
     {"report"},
     {"console", "config"},
-    {"launch"},
-    {"prepare", "session", "cluster"},
+    {"launch", "planning", "bench", "plot", "probe"},
+    {"prepare", "session", "cluster", "whatif", "machine"},
+    {"nodes"},
+    {"plan"},
+    {"speed"},
+    {"budget", "calibration"},
+    {"catalog"},
     {"provision"},
     {"worker"},
     {"engine"},
+    {"profile"},
     {"model", "quantize"},
     {"ssh", "shards"},
     {"pipeline"},
     {"sources"},
     {"ssh_connect"},
     {"ssh_login"},
-    {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "node"},
+    {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "node", "links"},
     {"checkpoint"},
     {"hub"},
     {"layouts"},
-    {"leash", "manifest"},
+    {"leash", "manifest", "routing"},
     {"placement", "copies", "balance", "chips", "hosts", "request", "demo", "paths", "disk"},
-    {"geometry"},
+    {"geometry", "hardware"},
     {"errors"},
     {""},
 )
@@ -124,7 +131,18 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "torch", "paramiko", "huggingface_hub", "tqdm", "asyncio"}
+HEAVY = {
+    "mlx",
+    "mlx_lm",
+    "numpy",
+    "transformers",
+    "torch",
+    "paramiko",
+    "huggingface_hub",
+    "tqdm",
+    "asyncio",
+    "matplotlib",
+}
 
 
 def test_the_command_line_loads_click_only() -> None:

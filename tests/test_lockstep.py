@@ -30,11 +30,13 @@ from tests.tiny import write_checkpoint
 TOKENS = 64
 BITS = (16, 8, 4)
 MODELS = ("demo", "random", "deep")
-# Demo: 4 units of the hidden dimension, 2 KV heads, 4 layers; random: 6, 2, 2; deep: 4, 4, 4.
+# Demo: 4 units of the hidden dimension, 4 layers, 2 KV heads; random: 6, 2, 2; deep: 6, 4, 4. All have 16 experts.
 SHARES: dict[str, dict[str, dict[int, list[tuple[int, ...]]]]] = {
     "demo": {
         "hidden": {1: [(4,)], 2: [(2, 2), (1, 3)], 3: [(1, 1, 2), (2, 1, 1)], 4: [(1, 1, 1, 1)]},
         "experts": {1: [(16,)], 2: [(8, 8), (5, 11)], 3: [(6, 5, 5), (1, 12, 3)], 4: [(4, 4, 4, 4), (7, 1, 2, 6)]},
+        "tensor": {2: [(2, 2)]},
+        "layers": {2: [(2, 2)], 3: [(2, 1, 1)], 4: [(1, 1, 1, 1)]},
     },
     "random": {
         "hidden": {1: [(6,)], 2: [(3, 3), (5, 1)], 3: [(2, 2, 2), (1, 3, 2)], 4: [(1, 2, 1, 2)]},
@@ -42,16 +44,17 @@ SHARES: dict[str, dict[str, dict[int, list[tuple[int, ...]]]]] = {
         "experts": {1: [(16,)], 2: [(8, 8), (15, 1)], 3: [(6, 5, 5), (9, 4, 3)], 4: [(4, 4, 4, 4), (1, 3, 10, 2)]},
     },
     "deep": {
-        "hidden": {1: [(4,)]},
-        "tensor": {2: [(2, 2), (1, 3)], 4: [(1, 1, 1, 1)]},
-        "layers": {2: [(3, 1)], 3: [(1, 1, 2)], 4: [(1, 1, 1, 1)]},
+        "hidden": {1: [(6,)]},
+        "experts": {1: [(16,)]},
+        "tensor": {2: [(3, 3), (1, 5)], 4: [(2, 2, 1, 1)]},
+        "layers": {2: [(1, 3)], 3: [(1, 2, 1)], 4: [(1, 1, 1, 1)]},
     },
 }
 PROMPTS = {
     "demo": ["Tell me a long story about experts.", "What is expert parallelism?"],
     # Longer than a prefill chunk of the test (32), shorter, and one token.
     "random": ["the quick brown fox jumps over the lazy dog again and again", "mixture", "x"],
-    "deep": ["the quick brown fox jumps over the lazy dog again and again", "x"],
+    "deep": ["the quick brown fox jumps over the lazy dog again and again", "mixture", "x"],
 }
 
 
@@ -61,9 +64,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_checkpoint(random, vocab_size=VOCAB_SIZE)
     write_tokenizer(random)
     deep = tmp_path_factory.mktemp("deep")
-    write_checkpoint(
-        deep, vocab_size=VOCAB_SIZE, n_layers=4, d_model=256, n_heads=8, kv_n_heads=4, ffn_hidden=256, n_experts=8
-    )
+    write_checkpoint(deep, vocab_size=VOCAB_SIZE, n_layers=4, d_model=256, n_heads=4, kv_n_heads=4)
     write_tokenizer(deep)
     return {"demo": demo_dir(), "random": random, "deep": deep}
 
@@ -107,7 +108,8 @@ def list_cases(world_size: int) -> Iterator[tuple[str, str, tuple[int, ...], int
     for model in MODELS:
         for split, by_size in SHARES[model].items():
             for shares in by_size.get(world_size, []):
-                for bits in BITS:
+                # The demo's two heads of one rank are 32 wide, half a quantisation group.
+                for bits in BITS[:1] if (model, split) == ("demo", "tensor") else BITS:
                     yield model, split, shares, bits
 
 
@@ -138,7 +140,7 @@ def test_one_process_gives_enough_tokens(alone: dict[Any, dict[str, Any]]) -> No
     for bits in BITS:
         assert [len(t) for t in alone["random", bits]["tokens"]] == [TOKENS] * 3
         assert len(alone["demo", bits]["tokens"][0]) == TOKENS
-        for model in ("demo", "random"):
+        for model in MODELS:
             assert alone[model, bits]["tokens"] == alone[model, bits, "experts"]["tokens"]
 
 
@@ -150,16 +152,16 @@ def test_tokens_and_logits_equal_one_process(
     for number, (model, split, shares, bits) in enumerate(list_cases(world_size)):
         case = f"{model} {split} {shares} {bits} bits"
         one = alone[model, bits]
-        led = results[world_size - 1 if split == "layers" else 0][number]
-        assert led["tokens"] == one["tokens"], case
-        np.testing.assert_allclose(led["logits"], one["logits"], atol=1e-4, rtol=0, err_msg=case)
+        leader = results[world_size - 1 if split == "layers" else 0][number]
+        assert leader["tokens"] == one["tokens"], case
+        np.testing.assert_allclose(leader["logits"], one["logits"], atol=1e-4, rtol=0, err_msg=case)
 
 
-@pytest.mark.parametrize("split", ["hidden", "experts", "tensor"])
+@pytest.mark.parametrize("split", ["hidden", "experts"])
 def test_bf16_ranks_are_bit_identical(split: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     # All experts are used by every token: a near-tie of the router cannot turn rounding into another expert.
-    write_checkpoint(source, vocab_size=VOCAB_SIZE, n_experts=6, top_k=6, d_model=96, n_heads=6, kv_n_heads=3)
+    write_checkpoint(source, vocab_size=VOCAB_SIZE, n_experts=6, top_k=6)
     write_tokenizer(source)
     shares = (3, 2, 1)
     common = {"prompts": ["mixture of experts"], "max_tokens": 8, "raw": True, "dtype": "bfloat16", "keep_hidden": True}

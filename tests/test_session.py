@@ -235,7 +235,7 @@ def obey(kind, order):
         print(bytes.fromhex(order["data"]).decode(), file=sys.stderr, flush=True)
         tell("Connected", rank=0, world_size=3)
     elif kind == "Load":
-        tell("Ready")
+        tell("Ready", split="hidden", bits=4, vocab_size=9, max_seq_len=9, top_k=1)
 for line in sys.stdin:
     order = json.loads(line)
     obey(order.pop("type"), order)

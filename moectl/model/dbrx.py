@@ -1,7 +1,7 @@
 """DBRX, one rank's part of it, in the order in which a token passes through it.
 
-Attention, norms and caches are mlx-lm's; new here are the stacked experts, the router's normalisation, and what ranks
-exchange: one sum per layer, two when attention is divided too, or a hand-over between spans of layers. Parameter names
+Attention, norms and caches are mlx-lm's; new here are the stacked experts, the router's normalisation, the sums over
+ranks (one per layer; two where attention is divided) and the hand-over from rank to rank in a pipeline. Parameter names
 match the checkpoint. Sources: databricks modeling_dbrx.py, mlx_lm/models/dbrx.py.
 
 Sizes in comments: B batch, L tokens, D model width, V vocabulary, T = B·L.
@@ -10,19 +10,19 @@ Sizes in comments: B batch, L tokens, D model width, V vocabulary, T = B·L.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.dbrx import ModelArgs, NormAttnNorm
+from mlx_lm.models.dbrx import Attention, ModelArgs, NormAttnNorm
 from mlx_lm.models.dbrx import Router as RouterLogits
 
 from moectl.geometry import Geometry
-from moectl.model.attention import HeadsAttention
 from moectl.model.experts import Experts
+from moectl.model.pipeline import Pipeline
 from moectl.model.reduce import sum_over_ranks
-from moectl.model.relay import hand_over, receive
 from moectl.placement import Placement
 
 
@@ -45,13 +45,13 @@ class Router(RouterLogits):
 
 
 class SparseMoe(nn.Module):
-    """Router and experts; the result is the sum of all ranks' parts, where ranks have parts."""
+    """Router and experts; the result is the sum of all ranks' parts."""
 
     def __init__(self, placement: Placement, rank: int, group: mx.distributed.Group | None) -> None:
         super().__init__()
         self.router = Router(placement.geometry)
         self.experts = Experts(placement, rank)
-        self._group = None if placement.split == "layers" else group
+        self._group = group if placement.split != "layers" else None  # a pipeline's experts are whole
 
     def __call__(self, x: mx.array) -> mx.array:  # (B, L, D) → (B, L, D)
         tokens = x.reshape(-1, x.shape[-1])
@@ -60,12 +60,30 @@ class SparseMoe(nn.Module):
         return sum_over_ranks(partial, self._group).reshape(x.shape)
 
 
+class DividedAttention(Attention):
+    """A rank's heads of attention; the result is the sum of all ranks' parts."""
+
+    def __init__(self, args: ModelArgs, placement: Placement, rank: int, group: mx.distributed.Group | None) -> None:
+        first, last = placement.heads(rank)
+        low, high = placement.kv_heads(rank)
+        width = (last - first) * placement.geometry.head_dim
+        # mlx-lm's attention takes its sizes from these; only the two projections reach beyond the rank's own heads.
+        attn_config = {**args.attn_config, "kv_n_heads": high - low}
+        super().__init__(replace(args, d_model=width, n_heads=last - first, attn_config=attn_config))
+        self.Wqkv = nn.Linear(args.d_model, width + 2 * (high - low) * placement.geometry.head_dim, bias=False)
+        self.out_proj = nn.Linear(width, args.d_model, bias=False)
+        self._group = group
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:  # (B, L, D) → (B, L, D)
+        return sum_over_ranks(super().__call__(x, mask, cache), self._group)
+
+
 class DecoderLayer(nn.Module):
     def __init__(self, args: ModelArgs, placement: Placement, rank: int, group: mx.distributed.Group | None) -> None:
         super().__init__()
         self.norm_attn_norm = NormAttnNorm(args)
         if placement.split == "tensor":
-            self.norm_attn_norm.attn = HeadsAttention(args, placement, rank, group)
+            self.norm_attn_norm.attn = DividedAttention(args, placement, rank, group)
         self.ffn = SparseMoe(placement, rank, group)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
@@ -74,51 +92,46 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
+    """The layers of a rank, between the rank before and the rank after where they are not all."""
+
     def __init__(self, args: ModelArgs, placement: Placement, rank: int, group: mx.distributed.Group | None) -> None:
         super().__init__()
-        self._start, stop = placement.layers(rank)
+        first, last = placement.layers(rank)
         if placement.holds_embedding(rank):
             self.wte = nn.Embedding(args.vocab_size, args.d_model)
-        # Layers have the checkpoint's numbers also where other ranks have the first ones.
-        self.blocks: list[DecoderLayer | None] = [None] * self._start
-        self.blocks += [DecoderLayer(args, placement, rank, group) for _ in range(self._start, stop)]
-        if stop == args.n_layers:
+        self.blocks = [DecoderLayer(args, placement, rank, group) for _ in range(last - first)]
+        self.pipeline = Pipeline(placement, rank, group)
+        if self.pipeline.is_last:
             self.norm_f = nn.LayerNorm(args.d_model, bias=False)
-        self._d_model, self._rank, self._group = args.d_model, rank, group
-
-    @property
-    def own_blocks(self) -> list[DecoderLayer]:
-        """The layers that are on this rank."""
-        return [block for block in self.blocks if block is not None]
 
     def __call__(self, inputs: mx.array, cache: Any) -> mx.array:  # (B, L) → (B, L, D)
-        blocks = self.own_blocks
-        cache = cache or [None] * len(blocks)
+        cache = cache or [None] * len(self.blocks)
         if "wte" in self:
             h = self.wte(inputs)
         else:
-            dtype = blocks[0].norm_attn_norm.norm_1.weight.dtype
-            h = receive((*inputs.shape, self._d_model), dtype, self._rank - 1, self._group)
+            norm = self.blocks[0].norm_attn_norm.norm_1.weight
+            h = self.pipeline.receive((*inputs.shape, norm.shape[0]), norm.dtype)
         mask = create_attention_mask(h, cache[0])
-        for layer, layer_cache in zip(blocks, cache, strict=True):
+        for layer, layer_cache in zip(self.blocks, cache, strict=True):
             h = layer(h, mask, layer_cache)
-        return self.norm_f(h) if "norm_f" in self else hand_over(h, self._rank + 1, self._group, cache[-1])
+        return self.norm_f(h) if "norm_f" in self else self.pipeline.send(h, cache[-1])
 
 
 class Model(nn.Module):
-    """One rank of DBRX; one has the head, followers give placeholders that keep the graph's order."""
+    """One rank of DBRX; one rank has the head, the others give placeholders that keep the graph's order."""
 
     def __init__(self, placement: Placement, rank: int = 0, group: mx.distributed.Group | None = None) -> None:
         super().__init__()
         geometry = placement.geometry
+        self.placement = placement
         self.transformer = Transformer(_mlx_args(geometry), placement, rank, group)
         if placement.holds_head(rank):
             self.lm_head = nn.Linear(geometry.d_model, geometry.vocab_size, bias=False)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        """Return logits (B, L, V) for token ids (B, L); (B, L, 1) zeros on followers.
+        """Return logits (B, L, V) for token ids (B, L); (B, L, 1) zeros on ranks without the head.
 
-        Followers' zeros depend on the last layer, so that whatever is agreed after a step comes after its exchanges.
+        Those zeros depend on the last layer, so that whatever is agreed after a step comes after its exchanges.
         """
         h = self.transformer(inputs, cache)
         if "lm_head" in self:
@@ -128,8 +141,8 @@ class Model(nn.Module):
 
     @property
     def layers(self) -> list[DecoderLayer]:
-        """This rank's layers, by the name under which mlx-lm's cache and generator look for them."""
-        return self.transformer.own_blocks
+        """The layers, by the name under which mlx-lm's cache and generator look for them."""
+        return self.transformer.blocks
 
 
 def _mlx_args(geometry: Geometry) -> ModelArgs:

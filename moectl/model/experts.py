@@ -45,12 +45,20 @@ class Experts(nn.Module):
         x (T, D); indices (T, K) of experts; weights (T, K). Returns (T, D) in x's dtype. Syncs with the host only in
         the `experts` split and, on the CPU, when many pairs are grouped.
         """
-        if mx.default_device() == mx.Device(mx.cpu) and (indices.size >= GROUP_FROM_PAIRS or self._cannot_gather):
+        if self._groups_on_cpu(indices):
             return self._grouped_on_cpu(x, indices, weights)
         if not self._owns_some:
             y = self.mlp(x, indices)
             return (y * weights[..., None]).sum(axis=-2)
         return self._owned_only(x, indices, weights)
+
+    def waits_for_host(self, indices: mx.array) -> bool:
+        """Return whether a call with these indices evaluates its inputs before it returns."""
+        return self._owns_some or self._groups_on_cpu(indices)
+
+    def _groups_on_cpu(self, indices: mx.array) -> bool:
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        return on_cpu and (indices.size >= GROUP_FROM_PAIRS or self._cannot_gather)
 
     @property
     def _cannot_gather(self) -> bool:

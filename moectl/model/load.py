@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _EXPERT_NAMES = {
     "experts.v1.": "experts.mlp.up_proj.",
     "experts.w2.": "experts.mlp.down_proj.",
 }
+_BLOCK = re.compile(r"(transformer\.blocks\.)(\d+)\.")
 
 
 def compute_dtype() -> mx.Dtype:
@@ -49,7 +51,7 @@ def load_rank(
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     weights = _open_weights(directory, manifest, rank)
     model = Model(manifest.placement, rank, group)
-    _quantise_like(model, manifest, weights)
+    _quantise_like(model, manifest, rank, weights)
     wanted = dict(tree_flatten(model.parameters()))
     for name, array in wanted.items():
         if name not in weights:
@@ -60,7 +62,7 @@ def load_rank(
                 hint=_HINT,
             )
     model.eval()
-    names = [f"transformer.blocks.{i}." for i in range(*manifest.placement.layers(rank))]
+    names = [f"transformer.blocks.{i}." for i in range(len(model.layers))]
     for prefix in names:
         _materialise(model, [n for n in wanted if n.startswith(prefix)], weights, dtype)
     _materialise(model, [n for n in wanted if not n.startswith("transformer.blocks.")], weights, dtype)
@@ -69,6 +71,7 @@ def load_rank(
 
 def _open_weights(directory: Path, manifest: Manifest, rank: int) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
+    first, _ = manifest.placement.layers(rank)
     for path, entry in manifest.files_of(rank).items():
         if not path.endswith(".safetensors"):
             continue
@@ -80,22 +83,24 @@ def _open_weights(directory: Path, manifest: Manifest, rank: int) -> dict[str, m
         except (OSError, RuntimeError, ValueError) as error:
             raise IntegrityError(f"{file} cannot be read: {error}", hint=_HINT) from None
         assert isinstance(loaded, dict)
-        weights.update((_module_name(name), array) for name, array in loaded.items())
+        weights.update((_module_name(name, first), array) for name, array in loaded.items())
     return weights
 
 
-def _module_name(name: str) -> str:
+def _module_name(name: str, first: int) -> str:
+    """Return a tensor's name in the module of a rank whose first layer is `first`."""
     for theirs, ours in _EXPERT_NAMES.items():
         name = name.replace(theirs, ours)
-    return name
+    return _BLOCK.sub(lambda match: f"{match[1]}{int(match[2]) - first}.", name)
 
 
-def _quantise_like(model: Model, manifest: Manifest, weights: dict[str, mx.array]) -> None:
+def _quantise_like(model: Model, manifest: Manifest, rank: int, weights: dict[str, mx.array]) -> None:
     """Make those modules quantised whose weights come with scales."""
     q = manifest.quantization
     if q is None:
         return
-    overrides = manifest.config.get("quantization") or {}
+    first, _ = manifest.placement.layers(rank)
+    overrides = {_module_name(n, first): o for n, o in (manifest.config.get("quantization") or {}).items()}
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in weights:

@@ -1,11 +1,23 @@
-"""The one exchange per layer: sum an array over all ranks. It knows nothing of what is summed."""
+"""The one exchange per layer: sum an array over all ranks. It knows nothing of what is summed.
+
+Whoever wants to see exchanges happen (`moectl.profile`) observes them here; without an observer nothing is added.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import mlx.core as mx
+
+Exchange = Callable[[mx.array], mx.array]
+Observer = Callable[[mx.array, Exchange], mx.array]
 
 # Up to here latency, not bandwidth, decides: all_gather makes N-1 hops where all_sum makes 2(N-1).
 GATHER_BELOW_BYTES = 64 * 1024
+
+_observer: Observer | None = None
 
 
 def sum_over_ranks(x: mx.array, group: mx.distributed.Group | None) -> mx.array:
@@ -17,6 +29,26 @@ def sum_over_ranks(x: mx.array, group: mx.distributed.Group | None) -> mx.array:
     """
     if group is None or group.size() == 1:
         return x
+    return run_exchange(x, partial(_sum, group=group))
+
+
+def run_exchange(x: mx.array, exchange: Exchange) -> mx.array:
+    """Return `exchange(x)`, an array that other ranks take part in; where somebody observes, as that wishes."""
+    return exchange(x) if _observer is None else _observer(x, exchange)
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Call `observer(x, exchange)` in the place of every `exchange(x)` that is built while the block runs."""
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
+
+
+def _sum(x: mx.array, group: mx.distributed.Group) -> mx.array:
     if x.nbytes > GATHER_BELOW_BYTES:
         return mx.distributed.all_sum(x, group=group)
     parts = mx.distributed.all_gather(x[None], group=group)

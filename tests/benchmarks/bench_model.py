@@ -84,7 +84,7 @@ def main() -> None:
         for bits in (16, 8, 4):
             reference = time_mlx_lm(source, bits, prompt, args.generate)
             show(bits, "mlx-lm, 1 process", reference, reference)
-            for split, ranks in (("hidden", 1), ("hidden", 2), ("experts", 2), ("tensor", 2), ("layers", 2)):
+            for split, ranks in (("hidden", 1), ("hidden", 2), ("experts", 2)):
                 shards = Path(scratch) / f"{bits}-{split}-{ranks}"
                 checkpoint = open_checkpoint(str(source))
                 placement = make_placement(checkpoint.geometry, split, ranks, group_size=64)

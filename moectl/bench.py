@@ -1,0 +1,232 @@
+"""Measure a running session: speeds in trials as a user would see them, then where the time of a token goes.
+
+Prompts are random tokens, the same in every trial and on every machine, and answers go on to their full length, so that
+numbers compare. Routing counts therefore are those of random text and of what the model makes of it. The parts of a
+token's time come from `moectl.profile`, which says what each of them contains; speeds come from the trials alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moectl.errors import UsageError
+from moectl.leash import Done, Profile, Profiled, Ready, Token
+from moectl.request import Request
+from moectl.routing import Routing
+from moectl.session import Session
+
+PROFILED_STEPS = 16
+MIN_GENERATION = 2  # a speed needs the time between two tokens
+_WARM_UP = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What `moectl plan` expected of these trials."""
+
+    decode_tok_s: float
+    prefill_tok_s: float
+    ttft_s: float
+    communication_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One answer's speeds; `ttft_s` from the request's arrival at rank 0 to its first token."""
+
+    prefill_tok_s: float
+    decode_tok_s: float
+    ttft_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Mean and sample standard deviation over trials; one trial has no deviation."""
+
+    mean: float
+    sd: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RankTime:
+    """One rank's part of a token's time; compute + all-reduce + other is the step's time."""
+
+    rank: int
+    host: str
+    compute_s: float
+    all_reduce_s: float
+    other_s: float  # below zero where the profile's barriers cost more than what is hidden without them
+    exchanges: int  # per token
+    own_experts: float  # that it runs, per token and layer
+    peak_memory_bytes: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """What was measured."""
+
+    name: str
+    model: Ready
+    prompt_tokens: int
+    generation_tokens: int
+    trials: tuple[Trial, ...]
+    ranks: tuple[RankTime, ...]
+    busiest_experts: float | None  # that the busiest rank of each layer runs, per token; None: ranks take turns
+    routing: Routing
+    predicted: Predicted | None = None
+
+    @property
+    def prefill_tok_s(self) -> Measured:
+        return _measured(trial.prefill_tok_s for trial in self.trials)
+
+    @property
+    def decode_tok_s(self) -> Measured:
+        return _measured(trial.decode_tok_s for trial in self.trials)
+
+    @property
+    def ttft_s(self) -> Measured:
+        return _measured(trial.ttft_s for trial in self.trials)
+
+    @property
+    def step_s(self) -> float:
+        """Mean time per token over the trials."""
+        return _step_s(self.trials)
+
+    @property
+    def slowest(self) -> RankTime:
+        """The rank that computes longest: the others wait for it, so its all-reduce is the network's."""
+        return max(self.ranks, key=lambda rank: rank.compute_s)
+
+    @property
+    def communication_share(self) -> float:
+        """The slowest rank's all-reduces as part of the time per token."""
+        return self.slowest.all_reduce_s / self.step_s
+
+    @property
+    def imbalance(self) -> float | None:
+        """The busiest rank's experts per token and layer relative to the mean of all ranks; 1 is balanced."""
+        if self.busiest_experts is None:
+            return None
+        return self.busiest_experts / statistics.fmean(rank.own_experts for rank in self.ranks)
+
+
+def bench(
+    session: Session,
+    name: str,
+    *,
+    prompt_tokens: int,
+    generation_tokens: int,
+    trials: int,
+    seed: int = 0,
+    predicted: Predicted | None = None,
+    on_trial: Callable[[int, Trial], None] = lambda number, trial: None,
+) -> Benchmark:
+    """Measure a session that nobody has used yet; `on_trial(number, trial)` is told each trial as it ends.
+
+    Raises UsageError when the model's context is too short, and what Session raises when a rank fails.
+    """
+    model = session.model
+    if generation_tokens < MIN_GENERATION:
+        raise UsageError(f"generation tokens should be {MIN_GENERATION} or more, it is {generation_tokens}")
+    if prompt_tokens + generation_tokens > model.max_seq_len:
+        raise UsageError(
+            f"{prompt_tokens} prompt and {generation_tokens} generated tokens are more than the model's context of "
+            f"{model.max_seq_len}",
+            hint=f"use -p {max(1, model.max_seq_len - generation_tokens)}, or less",
+        )
+    source = random.Random(seed)
+    prompt = tuple(source.randrange(model.vocab_size) for _ in range(prompt_tokens))
+    _answer(session, Request(1, "", _WARM_UP, prompt_tokens=prompt, ignore_eos=True))
+    done: list[Trial] = []
+    profiles: list[list[Profiled]] = []
+    steps = min(PROFILED_STEPS, generation_tokens - 1)
+    for number in range(1, trials + 1):
+        request = Request(2 * number, "", generation_tokens, prompt_tokens=prompt, ignore_eos=True)
+        tokens, trial = _answer(session, request)
+        # After each trial, so that both see the same weather.
+        profiles.append(session.profile(Profile(2 * number + 1, [*prompt, *tokens], steps)))
+        done.append(trial)
+        on_trial(number, trial)
+    by_rank = zip(session.hosts, zip(*profiles, strict=True), strict=True)
+    return Benchmark(
+        name,
+        model,
+        prompt_tokens,
+        generation_tokens,
+        tuple(done),
+        tuple(_rank_time(rank, host, own, _step_s(done)) for rank, (host, own) in enumerate(by_rank)),
+        None if model.split == "layers" else profiles[0][0].busiest_experts,
+        _join_routing(name, model.top_k, prompt_tokens + generation_tokens, profiles[0]),
+        predicted,
+    )
+
+
+def _answer(session: Session, request: Request) -> tuple[list[int], Trial]:
+    tokens: list[int] = []
+    for event in session.generate(request):
+        match event:
+            case Token(token=token) if token >= 0:
+                tokens.append(token)
+            case Done(stats=stats):
+                decode_s = stats.decode_s / max(1, stats.completion_tokens - 1)
+                trial = Trial(stats.prompt_tokens / stats.prompt_s, 1 / decode_s, stats.ttft_s)
+    return tokens, trial
+
+
+def _step_s(trials: Iterable[Trial]) -> float:
+    return statistics.fmean(1 / trial.decode_tok_s for trial in trials)
+
+
+def _rank_time(rank: int, host: str, profiles: Sequence[Profiled], step_s: float) -> RankTime:
+    compute_s = statistics.fmean(profile.compute_s for profile in profiles)
+    all_reduce_s = statistics.fmean(profile.all_reduce_s for profile in profiles)
+    first = profiles[0]  # its peaks are from before it; the choices of equal tokens are equal in all
+    return RankTime(
+        rank,
+        host,
+        compute_s,
+        all_reduce_s,
+        step_s - compute_s - all_reduce_s,
+        first.exchanges,
+        first.own_experts,
+        first.peak_memory_bytes,
+        first.peak_rss_bytes,
+    )
+
+
+def _join_routing(name: str, top_k: int, tokens: int, profiles: Iterable[Profiled]) -> Routing:
+    """Take each layer from the first rank that has it: where several have it, their routers agree."""
+    layers: dict[int, tuple[int, ...]] = {}
+    for profile in profiles:
+        for layer, counts in zip(profile.layers, profile.chosen, strict=True):
+            layers.setdefault(layer, tuple(counts))
+    return Routing(name, tokens, top_k, tuple(layers[layer] for layer in sorted(layers)))
+
+
+def _measured(values: Iterable[float]) -> Measured:
+    numbers = list(values)
+    return Measured(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
+
+
+def read_prediction(path: Path) -> Predicted:
+    """Return the prediction in a document of `moectl plan --json`. Raises UsageError."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != "moectl.plan/1":
+            raise ValueError("another schema")
+        prediction = document["prediction"]
+        decode, prefill, ttft = (float(prediction[key]) for key in ("decode_tok_s", "prefill_tok_s", "ttft_s"))
+        share = prediction.get("communication_share")
+        return Predicted(decode, prefill, ttft, None if share is None else float(share))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{path} has no prediction of moectl plan: {error}", hint=f"moectl plan --json > {path}"
+        ) from None

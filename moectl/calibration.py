@@ -1,0 +1,86 @@
+"""The constants of the speed model, each with its evidence: two sets, `paper` and `default`. Data only.
+
+`paper` is the software of arXiv 2506.23635 on M2 Ultra Mac Studios over 10 GbE. Its times per layer at 2 and 4 nodes,
+3.15 and 2.39 ms beside 0.94 and 1.18 ms of communication (6.1 and 7.0 tok/s; 23 and 33 %), give a line through the
+bytes that the busiest node reads (1.23 and 0.80 GB): 70 % of the 800 GB/s, and 0.97 ms that do not depend on them.
+The paper calls the latter driver processing: Metal wiring weights that had been idle. At least 96 % of its
+communication is latency and software, so that the message's size hardly counts, and each further node adds 0.12 ms.
+
+`default` is what moectl expects of today's software: 80 % of the bandwidth and 100 µs of launches per layer, the latter
+because the graph of the next step is built while this one runs (building takes 140 µs per layer, measured on Linux) and
+`mx.set_wired_limit` does away with the wiring. In `experts` the host reads the router's choice before it launches the
+rank's own experts, 120 µs more, which nothing hides. The collectives are published ranges at 2 and 4 nodes: RDMA
+20-25 µs (27-31 µs seen in an app, 4 µs raw), TCP over Thunderbolt 150-300 µs, 10 GbE 500-700 µs. That of 1 GbE is
+10 GbE's with 100 µs more for the switch, an estimate. Nothing of `default` was measured on a Mac by moectl: `plan
+--probe` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moectl.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What one collective costs over a kind of link."""
+
+    name: str
+    latency_s: float  # at 2 nodes
+    per_node_s: float  # more for each further node
+    bytes_s: float  # of the wire, one direction
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """One set of constants."""
+
+    name: str
+    memory_efficiency: float  # of a chip's memory bandwidth
+    compute_efficiency: float  # of a chip's peak
+    layer_overhead_s: float  # per layer, on every node at once
+    sync_s: float  # per layer where the host has to read the router's choice (`experts`)
+    agreement: bool  # whether a step ends with an exchange of its token
+    links: Mapping[str, Link]
+
+
+_WIRES = {"10gbe": 1.25e9, "1gbe": 0.125e9, "tb-tcp": 2.5e9, "rdma": 6.0e9}
+
+PAPER = Calibration(
+    "paper",
+    memory_efficiency=0.70,
+    compute_efficiency=0.50,
+    layer_overhead_s=0.97e-3,
+    sync_s=0.0,  # in the overhead
+    agreement=False,
+    # Its software on any wire: what it measured at 10 GbE is not the wire.
+    links={name: Link(name, 0.94e-3, 0.12e-3, speed) for name, speed in _WIRES.items()},
+)
+
+DEFAULT = Calibration(
+    "default",
+    memory_efficiency=0.80,
+    compute_efficiency=0.50,
+    layer_overhead_s=0.10e-3,
+    sync_s=0.12e-3,
+    agreement=True,
+    links={
+        "rdma": Link("rdma", 20e-6, 2.5e-6, _WIRES["rdma"]),
+        "tb-tcp": Link("tb-tcp", 150e-6, 75e-6, _WIRES["tb-tcp"]),
+        "10gbe": Link("10gbe", 500e-6, 100e-6, _WIRES["10gbe"]),
+        "1gbe": Link("1gbe", 600e-6, 100e-6, _WIRES["1gbe"]),
+    },
+)
+
+CALIBRATIONS: Mapping[str, Calibration] = {c.name: c for c in (PAPER, DEFAULT)}
+LINKS = tuple(DEFAULT.links)
+
+
+def find_link(calibration: Calibration, name: str) -> Link:
+    """Return a kind of link by name. Raises UsageError."""
+    try:
+        return calibration.links[name]
+    except KeyError:
+        raise UsageError(f"unknown link {name!r}; it is one of {', '.join(LINKS)}") from None

@@ -1,0 +1,30 @@
+"""Models that moectl knows by name, so that a plan for them needs neither network nor files. Data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moectl.geometry import DBRX, Geometry
+from moectl.manifest import Quantization
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as a planner sees it."""
+
+    name: str
+    geometry: Geometry
+    quantization: Quantization | None  # as it is stored; None: 16 bits
+
+
+_BF16 = (
+    "databricks/dbrx-instruct",
+    "databricks/dbrx-base",
+    "alpindale/dbrx-instruct",
+    "SinclairSchneider/dbrx-instruct-quantization-fixed",
+    "Undi95/dbrx-base",
+)
+MODELS = {
+    **{name: Model(name, DBRX, None) for name in _BF16},
+    "mlx-community/dbrx-instruct-4bit": Model("mlx-community/dbrx-instruct-4bit", DBRX, Quantization(4, 64)),
+}

@@ -1,0 +1,109 @@
+"""Make the planner's nodes: hosts as their owner wrote them, the flags, and the chips table, turned into numbers.
+
+It reads no host; what a probe read comes in as values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES, Memory
+from moectl.calibration import Calibration
+from moectl.chips import Chip, default_working_set_bytes, find_chip, installed_bytes
+from moectl.errors import HostsError
+from moectl.hardware import Hardware
+from moectl.hosts import Host
+from moectl.plan import Node
+from moectl.speed import Rates
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What holds for every host that does not say otherwise."""
+
+    chip: str | None = None
+    memory_bytes: int | None = None
+
+
+def make_node(
+    host: Host, calibration: Calibration, defaults: Defaults = Defaults(), found: Hardware | None = None
+) -> Node:
+    """Return a host as a node: its own keys first, then what was found there, then the defaults.
+
+    Raises HostsError when neither says what chip or how much memory it has.
+    """
+    chip = _chip(host, defaults, found)
+    return Node(
+        host.name,
+        memory=_memory(host, defaults, found, chip),
+        rates=_rates(chip, calibration),
+        dtype_bytes=CPU_DTYPE_BYTES if chip.name == "linux-cpu" else METAL_DTYPE_BYTES,
+        price=host.price if host.price is not None else chip.price_usd,
+        is_mac=is_apple(chip),
+    )
+
+
+def is_apple(chip: Chip) -> bool:
+    """Whether a chip shares its memory with macOS."""
+    return chip.name.startswith("m")
+
+
+def _chip(host: Host, defaults: Defaults, found: Hardware | None) -> Chip:
+    name = host.chip or (found.chip if found else None) or defaults.chip
+    if name is None:
+        raise HostsError(
+            "its chip is not known",
+            host=host.name,
+            hint=f"write '{host.name} chip=m2-ultra memory=192GB' in the hosts file, use --chip, or --probe to ask it",
+        )
+    try:
+        return find_chip(name)
+    except HostsError as error:
+        raise HostsError(error.message, host=host.name, hint=error.hint) from None
+
+
+def _memory(host: Host, defaults: Defaults, found: Hardware | None, chip: Chip) -> Memory:
+    if found is not None and found.memory_bytes:
+        total, working_set = found.memory_bytes, found.wired_limit_bytes or found.working_set_bytes
+        if is_apple(chip) and working_set is None:
+            working_set = default_working_set_bytes(total)
+        if host.memory_bytes is not None:  # the owner keeps the rest
+            working_set = min(host.memory_bytes, working_set or host.memory_bytes)
+        return Memory(total, working_set, found.in_use_bytes or 0)
+    stated = host.memory_bytes or defaults.memory_bytes
+    if stated is None:
+        sizes = ", ".join(f"{size}GB" for size in chip.memory_gib) or "64GB"
+        raise HostsError(
+            "its memory is not known",
+            host=host.name,
+            hint=f"write memory=… in the hosts file ({chip.title}: {sizes}), use --memory, or --probe to ask it",
+        )
+    return stated_memory(chip, stated)
+
+
+def stated_memory(chip: Chip, stated_bytes: int) -> Memory:
+    """Return the memory of a host of which only a size is known.
+
+    A size that is sold with the chip is the whole machine; another one is what its owner gives of a larger machine.
+    """
+    if not is_apple(chip):
+        return Memory(stated_bytes)
+    installed = installed_bytes(chip, stated_bytes)
+    if installed != stated_bytes or installed in {size << 30 for size in chip.memory_gib}:
+        return Memory(installed, default_working_set_bytes(installed))
+    larger = [size << 30 for size in chip.memory_gib if size << 30 > stated_bytes]
+    whole = min(larger, default=stated_bytes)
+    return Memory(whole, min(stated_bytes, default_working_set_bytes(whole)))
+
+
+def _rates(chip: Chip, calibration: Calibration) -> Rates:
+    return Rates(
+        chip.bandwidth_gb_s * 1e9 * calibration.memory_efficiency,
+        chip.fp16_tflops * 1e12 * calibration.compute_efficiency,
+    )
+
+
+def default_link(hosts: Sequence[Host]) -> str:
+    """Return the kind of link to assume: RDMA where every host names its devices, 10 GbE otherwise."""
+    return "rdma" if len(hosts) > 1 and all(host.rdma for host in hosts) else "10gbe"

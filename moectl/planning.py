@@ -1,0 +1,226 @@
+"""From what a person asks to a plan: the model by name, the hosts by their keys, the flags, and what probes read.
+
+It joins `prepare`, `nodes` and `plan`, and gives the verbs that move bytes one check: what does not fit is refused
+before anything is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from moectl import prepare
+from moectl.budget import Verdict, judge, rank_need
+from moectl.calibration import CALIBRATIONS, find_link
+from moectl.catalog import Model
+from moectl.checkpoint import Checkpoint
+from moectl.errors import HostsError, PlanError
+from moectl.hardware import Hardware
+from moectl.hosts import Host, parse_size
+from moectl.machine import own_node
+from moectl.manifest import Manifest, Quantization
+from moectl.nodes import Defaults, default_link, make_node
+from moectl.placement import Placement
+from moectl.plan import Node, Plan, Question, make_plan, refusal
+from moectl.prepare import Wanted, choose_quantization, describe_model
+from moectl.whatif import Row, what_if
+
+CONTEXT = 4096  # tokens, unless asked otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a person said about a plan; None is "as it comes"."""
+
+    ctx: int | None = None  # CONTEXT, or the model's own if that is less
+    concurrency: int = 1
+    prompt_tokens: int = 512
+    chip: str | None = None
+    memory: str | None = None
+    link: str | None = None
+    calibration: str = "default"
+    found: Mapping[str, Hardware] = field(default_factory=dict)  # what probes read, by the host's name
+
+    @property
+    def defaults(self) -> Defaults:
+        """The chip and memory of hosts that say nothing. Raises HostsError."""
+        return Defaults(self.chip, None if self.memory is None else parse_size(self.memory))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A plan with what it answers."""
+
+    model: Model
+    question: Question
+    plan: Plan
+
+
+def plan_cluster(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -> Answer:
+    """Plan a model on these hosts.
+
+    A shard set is planned as it is cut, unless `wanted` says otherwise. Raises PlanError where nothing can be placed,
+    HostsError where a host's chip or memory is not known, and what opening a checkpoint raises.
+    """
+    model, manifest = describe_model(source)
+    question = ask(choose(model, wanted), asked, hosts)
+    question = replace(question, can_quantise=model.quantization is None, replicas=wanted.replicas)
+    split, shares = wanted.split, wanted.shares
+    if manifest is not None and split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
+        question = replace(question, replicas=manifest.placement.replicas)
+        return Answer(model, question, make_plan(question, manifest.split, shares=manifest.shares))
+    return Answer(model, question, make_plan(question, split, shares=shares))
+
+
+def choose(model: Model, wanted: Wanted) -> Model:
+    """Return the model as it would be sharded."""
+    return replace(model, quantization=choose_quantization(wanted, model))
+
+
+def ask(model: Model, asked: Asked, hosts: Sequence[Host]) -> Question:
+    """Put a question about a model on these hosts."""
+    calibration = CALIBRATIONS[asked.calibration]
+    nodes = tuple(make_node(host, calibration, asked.defaults, asked.found.get(host.name)) for host in hosts)
+    return Question(
+        model.geometry,
+        model.quantization,
+        nodes,
+        find_link(calibration, asked.link or default_link(hosts)),
+        calibration,
+        context=asked.ctx or min(CONTEXT, model.geometry.max_seq_len),
+        concurrency=asked.concurrency,
+        prompt_tokens=asked.prompt_tokens,
+    )
+
+
+def plan_purchase(source: str, wanted: Wanted, asked: Asked) -> tuple[Model, list[Row]]:
+    """Return the table of clusters that one could buy for a model."""
+    model, _ = describe_model(source)
+    chosen = choose(model, wanted)
+    rows = what_if(
+        chosen if wanted.bits else model,
+        CALIBRATIONS[asked.calibration],
+        context=asked.ctx or min(CONTEXT, model.geometry.max_seq_len),
+        prompt_tokens=asked.prompt_tokens,
+        fixed=wanted.bits is not None,
+    )
+    return model, list(rows)
+
+
+def place_on(
+    hosts: Sequence[Host], asked: Asked, *, force: bool, say: Callable[[str], None]
+) -> Callable[[Checkpoint, Wanted, Quantization | None], Placement]:
+    """Return what chooses a placement on these hosts and refuses one that they cannot hold (see `prepare.shard`).
+
+    Where every host's chip and memory are known, `auto` is what the plan finds fastest.
+    """
+    nodes = [known_node(host, asked) for host in hosts]
+
+    def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
+        model = Model(checkpoint.source, checkpoint.geometry, quantization)
+        count = wanted.nodes or len(wanted.shares or hosts)
+        if None in nodes or count != len(nodes):
+            placement = prepare.place(checkpoint, wanted, quantization)
+            check_fit(model, placement, nodes[:count], force=force, warn=say)
+            return placement
+        question = replace(ask(model, asked, hosts), replicas=wanted.replicas)
+        plan = make_plan(question, wanted.split, shares=wanted.shares)
+        if not (plan.feasible or force):
+            raise refusal(plan)
+        say(plan.why)
+        check_fit(model, plan.placement, nodes, force=force, warn=say)
+        return plan.placement
+
+    return place
+
+
+def place_here(
+    force: bool, say: Callable[[str], None]
+) -> Callable[[Checkpoint, Wanted, Quantization | None], Placement]:
+    """Return what places all ranks on this machine and refuses what it cannot hold (see `prepare.shard`)."""
+
+    def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
+        placement = prepare.place(checkpoint, wanted, quantization)
+        model = Model(checkpoint.source, checkpoint.geometry, quantization)
+        check_fit(model, placement, [own_node()] * placement.world_size, force=force, warn=say)
+        return placement
+
+    return place
+
+
+def check_here(manifest: Manifest, *, force: bool, say: Callable[[str], None]) -> None:
+    """Refuse a shard set whose ranks this machine cannot hold together. Raises PlanError."""
+    model = Model(manifest.name, manifest.geometry, manifest.quantization)
+    check_fit(model, manifest.placement, [own_node()] * manifest.world_size, force=force, warn=say)
+
+
+def check_fit(
+    model: Model,
+    placement: Placement,
+    nodes: Sequence[Node | None],
+    *,
+    force: bool,
+    warn: Callable[[str], None],
+) -> None:
+    """Refuse a placement that some host cannot hold; one host may hold several ranks.
+
+    `nodes` are by rank, None where nothing is known of a host. Raises PlanError; with `force` it only warns, as it does
+    where memory is tight.
+    """
+    context = min(CONTEXT, model.geometry.max_seq_len)
+    for node, ranks in _by_host(nodes):
+        need = sum(
+            rank_need(placement, model.quantization, rank, context=context, dtype_bytes=node.dtype_bytes).total
+            for rank in ranks
+        )
+        budget = node.memory.budget
+        verdict = judge(need, budget)
+        sizes = f"{node.host} needs {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB is usable"
+        if verdict is Verdict.TOO_MUCH and not force:
+            raise PlanError(
+                f"{model.name} does not fit: {sizes} ({(need - budget) / 1e9:.1f} GB too little)",
+                hint="'moectl plan' says what would fit; --force tries it all the same",
+            )
+        if verdict is not Verdict.FITS:
+            what = "macOS swaps and may panic" if node.is_mac else "it swaps"
+            warn(f"Warning: {sizes}: close other programs there, or {what}")
+
+
+def check_hosts(
+    hosts: Sequence[Host], manifest: Manifest, *, force: bool, warn: Callable[[str], None], asked: Asked | None = None
+) -> None:
+    """Refuse a shard set that some of its hosts cannot hold, as far as their chip and memory are known."""
+    if len(hosts) == manifest.world_size:
+        nodes = [known_node(host, asked or Asked()) for host in hosts]
+        model = Model(manifest.name, manifest.geometry, manifest.quantization)
+        check_fit(model, manifest.placement, nodes, force=force, warn=warn)
+
+
+def _by_host(nodes: Sequence[Node | None]) -> list[tuple[Node, list[int]]]:
+    held: dict[str, tuple[Node, list[int]]] = {}
+    for rank, node in enumerate(nodes):
+        if node is not None:
+            held.setdefault(node.host, (node, []))[1].append(rank)
+    return list(held.values())
+
+
+def probe_hosts(hosts: Sequence[Host]) -> dict[str, Hardware]:
+    """Ask every host over SSH what it is made of, all at once; by name. Raises the first host's error."""
+    from moectl.cluster import connect
+    from moectl.probe import read_all_hardware
+
+    remotes = connect(hosts)
+    try:
+        found = read_all_hardware(remotes)
+    finally:
+        for remote in remotes:
+            remote.close()
+    return {host.name: hardware for host, hardware in zip(hosts, found, strict=True)}
+
+
+def known_node(host: Host, asked: Asked) -> Node | None:
+    """Return a host as a node, None when its chip or memory is not known."""
+    try:
+        return make_node(host, CALIBRATIONS[asked.calibration], asked.defaults, asked.found.get(host.name))
+    except HostsError:
+        return None

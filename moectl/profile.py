@@ -1,0 +1,190 @@
+"""Where the time of a decode step goes on one rank, and which experts its router chose. It decides nothing.
+
+The same tokens go through every rank: all but the last few as a prompt, those one by one, the first of them untimed.
+The timed steps run with barriers that ordinary steps do not have, so speeds are measured elsewhere and only the parts
+here:
+
+- compute: waiting for the evaluation of what this rank adds to an exchange (attention, router, its experts), and of
+  what follows the last one (norm, head). The evaluation starts when the layer's graph is built; building is not in it.
+- all-reduce: waiting for an exchange whose input is ready here. It contains waiting for the slowest rank, so the rank
+  that computes longest shows what the network costs, and on the others its work counts as theirs.
+- the rest of an ordinary step (graphs built on the host, sampling, the exchange of the token) is the difference of that
+  step's time and both. It is less than nothing where barriers cost more than it: each adds a wake-up, some 10 µs, and
+  ends the overlap of building one layer with computing the one before.
+
+Nothing of this costs anything while no profile runs: exchanges are observed through `model.reduce`, experts through a
+stand-in that is there only as long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from moectl.leash import Prefilled, Profile, Profiled
+from moectl.model.dbrx import Model
+from moectl.model.reduce import Exchange, observed
+from moectl.placement import Placement
+
+
+def profile(
+    model: Model, order: Profile, *, rank: int, leads: bool, prefill_step: int, stream: mx.Stream
+) -> Iterator[Prefilled | Profiled]:
+    """Run an order's tokens through the model, in step with all other ranks; caches are thrown away.
+
+    Yields Prefilled on the leader so that a long prompt shows life, and Profiled at the end on every rank.
+    """
+    # Before this adds a cache of its own.
+    peak_memory_bytes, peak_rss_bytes = mx.get_peak_memory(), _peak_rss_bytes()
+    routing = _Routing(model.placement, rank, len(model.layers))
+    clock = _Clock()
+    cache = make_prompt_cache(model)
+    prompt, single = order.tokens[: -order.steps - 1], order.tokens[-order.steps - 1 :]
+    with _watched(model, routing, clock):
+        for start in range(0, len(prompt), prefill_step):
+            with mx.stream(stream):
+                model(mx.array([prompt[start : start + prefill_step]]), cache=cache)
+                mx.eval([c.state for c in cache], routing.pending)
+            routing.count()
+            if leads:
+                yield Prefilled(order.id, min(start + prefill_step, len(prompt)))
+        with mx.stream(stream), observed(clock.exchange):
+            for number, token in enumerate(single):
+                if number == 1:  # the first one compiled kernels
+                    clock.reset()
+                clock.step(model, token, cache)
+                routing.count()
+    mx.synchronize(stream)
+    tokens = max(1, routing.tokens)
+    yield Profiled(
+        order.id,
+        compute_s=clock.compute_s / order.steps,
+        all_reduce_s=clock.all_reduce_s / order.steps,
+        step_s=clock.step_s / order.steps,
+        exchanges=clock.exchanges // order.steps,
+        peak_memory_bytes=peak_memory_bytes,
+        peak_rss_bytes=peak_rss_bytes,
+        layers=list(range(*model.placement.layers(rank))),
+        chosen=routing.chosen.tolist(),
+        own_experts=routing.own / tokens,
+        busiest_experts=routing.busiest / tokens,
+    )
+
+
+class _Clock:
+    """Seconds by what this rank waited for."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.compute_s = self.all_reduce_s = self.step_s = 0.0
+        self.exchanges = 0
+        self.runs = False
+
+    def step(self, model: Model, token: int, cache: Any) -> None:
+        begin = time.perf_counter()
+        self.runs = True
+        self.compute(model(mx.array([[token]]), cache=cache), [c.state for c in cache])
+        self.runs = False
+        self.step_s += time.perf_counter() - begin
+
+    def compute(self, *work: Any) -> None:
+        begin = time.perf_counter()
+        mx.eval(*work)
+        self.compute_s += time.perf_counter() - begin
+
+    def exchange(self, x: mx.array, exchange: Exchange) -> mx.array:
+        self.compute(x)
+        total = exchange(x)
+        begin = time.perf_counter()
+        mx.eval(total)
+        self.all_reduce_s += time.perf_counter() - begin
+        self.exchanges += 1
+        return total
+
+
+class _Routing:
+    """Which experts were chosen, and how the work of each choice falls on ranks."""
+
+    def __init__(self, placement: Placement, rank: int, layers: int) -> None:
+        self._rank = rank
+        self._parts = _held_parts(placement)
+        self._seen: list[tuple[int, mx.array]] = []
+        self.chosen = np.zeros((layers, placement.geometry.n_experts), dtype=np.int64)
+        self.tokens = 0  # × layers
+        self.own = 0.0
+        self.busiest = 0.0
+
+    @property
+    def pending(self) -> list[mx.array]:
+        """Choices that have been built and not yet counted."""
+        return [indices for _, indices in self._seen]
+
+    def saw(self, layer: int, indices: mx.array) -> None:
+        self._seen.append((layer, indices))
+
+    def count(self) -> None:
+        for layer, indices in self._seen:
+            experts = np.array(indices).astype(np.int64)  # (T, K)
+            self.chosen[layer] += np.bincount(experts.ravel(), minlength=self.chosen.shape[1])
+            work = self._parts[:, experts].sum(axis=-1)  # (ranks, T)
+            self.tokens += experts.shape[0]
+            self.own += float(work[self._rank].sum())
+            self.busiest += float(work.max(axis=0).sum())
+        self._seen.clear()
+
+
+def _held_parts(placement: Placement) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return how much of each expert each rank holds, (ranks, experts), 1 = all of it."""
+    parts = np.zeros((placement.world_size, placement.geometry.n_experts))
+    for rank in range(placement.world_size):
+        low, high = placement.hidden(rank)
+        parts[rank, list(placement.experts_of(rank))] = (high - low) / placement.geometry.ffn_hidden
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """Stands in for one layer's experts."""
+
+    layer: int
+    experts: Any
+    routing: _Routing
+    clock: _Clock
+
+    def __call__(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
+        self.routing.saw(self.layer, indices)
+        if not (self.clock.runs and self.experts.waits_for_host(indices)):
+            return self.experts(x, indices, weights)  # type: ignore[no-any-return]
+        # Where the experts wait for their input, and perhaps compute on the host, that wait is compute as well.
+        begin = time.perf_counter()
+        y = self.experts(x, indices, weights)
+        self.clock.compute_s += time.perf_counter() - begin
+        return y  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _watched(model: Model, routing: _Routing, clock: _Clock) -> Iterator[None]:
+    originals = [layer.ffn.experts for layer in model.layers]
+    try:
+        for number, (layer, experts) in enumerate(zip(model.layers, originals, strict=True)):
+            layer.ffn.experts = _Watched(number, experts, routing, clock)  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, experts in zip(model.layers, originals, strict=True):
+            layer.ffn.experts = experts
+
+
+def _peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,67 @@
+"""Which experts a model's routers choose, counted per layer, and the file that keeps the counts.
+
+`bench` measures and writes it, placing experts may read it. Counts only: nothing here knows a rank.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moectl.disk import write_whole
+from moectl.errors import UsageError
+
+SCHEMA = "moectl.routing/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How often each expert was chosen; a layer's counts add up to tokens × top_k."""
+
+    model: str
+    tokens: int
+    top_k: int
+    counts: tuple[tuple[int, ...], ...]  # [layer][expert]
+
+    def __post_init__(self) -> None:
+        widths = {len(layer) for layer in self.counts}
+        if len(widths) != 1 or not 0 < self.top_k <= min(widths) or self.tokens < 1:
+            raise ValueError("every layer needs the same experts, and more of them than work on one token")
+        for number, layer in enumerate(self.counts):
+            if min(layer) < 0 or sum(layer) != self.tokens * self.top_k:
+                raise ValueError(f"layer {number} does not add up to tokens × top_k = {self.tokens * self.top_k}")
+
+    @property
+    def frequencies(self) -> tuple[tuple[float, ...], ...]:
+        """The part of the tokens that chose each expert, [layer][expert]; top_k / experts where all are alike."""
+        return tuple(tuple(count / self.tokens for count in layer) for layer in self.counts)
+
+
+def write_routing(path: Path, routing: Routing) -> None:
+    """Write the counts as JSON, complete or not at all. Raises StateError."""
+    document = {"schema": SCHEMA, **asdict(routing)}
+    write_whole(path, (json.dumps(document) + "\n").encode())
+
+
+def read_routing(path: Path) -> Routing:
+    """Read what `write_routing` wrote. Raises UsageError."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document.pop("schema") != SCHEMA:
+            raise ValueError("another schema")
+        counts = tuple(tuple(_count(n) for n in layer) for layer in document.pop("counts"))
+        return Routing(str(document["model"]), _count(document["tokens"]), _count(document["top_k"]), counts)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", hint=_HINT) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} is no routing statistics: {error}", hint=_HINT) from None
+
+
+_HINT = "moectl bench --routing-stats FILE writes one"
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value

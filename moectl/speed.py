@@ -1,0 +1,239 @@
+"""How fast it will be: the paper's performance model (arXiv 2506.23635, section 5), for every split. Pure arithmetic.
+
+For each token and each layer, with M bytes read and F operations made on a node of bandwidth B and peak P:
+
+    t_node  = max(M / (e_m·B), F / (e_c·P))         e_m, e_c: efficiencies (calibration)
+    t_layer = E[max over nodes of t_node] + t_host + c · t_coll      (t_host: + t_sync in `experts`)
+    t_coll  = L + (N-2)·L' + bytes on the wire / W   L, L', W: latency, per node, bandwidth (calibration)
+    t_token = layers · t_layer + t_head + t_agree
+
+M is attention and router (replicated; divided in `tensor`) with the context's keys and values, and the experts that the
+node computes. In `experts` their number is random: of the C(E, k) choices of k experts, all alike, node n gets c_n with
+the probability ∏ C(s_n, c_n) / C(E, k), and the expectation of the slowest node is summed exactly over all (c_1 … c_N);
+with copies, over all choices as they are shared out.
+In `hidden` every node reads its share of k experts; in `tensor` likewise, with c = 2 collectives instead of 1; in
+`layers` the nodes work one after the other, and a hand-over takes the place of the collective, N-1 per token.
+
+Prefill is the same with T tokens at once: F grows with T, M does not, and every expert is read.
+What the constants are and where they come from is `calibration`'s; what fits is `budget`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+
+from moectl.balance import share_out
+from moectl.budget import METAL_DTYPE_BYTES, PREFILL_TOKENS, LayerBytes, head_bytes, layer_bytes
+from moectl.calibration import Calibration, Link
+from moectl.geometry import Geometry
+from moectl.manifest import Quantization
+from moectl.placement import Placement
+
+TOKEN_BYTES = 12  # the agreed vector: a token and two control words
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a node reaches, efficiencies applied."""
+
+    bytes_s: float
+    flops_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What to expect of one answer at a time."""
+
+    decode_tok_s: float
+    prefill_tok_s: float
+    ttft_s: float
+    communication_share: float  # of the time per token
+    collectives_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be computed."""
+
+    placement: Placement
+    quantization: Quantization | None
+    context: int
+    prompt_tokens: int
+    dtype_bytes: int = METAL_DTYPE_BYTES
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.placement.geometry
+
+
+def predict(work: Work, rates: Sequence[Rates], link: Link, calibration: Calibration) -> Prediction:
+    """Predict speed on nodes of these rates, one per rank, joined by links of one kind."""
+    model = _Model(work, tuple(rates), link, calibration)
+    compute, communication = model.pass_time(1)
+    decode = compute + communication
+    prefill = sum(sum(model.pass_time(n)) for n in _chunks(work.prompt_tokens))
+    return Prediction(
+        decode_tok_s=1 / decode,
+        prefill_tok_s=work.prompt_tokens / prefill,
+        ttft_s=prefill,
+        communication_share=communication / decode,
+        collectives_per_token=model.collectives(),
+    )
+
+
+def expected_busiest(shares: Sequence[int], top_k: int, cost: Callable[[int, int], float] = lambda _, c: c) -> float:
+    """Return the expectation over all choices of `top_k` experts of the largest cost(node, experts chosen there).
+
+    `shares` are experts per node, disjoint. With the default cost: the busiest node's number of experts, 2.65 for
+    (8, 8) and 1.97 for (4, 4, 4, 4) at top 4 (facts of the paper, table 3).
+    """
+    total = math.comb(sum(shares), top_k)
+    expected = 0.0
+    for counts in _divide(top_k, tuple(shares)):
+        ways = math.prod(math.comb(s, c) for s, c in zip(shares, counts, strict=True))
+        expected += ways / total * max(cost(node, c) for node, c in enumerate(counts))
+    return expected
+
+
+def expected_busiest_of_copies(
+    owners: Sequence[Sequence[int]], top_k: int, cost: Callable[[int, int], float] = lambda _, c: c
+) -> float:
+    """Return what `expected_busiest` does where experts have copies: each choice shared out as the ranks do it.
+
+    `owners` are the nodes that hold each expert. 1.16 for two copies on each of 4 nodes' 8 places, top 4 of 16.
+    """
+    loads = _loads_of_copies(tuple(map(tuple, owners)), top_k)
+    return sum(n * max(cost(node, c) for node, c in enumerate(load)) for load, n in loads.items()) / loads.total()
+
+
+@lru_cache(maxsize=64)
+def _loads_of_copies(owners: tuple[tuple[int, ...], ...], top_k: int) -> Counter[tuple[int, ...]]:
+    """Count how many choices of experts lead to each list of experts per node."""
+    nodes = range(max(rank for ranks in owners for rank in ranks) + 1)
+    found: Counter[tuple[int, ...]] = Counter()
+    for chosen in combinations(range(len(owners)), top_k):
+        shares = share_out(dict.fromkeys(chosen, 1), owners).values()
+        found[tuple(sum(share.get(node, 0) for share in shares) for node in nodes)] += 1
+    return found
+
+
+@lru_cache(maxsize=64)
+def _divide_all(count: int, limits: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    if len(limits) == 1:
+        return ((count,),) if count <= limits[0] else ()
+    heads = range(min(count, limits[0]) + 1)
+    return tuple((head, *rest) for head in heads for rest in _divide_all(count - head, limits[1:]))
+
+
+def _divide(count: int, limits: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yield every way to take `count` things from boxes of these sizes."""
+    yield from _divide_all(count, limits)
+
+
+def _chunks(tokens: int) -> Iterator[int]:
+    while tokens > 0:
+        yield min(tokens, PREFILL_TOKENS)
+        tokens -= PREFILL_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    work: Work
+    rates: tuple[Rates, ...]
+    link: Link
+    calibration: Calibration
+
+    def pass_time(self, tokens: int) -> tuple[float, float]:
+        """Return (compute, communication) in seconds of one pass of so many tokens through all layers and the head."""
+        placement = self.work.placement
+        layers = [last - first for first, last in map(placement.layers, range(placement.world_size))]
+        each = self.calibration.layer_overhead_s + self.calibration.sync_s * (placement.split == "experts")
+        overhead = self.work.geometry.n_layers * each
+        if placement.split == "layers":
+            compute = sum(n * self._node_time(rank, self._used(tokens), tokens) for rank, n in enumerate(layers))
+        else:
+            compute = layers[0] * self._slowest(tokens)
+        return compute + overhead + self._head_time(), self._communication(tokens)
+
+    def collectives(self) -> int:
+        """Return the exchanges per token."""
+        return self._exchanges() + (self.calibration.agreement and len(self.rates) > 1)
+
+    def _exchanges(self) -> int:
+        if len(self.rates) == 1:
+            return 0
+        n_layers = self.work.geometry.n_layers
+        return {"tensor": 2 * n_layers, "layers": len(self.rates) - 1}.get(self.work.placement.split, n_layers)
+
+    def _communication(self, tokens: int) -> float:
+        message = tokens * self.work.geometry.d_model * self.work.dtype_bytes
+        hop = self.work.placement.split == "layers"
+        each = _exchange_time(self.link, 2 if hop else len(self.rates), message)
+        agreed = _exchange_time(self.link, len(self.rates), TOKEN_BYTES)
+        return self._exchanges() * each + (self.collectives() - self._exchanges()) * agreed
+
+    def _slowest(self, tokens: int) -> float:
+        """Return the expected time of the slowest node in one layer."""
+        placement, geometry = self.work.placement, self.work.geometry
+        ranks = range(placement.world_size)
+        if placement.split != "experts":
+            return max(self._node_time(rank, self._used(tokens), tokens) for rank in ranks)
+        if tokens == 1 and placement.held is not None:
+            return expected_busiest_of_copies(
+                placement.owners, geometry.top_k, lambda rank, experts: self._node_time(rank, experts, 1)
+            )
+        if tokens == 1:
+            return expected_busiest(
+                placement.shares, geometry.top_k, lambda rank, experts: self._node_time(rank, experts, 1)
+            )
+        used = self._used(tokens) / geometry.n_experts
+        return max(self._node_time(rank, used * placement.shares[rank], tokens) for rank in ranks)
+
+    def _used(self, tokens: int) -> float:
+        """Return the expected number of different experts that so many tokens choose."""
+        geometry = self.work.geometry
+        return geometry.n_experts * (1 - (1 - geometry.top_k / geometry.n_experts) ** tokens)
+
+    def _node_time(self, rank: int, experts: float, tokens: int) -> float:
+        """Return the seconds of one layer on a node that computes so many different experts."""
+        placement, geometry, rates = self.work.placement, self.work.geometry, self.rates[rank]
+        size = self._bytes(rank)
+        low, high = placement.kv_heads(rank)
+        cached = 2 * (high - low) * geometry.head_dim * self.work.dtype_bytes * self.work.context
+        read = size.attention + cached + experts * size.expert
+        share = (high - low) / geometry.kv_n_heads
+        attention = 2 * geometry.d_model * (geometry.qkv_dim + geometry.d_model) * share
+        start, stop = placement.hidden(rank)
+        each = 6 * geometry.d_model * (stop - start)
+        pairs = tokens * geometry.top_k * self._part(rank) if tokens > 1 else experts
+        flops = tokens * attention + pairs * each
+        return max(read / rates.bytes_s, flops / rates.flops_s)
+
+    def _part(self, rank: int) -> float:
+        placement = self.work.placement
+        if placement.split != "experts":
+            return 1.0
+        return placement.shares[rank] / sum(placement.shares)  # copies of an expert share its tokens
+
+    def _bytes(self, rank: int) -> LayerBytes:
+        return _layer_bytes(self.work.placement, self.work.quantization, rank, self.work.dtype_bytes)
+
+    def _head_time(self) -> float:
+        placement = self.work.placement
+        rank = next(r for r in range(placement.world_size) if placement.holds_head(r))
+        return head_bytes(self.work.geometry, self.work.quantization, self.work.dtype_bytes) / self.rates[rank].bytes_s
+
+
+_layer_bytes = lru_cache(maxsize=256)(layer_bytes)
+
+
+def _exchange_time(link: Link, nodes: int, message_bytes: int) -> float:
+    """Return the seconds in which every node gets every other's message."""
+    if nodes == 1:
+        return 0.0
+    return link.latency_s + (nodes - 2) * link.per_node_s + (nodes - 1) * message_bytes / link.bytes_s

@@ -1,0 +1,80 @@
+"""Clusters that one could buy: the plan of a model for each chip, link, precision and number of nodes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moectl.calibration import LINKS, Calibration, find_link
+from moectl.catalog import Model
+from moectl.chips import CHIPS, Chip
+from moectl.errors import PlanError
+from moectl.hosts import Host
+from moectl.manifest import Quantization
+from moectl.nodes import Defaults, make_node
+from moectl.plan import Plan, Question, make_plan
+
+COUNTS = (1, 2, 3, 4, 8)
+BITS = (4, 8, 16)
+# What people have or can buy: the paper's machine, and current ones.
+MACHINES = (
+    ("m2-ultra", 192),
+    ("m3-ultra", 96),
+    ("m3-ultra", 512),
+    ("m4-max", 128),
+    ("m4-pro", 64),
+    ("m4", 32),
+    ("m5", 32),
+)
+GROUP = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One chip with one link at one precision: number of nodes → its best plan, None where no split exists."""
+
+    chip: str
+    memory_gib: int
+    link: str
+    bits: int
+    cells: tuple[tuple[int, Plan | None], ...]
+
+
+def what_if(
+    model: Model, calibration: Calibration, *, context: int, prompt_tokens: int, fixed: bool = False
+) -> Iterator[Row]:
+    """Yield the table row by row; `fixed` keeps to the model's own precision."""
+    own = model.quantization
+    choices = [own] if fixed or own else [None if bits == 16 else Quantization(bits, GROUP) for bits in BITS]
+    for name, memory_gib in MACHINES:
+        for quantization in choices:
+            for link in _links(CHIPS[name]):
+                host = Host("mac", chip=name, memory_bytes=memory_gib << 30)
+                node = make_node(host, calibration, Defaults())
+                asked = (
+                    Question(
+                        model.geometry,
+                        quantization,
+                        (node,) * count,
+                        find_link(calibration, link),
+                        calibration,
+                        context=context,
+                        prompt_tokens=prompt_tokens,
+                    )
+                    for count in COUNTS
+                )
+                cells = tuple((len(question.nodes), _try_plan(question)) for question in asked)
+                if any(plan is not None and plan.feasible for _, plan in cells):
+                    yield Row(name, memory_gib, link, quantization.bits if quantization else 16, cells)
+
+
+def _links(chip: Chip) -> list[str]:
+    skipped = {"1gbe"} | (set() if chip.rdma else {"rdma"})
+    return [link for link in LINKS if link not in skipped]
+
+
+def _try_plan(question: Question) -> Plan | None:
+    try:
+        return make_plan(question)
+    except PlanError:
+        return None
