@@ -57,6 +57,7 @@ def cli() -> None:
 @click.option("--split", type=SPLIT, default="auto", show_default=True)
 @click.option("--shares", metavar="A,B,…", help="Uneven parts instead of those that the plan would choose.")
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert.")
+@click.option("--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted.")
 @click.option("--chip", metavar="NAME", help="Chip of hosts without chip=, such as m2-ultra.")
 @click.option("--memory", metavar="SIZE", help="Memory of hosts without memory=, such as 192GB.")
 @click.option("--link", metavar="NAME", help="rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.")
@@ -106,13 +107,15 @@ def _asked(options: dict[str, Any]) -> Asked:
 
 def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
     from moectl.prepare import Wanted
+    from moectl.routing import read_routing
 
-    bits = options["q_bits"]
+    bits, stats = options["q_bits"], options["routing_stats"]
     return Wanted(
         split=options["split"],
         nodes=nodes,
         shares=_shares(options["shares"]),
         replicas=options["replicas"],
+        frequencies=read_routing(stats).overall if stats else None,
         bits=int(bits) if bits else None,
         group_size=options["q_group_size"],
         mode=options["q_mode"],
@@ -129,6 +132,7 @@ def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
 @click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 copies.")
 @click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
 @click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
+@click.option("--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Streams at once (default: all cores but one, at most 4).")
 @click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache.")
@@ -163,7 +167,7 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
             raise errors.UsageError("how many nodes? There is no hosts file", hint="use --nodes N or --hostfile FILE")
         nodes = len(hosts.hosts)
     wanted = _wanted(options, nodes)
-    for name in ("split", "shares", "replicas", "q_bits", "q_group_size", "q_mode"):
+    for name in ("split", "shares", "replicas", "routing_stats", "q_bits", "q_group_size", "q_mode"):
         del options[name]
     if hosts is not None:
         options["choose_place"] = place_on(hosts.hosts, Asked(), force=options["force"], say=common.say)
@@ -458,7 +462,7 @@ def _target(common: Common, options: dict[str, Any]) -> Any:
     shares = _shares(options["shares"])
     bits = int(options["q_bits"]) if options["q_bits"] else None
     nodes = local or (None if shares else 2)
-    wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits)
+    wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits=bits)
     place = place_here(force, common.say)
     return launch.prepare_local(
         model, wanted, shard=lambda m, w: _shard(common, m, w, cached=True, choose_place=place).directory

@@ -50,6 +50,7 @@ class Question:
     concurrency: int = 1
     prompt_tokens: int = 512
     replicas: int = 1  # copies of each expert, at most; other splits have none
+    frequencies: tuple[float, ...] | None = None  # how often each expert is selected, where that was measured
     can_quantise: bool = False  # whether fewer bits may be advised
 
     @property
@@ -104,10 +105,10 @@ def make_plan(question: Question, split: str = "auto", *, shares: Sequence[int] 
             f"a context of {question.context} tokens is beyond the model's {question.geometry.max_seq_len}",
             hint=f"--ctx {question.geometry.max_seq_len}",
         )
-    if question.replicas > 1 and split == "auto":
+    if question.replicas > 1 or question.frequencies is not None:
+        if split not in ("auto", "experts"):
+            raise PlanError(f"only whole experts can have copies, and --split {split} has none", hint="--split experts")
         split = "experts"
-    if split != "experts" and question.replicas > 1:
-        raise PlanError(f"only whole experts can have copies, and --split {split} has none", hint="--split experts")
     plan = _best(question, split, shares)
     return dataclasses.replace(plan, why=_explain(question, split, plan), advice=tuple(_advise(question, plan)))
 
@@ -185,8 +186,9 @@ def _predict(question: Question, placement: Placement) -> Prediction | None:
 
 def _place(question: Question, split: str, shares: Sequence[int] | None) -> Placement:
     nodes = len(question.nodes)
-    replicas = question.replicas if split == "experts" else 1
-    make = partial(make_placement, question.geometry, split, nodes, group_size=question.group_size, replicas=replicas)
+    make = partial(make_placement, question.geometry, split, nodes, group_size=question.group_size)
+    if split == "experts":
+        make = partial(make, replicas=question.replicas, frequencies=question.frequencies)
     even = make(shares=shares)
     if split == "tensor" and question.quantization is not None:
         first, last = even.heads(0)

@@ -64,7 +64,8 @@ def plan_cluster(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host
     """
     model, manifest = describe_model(source)
     question = ask(choose(model, wanted), asked, hosts)
-    question = replace(question, can_quantise=model.quantization is None, replicas=wanted.replicas)
+    question = replace(question, can_quantise=model.quantization is None)
+    question = replace(question, replicas=wanted.replicas, frequencies=wanted.frequencies)
     split, shares = wanted.split, wanted.shares
     if manifest is not None and split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
         question = replace(question, replicas=manifest.placement.replicas)
@@ -123,7 +124,7 @@ def place_on(
             placement = prepare.place(checkpoint, wanted, quantization)
             check_fit(model, placement, nodes[:count], force=force, warn=say)
             return placement
-        question = replace(ask(model, asked, hosts), replicas=wanted.replicas)
+        question = replace(ask(model, asked, hosts), replicas=wanted.replicas, frequencies=wanted.frequencies)
         plan = make_plan(question, wanted.split, shares=wanted.shares)
         if not (plan.feasible or force):
             raise refusal(plan)

@@ -5,6 +5,7 @@ It joins `checkpoint`, `placement` and `shards`; what each of them does is their
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from moectl import shards
 from moectl.catalog import MODELS, Model
 from moectl.checkpoint import Checkpoint, open_checkpoint
+from moectl.copies import place_copies
 from moectl.errors import NotSharded, ShardsDiffer
 from moectl.layouts import MODES
 from moectl.manifest import NAME as MANIFEST_NAME
@@ -33,6 +35,7 @@ class Wanted:
     nodes: int | None = None  # None: one per share, or 1
     shares: tuple[int, ...] | None = None
     replicas: int = 1  # of each expert, at most
+    frequencies: tuple[float, ...] | None = None  # how often each expert is selected
     bits: int | None = None  # None: as the checkpoint is
     group_size: int | None = None
     mode: str = "affine"
@@ -70,11 +73,12 @@ def default_precision(mode: str) -> tuple[int, int]:
 
 
 def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
-    """Return who holds what when nothing is known of the hosts; `auto` is `hidden` then, `experts` with copies.
+    """Return who holds what when nothing is known of the hosts.
 
-    Raises PlanError.
+    `auto` is `hidden` then, or `experts` where copies or frequencies are asked for. Raises PlanError.
     """
-    alone = "hidden" if wanted.replicas == 1 else "experts"  # only whole experts have copies
+    # Only whole experts have copies, or places of their own.
+    alone = "hidden" if wanted.replicas == 1 and wanted.frequencies is None else "experts"
     split = alone if wanted.split == "auto" else wanted.split
     nodes = wanted.nodes if wanted.nodes is not None else len(wanted.shares or (1,))
     group_size = quantization.group_size if quantization else None
@@ -85,13 +89,14 @@ def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | N
         shares=wanted.shares,
         group_size=group_size,
         replicas=wanted.replicas,
+        frequencies=wanted.frequencies,
     )
 
 
 def shard_set_name(source: str, placement: Placement, quantization: Quantization | None) -> str:
     """Return the directory name of a shard set: NAME-q4-hidden-4, with the shares when they are uneven.
 
-    Copies of experts show as NAME-q4-experts-4-x2.
+    Copies of experts show as NAME-q4-experts-4-x2, places by frequency as six hexadecimal digits of their hash.
     """
     base = source.rstrip("/").rsplit("/", 1)[-1]
     if quantization is None:
@@ -105,6 +110,10 @@ def shard_set_name(source: str, placement: Placement, quantization: Quantization
         name += f"-x{placement.replicas}"
     if max(placement.shares) - min(placement.shares) > 1:
         name += "-" + ".".join(map(str, placement.shares))
+    if placement.held is not None and placement.held != place_copies(
+        placement.shares, placement.replicas, [1.0] * placement.geometry.n_experts
+    ):
+        name += "-" + hashlib.sha256(repr(placement.held).encode()).hexdigest()[:6]
     return name
 
 

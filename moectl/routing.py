@@ -37,6 +37,11 @@ class Routing:
         """The part of the tokens that chose each expert, [layer][expert]; top_k / experts where all are alike."""
         return tuple(tuple(count / self.tokens for count in layer) for layer in self.counts)
 
+    @property
+    def overall(self) -> tuple[float, ...]:
+        """The mean over the layers of the part of the tokens that chose each expert."""
+        return tuple(sum(column) / len(self.counts) for column in zip(*self.frequencies, strict=True))
+
 
 def write_routing(path: Path, routing: Routing) -> None:
     """Write the counts as JSON, complete or not at all. Raises StateError."""

@@ -76,6 +76,21 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
     assert "is deployed on left, right, not on left." in elsewhere
 
 
+def test_experts_are_placed_by_what_bench_counted(model: Path, alone: str, tmp_path: Path) -> None:
+    stats = tmp_path / "routing.json"
+    busy = [*[4] * 3, *[0] * 8, *[1] * 4, 0]  # of four tokens, in each layer
+    counts = {"model": "tiny", "tokens": 4, "top_k": 4, "counts": [busy, busy]}
+    stats.write_text(json.dumps({"schema": "moectl.routing/1", **counts}))
+    cut = ("shard", str(model), "--nodes", "3", "--routing-stats", str(stats), "--json")
+    made = json.loads(moectl(*cut, "-o", str(tmp_path / "set")).stdout)
+    assert made["split"] == "experts"
+    held = json.loads((tmp_path / "set" / "moectl.json").read_text())["held"]
+    assert [sum(e < 3 for e in experts) for experts in held] == [1, 1, 1]
+    assert moectl(*PROMPT, "--shards", str(tmp_path / "set")).stdout == alone
+    stats.write_text("{}")
+    assert "is no routing statistics" in moectl(*cut, "-o", str(tmp_path / "none"), check=2).stderr
+
+
 def test_copies_of_experts_on_this_machine(model: Path, alone: str) -> None:
     where = ("--local", "2", "--model", str(model), "--replicas", "2")
     assert moectl(*PROMPT, *where, "--shares", "16,12").stdout == alone

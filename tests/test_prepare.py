@@ -31,6 +31,7 @@ def model(tmp_path: Path) -> Path:
         (Wanted(split="experts", shares=(8, 4, 4)), "tiny-bf16-experts-3-8.4.4"),
         (Wanted(split="experts", nodes=4, replicas=2), "tiny-bf16-experts-4-x2"),
         (Wanted(shares=(9, 8, 4), replicas=2), "tiny-bf16-experts-3-x2-9.8.4"),
+        (Wanted(nodes=2, frequencies=(1.0,) * 16), "tiny-bf16-experts-2"),
         (Wanted(nodes=2, bits=4), "tiny-q4-hidden-2"),
         (Wanted(nodes=2, bits=8, group_size=32), "tiny-q8g32-hidden-2"),
         (Wanted(nodes=2, mode="mxfp4"), "tiny-mxfp4-hidden-2"),
@@ -41,6 +42,18 @@ def test_shard_sets_are_named_after_what_they_are(wanted: Wanted, name: str, mod
     made = prepare.shard(str(model), wanted, quantise=quantizer, on_plan=lambda *_: False)
     assert made.directory == data_dir() / "shards" / name
     assert not made.directory.exists()
+
+
+def test_sets_placed_by_frequency_are_told_apart(model: Path) -> None:
+    def name(*frequencies: float) -> str:
+        wanted = Wanted(nodes=2, frequencies=frequencies)
+        return prepare.shard(str(model), wanted, quantise=quantizer, on_plan=lambda *_: False).directory.name
+
+    one, other = name(*range(16)), name(9, 8, 7, *range(13))
+    assert one.startswith("tiny-bf16-experts-2-")
+    assert other.startswith("tiny-bf16-experts-2-")
+    assert one != other
+    assert one == name(*range(16))
 
 
 def test_defaults_of_quantisation_are_mlxs(model: Path) -> None:
