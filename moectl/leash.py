@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from moectl.errors import RemoteError
@@ -134,6 +134,8 @@ class Token:
     id: int
     token: int
     text: str
+    logprob: float | None = None  # natural; of the model before temperature and the like, where it was asked for
+    top: list[tuple[int, str, float]] = field(default_factory=list)  # (token, text, logprob) of the most probable
 
 
 @dataclass(frozen=True, slots=True)

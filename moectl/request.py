@@ -28,6 +28,15 @@ class Request:
     seed: int | None = None
     prompt_tokens: tuple[int, ...] | None = None  # token ids instead of `prompt`; neither template nor tokenizer then
     ignore_eos: bool = False  # go on to max_tokens
+    messages: tuple[dict[str, str], ...] | None = None  # a whole conversation instead of `system` and `prompt`
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    presence_penalty: float = 0.0  # these two as OpenAI defines them, over the tokens generated so far
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and answer, as vLLM has it
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id → what is added to its logit
+    logprobs: int | None = None  # None: none; k: each chosen token's, and of the k most probable
+    stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
 
     def __post_init__(self) -> None:
         if self.prompt_tokens is not None:  # JSON has lists only
@@ -59,3 +68,6 @@ class Stats:
     decode_s: float  # from the first token to the last
     ttft_s: float  # from the request's arrival at rank 0 to the first token
     peak_memory_bytes: int
+    cached_tokens: int = 0  # of the prompt: found in the prompt cache, not computed again
+    drafted_tokens: int = 0  # proposed by prompt lookup
+    accepted_tokens: int = 0  # of those: confirmed by the model
