@@ -56,21 +56,39 @@ class Answer:
     plan: Plan
 
 
-def plan_cluster(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -> Answer:
-    """Plan a model on these hosts.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question, and what of its answer is settled already."""
 
-    A shard set is planned as it is cut, unless `wanted` says otherwise. Raises PlanError where nothing can be placed,
-    HostsError where a host's chip or memory is not known, and what opening a checkpoint raises.
+    model: Model
+    question: Question
+    split: str
+    shares: tuple[int, ...] | None
+
+    def solve(self) -> Answer:
+        """Raises PlanError where nothing can be placed."""
+        return Answer(self.model, self.question, make_plan(self.question, self.split, shares=self.shares))
+
+
+def plan_cluster(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -> Answer:
+    """Plan a model on these hosts. Raises PlanError where nothing can be placed, and what `set_task` raises."""
+    return set_task(source, wanted, asked, hosts).solve()
+
+
+def set_task(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -> Task:
+    """Put the question of a model on these hosts.
+
+    A shard set is planned as it is cut, unless `wanted` says otherwise. Raises HostsError where a host's chip or memory
+    is not known, and what opening a checkpoint raises.
     """
     model, manifest = describe_model(source)
     question = ask(choose(model, wanted), asked, hosts)
     question = replace(question, can_quantise=model.quantization is None)
     question = replace(question, replicas=wanted.replicas, frequencies=wanted.frequencies)
-    split, shares = wanted.split, wanted.shares
-    if manifest is not None and split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
+    if manifest is not None and wanted.split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
         question = replace(question, replicas=manifest.placement.replicas)
-        return Answer(model, question, make_plan(question, manifest.split, shares=manifest.shares))
-    return Answer(model, question, make_plan(question, split, shares=shares))
+        return Task(model, question, manifest.split, manifest.shares)
+    return Task(model, question, wanted.split, wanted.shares)
 
 
 def choose(model: Model, wanted: Wanted) -> Model:
@@ -81,7 +99,10 @@ def choose(model: Model, wanted: Wanted) -> Model:
 def ask(model: Model, asked: Asked, hosts: Sequence[Host]) -> Question:
     """Put a question about a model on these hosts."""
     calibration = CALIBRATIONS[asked.calibration]
-    nodes = tuple(make_node(host, calibration, asked.defaults, asked.found.get(host.name)) for host in hosts)
+    names = [host.name for host in hosts]
+    nodes = tuple(
+        make_node(h, calibration, asked.defaults, asked.found.get(h.name), ranks=names.count(h.name)) for h in hosts
+    )
     return Question(
         model.geometry,
         model.quantization,
@@ -203,20 +224,6 @@ def _by_host(nodes: Sequence[Node | None]) -> list[tuple[Node, list[int]]]:
         if node is not None:
             held.setdefault(node.host, (node, []))[1].append(rank)
     return list(held.values())
-
-
-def probe_hosts(hosts: Sequence[Host]) -> dict[str, Hardware]:
-    """Ask every host over SSH what it is made of, all at once; by name. Raises the first host's error."""
-    from moectl.cluster import connect
-    from moectl.probe import read_all_hardware
-
-    remotes = connect(hosts)
-    try:
-        found = read_all_hardware(remotes)
-    finally:
-        for remote in remotes:
-            remote.close()
-    return {host.name: hardware for host, hardware in zip(hosts, found, strict=True)}
 
 
 def known_node(host: Host, asked: Asked) -> Node | None:

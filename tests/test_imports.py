@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moectl"
-NODE = {"engine", "worker", "profile", "quantize", "demo.train"}  # and everything in model/
+NODE = {"engine", "worker", "profile", "measure", "quantize", "demo.train"}  # and everything in model/
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
@@ -36,6 +36,7 @@ ROOMS = (
     {"flags"},
     {"report"},
     {"console", "config"},
+    {"probing"},
     {"launch", "planning", "bench", "plot", "probe"},
     {"prepare", "session", "cluster", "whatif", "machine"},
     {"nodes"},
@@ -44,6 +45,7 @@ ROOMS = (
     {"budget", "calibration"},
     {"catalog"},
     {"provision"},
+    {"measure"},
     {"worker"},
     {"engine"},
     {"profile"},
@@ -57,6 +59,7 @@ ROOMS = (
     {"checkpoint"},
     {"hub"},
     {"layouts"},
+    {"measured"},
     {"leash", "manifest", "routing"},
     {"placement", "copies", "balance", "chips", "hosts", "request", "demo", "paths", "disk"},
     {"geometry", "hardware"},
