@@ -61,7 +61,9 @@ def cli() -> None:
 @click.option("--chip", metavar="NAME", help="Chip of hosts without chip=, such as m2-ultra.")
 @click.option("--memory", metavar="SIZE", help="Memory of hosts without memory=, such as 192GB.")
 @click.option("--link", metavar="NAME", help="rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.")
-@click.option("--calibration", type=click.Choice(["default", "paper"]), default="default", show_default=True)
+@click.option(
+    "--calibration", type=click.Choice(["default", "paper", "paper-naive"]), default="default", show_default=True
+)
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Plan N ranks on this machine (implies --probe).")
 @click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them, in some 10 seconds.")
 @click.option("--what-if", is_flag=True, help="Show clusters that one could buy, without hosts.")
@@ -305,7 +307,7 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
     found = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
     directory, manifest = found
     common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
-    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say)
+    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say, probe=True)
     with _deploy_progress(common) as on_event:
         result = cluster.deploy(
             listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
@@ -426,6 +428,7 @@ def _open(common: Common, options: dict[str, Any], target: Any) -> contextlib.Ab
         backend=options["backend"],
         start_timeout_s=options["start_timeout"],
         dtype=options["dtype"],
+        force=options["force"],
         on_log=_log_printer(common),
     )
 

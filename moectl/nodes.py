@@ -106,6 +106,7 @@ def _rates(chip: Chip, calibration: Calibration) -> Rates:
     return Rates(
         chip.bandwidth_gb_s * 1e9 * calibration.memory_efficiency,
         chip.fp16_tflops * 1e12 * calibration.compute_efficiency,
+        None if is_apple(chip) or chip.name == "linux-cpu" else calibration.nvidia_overhead_s,
     )
 
 

@@ -7,25 +7,24 @@ before anything is touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from moectl import prepare
-from moectl.budget import Verdict, judge, rank_need
+from moectl.budget import METAL_DTYPE_BYTES, Verdict, judge, rank_need
 from moectl.calibration import CALIBRATIONS, find_link
 from moectl.catalog import Model
 from moectl.checkpoint import Checkpoint
-from moectl.errors import HostsError, PlanError
+from moectl.errors import HostsError, MoectlError, PlanError
 from moectl.hardware import Hardware
 from moectl.hosts import Host, parse_size
-from moectl.machine import own_node
+from moectl.machine import CONTEXT, own_dtype_bytes, own_memory
 from moectl.manifest import Manifest, Quantization
 from moectl.nodes import Defaults, default_link, make_node
 from moectl.placement import Placement
 from moectl.plan import Node, Plan, Question, make_plan, refusal
 from moectl.prepare import Wanted, choose_quantization, describe_model
 from moectl.whatif import Row, what_if
-
-CONTEXT = 4096  # tokens, unless asked otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +169,14 @@ def place_here(
     return place
 
 
+def own_node() -> Node | None:
+    """Return this machine as a node without a known speed; None where its memory cannot be asked."""
+    memory, dtype_bytes = own_memory(), own_dtype_bytes()
+    if memory is None:
+        return None
+    return Node("this machine", memory, None, dtype_bytes, is_mac=dtype_bytes == METAL_DTYPE_BYTES)
+
+
 def check_here(manifest: Manifest, *, force: bool, say: Callable[[str], None]) -> None:
     """Refuse a shard set whose ranks this machine cannot hold together. Raises PlanError."""
     model = Model(manifest.name, manifest.geometry, manifest.quantization)
@@ -209,13 +216,34 @@ def check_fit(
 
 
 def check_hosts(
-    hosts: Sequence[Host], manifest: Manifest, *, force: bool, warn: Callable[[str], None], asked: Asked | None = None
+    hosts: Sequence[Host], manifest: Manifest, *, force: bool, warn: Callable[[str], None], probe: bool = False
 ) -> None:
-    """Refuse a shard set that some of its hosts cannot hold, as far as their chip and memory are known."""
+    """Refuse a shard set that some of its hosts cannot hold; with `probe`, hosts without memory= are asked.
+
+    A host that does not answer is left to the command that follows, which names it.
+    """
     if len(hosts) == manifest.world_size:
-        nodes = [known_node(host, asked or Asked()) for host in hosts]
+        nodes = [known_node(host, Asked()) for host in hosts]
+        if probe and not force:
+            with ThreadPoolExecutor(len(hosts)) as pool:
+                nodes = list(pool.map(lambda host, node: node or ask_host(host), hosts, nodes))
         model = Model(manifest.name, manifest.geometry, manifest.quantization)
         check_fit(model, manifest.placement, nodes, force=force, warn=warn)
+
+
+def ask_host(host: Host) -> Node | None:
+    """Ask a host over SSH what it is made of; None when it does not say."""
+    from moectl.probe import read_hardware
+    from moectl.provision import make_remote
+
+    remote = make_remote(host)
+    try:
+        found = read_hardware(remote)
+        return known_node(host, Asked(found={host.name: found}))
+    except MoectlError:
+        return None
+    finally:
+        remote.close()
 
 
 def _by_host(nodes: Sequence[Node | None]) -> list[tuple[Node, list[int]]]:

@@ -44,6 +44,7 @@ class Rates:
 
     bytes_s: float
     flops_s: float
+    overhead_s: float | None = None  # per layer; None: the calibration's
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,9 @@ class _Model:
         """Return (compute, communication) in seconds of one pass of so many tokens through all layers and the head."""
         placement = self.work.placement
         layers = [last - first for first, last in map(placement.layers, range(placement.world_size))]
-        each = self.calibration.layer_overhead_s + self.calibration.sync_s * (placement.split == "experts")
+        usual = self.calibration.layer_overhead_s
+        slowest = max(usual if rate.overhead_s is None else rate.overhead_s for rate in self.rates)
+        each = slowest + self.calibration.sync_s * (placement.split == "experts" and placement.world_size > 1)
         overhead = self.work.geometry.n_layers * each
         if placement.split == "layers":
             compute = sum(n * self._node_time(rank, self._used(tokens), tokens) for rank, n in enumerate(layers))

@@ -154,6 +154,7 @@ def _serve(leash: Leash) -> None:
     if start.log:
         _log_to(Path(start.log).expanduser())
     _log.info("rank %d of %d starts on %s", start.rank, start.world_size, start.shards)
+    from moectl.machine import check_own_memory
     from moectl.manifest import read_manifest
 
     directory = Path(start.shards).expanduser()
@@ -164,9 +165,12 @@ def _serve(leash: Leash) -> None:
         )
     group = open_group(leash, start)
     leash.take(Load)
-    begin = time.perf_counter()
-    import mlx.core as mx
+    import mlx.core as mx  # not before the group's environment is set
 
+    if not start.force:
+        gpu = mx.device_info().get("max_recommended_working_set_size") if mx.metal.is_available() else None
+        check_own_memory(manifest, start.rank, working_set_bytes=int(gpu) if gpu else None)
+    begin = time.perf_counter()
     from moectl.engine import Engine
     from moectl.model.load import load_rank
 
