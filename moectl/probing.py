@@ -38,8 +38,15 @@ BUDGET_S = 3.0  # for whole passes, in all
 LEAST_BUDGET_S = 0.6  # for one placement
 RECORD = "probe.json"
 SCHEMA = "moectl.probe/1"
-# Prints the interpreter that `deploy` made, or else the one that the host has.
-_FIND_PYTHON = 'case $1 in "~/"*) set -- "$HOME/${1#"~/"}" "$2";; esac; p=$1/env/bin/python; [ -x "$p" ] && echo "$p"'
+# Prints the first interpreter that has moectl: the one that `deploy` made, or the one that hosts.txt names.
+_FIND_PYTHON = """
+for p in "$1/env/bin/python" "$2"; do
+  case $p in "~/"*) p=$HOME/${p#"~/"};; esac
+  "$p" -c 'from importlib.metadata import version; version("moectl"); version("mlx")' 2>/dev/null || continue
+  printf %s "$p"
+  exit
+done
+"""
 
 
 def probe_cluster(
@@ -161,7 +168,7 @@ def _find_python(host: Host, remote: Remote) -> str:
     """Return the interpreter that has moectl on this host, empty when there is none."""
     if host.is_local:
         return sys.executable
-    done = remote.run(["sh", "-c", _FIND_PYTHON, "sh", host.dir or ROOT], check=False)
+    done = remote.run(["sh", "-c", _FIND_PYTHON, "sh", host.dir or ROOT, host.python or ""], check=False)
     return done.stdout.decode("utf-8", "replace").strip()
 
 
