@@ -39,12 +39,13 @@ class Memory:
     total: int
     working_set: int | None = None  # what its GPU may use; None: all of it
     in_use: int = 0
+    ranks: int = 1  # that share the host
 
     @property
     def budget(self) -> int:
-        """What a rank may use."""
+        """What each of its ranks may use."""
         free = self.total - min(SYSTEM_BYTES, self.total // 4) - self.in_use
-        return max(0, free if self.working_set is None else min(free, self.working_set))
+        return max(0, free if self.working_set is None else min(free, self.working_set)) // self.ranks
 
 
 @dataclass(frozen=True, slots=True)

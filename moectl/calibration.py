@@ -1,10 +1,18 @@
-"""The constants of the speed model, each with its evidence: two sets, `paper` and `default`. Data only.
+"""The constants of the speed model, each with its evidence: `paper`, `paper-naive` and `default`. Data only.
 
 `paper` is the software of arXiv 2506.23635 on M2 Ultra Mac Studios over 10 GbE. Its times per layer at 2 and 4 nodes,
 3.15 and 2.39 ms beside 0.94 and 1.18 ms of communication (6.1 and 7.0 tok/s; 23 and 33 %), give a line through the
 bytes that the busiest node reads (1.23 and 0.80 GB): 70 % of the 800 GB/s, and 0.97 ms that do not depend on them.
 The paper calls the latter driver processing: Metal wiring weights that had been idle. At least 96 % of its
 communication is latency and software, so that the message's size hardly counts, and each further node adds 0.12 ms.
+
+On NVIDIA's machine there is no such driver: what its 1.15 times less tok/s per USD (at 22 times the price) leaves
+beside the bytes is 0.12 ms per layer of launches and NVLink.
+
+`paper-naive` is the same before the paper's three ideas, 1.2 tok/s at 2 nodes, 20.8 ms per layer. Without P and L,
+Metal wires every expert's weights anew: the experts took 5.2 times as long, 14.8 ms instead of 2.8 ms, so that the
+driver's part grows by 12.0 ms. Without D a node hands out inputs and collects outputs: of 20.8 ms that leaves 5.7 ms
+for communication, 6 times the decentralised exchange.
 
 `default` is what moectl expects of today's software: 80 % of the bandwidth and 100 µs of launches per layer, the latter
 because the graph of the next step is built while this one runs (building takes 140 µs per layer, measured on Linux) and
@@ -18,7 +26,7 @@ rank's own experts, 120 µs more, which nothing hides. The collectives are publi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moectl.errors import UsageError
 
@@ -44,6 +52,7 @@ class Calibration:
     sync_s: float  # per layer where the host has to read the router's choice (`experts`)
     agreement: bool  # whether a step ends with an exchange of its token
     links: Mapping[str, Link]
+    nvidia_overhead_s: float = 0.10e-3  # instead of layer_overhead_s, on NVIDIA's GPUs
 
 
 _WIRES = {"10gbe": 1.25e9, "1gbe": 0.125e9, "tb-tcp": 2.5e9, "rdma": 6.0e9}
@@ -57,6 +66,16 @@ PAPER = Calibration(
     agreement=False,
     # Its software on any wire: what it measured at 10 GbE is not the wire.
     links={name: Link(name, 0.94e-3, 0.12e-3, speed) for name, speed in _WIRES.items()},
+    nvidia_overhead_s=0.12e-3,
+)
+
+_REWIRING_S = 12.0e-3  # no P, no L: wiring experts that are neither stacked nor kept busy
+_CENTRALISED_S = 5.7e-3  # no D: handing out and collecting through one node
+PAPER_NAIVE = replace(
+    PAPER,
+    name="paper-naive",
+    layer_overhead_s=PAPER.layer_overhead_s + _REWIRING_S,
+    links={name: Link(name, _CENTRALISED_S, 0.12e-3, speed) for name, speed in _WIRES.items()},
 )
 
 DEFAULT = Calibration(
@@ -74,7 +93,7 @@ DEFAULT = Calibration(
     },
 )
 
-CALIBRATIONS: Mapping[str, Calibration] = {c.name: c for c in (PAPER, DEFAULT)}
+CALIBRATIONS: Mapping[str, Calibration] = {c.name: c for c in (PAPER, PAPER_NAIVE, DEFAULT)}
 LINKS = tuple(DEFAULT.links)
 
 

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +21,7 @@ from moectl.flags import EXIT_STATUS, Common, common
 
 if TYPE_CHECKING:
     from moectl.console import Bar, Progress
+    from moectl.hosts import HostList
     from moectl.planning import Asked
     from moectl.prepare import Made, Wanted
     from moectl.session import Session
@@ -61,8 +61,11 @@ def cli() -> None:
 @click.option("--chip", metavar="NAME", help="Chip of hosts without chip=, such as m2-ultra.")
 @click.option("--memory", metavar="SIZE", help="Memory of hosts without memory=, such as 192GB.")
 @click.option("--link", metavar="NAME", help="rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.")
-@click.option("--calibration", type=click.Choice(["default", "paper"]), default="default", show_default=True)
-@click.option("--probe", is_flag=True, help="Ask the hosts over SSH for their chips and memory.")
+@click.option(
+    "--calibration", type=click.Choice(["default", "paper", "paper-naive"]), default="default", show_default=True
+)
+@click.option("--local", type=click.IntRange(1), metavar="N", help="Plan N ranks on this machine (implies --probe).")
+@click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them, in some 10 seconds.")
 @click.option("--what-if", is_flag=True, help="Show clusters that one could buy, without hosts.")
 @common
 def plan(common: Common, model: str, **options: Any) -> None:
@@ -79,22 +82,36 @@ def plan(common: Common, model: str, **options: Any) -> None:
     """
     from moectl import report
     from moectl.plan import refusal
-    from moectl.planning import plan_cluster, plan_purchase, probe_hosts
+    from moectl.planning import plan_cluster, plan_purchase
 
     asked, wanted = _asked(options), _wanted(options)
     if options["what_if"]:
         priced, rows = plan_purchase(model, wanted, asked)
         common.print(report.what_if_text(priced, rows), report.what_if_json(priced, rows))
         return
-    hosts = common.host_list(required=True)
-    assert hosts is not None
-    if options["probe"]:
-        asked = replace(asked, found=probe_hosts(hosts.hosts))
-    answer = plan_cluster(model, wanted, asked, hosts.hosts)
-    found = (answer.model, answer.question, answer.plan)
+    where, measured = _where(common, options["local"]), None
+    if options["probe"] or options["local"]:
+        from moectl.probing import probe_cluster
+
+        answer, measured = probe_cluster(model, wanted, asked, where, say=common.say)
+    else:
+        answer = plan_cluster(model, wanted, asked, where.hosts)
+    found = (answer.model, answer.question, answer.plan, measured)
     common.print(report.plan_text(*found), report.plan_json(*found))
     if not answer.plan.feasible:
         raise refusal(answer.plan)
+
+
+def _where(common: Common, local: int | None) -> HostList:
+    """Return the hosts of a plan: those in force, or so many ranks on this machine."""
+    from moectl.hosts import Host, HostList
+
+    if local is None:
+        hosts = common.host_list(required=True)
+        assert hosts is not None
+        return hosts
+    _refuse_both({"--local": local}, {"--hosts": common.hosts, "--hostfile": common.hostfile})
+    return HostList((Host("localhost"),) * local)
 
 
 def _asked(options: dict[str, Any]) -> Asked:
@@ -290,7 +307,7 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
     found = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
     directory, manifest = found
     common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
-    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say)
+    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say, probe=True)
     with _deploy_progress(common) as on_event:
         result = cluster.deploy(
             listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
@@ -411,6 +428,7 @@ def _open(common: Common, options: dict[str, Any], target: Any) -> contextlib.Ab
         backend=options["backend"],
         start_timeout_s=options["start_timeout"],
         dtype=options["dtype"],
+        force=options["force"],
         on_log=_log_printer(common),
     )
 
@@ -570,8 +588,8 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
     elif compare:
         raise errors.UsageError("--compare is for --plot", hint="add --plot FILE.svg")
     earlier = plotting.read_documents(compare)
-    predicted = benchmark.read_prediction(plan) if plan else None
     target = _target(common, options)
+    predicted = benchmark.read_prediction(plan) if plan else _recalled(target, options)
     trials = options["num_trials"]
 
     def on_trial(number: int, trial: benchmark.Trial) -> None:
@@ -587,6 +605,27 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
         routing.write_routing(options["routing_stats"], result.routing)
     if plot:
         plotting.write_plot(plot, [*earlier, document])
+
+
+def _recalled(target: Any, options: dict[str, Any]) -> Any:
+    """Return what the last `plan --probe` of these hosts expects of these trials, if there was one."""
+    from moectl import launch, probing
+    from moectl.bench import Predicted
+    from moectl.manifest import read_manifest
+
+    try:
+        if isinstance(target, launch.Local):
+            manifest, hosts = target.manifest, ["localhost"] * target.manifest.world_size
+        else:
+            manifest, hosts = read_manifest(Path(target.shards)), [rank.host.name for rank in target.ranks]
+    except errors.MoectlError:  # the operator's copy may be gone
+        return None
+    prompt, generated = options["prompt_tokens"], options["generation_tokens"]
+    context = prompt + generated // 2
+    found = probing.recall(hosts, manifest.placement, manifest.quantization, context=context, prompt_tokens=prompt)
+    if found is None:
+        return None
+    return Predicted(found.decode_tok_s, found.prefill_tok_s, found.ttft_s, found.communication_share)
 
 
 @cli.command(epilog=EXIT_STATUS)

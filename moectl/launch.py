@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -95,9 +96,18 @@ def _local_ranks(target: Local) -> list[RankSpec]:
     remote = LocalRemote()
     argv = (sys.executable, *WORKER)
     directory = target.directory.resolve()
-    spec = RankSpec(Host("localhost"), remote, argv, str(directory), (LOOPBACK,))
+    spec = RankSpec(
+        Host("localhost"), remote, argv, str(directory), (LOOPBACK,), share_cores(target.manifest.world_size)
+    )
     logs = [state_dir() / "logs" / f"{directory.name}-rank-{rank}.log" for rank in range(target.manifest.world_size)]
     return [replace(spec, log=str(log)) for log in logs]
+
+
+def share_cores(ranks: int) -> dict[str, str]:
+    """Return what keeps the BLAS threads of ranks on one machine out of each other's way: its cores, divided."""
+    if ranks == 1 or "OPENBLAS_NUM_THREADS" in os.environ:
+        return {}
+    return {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
 
 
 def _deployed_ranks(target: Deployment, held: contextlib.ExitStack) -> list[RankSpec]:

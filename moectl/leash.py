@@ -32,6 +32,7 @@ class Start:
     init_timeout_s: float
     dtype: str | None = None  # None: what suits the device
     log: str | None = None  # file on the worker's host for a copy of its log
+    force: bool = False  # load although the host's memory will not do
 
 
 @dataclass(frozen=True, slots=True)

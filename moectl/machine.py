@@ -1,4 +1,8 @@
-"""What this machine can give to the ranks that run on it. It asks the kernel and nothing else."""
+"""What this machine can give to the ranks that run on it, and whether that will do. It asks the kernel and nobody else.
+
+The operator's machine uses it for ranks of its own, and a worker before it loads, where hosts.txt says nothing of the
+host's memory.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,50 @@ import importlib.util
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES, Memory
+from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES, Memory, Verdict, judge, rank_need
 from moectl.chips import default_working_set_bytes
-from moectl.plan import Node
+from moectl.errors import PlanError
+from moectl.manifest import Manifest
 
+CONTEXT = 4096  # tokens that a rank has to have room for
 _MEMINFO = Path("/proc/meminfo")
 
 
-def own_node() -> Node | None:
-    """Return this machine as a node; None where a CUDA build of MLX keeps the weights in memory that is not asked."""
+def own_memory() -> Memory | None:
+    """Return this machine's memory; None where a CUDA build of MLX keeps the weights in memory that is not asked."""
     if importlib.util.find_spec("nvidia") is not None and sys.platform != "darwin":
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform == "darwin":
-        return Node("this machine", Memory(total, default_working_set_bytes(total)), None, METAL_DTYPE_BYTES)
-    return Node(
-        "this machine", Memory(total, None, max(0, total - _available(total))), None, CPU_DTYPE_BYTES, None, False
-    )
+        return Memory(total, default_working_set_bytes(total))
+    return Memory(total, None, max(0, total - _available(total)))
+
+
+def own_dtype_bytes() -> int:
+    """Return the size of the type that ranks on this machine calculate in."""
+    return METAL_DTYPE_BYTES if sys.platform == "darwin" else CPU_DTYPE_BYTES
+
+
+def check_own_memory(manifest: Manifest, rank: int, *, working_set_bytes: int | None = None) -> None:
+    """Raise PlanError when this machine cannot hold a rank; `working_set_bytes` is what its GPU says of itself."""
+    memory = own_memory()
+    if memory is None:
+        return
+    if working_set_bytes is not None:
+        memory = replace(memory, working_set=working_set_bytes)
+    context = min(CONTEXT, manifest.geometry.max_seq_len)
+    need = rank_need(
+        manifest.placement, manifest.quantization, rank, context=context, dtype_bytes=own_dtype_bytes()
+    ).total
+    if judge(need, memory.budget) is Verdict.TOO_MUCH:
+        raise PlanError(
+            f"{manifest.name} does not fit: {need / 1e9:.1f} GB are needed, {memory.budget / 1e9:.1f} GB usable "
+            f"({(need - memory.budget) / 1e9:.1f} GB too little)",
+            hint="'moectl plan' says what would fit; --force tries it all the same",
+        )
 
 
 def _available(total: int) -> int:

@@ -6,7 +6,7 @@ It reads no host; what a probe read comes in as values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES, Memory
 from moectl.calibration import Calibration
@@ -27,16 +27,21 @@ class Defaults:
 
 
 def make_node(
-    host: Host, calibration: Calibration, defaults: Defaults = Defaults(), found: Hardware | None = None
+    host: Host,
+    calibration: Calibration,
+    defaults: Defaults = Defaults(),
+    found: Hardware | None = None,
+    *,
+    ranks: int = 1,
 ) -> Node:
-    """Return a host as a node: its own keys first, then what was found there, then the defaults.
+    """Return one of a host's ranks as a node: its own keys first, then what was found there, then the defaults.
 
     Raises HostsError when neither says what chip or how much memory it has.
     """
     chip = _chip(host, defaults, found)
     return Node(
         host.name,
-        memory=_memory(host, defaults, found, chip),
+        memory=replace(_memory(host, defaults, found, chip), ranks=ranks),
         rates=_rates(chip, calibration),
         dtype_bytes=CPU_DTYPE_BYTES if chip.name == "linux-cpu" else METAL_DTYPE_BYTES,
         price=host.price if host.price is not None else chip.price_usd,
@@ -101,6 +106,7 @@ def _rates(chip: Chip, calibration: Calibration) -> Rates:
     return Rates(
         chip.bandwidth_gb_s * 1e9 * calibration.memory_efficiency,
         chip.fp16_tflops * 1e12 * calibration.compute_efficiency,
+        None if is_apple(chip) or chip.name == "linux-cpu" else calibration.nvidia_overhead_s,
     )
 
 

@@ -17,8 +17,9 @@ from moectl.calibration import Calibration, Link
 from moectl.errors import PlanError
 from moectl.geometry import Geometry
 from moectl.manifest import Quantization
+from moectl.measured import Speed
 from moectl.placement import Placement, make_placement
-from moectl.speed import Prediction, Rates, Work, expected_busiest, predict
+from moectl.speed import Prediction, Rates, Work, expected_busiest, predict, predict_measured
 
 MAX_NODES = 8
 LOWER_BITS = (8, 6, 4, 3, 2)
@@ -51,6 +52,7 @@ class Question:
     prompt_tokens: int = 512
     replicas: int = 1  # copies of each expert, at most; other splits have none
     frequencies: tuple[float, ...] | None = None  # how often each expert is selected, where that was measured
+    speeds: tuple[Speed, ...] = ()  # of placements that were measured: these are not predicted from parts
     can_quantise: bool = False  # whether fewer bits may be advised
 
     @property
@@ -116,12 +118,12 @@ def make_plan(question: Question, split: str = "auto", *, shares: Sequence[int] 
 def _best(question: Question, split: str, shares: Sequence[int] | None) -> Plan:
     if split != "auto":
         return _plan_split(question, split, shares)
-    plans = list(_candidates(question, shares))
+    plans = list(candidates(question, shares))
     return min(plans, key=_badness)
 
 
-def _candidates(question: Question, shares: Sequence[int] | None = None) -> Iterator[Plan]:
-    """Yield a plan for each split in which there is a placement; raise PlanError when there is none."""
+def candidates(question: Question, shares: Sequence[int] | None = None) -> Iterator[Plan]:
+    """Yield a plan without words for each split that has a placement. Raises PlanError when none has."""
     refusal: PlanError | None = None
     some = False
     for split in ("hidden", "tensor", "experts", "layers"):
@@ -172,12 +174,15 @@ def _need(question: Question, placement: Placement, rank: int, context: int | No
 
 
 def _predict(question: Question, placement: Placement) -> Prediction | None:
-    rates = [node.rates for node in question.nodes if node.rates is not None]
-    if len(rates) != len(question.nodes):
-        return None
     work = Work(
         placement, question.quantization, question.context, question.prompt_tokens, question.nodes[0].dtype_bytes
     )
+    for speed in question.speeds:
+        if speed.is_of(placement):
+            return predict_measured(work, speed)
+    rates = [node.rates for node in question.nodes if node.rates is not None]
+    if len(rates) != len(question.nodes):
+        return None
     return predict(work, rates, question.link, question.calibration)
 
 
@@ -267,7 +272,7 @@ def _explain(question: Question, asked: str, plan: Plan) -> str:
     """Say in one line why this split."""
     if len(question.nodes) == 1:
         return f"{plan.split}: one node holds everything"
-    others = {p.split: p for p in _candidates(question) if p.split != plan.split}
+    others = {p.split: p for p in candidates(question) if p.split != plan.split}
     if asked != "auto":
         return f"{plan.split}: as asked{_faster(plan, others)}"
     return f"{plan.split}: {_reason(question, plan, others)}"
@@ -334,7 +339,7 @@ def _advise_fewer(question: Question, plan: Plan) -> Iterator[str]:
 
 
 def _advise_split(question: Question, plan: Plan) -> Iterator[str]:
-    for other in _candidates(question):
+    for other in candidates(question):
         if other.verdict < plan.verdict:
             yield f"--split {other.split}{' fits' if other.verdict is Verdict.FITS else ' is borderline'}"
 

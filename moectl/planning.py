@@ -7,25 +7,24 @@ before anything is touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from moectl import prepare
-from moectl.budget import Verdict, judge, rank_need
+from moectl.budget import METAL_DTYPE_BYTES, Verdict, judge, rank_need
 from moectl.calibration import CALIBRATIONS, find_link
 from moectl.catalog import Model
 from moectl.checkpoint import Checkpoint
-from moectl.errors import HostsError, PlanError
+from moectl.errors import HostsError, MoectlError, PlanError
 from moectl.hardware import Hardware
 from moectl.hosts import Host, parse_size
-from moectl.machine import own_node
+from moectl.machine import CONTEXT, own_dtype_bytes, own_memory
 from moectl.manifest import Manifest, Quantization
 from moectl.nodes import Defaults, default_link, make_node
 from moectl.placement import Placement
 from moectl.plan import Node, Plan, Question, make_plan, refusal
 from moectl.prepare import Wanted, choose_quantization, describe_model
 from moectl.whatif import Row, what_if
-
-CONTEXT = 4096  # tokens, unless asked otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +55,39 @@ class Answer:
     plan: Plan
 
 
-def plan_cluster(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -> Answer:
-    """Plan a model on these hosts.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question, and what of its answer is settled already."""
 
-    A shard set is planned as it is cut, unless `wanted` says otherwise. Raises PlanError where nothing can be placed,
-    HostsError where a host's chip or memory is not known, and what opening a checkpoint raises.
+    model: Model
+    question: Question
+    split: str
+    shares: tuple[int, ...] | None
+
+    def solve(self) -> Answer:
+        """Raises PlanError where nothing can be placed."""
+        return Answer(self.model, self.question, make_plan(self.question, self.split, shares=self.shares))
+
+
+def plan_cluster(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -> Answer:
+    """Plan a model on these hosts. Raises PlanError where nothing can be placed, and what `set_task` raises."""
+    return set_task(source, wanted, asked, hosts).solve()
+
+
+def set_task(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -> Task:
+    """Put the question of a model on these hosts.
+
+    A shard set is planned as it is cut, unless `wanted` says otherwise. Raises HostsError where a host's chip or memory
+    is not known, and what opening a checkpoint raises.
     """
     model, manifest = describe_model(source)
     question = ask(choose(model, wanted), asked, hosts)
     question = replace(question, can_quantise=model.quantization is None)
     question = replace(question, replicas=wanted.replicas, frequencies=wanted.frequencies)
-    split, shares = wanted.split, wanted.shares
-    if manifest is not None and split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
+    if manifest is not None and wanted.split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
         question = replace(question, replicas=manifest.placement.replicas)
-        return Answer(model, question, make_plan(question, manifest.split, shares=manifest.shares))
-    return Answer(model, question, make_plan(question, split, shares=shares))
+        return Task(model, question, manifest.split, manifest.shares)
+    return Task(model, question, wanted.split, wanted.shares)
 
 
 def choose(model: Model, wanted: Wanted) -> Model:
@@ -81,7 +98,10 @@ def choose(model: Model, wanted: Wanted) -> Model:
 def ask(model: Model, asked: Asked, hosts: Sequence[Host]) -> Question:
     """Put a question about a model on these hosts."""
     calibration = CALIBRATIONS[asked.calibration]
-    nodes = tuple(make_node(host, calibration, asked.defaults, asked.found.get(host.name)) for host in hosts)
+    names = [host.name for host in hosts]
+    nodes = tuple(
+        make_node(h, calibration, asked.defaults, asked.found.get(h.name), ranks=names.count(h.name)) for h in hosts
+    )
     return Question(
         model.geometry,
         model.quantization,
@@ -149,6 +169,14 @@ def place_here(
     return place
 
 
+def own_node() -> Node | None:
+    """Return this machine as a node without a known speed; None where its memory cannot be asked."""
+    memory, dtype_bytes = own_memory(), own_dtype_bytes()
+    if memory is None:
+        return None
+    return Node("this machine", memory, None, dtype_bytes, is_mac=dtype_bytes == METAL_DTYPE_BYTES)
+
+
 def check_here(manifest: Manifest, *, force: bool, say: Callable[[str], None]) -> None:
     """Refuse a shard set whose ranks this machine cannot hold together. Raises PlanError."""
     model = Model(manifest.name, manifest.geometry, manifest.quantization)
@@ -188,13 +216,34 @@ def check_fit(
 
 
 def check_hosts(
-    hosts: Sequence[Host], manifest: Manifest, *, force: bool, warn: Callable[[str], None], asked: Asked | None = None
+    hosts: Sequence[Host], manifest: Manifest, *, force: bool, warn: Callable[[str], None], probe: bool = False
 ) -> None:
-    """Refuse a shard set that some of its hosts cannot hold, as far as their chip and memory are known."""
+    """Refuse a shard set that some of its hosts cannot hold; with `probe`, hosts without memory= are asked.
+
+    A host that does not answer is left to the command that follows, which names it.
+    """
     if len(hosts) == manifest.world_size:
-        nodes = [known_node(host, asked or Asked()) for host in hosts]
+        nodes = [known_node(host, Asked()) for host in hosts]
+        if probe and not force:
+            with ThreadPoolExecutor(len(hosts)) as pool:
+                nodes = list(pool.map(lambda host, node: node or ask_host(host), hosts, nodes))
         model = Model(manifest.name, manifest.geometry, manifest.quantization)
         check_fit(model, manifest.placement, nodes, force=force, warn=warn)
+
+
+def ask_host(host: Host) -> Node | None:
+    """Ask a host over SSH what it is made of; None when it does not say."""
+    from moectl.probe import read_hardware
+    from moectl.provision import make_remote
+
+    remote = make_remote(host)
+    try:
+        found = read_hardware(remote)
+        return known_node(host, Asked(found={host.name: found}))
+    except MoectlError:
+        return None
+    finally:
+        remote.close()
 
 
 def _by_host(nodes: Sequence[Node | None]) -> list[tuple[Node, list[int]]]:
@@ -203,20 +252,6 @@ def _by_host(nodes: Sequence[Node | None]) -> list[tuple[Node, list[int]]]:
         if node is not None:
             held.setdefault(node.host, (node, []))[1].append(rank)
     return list(held.values())
-
-
-def probe_hosts(hosts: Sequence[Host]) -> dict[str, Hardware]:
-    """Ask every host over SSH what it is made of, all at once; by name. Raises the first host's error."""
-    from moectl.cluster import connect
-    from moectl.probe import read_all_hardware
-
-    remotes = connect(hosts)
-    try:
-        found = read_all_hardware(remotes)
-    finally:
-        for remote in remotes:
-            remote.close()
-    return {host.name: hardware for host, hardware in zip(hosts, found, strict=True)}
 
 
 def known_node(host: Host, asked: Asked) -> Node | None:

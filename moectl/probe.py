@@ -1,16 +1,38 @@
-"""Ask hosts over SSH what they are made of. Parsing what they say is `hardware`'s; nothing is predicted here."""
+"""Ask hosts what they are and measure what they do together: hardware, links, and speed with the worker's own code.
+
+This is the operator's side, over the `Remote` contract. Parsing is `hardware`'s, timing TCP is `links`', timing MLX
+`measure`'s; nothing is predicted here. All of it takes some seconds, and every wait is bounded.
+"""
 
 from __future__ import annotations
 
+import json
+import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
 from typing import TypeVar
 
-from moectl.errors import CommandFailed
+from moectl.errors import CommandFailed, MoectlError, Unreachable
 from moectl.hardware import MARK, Hardware, parse_probe
-from moectl.remote import Remote
+from moectl.hosts import Host
+from moectl.leash import Token
+from moectl.links import ANSWER
+from moectl.measured import Job, Matrix, Speed, read_speeds
+from moectl.remote import Process, Remote
+from moectl.request import Request
+from moectl.session import RankSpec, Session
 
+MEASURE = ("-m", "moectl.measure")
 HARDWARE_S = 20.0
+LISTEN_S = 10.0
+LINK_BUDGET_S = 0.4  # for the round trips of one pair, and half as much for its bandwidth
+START_S = 60.0
+SPEED_S = 120.0
+MEMORY_PART = 0.10  # of what is free, for a measurement's weights
+LEAST_MEMORY_BYTES = 1 << 28
 
 # Both systems' own tools, in one run; whatever is missing leaves its section empty.
 SCRIPT = f"""
@@ -35,6 +57,17 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One host as a rank will use it: `python` is one that has moectl and mlx."""
+
+    host: Host
+    remote: Remote
+    python: str
+    addresses: tuple[str, ...]  # IPv4, for tensor traffic; the first one is measured
+    env: Mapping[str, str] = field(default_factory=dict)  # of the worker
+
+
 def read_hardware(remote: Remote) -> Hardware:
     """Return what a host is made of, in one command; needs no python there. Raises HostError, CommandFailed."""
     done = remote.run(["sh", "-c", SCRIPT], timeout_s=HARDWARE_S)
@@ -47,6 +80,156 @@ def read_hardware(remote: Remote) -> Hardware:
 def read_all_hardware(remotes: Sequence[Remote]) -> tuple[Hardware, ...]:
     """Return the hardware of all hosts, asked at once. Raises the first host's error."""
     return tuple(_at_once(read_hardware, remotes))
+
+
+def memory_to_use(hardware: Sequence[Hardware]) -> int:
+    """Return the bytes that a measurement's weights may take on every one of these hosts."""
+    free = [h.memory_bytes - h.in_use_bytes for h in hardware if h.memory_bytes and h.in_use_bytes is not None]
+    return max(LEAST_MEMORY_BYTES, int(MEMORY_PART * min(free, default=0)))
+
+
+def measure_speed(
+    sites: Sequence[Site],
+    job: Job,
+    *,
+    backend: str = "ring",
+    start_timeout_s: float = START_S,
+    on_log: Callable[[str, str], None] = lambda host, line: None,
+) -> tuple[Speed, ...]:
+    """Run a job on all sites as one group, with the workers' environment, backend and leash. Raises as a session."""
+    ranks = [RankSpec(site.host, site.remote, (site.python, *MEASURE), "", site.addresses, site.env) for site in sites]
+    limit_s = SPEED_S + len(job.placements) * 4 * job.budget_s
+    with Session(
+        ranks, backend=backend, start_timeout_s=start_timeout_s, step_timeout_s=limit_s, on_log=on_log
+    ) as session:
+        events = session.generate(Request(1, job.to_json(), 1, raw=True))
+        text = "".join(event.text for event in events if isinstance(event, Token))
+    return read_speeds(text)
+
+
+# Links.
+
+
+def measure_links(sites: Sequence[Site], *, budget_s: float = LINK_BUDGET_S) -> tuple[Matrix, Matrix]:
+    """Return (seconds per round trip, bytes per second from row to column) between all sites' first addresses.
+
+    Pairs that share no host are measured at the same time. Raises Unreachable for a pair without a way.
+    """
+    count = len(sites)
+    rtt = [[0.0] * count for _ in sites]
+    bandwidth = [[0.0] * count for _ in sites]
+    if count == 1:
+        return ((0.0,),), ((0.0,),)
+    secret = secrets.token_hex(16)
+    with ExitStack() as held:
+        ports = _at_once(lambda site: held.enter_context(_listener(site, secret)), sites[:-1])
+
+        def dial(pair: tuple[int, int]) -> None:
+            i, j = pair
+            there, here = sites[i], sites[j]
+            found = _dial(here, there, ports[i], secret, budget_s)
+            rtt[i][j] = rtt[j][i] = found["rtt_s"]
+            bandwidth[j][i], bandwidth[i][j] = found["out_bytes_s"], found["in_bytes_s"]
+
+        for pairs in plan_rounds(count):
+            _at_once(dial, pairs)
+    return tuple(map(tuple, rtt)), tuple(map(tuple, bandwidth))
+
+
+def plan_rounds(count: int) -> list[list[tuple[int, int]]]:
+    """Return rounds of pairs (i < j) in which nobody is in two: every pair once, as in a tournament."""
+    places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
+    half = len(places) // 2
+    rounds = []
+    for _ in range(len(places) - 1):
+        faced = zip(places[:half], reversed(places[half:]), strict=True)
+        rounds.append([(min(a, b), max(a, b)) for a, b in faced if a is not None and b is not None])
+        places.insert(1, places.pop())
+    return rounds
+
+
+def _program() -> str:
+    return resources.files("moectl").joinpath("links.py").read_text(encoding="utf-8")
+
+
+@contextmanager
+def _listener(site: Site, secret: str) -> Iterator[int]:
+    """Run the listening end on a host's address; yields its port."""
+    process = site.remote.start([site.python, "-c", _program(), "listen"])
+    try:
+        request = {"address": site.addresses[0], "secret": secret, "limit_s": 120.0}
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        yield int(_read_answer(site, process)["port"])
+    except OSError:
+        raise CommandFailed("its python ended before it listened", host=site.remote.name) from None
+    finally:
+        _end(process)
+
+
+def _read_answer(site: Site, process: Process) -> dict[str, float]:
+    """Return a running process's answer, within `LISTEN_S`."""
+    found: list[dict[str, float] | None] = []
+
+    def read() -> None:
+        for line in process.stdout:
+            answer = _parse(line.decode("utf-8", "replace"))
+            if answer is not None:
+                found.append(answer)
+                return
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(LISTEN_S)
+    if not found or found[0] is None:
+        raise CommandFailed(f"its python did not listen on {site.addresses[0]}", host=site.remote.name)
+    if "error" in found[0]:
+        raise CommandFailed(
+            f"cannot listen on {site.addresses[0]}: {found[0]['error']}",
+            host=site.remote.name,
+            hint="give this host's own address with ip=",
+        )
+    return found[0]
+
+
+def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> dict[str, float]:
+    limit_s = LISTEN_S + 2 * budget_s
+    request = {"address": there.addresses[0], "port": port, "secret": secret, "budget_s": budget_s, "limit_s": limit_s}
+    done = here.remote.run(
+        [here.python, "-c", _program(), "dial"],
+        stdin=json.dumps(request).encode() + b"\n",
+        timeout_s=limit_s + LISTEN_S,
+        check=False,
+        leash=True,
+    )
+    answers = [answer for line in done.stdout.decode("utf-8", "replace").split("\n") if (answer := _parse(line))]
+    if not answers or "error" in answers[0]:
+        why = answers[0]["error"] if answers else "no answer"
+        raise Unreachable(
+            f"no TCP connection to {there.host.name} at {there.addresses[0]}: {why}",
+            host=here.host.name,
+            hint="check ip= of both hosts, the cable and any firewall",
+        )
+    return answers[0]
+
+
+def _parse(line: str) -> dict[str, float] | None:
+    if not line.startswith(ANSWER):
+        return None
+    try:
+        answer = json.loads(line.removeprefix(ANSWER))
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def _end(process: Process) -> None:
+    """Let a listener go by its leash; make sure of it where that can be done without dropping a connection."""
+    for close in (process.stdin.close, lambda: process.wait(LISTEN_S), process.close):
+        try:
+            close()
+        except (OSError, TimeoutError, MoectlError):
+            continue
 
 
 def _at_once(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:

@@ -12,10 +12,12 @@ from moectl.budget import Verdict
 from moectl.console import columns, size_text, table_text, time_text
 
 if TYPE_CHECKING:
-    from moectl.bench import Benchmark, Measured
+    from moectl.bench import Benchmark
+    from moectl.bench import Measured as Sample
     from moectl.catalog import Model
     from moectl.cluster import DeployResult
     from moectl.leash import Done
+    from moectl.measured import Measured
     from moectl.plan import NodePlan, Plan, Question
     from moectl.prepare import Made
     from moectl.provision import HostResult
@@ -108,9 +110,11 @@ def stats_text(stats: Stats) -> str:
     )
 
 
-def plan_text(model: Model, question: Question, plan: Plan) -> str:
-    """Return the table of who would hold what, whether it fits, and how fast it would be."""
+def plan_text(model: Model, question: Question, plan: Plan, measured: Measured | None = None) -> str:
+    """Return the table of who would hold what, whether it fits, how fast it would be, and what was measured."""
     lines = [model_text(model, question), plan_table(question, plan), _fit_text(plan), plan.why]
+    if measured is not None:
+        lines[-1:-1] = measured_lines(question, measured)
     if plan.prediction is not None:
         p = plan.prediction
         lines.append(
@@ -123,6 +127,24 @@ def plan_text(model: Model, question: Question, plan: Plan) -> str:
     if plan.feasible:  # else they are the error's hint
         lines.extend(f"Advice: {advice}." for advice in plan.advice)
     return "\n".join(lines)
+
+
+def measured_lines(question: Question, measured: Measured) -> list[str]:
+    """Return what a probe found: links, and each split's speed where a shortened model ran."""
+    names, lines = [node.host for node in question.nodes], []
+    pairs = [(i, j) for i in range(len(measured.rtt_s)) for j in range(i)]
+    if pairs:
+        a, b = max(pairs, key=lambda pair: measured.rtt_s[pair[0]][pair[1]])
+        c, d = min(pairs, key=lambda pair: measured.bandwidth_bytes_s[pair[0]][pair[1]])
+        lines.append(
+            f"Measured: slowest round trip {measured.rtt_s[a][b] * 1e6:.0f} µs ({names[b]}-{names[a]}), "
+            f"narrowest link {measured.bandwidth_bytes_s[c][d] * 8e-9:.1f} Gb/s ({names[d]}-{names[c]})"
+        )
+    for speed in measured.speeds:
+        decode_s = speed.decode.total_s(question.geometry.n_layers)
+        rates = ", ".join(f"{rank.bytes_s / 1e9:.1f}" for rank in speed.ranks)
+        lines.append(f"Measured: {speed.split} {1 / decode_s:.1f} tok/s; weights read at {rates} GB/s")
+    return lines
 
 
 def model_text(model: Model, question: Question) -> str:
@@ -182,7 +204,7 @@ def _fit_text(plan: Plan) -> str:
     return f"Does not fit: {worst.host} would need {share} of what it can give. {total} of weights in total."
 
 
-def plan_json(model: Model, question: Question, plan: Plan) -> dict[str, Any]:
+def plan_json(model: Model, question: Question, plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
     """Return the document of `plan --json`."""
     p = plan.prediction
     quantization = question.quantization
@@ -210,6 +232,7 @@ def plan_json(model: Model, question: Question, plan: Plan) -> dict[str, Any]:
         "prediction": None if p is None else {**asdict(p), "tok_s_per_usd": plan.tok_s_per_usd},
         "advice": list(plan.advice),
         "why": plan.why,
+        "measured": None if measured is None else asdict(measured),
     }
 
 
@@ -365,5 +388,5 @@ def bench_json(result: Benchmark) -> dict[str, Any]:
     }
 
 
-def _measured_json(measured: Measured) -> dict[str, float | None]:
+def _measured_json(measured: Sample) -> dict[str, float | None]:
     return {"mean": measured.mean, "sd": measured.sd}

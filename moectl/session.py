@@ -85,6 +85,7 @@ class Session:
         load_timeout_s: float = 1800.0,
         step_timeout_s: float = 120.0,
         dtype: str | None = None,
+        force: bool = False,
         on_log: Callable[[str, str], None] = lambda host, line: None,
     ) -> None:
         self._ranks = ranks
@@ -93,6 +94,7 @@ class Session:
         self._load_timeout_s = load_timeout_s
         self._step_timeout_s = step_timeout_s
         self._dtype = dtype
+        self._force = force
         self._on_log = on_log
         self._events: queue.SimpleQueue[tuple[int, Event | _Ended]] = queue.SimpleQueue()
         self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
@@ -134,6 +136,7 @@ class Session:
                     self._start_timeout_s + INIT_EXTRA_S,
                     self._dtype,
                     spec.log,
+                    self._force,
                 ),
             )
         listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, "starting")

@@ -29,9 +29,10 @@ from itertools import combinations
 
 from moectl.balance import share_out
 from moectl.budget import METAL_DTYPE_BYTES, PREFILL_TOKENS, LayerBytes, head_bytes, layer_bytes
-from moectl.calibration import Calibration, Link
+from moectl.calibration import DEFAULT, Calibration, Link
 from moectl.geometry import Geometry
 from moectl.manifest import Quantization
+from moectl.measured import Speed
 from moectl.placement import Placement
 
 TOKEN_BYTES = 12  # the agreed vector: a token and two control words
@@ -43,6 +44,7 @@ class Rates:
 
     bytes_s: float
     flops_s: float
+    overhead_s: float | None = None  # per layer; None: the calibration's
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,31 @@ def predict(work: Work, rates: Sequence[Rates], link: Link, calibration: Calibra
         prefill_tok_s=work.prompt_tokens / prefill,
         ttft_s=prefill,
         communication_share=communication / decode,
+        collectives_per_token=model.collectives(),
+    )
+
+
+def predict_measured(work: Work, speed: Speed) -> Prediction:
+    """Predict the whole model's speed from a shortened one's on the same nodes, by its layers.
+
+    A context other than the measured one changes what is read of the cache, at the rate that the nodes read weights.
+    """
+    geometry, placement = work.geometry, work.placement
+    rates = tuple(Rates(rank.bytes_s, rank.flops_s) for rank in speed.ranks)
+    model = _Model(work, rates, next(iter(DEFAULT.links.values())), DEFAULT)  # only to count its exchanges
+    low, high = placement.kv_heads(0)
+    each = 2 * (high - low) * geometry.head_dim * work.dtype_bytes
+    slowest = min(rank.bytes_s for rank in speed.ranks) or math.inf
+    more = geometry.n_layers * (work.context - speed.context) * each / slowest
+    decode = max(speed.decode.total_s(geometry.n_layers) + more, speed.decode.outer_s)
+    prefill = speed.prefill.total_s(geometry.n_layers) * work.prompt_tokens / speed.prefill.tokens
+    row = geometry.d_model * work.dtype_bytes
+    collective = speed.collective_s.get(row, 0.0)
+    return Prediction(
+        decode_tok_s=1 / decode,
+        prefill_tok_s=work.prompt_tokens / prefill,
+        ttft_s=prefill,
+        communication_share=min(1.0, model.collectives() * collective / decode),
         collectives_per_token=model.collectives(),
     )
 
@@ -152,7 +179,9 @@ class _Model:
         """Return (compute, communication) in seconds of one pass of so many tokens through all layers and the head."""
         placement = self.work.placement
         layers = [last - first for first, last in map(placement.layers, range(placement.world_size))]
-        each = self.calibration.layer_overhead_s + self.calibration.sync_s * (placement.split == "experts")
+        usual = self.calibration.layer_overhead_s
+        slowest = max(usual if rate.overhead_s is None else rate.overhead_s for rate in self.rates)
+        each = slowest + self.calibration.sync_s * (placement.split == "experts" and placement.world_size > 1)
         overhead = self.work.geometry.n_layers * each
         if placement.split == "layers":
             compute = sum(n * self._node_time(rank, self._used(tokens), tokens) for rank, n in enumerate(layers))

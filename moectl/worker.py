@@ -117,6 +117,11 @@ class Leash:
 
 def main() -> None:
     """Serve one leash on stdin and stdout until it ends; always ends the process by itself."""
+    run(_serve)
+
+
+def run(serve: Callable[[Leash], None]) -> None:
+    """Give `serve` the leash on stdin and stdout, tell the controller how it failed, and end the process."""
     # Libraries may print; the leash may not carry that. It gets the real stdout, they get the log.
     up = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -131,7 +136,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # a worker reads its shard set and nothing else
     leash = Leash(sys.stdin.buffer, up, on_end=_exit)
     try:
-        _serve(leash)
+        serve(leash)
         _exit("done", code=0)
     except MoectlError as error:
         leash.tell(Fatal(type(error).__name__, error.message, error.hint))
@@ -149,6 +154,7 @@ def _serve(leash: Leash) -> None:
     if start.log:
         _log_to(Path(start.log).expanduser())
     _log.info("rank %d of %d starts on %s", start.rank, start.world_size, start.shards)
+    from moectl.machine import check_own_memory
     from moectl.manifest import read_manifest
 
     directory = Path(start.shards).expanduser()
@@ -157,14 +163,14 @@ def _serve(leash: Leash) -> None:
         raise errors.NotDeployed(
             f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
         )
-    with contextlib.ExitStack() as ports:
-        numbers = [ports.enter_context(_free_port(address)) for address in start.addresses]
-        leash.tell(Listening(own_versions(), numbers))
-        group = _join(leash, start, ports) if start.world_size > 1 else None
+    group = open_group(leash, start)
     leash.take(Load)
-    begin = time.perf_counter()
-    import mlx.core as mx
+    import mlx.core as mx  # not before the group's environment is set
 
+    if not start.force:
+        gpu = mx.device_info().get("max_recommended_working_set_size") if mx.metal.is_available() else None
+        check_own_memory(manifest, start.rank, working_set_bytes=int(gpu) if gpu else None)
+    begin = time.perf_counter()
     from moectl.engine import Engine
     from moectl.model.load import load_rank
 
@@ -187,6 +193,14 @@ def _serve(leash: Leash) -> None:
         if isinstance(event, Done):
             _log.info("request %d: %s after %d tokens", event.id, event.finish_reason, event.stats.completion_tokens)
         leash.tell(event)
+
+
+def open_group(leash: Leash, start: Start) -> Any:
+    """Promise free ports to the controller and join the group that it makes of all ranks; None for a single one."""
+    with contextlib.ExitStack() as ports:
+        numbers = [ports.enter_context(_free_port(address)) for address in start.addresses]
+        leash.tell(Listening(own_versions(), numbers))
+        return _join(leash, start, ports) if start.world_size > 1 else None
 
 
 def _join(leash: Leash, start: Start, ports: contextlib.ExitStack) -> Any:

@@ -129,15 +129,35 @@ def four_hosts(netns: Cluster, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.netns
-@pytest.mark.parametrize(("split", "shares"), [("hidden", "2,1,1,2"), ("experts", "7,1,2,6"), ("layers", "1,1,1,1")])
-def test_four_hosts_answer_like_one_process(split: str, shares: str, four_hosts: Path, model: Path, alone: str) -> None:
+@pytest.mark.parametrize(
+    ("split", "shares", "copies"),
+    [("hidden", "2,1,1,2", 1), ("experts", "7,1,2,6", 1), ("experts", "9,6,8,7", 2), ("layers", "1,1,1,1", 1)],
+)
+def test_four_hosts_answer_like_one_process(
+    split: str, shares: str, copies: int, four_hosts: Path, model: Path, alone: str
+) -> None:
     at = ("--hostfile", str(four_hosts))
-    moectl("shard", str(model), *at, "--split", split, "--shares", shares)
+    moectl("shard", str(model), *at, "--split", split, "--shares", shares, "--replicas", str(copies))
     result = json.loads(moectl("deploy", *at, "--json").stdout)
     assert [h["ok"] for h in result["hosts"]] == [True] * 4
     answer = moectl(*PROMPT, *at, "--stats")
     assert answer.stdout == alone
     assert "prompt tokens at" in answer.stderr
+
+
+@pytest.mark.netns
+def test_a_probe_measures_deployed_hosts_and_bench_compares(four_hosts: Path, model: Path) -> None:
+    at = ("--hostfile", str(four_hosts))
+    moectl("shard", str(model), *at, "--split", "hidden")
+    moectl("deploy", *at)
+    words = ("--probe", "--chip", "linux-cpu", "--split", "hidden", "--ctx", "64", "--json")
+    planned = json.loads(moectl("plan", str(model), *at, *words).stdout)
+    measured = planned["measured"]
+    assert all(rtt > 0 for i, row in enumerate(measured["rtt_s"]) for j, rtt in enumerate(row) if i != j)
+    assert [speed["split"] for speed in measured["speeds"]] == ["hidden"]
+    assert len(measured["speeds"][0]["ranks"]) == 4
+    found = json.loads(moectl("bench", *at, "-p", "16", "-g", "8", "-n", "1", "--json").stdout)
+    assert found["predicted"]["decode_tok_s"] > 0
 
 
 @pytest.mark.netns

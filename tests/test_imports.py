@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moectl"
-NODE = {"engine", "worker", "profile", "quantize", "demo.train"}  # and everything in model/
+NODE = {"engine", "worker", "profile", "measure", "quantize", "demo.train"}  # and everything in model/
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
@@ -36,14 +36,16 @@ ROOMS = (
     {"flags"},
     {"report"},
     {"console", "config"},
+    {"probing"},
     {"launch", "planning", "bench", "plot", "probe"},
-    {"prepare", "session", "cluster", "whatif", "machine"},
+    {"prepare", "session", "cluster", "whatif"},
     {"nodes"},
     {"plan"},
     {"speed"},
-    {"budget", "calibration"},
+    {"calibration"},
     {"catalog"},
     {"provision"},
+    {"measure"},
     {"worker"},
     {"engine"},
     {"profile"},
@@ -57,6 +59,9 @@ ROOMS = (
     {"checkpoint"},
     {"hub"},
     {"layouts"},
+    {"machine"},
+    {"budget"},
+    {"measured"},
     {"leash", "manifest", "routing"},
     {"placement", "copies", "balance", "chips", "hosts", "request", "demo", "paths", "disk"},
     {"geometry", "hardware"},

@@ -305,3 +305,14 @@ def test_shard_chooses_what_the_plan_finds_fastest(tmp_path: Path) -> None:
     planned = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)
     assert [planned["split"], planned["shares"]] == [json.loads(made.stdout)[key] for key in ("split", "shares")]
     assert planned["why"] in made.stderr
+
+
+def test_the_papers_tokens_per_dollar() -> None:
+    """arXiv 2506.23635: two Mac Studios give 1.15 times the tok/s per USD of eight H100s, with one set of constants."""
+
+    def per_usd(hosts: str, chip: str, memory: str) -> float:
+        words = ["plan", "--hosts", hosts, "--chip", chip, "--memory", memory, "--q-bits", "16", "--split", "experts"]
+        result = CliRunner().invoke(cli, [*words, "--calibration", "paper", "--json"], catch_exceptions=False)
+        return float(json.loads(result.stdout)["prediction"]["tok_s_per_usd"])
+
+    assert per_usd("a,b", "m2-ultra", "192GB") / per_usd("dgx", "dgx-h100", "640GB") == pytest.approx(1.15, rel=0.05)

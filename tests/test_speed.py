@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from moectl.calibration import DEFAULT, PAPER, Calibration, find_link
+from moectl.calibration import DEFAULT, PAPER, PAPER_NAIVE, Calibration, find_link
 from moectl.chips import find_chip
 from moectl.errors import UsageError
 from moectl.geometry import DBRX
@@ -54,6 +54,16 @@ def test_the_papers_clusters(nodes: int, tok_s: float, share: float) -> None:
 def test_the_papers_share_of_communication_on_three_nodes() -> None:
     got = run(3, "experts", bits=16, chip="m2-ultra", link="10gbe", calibration=PAPER)
     assert got.communication_share == pytest.approx(0.29, abs=0.04)
+
+
+def test_the_papers_naive_cluster_in_named_terms() -> None:
+    """1.2 tok/s, of which its experts took 5.2 times as long as with prestacking and dynamic loading."""
+    naive = run(2, "experts", bits=16, chip="m2-ultra", link="10gbe", calibration=PAPER_NAIVE)
+    assert naive.decode_tok_s == pytest.approx(1.2, rel=0.10)
+    # The experts' part: the bytes that the busiest node reads of them, and the driver that wires them.
+    read_s = expected_busiest((8, 8), 4) * 396.4e6 / (800e9 * PAPER.memory_efficiency)
+    ratio = (read_s + PAPER_NAIVE.layer_overhead_s) / (read_s + PAPER.layer_overhead_s)
+    assert ratio == pytest.approx(5.2, rel=0.10)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,215 @@
+"""Plan the cluster that is there: ask its hosts, time its links and a shortened model, and plan with what was found.
+
+It joins `planning` and `probe`, and keeps the last result for `bench` to compare with. Hosts without moectl cannot run
+a model yet: they are asked for their hardware, and their links are timed if they have a python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+
+from moectl import disk, probe
+from moectl.backend import choose_backend
+from moectl.budget import Verdict
+from moectl.calibration import Calibration, Link
+from moectl.cluster import connect
+from moectl.errors import MoectlError, RemoteError
+from moectl.hardware import Hardware
+from moectl.hosts import Host, HostList
+from moectl.launch import find_addresses, share_cores, split_envs
+from moectl.manifest import Quantization
+from moectl.measured import Job, Matrix, Measured, Speed, read_speeds
+from moectl.paths import state_dir
+from moectl.placement import Placement
+from moectl.plan import Question, candidates
+from moectl.planning import Answer, Asked, Task, set_task
+from moectl.prepare import Wanted
+from moectl.probe import Site
+from moectl.provision import ROOT
+from moectl.remote import Remote
+from moectl.speed import Prediction, Rates, Work, predict_measured
+
+BUDGET_S = 3.0  # for whole passes, in all
+LEAST_BUDGET_S = 0.6  # for one placement
+RECORD = "probe.json"
+SCHEMA = "moectl.probe/1"
+# Prints the first interpreter that has moectl: the one that `deploy` made, or the one that hosts.txt names.
+_FIND_PYTHON = """
+for p in "$1/env/bin/python" "$2"; do
+  case $p in "~/"*) p=$HOME/${p#"~/"};; esac
+  "$p" -c 'from importlib.metadata import version; version("moectl"); version("mlx")' 2>/dev/null || continue
+  printf %s "$p"
+  exit
+done
+"""
+
+
+def probe_cluster(
+    source: str, wanted: Wanted, asked: Asked, where: HostList, *, say: Callable[[str], None]
+) -> tuple[Answer, Measured]:
+    """Plan a model on hosts as they were found; what was measured replaces the constants.
+
+    Raises what `planning.plan_cluster` raises, and the first host's error.
+    """
+    with _open_sites(where) as (sites, missing):
+        hardware = probe.read_all_hardware([site.remote for site in sites])
+        found = {host.name: own for host, own in zip(where.hosts, hardware, strict=True)}
+        task = set_task(source, wanted, replace(asked, found=found), where.hosts)
+        rtt_s, bandwidth = _measure_links(sites, say)
+        speeds: tuple[Speed, ...] = ()
+        if missing:
+            say(f"{', '.join(missing)}: moectl is not there yet, so that speed is a guess from the chips table.")
+        else:
+            speeds = _measure_speeds(task, sites, hardware, where)
+    measured = Measured(hardware, rtt_s, bandwidth, speeds)
+    task = replace(task, question=use(task.question, measured, stated_link=asked.link))
+    if speeds:
+        _record(task.question)
+    return task.solve(), measured
+
+
+def use(question: Question, measured: Measured, *, stated_link: str | None = None) -> Question:
+    """Return a question whose nodes, links and host overhead are what was measured, as far as it was.
+
+    Without a run of the model a collective is taken to last one round trip of the slowest pair at two nodes, and half a
+    round trip more for each further one; a link that the owner stated stays as it is then.
+    """
+    if measured.speeds:
+        return _use_speeds(question, measured.speeds)
+    pairs = [(i, j) for i, row in enumerate(measured.rtt_s) for j in range(len(row)) if i != j]
+    if not pairs or stated_link is not None:
+        return question
+    rtt_s = max(measured.rtt_s[i][j] for i, j in pairs)
+    bytes_s = min(measured.bandwidth_bytes_s[i][j] for i, j in pairs)
+    return replace(question, link=Link("measured TCP", rtt_s, rtt_s / 2, bytes_s))
+
+
+def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
+    """Take apart what was measured, for the splits that were not: rates, links, and what the host costs per layer."""
+    first = speeds[0]  # every rank took part in it
+    nodes = tuple(
+        replace(node, rates=Rates(rank.bytes_s or node.rates.bytes_s if node.rates else rank.bytes_s, rank.flops_s))
+        for node, rank in zip(question.nodes, first.ranks, strict=True)
+    )
+    exchanges = sorted(first.collective_s.items())
+    collective_s = exchanges[0][1] if exchanges else 0.0
+    work_s = max(rank.attention_s + max(rank.experts_s.values()) for rank in first.ranks)
+    calibration = Calibration(
+        "measured",
+        memory_efficiency=1.0,
+        compute_efficiency=1.0,
+        layer_overhead_s=max(0.0, first.decode.layer_s - work_s - collective_s),
+        sync_s=0.0,
+        agreement=True,
+        links={},
+    )
+    link = _fit_link(exchanges, len(nodes)) if exchanges else question.link
+    return replace(question, nodes=nodes, speeds=speeds, calibration=calibration, link=link)
+
+
+def _fit_link(exchanges: Sequence[tuple[int, float]], nodes: int) -> Link:
+    """Return the link whose collectives take what a small and a large one took, each further node half a latency."""
+    (small, small_s), (large, large_s) = exchanges[0], exchanges[-1]
+    bytes_s = (nodes - 1) * (large - small) / max(large_s - small_s, 1e-9) if large > small else 1e12
+    latency_s = small_s / (1 + (nodes - 2) / 2)
+    return Link("measured", latency_s, latency_s / 2, max(bytes_s, 1.0))
+
+
+def _measure_links(sites: Sequence[Site], say: Callable[[str], None]) -> tuple[Matrix, Matrix]:
+    try:
+        return probe.measure_links(sites)
+    except RemoteError as error:  # no python there; a way that is cut is Unreachable, and that is no small thing
+        say(f"{error}: links are taken as --link says.")
+        return (), ()
+
+
+def _measure_speeds(
+    task: Task, sites: Sequence[Site], hardware: Sequence[Hardware], where: HostList
+) -> tuple[Speed, ...]:
+    """Measure each split that would fit, or the one that was asked for."""
+    plans = [p for p in candidates(task.question, task.shares) if task.split in ("auto", p.split)]
+    able = [plan for plan in plans if plan.verdict is not Verdict.TOO_MUCH] or plans[:1]
+    job = Job(
+        tuple(plan.placement for plan in able),
+        task.question.quantization,
+        probe.memory_to_use(hardware) // max(Counter(host.name for host in where.hosts).values()),
+        budget_s=max(LEAST_BUDGET_S, BUDGET_S / max(1, len(able))),
+    )
+    if not able:
+        return ()
+    return probe.measure_speed(sites, job, backend=choose_backend(where.backend or "auto", where.hosts))
+
+
+@contextlib.contextmanager
+def _open_sites(where: HostList) -> Iterator[tuple[list[Site], list[str]]]:
+    """Yield the hosts as their ranks would use them, and the names of those that have no moectl."""
+    hosts = list(where.hosts)
+    remotes = connect(hosts)
+    try:
+        addresses = find_addresses(hosts, remotes)
+        env = split_envs(where.envs) | (share_cores(len(hosts)) if all(host.is_local for host in hosts) else {})
+        pythons = [_find_python(host, remote) for host, remote in zip(hosts, remotes, strict=True)]
+        sites = [
+            Site(host, remote, python or host.python or "python3", own, env)
+            for host, remote, python, own in zip(hosts, remotes, pythons, addresses, strict=True)
+        ]
+        yield sites, [host.name for host, python in zip(hosts, pythons, strict=True) if not python]
+    finally:
+        for remote in remotes:
+            remote.close()
+
+
+def _find_python(host: Host, remote: Remote) -> str:
+    """Return the interpreter that has moectl on this host, empty when there is none."""
+    if host.is_local:
+        return sys.executable
+    done = remote.run(["sh", "-c", _FIND_PYTHON, "sh", host.dir or ROOT, host.python or ""], check=False)
+    return done.stdout.decode("utf-8", "replace").strip()
+
+
+# What `bench` compares with.
+
+
+def _record(question: Question) -> None:
+    document = {
+        "schema": SCHEMA,
+        "hosts": [node.host for node in question.nodes],
+        "geometry": asdict(question.geometry),
+        "quantization": question.quantization and asdict(question.quantization),
+        "dtype_bytes": question.nodes[0].dtype_bytes,
+        "speeds": [speed.to_json() for speed in question.speeds],
+    }
+    with contextlib.suppress(OSError, MoectlError):  # a convenience: no reason to fail
+        state_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
+        disk.write_whole(state_dir() / RECORD, json.dumps(document).encode())
+
+
+def recall(
+    hosts: Sequence[str],
+    placement: Placement,
+    quantization: Quantization | None,
+    *,
+    context: int,
+    prompt_tokens: int,
+) -> Prediction | None:
+    """Return what the last `plan --probe` predicts for this model here; None if it measured something else."""
+    try:
+        record = json.loads((state_dir() / RECORD).read_text())
+        same = {
+            "schema": SCHEMA,
+            "hosts": list(hosts),
+            "geometry": asdict(placement.geometry),
+            "quantization": quantization and asdict(quantization),
+        }
+        if {key: record[key] for key in same} != json.loads(json.dumps(same)):
+            return None
+        work = Work(placement, quantization, context, prompt_tokens, int(record["dtype_bytes"]))
+        speeds = read_speeds(json.dumps(record["speeds"]))
+    except (OSError, ValueError, TypeError, KeyError, MoectlError):
+        return None
+    return next((predict_measured(work, speed) for speed in speeds if speed.is_of(placement)), None)

@@ -1,0 +1,91 @@
+"""What `plan --probe` predicts beside what `bench` measures: `python -m tests.benchmarks.bench_predict`.
+
+Two ranks on this machine, or four namespaced hosts over SSH (`--netns`, as root), with the shim that injects latency
+into every exchange. Prints predicted and measured tokens per second and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from moectl.bench import bench
+from moectl.checkpoint import open_checkpoint
+from moectl.demo import demo_dir
+from moectl.hosts import Host
+from moectl.measured import Job
+from moectl.placement import Placement, make_placement
+from moectl.probe import Site, measure_speed
+from moectl.quantize import quantizer
+from moectl.remote import LocalRemote, Remote
+from moectl.session import RankSpec, Session
+from moectl.shards import cut
+from moectl.speed import Work, predict_measured
+from moectl.ssh import SSHRemote
+from tests.netns import run_cluster
+from tests.ring import rank_env
+
+_Place = tuple[Host, Remote, tuple[str, ...]]
+DTYPE_BYTES = 4  # float32, on a CPU
+PROMPT, GENERATED = 128, 96
+
+
+def predict(sites: list[Site], placements: list[Placement]) -> list[float]:
+    """Return predicted decode tokens per second of each placement."""
+    job = Job(tuple(placements), None, 1 << 30, prompt_tokens=PROMPT, budget_s=3.0 / len(placements))
+    speeds = measure_speed(sites, job)
+    works = [Work(p, None, PROMPT + GENERATED // 2, PROMPT, DTYPE_BYTES) for p in placements]
+    return [predict_measured(work, speed).decode_tok_s for work, speed in zip(works, speeds, strict=True)]
+
+
+def measure(sites: list[Site], shards: Path, trials: int) -> float:
+    """Return decode tokens per second of a shard set, as `moectl bench` finds them."""
+    worker = ("-m", "moectl", "worker")
+    ranks = [RankSpec(s.host, s.remote, (s.python, *worker), str(shards), s.addresses, s.env) for s in sites]
+    with Session(ranks) as session:
+        found = bench(session, shards.name, prompt_tokens=PROMPT, generation_tokens=GENERATED, trials=trials)
+    return found.decode_tok_s.mean
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(demo_dir()), help="directory of a checkpoint (default: the demo)")
+    parser.add_argument("--netns", action="store_true", help="four namespaced hosts instead of two local ranks")
+    parser.add_argument("--splits", default="hidden,experts")
+    parser.add_argument("--latencies", default="0,100,300,1000", help="microseconds per exchange")
+    parser.add_argument("--trials", type=int, default=3)
+    options = parser.parse_args()
+    checkpoint = open_checkpoint(options.model)
+    count = 4 if options.netns else 2
+    placements = [make_placement(checkpoint.geometry, split, count) for split in options.splits.split(",")]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        for placement in placements:
+            cut(checkpoint, placement, None, directory / placement.split, name=placement.split, quantise=quantizer)
+        if options.netns:
+            (directory / "net").mkdir()
+            with run_cluster(directory / "net", count) as cluster:
+                remotes: list[_Place] = [(h, SSHRemote(h, config=str(cluster.config)), h.ips) for h in cluster.hosts()]
+                table(remotes, placements, directory, options)
+        else:
+            table([(Host("localhost"), LocalRemote(), ("127.0.0.1",))] * count, placements, directory, options)
+
+
+def table(hosts: list[_Place], placements: list[Placement], directory: Path, options: argparse.Namespace) -> None:
+    """Print one row per latency and split."""
+    print(f"{len(hosts)} ranks, {options.model}, {PROMPT} prompt + {GENERATED} generated tokens")
+    print(f"{'delay':>8} {'split':>8} {'predicted':>10} {'measured':>9} {'ratio':>6}")
+    for delay in options.latencies.split(","):
+        env = rank_env(RING_DELAY_US=delay)
+        sites = [Site(host, remote, sys.executable, ips, env) for host, remote, ips in hosts]
+        for placement, predicted in zip(placements, predict(sites, placements), strict=True):
+            found = measure(sites, directory / placement.split, options.trials)
+            ratio = predicted / found
+            print(f"{delay:>5} µs {placement.split:>8} {predicted:10.1f} {found:9.1f} {ratio:6.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What this machine can give, and a worker that refuses to load what it cannot hold."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from moectl import machine
+from moectl.budget import Memory
+from moectl.demo import demo_dir
+from moectl.errors import PlanError
+from moectl.hosts import Host
+from moectl.leash import Done
+from moectl.manifest import Manifest
+from moectl.prepare import Wanted, shard
+from moectl.quantize import quantizer
+from moectl.remote import LocalRemote
+from moectl.request import Request
+from moectl.session import RankSpec, Session
+
+# A worker on a machine of 300 MB.
+SMALL = """
+import runpy, sys
+from moectl import machine
+from moectl.budget import Memory
+machine.own_memory = lambda: Memory(300_000_000)
+sys.argv = ["moectl", "worker"]
+runpy.run_module("moectl", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> tuple[Path, Manifest]:
+    made = shard(str(demo_dir()), Wanted(nodes=1), quantise=quantizer, directory=tmp_path / "set")
+    from moectl.manifest import read_manifest
+
+    return made.directory, read_manifest(made.directory)
+
+
+def test_this_machine_has_memory() -> None:
+    memory = machine.own_memory()
+    assert memory is not None
+    assert 0 <= memory.in_use < memory.total
+
+
+def test_a_rank_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, manifest: tuple[Path, Manifest]) -> None:
+    machine.check_own_memory(manifest[1], 0)
+    monkeypatch.setattr(machine, "own_memory", lambda: Memory(300_000_000))
+    with pytest.raises(PlanError, match=r"does not fit: 0\.4 GB are needed, 0\.2 GB usable \(0\.2 GB too little\)"):
+        machine.check_own_memory(manifest[1], 0)
+    monkeypatch.setattr(machine, "own_memory", lambda: Memory(64 << 30))
+    machine.check_own_memory(manifest[1], 0)
+    with pytest.raises(PlanError, match="does not fit"):  # what the GPU says of itself counts as well
+        machine.check_own_memory(manifest[1], 0, working_set_bytes=1 << 20)
+    monkeypatch.setattr(machine, "own_memory", lambda: None)
+    machine.check_own_memory(manifest[1], 0, working_set_bytes=1)
+
+
+def test_a_worker_refuses_what_its_host_cannot_hold(manifest: tuple[Path, Manifest]) -> None:
+    spec = RankSpec(Host("mac1"), LocalRemote("mac1"), (sys.executable, "-c", SMALL), str(manifest[0]), ("127.0.0.1",))
+    with pytest.raises(PlanError, match=r"^mac1: rank 0: .* does not fit: 0\.4 GB are needed"), Session([spec]):
+        pass
+    with Session([spec], force=True) as session:
+        assert isinstance(list(session.generate(Request(1, "Hello", 2)))[-1], Done)
