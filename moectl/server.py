@@ -14,6 +14,7 @@ import logging
 import math
 import time
 import uuid
+import weakref
 from collections.abc import Iterator, Sequence
 from socket import socket
 from typing import Any
@@ -28,7 +29,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moectl import api
-from moectl.errors import BadField, MoectlError, QueueFull, UsageError
+from moectl.errors import BadField, MoectlError, QueueFull, StateError, UsageError
 from moectl.leash import Done, Token
 from moectl.metrics import CONTENT_TYPE, Metrics
 from moectl.serving import Answer, Cluster
@@ -37,11 +38,12 @@ MAX_BODY_BYTES = 16 * 1024 * 1024
 BODY_S = 60.0  # a body that takes longer to arrive is given up
 SILENCE_S = 10.0  # a stream that has nothing to say for so long says a comment, lest a proxy close it
 _IDLE_CONNECTION_S = 75
+_LAST_WORDS_S = 2  # for replies to end by themselves once they were told to
 _CLIENT_CLOSED = 499  # nginx' number; only ever counted, nobody is there to see it
 _log = logging.getLogger("moectl.server")
 
 
-def make_app(cluster: Cluster, *, api_key: str | None = None, silence_s: float = SILENCE_S) -> ASGIApp:
+def make_app(cluster: Cluster, *, api_key: str | None = None, silence_s: float = SILENCE_S) -> App:
     """Return the ASGI application that serves a cluster.
 
     With a key, everything but /health wants it as a bearer token, except over a Unix socket, whose mode is its key.
@@ -59,7 +61,7 @@ def make_app(cluster: Cluster, *, api_key: str | None = None, silence_s: float =
     handlers = {HTTPException: _answer_http_error, MoectlError: _answer_error, Exception: _answer_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
     app.router.redirect_slashes = False
-    return _Gate(app, metrics, {route.path for route in routes}, api_key)
+    return App(app, service, metrics, {route.path for route in routes}, api_key)
 
 
 class _Server(uvicorn.Server):
@@ -70,10 +72,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(app: ASGIApp, sockets: Sequence[socket], *, stopping: asyncio.Event, grace_s: int = 5) -> None:
-    """Serve an application on listening sockets until `stopping` is set; answers in progress then have `grace_s`.
+async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event, grace_s: float = 5.0) -> None:
+    """Serve an application on listening sockets until `stopping` is set; closes the sockets.
 
-    Closes the sockets. Cancel answers first where they should not be waited for.
+    Then nobody else is let in, and answers in progress have `grace_s` to end before they end with an error.
     """
     config = uvicorn.Config(
         app,
@@ -85,7 +87,7 @@ async def serve(app: ASGIApp, sockets: Sequence[socket], *, stopping: asyncio.Ev
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_IDLE_CONNECTION_S,
-        timeout_graceful_shutdown=grace_s,
+        timeout_graceful_shutdown=math.ceil(grace_s) + _LAST_WORDS_S,
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=list(sockets)))
@@ -95,6 +97,8 @@ async def serve(app: ASGIApp, sockets: Sequence[socket], *, stopping: asyncio.Ev
     finally:
         wish.cancel()
         server.should_exit = True
+        await asyncio.wait({serving}, timeout=grace_s)
+        app.end_answers(StateError("moectl is stopping", hint="moectl serve"))
         await serving
 
 
@@ -130,14 +134,20 @@ async def _answer_error(http: HttpRequest, error: MoectlError) -> Response:
     return _json(body, status, headers)
 
 
-class _Gate:
+class App:
     """What every request passes: who may come in, what came of it, and a last resort for bugs."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str], api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, service: _Service, metrics: Metrics, paths: set[str], api_key: str | None) -> None:
         self._app = app
+        self._service = service
         self._metrics = metrics
         self._paths = paths
         self._key = api_key.encode() if api_key is not None else None
+
+    def end_answers(self, error: MoectlError) -> None:
+        """End every answer in progress with this error."""
+        for answering in self._service.answering:
+            answering.end(error)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -201,6 +211,7 @@ class _Service:
         self._cluster = cluster
         self._metrics = metrics
         self._silence_s = silence_s
+        self.answering: weakref.WeakSet[_Answering] = weakref.WeakSet()
 
     async def chat(self, http: HttpRequest) -> ASGIApp:
         return await self._answer(http, api.read_chat)
@@ -248,7 +259,9 @@ class _Service:
         name, model = self._cluster.name, self._cluster.model
         asked = read(api.parse_body(body), name, model)
         reply = api.Reply(asked, reply_id=uuid.uuid4().hex, created=int(time.time()), name=name, model=model)
-        return _Answering(asked, reply, await self._submit(asked), self._metrics, self._silence_s)
+        answering = _Answering(asked, reply, await self._submit(asked), self._metrics, self._silence_s)
+        self.answering.add(answering)
+        return answering
 
     async def _submit(self, asked: api.Asked) -> list[Answer]:
         answers: list[Answer] = []
@@ -301,6 +314,7 @@ class _Gone(Exception):
 
 
 _Entry = tuple[int, Token | Done]
+_EVERY = -1  # instead of a choice's index
 
 
 class _Answering:
@@ -333,6 +347,10 @@ class _Answering:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def end(self, error: MoectlError) -> None:
+        """Let the reply end with this error, soon."""
+        self._inbox.put_nowait((_EVERY, error))
+
     def _cancel(self) -> None:
         for index in self._open:
             self._answers[index].cancel()
@@ -364,7 +382,7 @@ class _Answering:
             pass
         self._gone = True
         self._cancel()
-        self._inbox.put_nowait((-1, None))
+        self._inbox.put_nowait((_EVERY, None))
 
     async def _next(self) -> _Entry | None:
         """Return the next (choice, event), or None after `silence_s` without one; raise what an answer raised."""
@@ -376,8 +394,9 @@ class _Answering:
         if self._gone or event is None:
             raise _Gone
         if isinstance(event, MoectlError):
-            self._open.remove(index)
-            self._metrics.count_end("refused" if isinstance(event, UsageError) else "failed")
+            if index != _EVERY:
+                self._open.remove(index)
+                self._metrics.count_end("refused" if isinstance(event, UsageError) else "failed")
             raise event
         if isinstance(event, Done):
             self._open.remove(index)
