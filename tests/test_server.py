@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -238,6 +241,26 @@ def test_async_streams_side_by_side(site: Site) -> None:
             return await asyncio.gather(*(one(client, seed) for seed in range(16)))
 
     assert asyncio.run(all_of_them()) == [expected(ENDS_AFTER, seed) for seed in range(16)]
+
+
+def test_llms_own_models(open_site: Site, tmp_path: Path) -> None:
+    entry = "- model_id: {}\n  model_name: tiny\n  api_base: {}/v1\n  completion: {}\n"
+    models = entry.format("chat", open_site.url, "false") + entry.format("raw", open_site.url, "true")
+    (tmp_path / "extra-openai-models.yaml").write_text(models)
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llm", *arguments]
+        return subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        )
+
+    assert run("-m", "chat", "-s", "be brief", "-o", "max_tokens", "3", "hello").stdout == f"{expected(3)}\n"
+    assert [m["role"] for m in open_site.cluster.requests[-1].messages or ()] == ["system", "user"]
+    assert run("-m", "raw", "hello").stdout == f"{expected(16)}\n"
+    lost = run("-m", "chat", "lose")
+    assert (lost.returncode, lost.stdout) == (1, expected(3))
+    assert "mac2: rank 1 was lost" in lost.stderr
 
 
 # Clients that leave.
