@@ -2,7 +2,8 @@
 
 MoectlError (1)
 ├── UsageError (2)               the command line or its values make no sense
-│   └── ShardsDiffer             a directory holds a shard set of another source or other settings
+│   ├── ShardsDiffer             a directory holds a shard set of another source or other settings
+│   └── BadField                 a field of an API request makes no sense; `param` names it
 ├── PartialFailure (3)           some hosts or checks failed, others did not
 ├── HostsError (4)               the hosts file is wrong
 ├── PlanError (4)                the split, the shares or the model cannot work
@@ -18,7 +19,8 @@ MoectlError (1)
 ├── IntegrityError (7)           bytes on disk are not those that were promised
 └── StateError (8)               something has to be done first
     ├── NotSharded
-    └── NotDeployed
+    ├── NotDeployed
+    └── QueueFull                as many requests wait as may; `retry_after_s` says when to ask again
 
 Errors carry what a person needs (message, host, hint) and what a script needs (exit_code). `cli.main` is the only
 place that turns them into text and a process exit.
@@ -56,6 +58,21 @@ class UsageError(MoectlError):
 
 class ShardsDiffer(UsageError):
     pass
+
+
+class BadField(UsageError):
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        host: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, host=host)
+        self.param = param
+        self.code = code  # OpenAI's short name of the reason, where it has one
 
 
 class PartialFailure(MoectlError):
@@ -120,3 +137,11 @@ class NotSharded(StateError):
 
 class NotDeployed(StateError):
     pass
+
+
+class QueueFull(StateError):
+    def __init__(
+        self, message: str, *, hint: str | None = None, host: str | None = None, retry_after_s: float = 1.0
+    ) -> None:
+        super().__init__(message, hint=hint, host=host)
+        self.retry_after_s = retry_after_s

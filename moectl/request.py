@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from moectl.errors import UsageError
 
 MAX_PROMPT_BYTES = 4 * 1024 * 1024
+MAX_STOPS = 4  # as OpenAI
+MAX_STOP_BYTES = 1024
+MAX_LOGPROBS = 20  # as OpenAI
+MAX_BIASES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +43,64 @@ class Request:
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
 
     def __post_init__(self) -> None:
-        if self.prompt_tokens is not None:  # JSON has lists only
-            object.__setattr__(self, "prompt_tokens", tuple(self.prompt_tokens))
-        for text in (self.prompt, self.system or ""):
-            try:
-                size = len(text.encode())
-            except UnicodeEncodeError:
-                raise UsageError("the prompt is not UTF-8 text") from None
-            if size > MAX_PROMPT_BYTES:
-                raise UsageError(f"the prompt has {size} bytes, more than {MAX_PROMPT_BYTES}: no context holds it")
+        self._freeze()
+        self._check_texts()
+        self._check_sampling()
+        self._check_penalties()
         if self.max_tokens < 1:
             raise UsageError(f"max tokens should be 1 or more, it is {self.max_tokens}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise UsageError(f"seed should be between 0 and 2^64-1, it is {self.seed}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise UsageError(f"logprobs should be between 0 and {MAX_LOGPROBS}, it is {self.logprobs}")
+
+    def _freeze(self) -> None:  # JSON has lists only
+        if self.prompt_tokens is not None:
+            object.__setattr__(self, "prompt_tokens", tuple(self.prompt_tokens))
+        if self.messages is not None:
+            object.__setattr__(self, "messages", tuple(self.messages))
+        object.__setattr__(self, "logit_bias", tuple((token, value) for token, value in self.logit_bias))
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+    def _check_texts(self) -> None:
+        said = [text for message in self.messages or () for text in message.values()]
+        size = sum(_count_bytes(text, "the prompt") for text in (self.prompt, self.system or "", *said))
+        if size > MAX_PROMPT_BYTES:
+            raise UsageError(f"the prompt has {size} bytes, more than {MAX_PROMPT_BYTES}: no context holds it")
+        if len(self.stop) > MAX_STOPS:
+            raise UsageError(f"there may be {MAX_STOPS} stop texts, here are {len(self.stop)}")
+        for text in self.stop:
+            if not 0 < _count_bytes(text, "a stop text") <= MAX_STOP_BYTES:
+                raise UsageError(f"a stop text should have 1 to {MAX_STOP_BYTES} bytes, one has {len(text.encode())}")
+
+    def _check_sampling(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"temperature should be 0 or more, it is {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p should be above 0 and at most 1, it is {self.top_p}")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise UsageError(f"seed should be between 0 and 2^64-1, it is {self.seed}")
+        if not 0 <= self.top_k < 2**31:
+            raise UsageError(f"top-k should be 0 (all) or more, it is {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min-p should be between 0 and 1, it is {self.min_p}")
+
+    def _check_penalties(self) -> None:
+        for name, value in (("presence", self.presence_penalty), ("frequency", self.frequency_penalty)):
+            if not -2 <= value <= 2:
+                raise UsageError(f"the {name} penalty should be between -2 and 2, it is {value}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UsageError(f"the repetition penalty should be between 0.01 and 100, it is {self.repetition_penalty}")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise UsageError(f"logit bias may name {MAX_BIASES} tokens, here are {len(self.logit_bias)}")
+        for token, value in self.logit_bias:
+            if not (token >= 0 and -100 <= value <= 100):
+                raise UsageError(f"logit bias should be between -100 and 100, of token {token} it is {value}")
+
+
+def _count_bytes(text: str, what: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        raise UsageError(f"{what} is not UTF-8 text") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,9 @@ ONLY_IN: dict[str, set[str]] = {
     "tokenizers": {"demo.train"},
     "safetensors": {"layouts", "demo.train"},
     "matplotlib": {"plot"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "prometheus_client": {"metrics"},
 }
 # Of those, the ones whose import waits until a function needs it.
 INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot")}
@@ -38,6 +41,9 @@ ROOMS = (
     {"console", "config"},
     {"probing"},
     {"launch", "planning", "bench", "plot", "probe"},
+    {"server"},
+    {"api", "metrics", "sockets"},
+    {"serving"},
     {"prepare", "session", "cluster", "whatif"},
     {"nodes"},
     {"plan"},
@@ -147,6 +153,9 @@ HEAVY = {
     "tqdm",
     "asyncio",
     "matplotlib",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
 }
 
 
@@ -159,3 +168,8 @@ def test_the_command_line_loads_click_only() -> None:
 @pytest.mark.parametrize("module", ["moectl.session", "moectl.launch", "moectl.prepare", "moectl.hosts"])
 def test_the_operators_side_never_loads_mlx(module: str) -> None:
     assert not loaded_by(f"import {module}") & {"mlx", "mlx_lm", "numpy", "transformers", "torch"}
+
+
+@pytest.mark.parametrize("module", ["moectl.api", "moectl.serving", "moectl.sockets"])
+def test_what_is_pure_of_serving_loads_no_http_library(module: str) -> None:
+    assert not loaded_by(f"import {module}") & {"starlette", "uvicorn", "prometheus_client", "asyncio"}

@@ -1,0 +1,487 @@
+"""OpenAI's JSON: from a body to requests, from tokens to a reply, from an error to its body and status.
+
+Pure: no HTTP library, no clock, no cluster. Fields and their limits are those of OpenAI's API reference, with the
+additions that vLLM and llama.cpp share (top_k, min_p, repetition_penalty, ignore_eos). Unknown fields are ignored;
+known ones that would change what an answer is, and that moectl does not have (tools, JSON mode), are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from moectl import __version__
+from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
+from moectl.leash import Done, Ready, Token
+from moectl.request import MAX_LOGPROBS, Request, Stats
+
+MAX_CHOICES = 64  # prompts × n of one HTTP request
+COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI
+_GREEDY_BELOW = 1e-3  # a temperature below this differs from 0 only in how it overflows
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own stand-in
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One HTTP request: what to submit, and the form of the reply."""
+
+    chat: bool
+    requests: tuple[Request, ...]  # one per choice, the choices of a prompt beside each other; ids are 0
+    n: int  # choices per prompt
+    stream: bool
+    include_usage: bool
+    logprobs: int | None
+
+
+# Reading.
+
+
+def parse_body(body: bytes) -> Fields:
+    """Return the JSON object in a body; raise UsageError when it is none."""
+    try:
+        fields = json.loads(body, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise UsageError("the body is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise UsageError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise UsageError(f"the body should be a JSON object, it is {_kind(fields)}")
+    return fields
+
+
+def read_chat(fields: Fields, name: str, model: Ready) -> Asked:
+    """Return what a body of /v1/chat/completions asks of the model of this name; raise UsageError."""
+    _check_model(fields, name)
+    _refuse_what_is_not_there(fields)
+    messages = _read_messages(fields)
+    logprobs = None
+    top_logprobs = _integer(fields, "top_logprobs", 0, MAX_LOGPROBS)
+    if _boolean(fields, "logprobs"):
+        logprobs = top_logprobs or 0
+    elif top_logprobs is not None:
+        _bad("top_logprobs", "needs logprobs to be true")
+    asked_tokens = _integer(fields, "max_completion_tokens", 1) or _integer(fields, "max_tokens", 1)
+    request = Request(
+        0,
+        "",
+        min(asked_tokens or model.max_seq_len, model.max_seq_len),
+        messages=messages,
+        logprobs=logprobs,
+        **_read_parameters(fields, model),
+    )
+    return _ask(fields, True, [request])
+
+
+def read_completion(fields: Fields, name: str, model: Ready) -> Asked:
+    """Return what a body of /v1/completions asks of the model of this name; raise UsageError."""
+    _check_model(fields, name)
+    if _boolean(fields, "echo"):
+        _bad("echo", "is not supported: the prompt is not repeated")
+    if fields.get("suffix"):
+        _bad("suffix", "is not supported: this model only continues")
+    if fields.get("best_of") not in (None, fields.get("n") or 1):
+        _bad("best_of", "is not supported beyond n")
+    asked_tokens = _integer(fields, "max_tokens", 1) or COMPLETION_TOKENS
+    same = {
+        "max_tokens": min(asked_tokens, model.max_seq_len),
+        "raw": True,
+        "logprobs": _integer(fields, "logprobs", 0, MAX_LOGPROBS),
+        **_read_parameters(fields, model),
+    }
+    return _ask(fields, False, [Request(0, **prompt, **same) for prompt in _read_prompts(fields, model)])
+
+
+def _ask(fields: Fields, chat: bool, prompts: list[Request]) -> Asked:
+    n = _integer(fields, "n", 1, MAX_CHOICES) or 1
+    if n * len(prompts) > MAX_CHOICES:
+        _bad("n", f"times the number of prompts should be at most {MAX_CHOICES}, it is {n * len(prompts)}")
+    options = _typed(fields, "stream_options", dict) or {}
+    return Asked(
+        chat,
+        tuple(_reseed(request, i) for request in prompts for i in range(n)),
+        n,
+        stream=_boolean(fields, "stream"),
+        include_usage=_boolean(options, "include_usage", "stream_options.include_usage"),
+        logprobs=prompts[0].logprobs,
+    )
+
+
+def _reseed(request: Request, choice: int) -> Request:
+    # The same seed would make n choices of one prompt the same; OpenAI promises only that a whole call repeats.
+    if request.seed is None or choice == 0:
+        return request
+    return dataclasses.replace(request, seed=(request.seed + choice) % 2**64)
+
+
+def _check_model(fields: Fields, name: str) -> None:
+    model = _typed(fields, "model", str)
+    if model not in (None, name):
+        raise BadField(f"model {_show(model)} is not served here, {name!r} is", param="model", code="model_not_found")
+
+
+def _refuse_what_is_not_there(fields: Fields) -> None:
+    for field in ("tools", "functions"):
+        if fields.get(field) and fields.get("tool_choice") != "none" and fields.get("function_call") != "none":
+            _bad(field, "is not supported: this model calls no functions")
+    form = _typed(fields, "response_format", dict)
+    if form and form.get("type") != "text":
+        _bad("response_format", 'is not supported, except {"type": "text"}')
+    if fields.get("modalities") not in (None, ["text"]) or fields.get("audio"):
+        _bad("modalities", 'is not supported, except ["text"]')
+
+
+def _read_messages(fields: Fields) -> tuple[dict[str, str], ...]:
+    messages = _typed(fields, "messages", list)
+    if not messages:
+        _bad("messages", "should be a list of at least one message")
+    read = tuple(_read_message(message, f"messages[{i}]") for i, message in enumerate(messages))
+    if not any(message["content"] for message in read):
+        _bad("messages", "should say something, every content is empty")
+    return read
+
+
+def _read_message(message: Any, place: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        _bad(place, f"should be an object, it is {_kind(message)}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        _bad(f"{place}.role", f"should be one of {', '.join(_ROLES)}, it is {_show(role)}")
+    return {"role": _ROLES[role], "content": _read_content(message.get("content"), f"{place}.content")}
+
+
+def _read_content(content: Any, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        _bad(place, f"should be a string or a list of text parts, it is {_kind(content)}")
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict):
+            _bad(f"{place}[{i}]", f"should be an object, it is {_kind(part)}")
+        if part.get("type") != "text":
+            _bad(f"{place}[{i}].type", f'should be "text", it is {_show(part.get("type"))}: this model reads text only')
+        text = part.get("text")
+        if not isinstance(text, str):
+            _bad(f"{place}[{i}].text", f"should be a string, it is {_kind(text)}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _read_prompts(fields: Fields, model: Ready) -> list[Fields]:
+    """Return each prompt as keyword arguments of a Request."""
+    prompt = fields.get("prompt")
+    if not isinstance(prompt, str | list) or not prompt:
+        shown = "empty" if prompt in ("", []) else _kind(prompt)
+        _bad("prompt", f"should be a string, a list of strings, a list of tokens, or a list of those; it is {shown}")
+    several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
+    if several and len(prompt) > MAX_CHOICES:
+        _bad("prompt", f"may have {MAX_CHOICES} prompts, here are {len(prompt)}")
+    return [_read_prompt(one, model) for one in prompt] if several else [_read_prompt(prompt, model)]
+
+
+def _read_prompt(prompt: Any, model: Ready) -> Fields:
+    if prompt in ("", []):
+        _bad("prompt", "should not be empty")
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if not isinstance(prompt, list):
+        _bad("prompt", f"should have prompts of one kind, one of them is {_kind(prompt)}")
+    if not all(type(token) is int and 0 <= token < model.vocab_size for token in prompt):
+        _bad("prompt", f"should have tokens, whole numbers from 0 to {model.vocab_size - 1}")
+    if len(prompt) >= model.max_seq_len:
+        raise BadField(
+            f"the prompt has {len(prompt)} tokens, the model's context is {model.max_seq_len}",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    return {"prompt": "", "prompt_tokens": tuple(prompt)}
+
+
+def _read_parameters(fields: Fields, model: Ready) -> Fields:
+    """Return what both endpoints share, as keyword arguments of a Request."""
+    temperature = _number(fields, "temperature", 0, 2)
+    seed = _integer(fields, "seed", -(2**63), 2**64 - 1)
+    read: Fields = {
+        "temperature": 1.0 if temperature is None else temperature if temperature >= _GREEDY_BELOW else 0.0,
+        "seed": None if seed is None else seed % 2**64,
+        "ignore_eos": _boolean(fields, "ignore_eos"),
+        "stop": _read_stop(fields),
+        "logit_bias": _read_bias(fields, model),
+    }
+    top_k = _integer(fields, "top_k", -1)
+    optional = {
+        "top_p": _number(fields, "top_p"),
+        "top_k": None if top_k is None else max(top_k, 0),  # vLLM's -1 means all, too
+        "min_p": _number(fields, "min_p"),
+        "presence_penalty": _number(fields, "presence_penalty"),
+        "frequency_penalty": _number(fields, "frequency_penalty"),
+        "repetition_penalty": _number(fields, "repetition_penalty"),
+    }
+    return {**read, **{name: value for name, value in optional.items() if value is not None}}
+
+
+def _read_stop(fields: Fields) -> tuple[str, ...]:
+    stop = fields.get("stop")
+    if stop is None:
+        return ()
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        _bad("stop", f"should be a string or a list of strings, it is {_kind(stop)}")
+    return tuple(texts)
+
+
+def _read_bias(fields: Fields, model: Ready) -> tuple[tuple[int, float], ...]:
+    read = []
+    for key in (bias := _typed(fields, "logit_bias", dict) or {}):
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < model.vocab_size):
+            _bad("logit_bias", f"should name tokens from 0 to {model.vocab_size - 1}, here is {_show(key)}")
+        read.append((int(key), _number(bias, key, -100, 100, f"logit_bias.{key}") or 0.0))
+    return tuple(read)
+
+
+# Fields by type. None is the same as absent.
+
+
+def _typed(fields: Fields, name: str, kind: type[Any]) -> Any:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, kind):
+        _bad(name, f"should be {_KINDS[kind]}, it is {_kind(value)}")
+    return value
+
+
+def _boolean(fields: Fields, name: str, place: str | None = None) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        _bad(place or name, f"should be true or false, it is {_kind(value)}")
+    return bool(value)
+
+
+def _number(
+    fields: Fields, name: str, least: float = -math.inf, most: float = math.inf, place: str | None = None
+) -> float | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    place = place or name
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _bad(place, f"should be a number, it is {_kind(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        _bad(place, "is too large a number")
+    if not least <= number <= most:
+        _bad(place, f"should be between {least:g} and {most:g}, it is {number:g}")
+    return number
+
+
+def _integer(fields: Fields, name: str, least: int, most: int | None = None) -> int | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        _bad(name, f"should be a whole number, it is {_show(value) if isinstance(value, float) else _kind(value)}")
+    if value < least or (most is not None and value > most):
+        allowed = f"{least} or more" if most is None else f"between {least} and {most}"
+        _bad(name, f"should be {allowed}, it is {_show(value)}")
+    return int(value)
+
+
+def _bad(param: str, reason: str) -> NoReturn:
+    raise BadField(f"{param} {reason}", param=param)
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else _KINDS[type(value)]
+
+
+def _show(value: Any) -> str:
+    """Return a value of the client's for a message, short."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:36]} …"
+
+
+# Writing.
+
+
+class Reply:
+    """One HTTP reply in the making: give it every choice's events, take chunks for a stream or the whole."""
+
+    def __init__(self, asked: Asked, *, reply_id: str, created: int, name: str, model: Ready) -> None:
+        self._asked = asked
+        self._head = {
+            "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{reply_id}",
+            "created": created,
+            "model": name,
+            "system_fingerprint": f"moectl-{__version__}-{model.split}-{model.bits or 16}bit",
+        }
+        self._texts: list[list[str]] = [[] for _ in asked.requests]
+        self._logprobs: list[list[Token]] = [[] for _ in asked.requests]
+        self._offsets = [0] * len(asked.requests)
+        self._done: dict[int, Done] = {}
+
+    def start(self) -> Iterator[Fields]:
+        """Yield the chunks with which a stream begins."""
+        if self._asked.chat:
+            for index in range(len(self._texts)):
+                yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
+
+    def take(self, index: int, event: Token | Done) -> Iterator[Fields]:
+        """Note an event of a choice; yield what a stream says of it."""
+        if isinstance(event, Done):
+            self._done[index] = event
+            end: Fields = {"delta": {}} if self._asked.chat else {"text": ""}
+            yield self._chunk(index, end, event)
+            return
+        self._texts[index].append(event.text)
+        told = self._asked.logprobs is not None and event.logprob is not None
+        if told:
+            self._logprobs[index].append(event)
+        if event.text or told:
+            text: Fields = {"delta": {"content": event.text}} if self._asked.chat else {"text": event.text}
+            yield self._chunk(index, {**text, "logprobs": self._tell_logprobs([event], self._offsets[index])})
+        self._offsets[index] += len(event.text)
+
+    def end(self) -> Iterator[Fields]:
+        """Yield the chunk with the usage, if it was asked for."""
+        if self._asked.include_usage:
+            yield {**self._head, "object": self._object(), "choices": [], "usage": self._usage()}
+
+    def whole(self) -> Fields:
+        """Return the reply of one that does not stream, once every choice is done."""
+        choices = [self._choice(index, self._whole_choice(index), self._done[index]) for index in sorted(self._done)]
+        kind = "chat.completion" if self._asked.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
+
+    def _whole_choice(self, index: int) -> Fields:
+        text = "".join(self._texts[index])
+        logprobs = self._tell_logprobs(self._logprobs[index], 0)
+        if self._asked.chat:
+            return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
+        return {"text": text, "logprobs": logprobs}
+
+    def _chunk(self, index: int, content: Fields, done: Done | None = None) -> Fields:
+        usage = {"usage": None} if self._asked.include_usage else {}
+        return {**self._head, "object": self._object(), "choices": [self._choice(index, content, done)], **usage}
+
+    def _choice(self, index: int, content: Fields, done: Done | None) -> Fields:
+        choice = {"index": index, "logprobs": None, **content, "finish_reason": done.finish_reason if done else None}
+        if done:  # moectl's own addition, as llama.cpp has its timings
+            choice["stats"] = dataclasses.asdict(done.stats)
+        return choice
+
+    def _object(self) -> str:
+        return "chat.completion.chunk" if self._asked.chat else "text_completion"
+
+    def _usage(self) -> Fields:
+        stats: dict[int, Stats] = {index: done.stats for index, done in self._done.items()}
+        prompts = [s for index, s in stats.items() if index % self._asked.n == 0]  # each prompt counts once
+        prompt, completion = sum(s.prompt_tokens for s in prompts), sum(s.completion_tokens for s in stats.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in prompts)},
+        }
+
+    def _tell_logprobs(self, tokens: list[Token], offset: int) -> Fields | None:
+        if self._asked.logprobs is None:
+            return None
+        told = [token for token in tokens if token.logprob is not None]
+        if self._asked.chat:
+            return {"content": [_tell_token(token, self._asked.logprobs) for token in told], "refusal": None}
+        return _tell_legacy(told, self._asked.logprobs, offset)
+
+
+def _tell_token(token: Token, k: int) -> Fields:
+    top = [_tell_text(text, logprob) for _, text, logprob in token.top[:k]]
+    return {**_tell_text(_own_text(token), token.logprob or 0.0), "top_logprobs": top}
+
+
+def _tell_text(text: str, logprob: float) -> Fields:
+    exact = "\ufffd" not in text  # else it is a part of a character, whose bytes the text does not tell
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if exact else None}
+
+
+def _tell_legacy(tokens: list[Token], k: int, offset: int) -> Fields:
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    return {
+        "tokens": [_own_text(token) for token in tokens],
+        "token_logprobs": [_finite(token.logprob or 0.0) for token in tokens],
+        "top_logprobs": [{text: _finite(logprob) for _, text, logprob in token.top[:k]} for token in tokens] or None,
+        "text_offset": offsets,
+    }
+
+
+def _own_text(token: Token) -> str:
+    # What became final with a token may be less or more than its own text (held back for a stop text, or after it).
+    return next((text for number, text, _ in token.top if number == token.token), token.text)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB) if logprob == logprob else _LEAST_LOGPROB
+
+
+def describe_model(name: str, created: int, model: Ready) -> Fields:
+    """Return one entry of /v1/models; max_model_len as vLLM has it."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "moectl",
+        "max_model_len": model.max_seq_len,
+    }
+
+
+# Errors.
+
+_STATUS: dict[type[MoectlError], tuple[int, str]] = {
+    QueueFull: (429, "rate_limit_error"),
+    UsageError: (400, "invalid_request_error"),
+    StateError: (503, "server_error"),
+    RemoteError: (503, "server_error"),
+    HostError: (503, "server_error"),
+    MoectlError: (500, "server_error"),
+}
+_CODES = {"rate_limit_error": "rate_limit_exceeded"}
+
+
+def describe_error(error: MoectlError) -> tuple[int, Fields]:
+    """Return the HTTP status and the body of an error, in OpenAI's shape; kind, hint and host are moectl's own."""
+    status, kind = next(entry for cls in type(error).__mro__ if (entry := _STATUS.get(cls)))
+    param, code = (error.param, error.code) if isinstance(error, BadField) else (None, _CODES.get(kind))
+    if code == "model_not_found":
+        status = 404
+    own = {"kind": type(error).__name__, "hint": error.hint, "host": error.host}
+    return status, {"error": {"message": str(error), "type": kind, "param": param, "code": code, **own}}
+
+
+def encode_json(value: Fields) -> bytes:
+    """Return JSON in ASCII: clients that split a stream at every Unicode line end then read it, too."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def encode_event(value: Fields | None) -> bytes:
+    """Return a server-sent event; None is the last one, [DONE]."""
+    return b"data: " + (b"[DONE]" if value is None else encode_json(value)) + b"\n\n"
+
+
+Reader = Callable[[Fields, str, Ready], Asked]

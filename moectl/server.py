@@ -1,0 +1,437 @@
+"""The HTTP server: routes, keys, streams and their ends, over a `serving.Cluster`.
+
+It knows HTTP and nothing of sessions or models; what JSON means is api's. It logs no prompt and no answer. Starlette
+and uvicorn are imported here only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import logging
+import math
+import time
+import uuid
+import weakref
+from collections.abc import Iterator, Sequence
+from socket import socket
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moectl import api
+from moectl.errors import BadField, MoectlError, QueueFull, StateError, UsageError
+from moectl.leash import Done, Token
+from moectl.metrics import CONTENT_TYPE, Metrics
+from moectl.serving import Answer, Cluster
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
+BODY_S = 60.0  # a body that takes longer to arrive is given up
+SILENCE_S = 10.0  # a stream that has nothing to say for so long says a comment, lest a proxy close it
+_IDLE_CONNECTION_S = 75
+_LAST_WORDS_S = 2  # for replies to end by themselves once they were told to
+_CLIENT_CLOSED = 499  # nginx' number; only ever counted, nobody is there to see it
+_log = logging.getLogger("moectl.server")
+
+
+def make_app(cluster: Cluster, *, api_key: str | None = None, silence_s: float = SILENCE_S) -> App:
+    """Return the ASGI application that serves a cluster.
+
+    With a key, everything but /health wants it as a bearer token, except over a Unix socket, whose mode is its key.
+    """
+    metrics = Metrics(cluster.health)
+    service = _Service(cluster, metrics, silence_s)
+    routes = [
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/v1/models", service.list_models),
+        Route("/v1/models/{name:path}", service.show_model),
+        Route("/health", service.show_health),
+        Route("/metrics", service.show_metrics),
+    ]
+    handlers = {HTTPException: _answer_http_error, MoectlError: _answer_error, Exception: _answer_bug}
+    app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+    app.router.redirect_slashes = False
+    return App(app, service, metrics, {route.path for route in routes}, api_key)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without hands on the signals: those are the controller's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event, grace_s: float = 5.0) -> None:
+    """Serve an application on listening sockets until `stopping` is set; closes the sockets.
+
+    Then nobody else is let in, and answers in progress have `grace_s` to end before they end with an error.
+    """
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_IDLE_CONNECTION_S,
+        timeout_graceful_shutdown=math.ceil(grace_s) + _LAST_WORDS_S,
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=list(sockets)))
+    wish = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({serving, wish}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        wish.cancel()
+        server.should_exit = True
+        await asyncio.wait({serving}, timeout=grace_s)
+        app.end_answers(StateError("moectl is stopping", hint="moectl serve"))
+        await serving
+
+
+# Errors that are HTTP's own, in OpenAI's shape.
+
+
+def _refuse(status: int, message: str, *, code: str | None = None, headers: dict[str, str] | None = None) -> Response:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": code, "kind": "MoectlError", "hint": None}
+    return _json({"error": error}, status, headers)
+
+
+def _json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(api.encode_json(value), status, headers, "application/json")
+
+
+async def _answer_http_error(http: HttpRequest, error: HTTPException) -> Response:
+    headers = dict(error.headers) if error.headers else None
+    if error.status_code == 404:
+        return _refuse(404, f"there is no {http.url.path} here", code="unknown_url", headers=headers)
+    if error.status_code == 405:
+        return _refuse(405, f"{http.method} is not allowed for {http.url.path}", headers=headers)
+    return _refuse(error.status_code, str(error.detail), headers=headers)
+
+
+async def _answer_bug(http: HttpRequest, error: Exception) -> Response:
+    return _refuse(500, f"unexpected {type(error).__name__} (a bug in moectl)")
+
+
+async def _answer_error(http: HttpRequest, error: MoectlError) -> Response:
+    status, body = api.describe_error(error)
+    headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, QueueFull) else None
+    return _json(body, status, headers)
+
+
+class App:
+    """What every request passes: who may come in, what came of it, and a last resort for bugs."""
+
+    def __init__(self, app: ASGIApp, service: _Service, metrics: Metrics, paths: set[str], api_key: str | None) -> None:
+        self._app = app
+        self._service = service
+        self._metrics = metrics
+        self._paths = paths
+        self._key = api_key.encode() if api_key is not None else None
+
+    def end_answers(self, error: MoectlError) -> None:
+        """End every answer in progress with this error."""
+        for answering in self._service.answering:
+            answering.end(error)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        status, complete = _CLIENT_CLOSED, False
+
+        async def note(message: Message) -> None:
+            nonlocal status, complete
+            status = message.get("status", status)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await (self._refuse(scope) or self._app)(scope, receive, note)
+        except Exception as error:
+            _log.error("unexpected %s in %s", type(error).__name__, scope["path"], exc_info=error)
+            if not complete:
+                raise  # too late for a reply: the connection breaks
+        finally:
+            self._metrics.count_http(scope["path"] if scope["path"] in self._paths else "other", status)
+
+    def _refuse(self, scope: Scope) -> Response | None:
+        server = scope.get("server")
+        if scope["path"] == "/health" or server is None or server[1] is None:  # no port: a Unix socket
+            return None
+        headers = dict(scope["headers"])
+        if self._key is None:
+            return None if _names_this_machine(headers.get(b"host", b"")) else _STRANGE_HOST
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key):
+            return None
+        return _WRONG_KEY if given else _NO_KEY
+
+
+_AUTHENTICATE = {"www-authenticate": "Bearer"}
+_NO_KEY = _refuse(
+    401, "this server wants an API key: Authorization: Bearer KEY", code="invalid_api_key", headers=_AUTHENTICATE
+)
+_WRONG_KEY = _refuse(401, "this is not the server's API key", code="invalid_api_key", headers=_AUTHENTICATE)
+_STRANGE_HOST = _refuse(
+    403, "without an API key, only localhost or an IP address is taken as this server's name", code="forbidden_host"
+)
+
+
+def _names_this_machine(host: bytes) -> bool:
+    # A page in a browser can bring its own name to point here (DNS rebinding), but not localhost nor a number.
+    name = host.decode("latin-1").strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return False
+
+
+class _Service:
+    """The endpoints."""
+
+    def __init__(self, cluster: Cluster, metrics: Metrics, silence_s: float) -> None:
+        self._cluster = cluster
+        self._metrics = metrics
+        self._silence_s = silence_s
+        self.answering: weakref.WeakSet[_Answering] = weakref.WeakSet()
+
+    async def chat(self, http: HttpRequest) -> ASGIApp:
+        return await self._answer(http, api.read_chat)
+
+    async def complete(self, http: HttpRequest) -> ASGIApp:
+        return await self._answer(http, api.read_completion)
+
+    async def list_models(self, http: HttpRequest) -> Response:
+        return _json({"object": "list", "data": [self._model()]})
+
+    async def show_model(self, http: HttpRequest) -> Response:
+        name = http.path_params["name"]
+        if name != self._cluster.name:
+            raise BadField(f"model {name!r} is not served here", param="model", code="model_not_found")
+        return _json(self._model())
+
+    async def show_health(self, http: HttpRequest) -> Response:
+        health = self._cluster.health()
+        body = {
+            "status": "ok" if health.healthy else "unhealthy",
+            "model": self._cluster.name,
+            "ranks": health.ranks,
+            "ranks_answered": health.ranks_answered,
+            "progress_age_s": health.progress_age_s,
+            "running": health.running,
+            "queued": health.queued,
+            "memory_bytes": list(health.memory_bytes),
+            "restarts": health.restarts,
+        }
+        return _json(body, 200 if health.healthy else 503)
+
+    async def show_metrics(self, http: HttpRequest) -> Response:
+        return Response(self._metrics.write(), headers={"content-type": CONTENT_TYPE})
+
+    def _model(self) -> dict[str, Any]:
+        return api.describe_model(self._cluster.name, self._cluster.created, self._cluster.model)
+
+    async def _answer(self, http: HttpRequest, read: api.Reader) -> ASGIApp:
+        refusal = _check_headers(http)
+        if refusal is not None:
+            return refusal
+        body = await _read_body(http)
+        if isinstance(body, Response):
+            return body
+        name, model = self._cluster.name, self._cluster.model
+        asked = read(api.parse_body(body), name, model)
+        reply = api.Reply(asked, reply_id=uuid.uuid4().hex, created=int(time.time()), name=name, model=model)
+        answering = _Answering(asked, reply, await self._submit(asked), self._metrics, self._silence_s)
+        self.answering.add(answering)
+        return answering
+
+    async def _submit(self, asked: api.Asked) -> list[Answer]:
+        answers: list[Answer] = []
+        try:
+            for request in asked.requests:
+                answers.append(await self._cluster.submit(request))
+        except BaseException as error:
+            for answer in answers:
+                answer.cancel()
+                self._metrics.count_end("cancelled")
+            self._metrics.count_end("rejected" if isinstance(error, QueueFull) else "failed")
+            raise
+        return answers
+
+
+def _check_headers(http: HttpRequest) -> Response | None:
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        return _refuse(415, f"the content type should be application/json, it is {kind or 'not given'}")
+    if (coding := http.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        return _refuse(415, f"the content coding {coding} is not supported")
+    length = http.headers.get("content-length", "")
+    if length.isdigit() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
+        return _too_large()
+    return None
+
+
+async def _read_body(http: HttpRequest) -> bytes | Response:
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for chunk in http.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    return _too_large()
+    except TimeoutError:
+        return _refuse(408, f"the body did not arrive within {BODY_S:g} s", headers={"connection": "close"})
+    except ClientDisconnect:
+        return _refuse(_CLIENT_CLOSED, "the client closed the connection")
+    return bytes(body)
+
+
+def _too_large() -> Response:
+    # The rest of the body is still on its way, and nobody will read it.
+    return _refuse(413, f"the body should have at most {MAX_BODY_BYTES} bytes", headers={"connection": "close"})
+
+
+class _Gone(Exception):
+    """The client has closed the connection."""
+
+
+_Entry = tuple[int, Token | Done]
+_EVERY = -1  # instead of a choice's index
+
+
+class _Answering:
+    """One reply: the events of all its choices as they come, until they end, fail, or nobody listens any more."""
+
+    def __init__(
+        self, asked: api.Asked, reply: api.Reply, answers: list[Answer], metrics: Metrics, silence_s: float
+    ) -> None:
+        self._asked = asked
+        self._reply = reply
+        self._answers = answers
+        self._metrics = metrics
+        self._silence_s = silence_s
+        self._inbox: asyncio.Queue[tuple[int, Token | Done | MoectlError | None]] = asyncio.Queue()
+        self._open = set(range(len(answers)))
+        self._gone = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tasks = [asyncio.create_task(self._pump(i, answer)) for i, answer in enumerate(self._answers)]
+        tasks.append(asyncio.create_task(self._watch(receive)))
+        try:
+            await (self._stream if self._asked.stream else self._collect)(scope, receive, send)
+        except _Gone:
+            pass
+        finally:
+            self._cancel()
+            for _ in self._open:
+                self._metrics.count_end("cancelled")
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def end(self, error: MoectlError) -> None:
+        """Let the reply end with this error, soon."""
+        self._inbox.put_nowait((_EVERY, error))
+
+    def _cancel(self) -> None:
+        for index in self._open:
+            self._answers[index].cancel()
+
+    async def _pump(self, index: int, answer: Answer) -> None:
+        before = time.monotonic()
+        first = True
+        error: MoectlError
+        try:
+            async for event in answer:
+                if isinstance(event, Token) and event.token >= 0:
+                    now = time.monotonic()
+                    self._metrics.count_token(now - before, first=first)
+                    before, first = now, False
+                self._inbox.put_nowait((index, event))
+                if isinstance(event, Done):
+                    return
+            error = MoectlError("the answer ended before it was done (a bug in moectl)")
+        except MoectlError as known:
+            error = known
+        except Exception as unknown:
+            _log.error("unexpected %s in an answer", type(unknown).__name__, exc_info=unknown)
+            error = MoectlError(f"unexpected {type(unknown).__name__} (a bug in moectl)")
+        self._inbox.put_nowait((index, error))
+
+    async def _watch(self, receive: Receive) -> None:
+        # uvicorn lets one write to a client that has gone; only who listens hears of it.
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._cancel()
+        self._inbox.put_nowait((_EVERY, None))
+
+    async def _next(self) -> _Entry | None:
+        """Return the next (choice, event), or None after `silence_s` without one; raise what an answer raised."""
+        try:
+            async with asyncio.timeout(self._silence_s):
+                index, event = await self._inbox.get()
+        except TimeoutError:
+            return None
+        if self._gone or event is None:
+            raise _Gone
+        if isinstance(event, MoectlError):
+            if index != _EVERY:
+                self._open.remove(index)
+                self._metrics.count_end("refused" if isinstance(event, UsageError) else "failed")
+            raise event
+        if isinstance(event, Done):
+            self._open.remove(index)
+            self._metrics.count_end(event.finish_reason, event.stats)
+        return index, event
+
+    async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        while self._open:
+            if (entry := await self._next()) is not None:
+                for _ in self._reply.take(*entry):
+                    pass
+        await _json(self._reply.whole())(scope, receive, send)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A refusal comes before the first token: it may still have a status of its own.
+        entry = await self._next()
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            await _send_chunks(send, self._reply.start())
+            await self._send_entry(send, entry)
+            while self._open:
+                await self._send_entry(send, await self._next())
+            await _send_chunks(send, self._reply.end())
+        except MoectlError as error:
+            await _send_chunks(send, iter([api.describe_error(error)[1]]))
+        await send({"type": "http.response.body", "body": api.encode_event(None), "more_body": False})
+
+    async def _send_entry(self, send: Send, entry: _Entry | None) -> None:
+        if entry is None:
+            await send({"type": "http.response.body", "body": b": still working\n\n", "more_body": True})
+        else:
+            await _send_chunks(send, self._reply.take(*entry))
+
+
+async def _send_chunks(send: Send, chunks: Iterator[dict[str, Any]]) -> None:
+    if body := b"".join(map(api.encode_event, chunks)):
+        await send({"type": "http.response.body", "body": body, "more_body": True})

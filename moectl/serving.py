@@ -1,0 +1,78 @@
+"""The seam between the HTTP server and what answers: a cluster, an answer, and how they are.
+
+Only shapes. The controller implements them over a session; tests implement them over nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from moectl.leash import Done, Ready, Token
+from moectl.request import Request
+
+STALLED_S = 60.0  # without progress for so long while there is work: not healthy
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How the cluster is at this moment, as far as the controller knows without asking anybody."""
+
+    ranks: int
+    ranks_answered: int  # that were heard of within their time
+    progress_age_s: float  # since the last token or piece of a prompt, or since there is work, whichever is later
+    running: int  # requests that are being answered
+    queued: int  # requests that wait for room
+    memory_bytes: tuple[int, ...]  # per rank; 0 where it is not known
+    restarts: int  # of the cluster, since the controller began
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every rank answered, and work, where there is some, goes on."""
+        idle = self.running == 0 and self.queued == 0
+        return self.ranks_answered == self.ranks and (idle or self.progress_age_s <= STALLED_S)
+
+
+class Answer(Protocol):
+    """One request's events: Token…, then exactly one Done, then the end.
+
+    Iterating raises UsageError when the request is refused (before any Token), another MoectlError when the cluster
+    fails; both end it.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Token | Done]: ...
+
+    def cancel(self) -> None:
+        """Stop soon. May be called at any time, more than once, and after the end; nobody need iterate any further."""
+        ...
+
+
+class Cluster(Protocol):
+    """A loaded model that answers many requests at once."""
+
+    @property
+    def name(self) -> str:
+        """The model's name, as clients give it."""
+        ...
+
+    @property
+    def created(self) -> int:
+        """When the model was made or loaded, in seconds since 1970."""
+        ...
+
+    @property
+    def model(self) -> Ready:
+        """What kind of model it is."""
+        ...
+
+    async def submit(self, request: Request) -> Answer:
+        """Accept a request, whose id is 0: the cluster numbers it. Returns soon, answered or queued.
+
+        Raises QueueFull when no more may wait, StateError when the cluster is stopping, RemoteError when it has failed.
+        """
+        ...
+
+    def health(self) -> Health:
+        """Return how the cluster is; never waits, never raises."""
+        ...

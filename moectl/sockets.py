@@ -1,0 +1,94 @@
+"""The sockets that the controller listens on: one Unix socket of this user's own, and TCP if wished.
+
+They listen from here on, so a client that comes early waits instead of being refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from moectl.errors import StateError, UsageError
+
+_BACKLOG = 128
+
+
+@contextlib.contextmanager
+def listen_unix(path: Path) -> Iterator[socket.socket]:
+    """Listen on a Unix socket of mode 0600, its directory made with mode 0700; the socket's file goes in the end.
+
+    A lock beside it, which the kernel lets go with the process, tells a live controller's socket from a stale one: the
+    stale one is replaced. Raises StateError when another controller has it, UsageError when the place is unfit.
+    """
+    _open_directory(path.parent)
+    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(f"another moectl already listens on {path}", hint="moectl stop") from None
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            try:
+                listener.bind(str(path))
+            except OSError as error:  # mostly: longer than the 104 or 108 bytes that the kernel takes
+                raise UsageError(
+                    f"cannot listen on {path}: {error.strerror or error}", hint="set XDG_RUNTIME_DIR to a shorter path"
+                ) from None
+            path.chmod(0o600)  # nobody can have connected: it does not listen yet
+            listener.listen(_BACKLOG)
+            try:
+                yield listener
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def _open_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+    except OSError as error:
+        raise UsageError(f"cannot use {directory} for the controller's socket: {error.strerror}") from None
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
+        raise UsageError(
+            f"{directory} is no place for the controller's socket: others can write there",
+            hint=f"chmod 700 {directory}",
+        )
+
+
+def listen_tcp(host: str, port: int, *, has_key: bool) -> socket.socket:
+    """Listen on a TCP port (0: any free one) of one interface.
+
+    Raises UsageError when others could come in without a key, or the name is none; StateError when the port is taken.
+    """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"port should be between 0 and 65535, it is {port}")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"cannot listen on {host!r} port {port}: {error}") from None
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # IPv4 where there is a choice
+    if not (has_key or ipaddress.ip_address(address[0]).is_loopback):
+        raise UsageError(
+            f"refusing to listen on {host} without an API key: everybody who reaches it could use the model",
+            hint="give --api-key or --api-key-file, or keep to --host 127.0.0.1",
+        )
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StateError(
+            f"cannot listen on {host} port {port}: {error.strerror}", hint="choose another --port"
+        ) from None
+    return listener

@@ -1,0 +1,102 @@
+"""A `serving.Cluster` without a model: each token is its number, and words of the prompt say what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from moectl.errors import PeerLost, QueueFull, StateError, UsageError
+from moectl.leash import Done, Ready, Token
+from moectl.request import Request, Stats
+from moectl.serving import Health
+
+ENDS_AFTER = 20  # tokens, unless ignore_eos
+MODEL = Ready("hidden", 4, vocab_size=1000, max_seq_len=256, top_k=4)
+
+
+class FakeAnswer:
+    """Says "SEED:0 ", "SEED:1 ", … ; obeys the prompt's words refuse, lose, bug, unfinished, slow and endless."""
+
+    def __init__(self, cluster: FakeCluster, request: Request, text: str) -> None:
+        self._cluster = cluster
+        self._request = request
+        self._text = text
+        self._wish = asyncio.Event()
+
+    def cancel(self) -> None:
+        self._wish.set()
+
+    async def __aiter__(self) -> AsyncIterator[Token | Done]:
+        self._cluster.running += 1
+        try:
+            async for event in self._events():
+                yield event
+        finally:
+            self._cluster.running -= 1
+            if self._wish.is_set():
+                self._cluster.cancelled += 1
+
+    async def _events(self) -> AsyncIterator[Token | Done]:
+        request, said = self._request, 0
+        if "refuse" in self._text:
+            raise UsageError("the prompt has 300 tokens, the model's context is 256", hint="shorten the prompt")
+        room = MODEL.max_seq_len - 7
+        most = room if request.ignore_eos else min(ENDS_AFTER, room)
+        while said < min(request.max_tokens, most) or "endless" in self._text:
+            if await self._wait():
+                yield self._done("cancelled", said)
+                return
+            yield self._token(said)
+            said += 1
+            if said == 3 and "lose" in self._text:
+                raise PeerLost("rank 1 was lost: connection reset", host="mac2", hint="moectl doctor")
+            if said == 3 and "bug" in self._text:
+                raise RuntimeError("secret")
+        if "unfinished" not in self._text:
+            yield self._done("length" if request.max_tokens <= most else "stop", said)
+
+    async def _wait(self) -> bool:
+        """Wait for a token's time; return whether somebody cancelled."""
+        seconds = 0.3 if "slow" in self._text else 0.01 if "endless" in self._text else 0.0
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wish.wait(), seconds) if seconds else await asyncio.sleep(0)
+        return self._wish.is_set()
+
+    def _token(self, number: int) -> Token:
+        text = f"{self._request.seed or 0}:{number} "
+        if self._request.logprobs is None:
+            return Token(self._request.id, number, text)
+        top = [(number + i, f"{self._request.seed or 0}:{number + i} ", -0.5 - i) for i in range(3)]
+        top[2] = (999, "\ufffd", float("-inf"))
+        return Token(self._request.id, number, text, -0.5, top[: max(1, self._request.logprobs)])
+
+    def _done(self, reason: str, said: int) -> Done:
+        return Done(self._request.id, reason, Stats(7, said, 0.1, 0.2, 0.1, 1000, cached_tokens=3, drafted_tokens=2))
+
+
+class FakeCluster:
+    """Answers as FakeAnswer; refuses to when the prompt says full or stopping."""
+
+    name = "tiny"
+    created = 1_700_000_000
+    model = MODEL
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.running = 0
+        self.cancelled = 0
+        self.ranks_answered = 2
+        self.progress_age_s = 0.0
+
+    async def submit(self, request: Request) -> FakeAnswer:
+        text = request.prompt + "".join(message["content"] for message in request.messages or ())
+        if "full" in text:
+            raise QueueFull("16 requests wait already", retry_after_s=2.5)
+        if "stopping" in text:
+            raise StateError("moectl is stopping", hint="moectl serve")
+        self.requests.append(request)
+        return FakeAnswer(self, request, text)
+
+    def health(self) -> Health:
+        return Health(2, self.ranks_answered, self.progress_age_s, self.running, 0, (1000, 2000), 1)
