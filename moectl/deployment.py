@@ -55,7 +55,7 @@ def write_deployment(deployment: Deployment) -> None:
     """Make a deployment the current one: directory 0700, file 0600, atomically. Raises StateError."""
     path = deployment_path()
     temporary = path.with_name(f".{path.name}.partial")
-    text = json.dumps({"schema": SCHEMA, **asdict(deployment)}, indent=1) + "\n"
+    text = encode_deployment(deployment)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.parent.chmod(0o700)
@@ -73,17 +73,27 @@ def find_deployment() -> Deployment | None:
     """Return the current deployment, complete or not, or None. Raises StateError when it is damaged."""
     path = deployment_path()
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.pop("schema") != SCHEMA:
-            raise ValueError("another schema")
-        ranks = tuple(_read_rank(r) for r in raw.pop("ranks"))
-        return Deployment(ranks=ranks, envs=tuple(raw.pop("envs")), **raw)
+        return decode_deployment(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StateError(f"cannot read {path}: {error.strerror}", hint=HINT) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StateError(f"{path} is damaged: {error}", hint=HINT) from None
+
+
+def encode_deployment(deployment: Deployment) -> str:
+    """Return a deployment as JSON."""
+    return json.dumps({"schema": SCHEMA, **asdict(deployment)}, indent=1) + "\n"
+
+
+def decode_deployment(text: str) -> Deployment:
+    """Return the deployment in JSON. Raises ValueError, KeyError, TypeError or AttributeError when it is none."""
+    raw = json.loads(text)
+    if raw.pop("schema") != SCHEMA:
+        raise ValueError("another schema")
+    ranks = tuple(_read_rank(r) for r in raw.pop("ranks"))
+    return Deployment(ranks=ranks, envs=tuple(raw.pop("envs")), **raw)
 
 
 def read_deployment() -> Deployment:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -16,11 +18,31 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+DEFAULT_MODEL = "databricks/dbrx-instruct"
+SPLIT = click.Choice(["auto", "experts", "hidden", "tensor", "layers"])
+Q_BITS = click.Choice(["2", "3", "4", "6", "8", "16"])
+Q_MODE = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
+FILE = click.Path(path_type=Path, dir_okay=False)
+
 EXIT_STATUS = """\b
 Exit status:
   0 done   1 bug   2 usage   3 some hosts failed   4 hosts file or plan impossible
   5 host unreachable, key or login   6 remote command or version   7 damaged bytes
   8 not sharded, deployed or running   130 interrupted   143 terminated"""
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, written 300, 30s, 5m or 1h; -1 is for ever."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        match = re.fullmatch(r"(-?\d+(?:\.\d+)?)(s|m|h|)", str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is no duration: write 30s, 5m, 1h, 0 (at once) or -1 (for ever)", param, ctx)
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 class Common:

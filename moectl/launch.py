@@ -6,6 +6,7 @@ It decides nothing about the model; it turns what is on disk or deployed into on
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
 import os
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 from moectl.backend import choose_backend
 from moectl.demo import demo_dir
-from moectl.deployment import Deployment, read_deployment
+from moectl.deployment import Deployment, decode_deployment, encode_deployment, read_deployment
 from moectl.deployment import find_deployment as find_recorded
 from moectl.errors import HostsError, NotDeployed
 from moectl.hosts import NAMES_ONLY, Host, HostList
@@ -43,6 +44,32 @@ class Local:
 
 
 Target = Local | Deployment
+
+
+def encode_target(target: Target) -> str:
+    """Return a target as text that another process of this machine can read."""
+    return f"local {target.directory.resolve()}" if isinstance(target, Local) else encode_deployment(target)
+
+
+def decode_target(text: str) -> Target:
+    """Return the target of `encode_target`. Raises NotSharded when its directory has gone."""
+    kind, _, directory = text.partition(" ")
+    if kind != "local":
+        return decode_deployment(text)
+    return Local(Path(directory), read_manifest(Path(directory)))
+
+
+def target_key(target: Target) -> str:
+    """Return the same short name for the same ranks on the same hosts, however they were asked for."""
+    where = [str(target.directory.resolve())] if isinstance(target, Local) else [target.name]
+    if isinstance(target, Deployment):
+        where += [f"{rank.host.address} {rank.directory}" for rank in target.ranks]
+    return hashlib.sha256("\n".join(where).encode()).hexdigest()[:12]
+
+
+def count_ranks(target: Target) -> int:
+    """Return the world size."""
+    return target.manifest.world_size if isinstance(target, Local) else len(target.ranks)
 
 
 def prepare_local(model: str | None, wanted: Wanted, *, shard: Callable[[str, Wanted], Path]) -> Local:

@@ -121,6 +121,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """Answers a Beat: the worker lives, and holds so many bytes of arrays."""
+
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Prefilled:
     """So many of a prompt's tokens have been processed."""
 
@@ -194,7 +201,20 @@ class AllGather:
 
 
 Order = Start | Connect | Load | Generate | Profile | Cancel | Beat | Gathered
-Event = Listening | Connecting | Connected | Ready | Prefilled | Token | Done | Profiled | Refused | Fatal | AllGather
+Event = (
+    Listening
+    | Connecting
+    | Connected
+    | Ready
+    | Alive
+    | Prefilled
+    | Token
+    | Done
+    | Profiled
+    | Refused
+    | Fatal
+    | AllGather
+)
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (*Order.__args__, *Event.__args__)}
 _NESTED: dict[str, dict[str, type[Any]]] = {"Generate": {"request": Request}, "Done": {"stats": Stats}}
 

@@ -21,6 +21,12 @@ def state_dir() -> Path:
     return _base("XDG_STATE_HOME", ".local/state")
 
 
+def runtime_dir() -> Path:
+    """Return where controllers listen: `$XDG_RUNTIME_DIR/moectl`, or a directory beside the state."""
+    value = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(value) / "moectl" if value and Path(value).is_absolute() else state_dir() / "run"
+
+
 def config_dir() -> Path:
     """Return where configuration is looked for: `$XDG_CONFIG_HOME/moectl`."""
     return _base("XDG_CONFIG_HOME", ".config")

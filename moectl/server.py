@@ -16,6 +16,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from socket import socket
 from typing import Any
 
@@ -32,21 +33,25 @@ from moectl import api
 from moectl.errors import BadField, MoectlError, QueueFull, StateError, UsageError
 from moectl.leash import Done, Token
 from moectl.metrics import CONTENT_TYPE, Metrics
-from moectl.serving import Answer, Cluster
+from moectl.serving import Answer, Cluster, Control
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 BODY_S = 60.0  # a body that takes longer to arrive is given up
 SILENCE_S = 10.0  # a stream that has nothing to say for so long says a comment, lest a proxy close it
 _IDLE_CONNECTION_S = 75
 _LAST_WORDS_S = 2  # for replies to end by themselves once they were told to
+CONTROL = "/moectl"
 _CLIENT_CLOSED = 499  # nginx' number; only ever counted, nobody is there to see it
 _log = logging.getLogger("moectl.server")
 
 
-def make_app(cluster: Cluster, *, api_key: str | None = None, silence_s: float = SILENCE_S) -> App:
+def make_app(
+    cluster: Cluster, *, api_key: str | None = None, silence_s: float = SILENCE_S, control: Control | None = None
+) -> App:
     """Return the ASGI application that serves a cluster.
 
     With a key, everything but /health wants it as a bearer token, except over a Unix socket, whose mode is its key.
+    `control` is reached over the Unix socket alone.
     """
     metrics = Metrics(cluster.health)
     service = _Service(cluster, metrics, silence_s)
@@ -58,10 +63,32 @@ def make_app(cluster: Cluster, *, api_key: str | None = None, silence_s: float =
         Route("/health", service.show_health),
         Route("/metrics", service.show_metrics),
     ]
+    if control is not None:
+        routes += _control_routes(control)
     handlers = {HTTPException: _answer_http_error, MoectlError: _answer_error, Exception: _answer_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
     app.router.redirect_slashes = False
     return App(app, service, metrics, {route.path for route in routes}, api_key)
+
+
+def _control_routes(control: Control) -> list[Route]:
+    async def describe(http: HttpRequest) -> Response:
+        return _json(control.describe())
+
+    async def keep_alive(http: HttpRequest) -> Response:
+        control.keep_alive(float(http.query_params["seconds"]))
+        return _json({})
+
+    async def stop(http: HttpRequest) -> Response:
+        described = control.describe()
+        control.stop(float(http.query_params["grace_s"]))
+        return _json(described)
+
+    return [
+        Route(CONTROL, describe),
+        Route(CONTROL + "/keep-alive", keep_alive, methods=["POST"]),
+        Route(CONTROL + "/stop", stop, methods=["POST"]),
+    ]
 
 
 class _Server(uvicorn.Server):
@@ -72,10 +99,17 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event, grace_s: float = 5.0) -> None:
+@dataclass(slots=True)
+class Grace:
+    """How long answers in progress may go on once the server is stopping; it may be changed until then."""
+
+    seconds: float
+
+
+async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event, grace: Grace) -> None:
     """Serve an application on listening sockets until `stopping` is set; closes the sockets.
 
-    Then nobody else is let in, and answers in progress have `grace_s` to end before they end with an error.
+    Then nobody else is let in, and answers in progress have their grace to end before they end with an error.
     """
     config = uvicorn.Config(
         app,
@@ -87,7 +121,7 @@ async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event,
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_IDLE_CONNECTION_S,
-        timeout_graceful_shutdown=math.ceil(grace_s) + _LAST_WORDS_S,
+        timeout_graceful_shutdown=_LAST_WORDS_S,
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=list(sockets)))
@@ -96,8 +130,9 @@ async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event,
         await asyncio.wait({serving, wish}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         wish.cancel()
+        config.timeout_graceful_shutdown = math.ceil(grace.seconds) + _LAST_WORDS_S
         server.should_exit = True
-        await asyncio.wait({serving}, timeout=grace_s)
+        await asyncio.wait({serving}, timeout=grace.seconds)
         app.end_answers(StateError("moectl is stopping", hint="moectl serve"))
         await serving
 
@@ -173,6 +208,8 @@ class App:
         server = scope.get("server")
         if scope["path"] == "/health" or server is None or server[1] is None:  # no port: a Unix socket
             return None
+        if scope["path"].startswith(CONTROL):
+            return _NOT_HERE
         headers = dict(scope["headers"])
         if self._key is None:
             return None if _names_this_machine(headers.get(b"host", b"")) else _STRANGE_HOST
@@ -183,6 +220,7 @@ class App:
 
 
 _AUTHENTICATE = {"www-authenticate": "Bearer"}
+_NOT_HERE = _refuse(404, "there is no such path here", code="unknown_url")
 _NO_KEY = _refuse(
     401, "this server wants an API key: Authorization: Bearer KEY", code="invalid_api_key", headers=_AUTHENTICATE
 )

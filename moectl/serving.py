@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from moectl.leash import Done, Ready, Token
 from moectl.request import Request
 
+FOR_EVER = -1.0  # seconds to keep a controller alive
 STALLED_S = 60.0  # without progress for so long while there is work: not healthy
 
 
@@ -45,6 +47,32 @@ class Answer(Protocol):
 
     def cancel(self) -> None:
         """Stop soon. May be called at any time, more than once, and after the end; nobody need iterate any further."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run a controller; what to run, and with what options, are the session's."""
+
+    socket_path: Path
+    keep_alive_s: float
+    tcp: tuple[str, int] | None = None  # host and port
+    api_key: str | None = None
+
+
+class Control(Protocol):
+    """What the owner of a controller may do to it, over its Unix socket only."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it runs, as JSON."""
+        ...
+
+    def keep_alive(self, seconds: float) -> None:
+        """Stay for so long when idle; below 0: for ever."""
+        ...
+
+    def stop(self, grace_s: float) -> None:
+        """End soon; answers in progress have so many seconds."""
         ...
 
 

@@ -21,6 +21,7 @@ from moectl.errors import MoectlError, PeerLost, RemoteError, Unreachable
 from moectl.hosts import Host
 from moectl.leash import (
     BEAT_S,
+    Alive,
     AllGather,
     Beat,
     Cancel,
@@ -73,6 +74,10 @@ class _Ended:
     reason: str | None = None
 
 
+_WAKE = (0, None)  # among the events: look again whether to go on, and for how long
+_Heard = tuple[int, "Event | _Ended | None"]
+
+
 class Session:
     """Workers on a leash; use as a context manager, or call `close`."""
 
@@ -96,7 +101,7 @@ class Session:
         self._dtype = dtype
         self._force = force
         self._on_log = on_log
-        self._events: queue.SimpleQueue[tuple[int, Event | _Ended]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Heard] = queue.SimpleQueue()
         self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
         self._processes: list[Process | None] = [None] * len(ranks)
         self._sending = [threading.Lock() for _ in ranks]
@@ -105,6 +110,9 @@ class Session:
         self._threads: list[threading.Thread] = []
         self._failure_so_far: MoectlError | None = None
         self._ready: Ready | None = None
+        self._unanswered: set[int] = set()  # ids of what was asked and has not ended
+        self._heard_s = [0.0 for _ in ranks]  # when each rank last answered a heartbeat
+        self._memory_bytes = [0 for _ in ranks]
 
     def __enter__(self) -> Session:
         try:
@@ -198,7 +206,7 @@ class Session:
                 self._all_gather(rank, event.data)
             elif isinstance(event, kind):
                 got[rank] = event
-            else:
+            elif event is not None:
                 self._raise_if_bad(rank, event, phase)
         return got
 
@@ -218,10 +226,8 @@ class Session:
         Raises UsageError when the model refuses the request (the session goes on), any other MoectlError when a rank
         failed or nothing came for `step_timeout_s` (the session is over, and says so again when asked again).
         """
-        for rank in range(len(self._ranks)):
-            self._send(rank, Generate(request))
-        while True:
-            rank, event = self._next_event()
+        self.submit(request)
+        for event in self.events():
             match event:
                 case Token(id=id_) if id_ == request.id:
                     yield event
@@ -230,10 +236,43 @@ class Session:
                     return
                 case Refused(id=id_) if id_ == request.id:
                     raise errors.UsageError(event.message, hint=event.hint)
-                case Prefilled() | Token() | Done() | Refused() | Profiled():
-                    pass  # progress, or the tail of an answer that nobody waits for any more
                 case _:
-                    self._raise_if_bad(rank, event, "generating")
+                    pass  # progress, or the tail of an answer that nobody waits for any more
+
+    def submit(self, request: Request) -> None:
+        """Hand a request to every rank; what comes of it is among `events`. Ids count up from 1, without gaps."""
+        self._unanswered.add(request.id)
+        for rank in range(len(self._ranks)):
+            self._send(rank, Generate(request))
+        self._events.put(_WAKE)  # whoever waits for ever may wait for so long only now
+
+    def events(self) -> Iterator[Prefilled | Token | Done | Refused]:
+        """Yield what comes of all requests, for ever; waiting has an end only while a request is unanswered.
+
+        Raises MoectlError when a rank failed, nothing came in time, or the session was closed.
+        """
+        while True:
+            rank, event = self._next_event()
+            match event:
+                case Done(id=id_) | Refused(id=id_):
+                    self._unanswered.discard(id_)
+                    yield event
+                case Prefilled() | Token():
+                    yield event
+                case Profiled() | None:
+                    pass
+                case bad:
+                    self._raise_if_bad(rank, bad, "generating")
+
+    @property
+    def memory_bytes(self) -> tuple[int, ...]:
+        """Bytes of arrays that each rank holds, as it last said."""
+        return tuple(self._memory_bytes)
+
+    def count_alive(self, within_s: float) -> int:
+        """Return how many ranks have answered a heartbeat in this time."""
+        now = time.monotonic()
+        return sum(now - heard_s <= within_s for heard_s in self._heard_s)
 
     def profile(self, order: Profile) -> list[Profiled]:
         """Take decode steps apart on every rank; return what each measured, by rank.
@@ -242,16 +281,18 @@ class Session:
         """
         for rank in range(len(self._ranks)):
             self._send(rank, order)
+        self._unanswered.add(order.id)
         got: dict[int, Profiled] = {}
         while len(got) < len(self._ranks):
             rank, event = self._next_event()
             match event:
                 case Profiled(id=id_) if id_ == order.id:
                     got[rank] = event
-                case Prefilled() | Token() | Done() | Refused() | Profiled():
+                case Prefilled() | Token() | Done() | Refused() | Profiled() | None:
                     pass
                 case _:
                     self._raise_if_bad(rank, event, "profiling")
+        self._unanswered.discard(order.id)
         return [got[rank] for rank in range(len(self._ranks))]
 
     @property
@@ -266,13 +307,13 @@ class Session:
         """The hosts' names in rank order."""
         return tuple(spec.host.name for spec in self._ranks)
 
-    def _next_event(self) -> tuple[int, Event | _Ended]:
+    def _next_event(self) -> tuple[int, Event | _Ended | None]:
         if self._failure_so_far is not None:
             raise self._failure_so_far
         if self._closed.is_set():
             raise errors.StateError("the session is closed")
         try:
-            return self._events.get(timeout=self._step_timeout_s)
+            return self._events.get(timeout=self._step_timeout_s if self._busy else None)
         except queue.Empty:
             hosts = ", ".join(spec.host.name for spec in self._ranks)
             raise self._fail(
@@ -281,6 +322,10 @@ class Session:
                     hint="a host hangs, or the link between two of them is cut: check them, then run it again",
                 )
             ) from None
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._unanswered)
 
     def _fail(self, error: MoectlError) -> MoectlError:
         """Remember why the session is over; return the error."""
@@ -297,6 +342,7 @@ class Session:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._events.put(_WAKE)
         started = [p for p in self._processes if p is not None]
         for process in started:
             _quietly(process.stdin.close)
@@ -340,7 +386,11 @@ class Session:
         reason = None
         try:
             for event in read_messages(process.stdout):
-                self._events.put((rank, event))  # type: ignore[arg-type]
+                self._heard_s[rank] = time.monotonic()
+                if isinstance(event, Alive):
+                    self._memory_bytes[rank] = event.memory_bytes
+                else:
+                    self._events.put((rank, event))  # type: ignore[arg-type]
         except MoectlError as error:
             reason = error.message
         except (OSError, ValueError) as error:
@@ -359,17 +409,16 @@ class Session:
 
     def _raise_if_bad(self, rank: int, event: Event | _Ended, phase: str) -> None:
         """Raise for the rank at fault: the one that died or erred by itself, not those that lost it as a peer."""
-        reports = [(rank, event)]
+        reports: list[tuple[int, Event | _Ended]] = [(rank, event)]
         deadline = time.monotonic() + BLAME_S
         while all(isinstance(e, Fatal) and e.kind == PeerLost.__name__ for _, e in reports):
             try:
-                reports.append(self._events.get(timeout=max(0.0, deadline - time.monotonic())))
+                other, heard = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
-            if not isinstance(reports[-1][1], Fatal | _Ended):
-                reports.pop()
-            elif any(r == reports[-1][0] for r, _ in reports[:-1]):
-                reports.pop()  # the end of one that has already said why
+            # The end of one that has already said why is no news.
+            if isinstance(heard, Fatal | _Ended) and other not in (r for r, _ in reports):
+                reports.append((other, heard))
         raise self._fail(self._explain(*reports[-1], phase))
 
     def _explain(self, rank: int, event: Event | _Ended, phase: str) -> MoectlError:

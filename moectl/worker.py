@@ -31,6 +31,7 @@ from moectl.errors import MoectlError
 from moectl.leash import (
     MAX_LINE_BYTES,
     SILENCE_S,
+    Alive,
     AllGather,
     Beat,
     Connect,
@@ -61,6 +62,7 @@ class Leash:
     def __init__(self, down: IO[bytes], up: IO[bytes], *, on_end: Callable[[str], None]) -> None:
         self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self.gathered: queue.SimpleQueue[Gathered] = queue.SimpleQueue()
+        self.memory_bytes: Callable[[], int] = lambda: 0  # of this worker's arrays; told with every heartbeat
         self._down = down
         self._up = up
         self._sending = threading.Lock()
@@ -94,7 +96,9 @@ class Leash:
                 order = decode(line)
                 if isinstance(order, Gathered):
                     self.gathered.put(order)
-                elif not isinstance(order, Beat):
+                elif isinstance(order, Beat):
+                    self.tell(Alive(self.memory_bytes()))
+                else:
                     self.orders.put(order)  # type: ignore[arg-type]
             reason = "the controller let go of the leash"
         except Exception as error:  # whatever it was, this thread may not end without ending the worker
@@ -188,6 +192,7 @@ def _serve(leash: Leash) -> None:
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     q, geometry = manifest.quantization, manifest.geometry
     bits = q.bits if q else None
+    leash.memory_bytes = mx.get_active_memory
     leash.tell(Ready(manifest.placement.split, bits, geometry.vocab_size, geometry.max_seq_len, geometry.top_k))
     for event in engine.serve(leash.orders):
         if isinstance(event, Done):

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from moectl.server import MAX_BODY_BYTES, make_app, serve
+from moectl.server import MAX_BODY_BYTES, Grace, make_app, serve
 from moectl.sockets import listen_tcp, listen_unix
 from tests.fake_cluster import ENDS_AFTER, MODEL, FakeCluster
 
@@ -55,7 +55,7 @@ def run_site(path: Path, api_key: str | None) -> Iterator[Site]:
         port = tcp.getsockname()[1]
         app = make_app(cluster, api_key=api_key, silence_s=0.1)
         thread = threading.Thread(
-            target=loop.run_until_complete, args=(serve(app, [unix, tcp], stopping=stopping, grace_s=0.2),)
+            target=loop.run_until_complete, args=(serve(app, [unix, tcp], stopping=stopping, grace=Grace(0.2)),)
         )
         thread.start()
         try:

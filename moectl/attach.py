@@ -1,0 +1,104 @@
+"""From what is to run to a client of the controller that runs it: the one that is there, or a new one.
+
+There is one controller for each set of ranks on its hosts; where its socket is follows from what it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moectl import background
+from moectl.client import Client, is_running, socket_path
+from moectl.errors import MoectlError, StateError
+from moectl.launch import Target, count_ranks, decode_target, encode_target, target_key
+from moectl.serving import Settings
+
+OnLog = Callable[[str, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A controller to talk to; `started`: it was not there before."""
+
+    client: Client
+    started: bool
+
+
+def attach(
+    target: Target,
+    options: Mapping[str, Any],
+    *,
+    keep_alive_s: float,
+    say: Callable[[str], None] = lambda text: None,
+    on_log: OnLog = lambda host, line: None,
+) -> Attached:
+    """Return a client of the target's controller, which is started when there is none; `options` are the session's.
+
+    Waits until the model is loaded. Raises StateError when one runs with other options, and what starting raises.
+    """
+    client = Client(place_of(target))
+    if is_running(client.path):
+        described = client.describe(timeout_s=None)
+        for name, value in described["options"].items():
+            if options.get(name) not in (None, "auto", value):
+                raise StateError(f"{target.name} is loaded with {name} {value}", hint="moectl stop, then run it again")
+        client.keep_alive(keep_alive_s)
+        return Attached(client, False)
+    say(f"Loading {target.name} on {count_ranks(target)} rank{'s' * (count_ranks(target) > 1)}.")
+    start(target, Settings(client.path, keep_alive_s), options, on_log=on_log)
+    return Attached(client, True)
+
+
+def place_of(target: Target) -> Path:
+    """Return the socket of a target's controller."""
+    return socket_path(target_key(target))
+
+
+def is_loaded(target: Target) -> bool:
+    """Whether a controller runs this target."""
+    return is_running(place_of(target))
+
+
+def refuse_second(target: Target) -> None:
+    """Raise StateError when a controller runs this target already."""
+    if is_loaded(target):
+        raise StateError(f"{target.name} is loaded already, by another controller", hint="moectl stop")
+
+
+def start(target: Target, settings: Settings, options: Mapping[str, Any], *, on_log: OnLog) -> int | None:
+    """Start a controller in the background; return its TCP port. Raises what went wrong there."""
+    order = {
+        "target": encode_target(target),
+        "settings": {
+            "socket_path": str(settings.socket_path),
+            "keep_alive_s": settings.keep_alive_s,
+            "tcp": settings.tcp,
+            "api_key": settings.api_key,
+        },
+        "options": dict(options),
+    }
+    return background.start(order, name=target.name, on_log=on_log)
+
+
+def obey() -> None:
+    """Be the controller that `start` started, until it is over."""
+    from moectl.controller import run
+
+    order = background.take_order()
+    raw = order["settings"]
+    tcp = (raw["tcp"][0], raw["tcp"][1]) if raw["tcp"] else None
+    settings = Settings(Path(raw["socket_path"]), raw["keep_alive_s"], tcp, raw["api_key"])
+    try:
+        run(
+            decode_target(order["target"]),
+            settings,
+            on_ready=lambda sockets: background.tell_ready(sockets[1].getsockname()[1] if settings.tcp else None),
+            on_log=background.tell_log,
+            **order["options"],
+        )
+    except MoectlError as error:
+        background.tell_failure(error)
+        raise

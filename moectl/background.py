@@ -1,0 +1,124 @@
+"""A controller in the background: how one process starts it, and how the other says that it is ready, or why not.
+
+The one that starts writes a line of JSON to the other's stdin and reads lines from its stdout; nothing else passes
+between them, and both may end without the other. Talking to a controller that runs is `client`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from moectl import errors
+from moectl.errors import MoectlError, RemoteError
+from moectl.paths import state_dir
+
+VERB = "controller"
+_TERM_S = 15.0  # for a controller that is told to end while it starts
+
+
+def start(order: Mapping[str, Any], *, name: str, on_log: Callable[[str, str], None]) -> int | None:
+    """Start a controller, wait until it is ready, return its TCP port; Ctrl-C ends both. Raises what went wrong there.
+
+    `order` is what `take_order` returns there; `on_log(host, line)` hears the workers until it is ready. Its log is in
+    the state directory, under logs/.
+    """
+    log = _open_log(name)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moectl", VERB],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C and the terminal's end are not meant for it
+        )
+    finally:
+        os.close(log)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+        with process.stdout:
+            port = _read_answer(process.stdout, name, on_log)
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(_TERM_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+    # It goes on by itself; this process does not wait for it and must not be warned about that.
+    process.returncode = 0
+    return port
+
+
+def _read_answer(lines: IO[bytes], name: str, on_log: Callable[[str, str], None]) -> int | None:
+    for line in lines:
+        answer = json.loads(line)
+        if "log" in answer:
+            on_log(*answer["log"])
+        elif "error" in answer:
+            error = answer["error"]
+            raise getattr(errors, error["kind"])(error["message"], hint=error["hint"], host=error["host"])
+        else:
+            port: int | None = answer["ready"]
+            return port
+    raise RemoteError("the controller ended before it was ready", hint=f"see {log_path(name)}")
+
+
+def log_path(name: str) -> Path:
+    """Return where a background controller's log is."""
+    return state_dir() / "logs" / f"controller-{name}.log"
+
+
+def _open_log(name: str) -> int:
+    path = log_path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)  # a log is no reason to fail
+
+
+# The other end.
+
+
+def take_order() -> dict[str, Any]:
+    """Return what the process that started this one wants. Raises ValueError when stdin has none."""
+    order = json.loads(sys.stdin.buffer.readline())
+    if not isinstance(order, dict):
+        raise ValueError("not an order")
+    return order
+
+
+def tell_ready(port: int | None) -> None:
+    """Say that clients may come; nothing is heard from here after that."""
+    _tell({"ready": port})
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def tell_log(host: str, line: str) -> None:
+    """Pass on a line of a worker's log, and keep it."""
+    print(f"[{host}] {line}", file=sys.stderr, flush=True)  # noqa: T201 - this process's log
+    _tell({"log": [host, line]})
+
+
+def tell_failure(error: MoectlError) -> None:
+    """Say why there will be no controller."""
+    _tell({"error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint, "host": error.host}})
+
+
+def _tell(answer: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError, ValueError):  # whoever started it may be gone
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()

@@ -1,0 +1,272 @@
+"""The verbs that prepare: plan, shard, pull, deploy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moectl import errors
+from moectl.cli_target import download_bars, read_shares, refuse_both, shard_model
+from moectl.flags import DEFAULT_MODEL, EXIT_STATUS, FILE, Q_BITS, Q_MODE, SPLIT, Common, common
+
+if TYPE_CHECKING:
+    from moectl.console import Bar
+    from moectl.hosts import HostList
+    from moectl.planning import Asked
+    from moectl.prepare import Wanted
+
+
+@click.command(epilog=EXIT_STATUS)
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--ctx", type=click.IntRange(1), help="Tokens of context to keep (default: 4096, or the model's own).")
+@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True)
+@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="For TTFT.")
+@click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 is bf16 (default: as the model is).")
+@click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
+@click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
+@click.option("--split", type=SPLIT, default="auto", show_default=True)
+@click.option("--shares", metavar="A,B,…", help="Uneven parts instead of those that the plan would choose.")
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert.")
+@click.option("--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted.")
+@click.option("--chip", metavar="NAME", help="Chip of hosts without chip=, such as m2-ultra.")
+@click.option("--memory", metavar="SIZE", help="Memory of hosts without memory=, such as 192GB.")
+@click.option("--link", metavar="NAME", help="rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.")
+@click.option(
+    "--calibration", type=click.Choice(["default", "paper", "paper-naive"]), default="default", show_default=True
+)
+@click.option("--local", type=click.IntRange(1), metavar="N", help="Plan N ranks on this machine (implies --probe).")
+@click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them, in some 10 seconds.")
+@click.option("--what-if", is_flag=True, help="Show clusters that one could buy, without hosts.")
+@common
+def plan(common: Common, model: str, **options: Any) -> None:
+    """Show which host would hold what, whether it fits, and how fast it would be.
+
+    Nothing is downloaded or sent: DBRX is known by name, hosts by their keys in hosts.txt, by --chip and --memory, or
+    by what they say when asked with --probe.
+
+    \b
+    Examples:
+      moectl plan --hosts mac1,mac2 --chip m2-ultra --memory 192GB
+      moectl plan --q-bits 4 --link rdma hosts.txt
+      moectl plan --what-if
+    """
+    from moectl import report
+    from moectl.plan import refusal
+    from moectl.planning import plan_cluster, plan_purchase
+
+    asked, wanted = _asked(options), _wanted(options)
+    if options["what_if"]:
+        priced, rows = plan_purchase(model, wanted, asked)
+        common.print(report.what_if_text(priced, rows), report.what_if_json(priced, rows))
+        return
+    where, measured = _where(common, options["local"]), None
+    if options["probe"] or options["local"]:
+        from moectl.probing import probe_cluster
+
+        answer, measured = probe_cluster(model, wanted, asked, where, say=common.say)
+    else:
+        answer = plan_cluster(model, wanted, asked, where.hosts)
+    found = (answer.model, answer.question, answer.plan, measured)
+    common.print(report.plan_text(*found), report.plan_json(*found))
+    if not answer.plan.feasible:
+        raise refusal(answer.plan)
+
+
+def _where(common: Common, local: int | None) -> HostList:
+    """Return the hosts of a plan: those in force, or so many ranks on this machine."""
+    from moectl.hosts import Host, HostList
+
+    if local is None:
+        hosts = common.host_list(required=True)
+        assert hosts is not None
+        return hosts
+    refuse_both({"--local": local}, {"--hosts": common.hosts, "--hostfile": common.hostfile})
+    return HostList((Host("localhost"),) * local)
+
+
+def _asked(options: dict[str, Any]) -> Asked:
+    from moectl.planning import Asked
+
+    return Asked(
+        **{k: options[k] for k in ("ctx", "concurrency", "prompt_tokens", "chip", "memory", "link", "calibration")}
+    )
+
+
+def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
+    from moectl.prepare import Wanted
+    from moectl.routing import read_routing
+
+    bits, stats = options["q_bits"], options["routing_stats"]
+    return Wanted(
+        split=options["split"],
+        nodes=nodes,
+        shares=read_shares(options["shares"]),
+        replicas=options["replicas"],
+        frequencies=read_routing(stats).overall if stats else None,
+        bits=int(bits) if bits else None,
+        group_size=options["q_group_size"],
+        mode=options["q_mode"],
+    )
+
+
+@click.command(epilog=EXIT_STATUS)
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Directory of the shard set.")
+@click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
+@click.option("--split", type=SPLIT, default="auto", show_default=True, help="auto: what 'moectl plan' finds fastest.")
+@click.option("--shares", metavar="A,B,…", help="Uneven parts: experts, units of the hidden dimension, or layers.")
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert.")
+@click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 copies.")
+@click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
+@click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
+@click.option("--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted.")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("-j", "--jobs", type=click.IntRange(1), help="Streams at once (default: all cores but one, at most 4).")
+@click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache.")
+@click.option("--dry-run", is_flag=True, help="Show what would be made.")
+@click.option("--force", is_flag=True, help="Make a shard set anew over another one.")
+@click.option(
+    "--verify", type=click.Path(path_type=Path), metavar="DIR", help="Hash every file of a shard set instead."
+)
+@common
+def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **options: Any) -> None:
+    """Cut a checkpoint into one shard per node.
+
+    MODEL is a directory or a Hugging Face repository (default: databricks/dbrx-instruct, or a mirror of it when that is
+    out of reach). Running the same command again resumes it.
+
+    \b
+    Examples:
+      moectl shard databricks/dbrx-instruct --nodes 4 --q-bits 4
+      moectl shard ./my-dbrx --nodes 3 --split experts --shares 8,4,4
+      moectl shard --verify ~/.local/share/moectl/shards/dbrx-instruct-q4-hidden-4
+    """
+    if verify:
+        _verify(common, verify)
+        return
+    from moectl import report
+    from moectl.planning import Asked, place_on
+
+    nodes = options.pop("nodes")
+    hosts = common.host_list()
+    if nodes is None and options["shares"] is None:
+        if hosts is None:
+            raise errors.UsageError("how many nodes? There is no hosts file", hint="use --nodes N or --hostfile FILE")
+        nodes = len(hosts.hosts)
+    wanted = _wanted(options, nodes)
+    for name in ("split", "shares", "replicas", "routing_stats", "q_bits", "q_group_size", "q_mode"):
+        del options[name]
+    if hosts is not None:
+        options["choose_place"] = place_on(hosts.hosts, Asked(), force=options["force"], say=common.say)
+    options["directory"] = options.pop("output")
+    made = shard_model(common, model, wanted, dry_run=dry_run, **options)
+    common.print(
+        report.shard_text(made, dry_run=dry_run), report.shard_json(made, dry_run=dry_run), str(made.directory)
+    )
+
+
+def _verify(common: Common, directory: Path) -> None:
+    from moectl import shards
+    from moectl.console import progress, size_text
+    from moectl.manifest import read_manifest
+
+    total = sum(f.bytes for f in read_manifest(directory).files.values())
+    with progress(quiet=common.quiet) as bars:
+        manifest = shards.verify(directory, on_bytes=bars.bar(directory.name, total).advance)
+    count = len(manifest.files)
+    document = {"schema": "moectl.verify/1", "files": count, "bytes": total}
+    common.print(f"{count} files, {size_text(total)}: every hash is right.", document)
+
+
+@click.command(epilog=EXIT_STATUS)
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@common
+def pull(common: Common, model: str, revision: str | None) -> None:
+    """Download a checkpoint into the Hugging Face cache, without cutting it.
+
+    `moectl shard` downloads by itself, file by file; this keeps everything.
+
+    \b
+    Example:
+      moectl pull mlx-community/dbrx-instruct-4bit
+    """
+    from moectl import checkpoint
+    from moectl.console import progress
+
+    with progress(quiet=common.quiet) as bars:
+        directory = checkpoint.pull(model, revision=revision, on_bytes=download_bars(bars))
+    common.print(str(directory), {"schema": "moectl.pull/1", "directory": str(directory)}, str(directory))
+
+
+@click.command(epilog=EXIT_STATUS)
+@click.argument("hostfile_", metavar="[HOSTFILE]", required=False)
+@click.option("--shards", metavar="DIR", help="The shard set (default: the newest that fits the hosts).")
+@click.option("-n", "--dry-run", is_flag=True, help="Show what would be copied.")
+@click.option("-j", "--jobs", type=click.IntRange(1), help="Hosts at once (default: all).")
+@click.option("--only", multiple=True, metavar="HOST", help="Deploy to this host only (repeatable).")
+@click.option("--verify", is_flag=True, help="Hash again what is there already.")
+@click.option("--force", is_flag=True, help="Deploy although a host's memory will not do.")
+@click.option(
+    "--wheelhouse",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Wheels for hosts without internet.",
+)
+@common
+def deploy(common: Common, hostfile_: str | None, shards: str | None, **options: Any) -> None:
+    """Bring every host its software and its shard, and verify them.
+
+    Hosts get a virtual environment with this machine's versions of moectl, mlx and mlx-lm, and the files of their rank.
+    Running the same command again resumes it; what is there already is not sent.
+
+    \b
+    Examples:
+      moectl deploy hosts.txt --dry-run
+      moectl deploy hosts.txt
+      moectl deploy --only mac2 --verify
+    """
+    from moectl import cluster, prepare, report
+    from moectl.planning import check_hosts
+
+    if hostfile_:
+        common.hostfile = hostfile_
+    listed = common.host_list(required=True)
+    assert listed is not None
+    found = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
+    directory, manifest = found
+    common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
+    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say, probe=True)
+    with _deploy_progress(common) as on_event:
+        result = cluster.deploy(
+            listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
+        )
+    dry_run = options["dry_run"]
+    common.print(
+        report.deploy_text(result, dry_run=dry_run), report.deploy_json(result, manifest.name, dry_run=dry_run)
+    )
+    result.raise_failures()
+
+
+@contextlib.contextmanager
+def _deploy_progress(common: Common) -> Iterator[Callable[[Any], None]]:
+    """Yield what draws a bar per host; how each ended is told afterwards."""
+    from moectl.console import progress
+    from moectl.provision import Advanced, Planned, Working
+
+    with progress(quiet=common.quiet) as bars:
+        drawn: dict[str, Bar] = {}
+
+        def on_event(event: Any) -> None:
+            match event:
+                case Planned(host=host, copy_bytes=size) if size:
+                    drawn[host] = bars.bar(host, size)
+                case Advanced(host=host, bytes=n) if host in drawn:
+                    drawn[host].advance(n)
+                case Working(host=host, what=what):
+                    common.say(f"[{host}] {what}")
+
+        yield on_event

@@ -1,0 +1,163 @@
+"""Which model to run, where and how: the flags that run, serve and bench share, and what they come to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moectl import errors
+from moectl.flags import Q_BITS, SPLIT, Common
+
+if TYPE_CHECKING:
+    from moectl.console import Bar, Progress
+    from moectl.launch import Target
+    from moectl.prepare import Made, Wanted
+
+MAX_START_S = 86400.0
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def target_options(command: F) -> F:
+    """Give a command the flags that say which model to run, where and how; the functions below read them."""
+    options = (
+        click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine."),
+        click.option("--shards", metavar="DIR", help="Use this shard set on this machine."),
+        click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed."),
+        click.option("--split", type=SPLIT, help="For --model (default: auto)."),
+        click.option("--shares", metavar="A,B,…", help="For --model: uneven parts."),
+        click.option("--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert."),
+        click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight."),
+        click.option("--force", is_flag=True, help="Try it although memory will not do."),
+        click.option(
+            "--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True
+        ),
+        click.option(
+            "--start-timeout",
+            type=click.FloatRange(1, MAX_START_S),
+            default=30.0,
+            show_default=True,
+            metavar="SECONDS",
+        ),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def session_options(common: Common, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what `launch.open_session` wants of the flags."""
+    return {
+        "backend": options["backend"],
+        "start_timeout_s": options["start_timeout"],
+        "dtype": options["dtype"],
+        "force": options["force"],
+    }
+
+
+def choose_target(common: Common, options: dict[str, Any]) -> Target:
+    """Return what to run: a shard set on this machine, or a deployment on hosts."""
+    from moectl import launch
+    from moectl.manifest import read_manifest
+    from moectl.planning import check_here, check_hosts, place_here
+    from moectl.prepare import Wanted, find_shards
+
+    local, shards, model = options["local"], options["shards"], options["model"]
+    here = {"--local": local, "--shards": shards, "--model": model}
+    cutting = {f"--{name.replace('_', '-')}": options[name] for name in ("split", "shares", "replicas", "q_bits")}
+    force = options["force"]
+    refuse_both({"--shards": shards}, {"--model": model, **cutting})
+    refuse_both({"--hosts": common.hosts, "--hostfile": common.hostfile}, here)
+    if shards:
+        directory, manifest = find_shards(shards)
+        if local not in (None, manifest.world_size):
+            raise errors.UsageError(
+                f"{directory.name} is cut for {manifest.world_size} ranks, not {local}",
+                hint=f"use --local {manifest.world_size}",
+            )
+        check_here(manifest, force=force, say=common.say)
+        return launch.Local(directory, manifest)
+    if not (local or model):
+        deployment = launch.find_deployment(common.host_list())
+        if deployment is not None:
+            refuse_both({f"the deployment {deployment.name}": True}, cutting)
+            hosts = [rank.host for rank in deployment.ranks]
+            with contextlib.suppress(errors.NotSharded, errors.IntegrityError):  # the operator's copy may be gone
+                check_hosts(hosts, read_manifest(Path(deployment.shards)), force=force, warn=common.say)
+            return deployment
+        common.say("No hosts and nothing deployed: the bundled demo model answers on 2 local ranks.")
+    shares = read_shares(options["shares"])
+    bits = int(options["q_bits"]) if options["q_bits"] else None
+    nodes = local or (None if shares else 2)
+    wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits=bits)
+    place = place_here(force, common.say)
+    return launch.prepare_local(
+        model, wanted, shard=lambda m, w: shard_model(common, m, w, cached=True, choose_place=place).directory
+    )
+
+
+def refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
+    """Raise UsageError when a flag of each is given: one of them would be ignored."""
+    for one in (name for name, value in these.items() if value):
+        for other in (name for name, value in those.items() if value):
+            raise errors.UsageError(f"{one} and {other} exclude each other")
+
+
+def shard_model(common: Common, model: str, wanted: Wanted, *, dry_run: bool = False, **options: Any) -> Made:
+    """Cut a model with progress on the terminal; `options` are `prepare.shard`'s."""
+    from moectl import prepare
+    from moectl.console import progress
+
+    with progress(quiet=common.quiet) as bars:
+        cutting: list[Bar] = []
+
+        def on_plan(directory: Path, output_bytes: int) -> bool:
+            cutting.append(bars.bar(directory.name, output_bytes))
+            return not dry_run
+
+        made = prepare.shard(
+            model,
+            wanted,
+            quantise=_quantise,
+            on_plan=on_plan,
+            on_download=download_bars(bars),
+            on_bytes=lambda n: cutting[0].advance(n),
+            **options,
+        )
+    for warning in made.warnings:
+        common.say(f"Warning: {warning}")
+    return made
+
+
+def download_bars(bars: Progress) -> Callable[[str, int, int], None]:
+    """Return what draws a bar per file that comes from the Hub."""
+    downloads: dict[str, tuple[Bar, int]] = {}
+
+    def on_download(file: str, done: int, total: int) -> None:
+        bar, before = downloads.get(file) or (bars.bar(file, total), 0)
+        bar.advance(done - before)
+        downloads[file] = (bar, done)
+
+    return on_download
+
+
+def _quantise(memory_bytes: int) -> Any:
+    from moectl.quantize import quantizer
+
+    return quantizer(memory_bytes)
+
+
+def read_shares(text: str | None) -> tuple[int, ...] | None:
+    """Return --shares as numbers. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise errors.UsageError(f"--shares should be whole numbers like 8,4,4, it is {text!r}") from None

@@ -1,0 +1,311 @@
+"""The verbs that use a model: run, serve, stop, bench; and the controller that the first two start."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moectl import errors
+from moectl.cli_target import choose_target, session_options, target_options
+from moectl.flags import EXIT_STATUS, FILE, Common, Duration, common
+
+if TYPE_CHECKING:
+    from moectl.launch import Target
+    from moectl.leash import Done, Token
+
+_END_S = 15.0  # for a controller that nobody needs any more
+
+
+@click.command(epilog=EXIT_STATUS)
+@click.argument("prompt", nargs=-1)
+@click.option("-s", "--system", help="System prompt.")
+@click.option("-m", "--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("-t", "--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Make sampling repeatable.")
+@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
+@click.option("--stats", is_flag=True, help="Print speeds on stderr afterwards (-v implies it).")
+@click.option(
+    "--keep-alive",
+    type=Duration(),
+    metavar="TIME",
+    default="5m",
+    show_default=True,
+    help="Keep the model loaded for so long after the last answer; 0: unload at once, -1: for ever.",
+)
+@target_options
+@common
+def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float, **options: Any) -> None:
+    """Generate text.
+
+    Standard input, when it is not a terminal, comes before PROMPT. With neither hosts nor a deployment, the bundled
+    demo model answers on two local ranks. The model stays loaded for a while; 'moectl stop' unloads it.
+
+    \b
+    Examples:
+      moectl run "What is expert parallelism?"
+      git diff | moectl run "Write a commit message for this diff."
+      moectl run --local 2 --model ./my-dbrx "Hello"
+    """
+    from moectl import attach
+
+    text = _prompt_text(prompt, common)
+    target = choose_target(common, options)
+    found = attach.attach(
+        target, session_options(common, options), keep_alive_s=keep_alive, say=common.say, on_log=_log_printer(common)
+    )
+    fields = {"max_tokens": options["max_tokens"], "temperature": options["temp"], "top_p": options["top_p"]}
+    if options["seed"] is not None:
+        fields["seed"] = options["seed"]
+    if options["raw"]:
+        events = found.client.complete({**fields, "prompt": text})
+    else:
+        system = [{"role": "system", "content": options["system"]}] if options["system"] is not None else []
+        events = found.client.chat({**fields, "messages": [*system, {"role": "user", "content": text}]})
+    try:
+        _answer(common, events, stats or bool(common.verbose))
+    finally:
+        if found.started and keep_alive == 0:
+            found.client.wait_until_gone(_END_S)
+
+
+def _prompt_text(words: tuple[str, ...], common: Common) -> str:
+    # What `--hostfile -` reads from standard input is not the prompt.
+    typed = sys.stdin is None or sys.stdin.isatty() or common.hostfile == "-"
+    try:
+        piped = "" if typed else sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise errors.UsageError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    text = " ".join(part for part in (piped, *words) if part)
+    if not text.strip():
+        raise errors.UsageError("no prompt is given", hint='moectl run "What is expert parallelism?"')
+    return text
+
+
+def _log_printer(common: Common) -> Callable[[str, str], None]:
+    if not common.verbose:
+        return lambda host, line: None
+    return lambda host, line: click.echo(f"[{host}] {line}", err=True)
+
+
+def _answer(common: Common, events: Iterator[Token | Done], stats: bool) -> None:
+    """Print an answer as it comes; Ctrl-C cancels it."""
+    from moectl import report
+    from moectl.leash import Done
+
+    pieces: list[str] = []
+    done: Done | None = None
+    with contextlib.closing(events):  # type: ignore[type-var]
+        try:
+            for event in events:
+                if isinstance(event, Done):
+                    done = event
+                    continue
+                pieces.append(event.text)
+                if not common.json:
+                    _write(event.text)
+        except KeyboardInterrupt:
+            if not common.json:
+                _write("\n")
+            raise
+    if done is None:
+        raise errors.RemoteError("the answer ended before it was done")
+    whole = "".join(pieces)
+    if common.json:
+        click.echo(json.dumps(report.run_json(whole, done)))
+    elif not whole.endswith("\n"):
+        _write("\n")
+    if stats:
+        click.echo(report.stats_text(done.stats), err=True)
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise errors.MoectlError(f"cannot write the answer: {error.strerror}") from None
+
+
+@click.command(epilog=EXIT_STATUS)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Interface; another than this machine needs a key."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
+@click.option("--api-key", metavar="KEY", help="What clients have to send as their bearer token.")
+@click.option("--api-key-file", type=FILE, metavar="FILE", help="The same, from the first line of a file.")
+@click.option("-d", "--detach", is_flag=True, help="Leave it running in the background.")
+@target_options
+@common
+def serve(common: Common, host: str, port: int, detach: bool, **options: Any) -> None:
+    """Offer an OpenAI-compatible API.
+
+    Clients find it under http://HOST:PORT/v1. Ctrl-C stops serving and unloads the model.
+
+    \b
+    Examples:
+      moectl serve
+      moectl serve --local 2 --port 9000 --detach
+      moectl serve --host 0.0.0.0 --api-key-file key.txt
+    """
+    from moectl import attach
+    from moectl.controller import run as run_controller
+    from moectl.serving import FOR_EVER, Settings
+
+    key = _api_key(options["api_key"], options["api_key_file"])
+    target = choose_target(common, options)
+    settings = Settings(attach.place_of(target), FOR_EVER, (host, port), key)
+    attach.refuse_second(target)
+
+    def on_ready(bound: int | None) -> None:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{bound}/v1"
+        ending = "moectl stop ends it" if detach else "Ctrl-C stops serving and unloads; -d would leave it running"
+        common.print(f"Serving {url}  ({ending})", {"schema": "moectl.serve/1", "url": url, "model": target.name}, url)
+
+    wanted = session_options(common, options)
+    if detach:
+        on_ready(attach.start(target, settings, wanted, on_log=_log_printer(common)))
+        return
+    common.say(f"Loading {target.name}")
+    run_controller(
+        target,
+        settings,
+        on_ready=lambda sockets: on_ready(sockets[1].getsockname()[1]),
+        on_log=_log_printer(common),
+        **wanted,
+    )
+
+
+def _api_key(key: str | None, file: Path | None) -> str | None:
+    if key is not None and file is not None:
+        raise errors.UsageError("--api-key and --api-key-file exclude each other")
+    if file is not None:
+        try:
+            key = file.read_text(encoding="utf-8").split("\n", 1)[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise errors.UsageError(f"{file} cannot be read: {error}") from None
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+        raise errors.UsageError("the API key should be printable ASCII, and not empty")
+    return key
+
+
+@click.command(epilog=EXIT_STATUS)
+@click.option("-t", "--timeout", type=Duration(), default="10s", show_default=True, help="For answers in progress.")
+@click.option("--now", is_flag=True, help="Do not wait for answers in progress.")
+@common
+def stop(common: Common, timeout: float, now: bool) -> None:
+    """Unload the model from every host.
+
+    \b
+    Examples:
+      moectl stop
+      moectl stop --now
+    """
+    from moectl import client
+    from moectl.console import size_text
+
+    stopped = [client.Client(path).stop(0.0 if now else max(0.0, timeout)) for path in client.find_running()]
+    workers = sum(len(one["memory_bytes"]) for one in stopped)
+    released = sum(sum(one["memory_bytes"]) for one in stopped)
+    text = f"Stopped {workers} worker{'s' * (workers != 1)}, {size_text(released)} of memory released."
+    document = {"schema": "moectl.stop/1", "workers": workers, "memory_bytes": released}
+    common.print(text if stopped else "Nothing is running.", document)
+
+
+@click.command(epilog=EXIT_STATUS)
+@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True)
+@click.option("-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--plan", type=FILE, metavar="FILE", help="Put the prediction of `plan --json` beside it.")
+@click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw a picture (needs moectl[plot]).")
+@click.option("--compare", type=FILE, multiple=True, metavar="FILE", help="For --plot: a result of `bench --json`.")
+@click.option("--routing-stats", type=FILE, metavar="FILE", help="Write how often each expert was chosen.")
+@target_options
+@common
+def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[Path, ...], **options: Any) -> None:
+    """Measure prompt and generation speed, and where the time goes.
+
+    Prompts are random tokens. After the trials every rank takes some decode steps apart: computing, all-reduce (with
+    the wait for the slowest rank), and the rest.
+
+    \b
+    Examples:
+      moectl bench
+      moectl bench --local 2 -p 128 -g 32 --json > two.json
+      moectl bench --local 4 --plot ranks.svg --compare two.json
+    """
+    from moectl import bench as benchmark
+    from moectl import disk, launch, report, routing
+    from moectl import plot as plotting
+
+    if options["routing_stats"]:
+        disk.check_destination(options["routing_stats"])
+    if plot:
+        plotting.check_plot(plot)
+    elif compare:
+        raise errors.UsageError("--compare is for --plot", hint="add --plot FILE.svg")
+    earlier = plotting.read_documents(compare)
+    target = choose_target(common, options)
+    _refuse_beside_controller(target)
+    predicted = benchmark.read_prediction(plan) if plan else _recalled(target, options)
+    trials = options["num_trials"]
+
+    def on_trial(number: int, trial: benchmark.Trial) -> None:
+        speeds = f"prompt {trial.prefill_tok_s:.1f} tok/s, generate {trial.decode_tok_s:.1f} tok/s"
+        common.say(f"trial {number} of {trials}: {speeds}")
+
+    with launch.open_session(target, on_log=_log_printer(common), **session_options(common, options)) as session:
+        counts = {key: options[key] for key in ("prompt_tokens", "generation_tokens")}
+        result = benchmark.bench(session, target.name, trials=trials, predicted=predicted, on_trial=on_trial, **counts)
+    document = report.bench_json(result)
+    common.print(report.bench_text(result), document)
+    if options["routing_stats"]:
+        routing.write_routing(options["routing_stats"], result.routing)
+    if plot:
+        plotting.write_plot(plot, [*earlier, document])
+
+
+def _recalled(target: Any, options: dict[str, Any]) -> Any:
+    """Return what the last `plan --probe` of these hosts expects of these trials, if there was one."""
+    from moectl import launch, probing
+    from moectl.bench import Predicted
+    from moectl.manifest import read_manifest
+
+    try:
+        if isinstance(target, launch.Local):
+            manifest, hosts = target.manifest, ["localhost"] * target.manifest.world_size
+        else:
+            manifest, hosts = read_manifest(Path(target.shards)), [rank.host.name for rank in target.ranks]
+    except errors.MoectlError:  # the operator's copy may be gone
+        return None
+    prompt, generated = options["prompt_tokens"], options["generation_tokens"]
+    context = prompt + generated // 2
+    found = probing.recall(hosts, manifest.placement, manifest.quantization, context=context, prompt_tokens=prompt)
+    if found is None:
+        return None
+    return Predicted(found.decode_tok_s, found.prefill_tok_s, found.ttft_s, found.communication_share)
+
+
+def _refuse_beside_controller(target: Target) -> None:
+    from moectl import attach
+
+    if attach.is_loaded(target):
+        raise errors.StateError(
+            f"{target.name} is loaded by a controller: measuring beside it would load it twice", hint="moectl stop"
+        )
+
+
+@click.command(hidden=True)
+def controller() -> None:
+    """Run a controller in the background; started by moectl itself."""
+    from moectl import attach
+
+    attach.obey()

@@ -1,0 +1,192 @@
+"""Talk to a controller over its Unix socket: HTTP, as any other client of the API would, and what only its owner may.
+
+It finds controllers by their sockets and raises what they tell as the errors that they were. Starting one is
+`background`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import http.client
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moectl import errors
+from moectl.errors import MoectlError, RemoteError, StateError
+from moectl.leash import Done, Token
+from moectl.paths import runtime_dir
+from moectl.request import Stats
+
+SUFFIX = ".sock"
+_CONNECT_S = 5.0
+_ANSWER_S = 30.0  # for what needs no computing
+
+
+def socket_path(key: str) -> Path:
+    """Return where the controller of this key listens (`launch.target_key`)."""
+    return runtime_dir() / f"{key}{SUFFIX}"
+
+
+def find_running() -> list[Path]:
+    """Return the sockets of all controllers of this user that live; stale ones are left out."""
+    return [path for path in sorted(runtime_dir().glob(f"*{SUFFIX}")) if is_running(path)]
+
+
+def is_running(path: Path) -> bool:
+    """Whether a controller has this socket: it holds the lock beside it for as long as it lives."""
+    try:
+        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return path.exists()
+    finally:
+        os.close(lock)
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A controller, by its socket."""
+
+    path: Path
+
+    def describe(self, *, timeout_s: float | None = _ANSWER_S) -> dict[str, Any]:
+        """Return what it runs and how it is; waits while it loads."""
+        return self._ask("GET", "/moectl", timeout_s=timeout_s)
+
+    def keep_alive(self, seconds: float) -> None:
+        """Let it stay for so long when idle; below 0: for ever."""
+        self._ask("POST", f"/moectl/keep-alive?seconds={seconds}")
+
+    def stop(self, grace_s: float) -> dict[str, Any]:
+        """End it, after answers in progress had so many seconds; return its last description once it has gone.
+
+        Raises StateError when it does not go.
+        """
+        described = self._ask("POST", f"/moectl/stop?grace_s={grace_s}")
+        if not self.wait_until_gone(grace_s + _ANSWER_S):
+            raise StateError("the controller does not end", hint=f"kill {described.get('pid')}")
+        return described
+
+    def wait_until_gone(self, timeout_s: float) -> bool:
+        """Return whether it has ended within this time."""
+        gone = threading.Thread(target=_wait_for_lock, args=(self.path,), daemon=True)
+        gone.start()
+        gone.join(timeout_s)
+        return not gone.is_alive()
+
+    def chat(self, fields: Mapping[str, Any]) -> Iterator[Token | Done]:
+        """Yield a chat completion as it comes; closing the iterator cancels it. `fields` are the API's."""
+        return self._stream("/v1/chat/completions", fields)
+
+    def complete(self, fields: Mapping[str, Any]) -> Iterator[Token | Done]:
+        """Yield a completion of a raw prompt as it comes; closing the iterator cancels it."""
+        return self._stream("/v1/completions", fields)
+
+    def _ask(self, method: str, path: str, *, timeout_s: float | None = _ANSWER_S) -> dict[str, Any]:
+        with contextlib.closing(_Connection(self.path, timeout_s)) as connection:
+            response = _send(connection, method, path)
+            return _read_json(response)
+
+    def _stream(self, path: str, fields: Mapping[str, Any]) -> Iterator[Token | Done]:
+        body = json.dumps({**fields, "stream": True}).encode()
+        with contextlib.closing(_Connection(self.path, None)) as connection:
+            response = _send(connection, "POST", path, body)
+            if response.status != 200:
+                _read_json(response)
+            for line in _lines(response):
+                if line.startswith(b"data: {"):
+                    yield from _read_chunk(json.loads(line[len(b"data: ") :]))
+                elif line.startswith(b"data: [DONE]"):
+                    return
+        raise _lost()
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float | None) -> None:
+        super().__init__("localhost")
+        self._path = path
+        self._timeout_s = timeout_s
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_CONNECT_S)
+        self.sock.connect(str(self._path))
+        self.sock.settimeout(self._timeout_s)
+
+
+def _send(connection: _Connection, method: str, path: str, body: bytes | None = None) -> http.client.HTTPResponse:
+    try:
+        connection.request(method, path, body, {"content-type": "application/json"} if body is not None else {})
+        return connection.getresponse()
+    except TimeoutError:
+        raise StateError("the controller does not answer", hint="moectl stop --now, then run it again") from None
+    except (OSError, http.client.HTTPException):
+        raise _lost() from None
+
+
+def _read_json(response: http.client.HTTPResponse) -> dict[str, Any]:
+    try:
+        body: dict[str, Any] = json.loads(response.read())
+    except (OSError, ValueError, http.client.HTTPException):
+        raise _lost() from None
+    if response.status != 200:
+        raise _rebuild(body.get("error", {}))
+    return body
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    while True:
+        try:
+            line = response.readline()
+        except (OSError, http.client.HTTPException):
+            raise _lost() from None
+        if not line:
+            return
+        yield line
+
+
+def _read_chunk(chunk: dict[str, Any]) -> Iterator[Token | Done]:
+    if "error" in chunk:
+        raise _rebuild(chunk["error"])
+    for choice in chunk["choices"]:
+        text = choice["delta"].get("content") if "delta" in choice else choice.get("text")
+        if text:
+            yield Token(0, -1, text)
+        if choice.get("finish_reason") is not None:
+            yield Done(0, choice["finish_reason"], Stats(**choice["stats"]))
+
+
+def _rebuild(error: Mapping[str, Any]) -> MoectlError:
+    """Return the error that a controller met, with its own exit code."""
+    kind = getattr(errors, str(error.get("kind")), RemoteError)
+    if not (isinstance(kind, type) and issubclass(kind, MoectlError)):
+        kind = RemoteError
+    host = error.get("host")
+    message = str(error.get("message", "the controller failed"))
+    if host:
+        message = message.removeprefix(f"{host}: ")  # the error puts it there again
+    return kind(message, hint=error.get("hint"), host=host)
+
+
+def _lost() -> MoectlError:
+    return RemoteError("the controller has gone", hint="run the command again: it starts a new one")
+
+
+def _wait_for_lock(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        finally:
+            os.close(lock)
