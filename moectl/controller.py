@@ -232,7 +232,8 @@ async def _run(
 ) -> None:
     keep_alive = KeepAlive(settings.keep_alive_s)
     controller = Controller(session, target.name, ranks=count_ranks(target), keep_alive=keep_alive)
-    control = _Control(controller, describe_run(target, options), keep_alive)
+    # Whoever serves others does not leave because one of them has had enough.
+    control = _Control(controller, describe_run(target, options), keep_alive, stays=settings.tcp is not None)
     app = make_app(controller, api_key=settings.api_key, control=control)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -261,13 +262,16 @@ def describe_run(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
 class _Control:
     """The owner's hands on a running controller."""
 
-    def __init__(self, controller: Controller, description: dict[str, Any], keep_alive: KeepAlive) -> None:
+    def __init__(
+        self, controller: Controller, description: dict[str, Any], keep_alive: KeepAlive, *, stays: bool
+    ) -> None:
         self.stopping = asyncio.Event()
         self.grace = Grace(GRACE_S)
         self.signal: int | None = None
         self._controller = controller
         self._description = description
         self._keep_alive = keep_alive
+        self._stays = stays
 
     def describe(self) -> dict[str, Any]:
         health = self._controller.health()
@@ -282,7 +286,8 @@ class _Control:
         }
 
     def keep_alive(self, seconds: float) -> None:
-        self._keep_alive.renew(seconds)
+        if not self._stays:
+            self._keep_alive.renew(seconds)
 
     def stop(self, grace_s: float) -> None:
         self.grace.seconds = grace_s

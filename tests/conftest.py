@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Hide the user's own configuration, state and agent from every test."""
     for name in list(os.environ):
         if name.startswith(("MOECTL_", "XDG_", "SSH_")) and not name.startswith(KEPT):
@@ -37,6 +38,11 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     home = tmp_path_factory.mktemp("xdg")
     for name in ("CONFIG", "STATE", "DATA", "CACHE"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
+    # Names of Unix sockets are short, pytest's directories are not.
+    with tempfile.TemporaryDirectory(prefix="moe") as run:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", run)
+        monkeypatch.setenv("MOECTL_RUN_KEEP_ALIVE", "0")  # no test leaves a controller behind
+        yield
 
 
 @pytest.fixture(scope="session")

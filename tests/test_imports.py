@@ -14,7 +14,7 @@ NODE = {"engine", "worker", "profile", "measure", "quantize", "demo.train"}  # a
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
-    "click": {"__main__", "cli", "flags"},
+    "click": {"__main__", "cli", "cli_prepare", "cli_use", "cli_target", "flags"},
     "tqdm": {"console"},
     "paramiko": {"ssh", "ssh_connect", "ssh_login"},
     "huggingface_hub": {"hub"},
@@ -36,10 +36,13 @@ INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotli
 ROOMS = (
     {"__main__"},
     {"cli"},
+    {"cli_prepare", "cli_use"},
+    {"cli_target"},
     {"flags"},
     {"report"},
     {"console", "config"},
-    {"probing"},
+    {"attach"},
+    {"controller", "probing", "client", "background"},
     {"launch", "planning", "bench", "plot", "probe"},
     {"server"},
     {"api", "metrics", "sockets"},

@@ -1,0 +1,365 @@
+"""One process that owns the cluster: in the foreground, in the background, and over a session that is none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from moectl import client, launch
+from moectl.client import Client, find_running, is_running
+from moectl.controller import Controller, KeepAlive
+from moectl.demo import demo_dir
+from moectl.errors import MoectlError, PeerLost, QueueFull, StateError, UsageError
+from moectl.leash import Done, Prefilled, Ready, Refused, Token
+from moectl.paths import runtime_dir
+from moectl.request import Request, Stats
+from moectl.sockets import listen_unix
+from tests.ring import process_env
+
+STATS = Stats(3, 2, 0.1, 0.2, 0.1, 1000)
+
+
+class FakeSession:
+    """What a Controller needs of a session; the test says what is heard."""
+
+    model = Ready("hidden", 4, 1000, 256, 4)
+    memory_bytes = (5, 6)
+
+    def __init__(self) -> None:
+        self.heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.submitted: list[Request] = []
+        self.cancelled: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def submit(self, request: Request) -> None:
+        self.submitted.append(request)
+
+    def cancel(self, request_id: int) -> None:
+        self.cancelled.put(request_id)
+
+    def events(self) -> Iterator[Any]:
+        while True:
+            event = self.heard.get()
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    def count_alive(self, within_s: float) -> int:
+        return 2
+
+
+def drive(test: Callable[[Controller, FakeSession], Any], *, keep_alive_s: float = -1, max_waiting: int = 2) -> None:
+    """Run a test with a controller over a fake session."""
+
+    async def main() -> None:
+        session = FakeSession()
+        controller = Controller(
+            session,  # type: ignore[arg-type]
+            "model",
+            ranks=2,
+            keep_alive=KeepAlive(keep_alive_s),
+            max_waiting=max_waiting,
+        )
+        await asyncio.wait_for(test(controller, session), 30)
+        session.heard.put(StateError("over"))
+
+    asyncio.run(main())
+
+
+async def collect(answer: Any) -> list[Any]:
+    return [event async for event in answer]
+
+
+def test_answers_get_their_own_events_by_number() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        first, second = await controller.submit(Request(0, "a", 5)), await controller.submit(Request(0, "b", 5))
+        assert [r.id for r in session.submitted] == [1, 2]
+        assert (controller.health().running, controller.health().queued) == (0, 2)
+        done = [Done(1, "stop", STATS), Done(2, "length", STATS)]
+        for event in (Prefilled(1, 3), Token(1, 7, "x"), Token(2, 8, "y"), done[1], Token(1, 9, "z"), done[0]):
+            session.heard.put(event)
+        assert await collect(second) == [Token(2, 8, "y"), done[1]]
+        assert await collect(first) == [Token(1, 7, "x"), Token(1, 9, "z"), done[0]]
+        health = controller.health()
+        assert (health.running, health.queued, health.memory_bytes, health.healthy) == (0, 0, (5, 6), True)
+
+    drive(test)
+
+
+def test_as_many_wait_as_may() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        first = await controller.submit(Request(0, "a", 5))
+        await controller.submit(Request(0, "b", 5))
+        with pytest.raises(QueueFull) as caught:
+            await controller.submit(Request(0, "c", 5))
+        assert caught.value.retry_after_s > 0
+        session.heard.put(Token(1, 7, "x"))
+        async for _ in first:
+            break
+        await controller.submit(Request(0, "d", 5))  # the first is being answered now
+        assert [r.id for r in session.submitted] == [1, 2, 3]
+
+    drive(test)
+
+
+def test_a_refusal_is_the_askers_alone() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        refused, other = await controller.submit(Request(0, "a", 5)), await controller.submit(Request(0, "b", 5))
+        session.heard.put(Refused(1, "too long", "shorten it"))
+        session.heard.put(Done(2, "stop", STATS))
+        with pytest.raises(UsageError, match="too long"):
+            await collect(refused)
+        assert await collect(other) == [Done(2, "stop", STATS)]
+
+    drive(test)
+
+
+def test_cancelling_once_is_enough() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        answer = await controller.submit(Request(0, "a", 5))
+        answer.cancel()
+        answer.cancel()
+        assert await asyncio.to_thread(session.cancelled.get) == 1
+        session.heard.put(Done(1, "cancelled", STATS))
+        assert await collect(answer) == [Done(1, "cancelled", STATS)]
+        answer.cancel()
+        assert session.cancelled.empty()
+
+    drive(test)
+
+
+def test_a_failure_ends_every_answer_and_all_that_come() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        answer = await controller.submit(Request(0, "a", 5))
+        session.heard.put(PeerLost("rank 1 was lost", host="mac2"))
+        with pytest.raises(PeerLost, match="mac2: rank 1 was lost"):
+            await collect(answer)
+        await controller.wait_until_over()
+        with pytest.raises(PeerLost):
+            await controller.submit(Request(0, "b", 5))
+        assert not controller.health().healthy
+
+    drive(test)
+
+
+def test_an_idle_controller_leaves_and_a_busy_one_stays() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        over = asyncio.create_task(controller.wait_until_over())
+        answer = await controller.submit(Request(0, "a", 5))
+        controller._keep_alive.renew(0)
+        await asyncio.sleep(0.05)
+        assert not over.done()
+        session.heard.put(Done(1, "stop", STATS))
+        await collect(answer)
+        await over
+
+    drive(test, keep_alive_s=100)
+
+
+def test_how_long_to_stay() -> None:
+    for_ever, short = KeepAlive(-1), KeepAlive(0)
+    assert for_ever.left_s() is None
+    assert (short.left_s() or 0) > 30  # the first question has to come
+    short.renew()
+    assert (short.left_s() or 0) <= 0
+    short.renew(50)
+    assert 0 < (short.left_s() or 0) <= 50
+
+
+# Processes.
+
+
+def moectl(*words: str, check: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "moectl", *words], capture_output=True, text=True, env=process_env(**env), timeout=120
+    )
+    assert done.returncode == check, done.stderr
+    return done
+
+
+def workers() -> list[str]:
+    """Return the workers of this test's controllers."""
+    mine = str(runtime_dir())
+    found = []
+    for pid in (p for p in Path("/proc").iterdir() if p.name.isdigit()):
+        with contextlib.suppress(OSError):
+            line = (pid / "cmdline").read_text().replace("\0", " ")
+            state = (pid / "stat").read_text().rpartition(")")[2].split()[0]
+            if "moectl worker" in line and mine in (pid / "environ").read_text() and state != "Z":
+                found.append(line)
+    return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def _nothing_left() -> Iterator[None]:
+    yield
+    moectl("stop", "--now")
+    wait_for(lambda: not workers())
+
+
+QUESTION = ("run", "--local", "2", "What is expert parallelism?")
+
+
+@pytest.mark.usefixtures("_nothing_left")
+def test_run_keeps_the_model_and_stop_unloads_it() -> None:
+    first = moectl(*QUESTION, "--keep-alive", "5m", "--stats")
+    assert "Loading " in first.stderr
+    [path] = find_running()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    described = Client(path).describe()
+    assert (described["hosts"], described["running"], len(workers())) == (["localhost"] * 2, 0, 2)
+    second = moectl(*QUESTION, "--keep-alive", "-1")
+    assert second.stdout == first.stdout
+    assert "Loading " not in second.stderr
+    assert Client(path).describe()["pid"] == described["pid"]
+    other = moectl(*QUESTION, "--dtype", "bfloat16", check=8)
+    assert "is loaded with dtype None" in other.stderr
+    assert "moectl stop" in moectl("bench", "--local", "2", check=8).stderr
+    stopped = moectl("stop")
+    assert stopped.stdout.startswith("Stopped 2 workers, ")
+    assert not find_running()
+    assert moectl("stop").stdout == "Nothing is running.\n"
+    assert json.loads(moectl("stop", "--json").stdout) == {"schema": "moectl.stop/1", "workers": 0, "memory_bytes": 0}
+
+
+@pytest.mark.usefixtures("_nothing_left")
+def test_a_controller_that_was_killed_leaves_no_worker_and_no_obstacle() -> None:
+    answer = moectl(*QUESTION, "--keep-alive", "-1").stdout
+    [path] = find_running()
+    os.kill(Client(path).describe()["pid"], signal.SIGKILL)
+    wait_for(lambda: not workers())
+    assert path.exists()  # stale
+    assert not is_running(path)
+    assert moectl("stop").stdout == "Nothing is running.\n"
+    assert moectl(*QUESTION).stdout == answer
+
+
+def test_keep_alive_zero_unloads_at_once() -> None:
+    moectl(*QUESTION)
+    assert not find_running()
+    wait_for(lambda: not workers())
+
+
+def test_what_goes_wrong_in_the_background_is_told(tmp_path: Path) -> None:
+    directory = tmp_path / "set"
+    moectl("shard", str(demo_dir()), "--nodes", "1", "-o", str(directory))
+    weights = directory / "rank-0" / "layer-000.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    failed = moectl("run", "--shards", str(directory), "Hello", check=7)
+    assert "layer-000.safetensors" in failed.stderr
+    assert not find_running()
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moectl", "serve", "--local", "2", "--port", "0", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=process_env(),
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate()[1]
+    yield process, json.loads(line)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    wait_for(lambda: not workers())
+
+
+def test_serving_openais_client(served: tuple[subprocess.Popen[str], dict[str, Any]]) -> None:
+    api = openai.OpenAI(base_url=served[1]["url"], api_key="none", max_retries=0)
+    name = api.models.list().data[0].id
+    assert name == served[1]["model"]
+    asked: dict[str, Any] = {
+        "model": name,
+        "messages": [{"role": "user", "content": "What is expert parallelism?"}],
+        "temperature": 0,
+        "max_tokens": 40,
+    }
+    whole = api.chat.completions.create(**asked)
+    with api.chat.completions.create(**asked, stream=True) as stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == whole.choices[0].message.content
+    assert moectl(*QUESTION, "-m", "40").stdout == f"{text}\n"  # run attaches to the same controller
+    assert moectl("serve", "--local", "2", check=8).stderr.startswith("Error: ")
+    with pytest.raises(openai.BadRequestError, match="context"):
+        api.completions.create(model=name, prompt="word " * 5000)
+    with api.chat.completions.create(**{**asked, "max_tokens": 400}, stream=True, extra_body={"ignore_eos": True}) as s:
+        for _ in s:
+            break
+    [path] = find_running()
+    wait_for(lambda: Client(path).describe()["running"] == 0)
+    assert api.chat.completions.create(**asked).choices[0].message.content == text
+
+
+def test_what_is_no_api_key(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    assert "exclude each other" in moectl("serve", "--api-key", "a", "--api-key-file", str(key), check=2).stderr
+    assert "cannot be read" in moectl("serve", "--api-key-file", str(key), check=2).stderr
+    key.write_text("\n")
+    assert "not empty" in moectl("serve", "--api-key-file", str(key), check=2).stderr
+    assert "without an API key" in moectl("serve", "--local", "1", "--host", "0.0.0.0", check=2).stderr
+
+
+@pytest.mark.usefixtures("_nothing_left")
+def test_a_detached_server() -> None:
+    found = json.loads(moectl("serve", "--local", "1", "--port", "0", "-d", "--api-key", "sesame", "--json").stdout)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=found["url"], api_key="wrong", max_retries=0).models.list()
+    api = openai.OpenAI(base_url=found["url"], api_key="sesame", max_retries=0)
+    assert api.models.list().data[0].id == found["model"]
+    assert moectl("stop").stdout.startswith("Stopped 1 worker, ")
+
+
+# The client.
+
+
+def test_errors_arrive_as_they_were() -> None:
+    body = {"kind": "PeerLost", "message": "mac2: rank 1 was lost", "host": "mac2", "hint": "look"}
+    error = client._rebuild(body)
+    assert isinstance(error, PeerLost)
+    assert (str(error), error.hint) == ("mac2: rank 1 was lost", "look")
+    for kind in ("os", "", None, 3, "Stats", "BaseException"):
+        assert isinstance(client._rebuild({"kind": kind, "message": "x"}), MoectlError)
+
+
+def test_a_socket_that_nobody_has_is_not_running(tmp_path: Path) -> None:
+    path = runtime_dir() / "a.sock"
+    assert not is_running(path)
+    with listen_unix(path):
+        assert is_running(path)
+    assert not is_running(path)
+    with pytest.raises(MoectlError, match="has gone"):
+        Client(path).describe()
+
+
+def test_targets_have_a_place_each(tmp_path: Path) -> None:
+    moectl("shard", str(demo_dir()), "--nodes", "1", "-o", str(tmp_path / "a"))
+    moectl("shard", str(demo_dir()), "--nodes", "2", "-o", str(tmp_path / "b"))
+    one, two = (launch.decode_target(f"local {tmp_path / name}") for name in ("a", "b"))
+    assert launch.decode_target(launch.encode_target(one)) == one
+    assert launch.target_key(one) != launch.target_key(two)
+    assert (launch.count_ranks(one), launch.count_ranks(two)) == (1, 2)
