@@ -191,7 +191,7 @@ def moectl(*words: str, check: int = 0, **env: str) -> subprocess.CompletedProce
 
 def workers() -> list[str]:
     """Return the workers of this test's controllers."""
-    mine = str(runtime_dir())
+    mine = f"XDG_RUNTIME_DIR={runtime_dir().parent}\0"
     found = []
     for pid in (p for p in Path("/proc").iterdir() if p.name.isdigit()):
         with contextlib.suppress(OSError):
