@@ -165,7 +165,7 @@ def _serve(leash: Leash) -> None:
     begin = time.perf_counter()
     import mlx.core as mx
 
-    from moectl.engine import Engine
+    from moectl.engine import PREFILL_STEP, Engine
     from moectl.model.load import load_rank
 
     dtype = getattr(mx, start.dtype) if start.dtype else None
@@ -178,6 +178,9 @@ def _serve(leash: Leash) -> None:
         head_rank=manifest.placement.head_rank,
         group=group,
         max_seq_len=manifest.geometry.max_seq_len,
+        prefill_step=start.prefill_step or PREFILL_STEP,
+        kv_tokens=start.kv_tokens,
+        cache_tokens=start.cache_tokens,
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     q, geometry = manifest.quantization, manifest.geometry

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moectl"
-NODE = {"engine", "worker", "profile", "quantize", "demo.train"}  # and everything in model/
+NODE = {
+    "engine",
+    "answer",
+    "prompt",
+    "sampling",
+    "prompt_cache",
+    "worker",
+    "profile",
+    "quantize",
+    "demo.train",
+}  # and everything in model/
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
@@ -46,6 +56,8 @@ ROOMS = (
     {"provision"},
     {"worker"},
     {"engine"},
+    {"answer"},
+    {"sampling", "prompt", "prompt_cache", "admission", "stop_text"},
     {"profile"},
     {"model", "quantize"},
     {"ssh", "shards"},
