@@ -224,9 +224,11 @@ class Engine:
         self._sampled_rows = not self._decoding
         rows = {answer.uid: answer for answer in self._decoding}
         prompts, responses = self._generator.next()
-        if self._leads and self._prefilling:
-            first = self._prefilling[0]
-            yield from (Prefilled(first.request.id, first.cached + p.progress[0]) for p in prompts)
+        if self._leads:
+            reading = {answer.uid: answer for answer in self._prefilling}  # without the one that has just joined
+            for part in (p for p in prompts if p.uid in reading):
+                answer = reading[part.uid]
+                yield Prefilled(answer.request.id, answer.cached + part.progress[0])
         for response in responses:
             yield from self._hear(rows[response.uid], response)
         if len(self._spoken) == 0:  # only prefill so far: nothing was sampled, so speak by itself

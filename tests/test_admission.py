@@ -119,58 +119,74 @@ class Rank:
             self.come_to(self.admitted + 1, refused)
 
 
+class World:
+    """A leader, a rank that listens two steps late, and chance; an idle rank admits the next without a word."""
+
+    def __init__(self, seed: int, requests: int) -> None:
+        self.choose = random.Random(seed)
+        self.requests = requests
+        self.admission, self.rank = make(), Rank()
+        self.said: deque[tuple[int, list[int]]] = deque()
+        self.reaches: dict[int, int] = {}
+        self.over: set[int] = set()
+
+    @property
+    def refused(self) -> set[int]:
+        return {number for number, reach in self.reaches.items() if reach == 0}
+
+    def order(self) -> None:
+        if len(self.reaches) < self.requests and self.choose.random() < 0.5:
+            number = len(self.reaches) + 1
+            self.reaches[number] = self.choose.choice([0, 10, 30, 50, 90])
+            if self.admission.arrive(number, self.reaches[number]):
+                self.over.add(number)
+        if self.choose.random() < 0.3:
+            wish = self.choose.randint(1, self.requests)
+            if self.admission.cancel(wish):
+                self.over.add(wish)
+
+    def step(self) -> None:
+        if self.rank.running:
+            self.said.append(self.admission.make_word())
+            if len(self.said) == 2:
+                self.hear()
+        elif self.said:
+            self.hear()
+        elif self.rank.admitted < len(self.reaches):
+            self.admission.admit(self.rank.admitted + 1)
+            self.rank.come_to(self.rank.admitted + 1, self.refused)
+
+    def hear(self) -> None:
+        admit, cancels = self.said.popleft()
+        before = set(self.rank.running)
+        self.rank.hear(admit, cancels, self.refused)
+        for number in range(1, admit + 1):
+            self.admission.admit(number)
+        for gone in before - set(self.rank.running):
+            self.end(gone)
+
+    def end(self, number: int) -> None:
+        self.admission.end(number)
+        self.over.add(number)
+
+    def finish(self, number: int) -> None:
+        self.rank.running.remove(number)
+        self.end(number)
+
+
 @settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 25))
 def test_a_listener_agrees_however_wishes_fall(seed: int, requests: int) -> None:
-    """Words are heard two steps late; when nothing runs and all is heard, the next is admitted without a word."""
-    choose = random.Random(seed)
-    admission, rank = make(), Rank()
-    said: deque[tuple[int, list[int]]] = deque()
-    arrived, refused, over = 0, set[int](), set[int]()
-    reaches: dict[int, int] = {}
+    world = World(seed, requests)
     for _ in range(40 * requests):
-        if arrived < requests and choose.random() < 0.5:
-            arrived += 1
-            reaches[arrived] = choose.choice([0, 10, 30, 50, 90])
-            if reaches[arrived] == 0:
-                refused.add(arrived)
-            if admission.arrive(arrived, reaches[arrived]):
-                over.add(arrived)
-        if choose.random() < 0.3:
-            wish = choose.randint(1, requests)
-            if admission.cancel(wish):
-                over.add(wish)
-        if not rank.running and not said:
-            if rank.admitted < arrived:
-                admission.admit(rank.admitted + 1)
-                rank.come_to(rank.admitted + 1, refused)
-            continue
-        said.append(admission.make_word())
-        if len(said) == 2 or not rank.running:
-            before = set(rank.running)
-            admit, cancels = said.popleft()
-            rank.hear(admit, cancels, refused)
-            for gone in before - set(rank.running):
-                admission.end(gone)
-                over.add(gone)
-        if rank.running and choose.random() < 0.3:
-            ended = choose.choice(rank.running)
-            rank.running.remove(ended)
-            admission.end(ended)
-            over.add(ended)
-        assert len(rank.running) <= ROWS
-        assert held_tokens([reaches[r] for r in rank.running]) <= BUDGET
-    for _ in range(10 * requests):  # let everything end
-        for number in list(rank.running):
-            rank.running.remove(number)
-            admission.end(number)
-            over.add(number)
-        if said:
-            rank.hear(*said.popleft(), refused)
-        elif not rank.running and rank.admitted < arrived:
-            admission.admit(rank.admitted + 1)
-            rank.come_to(rank.admitted + 1, refused)
-        else:
-            said.append(admission.make_word())
-    assert rank.admitted == arrived
-    assert over | refused == set(range(1, arrived + 1))
+        world.order()
+        world.step()
+        if world.rank.running and world.choose.random() < 0.3:
+            world.finish(world.choose.choice(world.rank.running))
+        assert len(world.rank.running) <= ROWS
+        assert held_tokens([world.reaches[r] for r in world.rank.running]) <= BUDGET
+    while world.rank.running or world.said or world.rank.admitted < len(world.reaches):
+        world.step()
+        for number in list(world.rank.running):
+            world.finish(number)
+    assert world.over | world.refused == set(world.reaches)
