@@ -142,12 +142,12 @@ def bench(
         )
     source = random.Random(seed)
     prompt = tuple(source.randrange(model.vocab_size) for _ in range(prompt_tokens))
-    _answer(session, Request(1, "", _WARM_UP, prompt_tokens=prompt, ignore_eos=True))
+    _answer(session, Request(1, "", _WARM_UP, prompt_tokens=prompt, ignore_eos=True, cache_prompt=False))
     done: list[Trial] = []
     profiles: list[list[Profiled]] = []
     steps = min(PROFILED_STEPS, generation_tokens - 1)
     for number in range(1, trials + 1):
-        request = Request(2 * number, "", generation_tokens, prompt_tokens=prompt, ignore_eos=True)
+        request = Request(2 * number, "", generation_tokens, prompt_tokens=prompt, ignore_eos=True, cache_prompt=False)
         tokens, trial = _answer(session, request)
         # After each trial, so that both see the same weather.
         profiles.append(session.profile(Profile(2 * number + 1, [*prompt, *tokens], steps)))

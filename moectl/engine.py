@@ -2,9 +2,12 @@
 
 mlx-lm's BatchGenerator does prefill, caches and the step in flight. Each of its steps ends in one tiny exchange, of
 which only the leader's part counts (the rank that has the head: rank 0, or the last of a pipeline): the sampled tokens
-and a control word (admit requests up to k; cancel request c). So followers need no head, no sampler and no clock, and
+and a control word (admit requests up to k; cancel requests c…). So followers need no head, no sampler and no clock, and
 every decision falls at the same step on every rank. A control word is obeyed once its step has been computed, one step
 after it was spoken, because reading the newest would stall the step in flight.
+
+What the word says is `admission`'s, what an answer tells is `answer`'s, which tokens are chosen is `sampling`'s; what
+is kept of past answers follows from the words, so every rank keeps the same.
 
 An idle engine waits for a message, never inside a collective. This file knows no process, socket or file.
 """
@@ -12,46 +15,38 @@ An idle engine waits for a message, never inside a collective. This file knows n
 from __future__ import annotations
 
 import queue
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from moectl.admission import Admission, held_tokens
+from moectl.answer import Answer
 from moectl.errors import UsageError
-from moectl.leash import Cancel, Done, Event, Generate, Order, Prefilled, Profile, Refused, Token
+from moectl.leash import Cancel, Event, Generate, Order, Prefilled, Profile
 from moectl.model.dbrx import Model
 from moectl.profile import profile
-from moectl.request import Request, Stats
+from moectl.prompt import measure_reach, read_prompt
+from moectl.prompt_cache import PromptCache
+from moectl.sampling import Sampler
 
 PREFILL_STEP = 512
 MAX_BATCH = 8
-_CONTROL_WORDS = 2  # admit up to, cancel
+_CANCELS = MAX_BATCH  # in one control word: all that run may be cancelled at once
+_CONTROL_WORDS = 1 + _CANCELS  # admit up to, cancel
 _NOBODY = 0  # request ids start at 1
 
 
-@dataclass(slots=True)
-class _Answer:
-    """A request in progress. Fields below `uid` matter on the leader only."""
-
-    request: Request
-    tokens: list[int]
-    uid: int = -1
-    sampler: Callable[[mx.array], mx.array] | None = None
-    detokenizer: Any = None
-    arrived_s: float = field(default_factory=time.perf_counter)
-    admitted_s: float = 0.0
-    first_s: float = 0.0
-    count: int = 0
-
-
 class Engine:
-    """One rank's side of the lockstep."""
+    """One rank's side of the lockstep.
+
+    `kv_tokens` is for how many tokens' keys and values there is memory (None: nobody counted), `cache_tokens` how many
+    of those past answers may hold (None: what the running ones leave, or one context). Equal on all ranks, like
+    `max_seq_len` and `prefill_step`.
+    """
 
     def __init__(
         self,
@@ -63,6 +58,8 @@ class Engine:
         group: mx.distributed.Group | None = None,
         max_seq_len: int,
         prefill_step: int = PREFILL_STEP,
+        kv_tokens: int | None = None,
+        cache_tokens: int | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -72,6 +69,10 @@ class Engine:
         self._group = group if group is not None and group.size() > 1 else None
         self._max_seq_len = max_seq_len
         self._prefill_step = prefill_step
+        self._kv_tokens = kv_tokens
+        if cache_tokens is None:
+            cache_tokens = max_seq_len if kv_tokens is None else kv_tokens
+        self._cache_tokens = cache_tokens
         # One prompt at a time: rows then join in admission order, so that this file can name each row's request.
         self._generator = BatchGenerator(
             model,
@@ -81,11 +82,14 @@ class Engine:
             prefill_step_size=prefill_step,
         )
         self._stop = StopSequences([[t] for t in sorted(tokenizer.eos_token_ids)])
-        self._arrived: dict[int, _Answer] = {}  # by request id, not yet admitted
+        self._cache = PromptCache()
+        self._admission = Admission(max_rows=MAX_BATCH, kv_tokens=kv_tokens, max_cancels=_CANCELS)  # leader
+        self._arrived: dict[int, Answer] = {}  # by request id, not yet admitted
+        self._withdrawn: set[int] = set()  # cancelled while they waited: passed by when the count gets there
         self._profiles: dict[int, Profile] = {}  # by id, waiting for their turn and for idleness
-        self._cancels: deque[int] = deque()  # wished, not yet spoken (leader)
-        self._prefilling: deque[_Answer] = deque()
-        self._decoding: list[_Answer] = []  # in the order of the batch's rows
+        self._running: dict[int, Answer] = {}  # by request id, in the generator
+        self._prefilling: deque[Answer] = deque()
+        self._decoding: list[Answer] = []  # in the order of the batch's rows
         self._spoken: deque[mx.array] = deque()  # control words, oldest first, not yet obeyed
         self._sampled_rows = False  # whether this step's running rows have been sampled
         self._admitted = 0  # highest request id so far
@@ -97,101 +101,121 @@ class Engine:
         Returns once None has arrived there and every request before it is answered.
         """
         while True:
-            if not self._idle:
+            if self._running:
                 while not inbox.empty():
-                    self._note(inbox.get())
+                    yield from self._note(inbox.get())
                 yield from self._step(inbox)
             elif self._admitted + 1 in self._arrived:
                 yield from self._admit(self._admitted + 1, inbox)
             elif self._admitted + 1 in self._profiles:
-                self._admitted += 1
-                yield from self._profile(self._profiles.pop(self._admitted))
+                yield from self._profile(self._profiles.pop(self._admitted + 1))
             elif self._closing:
                 return
             else:
-                self._note(inbox.get())
+                yield from self._note(inbox.get())
 
-    @property
-    def _idle(self) -> bool:
-        return not (self._prefilling or self._decoding)
+    # Orders: the leader looks at them as they come, the others when all get there.
 
-    def _note(self, order: Order | None) -> None:
+    def _note(self, order: Order | None) -> Iterator[Event]:
         match order:
             case None:
                 self._closing = True
             case Generate(request=request):
-                self._arrived[request.id] = _Answer(request, [])
+                self._arrived[request.id] = answer = Answer(request)
+                if self._leads:
+                    yield from self._line_up(answer)
             case Profile(id=profile_id):
                 self._profiles[profile_id] = order
             case Cancel(id=request_id) if self._leads:
-                self._cancels.append(request_id)
+                if self._admission.cancel(request_id):
+                    yield from self._arrived[request_id].cancel()
             case _:
                 pass
 
+    def _line_up(self, answer: Answer) -> Iterator[Event]:
+        self._read(answer)
+        if answer.refusal is not None:
+            yield from answer.refuse()
+        if self._admission.arrive(answer.request.id, answer.reach):
+            yield from answer.cancel()
+
+    def _read(self, answer: Answer) -> None:
+        # The same on every rank, because tokens and refusals depend on the request and the engine's limits alone.
+        request, limit = answer.request, self._max_seq_len
+        vocab_size = self._model.placement.geometry.vocab_size
+        try:
+            prompt = read_prompt(request, self._tokenizer, vocab_size=vocab_size, max_seq_len=limit)
+            answer.reach = measure_reach(request, len(prompt), max_seq_len=limit, kv_tokens=self._kv_tokens)
+            answer.prompt = prompt
+        except UsageError as refusal:
+            answer.refusal = refusal
+
     def _profile(self, order: Profile) -> Iterator[Event]:
         # No request is admitted past this order's id, so every rank is idle here, at the same place in the count.
+        self._admitted = order.id
+        if self._leads:
+            self._admission.admit(order.id)
         stream = self._generator.stream
         yield from profile(
             self._model, order, rank=self._rank, leads=self._leads, prefill_step=self._prefill_step, stream=stream
         )
 
-    # Admission: the same on every rank, because tokenizing and its refusals depend on the request alone.
+    # Joining and leaving: at the same step and in the same order on every rank.
 
     def _admit(self, up_to: int, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
         while self._admitted < up_to:
             while self._admitted + 1 not in self._arrived:  # the leader has it already; ours is on its way
-                self._note(inbox.get())
+                yield from self._note(inbox.get())
             self._admitted += 1
             answer = self._arrived.pop(self._admitted)
-            try:
-                answer.tokens = self._tokenize(answer.request)
-            except UsageError as refusal:
-                if self._leads:
-                    yield Refused(answer.request.id, refusal.message, refusal.hint)
+            if self._leads:
+                self._admission.admit(self._admitted)
+            if self._admitted in self._withdrawn:
+                self._withdrawn.remove(self._admitted)
                 continue
-            self._insert(answer)
+            if not self._leads:
+                self._read(answer)
+            if answer.refusal is None:
+                self._insert(answer)
 
-    def _tokenize(self, request: Request) -> list[int]:
-        if request.prompt_tokens is not None:
-            tokens = list(request.prompt_tokens)
-            vocab_size = self._model.placement.geometry.vocab_size
-            if not all(0 <= token < vocab_size for token in tokens):
-                raise UsageError(f"a prompt token is outside the model's vocabulary of {vocab_size}")
-        elif request.raw:
-            tokens = self._tokenizer.encode(request.prompt)
-        else:
-            if not self._tokenizer.has_chat_template:
-                raise UsageError("this model has no chat template", hint="use --raw")
-            messages = [{"role": "system", "content": request.system}] if request.system is not None else []
-            messages.append({"role": "user", "content": request.prompt})
-            try:
-                tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            except Exception as error:  # the template is the model's own program
-                reason = " ".join(str(error).split())
-                raise UsageError(f"the model's chat template fails: {reason}", hint="use --raw") from None
-        if not tokens:
-            raise UsageError("the prompt is empty: this model adds no start token", hint="give some text")
-        if len(tokens) >= self._max_seq_len:
-            raise UsageError(
-                f"the prompt has {len(tokens)} tokens, the model's context is {self._max_seq_len}",
-                hint="shorten the prompt",
-            )
-        return list(tokens)
-
-    def _insert(self, answer: _Answer) -> None:
-        request = answer.request
-        room = self._max_seq_len - len(answer.tokens)
-        stop = StopSequences() if request.ignore_eos else self._stop
+    def _insert(self, answer: Answer) -> None:
+        request, tokens = answer.request, answer.tokens
+        layers = None
+        if request.cache_prompt:
+            answer.cached, layers = self._cache.find(tokens)
+        self._running[request.id] = answer
+        self._cache.shrink(self._cache_room())
+        hooks = self._lead(answer) if self._leads else []
         [answer.uid] = self._generator.insert(
-            [answer.tokens], max_tokens=[min(request.max_tokens, room)], stop_sequences=[stop]
+            [tokens[answer.cached :]],
+            max_tokens=[max(1, answer.reach - len(tokens))],
+            caches=[layers],
+            all_tokens=[tokens[: answer.cached]],
+            logits_processors=[hooks],
+            stop_sequences=[StopSequences() if request.ignore_eos else self._stop],
         )
-        answer.admitted_s = time.perf_counter()
-        if self._leads:
-            answer.sampler = make_sampler(request.temperature, 0.0 if request.top_p == 1 else request.top_p)
-            answer.detokenizer = self._tokenizer.detokenizer
-            if request.seed is not None:
-                mx.random.seed(request.seed)
         self._prefilling.append(answer)
+
+    def _lead(self, answer: Answer) -> list[Any]:
+        sampler = Sampler(answer.request, prompt_tokens=len(answer.prompt))
+        answer.lead(self._tokenizer, sampler)
+        return [] if sampler.hook is None else [sampler.hook]
+
+    def _leave(self, answer: Answer, tokens: list[int], layers: list[Any] | None) -> None:
+        """Take an answer out of the count, and keep what it has computed: `layers` of these tokens."""
+        del self._running[answer.request.id]
+        if self._leads:
+            self._admission.end(answer.request.id)
+        if answer.request.cache_prompt and layers is not None:
+            self._cache.keep(tokens, layers, self._cache_room())
+            # Else they would hold the whole batch's arrays until somebody reads them.
+            mx.async_eval([(layer.keys, layer.values) for layer in layers])  # type: ignore[no-untyped-call]
+
+    def _cache_room(self) -> int:
+        if self._kv_tokens is None:
+            return self._cache_tokens
+        left = self._kv_tokens - held_tokens([answer.reach for answer in self._running.values()])
+        return max(0, min(self._cache_tokens, left))
 
     # One step: compute, tell, obey.
 
@@ -201,24 +225,34 @@ class Engine:
         rows = {answer.uid: answer for answer in self._decoding}
         prompts, responses = self._generator.next()
         if self._leads:
-            yield from (Prefilled(self._prefilling[0].request.id, p.progress[0]) for p in prompts if self._prefilling)
+            reading = {answer.uid: answer for answer in self._prefilling}  # without the one that has just joined
+            for part in (p for p in prompts if p.uid in reading):
+                answer = reading[part.uid]
+                yield Prefilled(answer.request.id, answer.cached + part.progress[0])
         for response in responses:
-            answer = rows[response.uid]
-            if response.finish_reason is not None:
-                self._decoding.remove(answer)
-            if self._leads:
-                yield from self._tell(answer, response.token, response.finish_reason)
+            yield from self._hear(rows[response.uid], response)
         if len(self._spoken) == 0:  # only prefill so far: nothing was sampled, so speak by itself
             self._speak()
             earlier = 1
         while earlier:
             for _ in range(earlier):
                 yield from self._obey(self._spoken.popleft(), inbox)
-            if not self._idle:
+            if self._running:
                 return
             # Idle means nothing in flight and nothing unheard, or the leader would wait for what it has already said.
             mx.synchronize(self._generator.stream)
             earlier = len(self._spoken)
+
+    def _hear(self, answer: Answer, response: Any) -> Iterator[Event]:
+        """Take one row's token of the step before."""
+        if response.finish_reason is not None:
+            self._decoding.remove(answer)
+            with mx.stream(self._generator.stream):
+                self._leave(answer, response.all_tokens, response.prompt_cache)
+        if self._leads:
+            yield from answer.tell(response.token, response.finish_reason)
+            if answer.ended and response.finish_reason is None:  # by a stop text, which only the leader sees
+                self._admission.cancel(answer.request.id)
 
     def _speak(self) -> None:
         with mx.stream(self._generator.stream):
@@ -228,14 +262,24 @@ class Engine:
 
     def _obey(self, word: mx.array, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
         with mx.stream(self._generator.stream):
-            admit, cancel = word.tolist()  # type: ignore[misc]
-        yield from self._admit(int(admit), inbox)  # type: ignore[arg-type]
-        for answer in [*self._prefilling, *self._decoding]:
-            if answer.request.id == cancel:
-                self._generator.remove([answer.uid])
-                (self._prefilling if answer in self._prefilling else self._decoding).remove(answer)
-                if self._leads:
-                    yield self._done(answer, "cancelled")
+            numbers: list[int] = word.tolist()  # type: ignore[assignment]
+        admit, *cancels = numbers
+        for request_id in cancels:
+            if request_id > self._admitted:
+                self._withdrawn.add(request_id)
+            elif request_id in self._running:  # or it has ended in the meantime, or nobody is meant
+                yield from self._cancel(self._running[request_id])
+        yield from self._admit(admit, inbox)
+
+    def _cancel(self, answer: Answer) -> Iterator[Event]:
+        with mx.stream(self._generator.stream):
+            removed = self._generator.remove([answer.uid], return_prompt_caches=True)
+            layers, tokens = removed[answer.uid]
+            computed = answer in self._decoding or len(tokens) > answer.cached
+            (self._decoding if answer in self._decoding else self._prefilling).remove(answer)
+            self._leave(answer, tokens, layers if computed else None)
+        if self._leads:
+            yield from answer.cancel()
 
     # Sampling and agreement; called by the generator while it builds a step's graph.
 
@@ -248,8 +292,7 @@ class Engine:
             answers = self._decoding
             self._sampled_rows = True
         if self._leads:
-            rows = [a.sampler(logprobs[i : i + 1]) for i, a in enumerate(answers) if a.sampler is not None]
-            tokens = mx.concatenate(rows).astype(mx.int32)
+            tokens = _sample([a.sampler for a in answers if a.sampler is not None], logprobs).astype(mx.int32)
         else:
             tokens = mx.zeros((len(answers),), dtype=mx.int32)
         agreed = self._from_leader(tokens, logprobs)
@@ -257,46 +300,20 @@ class Engine:
         return agreed[:-_CONTROL_WORDS].astype(mx.uint32)
 
     def _from_leader(self, tokens: mx.array, after: mx.array) -> mx.array:
-        """Return the leader's [tokens…, admit, cancel] on every rank, exchanged after `after` was computed."""
-        admit = self._admitted
-        while admit + 1 in self._arrived:
-            admit += 1
-        # A wish to cancel what is not admitted yet waits until it is: followers could not know what is meant.
-        cancel = next((c for c in self._cancels if c <= self._admitted), _NOBODY)
-        if cancel != _NOBODY:
-            self._cancels.remove(cancel)
-        vector = mx.concatenate([tokens, mx.array([admit, cancel], dtype=mx.int32)])
+        """Return the leader's [tokens…, admit, cancels…] on every rank, exchanged after `after` was computed."""
+        admit, cancels = self._admission.make_word() if self._leads else (_NOBODY, [])
+        word = [admit, *cancels, *[_NOBODY] * (_CANCELS - len(cancels))]
+        vector = mx.concatenate([tokens, mx.array(word, dtype=mx.int32)])
         if self._group is None:
             return vector
         # Followers' vector must not overtake the last layer's sum, or ranks would add up different things.
         vector = mx.depends([vector], [after])[0]
         return mx.distributed.all_gather(vector[None], group=self._group)[self._head_rank]
 
-    # What the leader tells.
 
-    def _tell(self, answer: _Answer, token: int, finish_reason: str | None) -> Iterator[Event]:
-        if not answer.first_s:
-            answer.first_s = time.perf_counter()
-        detokenizer = answer.detokenizer
-        if finish_reason != "stop":  # a stop token is not text
-            answer.count += 1
-            detokenizer.add_token(token)
-            yield Token(answer.request.id, token, detokenizer.last_segment)
-        if finish_reason is not None:
-            detokenizer.finalize()
-            if rest := detokenizer.last_segment:
-                yield Token(answer.request.id, -1, rest)
-            yield self._done(answer, finish_reason)
-
-    def _done(self, answer: _Answer, finish_reason: str) -> Done:
-        now = time.perf_counter()
-        first = answer.first_s or now
-        stats = Stats(
-            prompt_tokens=len(answer.tokens),
-            completion_tokens=answer.count,
-            prompt_s=first - answer.admitted_s,
-            decode_s=now - first,
-            ttft_s=first - answer.arrived_s,
-            peak_memory_bytes=mx.get_peak_memory(),
-        )
-        return Done(answer.request.id, finish_reason, stats)
+def _sample(samplers: list[Sampler], logprobs: mx.array) -> mx.array:
+    """Return each row's token (B,) from log-probabilities (B, V)."""
+    best = mx.argmax(logprobs, axis=-1)
+    if all(sampler.is_plain for sampler in samplers):
+        return best
+    return mx.concatenate([best[i : i + 1] if s.is_plain else s(logprobs[i : i + 1]) for i, s in enumerate(samplers)])

@@ -33,6 +33,10 @@ class Start:
     dtype: str | None = None  # None: what suits the device
     log: str | None = None  # file on the worker's host for a copy of its log
     force: bool = False  # load although the host's memory will not do
+    # These three have to be the same on every rank.
+    kv_tokens: int | None = None  # keys and values of so many tokens fit, those of past answers included; None: any
+    cache_tokens: int | None = None  # of those, for past answers at most; None: what the running ones leave
+    prefill_step: int | None = None  # tokens of a prompt that are read at a time; None: the engine's
 
 
 @dataclass(frozen=True, slots=True)

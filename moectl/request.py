@@ -41,6 +41,10 @@ class Request:
     logit_bias: tuple[tuple[int, float], ...] = ()  # token id → what is added to its logit
     logprobs: int | None = None  # None: none; k: each chosen token's, and of the k most probable
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
+    # Tokens of the answer that were told before a restart; it goes on after them. `max_tokens` and the statistics'
+    # completion tokens count them too.
+    answered: tuple[int, ...] = ()
+    cache_prompt: bool = True  # look for it in the prompt cache, and keep it there; a measurement wants neither
 
     def __post_init__(self) -> None:
         self._freeze()

@@ -175,7 +175,7 @@ def _serve(leash: Leash) -> None:
         gpu = mx.device_info().get("max_recommended_working_set_size") if mx.metal.is_available() else None
         check_own_memory(manifest, start.rank, working_set_bytes=int(gpu) if gpu else None)
     begin = time.perf_counter()
-    from moectl.engine import Engine
+    from moectl.engine import PREFILL_STEP, Engine
     from moectl.model.load import load_rank
 
     dtype = getattr(mx, start.dtype) if start.dtype else None
@@ -188,6 +188,9 @@ def _serve(leash: Leash) -> None:
         head_rank=manifest.placement.head_rank,
         group=group,
         max_seq_len=manifest.geometry.max_seq_len,
+        prefill_step=start.prefill_step or PREFILL_STEP,
+        kv_tokens=start.kv_tokens,
+        cache_tokens=start.cache_tokens,
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     q, geometry = manifest.quantization, manifest.geometry

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moectl"
-NODE = {"engine", "worker", "profile", "measure", "quantize", "demo.train"}  # and everything in model/
+NODE = {
+    "engine",
+    "answer",
+    "prompt",
+    "sampling",
+    "prompt_cache",
+    "worker",
+    "profile",
+    "measure",
+    "quantize",
+    "demo.train",
+}  # and everything in model/
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
@@ -57,6 +68,8 @@ ROOMS = (
     {"measure"},
     {"worker"},
     {"engine"},
+    {"answer"},
+    {"sampling", "prompt", "prompt_cache", "admission", "stop_text"},
     {"profile"},
     {"model", "quantize"},
     {"ssh", "shards"},

@@ -1,0 +1,61 @@
+"""Turn what a request says into the tokens the model reads, or say why that cannot be; the same on every rank."""
+
+from __future__ import annotations
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from moectl.errors import UsageError
+from moectl.request import Request
+
+
+def read_prompt(request: Request, tokenizer: TokenizerWrapper, *, vocab_size: int, max_seq_len: int) -> list[int]:
+    """Return a request's prompt as tokens, without those of its answer so far.
+
+    Raises UsageError where there are none or too many, or where a token is none of the model's.
+    """
+    tokens = _tokenize(request, tokenizer)
+    if not tokens:
+        raise UsageError("the prompt is empty: this model adds no start token", hint="give some text")
+    for what, ids in (
+        ("a prompt token", tokens),
+        ("a token of the answer", request.answered),
+        ("a token of the logit bias", [token for token, _ in request.logit_bias]),
+    ):
+        if not all(0 <= token < vocab_size for token in ids):
+            raise UsageError(f"{what} is outside the model's vocabulary of {vocab_size}")
+    length = len(tokens) + len(request.answered)
+    if length >= max_seq_len:
+        raise UsageError(
+            f"the prompt has {length} tokens, the model's context is {max_seq_len}", hint="shorten the prompt"
+        )
+    return tokens
+
+
+def measure_reach(request: Request, prompt_tokens: int, *, max_seq_len: int, kv_tokens: int | None) -> int:
+    """Return up to how many tokens prompt and answer may get; raise UsageError if no memory was planned for that."""
+    reach = min(prompt_tokens + request.max_tokens, max_seq_len)
+    if kv_tokens is not None and reach > kv_tokens:
+        raise UsageError(
+            f"prompt and answer may reach {reach} tokens, and there is memory for {kv_tokens}",
+            hint="ask for fewer tokens or shorten the prompt",
+        )
+    return reach
+
+
+def _tokenize(request: Request, tokenizer: TokenizerWrapper) -> list[int]:
+    if request.prompt_tokens is not None:
+        return list(request.prompt_tokens)
+    if request.raw:
+        return list(tokenizer.encode(request.prompt))
+    if not tokenizer.has_chat_template:
+        raise UsageError("this model has no chat template", hint="use --raw")
+    if request.messages is not None:
+        messages = list(request.messages)
+    else:
+        messages = [{"role": "system", "content": request.system}] if request.system is not None else []
+        messages.append({"role": "user", "content": request.prompt})
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    except Exception as error:  # the template is the model's own program
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the model's chat template fails: {reason}", hint="use --raw") from None

@@ -1,0 +1,86 @@
+"""Keep the keys and values of past answers, so that a conversation's next turn computes only what is new.
+
+Every rank keeps its own arrays and takes the same decisions: they depend on tokens, on counts of tokens, and on the
+order of calls, which is agreed; never on bytes, which differ between ranks of a pipeline. The least recently used goes
+first. It evaluates nothing and copies nothing: mlx-lm's generator copies what it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+# A shorter prefix saves nothing, and two prompts that share only a template's first words stay apart.
+MIN_PREFIX = 16
+_Tokens = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    tokens: _Tokens
+    layers: list[Any]  # one KVCache per layer of this rank
+
+
+class PromptCache:
+    """Keys and values by the tokens they belong to, least recently used first."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens' keys and values are kept."""
+        return sum(entry.tokens.size for entry in self._entries)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """What is kept, least recently used first."""
+        return [entry.tokens.tolist() for entry in self._entries]
+
+    def find(self, tokens: Sequence[int]) -> tuple[int, list[Any] | None]:
+        """Return (n, layers) for the longest kept prefix of `tokens`, without its last token; (0, None) if too short.
+
+        What is found counts as used. The layers share the kept arrays: they may be read, not written to.
+        """
+        wanted = np.array(tokens[:-1], dtype=np.int32)
+        lengths = [_common(entry.tokens, wanted) for entry in self._entries]
+        longest = max(lengths, default=0)
+        if longest < MIN_PREFIX:
+            return 0, None
+        entry = self._entries.pop(lengths.index(longest))
+        self._entries.append(entry)
+        layers = [copy.copy(layer) for layer in entry.layers]
+        trim_prompt_cache(layers, entry.tokens.size - longest)
+        return longest, layers
+
+    def keep(self, tokens: Sequence[int], layers: list[Any], room: int) -> None:
+        """Keep the layers of these tokens, and `room` tokens in all at most."""
+        kept = np.array(tokens, dtype=np.int32)
+        if not MIN_PREFIX < kept.size <= room or not can_trim_prompt_cache(layers):
+            self.shrink(room)
+            return
+        longer = next((e for e in self._entries if _common(e.tokens, kept) == kept.size), None)
+        if longer is not None:
+            self._entries.remove(longer)
+            self._entries.append(longer)
+        else:
+            self._entries = [e for e in self._entries if _common(e.tokens, kept) < e.tokens.size]
+            self._entries.append(_Entry(kept, layers))
+        self.shrink(room)
+
+    def shrink(self, room: int) -> None:
+        """Let go of the least recently used until `room` tokens are not exceeded."""
+        while self.tokens > room:
+            self._entries.pop(0)
+
+
+def _common(a: _Tokens, b: _Tokens) -> int:
+    """Return how many tokens two prompts begin with in common."""
+    length = min(a.size, b.size)
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if different.size else length

@@ -1,0 +1,123 @@
+"""Choose one request's tokens, on the leader only: penalties, filters, temperature, and what is told of the odds.
+
+Nothing here waits for the device: all of it is added to the graph of the step in flight. Randomness is a key per (seed,
+number of tokens generated so far), so a seeded answer is the same alone, in any batch, and resumed after a restart.
+The filters act on the model's odds before temperature, as in mlx-lm and llama.cpp. It neither batches nor agrees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
+
+from moectl.request import Request
+
+_WHOLE_ANSWER = 1 << 30  # mlx-lm's penalties look back so far; these look at everything
+
+
+@dataclass(frozen=True, slots=True)
+class Odds:
+    """Natural log-probabilities by the model itself; arrays until somebody reads them."""
+
+    chosen: mx.array  # (1,)
+    top_ids: mx.array  # (k,), most probable first
+    top: mx.array  # (k,)
+
+
+class Sampler:
+    """One request's sampler; called once for every token, in order.
+
+    `hook` has to be among the row's logits processors in mlx-lm's generator where it is not None: it brings the logits
+    as the model gave them, and the tokens before.
+    """
+
+    def __init__(self, request: Request, *, prompt_tokens: int) -> None:
+        self._request = request
+        self._prompt_tokens = prompt_tokens
+        self._position = len(request.answered)
+        seed = request.seed if request.seed is not None else int.from_bytes(os.urandom(8))
+        self._seed = seed.to_bytes(8)
+        self._odds: deque[Odds] = deque()
+        self._raw: mx.array | None = None
+        repetition = request.repetition_penalty
+        self._over_all = make_logits_processors(None, None if repetition == 1 else repetition, _WHOLE_ANSWER)
+        self._over_answer = make_logits_processors(
+            {token: bias for token, bias in request.logit_bias},
+            presence_penalty=request.presence_penalty,
+            presence_context_size=_WHOLE_ANSWER,
+            frequency_penalty=request.frequency_penalty,
+            frequency_context_size=_WHOLE_ANSWER,
+        )
+
+    @property
+    def hook(self) -> Callable[[mx.array, mx.array], mx.array] | None:
+        needed = self._over_all or self._over_answer or self._request.logprobs is not None
+        return self._adjust if needed else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the most probable token is all there is to choose and to tell."""
+        return self._request.temperature == 0 and self._request.logprobs is None
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Return the token (1,) chosen from log-probabilities (1, V) that `hook` has been through."""
+        token: mx.array = self._choose(logprobs.astype(mx.float32))
+        self._position += 1
+        if self._request.logprobs is None:
+            return token
+        odds = self._tell_odds(token)
+        self._odds.append(odds)
+        # Computed with the step, because the token cannot be had without them.
+        bound: mx.array = mx.depends([token], [odds.chosen, odds.top_ids, odds.top])[0]
+        return bound
+
+    def take_odds(self) -> Odds | None:
+        """Return the odds at the oldest token not asked for yet; None where the request wants none."""
+        return self._odds.popleft() if self._odds else None
+
+    def _adjust(self, context: mx.array, logits: mx.array) -> mx.array:
+        """Return the logits (1, V) with penalties; `context` holds prompt and answer so far, on the device."""
+        self._raw = logits
+        logits = mx.array(logits)  # mlx-lm's processors write into what they are given
+        for penalize in self._over_all:
+            logits = penalize(context, logits)
+        answer = context[self._prompt_tokens :]
+        for penalize in self._over_answer:
+            logits = penalize(answer, logits)
+        adjusted: mx.array = logits
+        return adjusted
+
+    def _choose(self, logprobs: mx.array) -> mx.array:
+        request = self._request
+        if request.temperature == 0:
+            best: mx.array = mx.argmax(logprobs, axis=-1)
+            return best
+        if 0 < request.top_k < logprobs.shape[-1]:
+            logprobs = apply_top_k(logprobs, request.top_k)
+        if request.top_p < 1:
+            logprobs = apply_top_p(logprobs, request.top_p)
+        if request.min_p > 0:
+            logprobs = apply_min_p(logprobs, request.min_p)
+        return mx.random.categorical(logprobs / request.temperature, key=self._key())
+
+    def _key(self) -> mx.array:
+        digest = hashlib.blake2b(self._position.to_bytes(8), key=self._seed, digest_size=8).digest()
+        return mx.random.key(int.from_bytes(digest))
+
+    def _tell_odds(self, token: mx.array) -> Odds:
+        assert self._raw is not None
+        logits = self._raw[0].astype(mx.float32)
+        self._raw = None
+        logprobs = logits - mx.logsumexp(logits)
+        count = min(self._request.logprobs or 0, logprobs.size)
+        if count == 0:
+            return Odds(logprobs[token], mx.array([], dtype=mx.uint32), mx.array([], dtype=mx.float32))
+        ids = mx.argpartition(-logprobs, kth=count - 1)[:count]
+        ids = ids[mx.argsort(-logprobs[ids])]
+        return Odds(logprobs[token], ids, logprobs[ids])

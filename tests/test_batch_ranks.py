@@ -1,0 +1,54 @@
+"""Two real ranks under random load: the same decisions, the same prompt cache, nothing left behind, nobody waiting."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from moectl.checkpoint import open_checkpoint
+from moectl.demo import demo_dir
+from moectl.placement import make_placement
+from moectl.quantize import quantizer
+from moectl.shards import cut
+from tests.ring import process_env
+from tests.test_batching import PROMPTS, answer_alone, load_demo
+
+
+@pytest.mark.parametrize("split", ["hidden", "layers"])
+def test_ranks_stay_together_under_load(split: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(demo_dir()))
+    shards = tmp_path / "shards"
+    cut(checkpoint, make_placement(checkpoint.geometry, split, 2), None, shards, name="two", quantise=quantizer)
+    with ExitStack() as held:
+        listeners = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        ports = [listener.getsockname()[1] for listener in listeners]
+    hostfile = tmp_path / "ring.json"
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    job = tmp_path / "job.json"
+    load = {"requests": 250, "cancels": 200, "seed": 4, "prompts": PROMPTS}
+    job.write_text(json.dumps(load | {"shards": str(shards), "hostfile": str(hostfile), "out": str(tmp_path)}))
+    command = [sys.executable, "-m", "tests.batch_rank", str(job)]
+    ranks = [subprocess.Popen([*command, str(rank)], env=process_env(), stderr=subprocess.PIPE) for rank in range(2)]
+    try:
+        for rank, process in enumerate(ranks):
+            _, log = process.communicate(timeout=240)
+            assert process.returncode == 0, f"rank {rank}: {log.decode()}"
+    finally:
+        for process in ranks:
+            process.kill()
+    zero, one = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    leader, follower = (one, zero) if split == "layers" else (zero, one)
+    assert follower["tokens"] == follower["reasons"] == {}
+    assert sorted(map(int, leader["reasons"])) == list(range(1, 251))
+    assert list(leader["reasons"].values()).count("cancelled") > 80
+    assert leader["kept"] == follower["kept"] != []
+    alone = answer_alone(load_demo(tmp_path / "alone"), PROMPTS[0], 20, ignore_eos=True)
+    assert all(leader["tokens"][str(number)] == alone for number in range(10, 251, 10))
+    for rank in (zero, one):
+        assert abs(rank["after"] - rank["before"]) <= 0.05 * rank["before"]

@@ -1,0 +1,119 @@
+"""The longest common prefix, least recently used out first, the same decisions whatever a token weighs."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import KVCache
+
+from moectl.prompt_cache import MIN_PREFIX, PromptCache
+
+
+def make_layers(tokens: list[int], layers: int = 2) -> list[KVCache]:
+    """Make caches whose keys say which token they are of."""
+    made = []
+    for layer in range(layers):
+        cache = KVCache()
+        rows = mx.array(tokens, dtype=mx.float32)[None, None, :, None]
+        cache.update_and_fetch(rows + layer, -rows)
+        made.append(cache)
+    return made
+
+
+def keys_of(layers: list[KVCache]) -> list[int]:
+    return [int(k) for k in layers[0].keys_and_values()[0].reshape(-1).tolist()]
+
+
+def count(start: int, length: int) -> list[int]:
+    return list(range(start, start + length))
+
+
+def test_a_longer_prompt_finds_what_it_begins_with() -> None:
+    cache = PromptCache()
+    cache.keep(count(0, 30), make_layers(count(0, 30)), room=100)
+    found, layers = cache.find([*count(0, 30), 7, 8])
+    assert found == 30
+    assert layers is not None
+    assert keys_of(layers) == count(0, 30)
+
+
+def test_a_branch_finds_the_common_part_and_leaves_the_other_whole() -> None:
+    cache = PromptCache()
+    kept = count(0, 30)
+    cache.keep(kept, make_layers(kept), room=100)
+    found, layers = cache.find([*count(0, 20), 99, 98])
+    assert found == 20
+    assert layers is not None
+    assert keys_of(layers) == count(0, 20)
+    assert cache.find([*kept, 1])[0] == 30
+
+
+def test_the_last_token_is_always_left_to_compute() -> None:
+    cache = PromptCache()
+    cache.keep(count(0, 30), make_layers(count(0, 30)), room=100)
+    assert cache.find(count(0, 30))[0] == 29
+
+
+def test_what_is_used_least_goes_first() -> None:
+    cache = PromptCache()
+    for start in (100, 200, 300):
+        cache.keep(count(start, 20), make_layers(count(start, 20)), room=60)
+    assert cache.find(count(100, 21))[0] == 20  # which makes it the newest
+    cache.keep(count(400, 20), make_layers(count(400, 20)), room=60)
+    assert [prompt[0] for prompt in cache.prompts] == [300, 100, 400]
+    cache.shrink(20)
+    assert [prompt[0] for prompt in cache.prompts] == [400]
+    cache.shrink(0)
+    assert cache.tokens == 0
+
+
+def test_a_prompt_too_long_for_the_room_drives_nobody_out() -> None:
+    cache = PromptCache()
+    cache.keep(count(0, 40), make_layers(count(0, 40)), room=50)
+    cache.keep(count(100, 51), make_layers(count(100, 51)), room=50)
+    assert [prompt[0] for prompt in cache.prompts] == [0]
+
+
+def test_a_turn_replaces_the_turn_it_continues() -> None:
+    cache = PromptCache()
+    cache.keep(count(0, 20), make_layers(count(0, 20)), room=100)
+    cache.keep(count(0, 30), make_layers(count(0, 30)), room=100)
+    cache.keep(count(0, 25), make_layers(count(0, 25)), room=100)
+    assert cache.prompts == [count(0, 30)]
+
+
+words = st.integers(0, 1)
+sentences = st.lists(words, min_size=1, max_size=4 * MIN_PREFIX)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(["find", "keep", "shrink"]), sentences, st.integers(0, 160)), max_size=12))
+def test_ranks_with_other_layers_decide_alike(calls: list[tuple[str, list[int], int]]) -> None:
+    one, two = PromptCache(), PromptCache()
+    for call, tokens, room in calls:
+        if call == "find":
+            prompts = one.prompts
+            found, layers = one.find(tokens)
+            assert found == two.find(tokens)[0]
+            best = max((len(_prefix(p, tokens[:-1])) for p in prompts), default=0)
+            assert found == (best if best >= MIN_PREFIX else 0)
+            assert (layers is None) == (found == 0)
+        elif call == "keep":
+            one.keep(tokens, make_layers(tokens, 1), room)
+            two.keep(tokens, make_layers(tokens, 3), room)
+            assert one.tokens <= room
+        else:
+            one.shrink(room)
+            two.shrink(room)
+            assert one.tokens <= room
+        assert one.prompts == two.prompts
+
+
+def _prefix(a: list[int], b: list[int]) -> list[int]:
+    out = []
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        out.append(x)
+    return out
