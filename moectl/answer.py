@@ -68,7 +68,7 @@ class Answer:
             self.count += 1
             self._detokenizer.add_token(token)
             text = self._stop.feed(self._detokenizer.last_segment)
-            yield Token(self.request.id, token, text, *self._read(odds))
+            yield Token(self.request.id, token, text, *self._read(token, odds))
         if finish_reason is not None:
             self._detokenizer.finalize()
             yield from self._tell_rest(self._stop.feed(self._detokenizer.last_segment))
@@ -93,13 +93,17 @@ class Answer:
         if rest := text + self._stop.flush():
             yield Token(self.request.id, -1, rest)
 
-    def _read(self, odds: Odds | None) -> tuple[float | None, list[tuple[int, str, float]]]:
+    def _read(self, token: int, odds: Odds | None) -> tuple[float | None, list[tuple[int, str, float]]]:
+        """Return the token's log-probability, and those of the most probable ones with it among them."""
         if odds is None:
             return None, []
         ids: list[int] = odds.top_ids.tolist()  # type: ignore[assignment]
         top: list[float] = odds.top.tolist()  # type: ignore[assignment]
-        told = [(i, self._tokenizer.decode([i]), logprob) for i, logprob in zip(ids, top, strict=True)]
-        return float(odds.chosen.item()), told  # type: ignore[arg-type]
+        chosen = float(odds.chosen.item())  # type: ignore[arg-type]
+        known = list(zip(ids, top, strict=True))
+        if token not in ids:
+            known.append((token, chosen))
+        return chosen, [(i, self._tokenizer.decode([i]), logprob) for i, logprob in known]
 
     def _done(self, finish_reason: str) -> Done:
         self.ended = True

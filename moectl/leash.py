@@ -33,9 +33,9 @@ class Start:
     dtype: str | None = None  # None: what suits the device
     log: str | None = None  # file on the worker's host for a copy of its log
     force: bool = False  # load although the host's memory will not do
-    # These three have to be the same on every rank.
-    kv_tokens: int | None = None  # keys and values of so many tokens fit, those of past answers included; None: any
-    cache_tokens: int | None = None  # of those, for past answers at most; None: what the running ones leave
+    ranks_here: int = 1  # that share this host's memory
+    # These two have to be the same on every rank.
+    cache_tokens: int | None = None  # for past answers at most; None: what the running ones leave
     prefill_step: int | None = None  # tokens of a prompt that are read at a time; None: the engine's
 
 
@@ -51,6 +51,8 @@ class Connect:
 @dataclass(frozen=True, slots=True)
 class Load:
     """Read the weights; answered by Ready."""
+
+    kv_tokens: int | None = None  # keys and values of so many tokens fit on every rank; None: nobody counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ class Listening:
 
     versions: dict[str, str]
     ports: list[int]
+    kv_tokens: int | None = None  # whose keys and values will fit here beside the weights; None: not known
 
 
 @dataclass(frozen=True, slots=True)

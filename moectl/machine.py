@@ -6,6 +6,7 @@ host's memory.
 
 from __future__ import annotations
 
+import bisect
 import importlib.util
 import os
 import re
@@ -13,12 +14,23 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES, Memory, Verdict, judge, rank_need
+from moectl.budget import (
+    COMFORTABLE,
+    CPU_DTYPE_BYTES,
+    KV_STEP,
+    METAL_DTYPE_BYTES,
+    Memory,
+    Verdict,
+    judge,
+    kv_bytes,
+    rank_need,
+)
 from moectl.chips import default_working_set_bytes
 from moectl.errors import PlanError
 from moectl.manifest import Manifest
 
 CONTEXT = 4096  # tokens that a rank has to have room for
+MOST_ANSWERS = 8  # of full length: the engine runs no more at once
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -54,6 +66,34 @@ def check_own_memory(manifest: Manifest, rank: int, *, working_set_bytes: int | 
             f"({(need - memory.budget) / 1e9:.1f} GB too little)",
             hint="'moectl plan' says what would fit; --force tries it all the same",
         )
+
+
+def count_kv_tokens(manifest: Manifest, rank: int, *, ranks_here: int) -> int | None:
+    """Return whose keys and values fit beside a rank's weights, in tokens; None where the memory is not known.
+
+    At least one usual context, even where that is tight: whether it may run at all is `check_own_memory`'s to say.
+    """
+    memory = own_memory()
+    if memory is None:
+        return None
+    budget = COMFORTABLE * replace(memory, ranks=ranks_here).budget
+    dtype_bytes, longest = own_dtype_bytes(), manifest.geometry.max_seq_len
+
+    def fits(steps: int) -> bool:
+        need = rank_need(
+            manifest.placement,
+            manifest.quantization,
+            rank,
+            context=min(steps * KV_STEP, longest),
+            dtype_bytes=dtype_bytes,
+        )
+        more = steps * KV_STEP - min(steps * KV_STEP, longest)  # of further answers: their keys and values alone
+        return need.total + kv_bytes(manifest.placement, rank, more, 1, dtype_bytes) <= budget
+
+    least = min(CONTEXT, longest)
+    return max(
+        least, bisect.bisect_left(range(MOST_ANSWERS * longest // KV_STEP), 1, key=lambda s: not fits(s + 1)) * KV_STEP
+    )
 
 
 def _available(total: int) -> int:

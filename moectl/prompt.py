@@ -32,14 +32,16 @@ def read_prompt(request: Request, tokenizer: TokenizerWrapper, *, vocab_size: in
 
 
 def measure_reach(request: Request, prompt_tokens: int, *, max_seq_len: int, kv_tokens: int | None) -> int:
-    """Return up to how many tokens prompt and answer may get; raise UsageError if no memory was planned for that."""
-    reach = min(prompt_tokens + request.max_tokens, max_seq_len)
-    if kv_tokens is not None and reach > kv_tokens:
+    """Return up to how many tokens prompt and answer may get: what is asked for, as far as context and memory allow.
+
+    Raises UsageError when there is no memory for the prompt and one more token.
+    """
+    length = prompt_tokens + len(request.answered)
+    if kv_tokens is not None and length >= kv_tokens:
         raise UsageError(
-            f"prompt and answer may reach {reach} tokens, and there is memory for {kv_tokens}",
-            hint="ask for fewer tokens or shorten the prompt",
+            f"the prompt has {length} tokens, and there is memory for {kv_tokens}", hint="shorten the prompt"
         )
-    return reach
+    return min(prompt_tokens + request.max_tokens, max_seq_len, kv_tokens or max_seq_len)
 
 
 def _tokenize(request: Request, tokenizer: TokenizerWrapper) -> list[int]:

@@ -65,6 +65,7 @@ class Request:
             object.__setattr__(self, "messages", tuple(self.messages))
         object.__setattr__(self, "logit_bias", tuple((token, value) for token, value in self.logit_bias))
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "answered", tuple(self.answered))
 
     def _check_texts(self) -> None:
         said = [text for message in self.messages or () for text in message.values()]

@@ -145,14 +145,17 @@ class Session:
                     self._dtype,
                     spec.log,
                     self._force,
+                    sum(other.host.address == spec.host.address for other in self._ranks),
                 ),
             )
         listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, "starting")
         self._check_versions(listening)
         if len(self._ranks) > 1:
             self._connect(listening)
+        known = [event.kv_tokens for event in listening.values() if event.kv_tokens is not None]
+        kv_tokens = min(known, default=None)  # every rank holds every token's, so that the least room is all there is
         for rank in range(len(self._ranks)):
-            self._send(rank, Load())
+            self._send(rank, Load(kv_tokens))
         self._ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")[0]
 
     def _launch(self, rank: int, spec: RankSpec) -> None:

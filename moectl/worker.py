@@ -158,7 +158,7 @@ def _serve(leash: Leash) -> None:
     if start.log:
         _log_to(Path(start.log).expanduser())
     _log.info("rank %d of %d starts on %s", start.rank, start.world_size, start.shards)
-    from moectl.machine import check_own_memory
+    from moectl.machine import check_own_memory, count_kv_tokens
     from moectl.manifest import read_manifest
 
     directory = Path(start.shards).expanduser()
@@ -167,8 +167,8 @@ def _serve(leash: Leash) -> None:
         raise errors.NotDeployed(
             f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
         )
-    group = open_group(leash, start)
-    leash.take(Load)
+    group = open_group(leash, start, count_kv_tokens(manifest, start.rank, ranks_here=start.ranks_here))
+    load: Load = leash.take(Load)
     import mlx.core as mx  # not before the group's environment is set
 
     if not start.force:
@@ -189,7 +189,7 @@ def _serve(leash: Leash) -> None:
         group=group,
         max_seq_len=manifest.geometry.max_seq_len,
         prefill_step=start.prefill_step or PREFILL_STEP,
-        kv_tokens=start.kv_tokens,
+        kv_tokens=load.kv_tokens,
         cache_tokens=start.cache_tokens,
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
@@ -203,11 +203,11 @@ def _serve(leash: Leash) -> None:
         leash.tell(event)
 
 
-def open_group(leash: Leash, start: Start) -> Any:
+def open_group(leash: Leash, start: Start, kv_tokens: int | None = None) -> Any:
     """Promise free ports to the controller and join the group that it makes of all ranks; None for a single one."""
     with contextlib.ExitStack() as ports:
         numbers = [ports.enter_context(_free_port(address)) for address in start.addresses]
-        leash.tell(Listening(own_versions(), numbers))
+        leash.tell(Listening(own_versions(), numbers, kv_tokens))
         return _join(leash, start, ports) if start.world_size > 1 else None
 
 

@@ -217,7 +217,8 @@ def test_no_more_runs_than_there_is_memory_for(parts: tuple[Any, Any]) -> None:
     source = random.Random(5)
     for i in range(24):
         driven.ask(PROMPTS[i % 8], source.randint(1, 60), ignore_eos=True)
-    never = driven.ask("x", 300)
+    never = driven.ask("x" * 220, 3)
+    cut = driven.ask("x", 300, ignore_eos=True)
     last = driven.ask("x", 5, ignore_eos=True)
     most = [0, 0]
 
@@ -234,6 +235,8 @@ def test_no_more_runs_than_there_is_memory_for(parts: tuple[Any, Any]) -> None:
     assert most[1] > 0
     assert "memory for 200" in driven.refusal(never)
     assert len(driven.tokens(last)) == 5
+    assert 100 < len(driven.tokens(cut)) < 200  # as far as memory goes, like the context
+    assert driven.reason(cut) == "length"
     assert all(driven.reason(number) == "length" for number in range(1, 25))
 
 

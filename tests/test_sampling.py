@@ -110,7 +110,7 @@ def test_without_wishes_there_is_no_hook() -> None:
     assert Sampler(ask(temperature=1.0, top_p=0.5), prompt_tokens=1).hook is None
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, VOCAB + 5])
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
 def test_odds_are_the_models_own(logits: np.ndarray[Any, Any], count: int) -> None:
     """Before bias and temperature, which here make an improbable token the one that is chosen."""
     chosen = int(np.argmin(logits))
