@@ -5,8 +5,9 @@ rank holds whole experts and computes only the pairs that are its own: all of an
 of one that has copies. Either result is a partial sum over ranks. The router
 and the sum itself are elsewhere.
 
-Decode gathers matrices by index on the device. Prefill groups the pairs by expert: on a GPU by mlx-lm's sorted gather,
-on a CPU with one dense product per expert in numpy, whose GEMM is some 40 times faster than MLX's Linux wheel.
+Decode gathers matrices by index on the device. Prefill, and on a CPU a batch of large ones, groups the pairs by
+expert: on a GPU by mlx-lm's sorted gather, on a CPU with one dense product per expert in numpy, whose GEMM is some 40
+times faster than MLX's Linux wheel.
 """
 
 from __future__ import annotations
