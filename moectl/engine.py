@@ -9,6 +9,9 @@ after it was spoken, because reading the newest would stall the step in flight.
 What the word says is `admission`'s, what an answer tells is `answer`'s, which tokens are chosen is `sampling`'s; what
 is kept of past answers follows from the words, so every rank keeps the same.
 
+A row's answer does not depend on the others but for rounding: attention over padding and, on a CPU, grouped experts add
+up in another order, so tokens are the same except where two logits tie within float32's (or bfloat16's) last places.
+
 An idle engine waits for a message, never inside a collective. This file knows no process, socket or file.
 """
 

@@ -3,6 +3,10 @@
 Every rank keeps its own arrays and takes the same decisions: they depend on tokens, on counts of tokens, and on the
 order of calls, which is agreed; never on bytes, which differ between ranks of a pipeline. The least recently used goes
 first. It evaluates nothing and copies nothing: mlx-lm's generator copies what it is given.
+
+Kept values were computed in other pieces than a fresh prompt's would be (another chunk, or one by one beside other
+rows), so they agree up to rounding: in float32 the tokens are the same but for ties within some 1e-6 of a logit, in
+bfloat16 a closer tie may fall the other way. A request that must not depend on what came before asks for no cache.
 """
 
 from __future__ import annotations

@@ -6,18 +6,55 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
+from moectl.leash import Beat, Done, Generate, Load, Order, Prefilled, Refused, Start, encode, read_messages
 from moectl.placement import make_placement
 from moectl.quantize import quantizer
+from moectl.request import Request
 from moectl.shards import cut
 from tests.ring import process_env
 from tests.test_batching import PROMPTS, answer_alone, load_demo
+
+
+def test_a_worker_obeys_the_limits_it_is_started_with(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(demo_dir()))
+    shards = tmp_path / "shards"
+    cut(checkpoint, make_placement(checkpoint.geometry, "hidden", 1), None, shards, name="one", quantise=quantizer)
+    start = Start(0, 1, str(shards), [], 10, kv_tokens=60, cache_tokens=0, prefill_step=16)
+    asked = [Request(1, "a " * 40, 40, raw=True), *(Request(n, "a " * 40, 2, raw=True) for n in (2, 3))]
+    command = [sys.executable, "-m", "moectl", "worker"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=process_env()) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        orders: list[Order] = [start, Load(), *(Generate(request) for request in asked)]
+        worker.stdin.write(b"".join(encode(order) for order in orders))
+        worker.stdin.flush()
+        beats = threading.Event()
+        threading.Thread(target=keep_beating, args=(worker.stdin, beats), daemon=True).start()
+        events = []
+        for event in read_messages(worker.stdout):
+            events.append(event)
+            if isinstance(event, Done) and event.id == 3:
+                break
+        beats.set()
+        worker.kill()
+    assert [e.id for e in events if isinstance(e, Refused) and "memory for 60" in e.message] == [1]
+    assert [e.stats.cached_tokens for e in events if isinstance(e, Done)] == [0, 0]
+    assert {e.tokens for e in events if isinstance(e, Prefilled) and e.id == 2} >= {16, 32}
+
+
+def keep_beating(stream: IO[bytes], stop: threading.Event) -> None:
+    while not stop.wait(1):
+        stream.write(encode(Beat()))
+        stream.flush()
 
 
 @pytest.mark.parametrize("split", ["hidden", "layers"])

@@ -359,6 +359,16 @@ def test_a_cancelled_answer_is_remembered_too(parts: tuple[Any, Any]) -> None:
         assert driven.tokens(again) == answer_alone(parts, PROMPTS[3] * 3, 12, ignore_eos=True)
 
 
+@pytest.mark.parametrize("more", [PENALISED, SAMPLED | PENALISED])
+def test_penalties_count_what_came_from_the_cache(parts: tuple[Any, Any], more: dict[str, Any]) -> None:
+    driven = Driven(parts)
+    for _ in range(2):
+        driven.ask(PROMPTS[3], 30, **(more | {"ignore_eos": True}))
+        driven.run()
+    assert driven.stats(2).cached_tokens == driven.stats(2).prompt_tokens - 1
+    assert driven.tokens(2) == driven.tokens(1)
+
+
 def test_past_answers_make_way_for_running_ones(parts: tuple[Any, Any]) -> None:
     driven = Driven(parts, kv_tokens=120)
     driven.ask(PROMPTS[0], 60, ignore_eos=True)

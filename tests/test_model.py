@@ -63,6 +63,20 @@ def test_grouped_and_gathered_prefill_agree(length: int) -> None:
     np.testing.assert_allclose(whole, np.array(stepwise(model, tokens)), atol=1e-4, rtol=0)
 
 
+def test_a_batch_of_large_experts_is_grouped_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = build("base").layers[0].ffn.experts
+    geometry = read_geometry(oracle.make_config("base"))
+    x = mx.random.normal((3, geometry.d_model), key=mx.random.key(1))
+    indices = mx.array([[0, 1, 2, 3], [3, 2, 1, 0], [1, 5, 6, 7]])[:, : geometry.top_k]
+    weights = mx.random.uniform(shape=indices.shape, key=mx.random.key(2))
+    gathered = np.array(experts(x, indices, weights))
+    assert not experts.waits_for_host(indices)
+    monkeypatch.setattr("moectl.model.experts.LARGE_ELEMENTS", 1)
+    assert experts.waits_for_host(indices)
+    assert not experts.waits_for_host(indices[:1])
+    np.testing.assert_allclose(np.array(experts(x, indices, weights)), gathered, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_owners_of_copies_add_up_to_all_experts(replicas: int, tokens: int) -> None:
