@@ -28,13 +28,13 @@ def test_a_worker_obeys_the_limits_it_is_started_with(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(demo_dir()))
     shards = tmp_path / "shards"
     cut(checkpoint, make_placement(checkpoint.geometry, "hidden", 1), None, shards, name="one", quantise=quantizer)
-    start = Start(0, 1, str(shards), [], 10, kv_tokens=60, cache_tokens=0, prefill_step=16)
-    asked = [Request(1, "a " * 40, 40, raw=True), *(Request(n, "a " * 40, 2, raw=True) for n in (2, 3))]
+    start = Start(0, 1, str(shards), [], 10, cache_tokens=0, prefill_step=16)
+    asked = [Request(1, "a " * 70, 40, raw=True), *(Request(n, "a " * 40, 2, raw=True) for n in (2, 3))]
     command = [sys.executable, "-m", "moectl", "worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=process_env()) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
-        orders: list[Order] = [start, Load(), *(Generate(request) for request in asked)]
+        orders: list[Order] = [start, Load(kv_tokens=60), *(Generate(request) for request in asked)]
         worker.stdin.write(b"".join(encode(order) for order in orders))
         worker.stdin.flush()
         beats = threading.Event()
