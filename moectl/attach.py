@@ -13,7 +13,7 @@ from typing import Any
 from moectl import background
 from moectl.client import Client, is_running, socket_path
 from moectl.errors import MoectlError, StateError
-from moectl.launch import Target, count_ranks, decode_target, encode_target, target_key
+from moectl.launch import Local, Target, count_ranks, decode_target, encode_target, target_key
 from moectl.serving import Settings
 
 OnLog = Callable[[str, str], None]
@@ -55,6 +55,13 @@ def attach(
 def place_of(target: Target) -> Path:
     """Return the socket of a target's controller."""
     return socket_path(target_key(target))
+
+
+def describe_place(target: Target) -> str:
+    """Return in words what runs where."""
+    ranks = count_ranks(target)
+    where = f"{ranks} rank{'s' * (ranks > 1)} of this machine" if isinstance(target, Local) else f"{ranks} hosts"
+    return f"{target.name} on {where}."
 
 
 def is_loaded(target: Target) -> bool:

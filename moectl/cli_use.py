@@ -16,6 +16,8 @@ from moectl.cli_target import choose_target, session_options, target_options
 from moectl.flags import EXIT_STATUS, FILE, Common, Duration, common
 
 if TYPE_CHECKING:
+    from moectl.attach import Attached
+    from moectl.client import Client
     from moectl.launch import Target
     from moectl.leash import Done, Token
 
@@ -39,10 +41,11 @@ _END_S = 15.0  # for a controller that nobody needs any more
     show_default=True,
     help="Keep the model loaded for so long after the last answer; 0: unload at once, -1: for ever.",
 )
+@click.option("--no-history", is_flag=True, help="Forget what is typed in a chat.")
 @target_options
 @common
 def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float, **options: Any) -> None:
-    """Generate text.
+    """Generate text; without PROMPT at a terminal, chat.
 
     Standard input, when it is not a terminal, comes before PROMPT. With neither hosts nor a deployment, the bundled
     demo model answers on two local ranks. The model stays loaded for a while; 'moectl stop' unloads it.
@@ -55,24 +58,54 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
     """
     from moectl import attach
 
-    text = _prompt_text(prompt, common)
+    chats = not prompt and _at_terminal() and not (common.json or options["raw"])
+    text = "" if chats else _prompt_text(prompt, common)
     target = choose_target(common, options)
-    found = attach.attach(
-        target, session_options(common, options), keep_alive_s=keep_alive, say=common.say, on_log=_log_printer(common)
-    )
+    wanted = session_options(common, options)
+
+    def connect() -> attach.Attached:
+        return attach.attach(target, wanted, keep_alive_s=keep_alive, say=common.say, on_log=_log_printer(common))
+
+    found = connect()
     fields = {"max_tokens": options["max_tokens"], "temperature": options["temp"], "top_p": options["top_p"]}
     if options["seed"] is not None:
         fields["seed"] = options["seed"]
-    if options["raw"]:
-        events = found.client.complete({**fields, "prompt": text})
-    else:
-        system = [{"role": "system", "content": options["system"]}] if options["system"] is not None else []
-        events = found.client.chat({**fields, "messages": [*system, {"role": "user", "content": text}]})
     try:
-        _answer(common, events, stats or bool(common.verbose))
+        if chats:
+            _chat(common, options, connect, attach.describe_place(target), fields, stats or bool(common.verbose))
+        else:
+            _answer(common, _ask(found.client, text, options, fields), stats or bool(common.verbose))
     finally:
         if found.started and keep_alive == 0:
             found.client.wait_until_gone(_END_S)
+
+
+def _ask(client: Client, text: str, options: dict[str, Any], fields: dict[str, Any]) -> Iterator[Token | Done]:
+    if options["raw"]:
+        return client.complete({**fields, "prompt": text})
+    system = [{"role": "system", "content": options["system"]}] if options["system"] is not None else []
+    return client.chat({**fields, "messages": [*system, {"role": "user", "content": text}]})
+
+
+def _chat(
+    common: Common,
+    options: dict[str, Any],
+    connect: Callable[[], Attached],
+    title: str,
+    fields: dict[str, Any],
+    stats: bool,
+) -> None:
+    from moectl.chat import chat
+    from moectl.paths import state_dir
+
+    # The controller may have left in a long pause: every question looks for it again.
+    settings = {**({"system": options["system"]} if options["system"] is not None else {}), **fields}
+    history = None if options["no_history"] else state_dir() / "history"
+    chat(lambda asked: connect().client.chat(asked), title, settings, history=history, stats=stats)
+
+
+def _at_terminal() -> bool:
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def _prompt_text(words: tuple[str, ...], common: Common) -> str:

@@ -36,12 +36,13 @@ ONLY_IN: dict[str, set[str]] = {
     "tokenizers": {"demo.train"},
     "safetensors": {"layouts", "demo.train"},
     "matplotlib": {"plot"},
+    "prompt_toolkit": {"chat"},
     "starlette": {"server"},
     "uvicorn": {"server"},
     "prometheus_client": {"metrics"},
 }
 # Of those, the ones whose import waits until a function needs it.
-INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot")}
+INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot"), ("prompt_toolkit", "chat")}
 
 # From the face down; a module imports only from rooms further down or from its own.
 ROOMS = (
@@ -50,6 +51,7 @@ ROOMS = (
     {"cli_prepare", "cli_use"},
     {"cli_target"},
     {"flags"},
+    {"chat"},
     {"report"},
     {"console", "config"},
     {"attach"},
