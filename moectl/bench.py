@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moectl.errors import UsageError
 from moectl.leash import Done, Profile, Profiled, Ready, Token
+from moectl.placement import Placement
 from moectl.request import Request
 from moectl.routing import Routing
 from moectl.session import Session
@@ -105,8 +106,9 @@ class Benchmark:
 
     @property
     def communication_share(self) -> float:
-        """The slowest rank's all-reduces as part of the time per token."""
-        return self.slowest.all_reduce_s / self.step_s
+        """The slowest rank's all-reduces as part of the time per token; of both parts where barriers exceed it."""
+        slowest = self.slowest
+        return slowest.all_reduce_s / max(self.step_s, slowest.compute_s + slowest.all_reduce_s)
 
     @property
     def imbalance(self) -> float | None:
@@ -214,19 +216,33 @@ def _measured(values: Iterable[float]) -> Measured:
     return Measured(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
 
 
-def read_prediction(path: Path) -> Predicted:
-    """Return the prediction in a document of `moectl plan --json`. Raises UsageError."""
+def read_prediction(path: Path, placement: Placement | None, bits: int | None, *, prompt_tokens: int) -> Predicted:
+    """Return the prediction in a document of `moectl plan --json`, its first token's time for so many prompt tokens.
+
+    Raises UsageError when it is none, or of something else than this placement at so many bits (None: 16-bit).
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != "moectl.plan/1":
             raise ValueError("another schema")
         prediction = document["prediction"]
-        decode, prefill, ttft = (float(prediction[key]) for key in ("decode_tok_s", "prefill_tok_s", "ttft_s"))
+        decode, prefill = float(prediction["decode_tok_s"]), float(prediction["prefill_tok_s"])
         share = prediction.get("communication_share")
-        return Predicted(decode, prefill, ttft, None if share is None else float(share))
+        predicted = Predicted(decode, prefill, prompt_tokens / prefill, None if share is None else float(share))
+        planned = (str(document["split"]), tuple(document["shares"]), int(document["q_bits"]), document["layers"])
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(
-            f"{path} has no prediction of moectl plan: {error}", hint=f"moectl plan --json > {path}"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ZeroDivisionError):
+        raise UsageError(f"{path} has no prediction of this version's 'moectl plan --json'") from None
+    if placement is not None:
+        here = (placement.split, placement.shares, bits or 16, placement.geometry.n_layers)
+        if planned != here:
+            raise UsageError(
+                f"{path} plans something else: {_describe_planned(*planned)}, and here is {_describe_planned(*here)}",
+                hint="plan what is to be measured",
+            )
+    return predicted
+
+
+def _describe_planned(split: str, shares: tuple[int, ...], bits: int, layers: int) -> str:
+    return f"{split} {','.join(map(str, shares))} of {layers} layers at {bits} bits"

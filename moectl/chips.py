@@ -121,9 +121,19 @@ def default_working_set_bytes(memory_bytes: int) -> int:
     return memory_bytes * 2 // 3 if memory_bytes <= _SMALL_GIB * _GIB else memory_bytes * 3 // 4
 
 
+def sizes_sold(chip: Chip) -> tuple[int, ...]:
+    """Return the memory sizes, GiB, of a chip in all its bins: few owners know which of them theirs is."""
+    family = chip.name.rstrip("0123456789").rstrip("-") if chip.name[-2:].isdigit() else chip.name
+    return tuple(sorted({size for other in CHIPS.values() if _is_bin(other.name, family) for size in other.memory_gib}))
+
+
+def _is_bin(name: str, family: str) -> bool:
+    return name == family or (name.startswith(f"{family}-") and name.removeprefix(f"{family}-").isdigit())
+
+
 def installed_bytes(chip: Chip, stated_bytes: int) -> int:
     """Return the memory meant by a stated size: "192GB" of a chip that is sold with 192 GiB is these."""
-    for size in chip.memory_gib:
+    for size in sizes_sold(chip):
         if stated_bytes == size * 10**9:
             return size * _GIB
     return stated_bytes

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--ctx", type=click.IntRange(1), help="Tokens of context to keep (default: 4096, or the model's own).")
 @click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True)
-@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="For TTFT.")
+@click.option("-p", "--prompt-tokens", type=click.IntRange(1), help="For TTFT (default: 512, or the context).")
 @click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 is bf16 (default: as the model is).")
-@click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
+@click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's).")
 @click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
 @click.option("--split", type=SPLIT, default="auto", show_default=True)
 @click.option("--shares", metavar="A,B,…", help="Uneven parts instead of those that the plan would choose.")
@@ -51,7 +51,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
     \b
     Examples:
       moectl plan --hosts mac1,mac2 --chip m2-ultra --memory 192GB
-      moectl plan --q-bits 4 --link rdma hosts.txt
+      moectl plan --q-bits 4 --link rdma --hostfile hosts.txt
       moectl plan --what-if
     """
     from moectl import report
@@ -60,9 +60,17 @@ def plan(common: Common, model: str, **options: Any) -> None:
 
     asked, wanted = _asked(options), _wanted(options)
     if options["what_if"]:
+        names = ("split", "shares", "memory", "probe", "local", "routing_stats")
+        given = {f"--{name.replace('_', '-')}": options[name] not in (None, False, "auto") for name in names}
+        given |= {"--replicas": options["replicas"] > 1, "--hosts": common.hosts is not None}
+        refuse_both({"--what-if": True}, given)
         priced, rows = plan_purchase(model, wanted, asked)
         common.print(report.what_if_text(priced, rows), report.what_if_json(priced, rows))
         return
+    if options["local"] and model == DEFAULT_MODEL and not _was_given("model"):
+        from moectl.demo import demo_dir
+
+        model = str(demo_dir())  # as run and bench do
     where, measured = _where(common, options["local"]), None
     if options["probe"] or options["local"]:
         from moectl.probing import probe_cluster
@@ -74,6 +82,11 @@ def plan(common: Common, model: str, **options: Any) -> None:
     common.print(report.plan_text(*found), report.plan_json(*found))
     if not answer.plan.feasible:
         raise refusal(answer.plan)
+
+
+def _was_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _where(common: Common, local: int | None) -> HostList:
@@ -106,7 +119,7 @@ def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
         nodes=nodes,
         shares=read_shares(options["shares"]),
         replicas=options["replicas"],
-        frequencies=read_routing(stats).overall if stats else None,
+        routing=read_routing(stats) if stats else None,
         bits=int(bits) if bits else None,
         group_size=options["q_group_size"],
         mode=options["q_mode"],
@@ -121,7 +134,7 @@ def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
 @click.option("--shares", metavar="A,B,…", help="Uneven parts: experts, units of the hidden dimension, or layers.")
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert.")
 @click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 copies.")
-@click.option("--q-group-size", type=int, help="Weights per scale (default: MLX's).")
+@click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's).")
 @click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
 @click.option("--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
@@ -149,7 +162,7 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
         _verify(common, verify)
         return
     from moectl import report
-    from moectl.planning import Asked, place_on
+    from moectl.planning import Asked, place_on, refuse_early
 
     nodes = options.pop("nodes")
     hosts = common.host_list()
@@ -161,6 +174,8 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
     for name in ("split", "shares", "replicas", "routing_stats", "q_bits", "q_group_size", "q_mode"):
         del options[name]
     if hosts is not None:
+        if nodes in (None, len(hosts.hosts)) and not options["force"]:
+            refuse_early(model, wanted, hosts.hosts)
         options["choose_place"] = place_on(hosts.hosts, Asked(), force=options["force"], say=common.say)
     options["directory"] = options.pop("output")
     made = shard_model(common, model, wanted, dry_run=dry_run, **options)

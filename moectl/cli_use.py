@@ -17,6 +17,7 @@ from moectl.flags import EXIT_STATUS, FILE, Common, Duration, common
 
 if TYPE_CHECKING:
     from moectl.attach import Attached
+    from moectl.bench import Predicted
     from moectl.client import Client
     from moectl.launch import Target
     from moectl.leash import Done, Token
@@ -288,7 +289,7 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
     earlier = plotting.read_documents(compare)
     target = choose_target(common, options)
     _refuse_beside_controller(target)
-    predicted = benchmark.read_prediction(plan) if plan else _recalled(target, options)
+    predicted = _predicted(target, plan, options)
     trials = options["num_trials"]
 
     def on_trial(number: int, trial: benchmark.Trial) -> None:
@@ -306,20 +307,26 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
         plotting.write_plot(plot, [*earlier, document])
 
 
-def _recalled(target: Any, options: dict[str, Any]) -> Any:
-    """Return what the last `plan --probe` of these hosts expects of these trials, if there was one."""
+def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Predicted | None:
+    """Return what a plan, or the last `plan --probe` of these hosts, expects of these trials, if there is one."""
     from moectl import launch, probing
-    from moectl.bench import Predicted
+    from moectl.bench import Predicted, read_prediction
     from moectl.manifest import read_manifest
 
-    try:
-        if isinstance(target, launch.Local):
-            manifest, hosts = target.manifest, ["localhost"] * target.manifest.world_size
-        else:
-            manifest, hosts = read_manifest(Path(target.shards)), [rank.host.name for rank in target.ranks]
-    except errors.MoectlError:  # the operator's copy may be gone
-        return None
+    manifest = None
+    hosts = ["localhost"] * launch.count_ranks(target)
+    if isinstance(target, launch.Local):
+        manifest = target.manifest
+    else:
+        hosts = [rank.host.name for rank in target.ranks]
+        with contextlib.suppress(errors.MoectlError):  # the operator's copy may be gone
+            manifest = read_manifest(Path(target.shards))
     prompt, generated = options["prompt_tokens"], options["generation_tokens"]
+    if plan is not None:
+        bits = manifest.quantization.bits if manifest and manifest.quantization else None
+        return read_prediction(plan, manifest.placement if manifest else None, bits, prompt_tokens=prompt)
+    if manifest is None:
+        return None
     context = prompt + generated // 2
     found = probing.recall(hosts, manifest.placement, manifest.quantization, context=context, prompt_tokens=prompt)
     if found is None:

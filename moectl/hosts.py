@@ -152,7 +152,9 @@ def parse_size(text: str) -> int:
     whole, _, fraction = match[1].partition(".")
     size = int(whole) * unit + int(fraction or "0") * unit // int(10 ** len(fraction))
     if size <= 0:
-        raise HostsError(f"{text!r} is not a size above zero")
+        raise HostsError(f"{text!r} is not a size above zero", hint="write for example 120GB (10^9) or 112GiB (2^30)")
+    if not match[2] and size < 1 << 20:
+        raise HostsError(f"{text!r} is {size} bytes: no host has so little memory", hint=f"did you mean {text}GB?")
     return size
 
 

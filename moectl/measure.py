@@ -34,7 +34,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.balance import share_out
 from moectl.engine import Engine
-from moectl.errors import CommandFailed
+from moectl.errors import PlanError
 from moectl.leash import Done, Generate, Load, Ready, Start, Token
 from moectl.manifest import Quantization
 from moectl.measured import Job, Pass, RankSpeed, Speed, read_job
@@ -86,7 +86,7 @@ class Group:
 
 
 def measure(job: Job, group: Group) -> list[Speed]:
-    """Measure each of a job's placements; every rank returns the same. Raises CommandFailed without enough memory."""
+    """Measure each of a job's placements; every rank returns the same. Raises PlanError without enough memory."""
     speeds = []
     for placement in job.placements:
         speeds.append(_Bench(placement, job, group).measure())
@@ -226,10 +226,11 @@ class _Bench:
 
     def _refuse(self, needed: float, needed_s: float, fits: bool) -> NoReturn:
         if fits:
-            raise CommandFailed(f"this host would take {needed_s:.0f} s to measure", hint="plan without --probe")
+            raise PlanError(f"this host would take {needed_s:.0f} s to measure", hint="plan without --probe")
         allowed = self._job.memory_bytes
-        raise CommandFailed(
-            f"measuring needs {needed / 1e9:.1f} GB, and may take {allowed / 1e9:.1f} GB here", hint="free some memory"
+        raise PlanError(
+            f"measuring needs {needed / 1e9:.1f} GB, and may take {allowed / 1e9:.1f} GB here",
+            hint="free some memory there, or plan without --probe",
         )
 
     def _least_work(self, model: Model, placement: Placement) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES, Memory
 from moectl.calibration import Calibration
-from moectl.chips import Chip, default_working_set_bytes, find_chip, installed_bytes
+from moectl.chips import Chip, default_working_set_bytes, find_chip, installed_bytes, sizes_sold
 from moectl.errors import HostsError
 from moectl.hardware import Hardware
 from moectl.hosts import Host
@@ -46,6 +46,7 @@ def make_node(
         dtype_bytes=CPU_DTYPE_BYTES if chip.name == "linux-cpu" else METAL_DTYPE_BYTES,
         price=host.price if host.price is not None else chip.price_usd,
         is_mac=is_apple(chip),
+        rdma=chip.rdma or not is_apple(chip),
     )
 
 
@@ -95,7 +96,7 @@ def stated_memory(chip: Chip, stated_bytes: int) -> Memory:
     if not is_apple(chip):
         return Memory(stated_bytes)
     installed = installed_bytes(chip, stated_bytes)
-    if installed != stated_bytes or installed in {size << 30 for size in chip.memory_gib}:
+    if installed != stated_bytes or installed in {size << 30 for size in sizes_sold(chip)}:
         return Memory(installed, default_working_set_bytes(installed))
     larger = [size << 30 for size in chip.memory_gib if size << 30 > stated_bytes]
     whole = min(larger, default=stated_bytes)

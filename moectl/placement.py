@@ -157,8 +157,10 @@ def _check_copies(
     """Raise PlanError unless these copies can be had."""
     if replicas < 1:
         raise PlanError(f"{replicas} copies of an expert cannot be; use 1 or more")
-    if split != "experts" and (replicas > 1 or frequencies is not None):
+    if split != "experts" and replicas > 1:
         raise PlanError(f"only whole experts can have copies, and --split {split} has none", hint="--split experts")
+    if split != "experts" and frequencies is not None:
+        raise PlanError(f"only whole experts have places, and --split {split} has none", hint="--split experts")
     if replicas > nodes:
         raise PlanError(f"{replicas} copies of an expert need {replicas} nodes; there are {nodes}")
     if frequencies is not None and (

@@ -21,7 +21,7 @@ from moectl.measured import Speed
 from moectl.placement import Placement, make_placement
 from moectl.speed import Prediction, Rates, Work, expected_busiest, predict, predict_measured
 
-MAX_NODES = 8
+MOST_ADVISED = 16  # hosts
 LOWER_BITS = (8, 6, 4, 3, 2)
 _MIB = 1 << 20
 
@@ -36,6 +36,7 @@ class Node:
     dtype_bytes: int  # of the type it calculates in
     price: float | None = None  # USD
     is_mac: bool = True
+    rdma: bool = True  # whether its Thunderbolt can do it, as far as is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +110,12 @@ def make_plan(question: Question, split: str = "auto", *, shares: Sequence[int] 
         )
     if question.replicas > 1 or question.frequencies is not None:
         if split not in ("auto", "experts"):
-            raise PlanError(f"only whole experts can have copies, and --split {split} has none", hint="--split experts")
+            what = "copies" if question.replicas > 1 else "places of their own"
+            raise PlanError(f"only whole experts can have {what}, and --split {split} has none", hint="--split experts")
         split = "experts"
     plan = _best(question, split, shares)
-    return dataclasses.replace(plan, why=_explain(question, split, plan), advice=tuple(_advise(question, plan)))
+    advice = (*_advise_link(question), *_advise(question, plan))
+    return dataclasses.replace(plan, why=_explain(question, split, plan), advice=advice)
 
 
 def _best(question: Question, split: str, shares: Sequence[int] | None) -> Plan:
@@ -318,9 +321,16 @@ def _advise(question: Question, plan: Plan) -> Iterator[str]:
         return
     yield from _advise_split(question, plan)
     yield from _advise_context(question, plan)
+    yield from _advise_concurrency(question, plan)
     yield from _advise_bits(question, plan)
     yield from _advise_nodes(question, plan)
     yield from _advise_limits(question, plan)
+
+
+def _advise_link(question: Question) -> Iterator[str]:
+    slow = [node.host for node in question.nodes if not node.rdma]
+    if question.link.name == "rdma" and slow and len(question.nodes) > 1:
+        yield f"RDMA needs Thunderbolt 5, which {', '.join(slow)} {'has' if len(slow) == 1 else 'have'} not: use tb-tcp"
 
 
 def _advise_fewer(question: Question, plan: Plan) -> Iterator[str]:
@@ -356,6 +366,15 @@ def _advise_context(question: Question, plan: Plan) -> Iterator[str]:
         yield f"--ctx {steps * KV_STEP} fits"
 
 
+def _advise_concurrency(question: Question, plan: Plan) -> Iterator[str]:
+    def fits(count: int) -> bool:
+        fewer = dataclasses.replace(question, concurrency=count)
+        return plan_placement(fewer, plan.placement).verdict is Verdict.FITS
+
+    if question.concurrency > 1 and (most := _last(fits, question.concurrency - 1)):
+        yield f"--concurrency {most} fits"
+
+
 def _advise_bits(question: Question, plan: Plan) -> Iterator[str]:
     if not question.can_quantise:
         return
@@ -374,7 +393,7 @@ def _advise_bits(question: Question, plan: Plan) -> Iterator[str]:
 
 def _advise_nodes(question: Question, plan: Plan) -> Iterator[str]:
     like = question.nodes[-1]
-    for count in range(len(question.nodes) + 1, MAX_NODES + 1):
+    for count in range(len(question.nodes) + 1, MOST_ADVISED + 1):
         added = tuple(
             dataclasses.replace(like, host=f"{like.host}+{i}") for i in range(1, count - len(question.nodes) + 1)
         )

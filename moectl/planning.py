@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from moectl import prepare
 from moectl.budget import METAL_DTYPE_BYTES, Verdict, judge, rank_need
 from moectl.calibration import CALIBRATIONS, find_link
-from moectl.catalog import Model
+from moectl.catalog import MODELS, Model
 from moectl.checkpoint import Checkpoint
 from moectl.errors import HostsError, MoectlError, PlanError
 from moectl.hardware import Hardware
@@ -23,8 +24,10 @@ from moectl.manifest import Manifest, Quantization
 from moectl.nodes import Defaults, default_link, make_node
 from moectl.placement import Placement
 from moectl.plan import Node, Plan, Question, make_plan, refusal
-from moectl.prepare import Wanted, choose_quantization, describe_model
+from moectl.prepare import Wanted, choose_quantization, describe_model, find_frequencies
 from moectl.whatif import Row, what_if
+
+PROMPT = 512  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Asked:
 
     ctx: int | None = None  # CONTEXT, or the model's own if that is less
     concurrency: int = 1
-    prompt_tokens: int = 512
+    prompt_tokens: int | None = None  # PROMPT, or the context if that is less
     chip: str | None = None
     memory: str | None = None
     link: str | None = None
@@ -83,7 +86,7 @@ def set_task(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -
     model, manifest = describe_model(source)
     question = ask(choose(model, wanted), asked, hosts)
     question = replace(question, can_quantise=model.quantization is None)
-    question = replace(question, replicas=wanted.replicas, frequencies=wanted.frequencies)
+    question = replace(question, replicas=wanted.replicas, frequencies=find_frequencies(wanted, model.geometry))
     if manifest is not None and wanted.split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
         question = replace(question, replicas=manifest.placement.replicas)
         return Task(model, question, manifest.split, manifest.shares)
@@ -98,6 +101,7 @@ def choose(model: Model, wanted: Wanted) -> Model:
 def ask(model: Model, asked: Asked, hosts: Sequence[Host]) -> Question:
     """Put a question about a model on these hosts."""
     calibration = CALIBRATIONS[asked.calibration]
+    context = find_context(model, asked)
     names = [host.name for host in hosts]
     nodes = tuple(
         make_node(h, calibration, asked.defaults, asked.found.get(h.name), ranks=names.count(h.name)) for h in hosts
@@ -108,9 +112,9 @@ def ask(model: Model, asked: Asked, hosts: Sequence[Host]) -> Question:
         nodes,
         find_link(calibration, asked.link or default_link(hosts)),
         calibration,
-        context=asked.ctx or min(CONTEXT, model.geometry.max_seq_len),
+        context=context,
         concurrency=asked.concurrency,
-        prompt_tokens=asked.prompt_tokens,
+        prompt_tokens=find_prompt(asked, context),
     )
 
 
@@ -118,14 +122,41 @@ def plan_purchase(source: str, wanted: Wanted, asked: Asked) -> tuple[Model, lis
     """Return the table of clusters that one could buy for a model."""
     model, _ = describe_model(source)
     chosen = choose(model, wanted)
-    rows = what_if(
-        chosen if wanted.bits else model,
-        CALIBRATIONS[asked.calibration],
-        context=asked.ctx or min(CONTEXT, model.geometry.max_seq_len),
-        prompt_tokens=asked.prompt_tokens,
-        fixed=wanted.bits is not None,
+    context = find_context(model, asked)
+    if asked.link is not None:
+        find_link(CALIBRATIONS[asked.calibration], asked.link)
+    rows = list(
+        what_if(
+            chosen if wanted.bits else model,
+            CALIBRATIONS[asked.calibration],
+            context=context,
+            prompt_tokens=find_prompt(asked, context),
+            fixed=wanted.bits is not None,
+            chip=asked.chip,
+            link=asked.link,
+        )
     )
-    return model, list(rows)
+    if not rows:
+        raise PlanError(f"none of these clusters holds {model.name}", hint="moectl plan --what-if shows all")
+    return model, rows
+
+
+def find_context(model: Model, asked: Asked) -> int:
+    """Return the tokens of context to plan for. Raises PlanError beyond the model's."""
+    longest = model.geometry.max_seq_len
+    if asked.ctx is not None and asked.ctx > longest:
+        raise PlanError(f"a context of {asked.ctx} tokens is beyond the model's {longest}", hint=f"--ctx {longest}")
+    return asked.ctx or min(CONTEXT, longest)
+
+
+def find_prompt(asked: Asked, context: int) -> int:
+    """Return the tokens of the prompt to plan for. Raises PlanError beyond the context."""
+    if asked.prompt_tokens is not None and asked.prompt_tokens > context:
+        raise PlanError(
+            f"a prompt of {asked.prompt_tokens} tokens is beyond the context of {context}",
+            hint=f"--ctx {asked.prompt_tokens} or more, as far as the model goes",
+        )
+    return asked.prompt_tokens or min(PROMPT, context)
 
 
 def place_on(
@@ -144,7 +175,8 @@ def place_on(
             placement = prepare.place(checkpoint, wanted, quantization)
             check_fit(model, placement, nodes[:count], force=force, warn=say)
             return placement
-        question = replace(ask(model, asked, hosts), replicas=wanted.replicas, frequencies=wanted.frequencies)
+        frequencies = find_frequencies(wanted, model.geometry)
+        question = replace(ask(model, asked, hosts), replicas=wanted.replicas, frequencies=frequencies)
         plan = make_plan(question, wanted.split, shares=wanted.shares)
         if not (plan.feasible or force):
             raise refusal(plan)
@@ -153,6 +185,15 @@ def place_on(
         return plan.placement
 
     return place
+
+
+def refuse_early(source: str, wanted: Wanted, hosts: Sequence[Host]) -> None:
+    """Refuse a model that is known by name and that these hosts cannot hold, before anybody looks for its files."""
+    if source not in MODELS or Path(source).is_dir() or None in [known_node(host, Asked()) for host in hosts]:
+        return
+    plan = plan_cluster(source, wanted, Asked(), hosts).plan
+    if not plan.feasible:
+        raise refusal(plan)
 
 
 def place_here(

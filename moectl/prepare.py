@@ -15,7 +15,8 @@ from moectl import shards
 from moectl.catalog import MODELS, Model
 from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.copies import place_copies
-from moectl.errors import NotSharded, ShardsDiffer
+from moectl.errors import NotSharded, PlanError, ShardsDiffer
+from moectl.geometry import Geometry
 from moectl.layouts import MODES
 from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import Manifest, Quantization, read_manifest
@@ -23,6 +24,7 @@ from moectl.paths import cache_dir, data_dir
 from moectl.pipeline import OpenQuantise
 from moectl.placement import Placement, make_placement
 from moectl.recipe import Described, check_quantization, plan_files
+from moectl.routing import Routing
 
 PLAIN_BITS = 16
 
@@ -35,7 +37,7 @@ class Wanted:
     nodes: int | None = None  # None: one per share, or 1
     shares: tuple[int, ...] | None = None
     replicas: int = 1  # of each expert, at most
-    frequencies: tuple[float, ...] | None = None  # how often each expert is selected
+    routing: Routing | None = None  # how often each expert was selected
     bits: int | None = None  # None: as the checkpoint is
     group_size: int | None = None
     mode: str = "affine"
@@ -72,13 +74,28 @@ def default_precision(mode: str) -> tuple[int, int]:
     return widths[0], groups[0]
 
 
+def find_frequencies(wanted: Wanted, geometry: Geometry) -> tuple[float, ...] | None:
+    """Return how often each expert is selected, where that is known. Raises PlanError when it is another model's."""
+    routing = wanted.routing
+    if routing is None:
+        return None
+    shape, there = (geometry.n_layers, geometry.n_experts), (len(routing.counts), len(routing.counts[0]))
+    if shape != there:
+        raise PlanError(
+            f"the routing statistics are of {routing.model}, with {there[0]} layers of {there[1]} experts; "
+            f"this model has {shape[0]} of {shape[1]}",
+            hint="moectl bench --routing-stats FILE counts this model's",
+        )
+    return routing.overall
+
+
 def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
     """Return who holds what when nothing is known of the hosts.
 
     `auto` is `hidden` then, or `experts` where copies or frequencies are asked for. Raises PlanError.
     """
     # Only whole experts have copies, or places of their own.
-    alone = "hidden" if wanted.replicas == 1 and wanted.frequencies is None else "experts"
+    alone = "hidden" if wanted.replicas == 1 and wanted.routing is None else "experts"
     split = alone if wanted.split == "auto" else wanted.split
     nodes = wanted.nodes if wanted.nodes is not None else len(wanted.shares or (1,))
     group_size = quantization.group_size if quantization else None
@@ -89,7 +106,7 @@ def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | N
         shares=wanted.shares,
         group_size=group_size,
         replicas=wanted.replicas,
-        frequencies=wanted.frequencies,
+        frequencies=find_frequencies(wanted, checkpoint.geometry),
     )
 
 

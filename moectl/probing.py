@@ -12,11 +12,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from statistics import fmean
 
 from moectl import disk, probe
 from moectl.backend import choose_backend
 from moectl.budget import Verdict
 from moectl.calibration import Calibration, Link
+from moectl.chips import find_chip
 from moectl.cluster import connect
 from moectl.errors import MoectlError, RemoteError
 from moectl.hardware import Hardware
@@ -56,10 +58,13 @@ def probe_cluster(
 
     Raises what `planning.plan_cluster` raises, and the first host's error.
     """
+    if asked.chip is not None:
+        find_chip(asked.chip)
     with _open_sites(where) as (sites, missing):
         hardware = probe.read_all_hardware([site.remote for site in sites])
         found = {host.name: own for host, own in zip(where.hosts, hardware, strict=True)}
         task = set_task(source, wanted, replace(asked, found=found), where.hosts)
+        task.solve()  # what cannot be placed need not be measured
         rtt_s, bandwidth = _measure_links(sites, say)
         speeds: tuple[Speed, ...] = ()
         if missing:
@@ -92,10 +97,11 @@ def use(question: Question, measured: Measured, *, stated_link: str | None = Non
 def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
     """Take apart what was measured, for the splits that were not: rates, links, and what the host costs per layer."""
     first = speeds[0]  # every rank took part in it
-    nodes = tuple(
-        replace(node, rates=Rates(rank.bytes_s or node.rates.bytes_s if node.rates else rank.bytes_s, rank.flops_s))
-        for node, rank in zip(question.nodes, first.ranks, strict=True)
-    )
+    rates = [Rates(rank.bytes_s, rank.flops_s) for rank in first.ranks]
+    if len({(node.memory.total, node.rates) for node in question.nodes}) == 1:
+        # Hosts of one kind differ by noise, which should not make their shares uneven.
+        rates = [Rates(fmean(r.bytes_s for r in rates), fmean(r.flops_s for r in rates))] * len(rates)
+    nodes = tuple(replace(node, rates=own) for node, own in zip(question.nodes, rates, strict=True))
     exchanges = sorted(first.collective_s.items())
     collective_s = exchanges[0][1] if exchanges else 0.0
     work_s = max(rank.attention_s + max(rank.experts_s.values()) for rank in first.ranks)

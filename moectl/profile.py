@@ -30,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from moectl.balance import share_out
 from moectl.leash import Prefilled, Profile, Profiled
 from moectl.model.dbrx import Model
 from moectl.model.reduce import Exchange, observed
@@ -119,6 +120,7 @@ class _Routing:
     def __init__(self, placement: Placement, rank: int, layers: int) -> None:
         self._rank = rank
         self._parts = _held_parts(placement)
+        self._owners = placement.owners if placement.replicas > 1 else None
         self._seen: list[tuple[int, mx.array]] = []
         self.chosen = np.zeros((layers, placement.geometry.n_experts), dtype=np.int64)
         self.tokens = 0  # × layers
@@ -137,11 +139,31 @@ class _Routing:
         for layer, indices in self._seen:
             experts = np.array(indices).astype(np.int64)  # (T, K)
             self.chosen[layer] += np.bincount(experts.ravel(), minlength=self.chosen.shape[1])
-            work = self._parts[:, experts].sum(axis=-1)  # (ranks, T)
+            work = self._share(experts)  # (ranks, T)
             self.tokens += experts.shape[0]
             self.own += float(work[self._rank].sum())
             self.busiest += float(work.max(axis=0).sum())
         self._seen.clear()
+
+    def _share(self, experts: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        if self._owners is not None:
+            return _share_copies(self._owners, self._parts.shape[0], experts)
+        return self._parts[:, experts].sum(axis=-1)  # type: ignore[no-any-return]
+
+
+def _share_copies(
+    owners: tuple[tuple[int, ...], ...], ranks: int, experts: np.ndarray[Any, np.dtype[np.int64]]
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return how many of each token's (T, K) experts each rank runs, (ranks, T), where experts have copies.
+
+    As in decode, where a token's choice is shared out by itself.
+    """
+    work = np.zeros((ranks, experts.shape[0]))
+    for token, chosen in enumerate(experts.tolist()):
+        for share in share_out(dict.fromkeys(chosen, 1), owners).values():
+            for rank, count in share.items():
+                work[rank, token] += count
+    return work
 
 
 def _held_parts(placement: Placement) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -212,6 +212,7 @@ def plan_json(model: Model, question: Question, plan: Plan, measured: Measured |
         "schema": "moectl.plan/1",
         "model": model.name,
         "q_bits": quantization.bits if quantization else 16,
+        "layers": question.geometry.n_layers,
         "context": question.context,
         "feasible": plan.feasible,
         "verdict": plan.verdict.name.lower(),

@@ -59,8 +59,8 @@ def read_routing(path: Path) -> Routing:
         return Routing(str(document["model"]), _count(document["tokens"]), _count(document["top_k"]), counts)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", hint=_HINT) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{path} is no routing statistics: {error}", hint=_HINT) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UsageError(f"{path} is no routing statistics", hint=_HINT) from None
 
 
 _HINT = "moectl bench --routing-stats FILE writes one"

@@ -51,6 +51,7 @@ from moectl.request import Request
 LOG_LINES = 20
 EXIT_GRACE_S = 5.0
 INIT_EXTRA_S = 5.0
+MISSES = 5  # heartbeats in a row without an answer: the rank is dead, or as good as
 BLAME_S = 1.0  # how long to wait for the rank at fault after another one said that it lost it
 
 
@@ -113,6 +114,8 @@ class Session:
         self._unanswered: set[int] = set()  # ids of what was asked and has not ended
         self._heard_s = [0.0 for _ in ranks]  # when each rank last answered a heartbeat
         self._memory_bytes = [0 for _ in ranks]
+        self._seen_s = [0.0 for _ in ranks]  # what `_heard_s` was at the beat before
+        self._missed = [0 for _ in ranks]  # beats in a row that a rank has not answered
 
     def __enter__(self) -> Session:
         try:
@@ -373,6 +376,16 @@ class Session:
                 # Where a lock is held, bytes are on their way: that is as good as a beat, and the others need theirs.
                 if not self._sending[rank].locked():
                     self._send(rank, Beat())
+            if self._ready is not None:
+                self._count_misses()
+
+    def _count_misses(self) -> None:
+        # Beats are counted, not seconds: after this machine slept, or was stopped, one is missing and not many.
+        for rank, heard_s in enumerate(self._heard_s):
+            self._missed[rank] = self._missed[rank] + 1 if heard_s == self._seen_s[rank] else 0
+            self._seen_s[rank] = heard_s
+            if self._missed[rank] == MISSES:
+                self._events.put((rank, _Ended(f"the worker has not answered for {MISSES * BEAT_S:g} s")))
 
     def _send(self, rank: int, order: Order) -> None:
         process = self._processes[rank]

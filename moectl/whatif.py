@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from moectl.calibration import LINKS, Calibration, find_link
 from moectl.catalog import Model
-from moectl.chips import CHIPS, Chip
-from moectl.errors import PlanError
+from moectl.chips import CHIPS, Chip, find_chip
+from moectl.errors import HostsError, PlanError
 from moectl.hosts import Host
 from moectl.manifest import Quantization
 from moectl.nodes import Defaults, make_node
@@ -41,14 +41,31 @@ class Row:
 
 
 def what_if(
-    model: Model, calibration: Calibration, *, context: int, prompt_tokens: int, fixed: bool = False
+    model: Model,
+    calibration: Calibration,
+    *,
+    context: int,
+    prompt_tokens: int,
+    fixed: bool = False,
+    chip: str | None = None,
+    link: str | None = None,
 ) -> Iterator[Row]:
-    """Yield the table row by row; `fixed` keeps to the model's own precision."""
+    """Yield the table row by row; `fixed` keeps to the model's own precision, `chip` and `link` to one of each.
+
+    Raises HostsError for a chip that is not in the table.
+    """
+    if chip is not None and find_chip(chip).name not in {name for name, _ in MACHINES}:
+        names = ", ".join(dict.fromkeys(name for name, _ in MACHINES))
+        raise HostsError(
+            f"the table has no {chip}; it has {names}", hint="moectl plan --hosts a,b --chip … asks for any"
+        )
     own = model.quantization
     choices = [own] if fixed or own else [None if bits == 16 else Quantization(bits, GROUP) for bits in BITS]
     for name, memory_gib in MACHINES:
+        if chip is not None and find_chip(chip).name != name:
+            continue
         for quantization in choices:
-            for link in _links(CHIPS[name]):
+            for kind in (kind for kind in _links(CHIPS[name]) if link in (None, kind)):
                 host = Host("mac", chip=name, memory_bytes=memory_gib << 30)
                 node = make_node(host, calibration, Defaults())
                 asked = (
@@ -56,7 +73,7 @@ def what_if(
                         model.geometry,
                         quantization,
                         (node,) * count,
-                        find_link(calibration, link),
+                        find_link(calibration, kind),
                         calibration,
                         context=context,
                         prompt_tokens=prompt_tokens,
@@ -65,7 +82,7 @@ def what_if(
                 )
                 cells = tuple((len(question.nodes), _try_plan(question)) for question in asked)
                 if any(plan is not None and plan.feasible for _, plan in cells):
-                    yield Row(name, memory_gib, link, quantization.bits if quantization else 16, cells)
+                    yield Row(name, memory_gib, kind, quantization.bits if quantization else 16, cells)
 
 
 def _links(chip: Chip) -> list[str]:

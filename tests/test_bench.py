@@ -23,11 +23,14 @@ from moectl import plot, report
 from moectl.bench import Benchmark, Predicted, RankTime, Trial, bench, read_prediction
 from moectl.engine import Engine
 from moectl.errors import StateError, UsageError
+from moectl.geometry import DBRX
 from moectl.leash import Done, Generate, Prefilled, Profile, Profiled, Ready, Refused, Token
 from moectl.manifest import read_manifest
 from moectl.model import reduce
 from moectl.model.experts import Experts
 from moectl.model.load import load_rank
+from moectl.placement import make_placement
+from moectl.profile import _share_copies
 from moectl.request import Request
 from moectl.routing import Routing, read_routing, write_routing
 from moectl.session import Session
@@ -374,7 +377,10 @@ def test_damaged_routing_files_are_refused(change: dict[str, Any], tmp_path: Pat
 
 
 def test_files_that_are_not_there_or_not_json(tmp_path: Path) -> None:
-    for read in (read_routing, read_prediction, lambda path: plot.read_documents([path])):
+    def read_plan(path: Path) -> Predicted:
+        return read_prediction(path, None, None, prompt_tokens=1)
+
+    for read in (read_routing, read_plan, lambda path: plot.read_documents([path])):
         with pytest.raises(UsageError, match="cannot be read: No such file"):
             read(tmp_path / "absent")
         (tmp_path / "text").write_text("[" * 100_000)
@@ -385,13 +391,19 @@ def test_files_that_are_not_there_or_not_json(tmp_path: Path) -> None:
 def test_a_prediction_comes_from_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     prediction: dict[str, Any] = {"decode_tok_s": 6.1, "prefill_tok_s": 63, "ttft_s": 8.1, "communication_share": 0.23}
-    path.write_text(json.dumps({"schema": "moectl.plan/1", "prediction": prediction}))
-    assert read_prediction(path) == PREDICTED
-    bad: list[Any] = [{"schema": "moectl.plan/1", "prediction": None}, {"schema": "x"}, {}, []]
+    planned = {"schema": "moectl.plan/1", "split": "experts", "shares": [8, 8], "q_bits": 4, "layers": 40}
+    path.write_text(json.dumps({**planned, "prediction": prediction}))
+    placement = make_placement(DBRX, "experts", 2)
+    found = read_prediction(path, placement, 4, prompt_tokens=126)
+    assert found == Predicted(6.1, 63, 2.0, 0.23)  # the first token's time is that of this many prompt tokens
+    for other, bits in ((make_placement(DBRX, "hidden", 2, group_size=64), 4), (placement, None)):
+        with pytest.raises(UsageError, match="plans something else: experts 8,8 of 40 layers at 4 bits, and here is "):
+            read_prediction(path, other, bits, prompt_tokens=126)
+    bad: list[Any] = [{**planned, "prediction": None}, {"schema": "x"}, {}, []]
     for wrong in bad:
         path.write_text(json.dumps(wrong))
-        with pytest.raises(UsageError, match=r"has no prediction of moectl plan"):
-            read_prediction(path)
+        with pytest.raises(UsageError, match=r"has no prediction of this version's 'moectl plan --json'"):
+            read_prediction(path, None, None, prompt_tokens=1)
 
 
 def test_a_disk_that_refuses_leaves_no_half_file(tmp_path: Path) -> None:
@@ -402,6 +414,15 @@ def test_a_disk_that_refuses_leaves_no_half_file(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="cannot be written"):
         write_routing(tmp_path / "absent" / "file", routing)
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_copies_share_each_tokens_experts() -> None:
+    """Two copies of each of four experts on two ranks: each rank runs half of what is chosen, not all it holds."""
+    owners = ((0, 1),) * 4
+    work = _share_copies(owners, 2, np.array([[0, 1], [2, 3], [0, 3]]))
+    assert work.tolist() == [[1.0] * 3, [1.0] * 3]
+    uneven = _share_copies(((0,), (0,), (0, 1), (1,)), 2, np.array([[0, 1], [2, 3], [0, 2]]))
+    assert uneven.tolist() == [[2.0, 1.0, 1.0], [0.0, 1.0, 1.0]]
 
 
 # The picture.
@@ -459,9 +480,8 @@ def moectl(*words: str, code: int = 0, **env: str) -> subprocess.CompletedProces
 
 def test_the_verb_with_everything(source: Path, tmp_path: Path) -> None:
     plan, stats, picture = (tmp_path / name for name in ("plan.json", "routing.json", "picture.svg"))
-    plan.write_text(
-        json.dumps({"schema": "moectl.plan/1", "prediction": {"decode_tok_s": 1, "prefill_tok_s": 2, "ttft_s": 3}})
-    )
+    planned = {"schema": "moectl.plan/1", "split": "experts", "shares": [8, 8], "q_bits": 16, "layers": LAYERS}
+    plan.write_text(json.dumps({**planned, "prediction": {"decode_tok_s": 1, "prefill_tok_s": 2, "ttft_s": 3}}))
     files = ("--plan", str(plan), "--routing-stats", str(stats), "--plot", str(picture))
     target = ("--model", str(source), "--local", "2", "--split", "experts")
     done = moectl(*target, "-p", "16", "-g", "4", "-n", "2", "--json", *files)
@@ -471,7 +491,7 @@ def test_the_verb_with_everything(source: Path, tmp_path: Path) -> None:
     assert document["predicted"] == {
         "decode_tok_s": 1.0,
         "prefill_tok_s": 2.0,
-        "ttft_s": 3.0,
+        "ttft_s": 8.0,
         "communication_share": None,
     }
     assert [rank["rank"] for rank in document["ranks"]] == [0, 1]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import queue
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from moectl.paths import runtime_dir
 from moectl.request import Request, Stats
 from moectl.sockets import listen_unix
 from tests.ring import process_env
+from tests.running import wait_for, workers
 
 STATS = Stats(3, 2, 0.1, 0.2, 0.1, 1000)
 
@@ -187,26 +186,6 @@ def moectl(*words: str, check: int = 0, **env: str) -> subprocess.CompletedProce
     )
     assert done.returncode == check, done.stderr
     return done
-
-
-def workers() -> list[str]:
-    """Return the workers of this test's controllers."""
-    mine = f"XDG_RUNTIME_DIR={runtime_dir().parent}\0"
-    found = []
-    for pid in (p for p in Path("/proc").iterdir() if p.name.isdigit()):
-        with contextlib.suppress(OSError):
-            line = (pid / "cmdline").read_text().replace("\0", " ")
-            state = (pid / "stat").read_text().rpartition(")")[2].split()[0]
-            if "moectl worker" in line and mine in (pid / "environ").read_text() and state != "Z":
-                found.append(line)
-    return found
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.netns import Cluster
 from tests.ring import process_env, rank_env
+from tests.running import wait_for, workers
 from tests.sshd import Server
 from tests.tiny import write_checkpoint
 
@@ -184,29 +184,7 @@ def test_a_dead_host_is_named(four_hosts: Path, model: Path, netns: Cluster) -> 
     moectl("deploy", *at)
     netns.unplug(2)
     done = moectl(*PROMPT, *at, check=5)
-    assert done.stderr.startswith("Error: node2: ")
-
-
-def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """Return the pids of a running moectl's local workers."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines() if "moectl worker" in line]
-    return [int(pid) for pid, parent, _ in rows if parent == str(process.pid)]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def await_end(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
-    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in pids if is_running(pid)]
+    assert "\nError: node2: " in done.stderr
 
 
 @pytest.fixture
@@ -216,20 +194,21 @@ def answering(model: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env())
     assert process.stdout is not None
     assert process.stdout.read(1)
-    pids = workers_of(process)
+    pids = workers()
     assert len(pids) == 2
     yield process, pids
     process.kill()
     process.communicate()
+    wait_for(lambda: not workers())
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_signals_end_everything(number: int, code: int, answering: tuple[subprocess.Popen[bytes], list[int]]) -> None:
-    process, pids = answering
+    process, _ = answering
     process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == code
-    await_end(pids)
+    wait_for(lambda: not workers())
 
 
 def test_a_second_ctrl_c_ends_at_once(answering: tuple[subprocess.Popen[bytes], list[int]]) -> None:
@@ -242,7 +221,7 @@ def test_a_second_ctrl_c_ends_at_once(answering: tuple[subprocess.Popen[bytes], 
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
-    await_end(pids)
+    wait_for(lambda: not workers())  # the controller gives up waiting for them
 
 
 def test_a_set_that_run_made_is_never_deployed(model: Path, tmp_path: Path) -> None:

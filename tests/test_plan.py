@@ -316,3 +316,82 @@ def test_the_papers_tokens_per_dollar() -> None:
         return float(json.loads(result.stdout)["prediction"]["tok_s_per_usd"])
 
     assert per_usd("a,b", "m2-ultra", "192GB") / per_usd("dgx", "dgx-h100", "640GB") == pytest.approx(1.15, rel=0.05)
+
+
+def failed(*words: str) -> str:
+    result = CliRunner().invoke(cli, ["plan", *words])
+    assert isinstance(result.exception, Failed), result.output
+    return str(result.exception.error)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--what-if", "--ctx", "99999"), "a context of 99999 tokens is beyond the model's 32768"),
+        (("--what-if", "--hosts", "a,b"), "--what-if and --hosts exclude each other"),
+        (("--what-if", "--split", "tensor"), "--what-if and --split exclude each other"),
+        (("--what-if", "--chip", "m9"), "unknown chip 'm9'."),
+        (("--what-if", "--chip", "m1-max"), "the table has no m1-max; it has m2-ultra, "),
+        (("--what-if", "--link", "wifi"), "unknown link 'wifi'; it is one of"),
+        (("--what-if", "--chip", "m4", "--q-bits", "16"), "none of these clusters holds databricks/dbrx-instruct"),
+        (("--hosts", "a", "--chip", "m4", "--memory", "192"), "'192' is 192 bytes: no host has so little memory"),
+        (
+            ("--hosts", "a", "--chip", "m4", "--memory", "32GB", "-p", "5000"),
+            "a prompt of 5000 tokens is beyond",
+        ),
+        (("--local", "64"), "64 nodes are too many: the model has 40 layers"),
+        (("--local", "17", "--split", "experts"), "17 nodes are too many: the model has 16 experts"),
+        (("--local", "2", "--chip", "zz"), "unknown chip 'zz'."),
+    ],
+)
+def test_what_cannot_be_asked(words: tuple[str, ...], message: str) -> None:
+    if "--local" in words:
+        words = (str(demo_dir()), *words)
+    assert failed(*words).startswith(message.replace("40 layers", "4 units"))
+
+
+def test_what_if_for_one_chip_and_link() -> None:
+    rows = json.loads(plan("--what-if", "--chip", "M3 Ultra", "--link", "rdma", "--json").stdout)["rows"]
+    assert {(row["chip"], row["link"]) for row in rows} == {("m3-ultra", "rdma")}
+
+
+def test_sizes_of_all_bins_of_a_chip_are_whole_machines() -> None:
+    """A 96 GB M3 Max has 30 GPU cores; its owner may call it m3-max, and it still cannot give 96 GB."""
+    words = ("--hosts", "a", "--memory", "96GB", "--q-bits", "4", "--json")
+    budgets = [
+        json.loads(plan(*words, "--chip", chip).stdout)["nodes"][0]["budget_bytes"] for chip in ("m3-max", "m3-max-30")
+    ]
+    assert budgets == [default_working_set_bytes(96 << 30)] * 2
+
+
+def test_advice_about_concurrency_and_links() -> None:
+    tight = json.loads(
+        plan(
+            "--hosts",
+            "a,b",
+            "--chip",
+            "m2-ultra",
+            "--memory",
+            "192GB",
+            "--q-bits",
+            "8",
+            "--json",
+            "--concurrency",
+            "500",
+        ).stdout
+    )
+    assert any(re.fullmatch(r"--concurrency \d+ fits", advice) for advice in tight["advice"])
+    slow = json.loads(
+        plan(
+            "--hosts", "a,b", "--chip", "m2-ultra", "--memory", "192GB", "--link", "rdma", "--q-bits", "8", "--json"
+        ).stdout
+    )
+    assert slow["advice"][0] == "RDMA needs Thunderbolt 5, which a, b have not: use tb-tcp"
+
+
+def test_a_model_known_by_name_is_refused_before_it_is_looked_for(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("a chip=m4 memory=16GB\nb chip=m4 memory=16GB\n")
+    result = CliRunner().invoke(cli, ["shard", "databricks/dbrx-instruct", "--hostfile", str(hosts), "--dry-run"])
+    assert isinstance(result.exception, Failed)
+    assert "the model does not fit: a needs" in str(result.exception.error)

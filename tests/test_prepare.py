@@ -13,12 +13,17 @@ from moectl.manifest import Quantization, read_manifest
 from moectl.paths import cache_dir, data_dir
 from moectl.prepare import Wanted
 from moectl.quantize import quantizer
+from moectl.routing import Routing
 from tests.tiny import write_checkpoint
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "tiny")
+
+
+def routed(*counts: int, layers: int = 2) -> Routing:
+    return Routing("tiny", sum(counts), 1, (counts,) * layers)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,7 @@ def model(tmp_path: Path) -> Path:
         (Wanted(split="experts", shares=(8, 4, 4)), "tiny-bf16-experts-3-8.4.4"),
         (Wanted(split="experts", nodes=4, replicas=2), "tiny-bf16-experts-4-x2"),
         (Wanted(shares=(9, 8, 4), replicas=2), "tiny-bf16-experts-3-x2-9.8.4"),
-        (Wanted(nodes=2, frequencies=(1.0,) * 16), "tiny-bf16-experts-2"),
+        (Wanted(nodes=2, routing=routed(*[1] * 16)), "tiny-bf16-experts-2"),
         (Wanted(nodes=2, bits=4), "tiny-q4-hidden-2"),
         (Wanted(nodes=2, bits=8, group_size=32), "tiny-q8g32-hidden-2"),
         (Wanted(nodes=2, mode="mxfp4"), "tiny-mxfp4-hidden-2"),
@@ -45,8 +50,8 @@ def test_shard_sets_are_named_after_what_they_are(wanted: Wanted, name: str, mod
 
 
 def test_sets_placed_by_frequency_are_told_apart(model: Path) -> None:
-    def name(*frequencies: float) -> str:
-        wanted = Wanted(nodes=2, frequencies=frequencies)
+    def name(*counts: int) -> str:
+        wanted = Wanted(nodes=2, routing=routed(*counts))
         return prepare.shard(str(model), wanted, quantise=quantizer, on_plan=lambda *_: False).directory.name
 
     one, other = name(*range(16)), name(9, 8, 7, *range(13))
@@ -54,6 +59,12 @@ def test_sets_placed_by_frequency_are_told_apart(model: Path) -> None:
     assert other.startswith("tiny-bf16-experts-2-")
     assert one != other
     assert one == name(*range(16))
+
+
+def test_another_models_routing_is_refused(model: Path) -> None:
+    wanted = Wanted(nodes=2, routing=routed(*range(16), layers=3))
+    with pytest.raises(PlanError, match="are of tiny, with 3 layers of 16 experts; this model has 2 of 16"):
+        prepare.shard(str(model), wanted, quantise=quantizer, on_plan=lambda *_: False)
 
 
 def test_defaults_of_quantisation_are_mlxs(model: Path) -> None:

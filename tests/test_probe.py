@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 
 from moectl import links, probe
 from moectl.demo import demo_dir
-from moectl.errors import CommandFailed, MoectlError, RemoteError, Unreachable
+from moectl.errors import CommandFailed, MoectlError, PlanError, RemoteError, Unreachable
 from moectl.geometry import Geometry, read_geometry
 from moectl.hardware import Hardware
 from moectl.hosts import Host
@@ -40,6 +39,7 @@ from moectl.remote import LocalRemote, Remote
 from moectl.ssh import SSHRemote
 from tests.netns import Cluster
 from tests.ring import rank_env
+from tests.running import processes
 from tests.tiny import json_values, make_config
 
 TINY = read_geometry(make_config())
@@ -55,11 +55,6 @@ def remote(request: pytest.FixtureRequest) -> Iterator[Remote]:
 
 def sites(count: int, *, python: str = sys.executable) -> list[Site]:
     return [Site(Host(f"host{i}"), LocalRemote(f"host{i}"), python, (LOOPBACK,), rank_env()) for i in range(count)]
-
-
-def children(word: str) -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.split("\n") if word in line and not line.startswith("Z")]
 
 
 # Hardware.
@@ -119,7 +114,7 @@ def check_links(found: tuple[tuple[tuple[float, ...], ...], ...], count: int) ->
 
 def test_links_between_places_on_this_machine() -> None:
     check_links(measure_links(sites(3), budget_s=0.05), 3)
-    assert not children("moectl-links")
+    assert not processes("moectl-links")
 
 
 def test_one_host_has_no_links() -> None:
@@ -266,7 +261,7 @@ def test_every_split_is_measured(split: str) -> None:
     check_speed(speed, split, 2, geometry)
     assert speed.scale == 1
     assert speed.is_of(placement)
-    assert not children("moectl.measure")
+    assert not processes("moectl.measure")
 
 
 def test_copies_of_experts_are_measured_as_they_are_shared_out() -> None:
@@ -288,7 +283,7 @@ def test_one_quantised_rank_with_little_memory() -> None:
 
 def test_too_little_memory_is_said() -> None:
     job = Job((make_placement(TINY, "hidden", 1),), None, 1000, 16, 0.1)
-    with pytest.raises(CommandFailed, match=r"host0: rank 0: measuring needs 0\.0 GB, and may take 0\.0 GB here"):
+    with pytest.raises(PlanError, match=r"host0: rank 0: measuring needs 0\.0 GB, and may take 0\.0 GB here"):
         measure_speed(sites(1), job)
 
 
