@@ -307,9 +307,9 @@ class Engine:
 
     def _take_out(self, answer: Answer) -> list[Any]:
         _, tokens = self._in_flight
-        [token] = tokens.tolist()  # type: ignore[misc]
+        agreed: list[int] = tokens.tolist()  # type: ignore[assignment]
         layers, _ = self._generator.remove([answer.uid], return_prompt_caches=True)[answer.uid]
-        return self._speculation.take(answer, layers, token)
+        return self._speculation.take(answer, layers, agreed[0])
 
     def _put_back(self) -> None:
         answer, tokens, layers = self._speculation.give_back()

@@ -41,7 +41,7 @@ def test_it_counts_how_often_in_a_row_it_was_right(tokens: list[int]) -> None:
 
 
 def test_a_repeated_sentence_is_foretold_from_its_third_word() -> None:
-    sentence = "the quick brown fox jumps over lazy dogs".encode()
+    sentence = b"the quick brown fox jumps over lazy dogs"
     lookup = Lookup([*sentence, 0, *sentence[:3]])
     assert bytes(lookup.propose(len(sentence) - 3)) == sentence[3:]
 
