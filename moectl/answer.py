@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from moectl.errors import UsageError
 from moectl.leash import Done, Event, Refused, Token
+from moectl.lookup import Lookup
 from moectl.request import Request, Stats
 from moectl.sampling import Odds, Sampler
 from moectl.stop_text import StopText
@@ -22,7 +23,7 @@ from moectl.stop_text import StopText
 
 @dataclass(slots=True)
 class Answer:
-    """A request and how far it is. Fields below `uid` matter on the leader only."""
+    """A request and how far it is. Fields below `accepted` matter on the leader only."""
 
     request: Request
     prompt: list[int] = field(default_factory=list)  # as tokens
@@ -30,6 +31,9 @@ class Answer:
     reach: int = 0  # up to how many tokens prompt and answer may get
     cached: int = 0  # of the prompt: not computed again
     uid: int = -1  # in mlx-lm's generator
+    lookup: Lookup | None = None  # of prompt and answer so far, where that may foretell what comes
+    drafted: int = 0  # tokens proposed by it
+    accepted: int = 0  # of those: right
     sampler: Sampler | None = None
     arrived_s: float = field(default_factory=time.perf_counter)
     admitted_s: float = 0.0
@@ -117,5 +121,7 @@ class Answer:
             ttft_s=first - self.arrived_s,
             peak_memory_bytes=mx.get_peak_memory(),
             cached_tokens=min(self.cached, len(self.prompt)),
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )
         return Done(self.request.id, finish_reason, stats)

@@ -12,6 +12,9 @@ is kept of past answers follows from the words, so every rank keeps the same.
 A row's answer does not depend on the others but for rounding: attention over padding and, on a CPU, grouped experts add
 up in another order, so tokens are the same except where two logits tie within float32's (or bfloat16's) last places.
 
+A row that is alone, greedy and repeats what came before may go on outside the generator, several tokens at a time: how
+is `speculation`'s. There the newest control word is obeyed, because the tokens are waited for anyway.
+
 An idle engine waits for a message, never inside a collective. This file knows no process, socket or file.
 """
 
@@ -35,6 +38,7 @@ from moectl.profile import profile
 from moectl.prompt import measure_reach, read_prompt
 from moectl.prompt_cache import PromptCache
 from moectl.sampling import Sampler
+from moectl.speculation import Speculation
 
 PREFILL_STEP = 512
 MAX_BATCH = 8
@@ -47,8 +51,8 @@ class Engine:
     """One rank's side of the lockstep.
 
     `kv_tokens` is for how many tokens' keys and values there is memory (None: nobody counted), `cache_tokens` how many
-    of those past answers may hold (None: what the running ones leave, or one context). Equal on all ranks, like
-    `max_seq_len` and `prefill_step`.
+    of those past answers may hold (None: what the running ones leave, or one context), `speculate` how many tokens may
+    be proposed at once (0: none). Equal on all ranks, like `max_seq_len` and `prefill_step`.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Engine:
         prefill_step: int = PREFILL_STEP,
         kv_tokens: int | None = None,
         cache_tokens: int | None = None,
+        speculate: int = 0,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -85,6 +90,13 @@ class Engine:
             prefill_step_size=prefill_step,
         )
         self._stop = StopSequences([[t] for t in sorted(tokenizer.eos_token_ids)])
+        self._speculation = Speculation(
+            model,
+            most=speculate,
+            leads=self._leads,
+            stop_tokens=frozenset(tokenizer.eos_token_ids),
+            agree=self._agree,
+        )
         self._cache = PromptCache()
         self._admission = Admission(max_rows=MAX_BATCH, kv_tokens=kv_tokens, max_cancels=_CANCELS)  # leader
         self._arrived: dict[int, Answer] = {}  # by request id, not yet admitted
@@ -94,6 +106,7 @@ class Engine:
         self._prefilling: deque[Answer] = deque()
         self._decoding: list[Answer] = []  # in the order of the batch's rows
         self._spoken: deque[mx.array] = deque()  # control words, oldest first, not yet obeyed
+        self._in_flight: tuple[list[Answer], mx.array] = ([], mx.array([]))  # rows, and their tokens last sampled
         self._sampled_rows = False  # whether this step's running rows have been sampled
         self._admitted = 0  # highest request id so far
         self._closing = False
@@ -182,20 +195,25 @@ class Engine:
                 self._insert(answer)
 
     def _insert(self, answer: Answer) -> None:
-        request, tokens = answer.request, answer.tokens
         layers = None
-        if request.cache_prompt:
-            answer.cached, layers = self._cache.find(tokens)
-        self._running[request.id] = answer
+        if answer.request.cache_prompt:
+            answer.cached, layers = self._cache.find(answer.tokens)
+        self._running[answer.request.id] = answer
         self._cache.shrink(self._cache_room())
-        hooks = self._lead(answer) if self._leads else []
+        self._speculation.watch(answer)
+        self._line_up_row(answer, answer.tokens, answer.cached, layers, self._lead(answer) if self._leads else [])
+
+    def _line_up_row(
+        self, answer: Answer, tokens: list[int], computed: int, layers: list[Any] | None, hooks: list[Any]
+    ) -> None:
+        """Give the generator a row, the first `computed` of whose tokens are in `layers`."""
         [answer.uid] = self._generator.insert(
-            [tokens[answer.cached :]],
+            [tokens[computed:]],
             max_tokens=[max(1, answer.reach - len(tokens))],
             caches=[layers],
-            all_tokens=[tokens[: answer.cached]],
+            all_tokens=[tokens[:computed]],
             logits_processors=[hooks],
-            stop_sequences=[StopSequences() if request.ignore_eos else self._stop],
+            stop_sequences=[StopSequences() if answer.request.ignore_eos else self._stop],
         )
         self._prefilling.append(answer)
 
@@ -210,6 +228,8 @@ class Engine:
         if self._leads:
             self._admission.end(answer.request.id)
         if answer.request.cache_prompt and layers is not None:
+            for layer in layers:  # without the room to grow that a row has outside the generator
+                layer.keys, layer.values = map(mx.contiguous, layer.keys_and_values())
             self._cache.keep(tokens, layers, self._cache_room())
             # Else they would hold the whole batch's arrays until somebody reads them.
             mx.async_eval([(layer.keys, layer.values) for layer in layers])  # type: ignore[no-untyped-call]
@@ -223,6 +243,12 @@ class Engine:
     # One step: compute, tell, obey.
 
     def _step(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        if self._speculation.has_row or self._foresees():
+            yield from self._speculate(inbox)
+        else:
+            yield from self._generate(inbox)
+
+    def _generate(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
         earlier = len(self._spoken)
         self._sampled_rows = not self._decoding
         rows = {answer.uid: answer for answer in self._decoding}
@@ -239,7 +265,7 @@ class Engine:
             earlier = 1
         while earlier:
             for _ in range(earlier):
-                yield from self._obey(self._spoken.popleft(), inbox)
+                yield from self._obey(self._read_word(self._spoken.popleft()), inbox)
             if self._running:
                 return
             # Idle means nothing in flight and nothing unheard, or the leader would wait for what it has already said.
@@ -247,7 +273,9 @@ class Engine:
             earlier = len(self._spoken)
 
     def _hear(self, answer: Answer, response: Any) -> Iterator[Event]:
-        """Take one row's token of the step before."""
+        """Take one more token of a row."""
+        if answer.lookup is not None:
+            answer.lookup.add(response.token)
         if response.finish_reason is not None:
             self._decoding.remove(answer)
             with mx.stream(self._generator.stream):
@@ -257,16 +285,52 @@ class Engine:
             if answer.ended and response.finish_reason is None:  # by a stop text, which only the leader sees
                 self._admission.cancel(answer.request.id)
 
+    def _foresees(self) -> bool:
+        rows, _ = self._in_flight
+        alone = len(self._running) == len(self._decoding) == 1 and rows == self._decoding  # and it has a step in flight
+        return alone and self._speculation.wants(rows[0])
+
+    def _speculate(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        """Take one step of the only row outside the generator, and what it was told to do with it."""
+        [answer] = self._decoding
+        with mx.stream(self._generator.stream):
+            responses = self._speculation.verify() if self._speculation.has_row else self._take_out(answer)
+        for response in responses:
+            yield from self._hear(answer, response)
+        words = [self._read_word(self._spoken.popleft()) for _ in range(len(self._spoken))]
+        if self._speculation.has_row and (self._speculation.is_stuck or any(map(self._is_news, words))):
+            self._put_back()
+        for word in words:
+            yield from self._obey(word, inbox)
+        if not self._running:
+            mx.synchronize(self._generator.stream)
+
+    def _take_out(self, answer: Answer) -> list[Any]:
+        _, tokens = self._in_flight
+        agreed: list[int] = tokens.tolist()  # type: ignore[assignment]
+        layers, _ = self._generator.remove([answer.uid], return_prompt_caches=True)[answer.uid]
+        return self._speculation.take(answer, layers, agreed[0])
+
+    def _put_back(self) -> None:
+        answer, tokens, layers = self._speculation.give_back()
+        self._decoding.remove(answer)
+        self._line_up_row(answer, tokens, len(tokens) - 1, layers, [])
+
     def _speak(self) -> None:
         with mx.stream(self._generator.stream):
             word = self._from_leader(mx.array([], dtype=mx.int32), mx.array(0))
             mx.eval(word)
         self._spoken.append(word)
 
-    def _obey(self, word: mx.array, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+    def _read_word(self, word: mx.array) -> list[int]:
         with mx.stream(self._generator.stream):
-            numbers: list[int] = word.tolist()  # type: ignore[assignment]
-        admit, *cancels = numbers
+            return word.tolist()  # type: ignore[return-value]
+
+    def _is_news(self, word: list[int]) -> bool:
+        return word[0] > self._admitted or any(word[1:])
+
+    def _obey(self, word: list[int], inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        admit, *cancels = word
         for request_id in cancels:
             if request_id > self._admitted:
                 self._withdrawn.add(request_id)
@@ -298,7 +362,12 @@ class Engine:
             tokens = _sample([a.sampler for a in answers if a.sampler is not None], logprobs).astype(mx.int32)
         else:
             tokens = mx.zeros((len(answers),), dtype=mx.int32)
-        agreed = self._from_leader(tokens, logprobs)
+        self._in_flight = list(answers), self._agree(tokens, logprobs)
+        return self._in_flight[1]
+
+    def _agree(self, tokens: mx.array, after: mx.array) -> mx.array:
+        """Return the leader's tokens (n,) on every rank, and keep its control word to be obeyed."""
+        agreed = self._from_leader(tokens, after)
         self._spoken.append(agreed[-_CONTROL_WORDS:])
         return agreed[:-_CONTROL_WORDS].astype(mx.uint32)
 

@@ -34,9 +34,10 @@ class Start:
     log: str | None = None  # file on the worker's host for a copy of its log
     force: bool = False  # load although the host's memory will not do
     ranks_here: int = 1  # that share this host's memory
-    # These two have to be the same on every rank.
+    # These have to be the same on every rank.
     cache_tokens: int | None = None  # for past answers at most; None: what the running ones leave
     prefill_step: int | None = None  # tokens of a prompt that are read at a time; None: the engine's
+    speculate: int = 0  # tokens that prompt lookup may propose at once; 0: none
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,6 +191,7 @@ def _serve(leash: Leash) -> None:
         prefill_step=start.prefill_step or PREFILL_STEP,
         kv_tokens=load.kv_tokens,
         cache_tokens=start.cache_tokens,
+        speculate=start.speculate,
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     q, geometry = manifest.quantization, manifest.geometry

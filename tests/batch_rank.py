@@ -45,17 +45,20 @@ def make_requests(job: dict[str, Any]) -> list[Request]:
 
 
 class Controller(threading.Thread):
-    """Put orders into a rank's inbox at its own pace."""
+    """Put orders into a rank's inbox at its own pace; the leader's waits now and then until all is answered."""
 
-    def __init__(self, job: dict[str, Any], rank: int, inbox: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, job: dict[str, Any], rank: int, engine: Engine, inbox: queue.SimpleQueue[Any]) -> None:
         super().__init__(daemon=True)
-        self._job, self._rank, self._inbox = job, rank, inbox
+        self._job, self._rank, self._engine, self._inbox = job, rank, engine, inbox
 
     def run(self) -> None:
         pace = random.Random(self._rank)
         wishes = random.Random(self._job["seed"] + 1)
         cancelled = 0
         for request in make_requests(self._job):
+            if self._engine._leads and pace.random() < self._job.get("lone", 0):
+                while self._engine._admitted < request.id - 1 or self._engine._running:
+                    time.sleep(0.002)
             self._inbox.put(Generate(request))
             if pace.random() < 0.3:
                 time.sleep(pace.random() * 0.05)
@@ -75,19 +78,24 @@ def held_bytes(engine: Engine) -> int:
     return mx.get_active_memory()
 
 
-def load(engine: Engine, job: dict[str, Any], rank: int) -> tuple[dict[int, list[int]], dict[int, str]]:
-    """Serve a load; return tokens and the finish reason of each answer, both empty on followers."""
+def load(engine: Engine, job: dict[str, Any], rank: int) -> tuple[dict[int, list[int]], dict[int, str], int]:
+    """Serve a load; return tokens and the finish reason of each answer, both empty on followers.
+
+    And how many tokens were confirmed that prompt lookup had proposed.
+    """
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    Controller(job, rank, inbox).start()
+    Controller(job, rank, engine, inbox).start()
     tokens: dict[int, list[int]] = {}
     reasons: dict[int, str] = {}
+    accepted = 0
     for event in engine.serve(inbox):
         if isinstance(event, Token) and event.token >= 0:
             tokens.setdefault(event.id, []).append(event.token)
         if isinstance(event, Done):
             assert event.id not in reasons
             reasons[event.id] = event.finish_reason
-    return tokens, reasons
+            accepted += event.stats.accepted_tokens
+    return tokens, reasons, accepted
 
 
 def main() -> None:
@@ -112,14 +120,22 @@ def main() -> None:
             prefill_step=16,
             kv_tokens=1200,
             cache_tokens=400,
+            speculate=job.get("speculate", 0),
         )
 
     load(make_engine(), job | {"requests": 20, "cancels": 8}, rank)
     engine = make_engine()
     before = held_bytes(engine)
-    tokens, reasons = load(engine, job, rank)
+    tokens, reasons, accepted = load(engine, job, rank)
     kept = engine._cache.prompts
-    out = {"tokens": tokens, "reasons": reasons, "kept": kept, "before": before, "after": held_bytes(engine)}
+    out = {
+        "tokens": tokens,
+        "reasons": reasons,
+        "kept": kept,
+        "accepted": accepted,
+        "before": before,
+        "after": held_bytes(engine),
+    }
     Path(job["out"], f"rank-{rank}.json").write_text(json.dumps(out))
     os._exit(0)
 

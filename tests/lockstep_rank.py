@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from moectl.engine import Engine
-from moectl.leash import Generate, Token
+from moectl.leash import Done, Generate, Token
 from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
 from moectl.request import Request
@@ -41,16 +41,20 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
         group=group,
         max_seq_len=manifest.geometry.max_seq_len,
         prefill_step=32,
+        speculate=case.get("speculate", 0),
     )
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for number, prompt in enumerate(case["prompts"], 1):
         inbox.put(Generate(Request(number, prompt, case["max_tokens"], raw=case["raw"])))
     inbox.put(None)
+    accepted = 0
     answers: dict[int, list[int]] = {number: [] for number in range(1, len(case["prompts"]) + 1)}
     for event in engine.serve(inbox):
         assert rank == leader, f"a follower told {event}"
         if isinstance(event, Token) and event.token >= 0:
             answers[event.id].append(event.token)
+        if isinstance(event, Done):
+            accepted += event.stats.accepted_tokens
     tokens = list(answers.values())
     probe = mx.array([[t % manifest.geometry.vocab_size for t in range(3, 40)]])
     hidden = model.transformer(probe, None)
@@ -59,6 +63,7 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
     mx.synchronize()
     return {
         "tokens": tokens,
+        "accepted": accepted,
         "hidden": np.array(hidden.astype(mx.float32)).tobytes().hex() if case.get("keep_hidden") else None,
         "logits": np.array(logits.astype(mx.float32)).tolist() if rank == leader else None,
     }

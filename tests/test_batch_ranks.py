@@ -9,7 +9,7 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -57,19 +57,15 @@ def keep_beating(stream: IO[bytes], stop: threading.Event) -> None:
         stream.flush()
 
 
-@pytest.mark.parametrize("split", ["hidden", "layers"])
-def test_ranks_stay_together_under_load(split: str, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(demo_dir()))
-    shards = tmp_path / "shards"
-    cut(checkpoint, make_placement(checkpoint.geometry, split, 2), None, shards, name="two", quantise=quantizer)
+def run_load(load: dict[str, Any], shards: Path, directory: Path) -> list[dict[str, Any]]:
+    """Run two ranks (see `batch_rank`) under a load; return what each of them wrote."""
     with ExitStack() as held:
         listeners = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         ports = [listener.getsockname()[1] for listener in listeners]
-    hostfile = tmp_path / "ring.json"
+    hostfile = directory / "ring.json"
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
-    job = tmp_path / "job.json"
-    load = {"requests": 250, "cancels": 200, "seed": 4, "prompts": PROMPTS}
-    job.write_text(json.dumps(load | {"shards": str(shards), "hostfile": str(hostfile), "out": str(tmp_path)}))
+    job = directory / "job.json"
+    job.write_text(json.dumps(load | {"shards": str(shards), "hostfile": str(hostfile), "out": str(directory)}))
     command = [sys.executable, "-m", "tests.batch_rank", str(job)]
     ranks = [subprocess.Popen([*command, str(rank)], env=process_env(), stderr=subprocess.PIPE) for rank in range(2)]
     try:
@@ -79,7 +75,16 @@ def test_ranks_stay_together_under_load(split: str, tmp_path: Path) -> None:
     finally:
         for process in ranks:
             process.kill()
-    zero, one = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    return [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("split", ["hidden", "layers"])
+def test_ranks_stay_together_under_load(split: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(demo_dir()))
+    shards = tmp_path / "shards"
+    cut(checkpoint, make_placement(checkpoint.geometry, split, 2), None, shards, name="two", quantise=quantizer)
+    load = {"requests": 250, "cancels": 200, "seed": 4, "prompts": PROMPTS}
+    zero, one = run_load(load, shards, tmp_path)
     leader, follower = (one, zero) if split == "layers" else (zero, one)
     assert follower["tokens"] == follower["reasons"] == {}
     assert sorted(map(int, leader["reasons"])) == list(range(1, 251))

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "moectl"
 NODE = {
     "engine",
     "answer",
+    "speculation",
     "prompt",
     "sampling",
     "prompt_cache",
@@ -70,8 +71,9 @@ ROOMS = (
     {"measure"},
     {"worker"},
     {"engine"},
+    {"speculation"},
     {"answer"},
-    {"sampling", "prompt", "prompt_cache", "admission", "stop_text"},
+    {"sampling", "prompt", "prompt_cache", "admission", "stop_text", "lookup"},
     {"profile"},
     {"model", "quantize"},
     {"ssh", "shards"},
