@@ -43,7 +43,7 @@ def attach(
     if is_running(client.path):
         described = client.describe(timeout_s=None)
         for name, value in described["options"].items():
-            if options.get(name) not in (None, "auto", value):
+            if options.get(name) not in (None, "auto", 0, value):
                 raise StateError(f"{target.name} is loaded with {name} {value}", hint="moectl stop, then run it again")
         client.keep_alive(keep_alive_s)
         return Attached(client, False)

@@ -43,6 +43,20 @@ def target_options(command: F) -> F:
             metavar="SECONDS",
         ),
         click.option(
+            "--prefill-step",
+            type=click.IntRange(1),
+            metavar="TOKENS",
+            help="Of a prompt, read at once: others wait for no more than that (default: 512).",
+        ),
+        click.option(
+            "--speculate",
+            type=click.IntRange(0, 64),
+            default=0,
+            show_default=True,
+            metavar="TOKENS",
+            help="Guess so many from what was said before, and check them at once.",
+        ),
+        click.option(
             "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
         ),
     )
@@ -58,6 +72,8 @@ def session_options(common: Common, options: dict[str, Any]) -> dict[str, Any]:
         "start_timeout_s": options["start_timeout"],
         "dtype": options["dtype"],
         "force": options["force"],
+        "prefill_step": options["prefill_step"],
+        "speculate": options["speculate"],
     }
 
 

@@ -32,6 +32,7 @@ from moectl.sockets import listen_tcp, listen_unix
 MAX_WAITING = 64  # requests beside those that are being answered
 ALIVE_S = 5.0  # a rank that has not answered a heartbeat for so long is not well
 GRACE_S = 5.0
+SAME = ("dtype", "backend", "prefill_step", "speculate")  # what two who share a controller have to agree on
 FIRST_S = 60.0  # for the first question to come
 _RETRY_S = 5.0
 
@@ -256,7 +257,7 @@ def describe_run(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
     hosts = ["localhost"] * count_ranks(target)
     if isinstance(target, Deployment):
         hosts = [rank.host.address for rank in target.ranks]
-    return {"name": target.name, "hosts": hosts, "options": {name: options.get(name) for name in ("dtype", "backend")}}
+    return {"name": target.name, "hosts": hosts, "options": {name: options.get(name) for name in SAME}}
 
 
 class _Control:

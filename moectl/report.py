@@ -100,12 +100,17 @@ def run_json(text: str, done: Done) -> dict[str, Any]:
 
 def stats_text(stats: Stats) -> str:
     """Return the line of `run --stats`; the first token's time belongs to the prompt."""
-    prompt_speed = stats.prompt_tokens / stats.prompt_s if stats.prompt_s else 0.0
+    prompt_speed = (stats.prompt_tokens - stats.cached_tokens) / stats.prompt_s if stats.prompt_s else 0.0
     decoded = max(stats.completion_tokens - 1, 0)
     speed = decoded / stats.decode_s if stats.decode_s else 0.0
+    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    guessed = ""
+    if stats.drafted_tokens:
+        share = stats.accepted_tokens / stats.drafted_tokens
+        guessed = f" ({stats.accepted_tokens} of {stats.drafted_tokens} guesses right, {share:.0%})"
     return (
-        f"{stats.prompt_tokens} prompt tokens at {prompt_speed:.1f} tok/s · "
-        f"{stats.completion_tokens} tokens at {speed:.1f} tok/s · "
+        f"{stats.prompt_tokens} prompt tokens{cached} at {prompt_speed:.1f} tok/s · "
+        f"{stats.completion_tokens} tokens{guessed} at {speed:.1f} tok/s · "
         f"first token {time_text(stats.ttft_s)} · peak {size_text(stats.peak_memory_bytes)}"
     )
 

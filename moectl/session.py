@@ -92,6 +92,8 @@ class Session:
         step_timeout_s: float = 120.0,
         dtype: str | None = None,
         force: bool = False,
+        prefill_step: int | None = None,
+        speculate: int = 0,
         on_log: Callable[[str, str], None] = lambda host, line: None,
     ) -> None:
         self._ranks = ranks
@@ -101,6 +103,8 @@ class Session:
         self._step_timeout_s = step_timeout_s
         self._dtype = dtype
         self._force = force
+        self._prefill_step = prefill_step
+        self._speculate = speculate
         self._on_log = on_log
         self._events: queue.SimpleQueue[_Heard] = queue.SimpleQueue()
         self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
@@ -149,6 +153,8 @@ class Session:
                     spec.log,
                     self._force,
                     sum(other.host.address == spec.host.address for other in self._ranks),
+                    prefill_step=self._prefill_step,
+                    speculate=self._speculate,
                 ),
             )
         listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, "starting")

@@ -23,6 +23,7 @@ from moectl.demo import demo_dir
 from moectl.errors import MoectlError, PeerLost, QueueFull, StateError, UsageError
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.paths import runtime_dir
+from moectl.report import stats_text
 from moectl.request import Request, Stats
 from moectl.sockets import listen_unix
 from tests.ring import process_env
@@ -237,6 +238,26 @@ def test_keep_alive_zero_unloads_at_once() -> None:
     moectl(*QUESTION)
     assert not find_running()
     wait_for(lambda: not workers())
+
+
+def test_guessing_and_small_steps_change_no_answer() -> None:
+    plain = moectl(*QUESTION)
+    guessed = moectl(*QUESTION, "--speculate", "8", "--prefill-step", "16", "--stats")
+    assert guessed.stdout == plain.stdout
+
+
+def test_stats_tell_what_was_cached_and_guessed() -> None:
+    text = stats_text(Stats(100, 21, 0.5, 2.0, 0.5, 1000, cached_tokens=90, drafted_tokens=20, accepted_tokens=15))
+    assert "100 prompt tokens (90 cached) at 20.0 tok/s" in text
+    assert "21 tokens (15 of 20 guesses right, 75%) at 10.0 tok/s" in text
+
+
+@pytest.mark.usefixtures("_nothing_left")
+def test_a_second_turn_computes_only_what_is_new() -> None:
+    long = "What is expert parallelism? " * 6
+    moectl("run", "--local", "2", long, "--keep-alive", "-1")
+    again = json.loads(moectl("run", "--local", "2", long, "--keep-alive", "-1", "--json").stdout)
+    assert again["stats"]["cached_tokens"] > again["stats"]["prompt_tokens"] / 2
 
 
 def test_what_goes_wrong_in_the_background_is_told(tmp_path: Path) -> None:
