@@ -25,6 +25,7 @@ ONLY_IN: dict[str, set[str]] = {
     "tokenizers": {"demo.train"},
     "safetensors": {"layouts", "demo.train"},
     "matplotlib": {"plot"},
+    "prompt_toolkit": {"lineedit"},
 }
 # Of those, the ones whose import waits until a function needs it.
 INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot")}
@@ -34,7 +35,8 @@ ROOMS = (
     {"__main__"},
     {"cli"},
     {"flags"},
-    {"report"},
+    {"chat"},
+    {"report", "lineedit", "transcript"},
     {"console", "config"},
     {"launch", "planning", "bench", "plot", "probe"},
     {"prepare", "session", "cluster", "whatif", "machine"},
@@ -58,7 +60,7 @@ ROOMS = (
     {"hub"},
     {"layouts"},
     {"leash", "manifest", "routing"},
-    {"placement", "copies", "balance", "chips", "hosts", "request", "demo", "paths", "disk"},
+    {"placement", "copies", "balance", "chips", "hosts", "request", "settings", "demo", "paths", "disk"},
     {"geometry", "hardware"},
     {"errors"},
     {""},
@@ -142,6 +144,7 @@ HEAVY = {
     "tqdm",
     "asyncio",
     "matplotlib",
+    "prompt_toolkit",
 }
 
 
@@ -149,6 +152,10 @@ def test_the_command_line_loads_click_only() -> None:
     assert not loaded_by("import moectl.cli") & HEAVY
     code = "import moectl.cli\ntry: moectl.cli.cli(['run', '--help'])\nexcept SystemExit: pass"
     assert not loaded_by(code) & HEAVY
+
+
+def test_a_chat_loads_the_line_editor_only_when_it_begins() -> None:
+    assert not loaded_by("import moectl.chat") & HEAVY
 
 
 @pytest.mark.parametrize("module", ["moectl.session", "moectl.launch", "moectl.prepare", "moectl.hosts"])

@@ -1,0 +1,392 @@
+"""A conversation at the terminal: what `moectl run` opens when it is given no prompt. It feels like ollama's.
+
+It knows no HTTP, no session and no model: an `Answerer` answers. stdout carries the answers, everything else goes to
+stderr. Reading the keyboard is `lineedit`'s, the saved file `transcript`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from moectl.console import colour_wanted
+from moectl.errors import MoectlError, RemoteError, UsageError
+from moectl.report import stats_text
+from moectl.request import Stats
+from moectl.settings import ALIASES, Settings, change_setting, settings_table, split_words, value_text
+from moectl.transcript import Message, Transcript, load_transcript, save_transcript
+
+if TYPE_CHECKING:
+    from moectl.lineedit import Keyboard
+
+HELP = '''\
+Available commands:
+  /set            List the settings, or change one: /set temperature 0.7
+  /show           Show the model, the system message and the settings
+  /load FILE      Go on with a saved chat
+  /save FILE      Save this chat
+  /clear          Forget what has been said
+  /stats          Show speeds after each answer, or no longer
+  /bye            Leave
+  /?, /help       This help; also /? set, /? show, /? shortcuts
+
+Use """ to begin a message of several lines and """ to end it.
+A message that begins with "/" needs a space before it.'''
+
+HELP_SET = '''\
+  /set NAME VALUE       Change a setting; /set alone lists their names and values
+  /set system "TEXT"    Set the system message; of several lines with """; "" for none
+  /set stop "A" "B"     End answers at these texts
+  /set verbose, quiet   Show speeds after each answer, or do not
+  /set history, nohistory
+                        Remember what is typed from here on, or do not'''
+
+HELP_SHOW = """\
+  /show info            The model
+  /show system          The system message
+  /show parameters      The settings"""
+
+HELP_SHORTCUTS = """\
+  Ctrl-A, Ctrl-E        To the beginning, the end of the line
+  Alt-B, Alt-F          Back, forward one word
+  Ctrl-K, Ctrl-U        Delete to the end, to the beginning of the line
+  Ctrl-W                Delete the word before the cursor
+  Up, Down, Ctrl-R      Earlier and later messages; search them
+  Alt-Enter             Begin another line
+  Ctrl-X Ctrl-E         Edit the message in $EDITOR
+  Ctrl-L                Clear the screen
+  Ctrl-C                Stop the answer, or clear what is typed
+  Ctrl-D                Leave"""
+
+_SYSTEM = re.compile(r'\A/set\s+(?:parameter\s+)?system\s+(?=""")')
+_CLOSING = re.compile(r'"""[ \t]*$', re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some more text of an answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of an answer: "stop", "length" or "cancelled"."""
+
+    reason: str
+    stats: Stats
+
+
+class Answerer(Protocol):
+    """Who answers."""
+
+    @property
+    def model(self) -> str:
+        """What the banner says: "DBRX on 4 hosts"."""
+
+    @property
+    def details(self) -> Sequence[tuple[str, str]]:
+        """What `/show info` says: labels and values."""
+
+    @property
+    def over(self) -> bool:
+        """Whether no further question can be answered; after an error the chat ends with it then."""
+
+    def chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
+        """Yield an answer as it comes; the last item is Finished.
+
+        `messages` is the whole conversation, the system message first where there is one (`settings.system` is the
+        same again). `close()`, or a KeyboardInterrupt while it waits, has to stop the answer on the cluster: end it in
+        a `finally`. Raises MoectlError.
+        """
+
+
+def chat(
+    answerer: Answerer, settings: Settings, *, history: Path | None, stats: bool = False, color: str = "auto"
+) -> None:
+    """Talk with the person at the terminal until they leave.
+
+    `history` is the file that remembers what they typed (None: no file). Raises UsageError where there is no terminal,
+    and the answerer's error when that is over.
+    """
+    from moectl.lineedit import Keyboard
+
+    screen = sys.stderr if sys.stderr.isatty() else sys.stdout
+    coloured = colour_wanted(color, screen)
+    talk = _Chat(answerer, settings, sys.stdout, screen, stats=stats, coloured=coloured)
+    keyboard = Keyboard(screen, history=history, is_open=is_open, say=talk.say, coloured=coloured)
+    try:
+        talk.run(keyboard)
+    finally:
+        keyboard.restore()
+
+
+def is_open(text: str) -> bool:
+    """Return whether a block was begun that is not ended yet."""
+    return read_block(_SYSTEM.sub("", text, count=1)) is None
+
+
+def read_block(text: str) -> str | None:
+    """Return a message without the quotes of a block around it; None when the block is not ended yet.
+
+    As ollama has it: the text may begin on the opening line and end on the closing one.
+    """
+    if not text.startswith('"""'):
+        return text
+    body = text[3:]
+    closing = _CLOSING.search(body)
+    if closing is None:
+        return None
+    if body[closing.end() :].strip():
+        return text  # what looked like the end is in the midst of it: a pasted Python file, say
+    return body[: closing.start()].removeprefix("\n").removesuffix("\n")
+
+
+def is_command(text: str) -> bool:
+    """Return whether a text is for the chat itself; one of several lines that begins with a path is for the model."""
+    return text.startswith("/") and ("\n" not in text.strip() or _SYSTEM.match(text) is not None)
+
+
+# A model's output is not trusted with the terminal: escape sequences could retitle it, move its cursor over what was
+# said, or make it type answers of its own. ESC and CSI (U+009B) begin them: C0, DEL and C1 are shown as signs.
+_SIGNS: dict[int, int | None] = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_SIGNS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_SIGNS[ord("\r")] = None  # of a Windows line end; alone it would overwrite the line
+
+
+def printable(text: str) -> str:
+    """Return a text that does nothing to a terminal but appear on it."""
+    return text.translate(_SIGNS)
+
+
+class _Leave(Exception):
+    """The person wants to go."""
+
+
+class _Chat:
+    def __init__(
+        self, answerer: Answerer, settings: Settings, out: TextIO, screen: TextIO, *, stats: bool, coloured: bool
+    ) -> None:
+        self._answerer = answerer
+        self._settings = settings
+        self._out, self._screen = out, screen
+        self._stats, self._coloured = stats, coloured
+        self._messages: tuple[Message, ...] = ()
+        self._last: Stats | None = None
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/?": self._help,
+            "/help": self._help,
+            "/set": self._set,
+            "/show": self._show,
+            "/load": self._load,
+            "/save": self._save,
+            "/clear": self._clear,
+            "/stats": self._toggle_stats,
+            "/bye": self._leave,
+            "/exit": self._leave,
+        }
+
+    def run(self, keyboard: Keyboard) -> None:
+        self._keyboard = keyboard
+        self.say(f"{self._answerer.model}. /? for help, Ctrl-D to leave.")
+        with contextlib.suppress(_Leave):
+            while True:
+                try:
+                    self._take(self._read())
+                except KeyboardInterrupt:
+                    self.say("Use Ctrl-D or /bye to leave.")
+
+    def _read(self) -> str:
+        try:
+            return self._keyboard.read()
+        except EOFError:
+            raise _Leave from None
+
+    def _take(self, text: str) -> None:
+        try:
+            if is_command(text):
+                self._obey(text)
+            else:
+                block = read_block(text)
+                self._ask(text if block is None else block)
+        except MoectlError as error:
+            if self._answerer.over:
+                raise
+            self._say_error(error)
+
+    # What is said. The answer goes to `out`, all else to the screen.
+
+    def say(self, text: str) -> None:
+        self._screen.write(printable(text) + "\n")
+        self._screen.flush()
+
+    def _say_error(self, error: MoectlError) -> None:
+        mark = "\x1b[31m\x1b[1mError:\x1b[0m" if self._coloured else "Error:"
+        self._screen.write(f"{mark} {printable(str(error))}\n")
+        if error.hint:
+            self._screen.write(f"Hint: {printable(error.hint)}\n")
+        self._screen.flush()
+
+    def _write(self, text: str) -> None:
+        try:
+            self._out.write(printable(text) if self._out.isatty() else text)
+            self._out.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise MoectlError(f"cannot write the answer: {error.strerror}") from None
+
+    # Questions and answers.
+
+    def _ask(self, text: str) -> None:
+        if not text.strip():
+            return
+        question = Message("user", text)
+        pieces: list[str] = []
+        finished, reason = None, "cancelled"
+        interrupted = False
+        try:
+            with self._keyboard.waiting():
+                finished = self._stream(question, pieces)
+            reason = finished.reason
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            self._end_line("".join(pieces), interrupted)
+        # A question that got no word of an answer is taken back, like one that failed: roles have to take turns.
+        if pieces or finished:
+            answer = Message("assistant", "".join(pieces), reason)
+            self._messages = (*self._messages, question, answer)
+        self._say_end(finished)
+
+    def _stream(self, question: Message, pieces: list[str]) -> Finished:
+        system = self._settings.system
+        before = (Message("system", system),) if system else ()
+        with contextlib.closing(self._answerer.chat((*before, *self._messages, question), self._settings)) as stream:
+            for event in stream:
+                if isinstance(event, Finished):
+                    return event
+                pieces.append(event.text)
+                self._write(event.text)
+        raise RemoteError("the answer broke off", hint="ask again")
+
+    def _end_line(self, answer: str, interrupted: bool) -> None:
+        self._screen.write("^C" if interrupted else "")
+        self._screen.flush()
+        unfinished = bool(answer) and not answer.endswith("\n")
+        if unfinished:
+            self._write("\n")
+        if interrupted and not (unfinished and self._out.isatty()):
+            self.say("")
+
+    def _say_end(self, finished: Finished | None) -> None:
+        if finished and finished.reason == "length":
+            limit = self._settings.max_tokens
+            self.say(f"[ended at max_tokens, {limit}: /set max_tokens {4 * limit} allows more]")
+        if finished:
+            self._last = finished.stats
+            if self._stats:
+                self.say(stats_text(finished.stats))
+        self.say("")
+
+    # Commands.
+
+    def _obey(self, text: str) -> None:
+        name, *rest = text.split(maxsplit=1)
+        command = self._commands.get(name)
+        if command is None:
+            self.say(f"Unknown command '{name}'. Type /? for help.")
+            return
+        command(rest[0].strip() if rest else "")
+
+    def _help(self, topic: str) -> None:
+        topics = {"set": HELP_SET, "show": HELP_SHOW, "shortcut": HELP_SHORTCUTS, "shortcuts": HELP_SHORTCUTS}
+        self.say(topics.get(topic.removeprefix("/"), HELP) + "\n")
+
+    def _set(self, rest: str) -> None:
+        words = rest.split(maxsplit=1)
+        if words and words[0] == "parameter":  # ollama's spelling
+            words = words[1].split(maxsplit=1) if len(words) > 1 else []
+        name, value = (*words, "", "")[:2]
+        if not name:
+            self._show_parameters()
+        elif name in ("verbose", "quiet"):
+            self._stats = name == "verbose"
+            self.say(f"Set '{name}' mode.")
+        elif name in ("history", "nohistory"):
+            self._keyboard.remembers = name == "history"
+            self.say(f"Set '{name}' mode.")
+        else:
+            self._change(ALIASES.get(name, name), value)
+
+    def _change(self, name: str, value: str) -> None:
+        if name == "system" and value.startswith('"""'):
+            self._settings = replace(self._settings, system=read_block(value) or None)
+        else:
+            self._settings = change_setting(self._settings, name, value)
+        if name == "system":
+            self.say("Set system message." if self._settings.system else "Removed system message.")
+        else:
+            self.say(f"Set {name} to {value_text(getattr(self._settings, name))}.")
+
+    def _show(self, what: str) -> None:
+        parts = {"info": self._show_info, "system": self._show_system, "parameters": self._show_parameters}
+        if not what:
+            self._show_info()
+            self._show_parameters()
+        elif what in parts:
+            parts[what]()
+        else:
+            self.say(f"Unknown command '/show {what}'. Type /? for help.")
+
+    def _show_info(self) -> None:
+        details = (("model", self._answerer.model), *self._answerer.details, ("messages", str(len(self._messages))))
+        width = max(len(label) for label, _ in details)
+        for label, value in details:
+            self.say(f"  {label:{width}}  {value}")
+
+    def _show_system(self) -> None:
+        self.say(self._settings.system or "There is no system message.")
+
+    def _show_parameters(self) -> None:
+        for name, value, allowed in settings_table(self._settings):
+            self.say(f"  {name:18}  {value:8}  {allowed}")
+
+    def _save(self, rest: str) -> None:
+        path = _read_path("/save", rest)
+        save_transcript(path, Transcript(self._answerer.model, self._settings, self._messages))
+        self.say(f"Saved {len(self._messages)} messages in {path}.")
+
+    def _load(self, rest: str) -> None:
+        path = _read_path("/load", rest)
+        loaded = load_transcript(path, self._settings)
+        self._settings, self._messages = loaded.settings, loaded.messages
+        self.say(f"Loaded {len(self._messages)} messages from {path}.")
+
+    def _clear(self, _: str) -> None:
+        self._messages = ()
+        self.say("Cleared session context.")
+
+    def _toggle_stats(self, _: str) -> None:
+        self._stats = not self._stats
+        self.say(f"Speeds are {'shown' if self._stats else 'no longer shown'} after each answer.")
+        if self._stats and self._last:
+            self.say(stats_text(self._last))
+
+    def _leave(self, _: str) -> None:
+        raise _Leave
+
+
+def _read_path(command: str, rest: str) -> Path:
+    words = split_words(rest)
+    if len(words) != 1:
+        raise UsageError(f"one file should be named: {command} FILE")
+    try:
+        return Path(words[0]).expanduser()
+    except RuntimeError:
+        raise UsageError(f"there is no such home directory: {words[0]}") from None

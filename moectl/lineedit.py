@@ -1,0 +1,171 @@
+"""The terminal while a person types: editing, history, pasting, and the keys while an answer comes.
+
+It does not know what the text means; `is_open` tells it whether Enter should begin another line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.output.vt100 import Vt100_Output
+from prompt_toolkit.utils import is_dumb_terminal
+
+from moectl.errors import UsageError
+
+PROMPT, CONTINUATION = ">>> ", "... "
+PLACEHOLDER = "Send a message (/? for help)"
+HISTORY_BYTES = 1024 * 1024  # beyond it the older half is forgotten
+
+
+class Keyboard:
+    """A person's terminal; `remembers` says whether what they type goes into the history file."""
+
+    def __init__(
+        self,
+        screen: TextIO,
+        *,
+        history: Path | None,
+        is_open: Callable[[str], bool],
+        say: Callable[[str], None],
+        coloured: bool = True,
+    ) -> None:
+        if not (sys.stdin.isatty() and screen.isatty()):
+            raise UsageError("a chat needs a terminal", hint='moectl run "What is expert parallelism?"')
+        self.remembers = True
+        self._modes = termios.tcgetattr(sys.stdin.fileno())
+        dumb = is_dumb_terminal()
+        # Without cursor position requests: their replies could arrive as typing in the midst of an answer.
+        term, depth = os.environ.get("TERM"), None if coloured else ColorDepth.DEPTH_1_BIT
+        output = None if dumb else Vt100_Output.from_pty(screen, term, default_color_depth=depth)
+        if output is not None:
+            output.enable_cpr = False
+        self._output = output
+        self._session: PromptSession[str] = PromptSession(
+            PROMPT,
+            multiline=True,
+            prompt_continuation=_continuation,
+            placeholder=_placeholder,
+            key_bindings=_bindings(is_open),
+            history=self._open_history(history, say),
+            output=output,
+            reserve_space_for_menu=0,
+            enable_suspend=True,
+            enable_open_in_editor=True,
+        )
+
+    def read(self) -> str:
+        """Return one message or command. Raises KeyboardInterrupt at Ctrl-C and EOFError at Ctrl-D."""
+        text = self._session.prompt()
+        # Bytes that are not UTF-8 arrive as lone surrogates, which nothing further on could send.
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Keep keys for the next `read` and off the screen while the block runs; Ctrl-C still interrupts."""
+        quiet = [*self._modes]
+        quiet[3] &= ~(termios.ECHO | termios.ICANON)
+        try:
+            termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, quiet)
+            if self._output is not None:  # so that what is pasted meanwhile stays one message
+                self._output.enable_bracketed_paste()
+                self._output.flush()
+            yield
+        finally:
+            if self._output is not None:
+                self._output.disable_bracketed_paste()
+                self._output.flush()
+            self.restore()
+
+    def restore(self) -> None:
+        """Give the terminal the modes that it had at first."""
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, self._modes)
+
+    def _open_history(self, path: Path | None, say: Callable[[str], None]) -> History:
+        if path is None:
+            return InMemoryHistory()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fd = _open_private(path)
+            try:
+                os.fchmod(fd, 0o600)  # it may be older than this rule
+            finally:
+                os.close(fd)
+            _shorten(path)
+        except OSError as error:
+            say(f"History is not kept: {path}: {error.strerror}.")
+            return InMemoryHistory()
+        return _PrivateHistory(path, self)
+
+
+class _PrivateHistory(FileHistory):
+    """prompt_toolkit's format, in a file that nobody else may read."""
+
+    def __init__(self, path: Path, keyboard: Keyboard) -> None:
+        super().__init__(path)
+        self._path, self._keyboard = path, keyboard
+
+    def store_string(self, string: str) -> None:
+        if not self._keyboard.remembers:
+            return
+        lines = "".join(f"+{line}\n" for line in string.split("\n"))
+        # A full disk is no reason to end a chat.
+        with contextlib.suppress(OSError), os.fdopen(_open_private(self._path), "ab") as f:
+            f.write(f"\n#\n{lines}".encode("utf-8", "replace"))
+
+
+def _open_private(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+
+def _shorten(path: Path) -> None:
+    if path.stat().st_size <= HISTORY_BYTES:
+        return
+    kept = path.read_bytes()[-HISTORY_BYTES // 2 :]
+    kept = kept[max(0, kept.find(b"\n#")) :]  # from the beginning of an entry
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(_open_private(temporary), "wb") as f:
+        f.write(kept)
+    temporary.replace(path)
+
+
+def _placeholder() -> StyleAndTextTuples:
+    # Not when Ctrl-C or Ctrl-D leave the line behind.
+    return [] if get_app().is_done else [("fg:ansibrightblack", PLACEHOLDER)]
+
+
+def _continuation(width: int, line_number: int, wrap_count: int) -> str:
+    return "" if wrap_count else CONTINUATION
+
+
+def _bindings(is_open: Callable[[str], bool]) -> KeyBindings:
+    bindings = KeyBindings()
+    here = has_focus(DEFAULT_BUFFER)  # not while searching the history
+
+    @bindings.add("enter", filter=here)
+    def enter(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if is_open(buffer.text):
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter", filter=here)
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    return bindings
