@@ -101,15 +101,15 @@ class Answerer(Protocol):
         """Yield an answer as it comes; the last item is Finished.
 
         `messages` is the whole conversation, the system message first where there is one (`settings.system` is the
-        same again). `close()`, or a KeyboardInterrupt while it waits, has to stop the answer on the cluster: end it in
-        a `finally`. Raises MoectlError.
+        same again). A KeyboardInterrupt while it waits, or `close()`, has to stop the answer on the cluster: end it in
+        a `finally`, which no second one disturbs for two seconds. Raises MoectlError.
         """
 
 
 def chat(
     answerer: Answerer, settings: Settings, *, history: Path | None, stats: bool = False, color: str = "auto"
 ) -> None:
-    """Talk with the person at the terminal until they leave.
+    """Talk with the person at the terminal until they leave; call it in the main thread, which gets the signals.
 
     `history` is the file that remembers what they typed (None: no file). Raises UsageError where there is no terminal,
     and the answerer's error when that is over.
@@ -120,10 +120,8 @@ def chat(
     coloured = colour_wanted(color, screen)
     talk = _Chat(answerer, settings, sys.stdout, screen, stats=stats, coloured=coloured)
     keyboard = Keyboard(screen, history=history, is_open=is_open, say=talk.say, coloured=coloured)
-    try:
+    with keyboard.attached():
         talk.run(keyboard)
-    finally:
-        keyboard.restore()
 
 
 def is_open(text: str) -> bool:
@@ -268,7 +266,7 @@ class _Chat:
         system = self._settings.system
         before = (Message("system", system),) if system else ()
         with contextlib.closing(self._answerer.chat((*before, *self._messages, question), self._settings)) as stream:
-            for event in stream:
+            for event in self._keyboard.interruptible(stream):
                 if isinstance(event, Finished):
                     return event
                 pieces.append(event.text)

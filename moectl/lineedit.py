@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
@@ -26,8 +28,11 @@ from prompt_toolkit.utils import is_dumb_terminal
 
 from moectl.errors import UsageError
 
+T = TypeVar("T")
+
 PROMPT, CONTINUATION = ">>> ", "... "
 PLACEHOLDER = "Send a message (/? for help)"
+PATIENCE_S = 2.0  # a stopped answer that takes longer to end can be left by another Ctrl-C
 HISTORY_BYTES = 1024 * 1024  # beyond it the older half is forgotten
 
 
@@ -46,7 +51,8 @@ class Keyboard:
         if not (sys.stdin.isatty() and screen.isatty()):
             raise UsageError("a chat needs a terminal", hint='moectl run "What is expert parallelism?"')
         self.remembers = True
-        self._modes = termios.tcgetattr(sys.stdin.fileno())
+        self._armed = False  # Ctrl-C raises
+        self._pressed_s: float | None = None  # when Ctrl-C was first pressed since the last `read`
         dumb = is_dumb_terminal()
         # Without cursor position requests: their replies could arrive as typing in the midst of an answer.
         term, depth = os.environ.get("TERM"), None if coloured else ColorDepth.DEPTH_1_BIT
@@ -69,30 +75,66 @@ class Keyboard:
 
     def read(self) -> str:
         """Return one message or command. Raises KeyboardInterrupt at Ctrl-C and EOFError at Ctrl-D."""
-        text = self._session.prompt()
+        text = self._session.prompt(handle_sigint=False)
+        self._pressed_s = None
         # Bytes that are not UTF-8 arrive as lone surrogates, which nothing further on could send.
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Keep keys for the next `read` and off the screen while the block runs; Ctrl-C still interrupts."""
-        quiet = [*self._modes]
-        quiet[3] &= ~(termios.ECHO | termios.ICANON)
+        """Let what is pasted while the block runs stay one message for the next `read`."""
+        if self._output is None:
+            yield
+            return
         try:
-            termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, quiet)
-            if self._output is not None:  # so that what is pasted meanwhile stays one message
-                self._output.enable_bracketed_paste()
-                self._output.flush()
+            self._output.enable_bracketed_paste()
+            self._output.flush()
             yield
         finally:
-            if self._output is not None:
-                self._output.disable_bracketed_paste()
-                self._output.flush()
-            self.restore()
+            self._output.disable_bracketed_paste()
+            self._output.flush()
 
-    def restore(self) -> None:
-        """Give the terminal the modes that it had at first."""
-        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, self._modes)
+    def interruptible(self, events: Iterator[T]) -> Iterator[T]:
+        """Yield what comes; while it waits for more, and only then, Ctrl-C raises KeyboardInterrupt, once."""
+        while True:
+            self._armed = True
+            try:
+                if self._pressed_s is not None:
+                    raise KeyboardInterrupt
+                event = next(events)
+            except StopIteration:
+                return
+            finally:
+                self._armed = False
+            yield event
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Take care of Ctrl-C and of keys pressed while nothing reads them, in the main thread; leave all as it was.
+
+        Such keys wait for the next `read`, unseen: echoed, they would stand in the midst of an answer.
+        """
+        fd = sys.stdin.fileno()
+        modes = termios.tcgetattr(fd)
+        quiet = [*modes]
+        quiet[3] &= ~(termios.ECHO | termios.ICANON)
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            termios.tcsetattr(fd, termios.TCSANOW, quiet)
+            yield
+        finally:
+            termios.tcsetattr(fd, termios.TCSANOW, modes)
+            signal.signal(signal.SIGINT, before)
+
+    def _on_interrupt(self, *_: object) -> None:
+        # Impatient presses must not break off what the first one began: it stops the answer on every host.
+        now_s = time.monotonic()
+        wanted = self._armed or (self._pressed_s is not None and now_s - self._pressed_s > PATIENCE_S)
+        self._armed = False
+        if self._pressed_s is None or wanted:
+            self._pressed_s = now_s
+        if wanted:
+            raise KeyboardInterrupt
 
     def _open_history(self, path: Path | None, say: Callable[[str], None]) -> History:
         if path is None:
