@@ -37,10 +37,10 @@ class Ruled:
         self.over = False
 
     def chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
-        self._note(asked=[[m.role, m.content] for m in messages], settings=asdict(settings))
+        word, *rest = messages[-1].content.split()
         ended = False
         try:
-            word, *rest = messages[-1].content.split()
+            self._note(asked=[[m.role, m.content] for m in messages], settings=asdict(settings))
             pieces = 0
             for piece in self._answer(word, rest):
                 pieces += 1
@@ -49,11 +49,12 @@ class Ruled:
             yield Finished("length" if word == "long" else "stop", Stats(20, pieces, 0.5, 2.0, 0.5, 74_300_000_000))
         finally:
             if not ended:
+                self._stop(word, rest)
                 self._note(stopped=messages[-1].content)
 
     def _answer(self, word: str, rest: list[str]) -> Iterator[str]:
         match word:
-            case "forever":
+            case "forever" | "reluctant":
                 return itertools.chain(("The ", "router ", "is"), self._hang())
             case "think":  # no word yet
                 return self._hang()
@@ -67,6 +68,11 @@ class Ruled:
                 return self._fail(word)
             case _:
                 return iter(("You ", "said: ", " ".join((word, *rest))))
+
+    def _stop(self, word: str, rest: list[str]) -> None:
+        if word == "reluctant":  # stops when a file appears
+            for _ in self._wait(Path(rest[0])):
+                pass
 
     def _hang(self) -> Iterator[str]:
         while True:

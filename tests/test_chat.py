@@ -165,6 +165,36 @@ def test_ctrl_c_stops_the_answer_only(tmp_path: Path, question: str, begun: str,
             assert [m["finish_reason"] for m in said] == [None, "cancelled", None, "stop"]
 
 
+def test_further_presses_do_not_disturb_what_the_first_began(tmp_path: Path) -> None:
+    with Talk(tmp_path) as talk:
+        talk.ready()
+        talk.type("reluctant go\r")
+        talk.wait_for("router is")
+        talk.type(CTRL_C * 3)
+        (tmp_path / "go").touch()
+        talk.wait(lambda: talk.lines[-1] == PROMPT)
+        assert talk.events("stopped") == ["reluctant go"]
+        assert talk.lines[-3:-1] == ["The router is^C", ""]
+        talk.enter("hello")
+        assert talk.events("asked")[-1][1] == ["assistant", "The router is"]
+
+
+def test_an_answer_that_does_not_stop_can_be_left(tmp_path: Path) -> None:
+    with Talk(tmp_path) as talk:
+        talk.ready()
+        talk.type("reluctant never\r")
+        talk.wait_for("router is")
+
+        def pressed() -> bool:
+            talk.type(CTRL_C)
+            return "The router is^C" in talk.lines
+
+        talk.wait(pressed)
+        assert talk.enter("", end=CTRL_C)[-1] == HINT
+        talk.enter("hello")
+        assert talk.questions() == ["reluctant never", "hello"]
+
+
 def test_ctrl_c_at_the_prompt_clears_the_line(tmp_path: Path) -> None:
     with Talk(tmp_path) as talk:
         talk.ready()
