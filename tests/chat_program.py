@@ -1,7 +1,7 @@
 """A chat against an answerer that answers by rule; test_chat runs it in a pseudo-terminal.
 
-Usage: python -m tests.chat_program LOG HISTORY|- [JSON settings]. What the answerer is asked, and which answers were
-stopped, goes to LOG as JSON lines.
+Usage: python -m tests.chat_program LOG HISTORY|- [JSON settings [PATIENCE_S]]. What the answerer is asked, and which
+answers were stopped, goes to LOG as JSON lines.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moectl import lineedit
 from moectl.__main__ import TERMINATED, Terminated
 from moectl.chat import Finished, Piece, chat
 from moectl.errors import MoectlError, PeerLost, UsageError
@@ -37,6 +38,11 @@ class Ruled:
         self.over = False
 
     def chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
+        """Return an answer and hold on to it, so that it ends when it is closed and not when it is forgotten."""
+        self._held = self._stream(messages, settings)
+        return self._held
+
+    def _stream(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
         word, *rest = messages[-1].content.split()
         ended = False
         try:
@@ -71,6 +77,7 @@ class Ruled:
 
     def _stop(self, word: str, rest: list[str]) -> None:
         if word == "reluctant":  # stops when a file appears
+            self._note(stopping=word)
             for _ in self._wait(Path(rest[0])):
                 pass
 
@@ -105,6 +112,8 @@ def main() -> int:
     """Chat; return the exit code that the command line would give."""
     log, history, *rest = sys.argv[1:]
     signal.signal(signal.SIGTERM, on_sigterm)
+    if rest[1:]:
+        lineedit.PATIENCE_S = float(rest[1])
     settings = Settings(**{"max_tokens": 256, **json.loads(rest[0] if rest else "{}")})
     try:
         chat(Ruled(Path(log)), settings, history=None if history == "-" else Path(history), color="never")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -34,9 +35,24 @@ HINT = "Use Ctrl-D or /bye to leave."
 class Talk(Terminal):
     """A terminal with `chat_program` in it."""
 
-    def __init__(self, directory: Path, *, history: Path | None = None, term: str = "xterm-256color", **settings: Any):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        history: Path | None = None,
+        term: str = "xterm-256color",
+        patience_s: float = 3600,
+        **settings: Any,
+    ):
         self.log = directory / "log.jsonl"
-        program = ("-m", "tests.chat_program", str(self.log), str(history or "-"), json.dumps(settings))
+        program = (
+            "-m",
+            "tests.chat_program",
+            str(self.log),
+            str(history or "-"),
+            json.dumps(settings),
+            str(patience_s),
+        )
         super().__init__([sys.executable, *program], directory, term=term)
 
     def ready(self) -> None:
@@ -170,7 +186,15 @@ def test_further_presses_do_not_disturb_what_the_first_began(tmp_path: Path) -> 
         talk.ready()
         talk.type("reluctant go\r")
         talk.wait_for("router is")
-        talk.type(CTRL_C * 3)
+        talk.type(CTRL_C)
+        talk.wait(lambda: bool(talk.events("stopping")))
+        presses = itertools.count()
+
+        def pressed() -> bool:
+            talk.type(CTRL_C)
+            return next(presses) >= 3
+
+        talk.wait(pressed)
         (tmp_path / "go").touch()
         talk.wait(lambda: talk.lines[-1] == PROMPT)
         assert talk.events("stopped") == ["reluctant go"]
@@ -180,7 +204,7 @@ def test_further_presses_do_not_disturb_what_the_first_began(tmp_path: Path) -> 
 
 
 def test_an_answer_that_does_not_stop_can_be_left(tmp_path: Path) -> None:
-    with Talk(tmp_path) as talk:
+    with Talk(tmp_path, patience_s=0.1) as talk:
         talk.ready()
         talk.type("reluctant never\r")
         talk.wait_for("router is")
@@ -291,6 +315,8 @@ def test_history_is_kept_in_a_private_file(tmp_path: Path) -> None:
     try:
         with Talk(tmp_path, history=history) as talk:
             talk.ready()
+            assert history.stat().st_mode & 0o777 == 0o600
+            history.unlink()  # the next message makes it anew
             talk.enter("first 語")
             talk.enter('"""a\r+b"""')
             talk.enter("/set nohistory")
@@ -327,7 +353,16 @@ def test_without_history_no_file_is_made(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-def test_an_old_history_is_made_private_and_shortened(tmp_path: Path) -> None:
+def test_an_old_history_is_made_private(tmp_path: Path) -> None:
+    history = tmp_path / "history"
+    history.touch()
+    history.chmod(0o644)
+    with Talk(tmp_path, history=history) as talk:
+        talk.ready()
+        assert history.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_long_history_is_shortened(tmp_path: Path) -> None:
     history = tmp_path / "history"
     history.write_text("".join(f"\n#\n+message {n} {'x' * 1000}\n" for n in range(1500)) + "\n#\n+the last\n")
     history.chmod(0o644)
