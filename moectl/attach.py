@@ -61,7 +61,7 @@ def describe_place(target: Target) -> str:
     """Return in words what runs where."""
     ranks = count_ranks(target)
     where = f"{ranks} rank{'s' * (ranks > 1)} of this machine" if isinstance(target, Local) else f"{ranks} hosts"
-    return f"{target.name} on {where}."
+    return f"{target.name} on {where}"
 
 
 def is_loaded(target: Target) -> bool:

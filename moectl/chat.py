@@ -1,263 +1,390 @@
-"""The conversation at a terminal that `moectl run` opens without a prompt: read, answer, again, and a few commands.
+"""A conversation at the terminal: what `moectl run` opens when it is given no prompt. It feels like ollama's.
 
-It reads and edits lines with prompt_toolkit and writes what comes; who answers is a function that it is given. It knows
-no socket, no session and no click.
+It knows no HTTP, no session and no model: an `Answerer` answers. stdout carries the answers, everything else goes to
+stderr. Reading the keyboard is `lineedit`'s, the saved file `transcript`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, TextIO
 
-from moectl.disk import write_whole
-from moectl.errors import MoectlError, UsageError
-from moectl.leash import Done, Token
+from moectl.console import colour_wanted
+from moectl.errors import MoectlError, RemoteError, UsageError
 from moectl.report import stats_text
+from moectl.request import Stats
+from moectl.settings import ALIASES, Settings, change_setting, settings_table, split_words, value_text
+from moectl.transcript import Message, Transcript, load_transcript, save_transcript
 
 if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
+    from moectl.lineedit import Keyboard
 
-Fields = dict[str, Any]
-Answer = Callable[[Fields], Iterator[Token | Done]]  # a chat completion's fields → its events; closing it cancels
+HELP = '''\
+Available commands:
+  /set            List the settings, or change one: /set temperature 0.7
+  /show           Show the model, the system message and the settings
+  /load FILE      Go on with a saved chat
+  /save FILE      Save this chat
+  /clear          Forget what has been said
+  /stats          Show speeds after each answer, or no longer
+  /bye            Leave
+  /?, /help       This help; also /? set, /? show, /? shortcuts
 
-SCHEMA = "moectl.chat/1"
-FENCE = '"""'
-HELP = """\
-/set NAME VALUE   set system, temperature, top_p, top_k, min_p, seed, max_tokens or stop; /set alone lists them
-/show             show what answers, and how
-/clear            forget the conversation
-/save FILE        keep the conversation in a file
-/load FILE        go on with one that was kept
-/stats            show speeds after every answer, or stop that
-/bye              leave (or Ctrl-D)
-/?                this
-Begin and end a text of several lines with \"\"\". Ctrl-C stops an answer."""
+Use """ to begin a message of several lines and """ to end it.
+A message that begins with "/" needs a space before it.'''
 
-# Whatever the model says must not drive the terminal: no escape sequences, no bells, no carriage returns.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_KINDS: Mapping[str, Callable[[str], Any]] = {
-    "system": str,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "seed": int,
-    "max_tokens": int,
-    "stop": str,
-}
+HELP_SET = '''\
+  /set NAME VALUE       Change a setting; /set alone lists their names and values
+  /set system "TEXT"    Set the system message; of several lines with """; "" for none
+  /set stop "A" "B"     End answers at these texts
+  /set verbose, quiet   Show speeds after each answer, or do not
+  /set history, nohistory
+                        Remember what is typed from here on, or do not'''
 
+HELP_SHOW = """\
+  /show info            The model
+  /show system          The system message
+  /show parameters      The settings"""
 
-@dataclass
-class Conversation:
-    """What was said so far, and how to answer."""
+HELP_SHORTCUTS = """\
+  Ctrl-A, Ctrl-E        To the beginning, the end of the line
+  Alt-B, Alt-F          Back, forward one word
+  Ctrl-K, Ctrl-U        Delete to the end, to the beginning of the line
+  Ctrl-W                Delete the word before the cursor
+  Up, Down, Ctrl-R      Earlier and later messages; search them
+  Alt-Enter             Begin another line
+  Ctrl-X Ctrl-E         Edit the message in $EDITOR
+  Ctrl-L                Clear the screen
+  Ctrl-C                Stop the answer, or clear what is typed
+  Ctrl-D                Leave"""
 
-    settings: Fields
-    messages: list[dict[str, str]] = field(default_factory=list)
-
-    def ask(self, text: str) -> Fields:
-        """Add a question; return the fields of the completion that answers it."""
-        self.messages.append({"role": "user", "content": text})
-        settings = dict(self.settings)
-        system = settings.pop("system", None)
-        first = [{"role": "system", "content": system}] if system else []
-        return {**settings, "messages": [*first, *self.messages]}
-
-    def change(self, name: str, value: str) -> None:
-        """Change one setting. Raises UsageError when there is no such one, or the value is none."""
-        if name not in _KINDS:
-            raise UsageError(f"there is no setting {name!r}", hint=f"/set {'|'.join(_KINDS)} VALUE")
-        try:
-            self.settings[name] = _KINDS[name](value)
-        except ValueError:
-            raise UsageError(f"{name} should be a number, it is {value!r}") from None
-
-    def save(self, path: Path) -> None:
-        """Keep everything in a file. Raises StateError."""
-        document = {"schema": SCHEMA, "settings": self.settings, "messages": self.messages}
-        write_whole(path, json.dumps(document, indent=1, ensure_ascii=False).encode())
-
-    def load(self, path: Path) -> None:
-        """Take everything from a file instead. Raises UsageError, and then nothing has changed."""
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if document["schema"] != SCHEMA:
-                raise ValueError("another schema")
-            settings = {str(k): v for k, v in document["settings"].items() if k in _KINDS}
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in document["messages"]]
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UsageError(f"{path} is no conversation of moectl", hint="/save FILE makes one") from None
-        self.settings, self.messages = settings, messages
+_SYSTEM = re.compile(r'\A/set\s+(?:parameter\s+)?system\s+(?=""")')
+_CLOSING = re.compile(r'"""[ \t]*$', re.MULTILINE)
 
 
-def chat(answer: Answer, title: str, settings: Fields, *, history: Path | None, stats: bool = False) -> None:
-    """Talk until the person leaves; `history` keeps the lines for next time, None keeps them here only.
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some more text of an answer."""
 
-    Answers go to stdout, everything else to stderr.
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of an answer: "stop", "length" or "cancelled"."""
+
+    reason: str
+    stats: Stats
+
+
+class Answerer(Protocol):
+    """Who answers."""
+
+    @property
+    def model(self) -> str:
+        """What the banner says: "DBRX on 4 hosts"."""
+
+    @property
+    def details(self) -> Sequence[tuple[str, str]]:
+        """What `/show info` says: labels and values."""
+
+    @property
+    def over(self) -> bool:
+        """Whether no further question can be answered; after an error the chat ends with it then."""
+
+    def chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
+        """Yield an answer as it comes; the last item is Finished.
+
+        `messages` is the whole conversation, the system message first where there is one (`settings.system` is the
+        same again). A KeyboardInterrupt while it waits, or `close()`, has to stop the answer on the cluster: end it in
+        a `finally`, which no second one disturbs for two seconds. Raises MoectlError.
+        """
+
+
+def chat(
+    answerer: Answerer, settings: Settings, *, history: Path | None, stats: bool = False, color: str = "auto"
+) -> None:
+    """Talk with the person at the terminal until they leave; call it in the main thread, which gets the signals.
+
+    `history` is the file that remembers what they typed (None: no file). Raises UsageError where there is no terminal,
+    and the answerer's error when that is over.
     """
-    _Loop(answer, title, Conversation(settings), _open_session(history), stats).run()
+    from moectl.lineedit import Keyboard
+
+    screen = sys.stderr if sys.stderr.isatty() else sys.stdout
+    coloured = colour_wanted(color, screen)
+    talk = _Chat(answerer, settings, sys.stdout, screen, stats=stats, coloured=coloured)
+    keyboard = Keyboard(screen, history=history, is_open=is_open, say=talk.say, coloured=coloured)
+    with keyboard.attached():
+        talk.run(keyboard)
 
 
-def neutralise(text: str) -> str:
-    """Return text whose control characters, newline and tab apart, are replaced by U+FFFD."""
-    return _CONTROL.sub("\ufffd", text)
+def is_open(text: str) -> bool:
+    """Return whether a block was begun that is not ended yet."""
+    return read_block(_SYSTEM.sub("", text, count=1)) is None
 
 
-def _open_session(history: Path | None) -> PromptSession[str]:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
+def read_block(text: str) -> str | None:
+    """Return a message without the quotes of a block around it; None when the block is not ended yet.
 
-    if history is None:
-        return PromptSession(history=InMemoryHistory())
-    try:
-        history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(history, os.O_WRONLY | os.O_CREAT, 0o600))
-        history.chmod(0o600)
-    except OSError:
-        return PromptSession(history=InMemoryHistory())  # a history is no reason to be silent
-    return PromptSession(history=FileHistory(str(history)))
-
-
-class _Loop:
-    def __init__(
-        self, answer: Answer, title: str, conversation: Conversation, session: PromptSession[str], stats: bool
-    ) -> None:
-        self._answer = answer
-        self._title = title
-        self._talk = conversation
-        self._session = session
-        self._stats = stats
-        self._last: Done | None = None
-
-    def run(self) -> None:
-        self._say(f"{self._title} /? for help, Ctrl-D to leave.")
-        while True:
-            try:
-                text = self._read()
-                if text is None:
-                    return
-            except KeyboardInterrupt:
-                self._say("Use Ctrl-D or /bye to leave.")
-                continue
-            try:
-                if text.startswith("/"):
-                    if not self._obey(text):
-                        return
-                elif text.strip():
-                    self._converse(text.removeprefix(FENCE).removesuffix(FENCE) if text.startswith(FENCE) else text)
-            except MoectlError as error:
-                self._say(f"Error: {error}" + (f"\nHint: {error.hint}" if error.hint else ""))
-
-    def _say(self, text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-
-    def _read(self) -> str | None:
-        """Return what was typed, a block between fences as a whole with them; None when the person leaves."""
-        try:
-            text = self._session.prompt(">>> ")
-            if text.startswith(FENCE):
-                while len(text) < 2 * len(FENCE) or not text.rstrip().endswith(FENCE):
-                    text += "\n" + self._session.prompt("... ")
-                text = text.rstrip()
-        except EOFError:
-            return None
+    As ollama has it: the text may begin on the opening line and end on the closing one.
+    """
+    if not text.startswith('"""'):
         return text
+    body = text[3:]
+    closing = _CLOSING.search(body)
+    if closing is None:
+        return None
+    if body[closing.end() :].strip():
+        return text  # what looked like the end is in the midst of it: a pasted Python file, say
+    return body[: closing.start()].removeprefix("\n").removesuffix("\n")
 
-    def _converse(self, text: str) -> None:
-        fields = self._talk.ask(text)
-        pieces: list[str] = []
-        events = self._answer(fields)
-        try:
-            with contextlib.closing(events):  # type: ignore[type-var]
-                for event in events:
-                    if isinstance(event, Done):
-                        self._last = event
-                        continue
-                    pieces.append(event.text)
-                    sys.stdout.write(neutralise(event.text))
-                    sys.stdout.flush()
-        except KeyboardInterrupt:
-            pass  # what has been said stands
-        except MoectlError:
-            if not pieces:
-                self._talk.messages.pop()  # a question without an answer is asked again, not remembered
-            raise
-        finally:
-            if pieces:
-                self._talk.messages.append({"role": "assistant", "content": "".join(pieces)})
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-        if self._stats and self._last is not None:
-            self._say(stats_text(self._last.stats))
 
-    def _obey(self, line: str) -> bool:
-        """Obey a command; return whether to go on."""
-        try:
-            word, *arguments = shlex.split(line)
-        except ValueError:  # a quotation mark that nobody closed
-            word, *arguments = line.split()
-        if word in ("/bye", "/exit"):
-            return False
-        plain = {
+def is_command(text: str) -> bool:
+    """Return whether a text is for the chat itself; one of several lines that begins with a path is for the model."""
+    return text.startswith("/") and ("\n" not in text.strip() or _SYSTEM.match(text) is not None)
+
+
+# A model's output is not trusted with the terminal: escape sequences could retitle it, move its cursor over what was
+# said, or make it type answers of its own. ESC and CSI (U+009B) begin them: C0, DEL and C1 are shown as signs.
+_SIGNS: dict[int, int | None] = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_SIGNS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_SIGNS[ord("\r")] = None  # of a Windows line end; alone it would overwrite the line
+
+
+def printable(text: str) -> str:
+    """Return a text that does nothing to a terminal but appear on it."""
+    return text.translate(_SIGNS)
+
+
+class _Leave(Exception):
+    """The person wants to go."""
+
+
+class _Chat:
+    def __init__(
+        self, answerer: Answerer, settings: Settings, out: TextIO, screen: TextIO, *, stats: bool, coloured: bool
+    ) -> None:
+        self._answerer = answerer
+        self._settings = settings
+        self._out, self._screen = out, screen
+        self._stats, self._coloured = stats, coloured
+        self._messages: tuple[Message, ...] = ()
+        self._last: Stats | None = None
+        self._commands: dict[str, Callable[[str], None]] = {
             "/?": self._help,
             "/help": self._help,
+            "/set": self._set,
+            "/show": self._show,
+            "/load": self._load,
+            "/save": self._save,
             "/clear": self._clear,
             "/stats": self._toggle_stats,
-            "/show": self._show,
+            "/bye": self._leave,
+            "/exit": self._leave,
         }
-        if word in plain:
-            plain[word]()
-        elif word == "/set":
-            self._set(arguments)
-        elif word in ("/save", "/load"):
-            self._use_file(word, arguments)
+
+    def run(self, keyboard: Keyboard) -> None:
+        self._keyboard = keyboard
+        self.say(f"{self._answerer.model}. /? for help, Ctrl-D to leave.")
+        with contextlib.suppress(_Leave):
+            while True:
+                try:
+                    self._take(self._read())
+                except KeyboardInterrupt:
+                    self.say("Use Ctrl-D or /bye to leave.")
+
+    def _read(self) -> str:
+        try:
+            return self._keyboard.read()
+        except EOFError:
+            raise _Leave from None
+
+    def _take(self, text: str) -> None:
+        try:
+            if is_command(text):
+                self._obey(text)
+            else:
+                block = read_block(text)
+                self._ask(text if block is None else block)
+        except MoectlError as error:
+            if self._answerer.over:
+                raise
+            self._say_error(error)
+
+    # What is said. The answer goes to `out`, all else to the screen.
+
+    def say(self, text: str) -> None:
+        self._screen.write(printable(text) + "\n")
+        self._screen.flush()
+
+    def _say_error(self, error: MoectlError) -> None:
+        mark = "\x1b[31m\x1b[1mError:\x1b[0m" if self._coloured else "Error:"
+        self._screen.write(f"{mark} {printable(str(error))}\n")
+        if error.hint:
+            self._screen.write(f"Hint: {printable(error.hint)}\n")
+        self._screen.flush()
+
+    def _write(self, text: str) -> None:
+        try:
+            self._out.write(printable(text) if self._out.isatty() else text)
+            self._out.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise MoectlError(f"cannot write the answer: {error.strerror}") from None
+
+    # Questions and answers.
+
+    def _ask(self, text: str) -> None:
+        if not text.strip():
+            return
+        question = Message("user", text)
+        pieces: list[str] = []
+        finished, reason = None, "cancelled"
+        interrupted = False
+        try:
+            with self._keyboard.waiting():
+                finished = self._stream(question, pieces)
+            reason = finished.reason
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            self._end_line("".join(pieces), interrupted)
+        # A question that got no word of an answer is taken back, like one that failed: roles have to take turns.
+        if pieces or finished:
+            answer = Message("assistant", "".join(pieces), reason)
+            self._messages = (*self._messages, question, answer)
+        self._say_end(finished)
+
+    def _stream(self, question: Message, pieces: list[str]) -> Finished:
+        system = self._settings.system
+        before = (Message("system", system),) if system else ()
+        with contextlib.closing(self._answerer.chat((*before, *self._messages, question), self._settings)) as stream:
+            for event in self._keyboard.interruptible(stream):
+                if isinstance(event, Finished):
+                    return event
+                pieces.append(event.text)
+                self._write(event.text)
+        raise RemoteError("the answer broke off", hint="ask again")
+
+    def _end_line(self, answer: str, interrupted: bool) -> None:
+        self._screen.write("^C" if interrupted else "")
+        self._screen.flush()
+        unfinished = bool(answer) and not answer.endswith("\n")
+        if unfinished:
+            self._write("\n")
+        if interrupted and not (unfinished and self._out.isatty()):
+            self.say("")
+
+    def _say_end(self, finished: Finished | None) -> None:
+        if finished and finished.reason == "length":
+            limit = self._settings.max_tokens
+            self.say(f"[ended at max_tokens, {limit}: /set max_tokens {4 * limit} allows more]")
+        if finished:
+            self._last = finished.stats
+            if self._stats:
+                self.say(stats_text(finished.stats))
+        self.say("")
+
+    # Commands.
+
+    def _obey(self, text: str) -> None:
+        name, *rest = text.split(maxsplit=1)
+        command = self._commands.get(name)
+        if command is None:
+            self.say(f"Unknown command '{name}'. Type /? for help.")
+            return
+        command(rest[0].strip() if rest else "")
+
+    def _help(self, topic: str) -> None:
+        topics = {"set": HELP_SET, "show": HELP_SHOW, "shortcut": HELP_SHORTCUTS, "shortcuts": HELP_SHORTCUTS}
+        self.say(topics.get(topic.removeprefix("/"), HELP) + "\n")
+
+    def _set(self, rest: str) -> None:
+        words = rest.split(maxsplit=1)
+        if words and words[0] == "parameter":  # ollama's spelling
+            words = words[1].split(maxsplit=1) if len(words) > 1 else []
+        name, value = (*words, "", "")[:2]
+        if not name:
+            self._show_parameters()
+        elif name in ("verbose", "quiet"):
+            self._stats = name == "verbose"
+            self.say(f"Set '{name}' mode.")
+        elif name in ("history", "nohistory"):
+            self._keyboard.remembers = name == "history"
+            self.say(f"Set '{name}' mode.")
         else:
-            self._say(f"Unknown command {word!r}. Type /? for help.")
-        return True
+            self._change(ALIASES.get(name, name), value)
 
-    def _help(self) -> None:
-        self._say(HELP)
+    def _change(self, name: str, value: str) -> None:
+        if name == "system" and value.startswith('"""'):
+            self._settings = replace(self._settings, system=read_block(value) or None)
+        else:
+            self._settings = change_setting(self._settings, name, value)
+        if name == "system":
+            self.say("Set system message." if self._settings.system else "Removed system message.")
+        else:
+            self.say(f"Set {name} to {value_text(getattr(self._settings, name))}.")
 
-    def _clear(self) -> None:
-        self._talk.messages.clear()
-        self._say("The conversation is forgotten.")
+    def _show(self, what: str) -> None:
+        parts = {"info": self._show_info, "system": self._show_system, "parameters": self._show_parameters}
+        if not what:
+            self._show_info()
+            self._show_parameters()
+        elif what in parts:
+            parts[what]()
+        else:
+            self.say(f"Unknown command '/show {what}'. Type /? for help.")
 
-    def _toggle_stats(self) -> None:
+    def _show_info(self) -> None:
+        details = (("model", self._answerer.model), *self._answerer.details, ("messages", str(len(self._messages))))
+        width = max(len(label) for label, _ in details)
+        for label, value in details:
+            self.say(f"  {label:{width}}  {value}")
+
+    def _show_system(self) -> None:
+        self.say(self._settings.system or "There is no system message.")
+
+    def _show_parameters(self) -> None:
+        for name, value, allowed in settings_table(self._settings):
+            self.say(f"  {name:18}  {value:8}  {allowed}")
+
+    def _save(self, rest: str) -> None:
+        path = _read_path("/save", rest)
+        save_transcript(path, Transcript(self._answerer.model, self._settings, self._messages))
+        self.say(f"Saved {len(self._messages)} messages in {path}.")
+
+    def _load(self, rest: str) -> None:
+        path = _read_path("/load", rest)
+        loaded = load_transcript(path, self._settings)
+        self._settings, self._messages = loaded.settings, loaded.messages
+        self.say(f"Loaded {len(self._messages)} messages from {path}.")
+
+    def _clear(self, _: str) -> None:
+        self._messages = ()
+        self.say("Cleared session context.")
+
+    def _toggle_stats(self, _: str) -> None:
         self._stats = not self._stats
-        last = f"\n{stats_text(self._last.stats)}" if self._stats and self._last is not None else ""
-        self._say(f"Speeds are {'shown' if self._stats else 'not shown'} after every answer.{last}")
+        self.say(f"Speeds are {'shown' if self._stats else 'no longer shown'} after each answer.")
+        if self._stats and self._last:
+            self.say(stats_text(self._last))
 
-    def _show(self) -> None:
-        said = len(self._talk.messages)
-        self._say(f"{self._title}\n{said} message{'s' * (said != 1)} so far\n{self._list_settings()}")
+    def _leave(self, _: str) -> None:
+        raise _Leave
 
-    def _set(self, arguments: list[str]) -> None:
-        if len(arguments) == 1:
-            raise UsageError(f"{arguments[0]} to what?", hint=f"/set {arguments[0]} VALUE")
-        if arguments:
-            self._talk.change(arguments[0], " ".join(arguments[1:]))
-        self._say(self._list_settings())
 
-    def _use_file(self, word: str, arguments: list[str]) -> None:
-        if len(arguments) != 1:
-            raise UsageError(f"{word} wants one file", hint=f"{word} FILE")
-        path = Path(arguments[0]).expanduser()
-        if word == "/save":
-            self._talk.save(path)
-            self._say(f"Kept in {path}.")
-        else:
-            self._talk.load(path)
-            self._say(f"{len(self._talk.messages)} messages from {path}.")
-
-    def _list_settings(self) -> str:
-        return "\n".join(f"{name} = {value!r}" for name, value in self._talk.settings.items()) or "nothing is set"
+def _read_path(command: str, rest: str) -> Path:
+    words = split_words(rest)
+    if len(words) != 1:
+        raise UsageError(f"one file should be named: {command} FILE")
+    try:
+        return Path(words[0]).expanduser()
+    except RuntimeError:
+        raise UsageError(f"there is no such home directory: {words[0]}") from None

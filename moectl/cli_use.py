@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
     """
     from moectl import attach
 
-    chats = not prompt and _at_terminal() and not (common.json or options["raw"])
+    chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and _at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
     target = choose_target(common, options)
     wanted = session_options(common, options)
@@ -73,7 +73,7 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
         fields["seed"] = options["seed"]
     try:
         if chats:
-            _chat(common, options, connect, attach.describe_place(target), fields, stats or bool(common.verbose))
+            _chat(common, options, connect, attach.describe_place(target), stats or bool(common.verbose))
         else:
             _answer(common, _ask(found.client, text, options, fields), stats or bool(common.verbose))
     finally:
@@ -81,32 +81,31 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
             found.client.wait_until_gone(_END_S)
 
 
-def _ask(client: Client, text: str, options: dict[str, Any], fields: dict[str, Any]) -> Iterator[Token | Done]:
+def _ask(
+    client: Client, text: str, options: dict[str, Any], fields: dict[str, Any]
+) -> Generator[Token | Done, None, None]:
     if options["raw"]:
         return client.complete({**fields, "prompt": text})
     system = [{"role": "system", "content": options["system"]}] if options["system"] is not None else []
     return client.chat({**fields, "messages": [*system, {"role": "user", "content": text}]})
 
 
-def _chat(
-    common: Common,
-    options: dict[str, Any],
-    connect: Callable[[], Attached],
-    title: str,
-    fields: dict[str, Any],
-    stats: bool,
-) -> None:
+def _chat(common: Common, options: dict[str, Any], connect: Callable[[], Attached], title: str, stats: bool) -> None:
+    from moectl.answerer import ControllerAnswerer
     from moectl.chat import chat
     from moectl.paths import state_dir
+    from moectl.settings import Settings
 
-    # The controller may have left in a long pause: every question looks for it again.
-    settings = {**({"system": options["system"]} if options["system"] is not None else {}), **fields}
+    settings = Settings(
+        temperature=options["temp"], **{k: options[k] for k in ("max_tokens", "system", "top_p", "seed")}
+    )
     history = None if options["no_history"] else state_dir() / "history"
-    chat(lambda asked: connect().client.chat(asked), title, settings, history=history, stats=stats)
+    answerer = ControllerAnswerer(title, lambda: connect().client)
+    chat(answerer, settings, history=history, stats=stats, color=common.color)
 
 
 def _at_terminal() -> bool:
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _prompt_text(words: tuple[str, ...], common: Common) -> str:
@@ -128,14 +127,14 @@ def _log_printer(common: Common) -> Callable[[str, str], None]:
     return lambda host, line: click.echo(f"[{host}] {line}", err=True)
 
 
-def _answer(common: Common, events: Iterator[Token | Done], stats: bool) -> None:
+def _answer(common: Common, events: Generator[Token | Done, None, None], stats: bool) -> None:
     """Print an answer as it comes; Ctrl-C cancels it."""
     from moectl import report
     from moectl.leash import Done
 
     pieces: list[str] = []
     done: Done | None = None
-    with contextlib.closing(events):  # type: ignore[type-var]
+    with contextlib.closing(events):
         try:
             for event in events:
                 if isinstance(event, Done):

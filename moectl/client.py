@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,11 @@ class Client:
         gone.join(timeout_s)
         return not gone.is_alive()
 
-    def chat(self, fields: Mapping[str, Any]) -> Iterator[Token | Done]:
+    def chat(self, fields: Mapping[str, Any]) -> Generator[Token | Done, None, None]:
         """Yield a chat completion as it comes; closing the iterator cancels it. `fields` are the API's."""
         return self._stream("/v1/chat/completions", fields)
 
-    def complete(self, fields: Mapping[str, Any]) -> Iterator[Token | Done]:
+    def complete(self, fields: Mapping[str, Any]) -> Generator[Token | Done, None, None]:
         """Yield a completion of a raw prompt as it comes; closing the iterator cancels it."""
         return self._stream("/v1/completions", fields)
 
@@ -98,7 +98,7 @@ class Client:
             response = _send(connection, method, path)
             return _read_json(response)
 
-    def _stream(self, path: str, fields: Mapping[str, Any]) -> Iterator[Token | Done]:
+    def _stream(self, path: str, fields: Mapping[str, Any]) -> Generator[Token | Done, None, None]:
         body = json.dumps({**fields, "stream": True}).encode()
         with contextlib.closing(_Connection(self.path, None)) as connection:
             response = _send(connection, "POST", path, body)

@@ -26,8 +26,9 @@ from moectl.paths import runtime_dir
 from moectl.report import stats_text
 from moectl.request import Request, Stats
 from moectl.sockets import listen_unix
-from tests.ring import process_env
+from tests.ring import process_env, rank_env
 from tests.running import wait_for, workers
+from tests.terminal import Terminal
 
 STATS = Stats(3, 2, 0.1, 0.2, 0.1, 1000)
 
@@ -267,6 +268,33 @@ def test_what_goes_wrong_in_the_background_is_told(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     failed = moectl("run", "--shards", str(directory), "Hello", check=7)
     assert "layer-000.safetensors" in failed.stderr
+    assert not find_running()
+
+
+def test_run_without_a_prompt_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in rank_env().items():
+        monkeypatch.setenv(name, value)
+    words = [
+        sys.executable,
+        "-W",
+        "default",
+        "-m",
+        "moectl",
+        "run",
+        "--local",
+        "1",
+        "--model",
+        str(demo_dir()),
+        "--stats",
+    ]
+    with Terminal(words, tmp_path) as terminal:
+        terminal.wait(lambda: any("on 1 rank of this machine. /? for help" in line for line in terminal.lines))
+        terminal.wait(lambda: terminal.lines[-1].startswith(">>>"))
+        terminal.type("What is expert parallelism?\r")
+        terminal.wait(lambda: any("prompt tokens at" in line for line in terminal.lines))
+        terminal.wait(lambda: terminal.lines[-1].startswith(">>>"))
+        terminal.type("/bye\r")
+        assert terminal.end() == 0
     assert not find_running()
 
 

@@ -37,13 +37,13 @@ ONLY_IN: dict[str, set[str]] = {
     "tokenizers": {"demo.train"},
     "safetensors": {"layouts", "demo.train"},
     "matplotlib": {"plot"},
-    "prompt_toolkit": {"chat"},
     "starlette": {"server"},
     "uvicorn": {"server"},
     "prometheus_client": {"metrics"},
+    "prompt_toolkit": {"lineedit"},
 }
 # Of those, the ones whose import waits until a function needs it.
-INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot"), ("prompt_toolkit", "chat")}
+INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot")}
 
 # From the face down; a module imports only from rooms further down or from its own.
 ROOMS = (
@@ -52,8 +52,9 @@ ROOMS = (
     {"cli_prepare", "cli_use"},
     {"cli_target"},
     {"flags"},
+    {"answerer"},
     {"chat"},
-    {"report"},
+    {"report", "lineedit", "transcript"},
     {"console", "config"},
     {"attach"},
     {"controller", "probing", "client", "background"},
@@ -89,7 +90,7 @@ ROOMS = (
     {"budget"},
     {"measured"},
     {"leash", "manifest", "routing"},
-    {"placement", "copies", "balance", "chips", "hosts", "request", "demo", "paths", "disk"},
+    {"placement", "copies", "balance", "chips", "hosts", "request", "settings", "demo", "paths", "disk"},
     {"geometry", "hardware"},
     {"errors"},
     {""},
@@ -173,9 +174,7 @@ HEAVY = {
     "tqdm",
     "asyncio",
     "matplotlib",
-    "starlette",
-    "uvicorn",
-    "prometheus_client",
+    "prompt_toolkit",
 }
 
 
@@ -183,6 +182,10 @@ def test_the_command_line_loads_click_only() -> None:
     assert not loaded_by("import moectl.cli") & HEAVY
     code = "import moectl.cli\ntry: moectl.cli.cli(['run', '--help'])\nexcept SystemExit: pass"
     assert not loaded_by(code) & HEAVY
+
+
+def test_a_chat_loads_the_line_editor_only_when_it_begins() -> None:
+    assert not loaded_by("import moectl.chat") & HEAVY
 
 
 @pytest.mark.parametrize("module", ["moectl.session", "moectl.launch", "moectl.prepare", "moectl.hosts"])

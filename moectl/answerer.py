@@ -1,0 +1,35 @@
+"""The chat's questions, answered by a controller: its messages and settings become the API's fields.
+
+The controller may leave in a long pause, so that every question looks for it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, field
+
+from moectl.chat import Finished, Piece
+from moectl.client import Client
+from moectl.leash import Done
+from moectl.settings import Settings
+from moectl.transcript import Message
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerAnswerer:
+    """A `chat.Answerer` over what `connect` returns."""
+
+    model: str
+    connect: Callable[[], Client]
+    details: Sequence[tuple[str, str]] = field(default=())
+    over: bool = False  # a controller that fails is replaced at the next question
+
+    def chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
+        """Yield an answer as it comes; see `chat.Answerer`."""
+        fields = {name: value for name, value in asdict(settings).items() if name != "system" and value is not None}
+        fields["messages"] = [{"role": message.role, "content": message.content} for message in messages]
+        # Closing the connection is the cancel.
+        with contextlib.closing(self.connect().chat(fields)) as events:
+            for event in events:
+                yield Finished(event.finish_reason, event.stats) if isinstance(event, Done) else Piece(event.text)
