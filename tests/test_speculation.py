@@ -216,7 +216,11 @@ def test_a_stop_token_may_end_a_draft_anywhere(parts: Parts, quoting: tuple[int,
                 driven = Driven((model, tokenizer), speculate=most)
                 driven.ask(prompt_tokens=quoting, max_tokens=SAID)
                 driven.run()
-                told.append((driven.tokens(1), driven.text(1), driven.reason(1)))
+                turn = (*quoting, *driven.tokens(1), token, 5, 6)
+                driven.ask(prompt_tokens=turn, max_tokens=4)
+                driven.run()
+                assert driven.stats(2).cached_tokens >= len(turn) - 3
+                told.append((driven.tokens(1), driven.text(1), driven.reason(1), driven.tokens(2)))
             assert told[0] == told[1]
             assert told[0][0] == said[: said.index(token)]
             assert told[0][2] == "stop"
@@ -280,6 +284,23 @@ def test_another_request_may_join_at_any_step(parts: Parts, quoting: tuple[int, 
         after = len(ids) - ids[::-1].index(2)
         resumed += len(ids[after:]) > 4 and driven.stats(first).accepted_tokens > 0
     assert resumed > 3  # alone again, and several at a time again
+
+
+def test_another_request_may_join_and_leave_at_once(parts: Parts, quoting: tuple[int, ...], plain: Driven) -> None:
+    cancelled = 0
+    for delay in range(6):
+        driven = Driven(parts, speculate=4)
+        driven.ask(prompt_tokens=quoting, max_tokens=SAID, ignore_eos=True)
+
+        def join(driven: Driven = driven, delay: int = delay) -> None:
+            driven.ask(prompt_tokens=quoting[9:], max_tokens=40, ignore_eos=True)  # foreseeable too
+            at_step(driven, delay, partial(driven.cancel, 2)) if delay else driven.cancel(2)
+
+        at_step(driven, 6, join)
+        driven.run()
+        assert driven.tokens(1) == plain.tokens(1)
+        cancelled += driven.reason(2) == "cancelled"
+    assert cancelled == 6
 
 
 def test_a_prompt_that_joins_waits_for_no_cache_of_the_other(parts: Parts, quoting: tuple[int, ...]) -> None:
