@@ -5,6 +5,7 @@ There is one controller for each set of ranks on its hosts; where its socket is 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 from moectl import background
 from moectl.client import Client, is_running, socket_path
-from moectl.errors import MoectlError, StateError
+from moectl.errors import AlreadyRunning, MoectlError, RemoteError, StateError
 from moectl.launch import Local, Target, count_ranks, decode_target, encode_target, target_key
 from moectl.serving import Settings
 
 OnLog = Callable[[str, str], None]
+_OPEN = (None, "auto", 0)
+_ATTEMPTS = 3
+_LEAVING_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +44,33 @@ def attach(
     Waits until the model is loaded. Raises StateError when one runs with other options, and what starting raises.
     """
     client = Client(place_of(target))
-    if is_running(client.path):
+    for _ in range(_ATTEMPTS):
+        if is_running(client.path) and _join(client, target, options, keep_alive_s):
+            return Attached(client, False)
+        say(f"Loading {target.name} on {count_ranks(target)} rank{'s' * (count_ranks(target) > 1)}.")
+        with contextlib.suppress(AlreadyRunning):  # somebody else was quicker: join that one
+            start(target, Settings(client.path, keep_alive_s), options, on_log=on_log)
+            return Attached(client, True)
+    raise StateError(f"the controller of {target.name} comes and goes", hint="moectl stop --now, then run it again")
+
+
+def _join(client: Client, target: Target, options: Mapping[str, Any], keep_alive_s: float) -> bool:
+    """Tell a running controller that a question comes; return whether it will be there for that."""
+    try:
         described = client.describe(timeout_s=None)
         for name, value in described["options"].items():
-            if options.get(name) not in (None, "auto", 0, value):
+            # What was left open, here or there, fits anything.
+            if value not in _OPEN and options.get(name) not in (*_OPEN, value):
                 raise StateError(f"{target.name} is loaded with {name} {value}", hint="moectl stop, then run it again")
-        client.keep_alive(keep_alive_s)
-        return Attached(client, False)
-    say(f"Loading {target.name} on {count_ranks(target)} rank{'s' * (count_ranks(target) > 1)}.")
-    start(target, Settings(client.path, keep_alive_s), options, on_log=on_log)
-    return Attached(client, True)
+            if name == "dtype" and value in _OPEN and options.get(name) not in _OPEN:
+                raise StateError(
+                    f"{target.name} is loaded with the device's own dtype", hint="moectl stop, then run it again"
+                )
+        client.keep_alive(keep_alive_s, asks=True)
+        return True
+    except RemoteError:  # it is leaving
+        client.wait_until_gone(_LEAVING_S)
+        return False
 
 
 def place_of(target: Target) -> Path:
@@ -87,7 +108,7 @@ def start(target: Target, settings: Settings, options: Mapping[str, Any], *, on_
         },
         "options": dict(options),
     }
-    return background.start(order, name=target.name, on_log=on_log)
+    return background.start(order, name=f"{target.name}-{target_key(target)}", on_log=on_log)
 
 
 def obey() -> None:

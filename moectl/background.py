@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,7 @@ from moectl.errors import MoectlError, RemoteError
 from moectl.paths import state_dir
 
 VERB = "controller"
+_MOST_BYTES = 1_000_000  # of a log that is continued
 _TERM_S = 15.0  # for a controller that is told to end while it starts
 
 
@@ -56,9 +58,15 @@ def start(order: Mapping[str, Any], *, name: str, on_log: Callable[[str, str], N
             process.kill()
             process.wait()
         raise
-    # It goes on by itself; this process does not wait for it and must not be warned about that.
+    # It goes on by itself; this process does not wait for its end, and must not be warned about that.
+    threading.Thread(target=_reap, args=(process.pid,), daemon=True).start()
     process.returncode = 0
     return port
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        os.waitpid(pid, 0)
 
 
 def _read_answer(lines: IO[bytes], name: str, on_log: Callable[[str, str], None]) -> int | None:
@@ -72,7 +80,14 @@ def _read_answer(lines: IO[bytes], name: str, on_log: Callable[[str, str], None]
         else:
             port: int | None = answer["ready"]
             return port
-    raise RemoteError("the controller ended before it was ready", hint=f"see {log_path(name)}")
+    raise RemoteError(f"the controller ended before it was ready{_last_words(name)}", hint=f"see {log_path(name)}")
+
+
+def _last_words(name: str) -> str:
+    with contextlib.suppress(OSError):
+        lines = log_path(name).read_text(errors="replace").split("\n")
+        return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
+    return ""
 
 
 def log_path(name: str) -> Path:
@@ -84,12 +99,17 @@ def _open_log(name: str) -> int:
     path = log_path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size > _MOST_BYTES:
+                path.unlink()
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError:
         return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)  # a log is no reason to fail
 
 
 # The other end.
+
+_ready = False
 
 
 def take_order() -> dict[str, Any]:
@@ -102,13 +122,17 @@ def take_order() -> dict[str, Any]:
 
 def tell_ready(port: int | None) -> None:
     """Say that clients may come; nothing is heard from here after that."""
+    global _ready
+    _ready = True
     _tell({"ready": port})
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def tell_log(host: str, line: str) -> None:
-    """Pass on a line of a worker's log, and keep it."""
+    """Pass on a line of a worker's log, and keep it, until all is ready; every rank keeps a log of its own."""
+    if _ready:
+        return
     print(f"[{host}] {line}", file=sys.stderr, flush=True)  # noqa: T201 - this process's log
     _tell({"log": [host, line]})
 

@@ -77,8 +77,11 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
         else:
             _answer(common, _ask(found.client, text, options, fields), stats or bool(common.verbose))
     finally:
-        if found.started and keep_alive == 0:
-            found.client.wait_until_gone(_END_S)
+        if keep_alive == 0:
+            with contextlib.suppress(errors.MoectlError):  # it may have left already
+                found.client.keep_alive(0, asks=False)
+            if found.started:
+                found.client.wait_until_gone(_END_S)
 
 
 def _ask(
@@ -245,12 +248,23 @@ def stop(common: Common, timeout: float, now: bool) -> None:
     from moectl import client
     from moectl.console import size_text
 
-    stopped = [client.Client(path).stop(0.0 if now else max(0.0, timeout)) for path in client.find_running()]
-    workers = sum(len(one["memory_bytes"]) for one in stopped)
-    released = sum(sum(one["memory_bytes"]) for one in stopped)
+    stopped: list[dict[str, Any] | None] = []
+    failures: list[errors.MoectlError] = []
+    for path in client.find_running():
+        try:
+            stopped.append(client.Client(path).stop(0.0 if now else max(0.0, timeout)))
+        except errors.MoectlError as error:
+            failures.append(error)
+    held = [one["memory_bytes"] for one in stopped if one is not None]
+    workers, released = sum(map(len, held)), sum(map(sum, held))
     text = f"Stopped {workers} worker{'s' * (workers != 1)}, {size_text(released)} of memory released."
+    if not held:
+        text = "Stopped a controller that was not answering."
     document = {"schema": "moectl.stop/1", "workers": workers, "memory_bytes": released}
-    common.print(text if stopped else "Nothing is running.", document)
+    if stopped or not failures:
+        common.print(text if stopped else "Nothing is running.", document)
+    if failures:
+        raise failures[0]
 
 
 @click.command(epilog=EXIT_STATUS)

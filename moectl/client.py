@@ -11,6 +11,7 @@ import fcntl
 import http.client
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Generator, Iterator, Mapping
@@ -27,6 +28,7 @@ from moectl.request import Stats
 SUFFIX = ".sock"
 _CONNECT_S = 5.0
 _ANSWER_S = 30.0  # for what needs no computing
+_BUSY_S = 3.0  # who does not answer a stop within this time loads, or hangs
 
 
 def socket_path(key: str) -> Path:
@@ -46,7 +48,7 @@ def is_running(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return path.exists()
     finally:
@@ -64,19 +66,34 @@ class Client:
         """Return what it runs and how it is; waits while it loads."""
         return self._ask("GET", "/moectl", timeout_s=timeout_s)
 
-    def keep_alive(self, seconds: float) -> None:
-        """Let it stay for so long when idle; below 0: for ever."""
-        self._ask("POST", f"/moectl/keep-alive?seconds={seconds}")
+    def keep_alive(self, seconds: float, *, asks: bool) -> None:
+        """Let it stay for so long when idle, below 0 for ever; `asks`: a question is about to come."""
+        self._ask("POST", f"/moectl/keep-alive?seconds={seconds}&asks={int(asks)}")
 
-    def stop(self, grace_s: float) -> dict[str, Any]:
+    def stop(self, grace_s: float) -> dict[str, Any] | None:
         """End it, after answers in progress had so many seconds; return its last description once it has gone.
 
+        One that does not listen, because it loads or is leaving, is told by SIGTERM; there is no description then.
         Raises StateError when it does not go.
         """
-        described = self._ask("POST", f"/moectl/stop?grace_s={grace_s}")
+        described: dict[str, Any] | None = None
+        try:
+            described = self._ask("POST", f"/moectl/stop?grace_s={grace_s}", timeout_s=_BUSY_S)
+        except (StateError, RemoteError):
+            self._terminate()
         if not self.wait_until_gone(grace_s + _ANSWER_S):
-            raise StateError("the controller does not end", hint=f"kill {described.get('pid')}")
+            raise StateError("the controller does not end", hint=f"kill -9 {self._pid()}")
         return described
+
+    def _terminate(self) -> None:
+        if is_running(self.path) and (pid := self._pid()) is not None:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+
+    def _pid(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError):
+            return int(self.path.with_name(self.path.name + ".lock").read_text())
+        return None
 
     def wait_until_gone(self, timeout_s: float) -> bool:
         """Return whether it has ended within this time."""
@@ -187,6 +204,6 @@ def _wait_for_lock(path: Path) -> None:
     with contextlib.suppress(OSError):
         lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CLOEXEC)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_SH)
         finally:
             os.close(lock)

@@ -19,7 +19,7 @@ from socket import socket
 from typing import Any
 
 from moectl.deployment import Deployment
-from moectl.errors import MoectlError, QueueFull, UsageError
+from moectl.errors import MoectlError, QueueFull, StateError, UsageError
 from moectl.launch import Target, count_ranks, open_session
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.request import Request
@@ -32,6 +32,8 @@ from moectl.sockets import listen_tcp, listen_unix
 MAX_WAITING = 64  # requests beside those that are being answered
 ALIVE_S = 5.0  # a rank that has not answered a heartbeat for so long is not well
 GRACE_S = 5.0
+READING_S = 600.0  # for somebody who has paused in reading the last answer
+BYTES_PER_TOKEN = 256  # more than any token has: longer prompts need not travel to be refused
 SAME = ("dtype", "backend", "prefill_step", "speculate")  # what two who share a controller have to agree on
 FIRST_S = 60.0  # for the first question to come
 _RETRY_S = 5.0
@@ -52,6 +54,7 @@ class Controller:
         self._max_waiting = max_waiting
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
+        self._closed = False
         self._changed = asyncio.Event()  # somebody came or went
         self._answers: dict[int, _Answer] = {}  # by request id, until their Done
         self._started: set[int] = set()  # of those: a sign of work was seen
@@ -70,6 +73,9 @@ class Controller:
         async with self._submitting:
             if self.failure is not None:
                 raise self.failure
+            if self._closed:
+                raise StateError("moectl is stopping", hint="ask again: that starts it anew")
+            _refuse_too_long(request, self.model.max_seq_len)
             if len(self._answers) - len(self._started) >= self._max_waiting:
                 raise QueueFull(f"{self._max_waiting} requests wait already", retry_after_s=_RETRY_S)
             if not self._answers:
@@ -81,6 +87,10 @@ class Controller:
             # Leashes are pipes and SSH channels: a full one would stop everybody else.
             await asyncio.to_thread(self._session.submit, answer.request)
             return answer
+
+    def close(self) -> None:
+        """Accept nothing any more."""
+        self._closed = True
 
     def health(self) -> Health:
         """Return how the cluster is."""
@@ -157,6 +167,13 @@ class Controller:
         self._ended.set()
 
 
+def _refuse_too_long(request: Request, max_seq_len: int) -> None:
+    texts = [request.prompt, request.system or "", *(text for m in request.messages or () for text in m.values())]
+    size = sum(map(len, texts))
+    if size > BYTES_PER_TOKEN * max_seq_len or len(request.prompt_tokens or ()) > max_seq_len:
+        raise UsageError(f"the prompt is longer than the model's context of {max_seq_len} tokens", hint="shorten it")
+
+
 class _Answer:
     """One request's events as they come; see `serving.Answer`."""
 
@@ -191,10 +208,10 @@ class KeepAlive:
         # Whoever started it for one question has to come first.
         self._until_s = time.monotonic() + max(seconds, FIRST_S)
 
-    def renew(self, seconds: float | None = None) -> None:
-        """Begin the time again, with another length if wished."""
+    def renew(self, seconds: float | None = None, *, asks: bool = False) -> None:
+        """Begin the time again, with another length if wished; `asks`: somebody is about to ask."""
         self._seconds = self._seconds if seconds is None else seconds
-        self._until_s = time.monotonic() + self._seconds
+        self._until_s = time.monotonic() + (max(self._seconds, FIRST_S) if asks else self._seconds)
         self.changed.set()
 
     def left_s(self) -> float | None:
@@ -240,12 +257,17 @@ async def _run(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, control.on_signal, number)
     over = asyncio.create_task(controller.wait_until_over())
-    over.add_done_callback(lambda _: control.stopping.set())
+    over.add_done_callback(lambda _: control.leave())
     on_ready(sockets)
-    await serve_http(app, sockets, stopping=control.stopping, grace=control.grace)
-    over.cancel()
-    if controller.failure is not None:
-        raise controller.failure
+    try:
+        await serve_http(app, sockets, stopping=control.stopping, grace=control.grace)
+    finally:
+        over.cancel()
+        failure = controller.failure  # before closing makes one
+        # Here, because a thread that is stuck in sending to a frozen worker would keep the loop from ending.
+        await asyncio.to_thread(session.close)
+    if failure is not None:
+        raise failure
     if control.signal == signal.SIGINT:
         raise KeyboardInterrupt
     if control.signal == signal.SIGTERM:
@@ -286,15 +308,21 @@ class _Control:
             "ranks_answered": health.ranks_answered,
         }
 
-    def keep_alive(self, seconds: float) -> None:
+    def keep_alive(self, seconds: float, *, asks: bool) -> None:
         if not self._stays:
-            self._keep_alive.renew(seconds)
+            self._keep_alive.renew(seconds, asks=asks)
 
     def stop(self, grace_s: float) -> None:
-        self.grace.seconds = grace_s
+        self._controller.close()
+        self.grace.change(grace_s)
         self.stopping.set()
+
+    def leave(self) -> None:
+        """End because nobody needs it any more, or it has failed; who still reads an answer may go on reading."""
+        if not self.stopping.is_set():
+            self.stop(GRACE_S if self._controller.failure is not None else READING_S)
 
     def on_signal(self, number: int) -> None:
         # A second one does not wait for answers any more.
-        self.stop(0.0 if self.stopping.is_set() else self.grace.seconds)
+        self.stop(0.0 if self.stopping.is_set() else GRACE_S)
         self.signal = number

@@ -20,6 +20,7 @@ MoectlError (1)
 └── StateError (8)               something has to be done first
     ├── NotSharded
     ├── NotDeployed
+    ├── AlreadyRunning           another controller has it
     └── QueueFull                as many requests wait as may; `retry_after_s` says when to ask again
 
 Errors carry what a person needs (message, host, hint) and what a script needs (exit_code). `cli.main` is the only
@@ -136,6 +137,10 @@ class NotSharded(StateError):
 
 
 class NotDeployed(StateError):
+    pass
+
+
+class AlreadyRunning(StateError):
     pass
 
 

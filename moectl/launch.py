@@ -21,6 +21,7 @@ from moectl.deployment import Deployment, decode_deployment, encode_deployment, 
 from moectl.deployment import find_deployment as find_recorded
 from moectl.errors import HostsError, NotDeployed
 from moectl.hosts import NAMES_ONLY, Host, HostList
+from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import Manifest, read_manifest
 from moectl.paths import state_dir
 from moectl.prepare import Wanted
@@ -64,6 +65,9 @@ def target_key(target: Target) -> str:
     where = [str(target.directory.resolve())] if isinstance(target, Local) else [target.name]
     if isinstance(target, Deployment):
         where += [f"{rank.host.address} {rank.directory}" for rank in target.ranks]
+    shards = target.directory if isinstance(target, Local) else Path(target.shards)
+    with contextlib.suppress(OSError):  # a set that was cut anew in its place is another one
+        where.append(hashlib.sha256((shards / MANIFEST_NAME).read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(where).encode()).hexdigest()[:12]
 
 

@@ -49,11 +49,14 @@ def own_dtype_bytes() -> int:
     return METAL_DTYPE_BYTES if sys.platform == "darwin" else CPU_DTYPE_BYTES
 
 
-def check_own_memory(manifest: Manifest, rank: int, *, working_set_bytes: int | None = None) -> None:
-    """Raise PlanError when this machine cannot hold a rank; `working_set_bytes` is what its GPU says of itself."""
+def check_own_memory(
+    manifest: Manifest, rank: int, *, ranks_here: int = 1, working_set_bytes: int | None = None
+) -> None:
+    """Raise PlanError when this machine cannot hold a rank beside others; `working_set_bytes` is what its GPU says."""
     memory = own_memory()
     if memory is None:
         return
+    memory = replace(memory, ranks=ranks_here)
     if working_set_bytes is not None:
         memory = replace(memory, working_set=working_set_bytes)
     context = min(CONTEXT, manifest.geometry.max_seq_len)

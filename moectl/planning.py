@@ -211,11 +211,14 @@ def place_here(
 
 
 def own_node() -> Node | None:
-    """Return this machine as a node without a known speed; None where its memory cannot be asked."""
+    """Return this machine as a node without a known speed; None where its memory cannot be asked.
+
+    As if nothing ran here: a controller may hold this very model already. Workers look again before they load.
+    """
     memory, dtype_bytes = own_memory(), own_dtype_bytes()
     if memory is None:
         return None
-    return Node("this machine", memory, None, dtype_bytes, is_mac=dtype_bytes == METAL_DTYPE_BYTES)
+    return Node("this machine", replace(memory, in_use=0), None, dtype_bytes, is_mac=dtype_bytes == METAL_DTYPE_BYTES)
 
 
 def check_here(manifest: Manifest, *, force: bool, say: Callable[[str], None]) -> None:

@@ -16,7 +16,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from socket import socket
 from typing import Any
 
@@ -43,6 +42,7 @@ _LAST_WORDS_S = 2  # for replies to end by themselves once they were told to
 CONTROL = "/moectl"
 _CLIENT_CLOSED = 499  # nginx' number; only ever counted, nobody is there to see it
 _log = logging.getLogger("moectl.server")
+logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what strangers send is no news
 
 
 def make_app(
@@ -76,7 +76,7 @@ def _control_routes(control: Control) -> list[Route]:
         return _json(control.describe())
 
     async def keep_alive(http: HttpRequest) -> Response:
-        control.keep_alive(float(http.query_params["seconds"]))
+        control.keep_alive(float(http.query_params["seconds"]), asks=http.query_params["asks"] == "1")
         return _json({})
 
     async def stop(http: HttpRequest) -> Response:
@@ -99,11 +99,26 @@ class _Server(uvicorn.Server):
         yield
 
 
-@dataclass(slots=True)
 class Grace:
-    """How long answers in progress may go on once the server is stopping; it may be changed until then."""
+    """How long answers in progress may go on once the server is stopping; it may be changed at any time."""
 
-    seconds: float
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.changed = asyncio.Event()
+
+    def change(self, seconds: float) -> None:
+        """Give them another time, counted from the beginning of the stop."""
+        self.seconds = seconds
+        self.changed.set()
+
+    async def wait(self, task: asyncio.Task[None]) -> None:
+        """Return when a task is done, or the time is over."""
+        begin = time.monotonic()
+        while not task.done() and (left_s := begin + self.seconds - time.monotonic()) > 0:
+            self.changed.clear()
+            change = asyncio.create_task(self.changed.wait())
+            await asyncio.wait({task, change}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            change.cancel()
 
 
 async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event, grace: Grace) -> None:
@@ -130,9 +145,10 @@ async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event,
         await asyncio.wait({serving, wish}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         wish.cancel()
+        # Longer than `grace`, which may get shorter: then the answers are ended below, and connections with them.
         config.timeout_graceful_shutdown = math.ceil(grace.seconds) + _LAST_WORDS_S
         server.should_exit = True
-        await asyncio.wait({serving}, timeout=grace.seconds)
+        await grace.wait(serving)
         app.end_answers(StateError("moectl is stopping", hint="moectl serve"))
         await serving
 

@@ -67,8 +67,8 @@ class Control(Protocol):
         """Return what it runs, as JSON."""
         ...
 
-    def keep_alive(self, seconds: float) -> None:
-        """Stay for so long when idle; below 0: for ever."""
+    def keep_alive(self, seconds: float, *, asks: bool) -> None:
+        """Stay for so long when idle, below 0 for ever; `asks`: a question is about to come, wait for that first."""
         ...
 
     def stop(self, grace_s: float) -> None:

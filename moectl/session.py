@@ -50,7 +50,9 @@ from moectl.request import Request
 
 LOG_LINES = 20
 EXIT_GRACE_S = 5.0
+STUCK_S = 1.0  # for an order to go out before the session closes
 INIT_EXTRA_S = 5.0
+BUSY_MISSES = 60  # the same while an order is on its way to it
 MISSES = 5  # heartbeats in a row without an answer: the rank is dead, or as good as
 BLAME_S = 1.0  # how long to wait for the rank at fault after another one said that it lost it
 
@@ -119,6 +121,7 @@ class Session:
         self._heard_s = [0.0 for _ in ranks]  # when each rank last answered a heartbeat
         self._memory_bytes = [0 for _ in ranks]
         self._seen_s = [0.0 for _ in ranks]  # what `_heard_s` was at the beat before
+        self._beaten = [False for _ in ranks]  # whether the last beat went out to it
         self._missed = [0 for _ in ranks]  # beats in a row that a rank has not answered
 
     def __enter__(self) -> Session:
@@ -166,6 +169,8 @@ class Session:
         for rank in range(len(self._ranks)):
             self._send(rank, Load(kv_tokens))
         self._ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")[0]
+        for rank in range(len(self._ranks)):
+            self._send(rank, Beat())  # whose answer says what it holds
 
     def _launch(self, rank: int, spec: RankSpec) -> None:
         process = spec.remote.start(spec.argv, env=spec.env)
@@ -356,6 +361,12 @@ class Session:
         self._closed.set()
         self._events.put(_WAKE)
         started = [p for p in self._processes if p is not None]
+        for rank, stuck in enumerate(self._processes):
+            # Closing waits for whoever is sending, and that one for a worker that may be frozen.
+            if stuck is not None and not self._sending[rank].acquire(timeout=STUCK_S):
+                _quietly(stuck.kill)
+            elif stuck is not None:
+                self._sending[rank].release()
         for process in started:
             _quietly(process.stdin.close)
         deadline = time.monotonic() + EXIT_GRACE_S
@@ -379,19 +390,33 @@ class Session:
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_S):
             for rank in range(len(self._ranks)):
-                # Where a lock is held, bytes are on their way: that is as good as a beat, and the others need theirs.
-                if not self._sending[rank].locked():
-                    self._send(rank, Beat())
-            if self._ready is not None:
-                self._count_misses()
+                self._send_beat(rank)
+                if self._ready is not None:
+                    self._count_miss(rank)
 
-    def _count_misses(self) -> None:
+    def _send_beat(self, rank: int) -> None:
+        # Where the lock is held, bytes are on their way: that is as good as a beat, and the others need theirs.
+        process, lock = self._processes[rank], self._sending[rank]
+        self._beaten[rank] = process is not None and lock.acquire(blocking=False)
+        if process is None or not self._beaten[rank]:
+            return
+        try:
+            process.stdin.write(encode(Beat()))
+            process.stdin.flush()
+        except (OSError, ValueError):
+            pass  # as in `_send`
+        finally:
+            lock.release()
+
+    def _count_miss(self, rank: int) -> None:
         # Beats are counted, not seconds: after this machine slept, or was stopped, one is missing and not many.
-        for rank, heard_s in enumerate(self._heard_s):
-            self._missed[rank] = self._missed[rank] + 1 if heard_s == self._seen_s[rank] else 0
-            self._seen_s[rank] = heard_s
-            if self._missed[rank] == MISSES:
-                self._events.put((rank, _Ended(f"the worker has not answered for {MISSES * BEAT_S:g} s")))
+        heard_s = self._heard_s[rank]
+        self._missed[rank] = self._missed[rank] + 1 if heard_s == self._seen_s[rank] else 0
+        self._seen_s[rank] = heard_s
+        # A long order on a slow line is no sign of death, for a while.
+        most = MISSES if self._beaten[rank] else BUSY_MISSES
+        if self._missed[rank] == most:
+            self._events.put((rank, _Ended(f"the worker has not answered for {most * BEAT_S:g} s")))
 
     def _send(self, rank: int, order: Order) -> None:
         process = self._processes[rank]

@@ -11,12 +11,14 @@ import ipaddress
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from moectl.errors import StateError, UsageError
+from moectl.errors import AlreadyRunning, StateError, UsageError
 
 _BACKLOG = 128
+_ATTEMPTS, _ATTEMPT_S = 5, 0.1  # to get the lock
 
 
 @contextlib.contextmanager
@@ -29,10 +31,7 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
     _open_directory(path.parent)
     lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateError(f"another moectl already listens on {path}", hint="moectl stop") from None
+        _take_lock(lock, path)
         path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             try:
@@ -49,6 +48,20 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
                 path.unlink(missing_ok=True)
     finally:
         os.close(lock)
+
+
+def _take_lock(lock: int, path: Path) -> None:
+    """Take the lock and write who has it; who only looks whether somebody does holds it for a moment."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if attempt == _ATTEMPTS - 1:
+                raise AlreadyRunning(f"another moectl already listens on {path}", hint="moectl stop") from None
+            time.sleep(_ATTEMPT_S)
+    os.truncate(lock, 0)
+    os.write(lock, f"{os.getpid()}\n".encode())
 
 
 def _open_directory(directory: Path) -> None:

@@ -107,15 +107,19 @@ class Leash:
 
     def _lines(self) -> Iterator[bytes]:
         # Unbuffered reads under select: a buffered readline would hide lines from select.
-        pending = b""
+        pending = bytearray()
         while select.select([self._down], [], [], SILENCE_S)[0]:
             chunk = os.read(self._down.fileno(), 1 << 20)
             if not chunk:
                 return
-            *lines, pending = (pending + chunk).split(b"\n")
+            *ends, rest = chunk.split(b"\n")  # only what is new is searched: long lines come in many pieces
+            for end in ends:
+                pending += end
+                yield bytes(pending)
+                pending.clear()
+            pending += rest
             if len(pending) > MAX_LINE_BYTES:
                 raise errors.RemoteError(f"a line of more than {MAX_LINE_BYTES} bytes from the controller")
-            yield from lines
         raise errors.RemoteError(f"nothing heard from the controller for {SILENCE_S:g} s")
 
 
@@ -167,13 +171,15 @@ def _serve(leash: Leash) -> None:
         raise errors.NotDeployed(
             f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
         )
+    if sys.platform != "darwin" and not start.force:  # before any rank here has taken memory
+        check_own_memory(manifest, start.rank, ranks_here=start.ranks_here)
     group = open_group(leash, start, count_kv_tokens(manifest, start.rank, ranks_here=start.ranks_here))
     load: Load = leash.take(Load)
     import mlx.core as mx  # not before the group's environment is set
 
-    if not start.force:
-        gpu = mx.device_info().get("max_recommended_working_set_size") if mx.metal.is_available() else None
-        check_own_memory(manifest, start.rank, working_set_bytes=int(gpu) if gpu else None)
+    if mx.metal.is_available() and not start.force:
+        gpu = int(mx.device_info()["max_recommended_working_set_size"])
+        check_own_memory(manifest, start.rank, ranks_here=start.ranks_here, working_set_bytes=gpu)
     begin = time.perf_counter()
     from moectl.engine import PREFILL_STEP, Engine
     from moectl.model.load import load_rank

@@ -214,7 +214,7 @@ def test_run_keeps_the_model_and_stop_unloads_it() -> None:
     assert "Loading " not in second.stderr
     assert Client(path).describe()["pid"] == described["pid"]
     other = moectl(*QUESTION, "--dtype", "bfloat16", check=8)
-    assert "is loaded with dtype None" in other.stderr
+    assert "is loaded with the device's own dtype" in other.stderr
     assert "moectl stop" in moectl("bench", "--local", "2", check=8).stderr
     stopped = moectl("stop")
     assert stopped.stdout.startswith("Stopped 2 workers, ")
