@@ -25,6 +25,7 @@ from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.paths import runtime_dir
 from moectl.report import stats_text
 from moectl.request import Request, Stats
+from moectl.server import Grace
 from moectl.sockets import listen_unix
 from tests.ring import process_env, rank_env
 from tests.running import wait_for, workers
@@ -239,6 +240,77 @@ def test_keep_alive_zero_unloads_at_once() -> None:
     moectl(*QUESTION)
     assert not find_running()
     wait_for(lambda: not workers())
+
+
+def test_keep_alive_zero_is_for_after_the_answer() -> None:
+    warm = moectl(*QUESTION, "--keep-alive", "5m").stdout
+    assert moectl(*QUESTION, "--keep-alive", "0").stdout == warm
+    wait_for(lambda: not find_running())
+
+
+def test_a_refusal_does_not_keep_the_model() -> None:
+    refused = moectl("run", "--local", "1", "--keep-alive", "0", "-t", "9", "Hello", check=2)
+    assert "temperature" in refused.stderr
+    assert not find_running()
+
+
+@pytest.mark.usefixtures("_nothing_left")
+def test_two_that_start_at_once_share_one() -> None:
+    command = [sys.executable, "-m", "moectl", "run", "--local", "1", "Hello", "--keep-alive", "1m"]
+    env = process_env()
+    moectl("run", "--local", "1", "Hello", "--keep-alive", "0")  # so that the shard set is there
+    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
+    answers = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    assert (len(find_running()), len(workers())) == (1, 1)
+
+
+@pytest.mark.usefixtures("_nothing_left")
+def test_a_frozen_worker_and_a_long_prompt_do_not_hold_the_controller() -> None:
+    moectl("run", "--local", "1", "Hello", "--keep-alive", "-1")
+    [path], [worker] = find_running(), workers()
+    os.kill(worker, signal.SIGSTOP)
+    long = "word " * 13_000  # more than the pipe to it takes
+    found = moectl("run", "--local", "1", "--raw", long, check=6)
+    assert "has not answered for 5 s" in found.stderr
+    wait_for(lambda: not is_running(path))
+
+
+@pytest.mark.usefixtures("_nothing_left")
+def test_a_controller_that_loads_is_stopped() -> None:
+    command = [sys.executable, "-m", "moectl", "run", "--local", "2", "Hello", "--keep-alive", "1m"]
+    with subprocess.Popen(command, env=process_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as starting:
+        wait_for(lambda: bool(workers()))
+        moectl("stop", "--now")
+        _, stderr = starting.communicate(timeout=60)
+    assert starting.returncode != 0, stderr
+    wait_for(lambda: not workers())
+
+
+def test_a_second_stop_makes_the_first_one_shorter() -> None:
+    async def main() -> None:
+        grace, task = Grace(1000), asyncio.create_task(asyncio.sleep(1000))
+        waiting = asyncio.create_task(grace.wait(task))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        grace.change(0)
+        await asyncio.wait_for(waiting, 10)
+        task.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_prompt_beyond_any_context_does_not_travel() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        with pytest.raises(UsageError, match="longer than the model's context of 256 tokens"):
+            await controller.submit(Request(0, "x" * 100_000, 5))
+        controller.close()
+        with pytest.raises(StateError, match="is stopping"):
+            await controller.submit(Request(0, "x", 5))
+        assert session.submitted == []
+
+    drive(test)
 
 
 def test_guessing_and_small_steps_change_no_answer() -> None:

@@ -79,7 +79,7 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
 def test_experts_are_placed_by_what_bench_counted(model: Path, alone: str, tmp_path: Path) -> None:
     stats = tmp_path / "routing.json"
     busy = [*[4] * 3, *[0] * 8, *[1] * 4, 0]  # of four tokens, in each layer
-    counts = {"model": "tiny", "tokens": 4, "top_k": 4, "counts": [busy, busy]}
+    counts = {"model": "tiny", "tokens": 4, "top_k": 4, "counts": [busy] * 4}
     stats.write_text(json.dumps({"schema": "moectl.routing/1", **counts}))
     cut = ("shard", str(model), "--nodes", "3", "--routing-stats", str(stats), "--json")
     made = json.loads(moectl(*cut, "-o", str(tmp_path / "set")).stdout)
