@@ -85,11 +85,15 @@ class Group:
         self.share(0.0)
 
 
-def measure(job: Job, group: Group) -> list[Speed]:
-    """Measure each of a job's placements; every rank returns the same. Raises PlanError without enough memory."""
+Tell = Callable[[int], None]  # a token that was generated
+
+
+def measure(job: Job, group: Group, tell: Tell = lambda token: None) -> list[Speed]:
+    """Measure each of a job's placements; every rank returns the same. Tokens are told as a worker would tell them.
+    Raises PlanError without enough memory."""
     speeds = []
     for placement in job.placements:
-        speeds.append(_Bench(placement, job, group).measure())
+        speeds.append(_Bench(placement, job, group, tell).measure())
         mx.clear_cache()
     return speeds
 
@@ -157,7 +161,8 @@ class Weights:
 class _Bench:
     """One placement's measurement on one rank."""
 
-    def __init__(self, placement: Placement, job: Job, group: Group) -> None:
+    def __init__(self, placement: Placement, job: Job, group: Group, tell: Tell) -> None:
+        self._tell = tell
         self._placement = placement
         self._job = job
         self._group = group
@@ -176,7 +181,7 @@ class _Bench:
             )
             for depth in {self._shallow, self._deep}
         }
-        decode, prefill = _Passes(models, self._job, self._group).measure()
+        decode, prefill = _Passes(models, self._job, self._group, self._tell).measure()
         solo = weights.fill(weights.make_model(with_depth(short, self._deep), self._group.rank, None), self._dtype)
         parts = _Parts(solo, short, self._group, prefill.tokens, scale)
         ranks = parts.measure()
@@ -268,7 +273,8 @@ def _matvec_rate(quantization: Quantization | None, dtype: mx.Dtype) -> float:
 class _Passes:
     """Whole passes through the engine, with a shallow and a deep model in turn."""
 
-    def __init__(self, models: dict[int, Model], job: Job, group: Group) -> None:
+    def __init__(self, models: dict[int, Model], job: Job, group: Group, tell: Tell) -> None:
+        self._tell = tell
         self._models = models
         self._job = job
         self._group = group
@@ -314,6 +320,8 @@ class _Passes:
         inbox.put(None)
         stats: Stats | None = None
         for event in engine.serve(inbox):
+            if isinstance(event, Token):
+                self._tell(event.token)
             if isinstance(event, Done):
                 stats = event.stats
         first, step = (stats.prompt_s, stats.decode_s / (count - 1)) if stats else (0.0, 0.0)
@@ -555,7 +563,12 @@ def _serve(leash: Leash) -> None:
     leash.take(Load)
     leash.tell(Ready("", None, 0, 0, 0))  # there is no model before there is a job
     order: Generate = leash.take(Generate)
-    speeds = measure(read_job(order.request.prompt), Group(start.rank, start.world_size, group))
+    # Without text: that is the answer's alone.
+    speeds = measure(
+        read_job(order.request.prompt),
+        Group(start.rank, start.world_size, group),
+        lambda token: leash.tell(Token(order.request.id, token, "")),
+    )
     if start.rank == 0:
         leash.tell(Token(order.request.id, -1, json.dumps([speed.to_json() for speed in speeds])))
         leash.tell(Done(order.request.id, "stop", Stats(0, 0, 0.0, 0.0, 0.0, mx.get_peak_memory())))
