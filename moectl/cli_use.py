@@ -21,8 +21,22 @@ if TYPE_CHECKING:
     from moectl.client import Client
     from moectl.launch import Target
     from moectl.leash import Done, Token
+    from moectl.serving import Notice
 
 _END_S = 15.0  # for a controller that nobody needs any more
+
+
+def restart_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the flags that say how often a failed cluster may start again; `count_restarts` reads them."""
+    command = click.option(
+        "--max-restarts",
+        type=click.IntRange(0),
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="When a worker fails, start all again and go on with the answers, so often within ten minutes.",
+    )(command)
+    return click.option("--no-restart", is_flag=True, help="When a worker fails, end with its error.")(command)
 
 
 @click.command(epilog=EXIT_STATUS)
@@ -43,6 +57,7 @@ _END_S = 15.0  # for a controller that nobody needs any more
     help="Keep the model loaded for so long after the last answer; 0: unload at once, -1: for ever.",
 )
 @click.option("--no-history", is_flag=True, help="Forget what is typed in a chat.")
+@restart_options
 @target_options
 @common
 def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float, **options: Any) -> None:
@@ -58,6 +73,7 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
       moectl run --local 2 --model ./my-dbrx "Hello"
     """
     from moectl import attach
+    from moectl.serving import Settings
 
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and _at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
@@ -65,7 +81,8 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
     wanted = session_options(common, options)
 
     def connect() -> attach.Attached:
-        return attach.attach(target, wanted, keep_alive_s=keep_alive, say=common.say, on_log=_log_printer(common))
+        settings = Settings(attach.place_of(target), keep_alive, restarts=count_restarts(options))
+        return attach.attach(target, wanted, settings, say=common.say, on_log=_log_printer(common))
 
     found = connect()
     fields = {"max_tokens": options["max_tokens"], "temperature": options["temp"], "top_p": options["top_p"]}
@@ -84,9 +101,15 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
                 found.client.wait_until_gone(_END_S)
 
 
+def count_restarts(options: dict[str, Any]) -> int:
+    """Return how often a failed cluster may be started again."""
+    most: int = options["max_restarts"]
+    return 0 if options["no_restart"] else most
+
+
 def _ask(
     client: Client, text: str, options: dict[str, Any], fields: dict[str, Any]
-) -> Generator[Token | Done, None, None]:
+) -> Generator[Token | Done | Notice, None, None]:
     if options["raw"]:
         return client.complete({**fields, "prompt": text})
     system = [{"role": "system", "content": options["system"]}] if options["system"] is not None else []
@@ -103,7 +126,7 @@ def _chat(common: Common, options: dict[str, Any], connect: Callable[[], Attache
         temperature=options["temp"], **{k: options[k] for k in ("max_tokens", "system", "top_p", "seed")}
     )
     history = None if options["no_history"] else state_dir() / "history"
-    answerer = ControllerAnswerer(title, lambda: connect().client)
+    answerer = ControllerAnswerer(title, lambda: connect().client, say=common.say)
     chat(answerer, settings, history=history, stats=stats, color=common.color)
 
 
@@ -130,10 +153,11 @@ def _log_printer(common: Common) -> Callable[[str, str], None]:
     return lambda host, line: click.echo(f"[{host}] {line}", err=True)
 
 
-def _answer(common: Common, events: Generator[Token | Done, None, None], stats: bool) -> None:
+def _answer(common: Common, events: Generator[Token | Done | Notice, None, None], stats: bool) -> None:
     """Print an answer as it comes; Ctrl-C cancels it."""
     from moectl import report
     from moectl.leash import Done
+    from moectl.serving import Notice
 
     pieces: list[str] = []
     done: Done | None = None
@@ -142,10 +166,11 @@ def _answer(common: Common, events: Generator[Token | Done, None, None], stats: 
             for event in events:
                 if isinstance(event, Done):
                     done = event
-                    continue
-                pieces.append(event.text)
-                if not common.json:
-                    _write(event.text)
+                elif isinstance(event, Notice):
+                    _say_between(common, event.text, pieces)
+                else:
+                    pieces.append(event.text)
+                    _write("" if common.json else event.text)
         except KeyboardInterrupt:
             if not common.json:
                 _write("\n")
@@ -159,6 +184,12 @@ def _answer(common: Common, events: Generator[Token | Done, None, None], stats: 
         _write("\n")
     if stats:
         click.echo(report.stats_text(done.stats), err=True)
+
+
+def _say_between(common: Common, text: str, pieces: list[str]) -> None:
+    # On a terminal the answer so far ends in the middle of a line.
+    begun = bool(pieces) and not "".join(pieces[-1:]).endswith("\n") and not common.json
+    common.say("\n" * (begun and sys.stdout.isatty()) + text)
 
 
 def _write(text: str) -> None:
@@ -179,6 +210,7 @@ def _write(text: str) -> None:
 @click.option("--api-key", metavar="KEY", help="What clients have to send as their bearer token.")
 @click.option("--api-key-file", type=FILE, metavar="FILE", help="The same, from the first line of a file.")
 @click.option("-d", "--detach", is_flag=True, help="Leave it running in the background.")
+@restart_options
 @target_options
 @common
 def serve(common: Common, host: str, port: int, detach: bool, **options: Any) -> None:
@@ -198,7 +230,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
 
     key = _api_key(options["api_key"], options["api_key_file"])
     target = choose_target(common, options)
-    settings = Settings(attach.place_of(target), FOR_EVER, (host, port), key)
+    settings = Settings(attach.place_of(target), FOR_EVER, (host, port), api_key=key, restarts=count_restarts(options))
     attach.refuse_second(target)
 
     def on_ready(bound: int | None) -> None:
@@ -215,6 +247,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
         target,
         settings,
         on_ready=lambda sockets: on_ready(sockets[1].getsockname()[1]),
+        say=common.say,
         on_log=_log_printer(common),
         **wanted,
     )

@@ -191,8 +191,17 @@ class Engine:
                 continue
             if not self._leads:
                 self._read(answer)
-            if answer.refusal is None:
+            if answer.refusal is None and len(answer.tokens) >= answer.reach:
+                yield from self._end_resumed(answer)
+            elif answer.refusal is None:
                 self._insert(answer)
+
+    def _end_resumed(self, answer: Answer) -> Iterator[Event]:
+        # It broke off between its last token and its end.
+        if self._leads:
+            self._lead(answer)
+            self._admission.end(answer.request.id)
+            yield from answer.end("length")
 
     def _insert(self, answer: Answer) -> None:
         layers = None
@@ -202,6 +211,8 @@ class Engine:
         self._cache.shrink(self._cache_room())
         self._speculation.watch(answer)
         self._line_up_row(answer, answer.tokens, answer.cached, layers, self._lead(answer) if self._leads else [])
+        if answer.has_stop:  # told, but not its end: only the leader knows
+            self._admission.cancel(answer.request.id)
 
     def _line_up_row(
         self, answer: Answer, tokens: list[int], computed: int, layers: list[Any] | None, hooks: list[Any]

@@ -18,6 +18,7 @@ from moectl.request import Request, Stats
 BEAT_S = 1.0  # the controller sends a line at least this often
 SILENCE_S = 3.0  # a worker that hears nothing for this long exits
 MAX_LINE_BYTES = 64 * 1024 * 1024
+NONCE_BITS = 31
 
 
 # Down: orders.
@@ -47,6 +48,7 @@ class Connect:
     backend: str
     env: dict[str, str]
     files: dict[str, str]  # variable that names the file → its contents
+    nonce: int = 0  # that every rank of this launch, and nobody else, knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class Listening:
     versions: dict[str, str]
     ports: list[int]
     kv_tokens: int | None = None  # whose keys and values will fit here beside the weights; None: not known
+    pid: int | None = None  # on its host
 
 
 @dataclass(frozen=True, slots=True)

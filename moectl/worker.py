@@ -18,6 +18,7 @@ import queue
 import select
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -29,6 +30,7 @@ from typing import IO, Any
 from moectl import __version__, errors
 from moectl.errors import MoectlError
 from moectl.leash import (
+    BEAT_S,
     MAX_LINE_BYTES,
     SILENCE_S,
     Alive,
@@ -108,7 +110,13 @@ class Leash:
     def _lines(self) -> Iterator[bytes]:
         # Unbuffered reads under select: a buffered readline would hide lines from select.
         pending = bytearray()
-        while select.select([self._down], [], [], SILENCE_S)[0]:
+        silent_s = 0.0
+        # Counted in beats: if this machine sleeps, or this process is stopped, one of them passes and not all.
+        while silent_s < SILENCE_S:
+            if not select.select([self._down], [], [], BEAT_S)[0]:
+                silent_s += BEAT_S
+                continue
+            silent_s = 0.0
             chunk = os.read(self._down.fileno(), 1 << 20)
             if not chunk:
                 return
@@ -214,7 +222,7 @@ def open_group(leash: Leash, start: Start, kv_tokens: int | None = None) -> Any:
     """Promise free ports to the controller and join the group that it makes of all ranks; None for a single one."""
     with contextlib.ExitStack() as ports:
         numbers = [ports.enter_context(_free_port(address)) for address in start.addresses]
-        leash.tell(Listening(own_versions(), numbers, kv_tokens))
+        leash.tell(Listening(own_versions(), numbers, kv_tokens, os.getpid()))
         return _join(leash, start, ports) if start.world_size > 1 else None
 
 
@@ -234,23 +242,63 @@ def _join(leash: Leash, start: Start, ports: contextlib.ExitStack) -> Any:
     # init holds the interpreter lock, so no Python thread could time it: faulthandler's timer is a C thread.
     faulthandler.dump_traceback_later(start.init_timeout_s, exit=True)
     try:
-        if connect.backend == "jaccl":
-            group = mx.distributed.init(strict=True, backend="jaccl", all_gather_factory=side_channel(leash))
-        else:
-            group = mx.distributed.init(strict=True, backend=connect.backend)
+        with _leash_watched():
+            if connect.backend == "jaccl":
+                group = mx.distributed.init(strict=True, backend="jaccl", all_gather_factory=side_channel(leash))
+            else:
+                group = mx.distributed.init(strict=True, backend=connect.backend)
+        _check_peers(group, start, connect.nonce)
     except (RuntimeError, ValueError) as error:
         raise errors.Unreachable(f"cannot join the {connect.backend} group: {error}") from None
     finally:
         faulthandler.cancel_dump_traceback_later()
         for path in files.values():
             Path(path).unlink(missing_ok=True)
-    if (group.rank(), group.size()) != (start.rank, start.world_size):
-        raise errors.RemoteError(
-            f"joined as rank {group.rank()} of {group.size()}, expected {start.rank} of {start.world_size}"
-        )
     _log.info("joined over %s as rank %d of %d", connect.backend, start.rank, start.world_size)
     leash.tell(Connected(group.rank(), group.size()))
     return group
+
+
+# The end of the leash as a process sees it that reads nothing of it; then its parent, which cannot look, has to go.
+_WATCH = """
+import os, select, signal, sys
+worker, hangs_up = int(sys.argv[1]), select.poll()
+hangs_up.register(0, getattr(select, "POLLRDHUP", 0))
+hangs_up.poll()
+if os.getppid() == worker:
+    os.kill(worker, signal.SIGKILL)
+"""
+
+
+@contextlib.contextmanager
+def _leash_watched() -> Iterator[None]:
+    """Let another process mind the leash while the block holds the interpreter lock, and with it this one's thread."""
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _WATCH, str(os.getpid())],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        watcher.kill()
+        watcher.wait()
+
+
+def _check_peers(group: Any, start: Start, nonce: int) -> None:
+    """Make sure that every place in the group is taken by its rank of this launch, before anything is summed.
+
+    The ring has no handshake: whoever connects first is the neighbour.
+    """
+    import mlx.core as mx
+
+    own = mx.array([[nonce, start.rank, start.world_size]], dtype=mx.int32)
+    rows: list[list[int]] = mx.distributed.all_gather(own, group=group).tolist()  # type: ignore[assignment]
+    if rows != [[nonce, rank, start.world_size] for rank in range(start.world_size)]:
+        raise errors.PeerLost(
+            "a process that does not belong to this launch has joined the group",
+            hint="run it again; if it comes back, look for what connects to this host's ports",
+        )
 
 
 def side_channel(leash: Leash) -> Any:

@@ -268,12 +268,12 @@ def test_two_that_start_at_once_share_one() -> None:
 
 @pytest.mark.usefixtures("_nothing_left")
 def test_a_frozen_worker_and_a_long_prompt_do_not_hold_the_controller() -> None:
-    moectl("run", "--local", "1", "Hello", "--keep-alive", "-1")
+    moectl("run", "--local", "1", "Hello", "--keep-alive", "-1", "--no-restart")
     [path], [worker] = find_running(), workers()
     os.kill(worker, signal.SIGSTOP)
     long = "word " * 13_000  # more than the pipe to it takes
     found = moectl("run", "--local", "1", "--raw", long, check=6)
-    assert "has not answered for 5 s" in found.stderr
+    assert "has not answered for 4 s" in found.stderr
     wait_for(lambda: not is_running(path))
 
 
