@@ -142,6 +142,7 @@ def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
 @click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache.")
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
 @click.option("--force", is_flag=True, help="Make a shard set anew over another one.")
+@click.option("--no-canary", is_flag=True, help="Do not run the set once for later starts to be compared with.")
 @click.option(
     "--verify", type=click.Path(path_type=Path), metavar="DIR", help="Hash every file of a shard set instead."
 )

@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from moectl import journal as journals
 from moectl import sources
+from moectl.canary import Canary
 from moectl.disk import explain_refusal, format_gb, free_bytes, sync_directory
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
 from moectl.geometry import Geometry
@@ -136,6 +137,23 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
             hint="delete those files and run the same 'moectl shard' again: it makes only them",
         )
     return manifest
+
+
+def add_canary(directory: Path, compute: Callable[[Path, Manifest], Canary]) -> Manifest:
+    """Put what a finished set computes into its manifest, unless it is there; return the manifest.
+
+    Raises what `read_manifest` and `compute` raise, and StateError when the directory is in use or cannot be written.
+    """
+    try:
+        with journals.lock_directory(directory):
+            manifest = read_manifest(directory)
+            if manifest.canary is None:
+                manifest = replace(manifest, canary=compute(directory, manifest))
+                write_manifest(directory, manifest)
+                sync_directory(directory)
+            return manifest
+    except OSError as error:
+        raise explain_refusal(error, directory) from error
 
 
 def _find_problem(path: Path, entry: FileEntry, on_bytes: OnBytes | None) -> str | None:
