@@ -26,7 +26,18 @@ NODE = {
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
-    "click": {"__main__", "cli", "cli_prepare", "cli_use", "cli_target", "flags"},
+    "click": {
+        "__main__",
+        "cli",
+        "cli_prepare",
+        "cli_use",
+        "cli_target",
+        "flags",
+        "verb",
+        "suggest",
+        "completion",
+        "manual",
+    },
     "tqdm": {"console"},
     "paramiko": {"ssh", "ssh_connect", "ssh_login"},
     "huggingface_hub": {"hub"},
@@ -51,7 +62,8 @@ ROOMS = (
     {"cli"},
     {"cli_prepare", "cli_use"},
     {"cli_target"},
-    {"flags"},
+    {"flags", "manual", "completion"},
+    {"verb", "suggest"},
     {"answerer"},
     {"chat"},
     {"report", "lineedit", "transcript"},
