@@ -319,7 +319,8 @@ def _argument(argument: click.Argument) -> str:
 
 
 def _option(option: click.Option) -> str:
-    spellings = ", ".join(_bold(spelling) for spelling in (*option.opts, *option.secondary_opts))
+    # By length: before click 8.5 those of --help come in any order.
+    spellings = ", ".join(map(_bold, sorted((*option.opts, *option.secondary_opts), key=len)))
     value = _value_name(option)
     return rf"{spellings} \fI{_text(value, code=True)}\fR" if value else spellings
 
