@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# bash completion for moectl; made by `moectl completion bash`. It works on bash 3.2, too.
+# bash completion for moectl; made by `moectl completion bash`. It does without what bash 3.2, which is macOS's, lacks.
 
 _moectl() {
     local kind value program=$1

@@ -1,7 +1,7 @@
 # fish completion for moectl; made by `moectl completion fish`.
 
 function __moectl_complete
-    set -l program (string replace -r '^~/' "$HOME/" -- (commandline -opc)[1])
+    set -l program (string replace -r '^~/' "$HOME/" -- (commandline -opc | string match -v -- '*=*')[1])
     set -l line (commandline -cp | string collect)
     set -l option (string match -r -- '^--[^=]+=' (commandline -ct))
     for offer in (env COMP_LINE="$line" _MOECTL_COMPLETE=fish_complete $program 2>/dev/null)

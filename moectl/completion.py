@@ -20,10 +20,11 @@ from moectl.verb import Verbs
 
 VARIABLE = "_MOECTL_COMPLETE"
 _UNSAFE = re.compile(r"[^\w@%+=:,./~\[\]-]")
+_ASSIGNMENT = re.compile(r"\w+=")
 
 _BASH = """\
 # shellcheck shell=bash
-# bash completion for moectl; made by `moectl completion bash`. It works on bash 3.2, too.
+# bash completion for moectl; made by `moectl completion bash`. It does without what bash 3.2, which is macOS's, lacks.
 
 _moectl() {
     local kind value program=$1
@@ -97,7 +98,7 @@ _FISH = """\
 # fish completion for moectl; made by `moectl completion fish`.
 
 function __moectl_complete
-    set -l program (string replace -r '^~/' "$HOME/" -- (commandline -opc)[1])
+    set -l program (string replace -r '^~/' "$HOME/" -- (commandline -opc | string match -v -- '*=*')[1])
     set -l line (commandline -cp | string collect)
     set -l option (string match -r -- '^--[^=]+=' (commandline -ct))
     for offer in (env COMP_LINE="$line" _MOECTL_COMPLETE=fish_complete $program 2>/dev/null)
@@ -135,7 +136,9 @@ class _Lines(ShellComplete):
         line = self._line()
         words = split_arg_string(line)
         self._typed = words.pop() if words and not line[-1:].isspace() else ""
-        return words[1:], self._typed
+        # What stands before the program sets its environment: A=1 moectl …
+        program = next((n for n, word in enumerate(words) if not _ASSIGNMENT.match(word)), 0)
+        return words[program + 1 :], self._typed
 
     def _line(self) -> str:
         return os.environ["COMP_LINE"]

@@ -92,7 +92,8 @@ def links(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers
 def _matching(names: Iterable[str], incomplete: str) -> Offers:
     from click.shell_completion import CompletionItem
 
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    # The shells' scripts read lines, and a terminal obeys what is not to be printed.
+    return [CompletionItem(name) for name in names if name.startswith(incomplete) and name.isprintable()]
 
 
 def _hosts(ctx: click.Context, *, typed: bool = True) -> list[Host]:

@@ -105,6 +105,8 @@ class Verbs(_WithExamples, click.Group):
         return verb.get_short_help_str(limit - len(alias)) + alias
 
 
-def verb(section: str = "Other", *, hidden: bool = False) -> Callable[[Callable[..., Any]], Verb]:
-    """Make a function a verb, listed in a section of `moectl --help`."""
-    return click.command(cls=Verb, section=section, hidden=hidden)
+def verb(
+    section: str = "Other", *, name: str | None = None, hidden: bool = False
+) -> Callable[[Callable[..., Any]], Verb]:
+    """Make a function a verb, by its own name or another, listed in a section of `moectl --help`."""
+    return click.command(name, cls=Verb, section=section, hidden=hidden)

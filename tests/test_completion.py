@@ -168,6 +168,13 @@ def test_bash_gets_odd_names_quoted() -> None:
     assert ask("zsh", "moectl run --shards w").stdout == "plain\twith space\t\n"
 
 
+def test_names_that_a_terminal_would_obey_are_not_offered(offer: Offer) -> None:
+    for name in ("evil\x1b[2J", "evil\nplain\tx"):
+        (data_dir() / "shards" / name).mkdir()
+        (data_dir() / "shards" / name / "moectl.json").write_text("{}")
+    assert offer("run --shards ") == ["tiny-bf16-hidden-2"]
+
+
 def test_what_names_files_hosts_or_models_has_offers() -> None:
     """So that a new verb is not forgotten: the placeholder tells what a value is."""
     for verb in cli.commands.values():
@@ -317,7 +324,7 @@ def test_real_completions(shell: str, here: Path, monkeypatch: pytest.MonkeyPatc
             ("moectl run --sha", "moectl run --shar"),  # --shards or --shares
             ("moectl run --shards ti", "moectl run --shards tiny-bf16-hidden-2"),
             ("moectl shard --verify some", "moectl shard --verify some-directory/"),
-            ("moectl completion f", "moectl completion fish"),
+            ("A=1 moectl completion f", "A=1 moectl completion fish"),
         ]:
             terminal.type(f"{typed}\t")
             terminal.wait(lambda wanted=f"$ {completed}": terminal.lines[-1] == wanted)  # type: ignore[misc]
