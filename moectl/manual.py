@@ -133,7 +133,7 @@ def write_files(directory: Path, files: dict[str, str]) -> None:
 
 
 def _main_page(cli: Verbs) -> str:
-    page = _Page("moectl", 1, cli.get_short_help_str(200))
+    page = _Page("moectl", 1, cli.summary)
     page.section("SYNOPSIS")
     page.line(r"\fBmoectl\fR \fIVERB\fR [\fIOPTION\fR]... [\fIARGUMENT\fR]...")
     page.section("DESCRIPTION")
@@ -142,7 +142,7 @@ def _main_page(cli: Verbs) -> str:
         page.subsection(section)
         for name, verb in verbs.items():
             also = "".join(f", {alias}" for alias in cli.aliases(verb))
-            page.item(_bold(f"moectl {name}") + _text(also), verb.get_short_help_str(200))
+            page.item(_bold(f"moectl {name}") + _text(also), verb.summary)
     page.section("OPTIONS")
     page.options(cli, _context(cli))
     page.section("CONFIGURATION")
@@ -158,7 +158,7 @@ def _main_page(cli: Verbs) -> str:
 
 def _verb_page(cli: Verbs, verb: Verb) -> str:
     parameters = {parameter.name or "" for parameter in verb.params}
-    page = _Page(f"moectl-{verb.name}", 1, verb.get_short_help_str(200))
+    page = _Page(f"moectl-{verb.name}", 1, verb.summary)
     page.section("SYNOPSIS")
     arguments = " ".join(_argument(p) for p in verb.params if isinstance(p, click.Argument))
     page.line(rf"{_bold(f'moectl {verb.name}')} [\fIOPTION\fR]... {arguments}".rstrip())

@@ -42,6 +42,11 @@ class _WithExamples(click.Command):
         self.examples = tuple(line.strip() for line in found[1].splitlines()) if found else ()
         self.help = _EXAMPLES.sub("\n", text).strip()
 
+    @property
+    def summary(self) -> str:
+        """The first sentence of the help."""
+        return self.get_short_help_str(limit=1000)
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples and the exit status."""
         if self.examples:
@@ -95,14 +100,11 @@ class Verbs(_WithExamples, click.Group):
         column = max(len(name) for verbs in sections.values() for name in verbs)
         for section, verbs in sections.items():
             with formatter.section(section):
-                limit = formatter.width - column - 6
-                rows = [(name.ljust(column), self._summary(verb, limit)) for name, verb in verbs.items()]
-                formatter.write_dl(rows)
+                formatter.write_dl([(name.ljust(column), self._summary(verb)) for name, verb in verbs.items()])
 
-    def _summary(self, verb: Verb, limit: int) -> str:
+    def _summary(self, verb: Verb) -> str:
         aliases = self.aliases(verb)
-        alias = f" (alias: {', '.join(aliases)})" if aliases else ""
-        return verb.get_short_help_str(limit - len(alias)) + alias
+        return verb.summary + (f" (alias: {', '.join(aliases)})" if aliases else "")
 
 
 def verb(

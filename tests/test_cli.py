@@ -51,7 +51,7 @@ def test_every_command_has_help(command: str, call: Any) -> None:
     assert isinstance(cli.cli.commands[command], Verb), f"make {command} with @verb, for its examples and exit status"
     assert "\nExit status:\n  0 done" in out
     if not cli.cli.commands[command].hidden:
-        assert re.search(rf"\nExamples:\n  .*moectl {command}", out)
+        assert re.search(rf"\nExamples:\n(?:  .*\n)*  .*moectl {command}", out)
         for flag in ("--hosts", "--hostfile", "--json", "--quiet", "--verbose", "--color"):
             assert flag in out
 
@@ -78,7 +78,7 @@ def test_help_lists_verbs_by_section(call: Any) -> None:
     headings = [line[:-1] for line in out.splitlines() if re.fullmatch(r"[A-Z]\w+:", line)]
     assert [heading for heading in headings if heading in SECTIONS] == list(SECTIONS)
     listed = re.findall(r"^  ([a-z]+) {2,}[A-Z]", out, re.MULTILINE)
-    visible = {verb.name for verb in cli.cli.commands.values() if not verb.hidden}
+    visible = {str(verb.name) for verb in cli.cli.commands.values() if not verb.hidden}
     assert sorted(listed) == sorted(visible)
 
 
