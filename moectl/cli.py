@@ -107,7 +107,7 @@ def completion(common: Common, shell: str) -> None:
 
     \b
     Examples:
-      source <(moectl completion bash)
+      eval "$(moectl completion bash)"
       moectl completion bash > ~/.local/share/bash-completion/completions/moectl
       moectl completion zsh > "${fpath[1]}/_moectl"
       moectl completion fish > ~/.config/fish/completions/moectl.fish

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -54,7 +55,7 @@ def host_list(ctx: click.Context, param: click.Parameter, incomplete: str) -> Of
 
 
 def shard_sets(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
-    """Offer the shard sets by name, or directories where none has that name."""
+    """Offer the shard sets by name, with the one deployed, or directories where none is called so."""
     return _matching(_shard_set_names(), incomplete) or directories(ctx, param, incomplete)
 
 
@@ -63,16 +64,6 @@ def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offer
     from moectl.catalog import MODELS
 
     return _matching(MODELS, incomplete) or directories(ctx, param, incomplete)
-
-
-def deployments(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
-    """Offer the current deployment by name."""
-    from moectl.deployment import find_deployment
-
-    with contextlib.suppress(Exception):
-        found = find_deployment()
-        return _matching([found.name] if found else [], incomplete)
-    return []
 
 
 def chips(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
@@ -102,8 +93,10 @@ def _hosts(ctx: click.Context, *, typed: bool = True) -> list[Host]:
 
     hostfile = _hostfile_argument(ctx) or ctx.params.get("hostfile")
     with contextlib.suppress(Exception):
-        # Standard input is the terminal here.
-        found = None if hostfile == "-" else find_hosts(ctx.params.get("hosts") if typed else None, hostfile)
+        # Standard input is the terminal here, and a pipe may never end.
+        if hostfile is not None and not Path(hostfile).expanduser().is_file():
+            return []
+        found = find_hosts(ctx.params.get("hosts") if typed else None, hostfile)
         if found is not None:
             return list(found.hosts)
         deployment = find_deployment()
@@ -121,8 +114,15 @@ def _hostfile_argument(ctx: click.Context) -> str | None:
 
 
 def _shard_set_names() -> list[str]:
+    from moectl.deployment import find_deployment
     from moectl.paths import data_dir
 
+    root, names = data_dir() / "shards", []
     with contextlib.suppress(OSError):
-        return sorted(path.parent.name for path in (data_dir() / "shards").glob("*/moectl.json"))
-    return []
+        names = sorted(path.parent.name for path in root.glob("*/moectl.json"))
+    with contextlib.suppress(Exception):
+        deployment = find_deployment()
+        # One that was cut elsewhere, with -o, is known by its directory.
+        if deployment is not None and Path(deployment.shards).parent != root:
+            names.append(deployment.shards)
+    return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from tests.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
 COMPLETIONS = ROOT / "completions"
+COMPINIT = "autoload -Uz compinit; compinit -u -D"
 
 HOSTS = "alpha ip=10.0.0.1\nada@beta.local:2222 ip=10.0.0.2\ngamma ip=10.0.0.3\n"
 
@@ -44,13 +46,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def ask(shell: str, line: str, word: str = "", *, strict: bool = True) -> subprocess.CompletedProcess[str]:
-    """Ask moectl as a shell's script does; nothing may be said besides."""
+def ask(shell: str, line: str, word: str = "") -> str:
+    """Return what moectl answers a shell's script; it may say nothing besides."""
     asked = {"_MOECTL_COMPLETE": f"{shell}_complete", "COMP_LINE": line, "COMP_POINT": "999", "COMP_WORD": word}
     words = ["env", *(f"{k}={v}" for k, v in asked.items()), sys.executable, "-m", "moectl"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=None)
-    assert not (strict and done.stderr)
-    return done
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20)
+    assert not done.stderr
+    return done.stdout
 
 
 @pytest.fixture
@@ -127,6 +129,21 @@ def test_hosts_come_from_the_deployment_where_no_file_names_them(here: Path, off
     assert offer("deploy --only ") == []
 
 
+def test_a_hosts_file_that_would_be_waited_for_is_not_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(here / "pipe")
+    assert ask("zsh", "moectl deploy --hostfile pipe --only ") == "\n"
+    monkeypatch.setenv("MOECTL_HOSTFILE", "pipe")
+    assert ask("zsh", "moectl deploy --only ") == "\n"
+
+
+def test_the_deployed_shard_set_is_offered_wherever_it_is(here: Path, offer: Offer) -> None:
+    ranks = (DeployedRank(Host("mac1")),)
+    write_deployment(Deployment("elsewhere", str(here / "elsewhere"), ranks))
+    assert offer("run --shards ") == ["tiny-bf16-hidden-2", str(here / "elsewhere")]
+    write_deployment(Deployment("tiny-bf16-hidden-2", str(data_dir() / "shards" / "tiny-bf16-hidden-2"), ranks))
+    assert offer("run --shards ") == ["tiny-bf16-hidden-2"]
+
+
 def test_one_name_with_two_ports_is_offered_with_its_ports(here: Path, offer: Offer) -> None:
     (here / "hosts.txt").write_text("mac:22\nmac:23\nother:24\n")
     assert offer("deploy --only ") == ["mac:22", "mac:23", "other"]
@@ -134,16 +151,16 @@ def test_one_name_with_two_ports_is_offered_with_its_ports(here: Path, offer: Of
 
 def test_the_configuration_names_the_hosts_file(here: Path) -> None:
     (here / "moectl.toml").write_text('hostfile = "other-hosts.txt"\n')
-    assert ask("fish", "moectl deploy --only ").stdout == "plain\tdelta\t\nplain\tepsilon\t\n"
+    assert ask("fish", "moectl deploy --only ") == "plain\tdelta\t\nplain\tepsilon\t\n"
 
 
 def test_what_is_broken_offers_what_it_can_and_says_nothing(here: Path) -> None:
     (here / "moectl.toml").write_text("not toml")
-    assert ask("zsh", "moectl deploy --only g").stdout == "plain\tgamma\t\n"
+    assert ask("zsh", "moectl deploy --only g") == "plain\tgamma\t\n"
     (config_dir()).mkdir(parents=True)
     (config_dir() / "config.toml").write_bytes(b"\xff")
-    assert ask("zsh", "moectl deploy --only g").stdout == "plain\tgamma\t\n"
-    assert ask("nosuch", "moectl deploy --only g").stdout == ""
+    assert ask("zsh", "moectl deploy --only g") == "plain\tgamma\t\n"
+    assert ask("nosuch", "moectl deploy --only g") == ""
 
 
 @pytest.mark.parametrize(
@@ -157,15 +174,15 @@ def test_what_is_broken_offers_what_it_can_and_says_nothing(here: Path) -> None:
     ],
 )
 def test_bash_gets_what_it_has_not_got(typed: str, word: str, offered: list[str]) -> None:
-    rows = ask("bash", f"moectl plan {typed}", word).stdout.splitlines()
+    rows = ask("bash", f"moectl plan {typed}", word).splitlines()
     assert [row.split("\t")[1] for row in rows] == offered
 
 
 def test_bash_gets_odd_names_quoted() -> None:
     (data_dir() / "shards" / "with space").mkdir()
     (data_dir() / "shards" / "with space" / "moectl.json").write_text("{}")
-    assert ask("bash", "moectl run --shards w", "w").stdout == "plain\t'with space'\t\n"
-    assert ask("zsh", "moectl run --shards w").stdout == "plain\twith space\t\n"
+    assert ask("bash", "moectl run --shards w", "w") == "plain\t'with space'\t\n"
+    assert ask("zsh", "moectl run --shards w") == "plain\twith space\t\n"
 
 
 def test_names_that_a_terminal_would_obey_are_not_offered(offer: Offer) -> None:
@@ -254,8 +271,13 @@ def test_the_bash_script_needs_nothing_newer_than_3_2_unguarded() -> None:
             assert line.lstrip().startswith("elif ! complete -o nosort")
 
 
-def test_compinit_finds_the_function() -> None:
-    program = f"fpath=({COMPLETIONS} $fpath); autoload -Uz compinit; compinit -u -D; print -r -- $_comps[moectl]"
+@pytest.mark.parametrize(
+    "program",
+    [f"fpath=({COMPLETIONS} $fpath); {COMPINIT}", f"{COMPINIT}; source {COMPLETIONS}/_moectl"],
+    ids=["in fpath", "sourced"],
+)
+def test_compinit_finds_the_function(program: str) -> None:
+    program += "; print -r -- $_comps[moectl]"
     done = subprocess.run([tool("zsh"), "-f", "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("_moectl\n", "")
 
@@ -272,7 +294,7 @@ complete() {{
     builtin complete "$@"
 }}
 {BASH_RC}"""
-ZSH_RC = f"PS1='$ '; fpath=('{COMPLETIONS}' $fpath); autoload -Uz compinit; compinit -u -D\n"
+ZSH_RC = f"PS1='$ '; fpath=('{COMPLETIONS}' $fpath); {COMPINIT}\n"
 FISH_RC = (
     "set -g fish_autosuggestion_enabled 0; set -g fish_greeting; function fish_prompt; echo -n '$ '; end; "
     f"source '{COMPLETIONS / 'moectl.fish'}'"
