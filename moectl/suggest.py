@@ -123,6 +123,6 @@ def _shard_set_names() -> list[str]:
     with contextlib.suppress(Exception):
         deployment = find_deployment()
         # One that was cut elsewhere, with -o, is known by its directory.
-        if deployment is not None and Path(deployment.shards).parent != root:
+        if deployment is not None and Path(deployment.shards).parent not in (root, root.resolve()):
             names.append(deployment.shards)
     return names
