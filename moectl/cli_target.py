@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from moectl import errors
+from moectl import errors, suggest
 from moectl.flags import Q_BITS, SPLIT, Common
 
 if TYPE_CHECKING:
@@ -27,8 +27,15 @@ def target_options(command: F) -> F:
     """Give a command the flags that say which model to run, where and how; the functions below read them."""
     options = (
         click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine."),
-        click.option("--shards", metavar="DIR", help="Use this shard set on this machine."),
-        click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed."),
+        click.option(
+            "--shards", metavar="DIR", shell_complete=suggest.shard_sets, help="Use this shard set on this machine."
+        ),
+        click.option(
+            "--model",
+            metavar="DIR|REPO",
+            shell_complete=suggest.models,
+            help="Use this model on this machine; sharded first when needed.",
+        ),
         click.option("--split", type=SPLIT, help="For --model (default: auto)."),
         click.option("--shares", metavar="A,B,…", help="For --model: uneven parts."),
         click.option("--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert."),
@@ -38,7 +45,11 @@ def target_options(command: F) -> F:
             "--no-canary", is_flag=True, help="Do not check first whether every rank computes what it should."
         ),
         click.option(
-            "--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True
+            "--backend",
+            type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]),
+            default="auto",
+            show_default=True,
+            help="How ranks reach each other: ring is TCP, jaccl RDMA.",
         ),
         click.option(
             "--start-timeout",
@@ -46,6 +57,7 @@ def target_options(command: F) -> F:
             default=30.0,
             show_default=True,
             metavar="SECONDS",
+            help="For all ranks to join and load.",
         ),
         click.option(
             "--prefill-step",
