@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from moectl.prepare import Made, Wanted
 
 MAX_START_S = 86400.0
+PARANOIA = (
+    32  # steps from one comparison to the next: often enough to stop nonsense soon, and seldom enough to cost nothing
+)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -44,6 +47,8 @@ def target_options(command: F) -> F:
         click.option(
             "--no-canary", is_flag=True, help="Do not check first whether every rank computes what it should."
         ),
+        click.option("--agree-routing", is_flag=True, help="Rank 0 chooses the experts for all: for unlike chips."),
+        click.option("--paranoia", is_flag=True, help="Let all ranks compare what they compute, again and again."),
         click.option(
             "--backend",
             type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]),
@@ -92,6 +97,8 @@ def session_options(common: Common, options: dict[str, Any]) -> dict[str, Any]:
         "prefill_step": options["prefill_step"],
         "speculate": options["speculate"],
         "canary": not options["no_canary"],
+        "agree_routing": options["agree_routing"],
+        "paranoia": PARANOIA if options["paranoia"] else 0,
     }
 
 

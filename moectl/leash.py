@@ -36,6 +36,8 @@ class Start:
     force: bool = False  # load although the host's memory will not do
     ranks_here: int = 1  # that share this host's memory
     canary: bool = True  # compare what the model computes with the set's canary
+    agree_routing: bool = False  # rank 0 chooses the experts for all
+    paranoia: int = 0  # after so many steps all ranks compare what they computed; 0: never
     # These have to be the same on every rank.
     cache_tokens: int | None = None  # for past answers at most; None: what the running ones leave
     prefill_step: int | None = None  # tokens of a prompt that are read at a time; None: the engine's

@@ -103,6 +103,8 @@ class Session:
         speculate: int = 0,
         patience: float = 1.0,
         canary: bool = True,
+        agree_routing: bool = False,
+        paranoia: int = 0,
         on_log: Callable[[str, str], None] = lambda host, line: None,
     ) -> None:
         """Take what to run; `patience` stretches the time that a step may take, after a session that was too slow."""
@@ -116,6 +118,8 @@ class Session:
         self._prefill_step = prefill_step
         self._speculate = speculate
         self._canary = canary
+        self._agree_routing = agree_routing
+        self._paranoia = paranoia
         self._on_log = on_log
         self._events: queue.SimpleQueue[_Heard] = queue.SimpleQueue()
         self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
@@ -169,6 +173,8 @@ class Session:
                     self._force,
                     sum(other.host.address == spec.host.address for other in self._ranks),
                     self._canary,
+                    self._agree_routing,
+                    self._paranoia,
                     prefill_step=self._prefill_step,
                     speculate=self._speculate,
                 ),

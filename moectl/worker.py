@@ -183,6 +183,11 @@ def _serve(leash: Leash) -> None:
         raise errors.NotDeployed(
             f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
         )
+    if start.paranoia and manifest.placement.split == "layers":
+        raise errors.UsageError(
+            "--paranoia compares what all ranks compute, and with --split layers each computes its own layers",
+            hint="leave it out: the canary at the start checks them",
+        )
     if sys.platform != "darwin" and not start.force:  # before any rank here has taken memory
         check_own_memory(manifest, start.rank, ranks_here=start.ranks_here)
     group = open_group(leash, start, count_kv_tokens(manifest, start.rank, ranks_here=start.ranks_here))
@@ -198,6 +203,9 @@ def _serve(leash: Leash) -> None:
 
     dtype = getattr(mx, start.dtype) if start.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
+    if start.agree_routing:
+        for layer in model.layers:
+            layer.ffn.follow_first_rank()
     tokenizer = open_tokenizer(directory)
     engine = Engine(
         model,
@@ -210,6 +218,7 @@ def _serve(leash: Leash) -> None:
         kv_tokens=load.kv_tokens,
         cache_tokens=start.cache_tokens,
         speculate=start.speculate,
+        check_every=start.paranoia,
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     q, geometry = manifest.quantization, manifest.geometry
