@@ -17,6 +17,7 @@ from moectl.verb import verb
 if TYPE_CHECKING:
     from moectl.console import Bar
     from moectl.hosts import HostList
+    from moectl.manifest import Manifest
     from moectl.planning import Asked
     from moectl.prepare import Wanted
 
@@ -259,12 +260,14 @@ def pull(common: Common, model: str, revision: str | None) -> None:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Wheels for hosts without internet.",
 )
+@click.option("--no-check", is_flag=True, help="Do not start the model once to see whether it computes rightly.")
 @common
 def deploy(common: Common, hostfile_: str | None, shards: str | None, **options: Any) -> None:
     """Bring every host its software and its shard, and verify them.
 
     Hosts get a virtual environment with this machine's versions of moectl, mlx and mlx-lm, and the files of their rank.
-    Running the same command again resumes it; what is there already is not sent.
+    Running the same command again resumes it; what is there already is not sent. At the end the model is started once,
+    and every host has to compute what one process computed when the set was cut.
 
     \b
     Examples:
@@ -282,7 +285,8 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
     found = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
     directory, manifest = found
     common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
-    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say, probe=True)
+    force, no_check = options.pop("force"), options.pop("no_check")
+    check_hosts(listed.hosts, manifest, force=force, warn=common.say, probe=True)
     with _deploy_progress(common) as on_event:
         result = cluster.deploy(
             listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
@@ -292,6 +296,24 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
         report.deploy_text(result, dry_run=dry_run), report.deploy_json(result, manifest.name, dry_run=dry_run)
     )
     result.raise_failures()
+    if not (dry_run or options["only"] or no_check):
+        _check_results(common, manifest, force=force)
+
+
+def _check_results(common: Common, manifest: Manifest, *, force: bool) -> None:
+    """Start what was just deployed, and end it; raises when a rank computes something else."""
+    from moectl import attach, launch
+
+    target = launch.find_deployment(None)
+    if target is None or manifest.canary is None:
+        common.say("Not checked: the set was cut with --no-canary, or by an older moectl.")
+    elif attach.is_loaded(target):
+        common.say("Not checked: it is running. 'moectl stop', then the next start checks it.")
+    else:
+        common.say("Starting it once to check its results")
+        with launch.open_session(target, force=force) as session:
+            off = session.model.deviation
+        common.say(f"Checked: every rank computes what it should (off by {off:.1g} at most). Next: moectl run")
 
 
 @contextlib.contextmanager
