@@ -21,7 +21,7 @@ from socket import socket
 from typing import Any
 
 from moectl.deployment import Deployment
-from moectl.errors import MoectlError, QueueFull, StateError, UsageError
+from moectl.errors import MoectlError, QueueFull, RemoteError, StateError, Unreachable, UsageError
 from moectl.launch import Target, count_ranks, open_session
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.request import Request, Stats
@@ -433,6 +433,7 @@ async def _run(
         keep_alive=keep_alive,
         open_=lambda patience, on_made: open_session(target, on_made=on_made, patience=patience, **options),
         restarts=Restarts(settings.restarts),
+        advise=lambda failure: _advise(target, failure),
         say=say,
     )
     # Whoever serves others does not leave because one of them has had enough.
@@ -457,6 +458,15 @@ async def _run(
         raise KeyboardInterrupt
     if control.signal == signal.SIGTERM:
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def _advise(target: Target, failure: MoectlError) -> str | None:
+    """Return what else than mending could help, when a host is away for good."""
+    if not (isinstance(target, Deployment) and failure.host and isinstance(failure, Unreachable | RemoteError)):
+        return None
+    from moectl.remedy import find_remedy
+
+    return find_remedy(target, failure.host)
 
 
 def describe_run(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:

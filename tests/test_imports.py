@@ -70,6 +70,7 @@ ROOMS = (
     {"console", "config"},
     {"attach"},
     {"controller", "probing", "client", "background"},
+    {"remedy"},
     {"launch", "planning", "bench", "plot", "probe"},
     {"server", "restart"},
     {"api", "metrics", "sockets"},
