@@ -91,7 +91,7 @@ ROOMS = (
     {"measured"},
     {"leash", "manifest", "routing"},
     {"placement", "copies", "balance", "chips", "hosts", "request", "settings", "demo", "paths", "disk"},
-    {"geometry", "hardware"},
+    {"geometry", "hardware", "thunderbolt"},
     {"errors"},
     {""},
 )
