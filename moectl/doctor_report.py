@@ -1,0 +1,98 @@
+"""What `doctor` found, as text for people and as a JSON document for scripts. It computes and prints nothing.
+
+A host's good news share a line; each warning and failure has its own, with what mends it below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moectl.doctor import Diagnosis
+from moectl.findings import Finding, Level
+
+SCHEMA = "moectl.doctor/1"
+_GAP = "  "
+_DOT = " · "
+
+
+def doctor_text(diagnosis: Diagnosis, *, width: int, verbose: bool = False) -> str:
+    """Return the lines of `doctor`; `verbose` gives each check a line of its own."""
+    blocks = [(report.host.address, report.findings) for report in diagnosis.hosts]
+    blocks += [(f"{report.a.name}-{report.b.name}", report.findings) for report in diagnosis.pairs]
+    if diagnosis.cluster:
+        blocks.append(("cluster", diagnosis.cluster))
+    column = max(len(name) for name, _ in blocks)
+    lines = [line for name, found in blocks for line in _block(name.ljust(column), found, width, verbose)]
+    return "\n".join([*lines, summary_text(diagnosis)])
+
+
+def summary_text(diagnosis: Diagnosis) -> str:
+    """Return "31 ok, 1 warning, 2 failures"."""
+    warnings, failures = diagnosis.count(Level.WARN), diagnosis.count(Level.FAIL)
+    parts = [
+        f"{diagnosis.count(Level.OK)} ok",
+        f"{warnings} warning{'s' * (warnings != 1)}",
+        f"{failures} failure{'s' * (failures != 1)}",
+    ]
+    skipped = diagnosis.count(Level.SKIP)
+    return ", ".join([*parts, f"{skipped} skipped"] if skipped else parts)
+
+
+def doctor_json(diagnosis: Diagnosis, *, fast: bool) -> dict[str, Any]:
+    """Return the document of `doctor --json`."""
+    return {
+        "schema": SCHEMA,
+        "source": diagnosis.source,
+        "fast": fast,
+        "ok": not diagnosis.count(Level.FAIL),
+        "counts": {level.name.lower(): diagnosis.count(level) for level in Level},
+        "hosts": [
+            {"rank": report.rank, "host": report.host.address, "checks": _rows(report.findings)}
+            for report in diagnosis.hosts
+        ],
+        "pairs": [
+            {"a": report.a.address, "b": report.b.address, "checks": _rows(report.findings)}
+            for report in diagnosis.pairs
+        ],
+        "cluster": _rows(diagnosis.cluster),
+    }
+
+
+def _rows(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [
+        {
+            "check": finding.check,
+            "level": finding.level.name.lower(),
+            "text": finding.text,
+            "fix": finding.fix,
+            "values": dict(finding.values),
+        }
+        for finding in findings
+    ]
+
+
+def _block(name: str, findings: Sequence[Finding], width: int, verbose: bool) -> list[str]:
+    """Return the lines of one host, pair or of the cluster."""
+    good = [finding.text for finding in findings if finding.level is Level.OK]
+    lines: list[str] = []
+    if verbose:
+        lines += [f"{name}{_GAP}{'ok':4}{_GAP}{text}" for text in good]
+    elif good:
+        lines += _fill(f"{name}{_GAP}{'ok':4}{_GAP}", good, width)
+    for finding in sorted((f for f in findings if f.level is not Level.OK), key=lambda f: f.level, reverse=True):
+        lines.append(f"{name}{_GAP}{finding.level.word:4}{_GAP}{finding.text}")
+        if finding.fix:
+            lines.append(f"{' ' * len(name)}{_GAP}{'':4}{_GAP}fix: {finding.fix}")
+    return lines
+
+
+def _fill(head: str, words: Sequence[str], width: int) -> list[str]:
+    """Return words in lines of at most `width` letters, broken between words only."""
+    lines = [head + words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(_DOT) + len(word) <= width:
+            lines[-1] += _DOT + word
+        else:
+            lines.append(" " * len(head) + word)
+    return lines
