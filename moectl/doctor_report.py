@@ -6,6 +6,7 @@ A host's good news share a line; each warning and failure has its own, with what
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from moectl.doctor import Diagnosis
@@ -19,7 +20,13 @@ _DOT = " · "
 def doctor_text(diagnosis: Diagnosis, *, width: int, verbose: bool = False) -> str:
     """Return the lines of `doctor`; `verbose` gives each check a line of its own."""
     blocks = [(report.host.address, report.findings) for report in diagnosis.hosts]
-    blocks += [(f"{report.a.name}-{report.b.name}", report.findings) for report in diagnosis.pairs]
+    links = [
+        replace(finding, text=f"{report.a.name}-{report.b.name} {finding.text}")
+        for report in diagnosis.pairs
+        for finding in report.findings
+    ]
+    if links:
+        blocks.append(("links", tuple(links)))
     if diagnosis.cluster:
         blocks.append(("cluster", diagnosis.cluster))
     column = max(len(name) for name, _ in blocks)
