@@ -206,6 +206,8 @@ def _check_host_key(transport: paramiko.Transport, settings: SSHSettings) -> Non
     # Ask for a type that is on file, or a host with several keys would look like a changed one.
     options.key_types = sorted(options.key_types, key=lambda kind: kind not in types)
     transport.start_client(timeout=settings.connect_timeout_s)
+    if not transport.initial_kex_done:  # it returns when the time is up, and says nothing
+        raise TimeoutError
     key = transport.get_remote_server_key()
     found = (key.get_name(), key.get_base64())
     if found in known.revoked:

@@ -101,6 +101,8 @@ def test_a_host_that_takes_the_call_and_says_nothing(sshd: Server) -> None:
         alias = sshd.add_alias("mute", "ConnectTimeout 1", port=mute.getsockname()[1])
         found = visit(Host(alias))
     assert found["ssh"].level is Level.FAIL
+    assert found["ssh"].text.startswith("no answer on port ")
+    assert "is it on, awake" in (found["ssh"].fix or "")
 
 
 def test_a_shell_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
