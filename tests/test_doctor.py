@@ -21,6 +21,7 @@ from tests.netns import Cluster
 from tests.ring import rank_env
 from tests.running import processes
 from tests.sshd import Server, run_sshd
+from tests.tiny import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,23 @@ def test_two_hosts_that_are_right(sshd: Server, python: str, tmp_path: Path) -> 
     assert pair["checks"][0]["values"]["out_bytes_s"] > 0
     assert pair["checks"][1]["values"]["backend"] == "ring"
     assert not processes("moectl.measure")
+
+
+def test_a_deployed_shard_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "tiny")
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(f"localhost dir={tmp_path}/here\n")
+    for words in (("shard", str(tmp_path / "tiny"), "--nodes", "1", "-q"), ("deploy", str(hosts), "-q")):
+        subprocess.run([sys.executable, "-m", "moectl", *words], check=True, capture_output=True, timeout=120)
+    monkeypatch.chdir(tmp_path)
+    document = run_doctor(code=0)
+    assert "tiny-bf16-hidden-1 needs " in texts(document, 0)["memory"]
+    assert levels(document, 0)["shards"] == "ok"
+    weights = max((tmp_path / "here" / "shards").rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    weights.unlink()
+    document = run_doctor(code=3)
+    assert levels(document, 0)["shards"] == "fail"
+    assert next(c["fix"] for c in document["hosts"][0]["checks"] if c["check"] == "shards") == "moectl deploy hosts.txt"
 
 
 @pytest.fixture
