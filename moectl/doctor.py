@@ -30,7 +30,8 @@ from moectl.provision import make_remote
 from moectl.wheel import hash_code
 
 HOST_S = 90.0  # for the whole ladder of a host; its rungs have limits of their own
-LINKS_S = 60.0  # for all pairs
+LINKS_S = 60.0  # for all pairs, and more for each host: broken ways wait for one another
+MORE_LINKS_S = 10.0
 COLLECTIVE_S = 90.0  # for one round of neighbours
 Say = Callable[[str], None]
 
@@ -237,7 +238,7 @@ def _look_at_links(visits: Sequence[Visit], sites: Sequence[Site], found: _Found
     def try_all() -> None:
         try_links(sites, collected.add, transfers=not fast)
 
-    run_limited([try_all], LINKS_S)
+    run_limited([try_all], LINKS_S + MORE_LINKS_S * len(sites))
     judged = judge_links(sites, collected.all(), mac=lambda place: _is_mac(visits[place]))
     for pair, findings in judged.items():
         found.pairs[Pair(visits[pair.a].rank, visits[pair.b].rank)] = findings

@@ -46,6 +46,13 @@ def test_lines_break_between_words_only() -> None:
     assert "                macOS 26.2" in doctor_text(DIAGNOSIS, width=30).split("\n")
 
 
+def test_levels_are_painted_and_nothing_else() -> None:
+    plain = doctor_text(DIAGNOSIS, width=40)
+    painted = doctor_text(DIAGNOSIS, width=40, paint=lambda level, word: f"<{word}>")
+    assert "<FAIL>  full" in painted
+    assert painted.replace("<", "").replace(">", "") == plain
+
+
 def test_verbose_gives_each_check_a_line() -> None:
     lines = doctor_text(DIAGNOSIS, width=80, verbose=True).split("\n")
     assert lines[:2] == ["mac1      ok    ssh 0.8 ms", "mac1      ok    macOS 26.2"]
