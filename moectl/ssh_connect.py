@@ -47,7 +47,7 @@ def open_transport(
         opened.callback(transport.close)
         options = transport.get_security_options()
         options.ciphers = (*FAST_CIPHERS, *(c for c in options.ciphers if c not in FAST_CIPHERS))
-        transport.banner_timeout = settings.connect_timeout_s
+        transport.banner_timeout = 2 * settings.connect_timeout_s  # start_client's time is up first, see below
         transport.auth_timeout = 30.0
         _check_host_key(transport, settings)
         log_in(transport, settings)

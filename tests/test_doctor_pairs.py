@@ -128,13 +128,6 @@ def test_a_port_that_nobody_serves_is_refused_by_name() -> None:
     assert answer["errno"] == "ECONNREFUSED"
 
 
-def test_a_sum_over_two_ranks() -> None:
-    found = try_collective(sites(2), (0, 1), "ring", macos=False)
-    assert found.level is Level.OK, found.text
-    assert found.values["backend"] == "ring"
-    assert 0 < found.values["collective_s"] < 10
-
-
 def test_a_sum_that_cannot_be() -> None:
     one, other = sites(2)
     broken = Site(other.host, other.remote, "/nowhere/python", other.addresses, other.env)
