@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from moectl import __version__, cli_prepare, cli_use
+from moectl import __version__, cli_check, cli_prepare, cli_use
 from moectl.flags import Common, common
 from moectl.verb import Verbs
 
@@ -63,6 +63,7 @@ for _verb in (
     cli_use.stop,
     cli_use.bench,
     cli_use.controller,
+    cli_check.doctor,
 ):
     cli.add_command(_verb)
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moectl.errors import CommandFailed
+from moectl.thunderbolt import find_generation, read_ports
 
 MARK = "moectl-probe "  # in front of each section's name, see `probe.SCRIPT`
 _MIB = 1 << 20
 _MOST = 1 << 60  # no machine has more of anything; such a number is noise
-_THUNDERBOLT_5_GBIT = 80  # Thunderbolt 3, 4 and USB4 ports say 40
 _APPLE = re.compile(r"Apple (M\d{1,2})(?: (Pro|Max|Ultra))?")
 
 
@@ -88,7 +87,7 @@ def parse_macos(sysctl: str, vm_stat: str, system_profiler: str, sw_vers: str) -
         cores=_count(keys.get("hw.ncpu")),
         os="macOS",
         os_version=_pairs(sw_vers).get("ProductVersion") or None,
-        thunderbolt=_thunderbolt(_items(profile, "SPThunderboltDataType")),
+        thunderbolt=find_generation(read_ports(_items(profile, "SPThunderboltDataType"))),
     )
 
 
@@ -145,20 +144,6 @@ def _gpu(line: str) -> tuple[str | None, int] | None:
         return None
     name = re.search(r"\b(H100|H200)\b", words[0])
     return name[1].lower() if name else None, (total - used) * _MIB
-
-
-def _thunderbolt(buses: list[dict[str, Any]]) -> int | None:
-    """Return the generation of the fastest port. An idle one says "Up to 120 Gb/s"; a used one what its link does."""
-    speeds = [speed for bus in buses for speed in _port_speeds(bus)]
-    return None if not speeds else 5 if max(speeds) >= _THUNDERBOLT_5_GBIT else 4
-
-
-def _port_speeds(bus: Mapping[str, Any]) -> Iterator[int]:
-    for key, port in bus.items():
-        if key.startswith("receptacle_") and isinstance(port, dict):
-            speed = re.search(r"(\d{1,4}) ?Gb/s", str(port.get("current_speed_key")))
-            if speed:
-                yield int(speed[1])
 
 
 def _pairs(text: str) -> dict[str, str]:

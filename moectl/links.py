@@ -5,7 +5,7 @@ on. It writes no file, serves only who knows the secret, and ends with its stdin
 
     python -c TEXT listen        {"address", "secret"} on stdin; answers {"port": n}, serves until stdin ends
     python -c TEXT dial          {"address", "port", "secret", "budget_s"} on stdin; answers {"rtt_s", "out_bytes_s",
-                                 "in_bytes_s"} or {"error": why}
+                                 "in_bytes_s"} or {"error": why, "errno": its name}; without "transfers" only "rtt_s"
 
 Each answer is a line of JSON behind `ANSWER`. On the wire: the secret, then requests of 9 bytes, a letter and a length:
 E and so many bytes to be sent back, S and bytes to be swallowed, answered by one byte, G for bytes to be given.
@@ -13,6 +13,7 @@ E and so many bytes to be sent back, S and bytes to be swallowed, answered by on
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -49,12 +50,14 @@ def listen(address: str, secret: str) -> None:
                     pass  # that one is gone; the next may come
 
 
-def dial(address: str, port: int, secret: str, budget_s: float) -> dict[str, float]:
+def dial(address: str, port: int, secret: str, budget_s: float, transfers: bool = True) -> dict[str, float]:
     """Return {"rtt_s", "out_bytes_s", "in_bytes_s"} of the way to a listener and back. Raises OSError."""
     with socket.create_connection((address, port), timeout=WAIT_S) as peer:
         _prepare(peer)
         peer.sendall(secret.encode())
         rtt_s = _time_round_trips(peer, budget_s)
+        if not transfers:
+            return {"rtt_s": rtt_s}
         return {
             "rtt_s": rtt_s,
             "out_bytes_s": _time_transfer(peer, b"S", rtt_s, budget_s / 4),
@@ -168,7 +171,9 @@ def _main(command: str) -> None:
         else:
             _tell(dial(**request))
     except OSError as error:
-        _tell({"error": error.strerror or str(error)})
+        # A timeout of python's own has no number. Numbers differ between systems, names do not.
+        name = errno.errorcode.get(error.errno or 0, "ETIMEDOUT" if isinstance(error, TimeoutError) else "")
+        _tell({"error": error.strerror or str(error), "errno": name})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moectl.errors import CommandFailed, MoectlError, Unreachable
 from moectl.hardware import MARK, Hardware, parse_probe
@@ -136,6 +136,60 @@ def measure_links(sites: Sequence[Site], *, budget_s: float = LINK_BUDGET_S) -> 
     return tuple(map(tuple, rtt)), tuple(map(tuple, bandwidth))
 
 
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What came of dialling from one site (by its place) to another; seconds, bytes per second, or why not."""
+
+    here: int
+    there: int
+    rtt_s: float | None = None
+    out_bytes_s: float | None = None
+    in_bytes_s: float | None = None
+    why: str = ""
+    errno: str = ""  # its name, "EHOSTUNREACH"
+
+
+def try_links(
+    sites: Sequence[Site], on_tried: Callable[[Tried], None], *, transfers: bool, budget_s: float = LINK_BUDGET_S
+) -> None:
+    """Dial between all sites, both ways, and tell of each way what came of it; a way that fails raises nothing.
+
+    The later site of a pair times transfers in both directions too, if asked to. Pairs that share no host are tried at
+    the same time.
+    """
+    secret = secrets.token_hex(16)
+    with ExitStack() as held:
+
+        def listen(site: Site) -> int | MoectlError:
+            try:
+                return held.enter_context(_listener(site, secret))
+            except MoectlError as error:
+                return error
+
+        ports = _at_once(listen, sites)
+
+        def try_one(here: int, there: int, timed: bool) -> Tried:
+            port = ports[there]
+            if not isinstance(port, int):
+                return Tried(here, there, why=f"{sites[there].host.name}: {port.message}")
+            try:
+                found = _ask_dialler(sites[here], sites[there], port, secret, budget_s, transfers=timed)
+            except MoectlError as error:
+                return Tried(here, there, why=error.message)
+            if "error" in found:
+                return Tried(here, there, why=str(found["error"]), errno=str(found.get("errno", "")))
+            return Tried(here, there, found["rtt_s"], found.get("out_bytes_s"), found.get("in_bytes_s"))
+
+        def try_both(pair: tuple[int, int]) -> None:
+            ways = [(pair[1], pair[0], transfers), (pair[0], pair[1], False)]
+            # A way that fails takes its time: wait for both at once, unless one would slow the other's transfers.
+            for some in [[way] for way in ways] if transfers else [ways]:
+                _at_once(lambda way: on_tried(try_one(*way)), some)
+
+        for pairs in plan_rounds(len(sites)):
+            _at_once(try_both, pairs)
+
+
 def plan_rounds(count: int) -> list[list[tuple[int, int]]]:
     """Return rounds of pairs (i < j) in which nobody is in two: every pair once, as in a tournament."""
     places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
@@ -167,9 +221,9 @@ def _listener(site: Site, secret: str) -> Iterator[int]:
         _end(process)
 
 
-def _read_answer(site: Site, process: Process) -> dict[str, float]:
+def _read_answer(site: Site, process: Process) -> dict[str, Any]:
     """Return a running process's answer, within `LISTEN_S`."""
-    found: list[dict[str, float] | None] = []
+    found: list[dict[str, Any]] = []
 
     def read() -> None:
         for line in process.stdout:
@@ -181,7 +235,7 @@ def _read_answer(site: Site, process: Process) -> dict[str, float]:
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     thread.join(LISTEN_S)
-    if not found or found[0] is None:
+    if not found:
         raise CommandFailed(f"its python did not listen on {site.addresses[0]}", host=site.remote.name)
     if "error" in found[0]:
         raise CommandFailed(
@@ -192,28 +246,35 @@ def _read_answer(site: Site, process: Process) -> dict[str, float]:
     return found[0]
 
 
-def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> dict[str, float]:
+def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> dict[str, Any]:
+    answer = _ask_dialler(here, there, port, secret, budget_s)
+    if "error" in answer:
+        raise Unreachable(
+            f"no TCP connection to {there.host.name} at {there.addresses[0]}: {answer['error']}",
+            host=here.host.name,
+            hint="check ip= of both hosts, the cable and any firewall",
+        )
+    return answer
+
+
+def _ask_dialler(
+    here: Site, there: Site, port: int, secret: str, budget_s: float, *, transfers: bool = True
+) -> dict[str, Any]:
+    """Run the dialling end; a host without a word answers {"error": "no answer"}."""
     limit_s = LISTEN_S + 2 * budget_s
     request = {"address": there.addresses[0], "port": port, "secret": secret, "budget_s": budget_s, "limit_s": limit_s}
     done = here.remote.run(
         [here.python, "-c", _program(), "dial"],
-        stdin=json.dumps(request).encode() + b"\n",
+        stdin=json.dumps({**request, "transfers": transfers}).encode() + b"\n",
         timeout_s=limit_s + LISTEN_S,
         check=False,
         leash=True,
     )
-    answers = [answer for line in done.stdout.decode("utf-8", "replace").split("\n") if (answer := _parse(line))]
-    if not answers or "error" in answers[0]:
-        why = answers[0]["error"] if answers else "no answer"
-        raise Unreachable(
-            f"no TCP connection to {there.host.name} at {there.addresses[0]}: {why}",
-            host=here.host.name,
-            hint="check ip= of both hosts, the cable and any firewall",
-        )
-    return answers[0]
+    lines = done.stdout.decode("utf-8", "replace").split("\n")
+    return next((answer for line in lines if (answer := _parse(line))), {"error": "no answer"})
 
 
-def _parse(line: str) -> dict[str, float] | None:
+def _parse(line: str) -> dict[str, Any] | None:
     if not line.startswith(ANSWER):
         return None
     try:

@@ -156,6 +156,15 @@ def inspect_host(task: Task) -> HostResult:
         remote.close()
 
 
+def survey_environment(remote: Remote, host: Host) -> dict[str, Any]:
+    """Return what a host tells of its interpreter, packages and disk (see `node.survey`); it writes nothing.
+
+    Raises VersionMismatch without a python that is new enough, CommandFailed, HostError.
+    """
+    nothing: dict[str, str] = {}
+    return _survey(remote, Task(0, host, Path(), "", {}, nothing, "", {}, dry_run=True, verify=False))
+
+
 def deploy_host(task: Task, on_event: OnEvent) -> HostResult:
     """Install and copy what a host lacks. Raises HostError, RemoteError and IntegrityError of any kind."""
     remote = make_remote(task.host)

@@ -1,7 +1,6 @@
 """The process on a node, one per rank: it holds a leash (stdin/stdout), a part of the model, and nothing else.
 
-It opens no port of its own but the data plane's, writes no file but the data plane's temporary ones, and ends with its
-leash: end of file, silence, or an error anywhere ends the process at once, because after a broken collective no call
+It opens no port of its own but the data plane's, writes no file but its log, and ends with its leash: end of file, silence, or an error anywhere ends the process at once, because after a broken collective no call
 into the backend can be trusted to return.
 """
 
@@ -56,7 +55,6 @@ from moectl.leash import (
 if TYPE_CHECKING:
     from moectl.manifest import Manifest
 
-_TEMPORARY = "moectl-"
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
 _log = logging.getLogger("moectl.worker")
 _BACKEND_ERRORS = ("[ring]", "[jaccl]")  # how mlx begins what its data planes raise
@@ -267,8 +265,8 @@ def _join(leash: Leash, start: Start, ports: contextlib.ExitStack) -> Any:
     import mlx.core as mx
 
     os.environ.update(connect.env)
-    files = {name: _write_temporary(text) for name, text in connect.files.items()}
-    os.environ.update(files)
+    files = {name: _hold(text) for name, text in connect.files.items()}
+    os.environ.update({name: f"/dev/fd/{file.fileno()}" for name, file in files.items()})
     ports.close()
     leash.tell(Connecting())
     # init holds the interpreter lock, so no Python thread could time it: faulthandler's timer is a C thread.
@@ -284,8 +282,8 @@ def _join(leash: Leash, start: Start, ports: contextlib.ExitStack) -> Any:
         raise errors.Unreachable(f"cannot join the {connect.backend} group: {error}") from None
     finally:
         faulthandler.cancel_dump_traceback_later()
-        for path in files.values():
-            Path(path).unlink(missing_ok=True)
+        for file in files.values():
+            file.close()
     _log.info("joined over %s as rank %d of %d", connect.backend, start.rank, start.world_size)
     leash.tell(Connected(group.rank(), group.size()))
     return group
@@ -375,10 +373,13 @@ def _free_port(address: str) -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def _write_temporary(text: str) -> str:
-    with tempfile.NamedTemporaryFile("w", prefix=_TEMPORARY, suffix=".json", delete=False) as f:
-        f.write(text)
-    return f.name
+def _hold(text: str) -> IO[str]:
+    """Return a file without a name, to be read from its beginning: nothing is left of it, however this process ends."""
+    file = tempfile.TemporaryFile("w+", encoding="utf-8")
+    file.write(text)
+    file.flush()
+    file.seek(0)
+    return file
 
 
 def own_versions() -> dict[str, str]:

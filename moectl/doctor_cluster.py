@@ -1,0 +1,134 @@
+"""Several hosts compared with each other: equal systems, equal interpreters, and cables that go where rdma= says.
+
+Pure: what visits found in, findings out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moectl.backend import choose_backend
+from moectl.doctor_host import Visit
+from moectl.errors import HostsError
+from moectl.findings import Finding, fail, fail_with, ok, warn
+from moectl.hosts import HostList
+from moectl.thunderbolt import Cable, find_cables
+
+
+def check_cluster(where: HostList, visits: Sequence[Visit]) -> list[Finding]:
+    """Return all findings about hosts beside each other; those that did not answer are left out."""
+    if len(where.hosts) < 2:
+        return []
+    found = [check_systems(visits), check_pythons(visits), check_packages(visits)]
+    found += [check_backend(where), *check_cables(where, visits)]
+    return [finding for finding in found if finding is not None]
+
+
+def check_systems(visits: Sequence[Visit]) -> Finding | None:
+    """Say whether all Macs run the same macOS, to the build: RDMA and Metal change with it."""
+    told = {
+        v.host.name: f"{v.survey.hardware.os_version} ({v.survey.build})"
+        for v in visits
+        if v.survey and v.survey.is_mac
+    }
+    if len(told) < 2:
+        return None
+    if len(set(told.values())) == 1:
+        return ok("systems", f"all Macs run macOS {next(iter(told.values()))}")
+    return warn("systems", f"macOS differs: {_by_value(told)}", "sudo softwareupdate -ia -R on those that are behind")
+
+
+def check_pythons(visits: Sequence[Visit]) -> Finding | None:
+    """Say whether all interpreters are of one minor version."""
+    told = {
+        v.host.name: "python " + ".".join(str(v.environment["version"]).split(".")[:2]) for v in visits if v.environment
+    }
+    if len(told) < 2:
+        return None
+    if len(set(told.values())) == 1:
+        return ok("pythons", f"{next(iter(told.values()))} everywhere")
+    fix = "install one python everywhere, or name it with python= in the hosts file; then moectl deploy"
+    return warn("pythons", f"interpreters differ: {_by_value(told)}", fix)
+
+
+def check_packages(visits: Sequence[Visit]) -> Finding | None:
+    """Say whether hosts have the same packages; those without moectl are left out."""
+    told = {
+        v.host.name: ", ".join(f"{name} {version}" for name, version in sorted(v.environment["packages"].items()))
+        for v in visits
+        if v.environment and "moectl" in v.environment["packages"]
+    }
+    if len(told) < 2 or len(set(told.values())) == 1:
+        return None
+    return fail("packages", f"versions differ: {_by_value(told)}", "moectl deploy")
+
+
+def check_backend(where: HostList) -> Finding | None:
+    """Say what the rdma= rows amount to: mesh, ring, or nothing whole."""
+    hosts = where.hosts
+    if not any(device for host in hosts for device in host.rdma):
+        return ok("backend", "ring over TCP")
+    try:
+        backend = choose_backend(where.backend if where.backend not in ("", "any") else "auto", hosts)
+    except HostsError as error:
+        return fail_with("backend", error)
+    if backend != "ring" or where.backend == "ring":
+        return ok("backend", {"jaccl": "RDMA mesh", "jaccl-ring": "RDMA ring"}.get(backend, "ring over TCP"))
+    lacking = ", ".join(host.name for host in hosts if len(host.rdma) != len(hosts))
+    text = f"rdma= is not complete for {lacking}: the ring over TCP is used"
+    return warn("backend", text, "moectl setup writes rdma= of every host")
+
+
+def check_cables(where: HostList, visits: Sequence[Visit]) -> list[Finding]:
+    """Compare rdma= with the cables that the Macs themselves see; nothing where no two are cabled."""
+    ports = [visit.survey.ports if visit.survey else () for visit in visits]
+    cables = find_cables(ports)
+    if not cables:
+        return []
+    found = [_check_shape(where, cables)]
+    for rank, host in enumerate(where.hosts):
+        for peer, device in enumerate(host.rdma):
+            if device is None or peer == rank or peer >= len(where.hosts) or not (ports[rank] and ports[peer]):
+                continue
+            leads = _follow(cables, rank, device)
+            if leads == peer:
+                continue
+            to = "no host of the list" if leads is None else where.hosts[leads].name
+            text = f"{host.name}: {device} should lead to {where.hosts[peer].name}, it leads to {to}"
+            found.append(fail("cables", text, "moectl setup writes rdma= as the cables are, or move the cable"))
+    return found
+
+
+def _check_shape(where: HostList, cables: Sequence[Cable]) -> Finding:
+    count = len(where.hosts)
+    joined = {(cable.a, cable.b) for cable in cables}
+    every = {(a, b) for a in range(count) for b in range(a + 1, count)}
+    ring = {(min(a, b), max(a, b)) for a in range(count) if (b := (a + 1) % count) != a}
+    text = f"{len(cables)} Thunderbolt cable{'s' * (len(cables) != 1)}"
+    if joined >= every:
+        return ok("topology", f"Thunderbolt mesh, {text}", cables=len(cables))
+    if joined >= ring:
+        return ok("topology", f"Thunderbolt ring, {text}", cables=len(cables))
+    a, b = min(ring - joined)
+    names = f"{where.hosts[a].name} and {where.hosts[b].name}"
+    fix = f"cable {names}, or list the hosts in the order of the cables (moectl setup proposes one)"
+    return warn("topology", f"neither mesh nor ring: no cable between {names} ({text})", fix, cables=len(cables))
+
+
+def _follow(cables: Sequence[Cable], rank: int, device: str) -> int | None:
+    """Return the host at the other end of a device's cable."""
+    name = device.removeprefix("rdma_")
+    for cable in cables:
+        if cable.a == rank and cable.a_port.interface == name:
+            return cable.b
+        if cable.b == rank and cable.b_port.interface == name:
+            return cable.a
+    return None
+
+
+def _by_value(told: dict[str, str]) -> str:
+    """Return "26.2 on mac1, mac2; 26.1 on mac3"."""
+    names: dict[str, list[str]] = {}
+    for name, value in told.items():
+        names.setdefault(value, []).append(name)
+    return "; ".join(f"{value} on {', '.join(some)}" for value, some in names.items())

@@ -1,0 +1,111 @@
+"""What `doctor` found, as text for people and as a JSON document for scripts. It computes and prints nothing.
+
+A host's good news share a line; each warning and failure has its own, with what mends it below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moectl.doctor import Diagnosis
+from moectl.findings import Finding, Level
+
+SCHEMA = "moectl.doctor/1"
+_GAP = "  "
+_WORD = len("FAIL")
+_DOT = " · "
+Paint = Callable[[Level, str], str]
+
+
+def doctor_text(
+    diagnosis: Diagnosis, *, width: int, verbose: bool = False, paint: Paint = lambda level, word: word
+) -> str:
+    """Return the lines of `doctor`; `verbose` gives each check a line of its own, `paint` colours a level's word."""
+    blocks = [(report.host.address, report.findings) for report in diagnosis.hosts]
+    links = [
+        replace(finding, text=f"{report.a.name}-{report.b.name} {finding.text}")
+        for report in diagnosis.pairs
+        for finding in report.findings
+    ]
+    if links:
+        blocks.append(("links", tuple(links)))
+    if diagnosis.cluster:
+        blocks.append(("cluster", diagnosis.cluster))
+    column = max(len(name) for name, _ in blocks)
+    lines = [line for name, found in blocks for line in _block(name.ljust(column), found, width, verbose, paint)]
+    return "\n".join([*lines, summary_text(diagnosis)])
+
+
+def summary_text(diagnosis: Diagnosis) -> str:
+    """Return "31 ok, 1 warning, 2 failures"."""
+    warnings, failures = diagnosis.count(Level.WARN), diagnosis.count(Level.FAIL)
+    parts = [
+        f"{diagnosis.count(Level.OK)} ok",
+        f"{warnings} warning{'s' * (warnings != 1)}",
+        f"{failures} failure{'s' * (failures != 1)}",
+    ]
+    skipped = diagnosis.count(Level.SKIP)
+    return ", ".join([*parts, f"{skipped} skipped"] if skipped else parts)
+
+
+def doctor_json(diagnosis: Diagnosis, *, fast: bool) -> dict[str, Any]:
+    """Return the document of `doctor --json`."""
+    return {
+        "schema": SCHEMA,
+        "source": diagnosis.source,
+        "fast": fast,
+        "ok": not diagnosis.count(Level.FAIL),
+        "counts": {level.name.lower(): diagnosis.count(level) for level in Level},
+        "hosts": [
+            {"rank": report.rank, "host": report.host.address, "checks": _rows(report.findings)}
+            for report in diagnosis.hosts
+        ],
+        "pairs": [
+            {"a": report.a.address, "b": report.b.address, "checks": _rows(report.findings)}
+            for report in diagnosis.pairs
+        ],
+        "cluster": _rows(diagnosis.cluster),
+    }
+
+
+def _rows(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [
+        {
+            "check": finding.check,
+            "level": finding.level.name.lower(),
+            "text": finding.text,
+            "fix": finding.fix,
+            "values": dict(finding.values),
+        }
+        for finding in findings
+    ]
+
+
+def _block(name: str, findings: Sequence[Finding], width: int, verbose: bool, paint: Paint) -> list[str]:
+    """Return the lines of one host, of the links or of the cluster."""
+    indent = len(name) + 2 * len(_GAP) + _WORD
+
+    def head(level: Level) -> str:
+        return f"{name}{_GAP}{paint(level, level.word.ljust(_WORD))}{_GAP}"
+
+    good = [finding.text for finding in findings if finding.level is Level.OK]
+    texts = good if verbose else _fill(good, width - indent)
+    lines = [(" " * indent if place and not verbose else head(Level.OK)) + text for place, text in enumerate(texts)]
+    for finding in sorted((f for f in findings if f.level is not Level.OK), key=lambda f: f.level, reverse=True):
+        lines.append(head(finding.level) + finding.text)
+        if finding.fix:
+            lines.append(f"{' ' * indent}fix: {finding.fix}")
+    return lines
+
+
+def _fill(words: Sequence[str], width: int) -> list[str]:
+    """Return words in lines of at most `width` letters, broken between words only."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + len(_DOT) + len(word) <= width:
+            lines[-1] += _DOT + word
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,58 @@
+"""What the error numbers of sockets and of RDMA mean for a cluster of Macs, and what mends them. It opens no socket.
+
+Numbers differ between systems, so that errors are named as in errno(2). What macOS means by them was gathered from the
+reports of people who run MLX on Macs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_MACOS = {16: "EBUSY", 22: "EINVAL", 49: "EADDRNOTAVAIL", 51: "ENETUNREACH"}
+_MACOS |= {54: "ECONNRESET", 60: "ETIMEDOUT", 61: "ECONNREFUSED", 65: "EHOSTUNREACH", 96: "ENODATA"}
+_LINUX = {16: "EBUSY", 22: "EINVAL", 99: "EADDRNOTAVAIL", 101: "ENETUNREACH"}
+_LINUX |= {104: "ECONNRESET", 110: "ETIMEDOUT", 111: "ECONNREFUSED", 113: "EHOSTUNREACH"}
+_NUMBER = re.compile(r"(?:errno\s*[ =:]\s*|\(error: |\[Errno )(\d{1,3})", re.IGNORECASE)
+_FIREWALL = "allow its python in the firewall, or check ip= and any VPN"
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """Why it happens and what mends it."""
+
+    why: str
+    fix: str
+
+
+def explain(name: str, *, macos: bool, local: bool = False) -> Meaning | None:
+    """Return what an error means; `local`: the program was started here, not by sshd. None where nothing is known."""
+    if name == "EHOSTUNREACH" and macos and local:
+        return Meaning(
+            "macOS's Local Network privacy refuses it (programs that sshd starts are exempt)",
+            "System Settings, Privacy & Security, Local Network: allow the terminal that you use, then open it anew",
+        )
+    return _MEANINGS.get(name)
+
+
+def find_error(text: str, *, macos: bool) -> str | None:
+    """Return the name of the error whose number a message has, "errno 22" or "(error: 60)"; None where it has none."""
+    match = _NUMBER.search(text)
+    return (_MACOS if macos else _LINUX).get(int(match[1])) if match else None
+
+
+_MEANINGS = {
+    "ETIMEDOUT": Meaning("nothing answers: a firewall, a VPN or a wrong address", _FIREWALL),
+    "ECONNREFUSED": Meaning("the other end is not up, or a firewall refuses it", _FIREWALL),
+    "ECONNRESET": Meaning("something between closed the connection", _FIREWALL),
+    "EHOSTUNREACH": Meaning(
+        "no way to it: the cable, sleep, or a wrong address", "check the cable and ip= of both hosts"
+    ),
+    "ENETUNREACH": Meaning("it has no interface in that network", "check ip= of both hosts and their addresses"),
+    "EADDRNOTAVAIL": Meaning("the address is not its own", "give the host's own address with ip="),
+    "EINVAL": Meaning(
+        "the Thunderbolt port is in bridge0, or has no IPv4 address", "moectl setup shows the commands that mend it"
+    ),
+    "ENODATA": Meaning("the Thunderbolt port has no address for RDMA", "moectl setup shows the commands that mend it"),
+    "EBUSY": Meaning("a queue pair of an earlier run is still held", "restart that Mac"),
+}

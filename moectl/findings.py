@@ -1,0 +1,76 @@
+"""One line of `doctor`: what was looked at, how it stands, and the command that mends it. It looks at nothing."""
+
+from __future__ import annotations
+
+import enum
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moectl.errors import MoectlError
+from moectl.hosts import Host
+
+
+class Level(enum.IntEnum):
+    """How something stands, worst last."""
+
+    SKIP = 0  # it could not be looked at, for a reason that is told
+    OK = 1
+    WARN = 2
+    FAIL = 3
+
+    @property
+    def word(self) -> str:
+        return "FAIL" if self is Level.FAIL else self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One rung of the ladder."""
+
+    check: str  # a short name for scripts: "ssh", "disk"
+    level: Level
+    text: str
+    fix: str | None = None  # a command, or what a person has to do
+    values: Mapping[str, Any] = field(default_factory=dict)  # numbers behind the text, for --json
+
+
+def ok(check: str, text: str, **values: Any) -> Finding:
+    """Return a finding that something is as it should be."""
+    return Finding(check, Level.OK, text, None, values)
+
+
+def warn(check: str, text: str, fix: str | None, **values: Any) -> Finding:
+    """Return a finding that will cost something, and does not stop moectl."""
+    return Finding(check, Level.WARN, text, fix, values)
+
+
+def fail(check: str, text: str, fix: str | None, **values: Any) -> Finding:
+    """Return a finding that stops moectl."""
+    return Finding(check, Level.FAIL, text, fix, values)
+
+
+def skip(check: str, text: str) -> Finding:
+    """Return a finding that something could not be looked at."""
+    return Finding(check, Level.SKIP, text)
+
+
+def fail_with(check: str, error: MoectlError, fix: str | None = None) -> Finding:
+    """Return an error of ours as a finding; the host's name is in front of the line already."""
+    return fail(check, error.message.rstrip("."), error.hint or fix)
+
+
+def worst(findings: Iterable[Finding]) -> Level:
+    """Return the worst level; OK where there is nothing."""
+    return max((finding.level for finding in findings), default=Level.OK)
+
+
+def at_host(host: Host, command: str) -> str:
+    """Return what an operator types to run a shell command on a host."""
+    if host.is_local:
+        return command
+    terminal = ["-t"] if "sudo" in command.split() else []  # sudo asks for a password
+    port = ["-p", str(host.port)] if host.port else []
+    name = f"{host.user}@{host.name}" if host.user else host.name
+    return shlex.join(["ssh", *terminal, *port, name, command])

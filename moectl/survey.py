@@ -1,0 +1,118 @@
+"""One question to a host about all that `doctor` wants to know of its system, and the answer's parts.
+
+It is `probe`'s script with more sections. A tool that is missing leaves its section empty. What the parts mean is
+`macos`'s, `linux`'s and `doctor_host`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Interface
+
+from moectl import probe
+from moectl.errors import CommandFailed
+from moectl.hardware import Hardware, parse_probe, split_sections
+from moectl.remote import Remote
+from moectl.thunderbolt import Port, parse_ifconfig, parse_ports
+
+SURVEY_S = 30.0
+_BEFORE = """
+printf '\\nmoectl-probe locale\\n'; locale 2>&1 >/dev/null
+"""
+_MORE = """
+say workers; ps -axo rss=,args= | grep '[m]oectl worker'
+say sshd; (sshd -T || cat /etc/ssh/sshd_config.d/*.conf /etc/ssh/sshd_config) 2>/dev/null \\
+  | grep -iE '^[[:space:]]*max(sessions|startups)'
+if [ "$(uname -s)" = Darwin ]; then
+  say pmset; pmset -g
+  say firewall; fw=/usr/libexec/ApplicationFirewall/socketfilterfw
+  "$fw" --getglobalstate; "$fw" --getblockall
+  say networksetup; networksetup -listallhardwareports
+  say ifconfig; ifconfig
+  say rdma_ctl; rdma_ctl status 2>&1
+  say ibv_devices; ibv_devices
+  say ibv_devinfo; ibv_devinfo
+else
+  say ip; ip -o -4 addr show
+fi
+exit 0
+"""
+SCRIPT = _BEFORE + probe.SCRIPT.removesuffix("exit 0\n") + _MORE
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a host told of itself."""
+
+    hardware: Hardware
+    sections: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_mac(self) -> bool:
+        return self.hardware.os == "macOS"
+
+    @property
+    def build(self) -> str | None:
+        """Return macOS's build, "25C56"."""
+        match = re.search(r"^BuildVersion:\s*(\S+)", self.sections.get("sw_vers", ""), re.MULTILINE)
+        return match[1] if match else None
+
+    @property
+    def ports(self) -> tuple[Port, ...]:
+        """Return its Thunderbolt ports."""
+        names = ("system_profiler", "networksetup", "ibv_devices")
+        return parse_ports(*(self.sections.get(name, "") for name in names))
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Return its IPv4 addresses; none where it did not tell."""
+        if self.is_mac:
+            interfaces = parse_ifconfig(self.sections.get("ifconfig", ""))
+            return tuple(str(address.ip) for interface in interfaces for address in interface.ipv4)
+        return parse_ip(self.sections.get("ip", ""))
+
+    @property
+    def workers_bytes(self) -> int:
+        """Return the memory of the workers that run there: what is in use is partly theirs."""
+        kib = (line.split()[0] for line in self.sections.get("workers", "").split("\n") if line.split())
+        return sum(int(word) << 10 for word in kib if re.fullmatch(r"[0-9]{1,12}", word))
+
+
+def survey_host(remote: Remote) -> Survey:
+    """Ask a host, in one command; needs no python there. Raises HostError, CommandFailed."""
+    done = remote.run(["sh", "-c", SCRIPT], timeout_s=SURVEY_S)
+    try:
+        return read_survey(done.stdout.decode("utf-8", "replace"))
+    except CommandFailed as error:
+        raise CommandFailed(error.message, host=remote.name) from None
+
+
+def read_survey(text: str) -> Survey:
+    """Return the survey told by one run of the script. Raises CommandFailed for an unknown system."""
+    return Survey(parse_probe(text), split_sections(text))
+
+
+def parse_ip(text: str) -> tuple[str, ...]:
+    """Return the addresses of Linux's `ip -o -4 addr show`."""
+    found = (re.search(r"\binet (\S+)", line) for line in text.split("\n"))
+    return tuple(str(IPv4Interface(match[1]).ip) for match in found if match and _is_ipv4(match[1]))
+
+
+def parse_sshd(text: str) -> dict[str, str]:
+    """Return sshd's limits by their name in small letters; its first word on an option counts."""
+    limits: dict[str, str] = {}
+    for line in text.split("\n"):
+        words = line.split()
+        if len(words) >= 2:
+            limits.setdefault(words[0].lower(), words[1])
+    return limits
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        IPv4Interface(text)
+    except ValueError:
+        return False
+    return True
