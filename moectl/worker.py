@@ -1,7 +1,8 @@
 """The process on a node, one per rank: it holds a leash (stdin/stdout), a part of the model, and nothing else.
 
-It opens no port of its own but the data plane's, writes no file but its log, and ends with its leash: end of file, silence, or an error anywhere ends the process at once, because after a broken collective no call
-into the backend can be trusted to return.
+It opens no port of its own but the data plane's, writes no file but its log, and ends with its leash: end of file,
+silence, or an error anywhere ends the process at once, because after a broken collective no call into the backend can
+be trusted to return.
 """
 
 from __future__ import annotations
@@ -375,7 +376,7 @@ def _free_port(address: str) -> Iterator[int]:
 
 def _hold(text: str) -> IO[str]:
     """Return a file without a name, to be read from its beginning: nothing is left of it, however this process ends."""
-    file = tempfile.TemporaryFile("w+", encoding="utf-8")
+    file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - open while the backend starts
     file.write(text)
     file.flush()
     file.seek(0)
