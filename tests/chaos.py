@@ -93,6 +93,7 @@ class Chaos:
         self.report = report
         self._judged = 0  # outcomes whose violations are in the report
         self._ends = 0  # the same of controllers' ends
+        self._known: set[str] = set()  # what was found to be left over already
 
     def run(self, seconds: float) -> None:
         """Strike for so long, then see that nothing is left."""
@@ -199,6 +200,7 @@ class Chaos:
         end = time.monotonic() + LEFT_S
         while problems := self._find_problems():
             if time.monotonic() > end:
+                self._known.update(problems)  # what stays is told once
                 for problem in problems:
                     self._violate(f"after {names}: {problem}")
                 break
@@ -209,7 +211,7 @@ class Chaos:
         health = self.site.health()
         if health is None or health["code"] != 200:
             return [f"the controller says {health}"]
-        problems = self.site.find_leftovers()
+        problems = [problem for problem in self.site.find_leftovers() if problem not in self._known]
         if health["running"] or health["queued"]:
             problems.append(f"{health['running']} requests run and {health['queued']} wait although nobody asks")
         if not self.report.base:

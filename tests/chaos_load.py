@@ -19,14 +19,23 @@ import httpx2
 from tests.chaos_site import Life, Site
 
 LIMIT_S = 150.0  # for one request, whatever happens
-PAUSE_S = 0.5  # after a request that found nobody
+PAUSE_S = 1.0  # after a request that found nobody
 _COMMON = {"stream": True, "ignore_eos": True}
+
+
+def _say(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
 _ASKED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("completions", {"prompt": "Expert parallelism", "max_tokens": 40, "temperature": 0}),
     ("completions", {"prompt": "What is a ring?", "max_tokens": 60, "temperature": 0}),
     ("completions", {"prompt": "moectl runs", "max_tokens": 50, "temperature": 1.2, "top_p": 0.95, "seed": 11}),
     ("chat/completions", {"messages": [{"role": "user", "content": "What is DBRX?"}], "max_tokens": 30, "seed": 5}),
-    ("chat/completions", {"messages": [{"role": "user", "content": "Who routes?"}], "max_tokens": 45, "temperature": 0}),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": "Who routes?"}], "max_tokens": 45, "temperature": 0},
+    ),
 )
 
 
@@ -154,7 +163,7 @@ class Load:
         outcome = self.ask(question, leaves=self._take_leave)
         outcome.violation = judge(outcome, self.site.lives)
         self.outcomes.append(outcome)
-        if outcome.kind != "exact" or outcome.violation or outcome.notices:
+        if outcome.kind not in ("exact", "refused") or outcome.violation or outcome.notices:
             said = " / ".join([*outcome.notices, *([outcome.message] if outcome.message else [])])
             text = f"request of {outcome.began_s:.2f} ended {outcome.kind} after {len(outcome.text)} letters: {said}"
             self.site.timeline.note(text + (f" VIOLATION {outcome.violation}" if outcome.violation else ""))
@@ -181,9 +190,7 @@ class Load:
         outcome.ended_s = self.site.timeline.now_s()
         return outcome
 
-    def _stream(
-        self, http: httpx2.Client, question: Question, outcome: Outcome, leaves: Callable[[], bool]
-    ) -> None:
+    def _stream(self, http: httpx2.Client, question: Question, outcome: Outcome, leaves: Callable[[], bool]) -> None:
         end = time.monotonic() + LIMIT_S
         with http.stream("POST", f"/v1/{question.path}", json=question.fields) as response:
             if response.status_code != 200:

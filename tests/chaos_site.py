@@ -201,7 +201,9 @@ class Site:
     def _env(self) -> dict[str, str]:
         """Return the environment of a user who has only this cluster."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOECTL_", "XDG_", "SSH_"))}
-        homes = {f"XDG_{name}_HOME": str(self.directory / name.lower()) for name in ("CONFIG", "STATE", "DATA", "CACHE")}
+        homes = {
+            f"XDG_{name}_HOME": str(self.directory / name.lower()) for name in ("CONFIG", "STATE", "DATA", "CACHE")
+        }
         own = {"MOECTL_SSH_CONFIG": str(self.cluster.config), "XDG_RUNTIME_DIR": str(self.runtime)}
         clock = {"LD_PRELOAD": _preloads(), "JUMPCLOCK_FILE": str(self.clock), "TMPDIR": str(self.temporary)}
         return {**kept, **homes, **own, **clock}
@@ -328,7 +330,7 @@ def _socket_inodes(pid: int) -> set[str]:
     with contextlib.suppress(OSError):
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
-                found.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
+                found.add(str(link.readlink()).removeprefix("socket:[").removesuffix("]"))
     return found
 
 
