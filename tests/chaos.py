@@ -128,6 +128,7 @@ class Chaos:
         time.sleep(1.0)  # answers are under way
         before, life, restarts = self.site.workers(), self.site.life, self._count_restarts()
         self.site.timeline.note(f"ACT {self.report.acts}: {names}")
+        began_s = self.site.timeline.now_s()
         self._strike_all(act)
         if any(s.fault.name in ("controller killed", "start without a host") for s in act):
             self._wait_until_gone(before, names, is_cut=len(act) > 1 or "without a host" in names)
@@ -137,7 +138,7 @@ class Chaos:
         after = self.site.workers()
         if len(act) == 1:
             self._judge_death(act[0], before == after and life is self.site.life, names)
-            self._judge_name(act[0])
+            self._judge_name(act[0], began_s)
         if before != after and life is self.site.life and self._count_restarts() <= restarts:
             self._violate(f"after {names}: the workers are others, but /health counts no restart")
         self.load.go_on()
@@ -242,18 +243,13 @@ class Chaos:
         if strike.fault.is_death is True and same:
             self._violate(f"{names} was noticed by nobody")
 
-    def _judge_name(self, strike: Strike) -> None:
+    def _judge_name(self, strike: Strike, began_s: float) -> None:
         """Whoever was told of a failure by a fault that has a host has to be told that host first."""
-        if not strike.fault.names_host:
-            return
         host = f"node{strike.draw.rank}"
-        told = [line for line in self._said_since_act() if "Starting again" in line or line.startswith("Error:")]
-        if told and host not in told[0].split(" Starting again")[0]:
+        said = [line for life in self.site.lives[-2:] for s, line in list(life.said) if s >= began_s]
+        told = [line for line in said if "Starting again" in line or line.startswith("Error:")]
+        if strike.fault.names_host and told and host not in told[0].split(" Starting again")[0]:
             self._violate(f"{strike.fault.name} on {host} was told as: {told[0]}")
-
-    def _said_since_act(self) -> list[str]:
-        marker = next(s for s, text in reversed(self.site.timeline.entries) if text.startswith("ACT "))
-        return [line for line in list(self.site.life.said) if self.site.life.began_s <= marker] if marker else []
 
     def _count_restarts(self) -> int:
         health = self.site.health()

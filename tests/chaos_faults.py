@@ -81,11 +81,21 @@ def _pause_worker(site: Site, load: Load, draw: Draw) -> Heal:
 
 def _starve_worker(site: Site, load: Load, draw: Draw) -> Heal:
     """Refuse a worker all memory beyond what it has."""
-    for pid in site.workers_on(draw.rank):
+    pids = site.workers_on(draw.rank)
+
+    def limit(pid: int, soft: int) -> None:
+        with contextlib.suppress(OSError):
+            resource.prlimit(pid, resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+
+    for pid in pids:
         with contextlib.suppress(OSError, IndexError):
-            now = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
-            resource.prlimit(pid, resource.RLIMIT_AS, (now, now))
-    return _nothing
+            limit(pid, int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE"))
+
+    def heal() -> None:
+        for pid in pids:
+            limit(pid, resource.RLIM_INFINITY)
+
+    return heal
 
 
 def _cut_host(site: Site, load: Load, draw: Draw) -> Heal:
@@ -236,7 +246,7 @@ FAULTS = (
     Fault("worker raises", _signal_worker, _AT_ONCE, True, names_host=True),
     Fault("worker frozen", _freeze_worker, _AT_ONCE, True, names_host=True),
     Fault("worker paused", _pause_worker, (1.0, 2.0), False),
-    Fault("worker starved of memory", _starve_worker, _AT_ONCE, None),
+    Fault("worker starved of memory", _starve_worker, (3.0, 6.0), None),
     Fault("host cut off", _cut_host, (8.0, 14.0), True, names_host=True),
     Fault("host unplugged", _unplug_host, (8.0, 14.0), True, names_host=True),
     Fault("host rebooted", _reboot_host, (3.0, 10.0), True, names_host=True),
@@ -250,7 +260,7 @@ FAULTS = (
     Fault("all asleep", _sleep_all, (4.0, 7.0), None),
     Fault("controller killed", _kill_controller, _AT_ONCE, True),
     Fault("start without a host", _start_without_host, (3.0, 12.0), True),
-    Fault("start without a file", _start_without_file, (2.0, 6.0), True),
+    Fault("start without a file", _start_without_file, (10.0, 15.0), True),
     Fault("login refused", _refuse_login, (2.0, 5.0), True),
     Fault("stray connections", _stray, (STRAY_S, STRAY_S), True),
     Fault("clock set", _jump_clock, (2.0, 5.0), False),

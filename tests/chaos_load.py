@@ -19,7 +19,7 @@ import httpx2
 from tests.chaos_site import Life, Site
 
 LIMIT_S = 150.0  # for one request, whatever happens
-PAUSE_S = 1.0  # after a request that found nobody
+PAUSE_S = 1.0  # after a request that found nobody, or lost whom it had found
 _COMMON = {"stream": True, "ignore_eos": True}
 
 
@@ -152,15 +152,15 @@ class Load:
                     continue
                 self._under_way += 1
             try:
-                outcome = self._ask_and_keep(choice.choice(self.questions))
+                self._ask_and_keep(choice.choice(self.questions))
             finally:
                 with self._lock:
                     self._under_way -= 1
-            if outcome.kind in ("refused", "broken", "error"):
-                time.sleep(PAUSE_S)
 
     def _ask_and_keep(self, question: Question) -> Outcome:
         outcome = self.ask(question, leaves=self._take_leave)
+        if outcome.kind in ("refused", "broken"):
+            time.sleep(PAUSE_S)  # a connection ends some time before its process
         outcome.violation = judge(outcome, self.site.lives)
         self.outcomes.append(outcome)
         if outcome.kind not in ("exact", "refused") or outcome.violation or outcome.notices:

@@ -70,7 +70,7 @@ class Life:
     ended_s: float | None = None
     killed: bool = False  # by a fault, so that its clients get no last word
     asked_to_end: bool = False
-    said: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))  # its stderr
+    said: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=LOG_LINES))  # its stderr, and when
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +164,10 @@ class Site:
             life = self._begin()
             assert life.process.stderr is not None
             for line in life.process.stderr:
-                life.said.append(line.rstrip())
+                life.said.append((self.timeline.now_s(), line.rstrip()))
             life.process.wait()
             life.ended_s = self.timeline.now_s()
-            last = next((line for line in reversed(life.said) if line.startswith("Error:")), "")
+            last = next((line for _, line in reversed(life.said) if line.startswith("Error:")), "")
             self.timeline.note(f"controller {len(self.lives)} ended with {life.process.returncode}: {last}")
             self._judge_end(life, last)
             self._leaving.wait(AGAIN_S)
@@ -304,7 +304,10 @@ class Site:
                 lines = path.read_text(errors="replace").splitlines()
                 logs[f"{node.name} {path.name}"] = lines[-12:]
         processes = {node.name: self.cluster.processes(rank) for rank, node in enumerate(self.cluster.nodes)}
-        said = {f"controller {i + 1}": list(life.said) for i, life in list(enumerate(self.lives))[-2:]}
+        said = {
+            f"controller {i + 1}": [f"{s:8.2f} {line}" for s, line in list(life.said)]
+            for i, life in list(enumerate(self.lives))[-2:]
+        }
         return {"timeline": self.timeline.last(60), "said": said, "logs": logs, "processes": processes}
 
 
