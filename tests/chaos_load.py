@@ -244,10 +244,9 @@ def judge(outcome: Outcome, lives: list[Life]) -> str:
         case "left":
             return ""
         case "refused":
-            return "" if _somebody_ended(outcome, lives) else f"nobody answered although one served: {outcome.message}"
+            return f"nobody answered although one served: {outcome.message}" if _was_served(outcome, lives) else ""
         case "broken":
-            killed = [life for life in lives if life.killed]
-            return "" if _somebody_ended(outcome, killed) else f"it broke off without an error: {outcome.message}"
+            return "" if _was_killed(outcome, lives) else f"it broke off without an error: {outcome.message}"
         case "hung":
             return f"it hung for {outcome.ended_s - outcome.began_s:.0f} s"
         case kind:
@@ -272,9 +271,18 @@ def _judge_error(outcome: Outcome) -> str:
     return ""
 
 
-def _somebody_ended(outcome: Outcome, lives: list[Life]) -> bool:
-    """Whether one of these controllers ended, or none was there, at some time of the request."""
-    now = [life for life in lives if life.ended_s is None or life.ended_s >= outcome.began_s - 2.0]
-    return any(life.killed or life.ended_s is not None or life.process.poll() is not None for life in now) or not any(
-        life.began_s <= outcome.began_s for life in now
+def _was_served(outcome: Outcome, lives: list[Life]) -> bool:
+    """Whether one controller was there, and well, during the whole request, and some time after it."""
+    return any(
+        life.served_s is not None
+        and life.served_s <= outcome.began_s
+        and (life.ended_s is None or life.ended_s > outcome.ended_s + PAUSE_S)
+        and (life.ended_s is not None or life.process.poll() is None)
+        for life in lives
     )
+
+
+def _was_killed(outcome: Outcome, lives: list[Life]) -> bool:
+    """Whether a fault killed a controller during the request."""
+    ends = [life.ended_s for life in lives if life.killed and life.ended_s is not None]
+    return any(outcome.began_s <= end_s <= outcome.ended_s + PAUSE_S for end_s in ends)
