@@ -18,7 +18,8 @@ from moectl.launch import Local, Target, count_ranks, decode_target, encode_targ
 from moectl.serving import Settings
 
 OnLog = Callable[[str, str], None]
-_OPEN = (None, "auto", 0)
+_OPEN = (None, "auto", 0, False)
+_SAFEGUARDS = ("agree_routing", "paranoia")  # who asks for them shall have them
 _ATTEMPTS = 3
 _LEAVING_S = 30.0
 
@@ -66,6 +67,10 @@ def _join(client: Client, target: Target, options: Mapping[str, Any], keep_alive
                 raise StateError(
                     f"{target.name} is loaded with the device's own dtype", hint="moectl stop, then run it again"
                 )
+        for name in _SAFEGUARDS:
+            if options.get(name) and not described["options"].get(name):
+                flag = f"--{name.replace('_', '-')}"
+                raise StateError(f"{target.name} is loaded without {flag}", hint="moectl stop, then run it again")
         client.keep_alive(keep_alive_s, asks=True)
         return True
     except RemoteError:  # it is leaving

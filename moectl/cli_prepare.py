@@ -9,34 +9,47 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moectl import errors
+from moectl import errors, suggest
 from moectl.cli_target import download_bars, read_shares, refuse_both, shard_model
-from moectl.flags import DEFAULT_MODEL, EXIT_STATUS, FILE, Q_BITS, Q_MODE, SPLIT, Common, common
+from moectl.flags import DEFAULT_MODEL, FILE, Q_BITS, Q_MODE, SPLIT, Common, common
+from moectl.verb import verb
 
 if TYPE_CHECKING:
     from moectl.console import Bar
     from moectl.hosts import HostList
+    from moectl.manifest import Manifest
     from moectl.planning import Asked
     from moectl.prepare import Wanted
 
 
-@click.command(epilog=EXIT_STATUS)
-@click.argument("model", default=DEFAULT_MODEL)
+@verb("Prepare")
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
 @click.option("--ctx", type=click.IntRange(1), help="Tokens of context to keep (default: 4096, or the model's own).")
-@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Answers at once.")
 @click.option("-p", "--prompt-tokens", type=click.IntRange(1), help="For TTFT (default: 512, or the context).")
 @click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 is bf16 (default: as the model is).")
 @click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's).")
-@click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
-@click.option("--split", type=SPLIT, default="auto", show_default=True)
+@click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's way to quantise.")
+@click.option("--split", type=SPLIT, default="auto", show_default=True, help="auto: the fastest that fits.")
 @click.option("--shares", metavar="A,B,…", help="Uneven parts instead of those that the plan would choose.")
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert.")
 @click.option("--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted.")
-@click.option("--chip", metavar="NAME", help="Chip of hosts without chip=, such as m2-ultra.")
-@click.option("--memory", metavar="SIZE", help="Memory of hosts without memory=, such as 192GB.")
-@click.option("--link", metavar="NAME", help="rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.")
 @click.option(
-    "--calibration", type=click.Choice(["default", "paper", "paper-naive"]), default="default", show_default=True
+    "--chip", metavar="NAME", shell_complete=suggest.chips, help="Chip of hosts without chip=, such as m2-ultra."
+)
+@click.option("--memory", metavar="SIZE", help="Memory of hosts without memory=, such as 192GB.")
+@click.option(
+    "--link",
+    metavar="NAME",
+    shell_complete=suggest.links,
+    help="rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.",
+)
+@click.option(
+    "--calibration",
+    type=click.Choice(["default", "paper", "paper-naive"]),
+    default="default",
+    show_default=True,
+    help="Constants of the prediction: moectl's, or those that fit the paper's measurements.",
 )
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Plan N ranks on this machine (implies --probe).")
 @click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them, in some 10 seconds.")
@@ -126,8 +139,8 @@ def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
     )
 
 
-@click.command(epilog=EXIT_STATUS)
-@click.argument("model", default=DEFAULT_MODEL)
+@verb("Prepare")
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Directory of the shard set.")
 @click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
 @click.option("--split", type=SPLIT, default="auto", show_default=True, help="auto: what 'moectl plan' finds fastest.")
@@ -135,15 +148,20 @@ def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert.")
 @click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 copies.")
 @click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's).")
-@click.option("--q-mode", type=Q_MODE, default="affine", show_default=True)
+@click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's way to quantise.")
 @click.option("--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Streams at once (default: all cores but one, at most 4).")
 @click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache.")
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
 @click.option("--force", is_flag=True, help="Make a shard set anew over another one.")
+@click.option("--no-canary", is_flag=True, help="Do not run the set once for later starts to be compared with.")
 @click.option(
-    "--verify", type=click.Path(path_type=Path), metavar="DIR", help="Hash every file of a shard set instead."
+    "--verify",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    shell_complete=suggest.directories,
+    help="Hash every file of a shard set instead.",
 )
 @common
 def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **options: Any) -> None:
@@ -197,8 +215,8 @@ def _verify(common: Common, directory: Path) -> None:
     common.print(f"{count} files, {size_text(total)}: every hash is right.", document)
 
 
-@click.command(epilog=EXIT_STATUS)
-@click.argument("model", default=DEFAULT_MODEL)
+@verb("Prepare")
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @common
 def pull(common: Common, model: str, revision: str | None) -> None:
@@ -218,12 +236,23 @@ def pull(common: Common, model: str, revision: str | None) -> None:
     common.print(str(directory), {"schema": "moectl.pull/1", "directory": str(directory)}, str(directory))
 
 
-@click.command(epilog=EXIT_STATUS)
-@click.argument("hostfile_", metavar="[HOSTFILE]", required=False)
-@click.option("--shards", metavar="DIR", help="The shard set (default: the newest that fits the hosts).")
+@verb("Prepare")
+@click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
+@click.option(
+    "--shards",
+    metavar="DIR",
+    shell_complete=suggest.shard_sets,
+    help="The shard set (default: the newest that fits the hosts).",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Show what would be copied.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Hosts at once (default: all).")
-@click.option("--only", multiple=True, metavar="HOST", help="Deploy to this host only (repeatable).")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="HOST",
+    shell_complete=suggest.hosts,
+    help="Deploy to this host only (repeatable).",
+)
 @click.option("--verify", is_flag=True, help="Hash again what is there already.")
 @click.option("--force", is_flag=True, help="Deploy although a host's memory will not do.")
 @click.option(
@@ -231,12 +260,14 @@ def pull(common: Common, model: str, revision: str | None) -> None:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Wheels for hosts without internet.",
 )
+@click.option("--no-check", is_flag=True, help="Do not start the model once to see whether it computes rightly.")
 @common
 def deploy(common: Common, hostfile_: str | None, shards: str | None, **options: Any) -> None:
     """Bring every host its software and its shard, and verify them.
 
     Hosts get a virtual environment with this machine's versions of moectl, mlx and mlx-lm, and the files of their rank.
-    Running the same command again resumes it; what is there already is not sent.
+    Running the same command again resumes it; what is there already is not sent. At the end the model is started once,
+    and every host has to compute what one process computed when the set was cut.
 
     \b
     Examples:
@@ -254,7 +285,8 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
     found = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
     directory, manifest = found
     common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
-    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say, probe=True)
+    force, no_check = options.pop("force"), options.pop("no_check")
+    check_hosts(listed.hosts, manifest, force=force, warn=common.say, probe=True)
     with _deploy_progress(common) as on_event:
         result = cluster.deploy(
             listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
@@ -264,6 +296,24 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
         report.deploy_text(result, dry_run=dry_run), report.deploy_json(result, manifest.name, dry_run=dry_run)
     )
     result.raise_failures()
+    if not (dry_run or options["only"] or no_check):
+        _check_results(common, manifest, force=force)
+
+
+def _check_results(common: Common, manifest: Manifest, *, force: bool) -> None:
+    """Start what was just deployed, and end it; raises when a rank computes something else."""
+    from moectl import attach, launch
+
+    target = launch.find_deployment(None)
+    if target is None or manifest.canary is None:
+        common.say("Not checked: the set was cut with --no-canary, or by an older moectl.")
+    elif attach.is_loaded(target):
+        common.say("Not checked: it is running. 'moectl stop', then the next start checks it.")
+    else:
+        common.say("Starting it once to check its results")
+        with launch.open_session(target, force=force) as session:
+            off = session.model.deviation
+        common.say(f"Checked: every rank computes what it should (off by {off:.1g} at most). Next: moectl run")
 
 
 @contextlib.contextmanager

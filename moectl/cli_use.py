@@ -13,7 +13,8 @@ import click
 
 from moectl import errors
 from moectl.cli_target import choose_target, session_options, target_options
-from moectl.flags import EXIT_STATUS, FILE, Common, Duration, common
+from moectl.flags import FILE, Common, Duration, common
+from moectl.verb import verb
 
 if TYPE_CHECKING:
     from moectl.attach import Attached
@@ -39,12 +40,18 @@ def restart_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--no-restart", is_flag=True, help="When a worker fails, end with its error.")(command)
 
 
-@click.command(epilog=EXIT_STATUS)
+@verb("Use")
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
-@click.option("-m", "--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("-m", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the answer.")
 @click.option("-t", "--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample from the likeliest tokens with so much probability together.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Make sampling repeatable.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
 @click.option("--stats", is_flag=True, help="Print speeds on stderr afterwards (-v implies it).")
@@ -202,7 +209,7 @@ def _write(text: str) -> None:
         raise errors.MoectlError(f"cannot write the answer: {error.strerror}") from None
 
 
-@click.command(epilog=EXIT_STATUS)
+@verb("Use")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Interface; another than this machine needs a key."
 )
@@ -266,7 +273,7 @@ def _api_key(key: str | None, file: Path | None) -> str | None:
     return key
 
 
-@click.command(epilog=EXIT_STATUS)
+@verb("Observe")
 @click.option("-t", "--timeout", type=Duration(), default="10s", show_default=True, help="For answers in progress.")
 @click.option("--now", is_flag=True, help="Do not wait for answers in progress.")
 @common
@@ -300,10 +307,10 @@ def stop(common: Common, timeout: float, now: bool) -> None:
         raise failures[0]
 
 
-@click.command(epilog=EXIT_STATUS)
-@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option("-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True)
-@click.option("-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True)
+@verb("Use")
+@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="To read.")
+@click.option("-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="To generate.")
+@click.option("-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True, help="To average.")
 @click.option("--plan", type=FILE, metavar="FILE", help="Put the prediction of `plan --json` beside it.")
 @click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw a picture (needs moectl[plot]).")
 @click.option("--compare", type=FILE, multiple=True, metavar="FILE", help="For --plot: a result of `bench --json`.")
@@ -389,7 +396,7 @@ def _refuse_beside_controller(target: Target) -> None:
         )
 
 
-@click.command(hidden=True)
+@verb(hidden=True)
 def controller() -> None:
     """Run a controller in the background; started by moectl itself."""
     from moectl import attach

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from moectl import shards
+from moectl.canary import Canary
 from moectl.catalog import MODELS, Model
 from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.copies import place_copies
@@ -146,6 +147,7 @@ def shard(
     force: bool = False,
     cached: bool = False,
     choose_place: Place | None = None,
+    compute_canary: Callable[[Path, Manifest], Canary] | None = None,
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
     on_download: Callable[[str, int, int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
@@ -153,7 +155,8 @@ def shard(
     """Make (or finish, or find) a shard set; say where it is.
 
     `on_plan(directory, output_bytes)` is told what will be made before anything is written; when it returns False
-    nothing is. `choose_place` decides who holds what (default: `place`) and may refuse. `force` starts afresh. `cached`
+    nothing is. `choose_place` decides who holds what (default: `place`) and may refuse; `compute_canary` runs what was
+    cut, so that every start can be compared with it (None: not done). `force` starts afresh. `cached`
     sets live in the cache, apart from those that a person made, and one of another source or with other settings is
     replaced.
     """
@@ -189,6 +192,8 @@ def shard(
                 if not cached:
                     raise
                 cut(force=True)
+            if compute_canary is not None:
+                shards.add_canary(directory, compute_canary)
             # What a person named last is what `deploy` takes, also when it was there already.
             (directory / MANIFEST_NAME).touch()
         return Made(directory, placement, output_bytes, _warnings(checkpoint))

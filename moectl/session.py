@@ -56,6 +56,7 @@ EXIT_GRACE_S = 5.0
 STUCK_S = 1.0  # for an order to go out before the session closes
 KILL_S = 3.0  # for a host to end a worker that does not end by itself
 INIT_EXTRA_S = 5.0
+_BEYOND = 100.0  # times too large: no figure helps
 BLAME_S = 1.0  # how long to wait for the rank at fault after another one said that it lost it
 PREFILL_STEP = 512  # the engine's, where nothing else is asked for
 
@@ -101,6 +102,9 @@ class Session:
         prefill_step: int | None = None,
         speculate: int = 0,
         patience: float = 1.0,
+        canary: bool = True,
+        agree_routing: bool = False,
+        paranoia: int = 0,
         on_log: Callable[[str, str], None] = lambda host, line: None,
     ) -> None:
         """Take what to run; `patience` stretches the time that a step may take, after a session that was too slow."""
@@ -113,6 +117,9 @@ class Session:
         self._force = force
         self._prefill_step = prefill_step
         self._speculate = speculate
+        self._canary = canary
+        self._agree_routing = agree_routing
+        self._paranoia = paranoia
         self._on_log = on_log
         self._events: queue.SimpleQueue[_Heard] = queue.SimpleQueue()
         self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
@@ -165,6 +172,9 @@ class Session:
                     spec.log,
                     self._force,
                     sum(other.host.address == spec.host.address for other in self._ranks),
+                    self._canary,
+                    self._agree_routing,
+                    self._paranoia,
                     prefill_step=self._prefill_step,
                     speculate=self._speculate,
                 ),
@@ -179,7 +189,10 @@ class Session:
         kv_tokens = min(known, default=None)  # every rank holds every token's, so that the least room is all there is
         for rank in range(len(self._ranks)):
             self._send(rank, Load(kv_tokens))
-        self._ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")[0]
+        ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")
+        self._check_canary(ready)
+        self._deadline.learn(max(r.token_s for r in ready.values()), max(r.step_s for r in ready.values()))
+        self._ready = ready[0]
         for rank in range(len(self._ranks)):
             self._send(rank, Beat())  # whose answer says what it holds
 
@@ -215,6 +228,27 @@ class Session:
                         host=self._ranks[rank].host.name,
                         hint="moectl deploy",
                     )
+
+    def _check_canary(self, ready: Mapping[int, Ready]) -> None:
+        wrong = {rank: event for rank, event in ready.items() if event.wrong_at is not None}
+        if not wrong:
+            return
+        first = min(event.wrong_at for event in wrong.values() if event.wrong_at is not None)
+        # After the first wrong sum everybody's input is wrong.
+        guilty = [rank for rank, event in wrong.items() if event.wrong_at == first]
+        off = max(wrong[rank].deviation for rank in guilty)
+        said = "beyond all measure" if off > _BEYOND else f"by {off:.2g} of what is right"
+        if len(guilty) == len(self._ranks) > 1:
+            raise errors.IntegrityError(
+                f"all ranks compute other results than when the model was sharded: off {said}",
+                hint="if mlx or the hosts are others than then, 'moectl shard --force' makes it anew; "
+                "--no-canary starts it all the same",
+            )
+        raise errors.IntegrityError(
+            f"rank {' and '.join(map(str, guilty))} computes wrong results: off {said} at exchange {first}",
+            host=self._ranks[guilty[0]].host.name,
+            hint="'moectl deploy --verify' checks its files; if they are right, its memory or its mlx is not",
+        )
 
     def _collect(self, kind: type[Any], ranks: Sequence[int], timeout_s: float, phase: str) -> dict[int, Any]:
         """Return one event of this kind from each of these ranks, within the time in all."""

@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from moectl import journal as journals
 from moectl import sources
+from moectl.canary import Canary
 from moectl.disk import explain_refusal, format_gb, free_bytes, sync_directory
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
 from moectl.geometry import Geometry
@@ -136,6 +137,23 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
             hint="delete those files and run the same 'moectl shard' again: it makes only them",
         )
     return manifest
+
+
+def add_canary(directory: Path, compute: Callable[[Path, Manifest], Canary]) -> Manifest:
+    """Put what a finished set computes into its manifest, unless it is there; return the manifest.
+
+    Raises what `read_manifest` and `compute` raise, and StateError when the directory is in use or cannot be written.
+    """
+    try:
+        with journals.lock_directory(directory):
+            manifest = read_manifest(directory)
+            if manifest.canary is None:
+                manifest = replace(manifest, canary=compute(directory, manifest))
+                write_manifest(directory, manifest)
+                sync_directory(directory)
+            return manifest
+    except OSError as error:
+        raise explain_refusal(error, directory) from error
 
 
 def _find_problem(path: Path, entry: FileEntry, on_bytes: OnBytes | None) -> str | None:
@@ -301,7 +319,7 @@ def _find_done(
 def _done_of(directory: Path, plain: Manifest, files: Sequence[OutputFile], there: Manifest) -> dict[str, FileEntry]:
     """Return the files of a finished shard set that can be kept. Raises ShardsDiffer when it is another one."""
     mine = {f.path: f.bytes for f in files}
-    same = replace(there, name=plain.name, config=plain.config, files={}, tensors={}) == plain
+    same = replace(there, name=plain.name, config=plain.config, files={}, tensors={}, canary=None) == plain
     kept = {f: e for f, e in there.files.items() if f in mine}
     if same and _shapes(there.geometry) == _shapes(plain.geometry) and {f: e.bytes for f, e in kept.items()} == mine:
         return {f: e for f, e in kept.items() if _size(directory / f) == e.bytes}

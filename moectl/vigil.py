@@ -137,6 +137,13 @@ class StepDeadline:
         """What is left of `seconds`; 0 when they are over."""
         return max(0.0, self._since_s + self.seconds - time.monotonic())
 
+    def learn(self, token_s: float, step_s: float) -> None:
+        """Take what was measured elsewhere, of a prompt's token and of a step; 0: nothing."""
+        if token_s:
+            self._token_s.append(token_s)
+        if step_s:
+            self._step_s.append(step_s)
+
     def forgive(self) -> None:
         """Begin the time anew: this machine was not there to see a sign."""
         self._since_s = time.monotonic()

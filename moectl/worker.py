@@ -24,8 +24,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from moectl import __version__, errors
 from moectl.errors import MoectlError
@@ -51,6 +52,9 @@ from moectl.leash import (
     decode,
     encode,
 )
+
+if TYPE_CHECKING:
+    from moectl.manifest import Manifest
 
 _TEMPORARY = "moectl-"
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
@@ -179,6 +183,11 @@ def _serve(leash: Leash) -> None:
         raise errors.NotDeployed(
             f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
         )
+    if start.paranoia and manifest.placement.split == "layers":
+        raise errors.UsageError(
+            "--paranoia compares what all ranks compute, and with --split layers each computes its own layers",
+            hint="leave it out: the canary at the start checks them",
+        )
     if sys.platform != "darwin" and not start.force:  # before any rank here has taken memory
         check_own_memory(manifest, start.rank, ranks_here=start.ranks_here)
     group = open_group(leash, start, count_kv_tokens(manifest, start.rank, ranks_here=start.ranks_here))
@@ -194,6 +203,9 @@ def _serve(leash: Leash) -> None:
 
     dtype = getattr(mx, start.dtype) if start.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
+    if start.agree_routing:
+        for layer in model.layers:
+            layer.ffn.follow_first_rank()
     tokenizer = open_tokenizer(directory)
     engine = Engine(
         model,
@@ -206,16 +218,36 @@ def _serve(leash: Leash) -> None:
         kv_tokens=load.kv_tokens,
         cache_tokens=start.cache_tokens,
         speculate=start.speculate,
+        check_every=start.paranoia,
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     q, geometry = manifest.quantization, manifest.geometry
     bits = q.bits if q else None
     leash.memory_bytes = mx.get_active_memory
-    leash.tell(Ready(manifest.placement.split, bits, geometry.vocab_size, geometry.max_seq_len, geometry.top_k))
+    ready = Ready(manifest.placement.split, bits, geometry.vocab_size, geometry.max_seq_len, geometry.top_k)
+    leash.tell(_check_results(ready, model, manifest, start))
     for event in engine.serve(leash.orders):
         if isinstance(event, Done):
             _log.info("request %d: %s after %d tokens", event.id, event.finish_reason, event.stats.completion_tokens)
         leash.tell(event)
+
+
+def _check_results(ready: Ready, model: Any, manifest: Manifest, start: Start) -> Ready:
+    """Return `ready` with what came of the canary, where there is one."""
+    if manifest.canary is None or not start.canary:
+        return ready
+    from moectl.model.selfcheck import check
+
+    found = check(model, manifest.canary, rank=start.rank)
+    _log.info("canary: off by %.2g at most", found.verdict.worst)
+    return replace(
+        ready,
+        checked=True,
+        deviation=min(found.verdict.worst, sys.float_info.max),  # JSON has no infinity
+        wrong_at=found.verdict.wrong_at,
+        token_s=found.token_s,
+        step_s=found.step_s,
+    )
 
 
 def open_group(leash: Leash, start: Start, kv_tokens: int | None = None) -> Any:

@@ -26,7 +26,18 @@ NODE = {
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
-    "click": {"__main__", "cli", "cli_prepare", "cli_use", "cli_target", "flags"},
+    "click": {
+        "__main__",
+        "cli",
+        "cli_prepare",
+        "cli_use",
+        "cli_target",
+        "flags",
+        "verb",
+        "suggest",
+        "completion",
+        "manual",
+    },
     "tqdm": {"console"},
     "paramiko": {"ssh", "ssh_connect", "ssh_login"},
     "huggingface_hub": {"hub"},
@@ -51,7 +62,8 @@ ROOMS = (
     {"cli"},
     {"cli_prepare", "cli_use"},
     {"cli_target"},
-    {"flags"},
+    {"flags", "manual", "completion"},
+    {"verb", "suggest"},
     {"answerer"},
     {"chat"},
     {"report", "lineedit", "transcript"},
@@ -59,7 +71,7 @@ ROOMS = (
     {"attach"},
     {"controller", "probing", "client", "background"},
     {"launch", "planning", "bench", "plot", "probe"},
-    {"server"},
+    {"server", "restart"},
     {"api", "metrics", "sockets"},
     {"serving"},
     {"prepare", "session", "cluster", "whatif"},
@@ -89,8 +101,8 @@ ROOMS = (
     {"machine"},
     {"budget"},
     {"measured"},
-    {"leash", "manifest", "routing"},
-    {"placement", "copies", "balance", "chips", "hosts", "request", "settings", "demo", "paths", "disk"},
+    {"leash", "manifest", "routing", "vigil"},
+    {"canary", "placement", "copies", "balance", "chips", "hosts", "request", "settings", "demo", "paths", "disk"},
     {"geometry", "hardware"},
     {"errors"},
     {""},
@@ -182,6 +194,37 @@ def test_the_command_line_loads_click_only() -> None:
     assert not loaded_by("import moectl.cli") & HEAVY
     code = "import moectl.cli\ntry: moectl.cli.cli(['run', '--help'])\nexcept SystemExit: pass"
     assert not loaded_by(code) & HEAVY
+
+
+def run_and_load(words: list[str], **environment: str) -> set[str]:
+    """Return what is loaded at the end of a run of moectl, beyond click and what comes with the interpreter."""
+    code = f"""
+import atexit, os, sys, click
+before = set(sys.modules)
+atexit.register(lambda: print("LOADED", *(set(sys.modules) - before)))
+sys.argv = ["moectl", *{words!r}]
+os.environ.update({environment!r})
+from moectl.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = {name.split(".")[0] for name in done.stdout.partition("LOADED ")[2].split()}
+    assert "moectl" in loaded
+    return loaded
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"], ["completion", "zsh"]], ids=" ".join)
+def test_help_and_version_load_no_library_but_click(words: list[str]) -> None:
+    assert run_and_load(words) - sys.stdlib_module_names <= {"click", "moectl"}
+
+
+@pytest.mark.parametrize("line", ["moectl ", "moectl run --", "moectl deploy --only ", "moectl run --model "])
+def test_a_tab_press_loads_no_library_but_click(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts.txt").write_text("mac1\nmac2\n")
+    loaded = run_and_load([], _MOECTL_COMPLETE="zsh_complete", COMP_LINE=line)
+    assert loaded - sys.stdlib_module_names <= {"click", "moectl"}
+    assert not loaded & {"asyncio", "concurrent", "multiprocessing", "subprocess"}  # nobody is asked
 
 
 def test_a_chat_loads_the_line_editor_only_when_it_begins() -> None:
