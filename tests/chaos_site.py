@@ -119,7 +119,7 @@ class Site:
         envs = {**rank_env(RING_DELAY_US=str(RING_DELAY_US)), **own, "LD_PRELOAD": _preloads()}
         self.hostfile.write_text(json.dumps({"envs": [f"{k}={v}" for k, v in envs.items()], "hosts": hosts}))
         at = ("--hostfile", str(self.hostfile))
-        for words in (("shard", str(demo_dir()), *at, "--split", "hidden", "-q"), ("deploy", *at)):
+        for words in (("shard", str(demo_dir()), *at, "--split", "hidden", "-q"), ("deploy", *at, "--no-check")):
             subprocess.run([*_MOECTL, *words], env=self._env(), check=True, capture_output=True, text=True)
 
     @property
@@ -240,7 +240,7 @@ class Site:
         return found
 
     def _find_controllers_leftovers(self) -> list[str]:
-        files = [p.name for p in self.temporary.iterdir()]
+        files = _files_left(self.temporary)
         found = [f"the controller has left {files} in its temporary directory"] if files else []
         sockets = [p.name for p in self.runtime.rglob("*.sock")]
         if len(sockets) > 1:
@@ -257,7 +257,7 @@ class Site:
             found.append(f"strange processes run: {strange}")
         if dead := [z for pid in processes for z in _zombies(pid)]:
             found.append(f"zombies: {dead}")
-        files = [p.name for p in (node.directory / "tmp").iterdir() if p.name != "mlx"]  # MLX keeps its kernels there
+        files = _files_left(node.directory / "tmp")
         if files:
             found.append(f"files are left in its temporary directory: {files}")
         return found + self._find_leaked_ports(rank, workers)
@@ -316,6 +316,10 @@ _MOECTL = (sys.executable, "-m", "moectl")
 
 def _preloads() -> str:
     return " ".join(library for library in map(build_preload, ("norspin", "jumpclock")) if library)
+
+
+def _files_left(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir() if p.name != "mlx")  # where MLX keeps its kernels
 
 
 def _zombies(parent: int) -> list[int]:
