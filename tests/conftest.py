@@ -19,6 +19,12 @@ from tests.sshd import SSHD, Server, run_sshd
 KEPT = ("MOECTL_TEST_",)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("moectl")
+    group.addoption("--chaos-minutes", type=float, default=0.5, help="of strikes in test_chaos (%(default)s)")
+    group.addoption("--chaos-seed", type=int, default=5, help="of what it strikes with (%(default)s)")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Under MOECTL_TEST_STRICT (CI) nothing is skipped: what a test lacks has to be installed."""

@@ -76,6 +76,31 @@ class Cluster:
         """Put the cable back."""
         _ip("link", "set", self.nodes[rank].link, "up")
 
+    def part(self, rank: int, other: int) -> None:
+        """Drop every packet between two nodes, silently; both still hear all others."""
+        for chain, side in (("INPUT", "-s"), ("OUTPUT", "-d")):
+            self.run(rank, ["iptables", "-I", chain, side, self.nodes[other].address, "-j", "DROP"])
+
+    def join(self, rank: int, other: int) -> None:
+        """Undo `part`."""
+        for chain, side in (("INPUT", "-s"), ("OUTPUT", "-d")):
+            self.run(rank, ["iptables", "-D", chain, side, self.nodes[other].address, "-j", "DROP"], check=False)
+
+    def lose(self, rank: int, share: float) -> None:
+        """Drop this share of what a node is sent, at random; `heal` undoes it."""
+        often = ["-m", "statistic", "--mode", "random", "--probability", f"{share:.3f}"]
+        self.run(rank, ["iptables", "-I", "INPUT", "-i", "eth0", *often, "-j", "DROP"])
+
+    def throttle(self, rank: int, per_second: int) -> None:
+        """Let a node hear no more than so many packets per second, beyond bursts; `heal` undoes it."""
+        within = ["-m", "limit", "--limit", f"{per_second}/second", "--limit-burst", "30"]
+        self.run(rank, ["iptables", "-I", "INPUT", "-i", "eth0", "-j", "DROP"])
+        self.run(rank, ["iptables", "-I", "INPUT", "-i", "eth0", *within, "-j", "ACCEPT"])
+
+    def start_sshd(self, rank: int) -> None:
+        """Start a node's sshd again after its processes were killed."""
+        _start_sshd(self.nodes[rank])
+
     def mend(self) -> None:
         """Undo every cut and unplug."""
         for rank in range(len(self.nodes)):
@@ -131,9 +156,14 @@ def _start_node(
     config.write_text(server_config(own, address, 22, host_key, directory / "authorized_keys"))
     holder = _start_holder(stack, namespace, own, name)
     node = Node(name, namespace, link, address, own, holder)
-    inside = ["nsenter", "--target", str(holder), "--net", "--mount", "--uts", "--"]
-    subprocess.run([*inside, str(SSHD), "-f", str(config), "-E", str(directory / f"{name}.log")], check=True)
+    _start_sshd(node)
     return node
+
+
+def _start_sshd(node: Node) -> None:
+    base = node.directory.parent / node.name
+    inside = ["nsenter", "--target", str(node.holder), "--net", "--mount", "--uts", "--"]
+    subprocess.run([*inside, str(SSHD), "-f", f"{base}.sshd_config", "-E", f"{base}.log"], check=True)
 
 
 def _start_holder(stack: contextlib.ExitStack, namespace: str, own: Path, name: str) -> int:
