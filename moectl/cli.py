@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from moectl import __version__, cli_prepare, cli_use
+from moectl import __version__, cli_observe, cli_prepare, cli_use
 from moectl.flags import DEFAULT_MODEL, EXIT_STATUS, Common, common
 
 
@@ -29,9 +29,14 @@ for _verb in (
     cli_use.serve,
     cli_use.stop,
     cli_use.bench,
+    cli_observe.status,
+    cli_observe.logs,
+    cli_observe.list_,
+    cli_observe.uninstall,
     cli_use.controller,
 ):
     cli.add_command(_verb)
+cli.add_command(cli_observe.status, "ps")
 
 
 @cli.command(epilog=EXIT_STATUS)

@@ -74,7 +74,9 @@ class DeployResult:
         raise_failures({r.host.address: r.error for r in self.results})
 
 
-def raise_failures(errors: Mapping[str, MoectlError | None]) -> None:
+def raise_failures(
+    errors: Mapping[str, MoectlError | None], *, then: str = "; then run it again: the other hosts will be skipped."
+) -> None:
     """Raise for hosts that failed: their own error when all failed alike, PartialFailure otherwise."""
     failed = {name: error for name, error in errors.items() if error is not None}
     if not failed:
@@ -87,7 +89,7 @@ def raise_failures(errors: Mapping[str, MoectlError | None]) -> None:
     names = ", ".join(failed)
     raise PartialFailure(
         f"{len(failed)} of {len(errors)} hosts failed: {names}.",
-        hint=f"{first.hint or f'mend {names}'}; then run it again: the other hosts will be skipped.",
+        hint=f"{first.hint or f'mend {names}'}{then}",
     )
 
 

@@ -26,7 +26,7 @@ NODE = {
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
-    "click": {"__main__", "cli", "cli_prepare", "cli_use", "cli_target", "flags"},
+    "click": {"__main__", "cli", "cli_observe", "cli_prepare", "cli_use", "cli_target", "flags"},
     "tqdm": {"console"},
     "paramiko": {"ssh", "ssh_connect", "ssh_login"},
     "huggingface_hub": {"hub"},
@@ -49,13 +49,14 @@ INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotli
 ROOMS = (
     {"__main__"},
     {"cli"},
-    {"cli_prepare", "cli_use"},
+    {"cli_observe", "cli_prepare", "cli_use"},
     {"cli_target"},
     {"flags"},
     {"answerer"},
     {"chat"},
-    {"report", "lineedit", "transcript"},
-    {"console", "config"},
+    {"report", "report_observe", "lineedit", "transcript"},
+    {"console", "config", "live"},
+    {"logs", "listing", "status", "uninstall"},
     {"attach"},
     {"controller", "probing", "client", "background"},
     {"launch", "planning", "bench", "plot", "probe"},
@@ -68,6 +69,7 @@ ROOMS = (
     {"speed"},
     {"calibration"},
     {"catalog"},
+    {"programs", "traffic"},
     {"provision"},
     {"measure"},
     {"worker"},
@@ -83,6 +85,7 @@ ROOMS = (
     {"ssh_connect"},
     {"ssh_login"},
     {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "node", "links"},
+    {"node_logs", "node_workers", "node_clear", "throughput"},
     {"checkpoint"},
     {"hub"},
     {"layouts"},
