@@ -32,6 +32,7 @@ END_S = 5.0  # for a reader to go once its leash is let go
 PATIENCE_S = 5.0  # for a host's past, while others have something new
 LOCAL = Host("localhost")
 _Heard = dict[str, Any] | MoectlError | None  # what a reader answered, its failure, or its end
+_COPY = re.compile(r"\[[^\]]+\] ")
 _RANK = re.compile(r"(.+)-rank-(\d+)\.log")
 
 
@@ -137,6 +138,7 @@ class Reader:
 
     def __init__(self, sources: Sequence[Source], asked: Asked) -> None:
         self._asked = asked
+        self._labels = {source.label for source in sources}
         self._groups: dict[str, list[Source]] = {}
         for source in sources:
             self._groups.setdefault(source.host.address, []).append(source)
@@ -213,6 +215,8 @@ class Reader:
         if heard.get("lost"):
             yield Trouble(source.label, "its log was rotated more than once at a time: lines may be missing")
         for when, text in heard.get("lines", ()):
+            if when is not None and source.label == CONTROLLER and len(self._labels) > 1 and _COPY.match(text):
+                continue  # what a worker said while all began: it is in that rank's own log
             self.lines += 1
             yield Line(source, when, text)
 

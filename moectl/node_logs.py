@@ -89,13 +89,15 @@ class Log:
         lines = self.read_new()  # what was written before it was renamed
         if self._rest:
             lines.append(parse_line(self._rest.decode("utf-8", "replace")))
-        old, lost = self._identity, False
+        old = self._identity
+        os.close(self._fd)
+        self._fd, self._rest = -1, b""
+        if not self._open():
+            return lines, False
         backup = self._backup_identity()
-        if backup not in (old, None):  # rotated twice meanwhile: the file between is the backup now
+        if backup not in (old, self._identity, None):  # rotated twice meanwhile: the file between is the backup now
             lines += self._read_backup() or []
-            lost = True
-        self._close()
-        return lines, lost
+        return lines + self.read_new(), backup not in (old, None)
 
     def rest(self) -> list[list[Any]]:
         """Return a last line without an end."""
@@ -109,10 +111,6 @@ class Log:
         status = os.fstat(self._fd)
         self._identity, self._position, self._rest = (status.st_dev, status.st_ino), 0, b""
         return True
-
-    def _close(self) -> None:
-        os.close(self._fd)
-        self._fd, self._rest = -1, b""
 
     def _read(self) -> None:
         blocks = [self._rest]

@@ -174,8 +174,8 @@ def list_text(listing: Listing, *, width: int | None = None) -> str:
             (str(r.rank), r.host, "-" if r.bytes is None else size_text(r.bytes), r.directory or "not deployed yet")
             for r in listing.deployment.ranks
         ]
-        header = ("RANK", "HOST", "SIZE", "DIRECTORY")
-        parts.append(f"\nDeployed: {listing.deployment.name}\n{table_text(header, ranks, right='ac', width=width)}")
+        table = table_text(("RANK", "HOST", "SIZE", "DIRECTORY"), ranks, right="ac", width=width)
+        parts.append(f"\nDeployed: {listing.deployment.name}\n{table}")
     return "\n".join(parts)
 
 
