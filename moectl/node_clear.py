@@ -86,17 +86,16 @@ class Plan:
         if os.path.islink(env) or not is_our_env(env):
             self.left.append(env)
             return
-        self.items["env"] = 0
+        self.directories.append(env)
         for name in sorted(os.listdir(env)):
             path = os.path.join(env, name)
             if name not in ENV_NAMES and not OURS.fullmatch(name) and name != LITTER:
                 self.left.append(path)
             elif os.path.isdir(path) and not os.path.islink(path):
                 self.trees.append(path)
-                self.items["env"] += tree_size(path)
+                self.items["env"] = self.items.get("env", 0) + tree_size(path)
             elif name != LITTER:
                 self._take("env", path)
-        self.directories.append(env)
 
     def _visit_wheels(self, directory: str) -> None:
         known = set(read_object(os.path.join(directory, RECORD)))
@@ -180,12 +179,15 @@ def without_ending(path: str) -> str:
 
 
 def is_our_env(env: str) -> bool:
-    """Whether moectl made this environment: its stamp is there, or python says that it was made as moectl does."""
-    if os.path.isfile(os.path.join(env, STAMP)):
+    """Whether moectl made this environment: its stamp is there, or python says that it was made as moectl does.
+
+    An empty directory is what an earlier removal left, because somebody's file was in it.
+    """
+    if os.path.isfile(os.path.join(env, STAMP)) or (os.path.isdir(env) and not os.listdir(env)):
         return True
     try:
         with open(os.path.join(env, "pyvenv.cfg"), encoding="utf-8") as f:
-            made = re.search(r"^command = .* -m venv --clear (.*)$", f.read(), re.MULTILINE)
+            made = re.search(r"^command = .* -m venv (?:-.* )?--clear (?:--without-pip )?(.*)$", f.read(), re.MULTILINE)
     except OSError:
         return False
     return made is not None and os.path.realpath(made[1]) == os.path.realpath(env)

@@ -229,7 +229,8 @@ def test_bytes_per_token_follow_the_exchange() -> None:
     geometry = read_geometry(make_config())
     row, layers = 4 * geometry.d_model, geometry.n_layers
     counted = {
-        split: traffic.count_token_bytes(make_placement(geometry, split, 2), 4) for split in ("hidden", "tensor", "layers")
+        split: traffic.count_token_bytes(make_placement(geometry, split, 2), 4)
+        for split in ("hidden", "tensor", "layers")
     }
     assert counted == {"hidden": layers * row, "tensor": 2 * layers * row, "layers": row}
     assert traffic.count_token_bytes(make_placement(geometry, "experts", 4), 4) == 3 * layers * row
