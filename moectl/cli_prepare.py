@@ -228,11 +228,13 @@ def pull(common: Common, model: str, revision: str | None) -> None:
 @click.option("--force", is_flag=True, help="Deploy although a host's memory will not do.")
 @click.option(
     "--wheelhouse",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Wheels for hosts without internet.",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Wheels for hosts without internet; fetched here when DIR is not there.",
 )
+@click.option("--wheelhouse-build", is_flag=True, help="Fetch what the directory of --wheelhouse lacks.")
 @common
-def deploy(common: Common, hostfile_: str | None, shards: str | None, **options: Any) -> None:
+def deploy(common: Common, hostfile_: str | None, shards: str | None, wheelhouse_build: bool, **options: Any) -> None:
     """Bring every host its software and its shard, and verify them.
 
     Hosts get a virtual environment with this machine's versions of moectl, mlx and mlx-lm, and the files of their rank.
@@ -243,6 +245,7 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
       moectl deploy hosts.txt --dry-run
       moectl deploy hosts.txt
       moectl deploy --only mac2 --verify
+      moectl deploy --wheelhouse wheels
     """
     from moectl import cluster, prepare, report
     from moectl.planning import check_hosts
@@ -255,6 +258,7 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
     directory, manifest = found
     common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
     check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say, probe=True)
+    _fill_wheelhouse(common, listed, wheelhouse_build, options)
     with _deploy_progress(common) as on_event:
         result = cluster.deploy(
             listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
@@ -264,6 +268,27 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
         report.deploy_text(result, dry_run=dry_run), report.deploy_json(result, manifest.name, dry_run=dry_run)
     )
     result.raise_failures()
+
+
+def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: dict[str, Any]) -> None:
+    """Fetch the wheels that the hosts need, where the directory is not there yet or that was asked for."""
+    from moectl import cluster
+
+    directory = options["wheelhouse"]
+    if directory is None:
+        if wanted:
+            raise errors.UsageError("--wheelhouse-build is for --wheelhouse", hint="add --wheelhouse DIR")
+        return
+    if directory.exists() and not wanted:
+        return
+    if options["dry_run"]:
+        common.say(f"{directory} would be filled with wheels.")
+        options["wheelhouse"] = directory if directory.exists() else None
+        return
+    from moectl import wheelhouse
+
+    platforms = wheelhouse.ask_platforms(listed.hosts)
+    wheelhouse.build(directory, platforms, cluster.wanted_versions(), say=common.say)
 
 
 @contextlib.contextmanager

@@ -23,13 +23,16 @@ from moectl.provision import CANDIDATES, NO_PYTHON
 from moectl.remote import Process, Remote
 
 FIND = f"""
-text=$1; shift
+text=$1 oldest=$2; shift 2
+check='import sys; sys.exit(sys.version_info < tuple(map(int, sys.argv[1].split("."))))'
 for p in "$@"; do
   case $p in "~/"*) p=$HOME/${{p#"~/"}};; esac
-  "$p" -c 'import sys; sys.exit(sys.version_info < (3, 9))' </dev/null >/dev/null 2>&1 && exec "$p" -c "$text"
+  "$p" -c "$check" "$oldest" </dev/null >/dev/null 2>&1 && exec "$p" -c "$text"
 done
 exit {NO_PYTHON}
 """
+
+OLDEST = (3, 9)  # what the programs are written for
 
 _R = TypeVar("_R")
 
@@ -42,21 +45,27 @@ def list_pythons(host: Host, *deployed: str) -> tuple[str, ...]:
 
 
 def ask(
-    remote: Remote, pythons: Sequence[str], program: str, request: Mapping[str, Any], *, timeout_s: float
+    remote: Remote,
+    pythons: Sequence[str],
+    program: str,
+    request: Mapping[str, Any],
+    *,
+    timeout_s: float,
+    oldest: tuple[int, int] = OLDEST,
 ) -> dict[str, Any]:
     """Return a program's one answer. Raises HostError, CommandFailed, VersionMismatch (no python)."""
     stdin = json.dumps(request).encode() + b"\n"
-    done = remote.run(_command(program, pythons), stdin=stdin, timeout_s=timeout_s, check=False, leash=True)
+    done = remote.run(_command(program, pythons, oldest), stdin=stdin, timeout_s=timeout_s, check=False, leash=True)
     for line in done.stdout.split(b"\n"):
         answer = parse_answer(line)
         if answer is not None:
             return answer
-    raise explain_silence(remote.name, done.code, done.stderr)
+    raise explain_silence(remote.name, done.code, done.stderr, oldest)
 
 
 def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping[str, Any]) -> Process:
     """Start a program that goes on until its stdin ends; the request has been sent. Raises HostError, CommandFailed."""
-    process = remote.start(_command(program, pythons))
+    process = remote.start(_command(program, pythons, OLDEST))
     try:
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
@@ -65,10 +74,15 @@ def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping
     return process
 
 
-def explain_silence(host: str, code: int, stderr: bytes) -> MoectlError:
+def explain_silence(host: str, code: int, stderr: bytes, oldest: tuple[int, int] = OLDEST) -> MoectlError:
     """Return why a program ended without an answer."""
     if code == NO_PYTHON:
-        return VersionMismatch("no python 3.9 or newer was found", host=host, hint="name one with python=/path/to it")
+        wanted = ".".join(map(str, oldest))
+        return VersionMismatch(
+            f"no python {wanted} or newer was found",
+            host=host,
+            hint="install one there, or name it in the hosts file: python=/path/to/python3",
+        )
     said = stderr.decode("utf-8", "replace").strip().split("\n")[-1]
     return CommandFailed(f"its python gave no answer: {said or f'exit code {code}'}", host=host)
 
@@ -105,8 +119,8 @@ def on_each(
     return list(results)
 
 
-def _command(program: str, pythons: Sequence[str]) -> list[str]:
-    return ["sh", "-c", FIND, "moectl", read_program(program), *pythons]
+def _command(program: str, pythons: Sequence[str], oldest: tuple[int, int]) -> list[str]:
+    return ["sh", "-c", FIND, "moectl", read_program(program), ".".join(map(str, oldest)), *pythons]
 
 
 def read_program(name: str) -> str:

@@ -41,6 +41,7 @@ ONLY_IN: dict[str, set[str]] = {
     "uvicorn": {"server"},
     "prometheus_client": {"metrics"},
     "prompt_toolkit": {"lineedit"},
+    "packaging": {"wheelhouse"},
 }
 # Of those, the ones whose import waits until a function needs it.
 INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot")}
@@ -69,6 +70,7 @@ ROOMS = (
     {"speed"},
     {"calibration"},
     {"catalog"},
+    {"wheelhouse"},
     {"programs", "traffic"},
     {"provision"},
     {"measure"},
@@ -85,7 +87,7 @@ ROOMS = (
     {"ssh_connect"},
     {"ssh_login"},
     {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "node", "links"},
-    {"node_logs", "node_workers", "node_clear", "throughput"},
+    {"node_logs", "node_workers", "node_clear", "node_platform", "throughput"},
     {"checkpoint"},
     {"hub"},
     {"layouts"},
