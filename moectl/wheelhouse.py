@@ -11,6 +11,7 @@ import contextlib
 import email
 import re
 import sys
+import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from moectl.disk import write_whole
-from moectl.errors import CommandFailed, IntegrityError, MoectlError, UsageError, VersionMismatch
+from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
 from moectl.hosts import Host
 from moectl.node import hash_file
 from moectl.programs import ask, on_each
@@ -132,16 +133,19 @@ def fill(
 ) -> None:
     """Download every wheel that moectl needs on a platform, without moectl's own."""
 
-    def fetch(requirements: Sequence[str]) -> None:
-        say(f"fetching {len(requirements)} wheel{'s'[: len(requirements) > 1]} for {platform}")
-        _download(directory, platform, requirements)
-
     def read(requirement: Requirement) -> tuple[str, list[str]]:
-        fetch([_plain(requirement)])
-        return _read_wheel(directory, requirement)
+        # By itself: another system's wheel of the same version may have other requirements.
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".moectl-") as scratch:
+            say(f"fetching {requirement.name} for {platform}")
+            _download(Path(scratch), platform, [f"{requirement.name}{requirement.specifier}"])
+            [wheel] = Path(scratch).glob("*.whl")
+            told = _read_wheel(wheel)
+            wheel.replace(directory / wheel.name)
+        return told
 
     pinned = find_closure(metadata.requires("moectl") or [], platform.environment, versions, read)
-    fetch([f"{name}=={version}" for name, version in sorted(pinned.items())])
+    say(f"fetching {len(pinned)} wheels for {platform}")
+    _download(directory, platform, [f"{name}=={version}" for name, version in sorted(pinned.items())])
 
 
 def find_closure(
@@ -181,10 +185,6 @@ def _installed(requirement: Requirement, wanted: str | None) -> tuple[str, list[
     return None
 
 
-def _plain(requirement: Requirement) -> str:
-    return f"{requirement.name}{requirement.specifier}"
-
-
 def _download(directory: Path, platform: Platform, requirements: Sequence[str]) -> None:
     argv = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--quiet"]
     argv += ["--only-binary=:all:", "--no-deps", "--dest", str(directory)]
@@ -200,16 +200,13 @@ def _download(directory: Path, platform: Platform, requirements: Sequence[str]) 
         )
 
 
-def _read_wheel(directory: Path, requirement: Requirement) -> tuple[str, list[str]]:
-    """Return (version, requirements) of a wheel that was just fetched."""
-    name = canonicalize_name(requirement.name)
-    for path, (own, version, _) in _parse_all(directory).items():
-        if own == name and requirement.specifier.contains(version, prereleases=True):
-            with zipfile.ZipFile(path) as archive:
-                inner = next(one for one in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", one))
-                fields = email.message_from_bytes(archive.read(inner))
-            return version, [str(line) for line in fields.get_all("Requires-Dist") or []]
-    raise CommandFailed(f"pip fetched no wheel of {requirement.name}")
+def _read_wheel(path: Path) -> tuple[str, list[str]]:
+    """Return (version, requirements) of a wheel."""
+    _, version, _ = _parse(path)
+    with zipfile.ZipFile(path) as archive:
+        inner = next(one for one in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", one))
+        fields = email.message_from_bytes(archive.read(inner))
+    return version, [str(line) for line in fields.get_all("Requires-Dist") or []]
 
 
 # Hashes.
@@ -221,28 +218,36 @@ def write_list(directory: Path) -> None:
 
 
 def check(directory: Path) -> None:
-    """Compare a wheelhouse with its list; one that has none gets one where that can be written.
+    """Compare a wheelhouse with its list, and add to the list what is new; one without a list gets one.
 
-    Raises IntegrityError when a wheel is not what the list says, or lacks; UsageError for one without wheels.
+    Raises IntegrityError when a wheel is not what the list says, or has gone; what `make_list` raises.
     """
     path = directory / LIST
+    text = ""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        with contextlib.suppress(MoectlError):
-            write_list(directory)
-        return
+        pass
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    if not text.startswith(HEADER):
+    if text and not text.startswith(HEADER):
         return  # somebody else's
-    listed = set(re.findall(r"--hash=sha256:([0-9a-f]{64})", text))
-    there = {hash_file(str(wheel)): wheel for wheel in directory.glob("*.whl")}
-    strange = [wheel.name for sha256, wheel in there.items() if sha256 not in listed]
-    if strange or set(there) != listed:
-        what = f"{strange[0]} is not the file that {LIST} lists" if strange else f"a wheel that {LIST} lists is missing"
-        hint = f"remove the wheel and use --wheelhouse-build, or remove {path} to take the wheels as they are"
+    listed = {name: sha256 for sha256, name in re.findall(r"^# ([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
+    there = {wheel.name for wheel in directory.glob("*.whl")}
+    for name, sha256 in listed.items():
+        if name not in there:
+            what = f"{name}, which {LIST} lists, has gone"
+        elif hash_file(str(directory / name)) != sha256:
+            what = f"{name} is not the file that {LIST} lists"
+        else:
+            continue
+        hint = (
+            f"fetch it again: rm -f {directory / name}, then --wheelhouse-build; or remove {path} to take what is there"
+        )
         raise IntegrityError(f"{directory}: {what}", hint=hint)
+    if there - set(listed):
+        with contextlib.suppress(StateError):  # a directory that cannot be written serves too
+            write_list(directory)
 
 
 def make_list(wheels: Iterable[Path]) -> str:
@@ -264,13 +269,11 @@ def make_list(wheels: Iterable[Path]) -> str:
             )
         [(version, files)] = versions.items()
         marker = _marker([tags for _, tags in files])
-        hashes = sorted(f"--hash=sha256:{hash_file(str(path))}" for path, _ in files)
-        lines.append(" ".join([f"{name}=={version}{f' ; {marker}' if marker else ''}", *hashes]))
+        hashes = {path.name: hash_file(str(path)) for path, _ in files}
+        lines += [f"# {sha256}  {file}" for file, sha256 in hashes.items()]
+        pins = sorted(f"--hash=sha256:{sha256}" for sha256 in hashes.values())
+        lines.append(" ".join([f"{name}=={version}{f' ; {marker}' if marker else ''}", *pins]))
     return "\n".join(lines) + "\n"
-
-
-def _parse_all(directory: Path) -> dict[Path, tuple[str, str, frozenset[Tag]]]:
-    return {path: _parse(path) for path in sorted(directory.glob("*.whl"))}
 
 
 def _parse(path: Path) -> tuple[str, str, frozenset[Tag]]:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -136,7 +137,7 @@ def test_no_line_is_lost_or_told_twice(bursts: list[int]) -> None:
         log.addHandler(handler)
         reader = Log(str(path))
         told = [text for _, text in reader.read_past() or []]
-        said = []
+        said: list[str] = []
         for burst in bursts:
             for _ in range(burst):
                 said.append(f"line {len(said)}")
@@ -165,7 +166,7 @@ def test_lines_and_their_times() -> None:
     assert parse_line("[mac1] 2026-11-20T17:40:02Z rank 2") == [1795196402.0, "[mac1] rank 2"]
     for text in ("Traceback", "2026-99-20T17:40:02+0000 x", ""):
         assert parse_line(text) == [None, text]
-    lines = [[None, "a"], [10.0, "b"], [None, "c"], [20.0, "d"]]
+    lines: list[list[Any]] = [[None, "a"], [10.0, "b"], [None, "c"], [20.0, "d"]]
     assert pick(lines, None, 12.0, 22.0) == lines[1:]
     assert pick(lines, 2, None, 22.0) == lines[2:]
     assert pick(lines, 0, None, 22.0) == []
