@@ -163,9 +163,7 @@ class Reader:
                 process.wait(END_S)
             with contextlib.suppress(OSError, MoectlError):
                 process.close()
-        for remote in self._remotes:
-            with contextlib.suppress(OSError, MoectlError):
-                remote.close()
+        programs.close_all(self._remotes)
 
     @property
     def hosts(self) -> tuple[str, ...]:

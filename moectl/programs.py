@@ -6,6 +6,7 @@ from it their askers'.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ done
 exit {NO_PYTHON}
 """
 
+CLOSE_S = 0.5
 OLDEST = (3, 9)  # what the programs are written for
 
 _R = TypeVar("_R")
@@ -72,6 +74,20 @@ def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping
     except OSError:
         pass  # its end says why
     return process
+
+
+def close_all(remotes: Sequence[Remote]) -> None:
+    """Close connections; one that is still being made, to a host that may be silent, is left to the process's end."""
+
+    def close(remote: Remote) -> None:
+        with contextlib.suppress(MoectlError, OSError):
+            remote.close()
+
+    threads = [threading.Thread(target=close, args=(remote,), daemon=True) for remote in remotes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(CLOSE_S)
 
 
 def explain_silence(host: str, code: int, stderr: bytes, oldest: tuple[int, int] = OLDEST) -> MoectlError:

@@ -5,7 +5,6 @@ It asks at each look and keeps nothing but the connections; it starts, stops and
 
 from __future__ import annotations
 
-import contextlib
 import posixpath
 import re
 import sys
@@ -21,7 +20,7 @@ from moectl.deployment import DeployedRank, Deployment
 from moectl.errors import HostError, MoectlError, NotDeployed
 from moectl.hosts import Host
 from moectl.manifest import read_manifest
-from moectl.programs import ask, list_pythons, on_each
+from moectl.programs import ask, close_all, list_pythons, on_each
 from moectl.provision import ROOT, make_remote
 from moectl.remote import Remote
 from moectl.traffic import count_token_bytes
@@ -87,9 +86,7 @@ class Observer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for remote in self._remotes:
-            with contextlib.suppress(MoectlError, OSError):
-                remote.close()
+        close_all(self._remotes)
 
     def look(self) -> Status:
         """Ask everybody once, all at the same time; within some 15 seconds, whatever hangs."""

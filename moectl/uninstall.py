@@ -6,6 +6,7 @@ What is moectl's on a host is for `node_clear` to say, whether a worker runs the
 from __future__ import annotations
 
 import posixpath
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,8 +17,10 @@ from moectl.hosts import Host
 from moectl.paths import cache_dir, data_dir
 from moectl.programs import ask, list_pythons, on_each
 from moectl.provision import ROOT, make_remote
+from moectl.remote import Remote
 
 LOOK_S = 60.0
+ENDING_S = 1.5
 CLEAR_S = 600.0  # an environment has tens of thousands of files
 
 
@@ -68,8 +71,10 @@ def _clear(host: Host, keep: Sequence[str], dry_run: bool) -> Cleared:
     # The environment's own python last: it goes with the rest.
     pythons = (*list_pythons(host), *([] if host.is_local else [f"{root}/env/bin/python"]))
     try:
-        seen = ask(remote, pythons, "node_workers", {"root": root, "directory": ""}, timeout_s=LOOK_S)
-        running = [worker["pid"] for worker in seen["workers"] if _is_under(worker, seen["root"])]
+        running = _find_running(remote, pythons, root)
+        if running:
+            time.sleep(ENDING_S)  # one that has just been stopped is on its way out
+            running = _find_running(remote, pythons, root)
         if running:
             pids = ", ".join(map(str, running))
             hint = "moectl stop" if find_running() else f"stop it where it was started, or end {pids} there"
@@ -84,6 +89,11 @@ def _clear(host: Host, keep: Sequence[str], dry_run: bool) -> Cleared:
     if answer["failed"]:
         error = CommandFailed(f"cannot remove {answer['failed'][0]}", host=host.address)
     return Cleared(host.address, answer["root"], answer["items"], tuple(answer["left"]), error)
+
+
+def _find_running(remote: Remote, pythons: Sequence[str], root: str) -> list[int]:
+    seen = ask(remote, pythons, "node_workers", {"root": root, "directory": ""}, timeout_s=LOOK_S)
+    return [worker["pid"] for worker in seen["workers"] if _is_under(worker, seen["root"])]
 
 
 def _is_under(worker: dict[str, object], root: str) -> bool:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from moectl.paths import state_dir
 from tests.ring import process_env
 from tests.running import wait_for
 from tests.sshd import Server, find_free_port
+from tests.test_cli import run
 
 NAME = "tiny-hidden-2"
 
@@ -93,7 +95,7 @@ def test_a_host_that_is_gone_does_not_hide_the_others(sshd: Server, tmp_path: Pa
 def test_following_survives_rotation_and_leaves_no_reader(sshd: Server, tmp_path: Path) -> None:
     deployment = make_deployment(sshd, tmp_path, 2)
     write_log(log_of(deployment, 0), "2026-11-20T17:40:02+0000 past")
-    handler = open_rotating(log_of(deployment, 0), 300)
+    handler = open_rotating(log_of(deployment, 0), 100)
     log = logging.Logger("rotating")
     log.addHandler(handler)
     heard: list[tuple[str, str]] = []
@@ -106,7 +108,7 @@ def test_following_survives_rotation_and_leaves_no_reader(sshd: Server, tmp_path
 
         threading.Thread(target=listen, daemon=True).start()
         wait_for(lambda: heard == [("node0", "past")])
-        for number in range(12):  # some 50 bytes each: several rotations
+        for number in range(6):  # some 35 bytes each: several rotations
             log.warning("line %d", number)
             wait_for(lambda: ("node0", f"line {number}") in heard)  # noqa: B023
         write_log(log_of(deployment, 1), "2026-11-20T17:40:02+0000 late")  # a log that was not there
@@ -116,7 +118,7 @@ def test_following_survives_rotation_and_leaves_no_reader(sshd: Server, tmp_path
         assert readers_of(log_of(deployment, 0))
     handler.close()
     assert log_of(deployment, 0).with_name(f"{NAME}-rank-0.log.1").exists()
-    assert [text for label, text in heard if label == "node0"] == ["past", *(f"line {n}" for n in range(12))]
+    assert [text for label, text in heard if label == "node0"] == ["past", *(f"line {n}" for n in range(6))]
     wait_for(lambda: not readers_of(log_of(deployment, 0)) and not readers_of(log_of(deployment, 1)))
 
 
@@ -215,7 +217,9 @@ def start_moectl(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=process_env())
 
 
-def test_logs_as_a_user_types_it(recorded: Deployment, tmp_path: Path) -> None:
+def test_logs_as_a_user_types_it(
+    sshd: Server, recorded: Deployment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     follow = start_moectl("logs", "-f", "-t")
     assert follow.stdout is not None
     assert [follow.stdout.readline() for _ in range(2)] == [
@@ -238,6 +242,12 @@ def test_logs_as_a_user_types_it(recorded: Deployment, tmp_path: Path) -> None:
         ("node0", 0, "rank 0 starts"),
         ("node1", 1, "request 1"),
     ]
+    # Hosts that cannot be reached: 5 when that is all of them, 3 when others could be read.
+    dead = DeployedRank(Host(sshd.add_alias("dead", f"Port {find_free_port()}")), sys.executable, "/x", "/x")
+    for ranks, code in (((recorded.ranks[0], dead), 3), ((dead,), 5)):
+        write_deployment(replace(recorded, ranks=ranks))
+        assert run(capsys, monkeypatch, "logs", "-n", "1")[0] == code
+    write_deployment(recorded)
     # A reader that was cut off, not let go: its leash tells it.
     killed = start_moectl("logs", "-f", "--json")
     assert killed.stdout is not None

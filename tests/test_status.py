@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from moectl.hosts import Host
 from moectl.live import cut_line, on_ctrl_t
 from moectl.model.reduce import GATHER_BELOW_BYTES
 from moectl.placement import make_placement
-from moectl.programs import ask, list_pythons, on_each
+from moectl.programs import ask, close_all, list_pythons, on_each
 from moectl.remote import LocalRemote
 from moectl.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
 from moectl.throughput import WINDOW_S, Throughput
@@ -123,6 +124,16 @@ def test_no_host_waits_for_a_silent_one(tmp_path: Path) -> None:
     assert found[0] == "here"
     assert isinstance(found[1], Unreachable)
     fifo.write_text("")
+
+
+def test_leaving_does_not_wait_for_a_connection_that_is_being_made() -> None:
+    never = threading.Event()
+
+    class Silent(LocalRemote):
+        def close(self) -> None:
+            never.wait()
+
+    close_all([Silent(), LocalRemote()])  # returns
 
 
 DESCRIBED: dict[str, Any] = {

@@ -21,6 +21,8 @@ from moectl.hosts import Host
 from moectl.wheel import write_wheel
 from moectl.wheelhouse import LIST, Platform, ask_platforms, build, check, find_closure, make_list, make_platform
 from tests.sshd import Server, find_free_port
+from tests.test_cli import run
+from tests.test_cluster import make_shards
 
 HERE = node_platform.describe()
 MAC = {
@@ -193,3 +195,28 @@ def test_what_is_no_wheelhouse(tmp_path: Path) -> None:
     (tmp_path / LIST).write_text("somebody's own\n")
     check(tmp_path)
     assert (tmp_path / LIST).read_text() == "somebody's own\n"
+
+
+def test_deploy_fetches_a_wheelhouse_that_is_not_there(
+    index: Path,
+    sshd: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shards = tmp_path / "tiny-experts-1"
+    make_shards(shards, 1)
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(f"{sshd.add_alias('node0')} python={sys.executable} dir={tmp_path / 'node0'} chip=linux-cpu\n")
+    make_wheel(index, "moe_core", "2.0", "py3-none-any")
+    house = tmp_path / "house"
+    words = ("deploy", str(hosts), "--shards", str(shards), "--force", "--wheelhouse", str(house))
+    code, _, err = run(capsys, monkeypatch, *words, "--dry-run")
+    assert code == 0
+    assert f"{house} would be filled with wheels." in err
+    assert not house.exists()
+    code, _, err = run(capsys, monkeypatch, *words)
+    assert code == 0
+    assert "fetching 2 wheels for python" in err
+    assert {wheel.name.split("-")[0] for wheel in house.glob("*.whl")} == {"click", "moe_core"}
+    assert run(capsys, monkeypatch, *words[:4], "--force", "--wheelhouse-build")[0] == 2
