@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moectl.status import Observer, Status
 
 WATCH_S = 2.0
+WATCH_LOOK_S = 6.0  # for a host to answer before it is shown as down
 LINES = 50  # of each log, unless told otherwise
 
 
@@ -40,17 +41,20 @@ def status(common: Common, watch: bool) -> None:
       moectl status --watch
       moectl ps --json | jq '.hosts[] | select(.state == "down")'
     """
-    from moectl.live import on_ctrl_t
+    from moectl.live import can_redraw, on_ctrl_t
     from moectl.status import Observer
 
     deployment, hosts = _find_hosts(common)
     begin = time.monotonic()
+    redraws = watch and can_redraw(sys.stdout) and not (common.json or common.quiet)
     with (
-        on_ctrl_t(lambda: f"asking the hosts since {time.monotonic() - begin:.1f} s", common.say),
-        Observer(deployment, hosts) as observer,
+        on_ctrl_t(lambda: f"asking the hosts since {time.monotonic() - begin:.1f} s", _mute if redraws else common.say),
+        Observer(deployment, hosts, **({"limit_s": WATCH_LOOK_S} if watch else {})) as observer,
     ):
+        if redraws:
+            _show_live(common, observer)
         if watch:
-            _watch(common, observer)
+            _show_changes(common, observer)
         _print_status(common, observer.look(), deployment is not None or bool(hosts))
 
 
@@ -77,14 +81,21 @@ def _print_status(common: Common, found: Status, asked: bool) -> None:
     cluster.raise_failures(found.errors, then=".")
 
 
-def _watch(common: Common, observer: Observer) -> None:
-    """Look again and again: a picture on a terminal, lines about what has changed elsewhere; ends by Ctrl-C only."""
-    from moectl.live import LiveView, can_redraw
+def _mute(text: str) -> None:
+    """Say nothing: a line on the terminal would disturb the picture, which tells it all."""
 
-    if can_redraw(sys.stdout) and not (common.json or common.quiet):
-        with LiveView(sys.stdout) as view:
-            for text in _pictures(common, observer):
-                view.draw(text)
+
+def _show_live(common: Common, observer: Observer) -> None:
+    """Look again and again and draw what is seen in the same place; ends by Ctrl-C only."""
+    from moectl.live import LiveView
+
+    with LiveView(sys.stdout) as view:
+        for text in _pictures(common, observer):
+            view.draw(text)
+
+
+def _show_changes(common: Common, observer: Observer) -> None:
+    """Look again and again and print a line per change, or every look as JSON; ends by Ctrl-C only."""
     before: Status | None = None
     for found in _looks(observer):
         _print_changes(common, found, before)

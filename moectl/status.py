@@ -17,7 +17,7 @@ from typing import Any
 from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES
 from moectl.client import Client, find_running
 from moectl.deployment import DeployedRank, Deployment
-from moectl.errors import HostError, MoectlError, NotDeployed
+from moectl.errors import HostError, MoectlError, NotDeployed, Unreachable
 from moectl.hosts import Host
 from moectl.manifest import read_manifest
 from moectl.programs import ask, close_all, list_pythons, on_each
@@ -81,6 +81,7 @@ class Observer:
         self._deployment = deployment
         self._limit_s = limit_s
         self._remotes: list[Remote] = [make_remote(rank.host) for rank in ranks]
+        self._asking: set[int] = set()  # ranks whose host has not answered the last question yet
 
     def __enter__(self) -> Observer:
         return self
@@ -103,6 +104,15 @@ class Observer:
         return Status(time.time(), (*rows, *self._strangers(seen), *others), tuple(described), silent)
 
     def _see(self, rank: int, host: Host) -> _Seen:
+        if rank in self._asking:
+            raise Unreachable("it still has not answered", host=host.address)
+        self._asking.add(rank)
+        try:
+            return self._ask(rank, host)
+        finally:
+            self._asking.discard(rank)
+
+    def _ask(self, rank: int, host: Host) -> _Seen:
         own = self._ranks[rank]
         request = {"root": own.root or host.dir or ROOT, "directory": own.directory}
         pythons = list_pythons(host, own.python)

@@ -30,6 +30,7 @@ from moectl.programs import ask, close_all, list_pythons, on_each
 from moectl.remote import LocalRemote
 from moectl.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
 from moectl.throughput import WINDOW_S, Throughput
+from tests.running import wait_for
 from tests.sshd import Server, find_free_port
 from tests.tiny import make_config
 
@@ -124,6 +125,26 @@ def test_no_host_waits_for_a_silent_one(tmp_path: Path) -> None:
     assert found[0] == "here"
     assert isinstance(found[1], Unreachable)
     fifo.write_text("")
+
+
+def test_a_host_that_does_not_answer_is_asked_once_at_a_time(tmp_path: Path) -> None:
+    let_go, asked = threading.Event(), []
+
+    class Silent(LocalRemote):
+        def run(self, *_: Any, **__: Any) -> Any:
+            asked.append(1)
+            let_go.wait()
+            raise Unreachable("gone", host="a")
+
+    with Observer(None, [Host("a")], limit_s=0.1) as observer:
+        observer._remotes[0] = Silent()
+        errors = [observer.look().rows[0].error for _ in range(3)]
+        assert [type(error) for error in errors] == [Unreachable] * 3
+        assert len(asked) == 1
+        let_go.set()
+        wait_for(lambda: not observer._asking)
+        observer.look()
+        assert len(asked) == 2
 
 
 def test_leaving_does_not_wait_for_a_connection_that_is_being_made() -> None:
