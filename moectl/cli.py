@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from moectl import __version__, cli_check, cli_prepare, cli_use
+from moectl import __version__, cli_check, cli_observe, cli_prepare, cli_use
 from moectl.flags import Common, common
 from moectl.verb import Verbs
 
@@ -62,10 +62,15 @@ for _verb in (
     cli_use.serve,
     cli_use.stop,
     cli_use.bench,
+    cli_observe.status,
+    cli_observe.logs,
+    cli_observe.list_,
+    cli_observe.uninstall,
     cli_use.controller,
     cli_check.doctor,
 ):
     cli.add_command(_verb)
+cli.add_command(cli_observe.status, "ps")
 
 
 @cli.command()

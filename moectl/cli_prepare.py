@@ -257,12 +257,14 @@ def pull(common: Common, model: str, revision: str | None) -> None:
 @click.option("--force", is_flag=True, help="Deploy although a host's memory will not do.")
 @click.option(
     "--wheelhouse",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Wheels for hosts without internet.",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Wheels for hosts without internet; fetched here when DIR is not there.",
 )
 @click.option("--no-check", is_flag=True, help="Do not start the model once to see whether it computes rightly.")
+@click.option("--wheelhouse-build", is_flag=True, help="Fetch what the directory of --wheelhouse lacks.")
 @common
-def deploy(common: Common, hostfile_: str | None, shards: str | None, **options: Any) -> None:
+def deploy(common: Common, hostfile_: str | None, shards: str | None, wheelhouse_build: bool, **options: Any) -> None:
     """Bring every host its software and its shard, and verify them.
 
     Hosts get a virtual environment with this machine's versions of moectl, mlx and mlx-lm, and the files of their rank.
@@ -274,6 +276,7 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
       moectl deploy hosts.txt --dry-run
       moectl deploy hosts.txt
       moectl deploy --only mac2 --verify
+      moectl deploy --wheelhouse wheels
     """
     from moectl import cluster, prepare, report
     from moectl.planning import check_hosts
@@ -287,6 +290,7 @@ def deploy(common: Common, hostfile_: str | None, shards: str | None, **options:
     common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
     force, no_check = options.pop("force"), options.pop("no_check")
     check_hosts(listed.hosts, manifest, force=force, warn=common.say, probe=True)
+    _fill_wheelhouse(common, listed, wheelhouse_build, options)
     with _deploy_progress(common) as on_event:
         result = cluster.deploy(
             listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
@@ -314,6 +318,27 @@ def _check_results(common: Common, manifest: Manifest, *, force: bool) -> None:
         with launch.open_session(target, force=force) as session:
             off = session.model.deviation
         common.say(f"Checked: every rank computes what it should (off by {off:.1g} at most). Next: moectl run")
+
+
+def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: dict[str, Any]) -> None:
+    """Fetch the wheels that the hosts need, where the directory is not there yet or that was asked for."""
+    from moectl import cluster
+
+    directory = options["wheelhouse"]
+    if directory is None:
+        if wanted:
+            raise errors.UsageError("--wheelhouse-build is for --wheelhouse", hint="add --wheelhouse DIR")
+        return
+    if directory.exists() and not wanted:
+        return
+    if options["dry_run"]:
+        common.say(f"{directory} would be filled with wheels.")
+        options["wheelhouse"] = directory if directory.exists() else None
+        return
+    from moectl import wheelhouse
+
+    platforms = wheelhouse.ask_platforms(listed.hosts)
+    wheelhouse.build(directory, platforms, cluster.wanted_versions(), say=common.say)
 
 
 @contextlib.contextmanager

@@ -287,12 +287,14 @@ def stop(common: Common, timeout: float, now: bool) -> None:
     """
     from moectl import client
     from moectl.console import size_text
+    from moectl.live import on_ctrl_t
 
     stopped: list[dict[str, Any] | None] = []
     failures: list[errors.MoectlError] = []
     for path in client.find_running():
         try:
-            stopped.append(client.Client(path).stop(0.0 if now else max(0.0, timeout)))
+            with on_ctrl_t(lambda: "waiting for answers in progress to end", common.say):
+                stopped.append(client.Client(path).stop(0.0 if now else max(0.0, timeout)))
         except errors.MoectlError as error:
             failures.append(error)
     held = [one["memory_bytes"] for one in stopped if one is not None]

@@ -49,7 +49,7 @@ from moectl.provision import (
     make_remote,
 )
 from moectl.remote import Remote
-from moectl.wheel import download_command, hash_code, pack_wheel
+from moectl.wheel import download_command, hash_code, is_ours, pack_wheel
 
 EVENT_INTERVAL_S = 0.1
 END_GRACE_S = 5.0
@@ -74,7 +74,9 @@ class DeployResult:
         raise_failures({r.host.address: r.error for r in self.results})
 
 
-def raise_failures(errors: Mapping[str, MoectlError | None]) -> None:
+def raise_failures(
+    errors: Mapping[str, MoectlError | None], *, then: str = "; then run it again: the other hosts will be skipped."
+) -> None:
     """Raise for hosts that failed: their own error when all failed alike, PartialFailure otherwise."""
     failed = {name: error for name, error in errors.items() if error is not None}
     if not failed:
@@ -87,7 +89,7 @@ def raise_failures(errors: Mapping[str, MoectlError | None]) -> None:
     names = ", ".join(failed)
     raise PartialFailure(
         f"{len(failed)} of {len(errors)} hosts failed: {names}.",
-        hint=f"{first.hint or f'mend {names}'}; then run it again: the other hosts will be skipped.",
+        hint=f"{first.hint or f'mend {names}'}{then}",
     )
 
 
@@ -144,7 +146,7 @@ def deploy(
     _check_request(hosts, manifest, only, wheelhouse)
     with tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
         versions = wanted_versions()
-        wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse)
+        wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse, Path(scratch))
         tasks = [
             Task(
                 rank=rank,
@@ -203,9 +205,16 @@ def _manifest_entry(shard_dir: Path) -> FileEntry:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}", hint="moectl shard MODEL") from None
 
 
-def _list_wheels(ours: Path, wheelhouse: Path | None) -> dict[Path, FileEntry]:
-    house = sorted(wheelhouse.glob("*.whl")) if wheelhouse else []
-    wheels = [ours, *(wheel.resolve() for wheel in house if wheel.name != ours.name)]
+def _list_wheels(ours: Path, wheelhouse: Path | None, scratch: Path) -> dict[Path, FileEntry]:
+    """Return moectl's own wheel first, then those of a wheelhouse, which are checked, and the list that pins them."""
+    wheels = [ours]
+    if wheelhouse:
+        from moectl import wheelhouse as houses  # with it comes `packaging`
+
+        houses.check(wheelhouse)
+        wheels += [wheel.resolve() for wheel in sorted(wheelhouse.glob("*.whl")) if not is_ours(wheel)]
+        (scratch / houses.LIST).write_text(houses.make_list(wheels))
+        wheels.append(scratch / houses.LIST)
     try:
         return {wheel: _hash_entry(wheel) for wheel in wheels}
     except OSError as error:

@@ -31,6 +31,7 @@ from moectl.server import serve as serve_http
 from moectl.serving import Health, Notice, Settings
 from moectl.session import Session
 from moectl.sockets import listen_tcp, listen_unix
+from moectl.throughput import Throughput
 
 MAX_WAITING = 64  # requests beside those that are being answered
 ALIVE_S = 5.0  # a rank that has not answered a heartbeat for so long is not well
@@ -98,6 +99,7 @@ class Controller:
         self._resuming: asyncio.Task[None] | None = None
         self._submitting = asyncio.Lock()
         self._progress_s = time.monotonic()
+        self.throughput = Throughput(self._progress_s)
         threading.Thread(target=self._listen, name="session", daemon=True).start()
 
     @property
@@ -240,6 +242,8 @@ class Controller:
     def _take(self, event: Prefilled | Token | Done | Refused) -> None:
         self._progress_s = time.monotonic()
         self._restarts.progress()
+        if isinstance(event, Token) and event.token >= 0:
+            self.throughput.add(self._progress_s)
         answer = self._numbered.get(event.id)
         if answer is None:
             return
@@ -474,7 +478,9 @@ def describe_run(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
     hosts = ["localhost"] * count_ranks(target)
     if isinstance(target, Deployment):
         hosts = [rank.host.address for rank in target.ranks]
-    return {"name": target.name, "hosts": hosts, "options": {name: options.get(name) for name in SAME}}
+    shards = target.shards if isinstance(target, Deployment) else str(target.directory)
+    wanted = {name: options.get(name) for name in SAME}
+    return {"name": target.name, "hosts": hosts, "shards": shards, "options": wanted}
 
 
 class _Control:
@@ -492,7 +498,7 @@ class _Control:
         self._stays = stays
 
     def describe(self) -> dict[str, Any]:
-        health = self._controller.health()
+        health, throughput, now_s = self._controller.health(), self._controller.throughput, time.monotonic()
         return {
             "schema": "moectl.controller/1",
             **self._description,
@@ -501,6 +507,11 @@ class _Control:
             "queued": health.queued,
             "memory_bytes": list(health.memory_bytes),
             "ranks_answered": health.ranks_answered,
+            "healthy": health.healthy,
+            "restarts": health.restarts,
+            "up_s": now_s - throughput.began_s,
+            "tokens": throughput.tokens,
+            "tok_s": throughput.rate(now_s),
         }
 
     def keep_alive(self, seconds: float, *, asks: bool) -> None:

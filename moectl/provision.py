@@ -20,7 +20,6 @@ from moectl.hosts import Host
 from moectl.manifest import FileEntry
 from moectl.node import parse_answer
 from moectl.remote import LocalRemote, Remote, node_text, put_error, room_text
-from moectl.wheel import download_command
 
 ROOT = "~/.moectl"
 PACKAGES = ("moectl", "mlx", "mlx-lm")  # what has to be equal on every rank, or the ranks disagree
@@ -123,7 +122,7 @@ class Task:
     files: dict[str, FileEntry]  # moectl.json last
     versions: dict[str, str]
     code: str  # hash of the operator's moectl
-    wheels: dict[Path, FileEntry]  # moectl's own first, then those of a wheelhouse
+    wheels: dict[Path, FileEntry]  # moectl's own first, then those of a wheelhouse, and in the end their list
     dry_run: bool
     verify: bool
 
@@ -320,12 +319,14 @@ def _list_steps(task: Task, found: Mapping[str, Any]) -> dict[str, list[str]]:
     python, wheels = f"{root}/env/bin/python", f"{root}/wheels"
     ours = f"{wheels}/{next(iter(task.wheels)).name}"
     pip = [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--quiet"]
-    offline = ["--no-index", "--find-links", wheels] if len(task.wheels) > 1 else []
-    others = [f"{name}=={version}" for name, version in task.versions.items() if name != "moectl"]
+    packages = [ours, *(f"{name}=={version}" for name, version in task.versions.items() if name != "moectl")]
+    if len(task.wheels) > 1:  # from a wheelhouse: these bytes or none
+        listed = f"{wheels}/{list(task.wheels)[-1].name}"
+        packages = ["--no-index", "--find-links", wheels, "--require-hashes", "-r", listed]
     steps = {
         # pip takes an equal version for an equal wheel: put ours in by force, then what it needs.
         "moectl": [*pip, "--force-reinstall", "--no-deps", ours],
-        "packages": [*pip, *offline, ours, *others],
+        "packages": [*pip, *packages],
         "check": [python, "-c", CHECK, json.dumps(task.versions)],
     }
     if found["env"] and found["stamp"]:
@@ -342,9 +343,7 @@ def _step_error(remote: Remote, task: Task, step: str, answer: Mapping[str, Any]
             return CommandFailed(f"cannot make an environment: {said}", host=remote.name, hint=hint)
         case "check":
             return VersionMismatch(f"{said}, wanted {task.versions}", host=remote.name)
-    hint = (
-        f"no internet there? Here: {download_command('wheels', task.versions)}; then moectl deploy --wheelhouse wheels"
-    )
+    hint = "no internet there? 'moectl deploy --wheelhouse wheels' fetches what it needs here, and brings it along"
     return CommandFailed(f"pip: {said}", host=remote.name, hint=hint)
 
 

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench_checks [ROUNDS]
 
 Three sessions of two local ranks are loaded at once and asked in turn, so that what else the machine does meets all of
-them. Prints the ratio of each one's decode time to the plain one's, by the clock and by the workers' processor time (all
-that says something on a busy machine): the median over rounds, and the quartiles.
+them. Prints the ratio of each one's decode time to the plain one's, by the clock and by the workers' processor time
+(all that says something on a busy machine): the median over rounds, and the quartiles.
 """
 
 from __future__ import annotations
