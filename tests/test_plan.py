@@ -213,12 +213,6 @@ def test_what_does_not_fit_is_exit_4_after_the_table() -> None:
     assert result.exception.error.exit_code == 4
 
 
-def test_the_readmes_transcript() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    [block] = re.findall(r"```console\n\$ moectl plan (.*?)\n(.*?)```", text, re.DOTALL)
-    assert plan(*block[0].split()).stdout == block[1]
-
-
 @pytest.mark.parametrize("columns", ["40", "60", "80", "120"])
 def test_tables_never_wrap(columns: str) -> None:
     words = ["plan", "--hosts", "a,b", "--chip", "m2-ultra", "--memory", "192GB"]
