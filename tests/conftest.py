@@ -21,8 +21,8 @@ KEPT = ("MOECTL_TEST_",)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moectl")
-    group.addoption("--chaos-minutes", type=float, default=0.5, help="of strikes in test_chaos (%(default)s)")
-    group.addoption("--chaos-seed", type=int, default=5, help="of what it strikes with (%(default)s)")
+    group.addoption("--chaos-minutes", type=float, default=0.35, help="of strikes in test_chaos (%(default)s)")
+    group.addoption("--chaos-seed", type=int, default=38, help="of what it strikes with (%(default)s)")
 
 
 @pytest.hookimpl(wrapper=True)
