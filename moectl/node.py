@@ -72,7 +72,7 @@ def receive(
     `on_kept(n)` is called once, before the first read: `read` has to go on at byte n. A partial file with
     wrong bytes is removed; a file that is there and right is left alone. Raises Busy, Cut, Full, Mismatch, OSError.
     """
-    if _size_of(destination) == size_bytes and hash_file(destination) == sha256:
+    if _check(destination, size_bytes, sha256, None, True):
         on_kept(size_bytes)
         return
     partial = destination + ".partial"
