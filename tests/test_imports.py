@@ -57,7 +57,7 @@ ROOMS = (
     {"report", "lineedit", "transcript"},
     {"console", "config"},
     {"attach"},
-    {"controller", "probing", "client", "background"},
+    {"controller", "probing", "client", "background", "feed"},
     {"launch", "planning", "bench", "plot", "probe"},
     {"server"},
     {"api", "metrics", "sockets"},
