@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-HOLD_S = 3.0  # how long a host waits for one that has more already
+HOLD_S = 10.0  # how long a host waits for one that has more already
+HEAD = -1  # the place of those that lack nothing
 MAX_TRIES = 2  # hosts that fail one host before it takes from the operator's machine
 
 
@@ -33,7 +34,7 @@ class Chain:
 
     def expect(self, rank: int, lacks_bytes: int, *, whole: bool = False) -> None:
         """Add a host; a `whole` one has nothing to do, and will join when it is chosen."""
-        self._members[rank] = _Member(lacks_bytes, joined=whole, place=-1 if whole else None)
+        self._members[rank] = _Member(lacks_bytes, joined=whole, place=HEAD if whole else None)
 
     def delay(self, rank: int) -> None:
         """Note that a host will be busy for a while before it joins."""
@@ -45,7 +46,7 @@ class Chain:
         member = self._members[rank]
         member.joined = True
         if not member.lacks_bytes:
-            member.place = -1
+            member.place = HEAD
 
     def want(self, rank: int, now_s: float, failed: int | None = None) -> None:
         """Note that a host asks for a source; the one it had, if any, does not do."""
@@ -102,11 +103,11 @@ class Chain:
             return None
         place = self._places if member.place is None else member.place
         able = [
-            (m.takers, -m.place, r)
+            (m.takers, m.place != HEAD, -m.place, r)
             for r, m in self._members.items()
             if r != rank and m.joined and m.place is not None and m.place < place and r not in member.failed
         ]
-        return min(able)[2] if able else None
+        return min(able)[-1] if able else None
 
     def _leave_source(self, member: _Member) -> None:
         if member.source in self._members:

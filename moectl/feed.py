@@ -73,7 +73,7 @@ class _Push:
         self.name = name
         growing = Growing(name, placement.world_size, planned, self.feed)
         work = partial(deploy, self._hosts, directory, growing, **self._options)
-        self._thread = threading.Thread(target=self._work, args=(work,), daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(work,), name="push", daemon=True)
         self._thread.start()
 
     def add(self, name: str, entry: FileEntry) -> None:
