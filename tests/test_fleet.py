@@ -177,8 +177,13 @@ def test_a_source_that_dies_in_the_middle_is_replaced(netns: Cluster, shards: Pa
                     os.kill(pid, signal.SIGKILL)
         return True
 
-    on_kill = once(kill)
-    result = deploy(netns.hosts(), shards, manifest, on_event=lambda e: (on_kill(e), events.append(e))[1])
+    on_progress = once(kill)
+
+    def on_event(event: Event) -> None:
+        on_progress(event)
+        events.append(event)
+
+    result = deploy(netns.hosts(), shards, manifest, on_event=on_event)
     assert_arrived(netns, shards, manifest, result)
     assert refusals(events)
     assert sum(r.relayed_bytes for r in result.results) > 0
@@ -230,6 +235,7 @@ def test_after_kill_9_nothing_is_left_and_the_next_run_goes_on(netns: Cluster, s
     assert netns.sent_bytes - before <= SLACK * once_bytes(manifest) + 4 * CHATTER_BYTES
 
 
+@pytest.mark.long
 def test_hosts_without_ip_are_reached_where_ssh_reached_them(sshd: Server, tmp_path: Path, shards: Path) -> None:
     manifest, hosts = make_shards(shards, 3), make_hosts(sshd, tmp_path, 3)
     result = deploy(hosts, shards, manifest)

@@ -268,7 +268,11 @@ def test_waiting_is_not_slowness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_silent_peer_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "STALL_S", 0.2)
     ended = threading.Event()
-    with false_peer(lambda _: bool(ended.wait(10)) or None) as port:
+
+    def keep_silent(_: socket.socket) -> None:
+        ended.wait(10)
+
+    with false_peer(keep_silent) as port:
         with contextlib.closing(connect(port)) as peer, pytest.raises(Refused, match="timed out"):
             take_file(peer, wanted(tmp_path / "file"), lambda _: None)
         ended.set()

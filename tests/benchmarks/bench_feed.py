@@ -88,14 +88,14 @@ def check(cluster: Cluster, shards: Path, where: str) -> None:
         assert all(hash_file(str(directory / n)) == f.sha256 for n, f in manifest.files_of(rank).items())
 
 
-def main(layers: int = 40, rate: str = "") -> None:
+def main(layers: str = "40", rate: str = "") -> None:
     """Print the three times and the ratio of the third to the longer of the others."""
     with tempfile.TemporaryDirectory(prefix="moectl-bench-") as text, run_cluster(Path(text), RANKS) as cluster:
         scratch = Path(text)
         os.environ |= {f"XDG_{name}_HOME": f"{scratch}/xdg/{name}" for name in ("STATE", "DATA", "CACHE", "CONFIG")}
         os.environ["MOECTL_SSH_CONFIG"] = str(cluster.config)
         model, alone, fed = str(scratch / "model"), scratch / "alone", scratch / "fed"
-        source = write_checkpoint(Path(model), layers)
+        source = write_checkpoint(Path(model), int(layers))
         os.sync()
         cut_s = time_moectl("shard", model, "-n", str(RANKS), *CUT, "-o", str(alone))
         output = sum(f.bytes for f in read_manifest(alone).files.values())
@@ -117,4 +117,4 @@ def main(layers: int = 40, rate: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]), *sys.argv[2:3])
+    main(*sys.argv[1:3])

@@ -52,8 +52,9 @@ def measure(cluster: Cluster, shards: Path, manifest: Manifest, *, relay: bool) 
     return spent_s, sent
 
 
-def main(common_mb: int = 60, rank_mb: int = 8, rate: str = "80mbit") -> None:
+def main(common: str = "60", rank: str = "8", rate: str = "80mbit") -> None:
     """Print seconds and bytes sent of both, and the ratios."""
+    common_mb, rank_mb = int(common), int(rank)
     with tempfile.TemporaryDirectory(prefix="moectl-bench-") as scratch, run_cluster(Path(scratch), RANKS) as cluster:
         os.environ |= {"MOECTL_SSH_CONFIG": str(cluster.config), "XDG_STATE_HOME": f"{scratch}/state"}
         shards = Path(scratch) / "bench-experts-4"
@@ -73,4 +74,4 @@ def main(common_mb: int = 60, rank_mb: int = 8, rate: str = "80mbit") -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]), *sys.argv[3:4])
+    main(*sys.argv[1:4])
