@@ -311,7 +311,8 @@ def _refuse_error(remote: Remote, answer: Mapping[str, Any]) -> None:
 
 
 def _check_room(task: Task, found: Mapping[str, Any], needed: int) -> None:
-    if task.host.is_local and found["device"] == task.shards.stat().st_dev:
+    made = next(place for place in (task.shards, *task.shards.parents) if place.exists())  # it may be about to be
+    if task.host.is_local and found["device"] == made.stat().st_dev:
         return  # hard links take no room
     if needed > found["free"]:
         name = task.host.name

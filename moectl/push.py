@@ -75,6 +75,7 @@ class Push:
         self._last = False
         self._asked = False
         self._sends_shared = link is None
+        self._promise = threading.Lock()  # guards the next
         self._may_lie = found.may_lie
         self._copied_bytes = self._kept_bytes = self._relayed_bytes = 0
         self._taker: Taker | None = None
@@ -132,10 +133,7 @@ class Push:
             self._link.tell(Joined(self._link.rank))
         try:
             while (name := self._next()) is not None:
-                if self._may_lie:
-                    # Until the last file is there, no manifest may promise a complete set.
-                    self._remote.run(["rm", "-f", "--", f"{self._found.directory}/{manifest_file.NAME}"])
-                    self._may_lie = False
+                self._take_back_promise()
                 entry = self._entries[name]
                 path = f"{self._found.directory}/{name}"
                 self._remote.put(self._shards / name, path, sha256=entry.sha256, on_bytes=self._on_bytes)
@@ -171,6 +169,13 @@ class Push:
                 if self._taker is not None and self._taker.is_silent:
                     raise Unreachable("the host stopped answering", host=self._remote.name)
                 self._turn.wait(LOOK_S)
+
+    def _take_back_promise(self) -> None:
+        """Remove a manifest before anything changes: until the last file is there, none may promise a complete set."""
+        with self._promise:
+            if self._may_lie:
+                self._remote.run(["rm", "-f", "--", f"{self._found.directory}/{manifest_file.NAME}"])
+                self._may_lie = False
 
     def _is_promised(self, name: str) -> bool:
         """Whether the manifest that is there is the right one and was left alone; it is kept then."""
@@ -210,6 +215,7 @@ class Push:
         why = ""
         taker = None
         try:
+            self._take_back_promise()
             taker = Taker(self._remote, source, self._link.floor_bytes_s if self._link else 0.0)
             with self._turn:
                 if self._closed:

@@ -128,10 +128,8 @@ def test_a_cut_that_fails_ends_the_push_and_the_next_run_goes_on(
     assert kept == {name: (tmp_path / "set" / name).stat().st_mtime_ns for name in files}
 
 
-def test_a_host_that_fails_keeps_nothing_from_the_others(
-    sshd: Server, model: Path, hosts: list[Host], tmp_path: Path
-) -> None:
-    hosts[0] = Host(sshd.add_alias("dead", port=find_free_port()))
+def test_a_host_that_fails_keeps_nothing_from_the_others(sshd: Server, model: Path, tmp_path: Path) -> None:
+    hosts = [Host(sshd.add_alias("dead", port=find_free_port())), Host("localhost", dir=str(tmp_path / "here"))]
     fed = shard_and_deploy(cutting(model, tmp_path / "set"), hosts)
     assert [r.ok for r in fed.result.results] == [False, True]
     assert fed.made is not None

@@ -19,9 +19,12 @@ import pytest
 import moectl
 from moectl import chain
 from moectl.cluster import DeployResult, deploy
-from moectl.handover import Admit, TakeFrom
+from moectl.errors import Unreachable
+from moectl.handover import Admit, TakeFrom, Wants
 from moectl.manifest import NAME, Manifest, is_shared
 from moectl.provision import Advanced, Event, Working
+from moectl.push import Found, Link, Push
+from moectl.remote import LocalRemote
 from tests.netns import Cluster
 from tests.running import wait_for
 from tests.sshd import Server
@@ -243,3 +246,23 @@ def test_hosts_without_ip_are_reached_where_ssh_reached_them(sshd: Server, tmp_p
     assert sorted(r.relayed_bytes for r in result.results) == [0, *2 * [shared_bytes(manifest)]]
     for rank in range(3):
         assert_holds(tmp_path / f"node{rank}" / "shards" / shards.name, manifest, rank)
+
+
+def test_a_promise_is_taken_back_before_anything_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old manifest must not vouch for files of a new set."""
+    (tmp_path / NAME).write_text("of an older set")
+    there: list[bool] = []
+
+    class Taker:
+        def __init__(self, *_: object) -> None:
+            there.append((tmp_path / NAME).exists())
+            raise Unreachable("enough was seen")
+
+    monkeypatch.setattr("moectl.push.Taker", Taker)
+    told: list[object] = []
+    found = Found(str(tmp_path), {}, {}, may_lie=True)
+    push = Push(LocalRemote(), tmp_path, found, lambda _: None, Link(1, (), told.append, 0.0))
+    push.take_from(TakeFrom(0, (("127.0.0.1", 1),), "token"))
+    wait_for(lambda: bool(told))
+    assert there == [False]
+    assert told == [Wants(1, 0, "enough was seen")]
