@@ -82,12 +82,21 @@ class Manifest:
 
     def files_of(self, rank: int) -> dict[str, FileEntry]:
         """Return the files that a rank needs: its own, the common ones and the small ones at the top."""
-        own = f"rank-{rank}/"
-        return {p: f for p, f in self.files.items() if not p.startswith("rank-") or p.startswith(own)}
+        return {p: f for p, f in self.files.items() if is_for(p, rank)}
 
     def to_json(self) -> str:
         """Return the manifest's text; equal manifests give equal bytes."""
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def is_for(name: str, rank: int) -> bool:
+    """Whether a rank needs this file of a shard set."""
+    return is_shared(name) or name.startswith(f"rank-{rank}/")
+
+
+def is_shared(name: str) -> bool:
+    """Whether all ranks need this file of a shard set."""
+    return not name.startswith("rank-")
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
