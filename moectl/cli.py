@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from moectl import __version__, cli_check, cli_prepare, cli_use
+from moectl import __version__, cli_check, cli_prepare, cli_setup, cli_use
 from moectl.flags import DEFAULT_MODEL, EXIT_STATUS, Common, common
 
 
@@ -31,6 +31,7 @@ for _verb in (
     cli_use.bench,
     cli_use.controller,
     cli_check.doctor,
+    cli_setup.setup,
 ):
     cli.add_command(_verb)
 
