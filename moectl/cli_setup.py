@@ -137,20 +137,19 @@ def _write(output: Path, content: str, *, force: bool) -> None:
 def _result_text(common: Common, plan: SetupPlan, output: Path | None, *, applied: int | None) -> str:
     from moectl import setup_report
 
-    lines = [setup_report.plan_text(plan, verbose=common.verbose > 0), ""] if applied is None else []
+    if applied:  # the plan was shown before the question
+        lines = [f"{applied} command{'s' * (applied != 1)} run; moectl setup --undo takes them back."]
+    else:
+        lines = [setup_report.plan_text(plan, verbose=common.verbose > 0), ""]
     if output is not None:
         lines.append(f"The hosts file is in {output}.")
-    elif applied is None:
-        lines += ["The hosts file would be (-o FILE writes it):", setup_report.hosts_text(plan)]
     else:
         lines += ["The hosts file (-o FILE writes it):", setup_report.hosts_text(plan)]
-    if applied is not None:
-        lines.insert(0, f"{applied} command{'s' * (applied != 1)} run; moectl setup --undo takes them back.")
-        if applied == 0:
-            lines[0] = "Nothing had to be changed."
-    elif any(plan.to_do):
+    if applied == 0:
+        lines.append("Nothing had to be changed.")
+    elif applied is None and any(plan.to_do):
         lines.append(f"Nothing was changed. --apply runs {setup_report.commands_text(plan.to_do)}.")
-    else:
+    elif applied is None:
         lines.append("Nothing has to be changed on the hosts.")
     return "\n".join(lines)
 

@@ -413,10 +413,11 @@ def _bracket(name: str) -> str:
 
 def _read_devices(entry: object, where: str) -> str | None:
     """Return one entry of MLX's rdma rows: null, a device, or a list of devices where several cables lead to a host."""
-    names = entry if isinstance(entry, list) else [entry]
-    if entry is None or names == []:
+    if entry is None or entry == []:
         return None
-    if not all(isinstance(name, str) and _is_word(name) for name in names):
+    given = entry if isinstance(entry, list) else [entry]
+    names = [name for name in given if isinstance(name, str) and _is_word(name)]
+    if len(names) != len(given):
         raise HostsError(f"{where}: rdma has to be a list of device names, or null, per host")
     return "+".join(names)
 

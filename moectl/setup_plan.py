@@ -384,8 +384,8 @@ def _outside(machine: Machine, links: Sequence[_Link], place: int) -> tuple[str,
 def _plan_ethernet(topology: Topology, machines: Sequence[Machine], given: HostList, wish: Wish) -> SetupPlan:
     """Return a plan that changes no network: the addresses that hosts have already."""
     if wish.backend.startswith("jaccl"):
-        others = [machine.host.name for machine in machines if not machine.is_mac]
-        why = f"{', '.join(others)}: no Mac" if others else "only Thunderbolt carries RDMA"
+        names = [machine.host.name for machine in machines if not machine.is_mac]
+        why = f"{', '.join(names)}: no Mac" if names else "only Thunderbolt carries RDMA"
         raise PlanError(f"--backend {wish.backend} cannot work: {why}", hint="moectl setup --backend ring")
     hosts = tuple(replace(machine.host, ips=_outside(machine, (), 0), rdma=()) for machine in machines)
     steps = tuple(tuple(_extra_steps(machine, wish)) for machine in machines)

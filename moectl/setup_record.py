@@ -178,9 +178,9 @@ def _replay(line: dict[str, Any], entries: dict[int, Entry]) -> int:
         return 0
     if "begin" in line:
         number = int(line["begin"])
-        words = {key: tuple(map(str, line[key])) for key in ("argv", "undo")}
-        optional = {key: line.get(key) for key in ("interface", "address")}
-        entries[number] = Entry(number, str(line["host"]), **words, **optional, needed=bool(line["needed"]))
+        argv, undo = (tuple(map(str, line[key])) for key in ("argv", "undo"))
+        where, needed = (line["interface"], line["address"]), bool(line["needed"])
+        entries[number] = Entry(number, str(line["host"]), argv, undo, *where, needed)
         return number
     if "done" in line:
         number = int(line["done"])

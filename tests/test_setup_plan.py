@@ -18,11 +18,11 @@ from moectl.errors import HostsError, PlanError
 from moectl.hosts import Host, HostList, format_hosts, parse_hosts, to_mlx_json
 from moectl.setup_machine import Machine, read_machine
 from moectl.setup_plan import SetupPlan, Wish, plan_setup
+from moectl.setup_report import file_text, plan_json
 from moectl.survey import read_survey
 from tests import cabling
 from tests.cabling import End
-from tests.fake_mac import PORTS, interfaces, read, record
-from tests.mac_program import ifconfig_text
+from tests.fake_mac import PORTS, ifconfig_text, interfaces, read, record
 from tests.mlx_config import Generated, Recorded, generate
 
 Cables = list[tuple[End, End]]
@@ -69,10 +69,11 @@ def generated_by_mlx(macs: Sequence[Recorded], directory: Path, backend: str) ->
 def studio_pair() -> list[Recorded]:
     """The two Mac Studios of tests/recordings/thunderbolt."""
     files = RECORDINGS / "thunderbolt"
-    common = [(files / name).read_text() for name in ("hardware-ports.txt", "ibv_devices.txt", "ifconfig-bridge.txt")]
-    return [
-        Recorded((files / f"studio-pair-{letter}.json").read_text(), *common, en0="192.168.1.181") for letter in "ab"
-    ]
+    ports, devices, ifconfig = (
+        (files / name).read_text() for name in ("hardware-ports.txt", "ibv_devices.txt", "ifconfig-bridge.txt")
+    )
+    profiles = [(files / f"studio-pair-{letter}.json").read_text() for letter in "ab"]
+    return [Recorded(profile, ports, devices, ifconfig, "192.168.1.181") for profile in profiles]
 
 
 TOPOLOGIES: dict[str, tuple[list[Recorded], str | None]] = {
@@ -351,6 +352,29 @@ def test_a_port_that_networksetup_does_not_list() -> None:
     with pytest.raises(PlanError) as caught:
         plan([replace(macs[0], hardware_ports=cabling.hardware_ports_text(lacking)), macs[1]])
     assert "mac1: port 1 has no network interface" in (caught.value.hint or "")
+
+
+def test_a_plan_as_json_and_as_files() -> None:
+    made = plan(cable_all(4, cabling.mesh(4)[1:]), Wish(no_sleep=True), sleep=10)
+    document = json.loads(json.dumps(plan_json(made, state="planned", written=None)))
+    assert (document["schema"], document["state"], document["shape"]) == ("moectl.setup/1", "planned", "ring")
+    assert document["missing_of_mesh"] == [["mac1", "mac2"]]
+    assert len(document["cables"]) == 5
+    assert document["cables"][0] == {
+        "ends": [
+            {"host": "mac1", "port": "2", "interface": "en3", "rdma": "rdma_en3"},
+            {"host": "mac3", "port": "1", "interface": "en2", "rdma": "rdma_en2"},
+        ],
+        "bit_s": 80 * 10**9,
+    }
+    commands = document["hosts"][0]["commands"]
+    assert [command["needed"] for command in commands] == [True, True, False, True, False, True]
+    assert commands[-1]["undo"] == ["pmset", "-c", "sleep", "10"]
+    rows = document["hostfile"]["hosts"]
+    assert rows[0] == {"host": "mac1", "ips": ["10.0.0.1"], "rdma": [None, "rdma_en3", None, "rdma_en4"]}
+    assert parse_hosts(file_text(made, "x.txt")).hosts == parse_hosts(file_text(made, "x.json")).hosts
+    with pytest.raises(HostsError, match="cannot hold envs"):
+        file_text(replace(made, hosts=replace(made.hosts, envs=("A=1",))), "x.txt")
 
 
 def test_devices_joined_by_plus_are_several() -> None:
