@@ -37,7 +37,13 @@ def doctor(common: Common, hostfile_: str | None, fast: bool) -> None:
         common.hostfile = hostfile_
     where, deployed = choose_hosts(common.host_list())
     found = diagnose(where, deployed, fast=fast, say=common.say)
-    text = doctor_report.doctor_text(found, width=columns(), verbose=common.verbose > 0)
+    colours = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "red", Level.SKIP: "cyan"}
+    text = doctor_report.doctor_text(
+        found,
+        width=columns(),
+        verbose=common.verbose > 0,
+        paint=lambda level, word: click.style(word, fg=colours[level], bold=level is Level.FAIL or None),
+    )
     common.print(text, doctor_report.doctor_json(found, fast=fast), doctor_report.summary_text(found))
     failures = found.count(Level.FAIL)
     if failures:

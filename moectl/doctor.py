@@ -30,7 +30,8 @@ from moectl.provision import make_remote
 from moectl.wheel import hash_code
 
 HOST_S = 90.0  # for the whole ladder of a host; its rungs have limits of their own
-LINKS_S = 60.0  # for all pairs
+LINKS_S = 60.0  # for all pairs, and more for each host: broken ways wait for one another
+MORE_LINKS_S = 10.0
 COLLECTIVE_S = 90.0  # for one round of neighbours
 Say = Callable[[str], None]
 
@@ -64,7 +65,8 @@ class Diagnosis:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        return tuple(f for report in (*self.hosts, *self.pairs) for f in report.findings) + self.cluster
+        lists = [*(host.findings for host in self.hosts), *(pair.findings for pair in self.pairs), self.cluster]
+        return tuple(finding for findings in lists for finding in findings)
 
     def count(self, level: Level) -> int:
         """Return how many findings are of a level."""
@@ -191,34 +193,39 @@ def _look_between(where: HostList, usable: Sequence[Visit], found: _Found, *, fa
         if visit.python is None:
             found.cluster.append(skip("links", f"links with {visit.host.name}: it has no python"))
     sites = _find_sites(where, with_python, found)
+    with_address = [visit for visit in with_python if visit.rank in sites]
     if len(sites) < 2:
         return
     say("Trying the links between them")
-    _look_at_links(with_python, sites, found, fast=fast)
+    _look_at_links(with_address, [sites[visit.rank] for visit in with_address], found, fast=fast)
     if not fast:
         say("Adding up over neighbours")
-        _add_up(where, with_python, sites, found)
+        _add_up(where, {visit.rank: (visit, sites[visit.rank]) for visit in with_address}, found)
 
 
-def _find_sites(where: HostList, visits: Sequence[Visit], found: _Found) -> list[Site]:
+def _find_sites(where: HostList, visits: Sequence[Visit], found: _Found) -> dict[int, Site]:
+    """Return the hosts by their rank as workers there would be reached; those without an address are left out."""
     env = split_envs(where.envs)
-    addresses: list[tuple[str, ...]] = []
+    sites: dict[int, Site] = {}
 
     def ask() -> None:
-        try:
-            addresses.extend(find_addresses([v.host for v in visits], [v.remote for v in visits]))
-        except HostsError as error:
-            found.cluster.append(fail_with("address", _named(error)))
-        except MoectlError as error:
-            found.cluster.append(fail_with("links", _named(error)))
+        left = list(visits)
+        while left:
+            try:
+                addresses = find_addresses([v.host for v in left], [v.remote for v in left])
+            except MoectlError as error:
+                found.cluster.append(fail_with("address", _named(error)))
+                without = [visit for visit in left if error.host not in (visit.host.name, visit.host.address)]
+                left = without if len(without) < len(left) else []
+                continue
+            for visit, own in zip(left, addresses, strict=True):
+                sites[visit.rank] = Site(visit.host, visit.remote, visit.python or "", own, env)
+            return
 
-    if not run_limited([ask], LINKS_S)[0]:
-        found.cluster.append(fail("links", f"no answer within {LINKS_S:g} s", "run it again; look at the hosts' load"))
-        return []
-    return [
-        Site(visit.host, visit.remote, visit.python or "", own, env)
-        for visit, own in zip(visits, addresses, strict=False)
-    ]
+    if run_limited([ask], LINKS_S)[0]:
+        return sites
+    found.cluster.append(fail("links", f"no answer within {LINKS_S:g} s", "run it again; look at the hosts' load"))
+    return {}
 
 
 def _named(error: MoectlError) -> MoectlError:
@@ -231,15 +238,14 @@ def _look_at_links(visits: Sequence[Visit], sites: Sequence[Site], found: _Found
     def try_all() -> None:
         try_links(sites, collected.add, transfers=not fast)
 
-    run_limited([try_all], LINKS_S)
+    run_limited([try_all], LINKS_S + MORE_LINKS_S * len(sites))
     judged = judge_links(sites, collected.all(), mac=lambda place: _is_mac(visits[place]))
     for pair, findings in judged.items():
         found.pairs[Pair(visits[pair.a].rank, visits[pair.b].rank)] = findings
 
 
-def _add_up(where: HostList, visits: Sequence[Visit], sites: Sequence[Site], found: _Found) -> None:
+def _add_up(where: HostList, by_rank: dict[int, tuple[Visit, Site]], found: _Found) -> None:
     """Run a collective over each two neighbours that are ready for one; pairs without a common host at once."""
-    by_rank = {visit.rank: (visit, site) for visit, site in zip(visits, sites, strict=True)}
     backend = _backend(where)
     for pairs in plan_neighbours(len(where.hosts)):
         tasks = []

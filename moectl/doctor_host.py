@@ -19,8 +19,9 @@ from typing import Any
 
 from moectl.budget import Verdict, judge, rank_need
 from moectl.chips import find_chip
+from moectl.disk import format_gb
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
-from moectl.findings import Finding, at_host, fail, fail_with, ok, skip, warn
+from moectl.findings import Finding, Level, at_host, fail, fail_with, ok, skip, warn, worst
 from moectl.hosts import Host
 from moectl.machine import CONTEXT
 from moectl.macos import check_mac
@@ -38,6 +39,10 @@ ENVIRONMENT_BYTES = 1_500_000_000  # python packages of a deployment, on the saf
 LEAST_FREE_BYTES = 50_000_000  # logs, records
 SKEW_S = 60.0
 _GIB = 1 << 30
+_COUNT = """
+import os, sys
+print(sum(os.lstat(os.path.join(place, name)).st_size for place, _, names in os.walk(sys.argv[1]) for name in names))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +102,11 @@ def _reach(visit: Visit, expected: Expected) -> None:
     except MoectlError as error:
         visit.findings.append(fail_with("ssh", error))
         return
-    visit.is_reached = True
-    visit.findings += check_sessions(host, remote)
-    visit.findings += check_noise(host, done.stdout, done.stderr)
-    visit.findings.append(check_clock(remote))
+    sessions = check_sessions(host, remote)
+    visit.findings += [*sessions, *check_noise(host, done.stdout, done.stderr)]
+    visit.is_reached = worst(sessions) is not Level.FAIL
+    if visit.is_reached:
+        visit.findings.append(check_clock(remote))
 
 
 def _look_at_system(visit: Visit, expected: Expected) -> None:
@@ -123,16 +129,18 @@ def _look_at_software(visit: Visit, expected: Expected) -> None:
     try:
         found = survey_environment(visit.remote, replace(host, python=deployed) if deployed else host)
     except VersionMismatch as error:
-        if not deployed:
-            raise
-        visit.findings.append(fail("python", f"{deployed} does not start: {error.message}", expected.deploy))
+        broken = fail("python", f"{deployed} does not start: {error.message}", expected.deploy)
+        visit.findings.append(broken if deployed else fail_with("python", error))
         return
     visit.environment = found
     visit.findings.append(ok("python", f"python {found['version']}", version=found["version"], path=found["python"]))
     versions = check_versions(found, expected, deployed=bool(deployed))
     visit.findings.append(versions)
-    visit.is_ready = versions.level.word == "ok"
-    visit.findings.append(check_disk(visit.remote, host, rank, found, expected.manifest))
+    visit.is_ready = versions.level is Level.OK
+    there = count_shards(visit.remote, found, expected.manifest)
+    if deployed and expected.manifest is not None:
+        visit.findings.append(check_shards(rank, there, expected.manifest, expected.deploy))
+    visit.findings.append(check_disk(host, rank, found, expected.manifest, there))
 
 
 # SSH.
@@ -351,30 +359,44 @@ def check_versions(found: Mapping[str, Any], expected: Expected, *, deployed: bo
     return ok("versions", text, **values)
 
 
-def check_disk(remote: Remote, host: Host, rank: int, found: Mapping[str, Any], manifest: Manifest | None) -> Finding:
+def count_shards(remote: Remote, found: Mapping[str, Any], manifest: Manifest | None) -> int:
+    """Return the bytes of a shard set that are on the host, whole or in part."""
+    if manifest is None:
+        return 0
+    directory = f"{found['root']}/shards/{manifest.name}"
+    done = remote.run([str(found["python"]), "-c", _COUNT, directory], check=False)
+    word = (done.stdout.split() or [b""])[-1]
+    return int(word) if word.isdigit() else 0
+
+
+def check_shards(rank: int, there: int, manifest: Manifest, deploy: str) -> Finding:
+    """Say whether a rank's files are there, by their size; `deploy --verify` reads them."""
+    total = _rank_bytes(manifest, rank)
+    if there < total:
+        sizes = f"{format_gb(there)} of {format_gb(total)}"
+        return fail("shards", f"{manifest.name} is not complete: {sizes} are there", deploy, bytes=there)
+    return ok("shards", f"{manifest.name} {format_gb(total)}", bytes=there)
+
+
+def check_disk(host: Host, rank: int, found: Mapping[str, Any], manifest: Manifest | None, there: int) -> Finding:
     """Compare what its disk has left with what is still to be copied there."""
     free, root = int(found["free"]), str(found["root"])
     values = {"free_bytes": free}
     if not found["writable"]:
         return fail("disk", f"cannot write to {root}: permission denied", f"give {host.name} another dir=", **values)
     needed = 0 if found["packages"].get("mlx-lm") else ENVIRONMENT_BYTES
-    if manifest is not None and rank < manifest.world_size:
-        total = sum(entry.bytes for entry in manifest.files_of(rank).values())
-        needed += max(0, total - _count_bytes(remote, f"{root}/shards/{manifest.name}"))
+    if manifest is not None:
+        needed += max(0, _rank_bytes(manifest, rank) - there)
     values |= {"needed_bytes": needed}
     fix = f"free space on {host.name}: {at_host(host, f'du -sh {root}/shards/*')}"
-    if free < max(needed, LEAST_FREE_BYTES):
-        return fail("disk", f"{room_text(free, max(needed, LEAST_FREE_BYTES))} in {root}", fix, **values)
+    least = max(needed, LEAST_FREE_BYTES)
+    if free < least:
+        return fail("disk", f"{room_text(free, least)} in {root}", fix, **values)
     if free < needed + ENVIRONMENT_BYTES:
-        return warn("disk", f"{free / 1e9:.1f} GB free in {root}, {needed / 1e9:.1f} GB needed: tight", fix, **values)
-    return ok("disk", f"{_free_text(free)} free", **values)
+        text = f"{format_gb(free)} free in {root}, {format_gb(needed)} needed: tight"
+        return warn("disk", text, fix, **values)
+    return ok("disk", f"{format_gb(free)} free", **values)
 
 
-def _count_bytes(remote: Remote, directory: str) -> int:
-    done = remote.run(["du", "-sk", "--", directory], check=False)
-    word = (done.stdout.split() or [b""])[0]
-    return int(word) << 10 if word.isdigit() else 0
-
-
-def _free_text(free: int) -> str:
-    return f"{free / 1e12:.1f} TB" if free >= 1e12 else f"{free / 1e9:.1f} GB"
+def _rank_bytes(manifest: Manifest, rank: int) -> int:
+    return sum(entry.bytes for entry in manifest.files_of(rank).values()) if rank < manifest.world_size else 0

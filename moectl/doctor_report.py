@@ -5,7 +5,8 @@ A host's good news share a line; each warning and failure has its own, with what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moectl.doctor import Diagnosis
@@ -13,17 +14,27 @@ from moectl.findings import Finding, Level
 
 SCHEMA = "moectl.doctor/1"
 _GAP = "  "
+_WORD = len("FAIL")
 _DOT = " · "
+Paint = Callable[[Level, str], str]
 
 
-def doctor_text(diagnosis: Diagnosis, *, width: int, verbose: bool = False) -> str:
-    """Return the lines of `doctor`; `verbose` gives each check a line of its own."""
+def doctor_text(
+    diagnosis: Diagnosis, *, width: int, verbose: bool = False, paint: Paint = lambda level, word: word
+) -> str:
+    """Return the lines of `doctor`; `verbose` gives each check a line of its own, `paint` colours a level's word."""
     blocks = [(report.host.address, report.findings) for report in diagnosis.hosts]
-    blocks += [(f"{report.a.name}-{report.b.name}", report.findings) for report in diagnosis.pairs]
+    links = [
+        replace(finding, text=f"{report.a.name}-{report.b.name} {finding.text}")
+        for report in diagnosis.pairs
+        for finding in report.findings
+    ]
+    if links:
+        blocks.append(("links", tuple(links)))
     if diagnosis.cluster:
         blocks.append(("cluster", diagnosis.cluster))
     column = max(len(name) for name, _ in blocks)
-    lines = [line for name, found in blocks for line in _block(name.ljust(column), found, width, verbose)]
+    lines = [line for name, found in blocks for line in _block(name.ljust(column), found, width, verbose, paint)]
     return "\n".join([*lines, summary_text(diagnosis)])
 
 
@@ -72,27 +83,29 @@ def _rows(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     ]
 
 
-def _block(name: str, findings: Sequence[Finding], width: int, verbose: bool) -> list[str]:
-    """Return the lines of one host, pair or of the cluster."""
+def _block(name: str, findings: Sequence[Finding], width: int, verbose: bool, paint: Paint) -> list[str]:
+    """Return the lines of one host, of the links or of the cluster."""
+    indent = len(name) + 2 * len(_GAP) + _WORD
+
+    def head(level: Level) -> str:
+        return f"{name}{_GAP}{paint(level, level.word.ljust(_WORD))}{_GAP}"
+
     good = [finding.text for finding in findings if finding.level is Level.OK]
-    lines: list[str] = []
-    if verbose:
-        lines += [f"{name}{_GAP}{'ok':4}{_GAP}{text}" for text in good]
-    elif good:
-        lines += _fill(f"{name}{_GAP}{'ok':4}{_GAP}", good, width)
+    texts = good if verbose else _fill(good, width - indent)
+    lines = [(" " * indent if place and not verbose else head(Level.OK)) + text for place, text in enumerate(texts)]
     for finding in sorted((f for f in findings if f.level is not Level.OK), key=lambda f: f.level, reverse=True):
-        lines.append(f"{name}{_GAP}{finding.level.word:4}{_GAP}{finding.text}")
+        lines.append(head(finding.level) + finding.text)
         if finding.fix:
-            lines.append(f"{' ' * len(name)}{_GAP}{'':4}{_GAP}fix: {finding.fix}")
+            lines.append(f"{' ' * indent}fix: {finding.fix}")
     return lines
 
 
-def _fill(head: str, words: Sequence[str], width: int) -> list[str]:
+def _fill(words: Sequence[str], width: int) -> list[str]:
     """Return words in lines of at most `width` letters, broken between words only."""
-    lines = [head + words[0]]
-    for word in words[1:]:
-        if len(lines[-1]) + len(_DOT) + len(word) <= width:
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + len(_DOT) + len(word) <= width:
             lines[-1] += _DOT + word
         else:
-            lines.append(" " * len(head) + word)
+            lines.append(word)
     return lines

@@ -181,9 +181,10 @@ def try_links(
             return Tried(here, there, found["rtt_s"], found.get("out_bytes_s"), found.get("in_bytes_s"))
 
         def try_both(pair: tuple[int, int]) -> None:
-            first, second = pair
-            on_tried(try_one(second, first, transfers))
-            on_tried(try_one(first, second, False))
+            ways = [(pair[1], pair[0], transfers), (pair[0], pair[1], False)]
+            # A way that fails takes its time: wait for both at once, unless one would slow the other's transfers.
+            for some in [[way] for way in ways] if transfers else [ways]:
+                _at_once(lambda way: on_tried(try_one(*way)), some)
 
         for pairs in plan_rounds(len(sites)):
             _at_once(try_both, pairs)

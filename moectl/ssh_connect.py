@@ -47,7 +47,7 @@ def open_transport(
         opened.callback(transport.close)
         options = transport.get_security_options()
         options.ciphers = (*FAST_CIPHERS, *(c for c in options.ciphers if c not in FAST_CIPHERS))
-        transport.banner_timeout = settings.connect_timeout_s
+        transport.banner_timeout = 2 * settings.connect_timeout_s  # start_client's time is up first, see below
         transport.auth_timeout = 30.0
         _check_host_key(transport, settings)
         log_in(transport, settings)
@@ -206,6 +206,8 @@ def _check_host_key(transport: paramiko.Transport, settings: SSHSettings) -> Non
     # Ask for a type that is on file, or a host with several keys would look like a changed one.
     options.key_types = sorted(options.key_types, key=lambda kind: kind not in types)
     transport.start_client(timeout=settings.connect_timeout_s)
+    if not transport.initial_kex_done:  # it returns when the time is up, and says nothing
+        raise TimeoutError
     key = transport.get_remote_server_key()
     found = (key.get_name(), key.get_base64())
     if found in known.revoked:

@@ -106,8 +106,8 @@ def wait_for_banner(address: str, port: int, timeout_s: float = 15.0) -> None:
 
 
 @contextlib.contextmanager
-def run_sshd(directory: Path) -> Iterator[Server]:
-    """Run sshd on a free port of 127.0.0.1 until the block ends."""
+def run_sshd(directory: Path, *lines: str) -> Iterator[Server]:
+    """Run sshd on a free port of 127.0.0.1 until the block ends; `lines` come first in its configuration."""
     assert SSHD is not None
     directory.mkdir(parents=True, exist_ok=True)
     if os.getuid() == 0:
@@ -117,7 +117,8 @@ def run_sshd(directory: Path) -> Iterator[Server]:
     authorized.write_text(Path(f"{key}.pub").read_text())
     port = find_free_port()
     known_hosts.write_text(known_host("127.0.0.1", port, host_key))
-    (directory / "sshd_config").write_text(server_config(directory, "127.0.0.1", port, host_key, authorized))
+    usual = server_config(directory, "127.0.0.1", port, host_key, authorized)
+    (directory / "sshd_config").write_text("\n".join([*lines, usual]))  # the first value of an option counts
     process = subprocess.Popen(
         [SSHD, "-D", "-f", str(directory / "sshd_config"), "-E", str(directory / "sshd.log")],
         stdin=subprocess.DEVNULL,
