@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,11 @@ if TYPE_CHECKING:
     help="ring is TCP; jaccl is RDMA over a mesh, jaccl-ring over a ring.",
 )
 @click.option("--no-sleep", is_flag=True, help="Also keep the Macs from sleeping (pmset).")
-@click.option("--wired-limit", metavar="SIZE", help="Also let their GPUs hold so much memory, such as 112GiB.")
+@click.option(
+    "--wired-limit",
+    metavar="SIZE",
+    help="Also let their GPUs hold so much memory, such as 112GiB; auto: what the newest shard set needs.",
+)
 @common
 def setup(common: Common, hostfile_: str | None, **options: Any) -> None:
     """Find how Macs are cabled by Thunderbolt, and set up addresses and a hosts file for that.
@@ -93,7 +98,7 @@ def _set_up(common: Common, options: dict[str, Any]) -> None:
 
     hosts = common.host_list(required=True)
     assert hosts is not None
-    output, wish = options["output"], _wish(options)
+    output, wish = options["output"], _wish(options, len(hosts.hosts))
     if output is not None:
         _check_output(output, force=options["force"])
     with setup_run.open_remotes(hosts.hosts) as remotes:
@@ -110,12 +115,30 @@ def _set_up(common: Common, options: dict[str, Any]) -> None:
     common.print(_result_text(common, plan, output, applied=count if options["apply"] else None), document)
 
 
-def _wish(options: dict[str, Any]) -> Wish:
+def _wish(options: dict[str, Any], world_size: int) -> Wish:
     from moectl.hosts import parse_size
     from moectl.setup_plan import Wish
 
     limit = options["wired_limit"]
-    return Wish(options["over"], options["backend"], options["no_sleep"], None if limit is None else parse_size(limit))
+    wish = Wish(options["over"], options["backend"], options["no_sleep"])
+    if limit is None:
+        return wish
+    if limit == "auto":
+        return replace(wish, needs_bytes=_needs(world_size))
+    return replace(wish, wired_limit_bytes=parse_size(limit))
+
+
+def _needs(world_size: int) -> tuple[int, ...]:
+    """Return the bytes that each rank of the newest shard set needs at the context that plans assume."""
+    from moectl.budget import rank_need
+    from moectl.machine import CONTEXT
+    from moectl.prepare import newest_shards
+
+    _, manifest = newest_shards(world_size)
+    context = min(CONTEXT, manifest.geometry.max_seq_len)
+    return tuple(
+        rank_need(manifest.placement, manifest.quantization, rank, context=context).total for rank in range(world_size)
+    )
 
 
 def _check_output(output: Path, *, force: bool) -> None:

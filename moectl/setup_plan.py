@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from moectl.budget import COMFORTABLE, SYSTEM_BYTES
+from moectl.chips import default_working_set_bytes
 from moectl.errors import PlanError
 from moectl.hosts import Host, HostList
 from moectl.setup_machine import Machine
@@ -38,6 +40,7 @@ class Wish:
     backend: str = "auto"  # or "ring", "jaccl", "jaccl-ring"
     no_sleep: bool = False
     wired_limit_bytes: int | None = None  # for the GPU of every Mac
+    needs_bytes: tuple[int, ...] = ()  # instead: what each rank has to hold, so that a Mac gets a limit if it needs one
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,11 @@ def plan_setup(machines: Sequence[Machine], given: HostList, wish: Wish = Wish()
     backend, order, reasons = _choose(topology, machines, wish.backend)
     links = _number(topology, machines)
     steps = tuple(
-        (*_bridge_steps(machine, links, place), *_address_steps(machines, links, place), *_extra_steps(machine, wish))
+        (
+            *_bridge_steps(machine, links, place),
+            *_address_steps(machines, links, place),
+            *_extra_steps(machine, wish, order.index(place)),
+        )
         for place, machine in enumerate(machines)
     )
     is_mesh = backend == "jaccl"
@@ -284,7 +291,7 @@ def _restore(interface: Interface, ip: str) -> tuple[str, ...]:
     return ("ifconfig", interface.name, "inet", str(before.ip), "netmask", str(before.netmask))
 
 
-def _extra_steps(machine: Machine, wish: Wish) -> Iterator[Step]:
+def _extra_steps(machine: Machine, wish: Wish, rank: int) -> Iterator[Step]:
     """Return the steps that a person has to ask for."""
     if not machine.is_mac:
         return
@@ -295,14 +302,30 @@ def _extra_steps(machine: Machine, wish: Wish) -> Iterator[Step]:
             "a Mac that sleeps drops out, and Thunderbolt cannot wake it; this stays after a restart",
             already=machine.sleep_minutes == 0,
         )
-    if wish.wired_limit_bytes is not None:
-        yield _limit_step(machine, wish.wired_limit_bytes)
+    limit = wish.wired_limit_bytes if not wish.needs_bytes else _needed_limit(machine, wish.needs_bytes[rank])
+    if limit is not None:
+        yield _limit_step(machine, limit)
+
+
+def _needed_limit(machine: Machine, need_bytes: int) -> int | None:
+    """Return the limit under which a rank fits well; None where the one in force will do. Raises PlanError."""
+    memory = machine.memory_bytes or 0
+    most = memory - min(SYSTEM_BYTES, memory // 4)
+    if need_bytes > most:
+        need, can = need_bytes / _GIB, most / _GIB
+        raise PlanError(
+            f"its rank needs {need:.1f} GiB, and no limit above {can:.1f} GiB is safe",
+            host=machine.host.name,
+            hint="moectl plan shows what would fit; or give a size with --wired-limit",
+        )
+    wanted = min(most, int(need_bytes / COMFORTABLE) + (1 << 20))
+    return None if wanted <= (machine.wired_limit_bytes or default_working_set_bytes(memory)) else wanted
 
 
 def _limit_step(machine: Machine, limit_bytes: int) -> Step:
     """Return what gives the GPU so much memory until the next restart. Raises PlanError for too much."""
     memory, before = machine.memory_bytes or 0, machine.wired_limit_bytes or 0
-    most = memory - min(4 * _GIB, memory // 4)
+    most = memory - min(SYSTEM_BYTES, memory // 4)
     if limit_bytes > most:
         raise PlanError(
             f"a wired limit of {limit_bytes / _GIB:.1f} GiB leaves macOS too little of {memory / _GIB:.0f} GiB",
@@ -388,7 +411,7 @@ def _plan_ethernet(topology: Topology, machines: Sequence[Machine], given: HostL
         why = f"{', '.join(names)}: no Mac" if names else "only Thunderbolt carries RDMA"
         raise PlanError(f"--backend {wish.backend} cannot work: {why}", hint="moectl setup --backend ring")
     hosts = tuple(replace(machine.host, ips=_outside(machine, (), 0), rdma=()) for machine in machines)
-    steps = tuple(tuple(_extra_steps(machine, wish)) for machine in machines)
+    steps = tuple(tuple(_extra_steps(machine, wish, rank)) for rank, machine in enumerate(machines))
     others = tuple(
         Advice(machine.host.name, "not a Mac: there is nothing to set up, its addresses are used as they are")
         for machine in machines

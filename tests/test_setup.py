@@ -218,6 +218,7 @@ def test_it_asks_first(call: Call, pair: list[FakeMac], monkeypatch: pytest.Monk
         (("--undo", "-o", "x"), 2, "--undo and --output exclude each other"),
         (("-o", "nowhere/new.txt"), 2, "nowhere is not a directory"),
         (("--wired-limit", "much"), 4, "'much' is not a size"),
+        (("--wired-limit", "auto"), 8, "there is no shard set for 1 hosts"),
     ],
 )
 def test_flags_that_make_no_sense(words: tuple[str, ...], code: int, message: str, call: Call, tmp_path: Path) -> None:

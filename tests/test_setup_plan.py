@@ -346,6 +346,21 @@ def test_a_limit_that_macos_would_not_survive_is_refused() -> None:
     assert "at most 124GiB" in (caught.value.hint or "")
 
 
+def test_a_limit_is_raised_only_where_a_rank_needs_it() -> None:
+    needs = (80 << 30, 110 << 30, 20 << 30, 123 << 30)  # of ranks; a Mac of 128 GiB lets its GPU have 107.5 GiB
+    made = plan(cable_all(4, MIXED), Wish(needs_bytes=needs))
+    limits = [[step.argv[1] for step in steps if step.argv[0] == "sysctl"] for steps in made.steps]
+    # The ring is mac1, mac3, mac2, mac4: the second rank is on mac3. What fits in the whole memory gets what is safe.
+    assert limits == [
+        [],
+        [],
+        [f"iogpu.wired_limit_mb={int(110 * 1024 / 0.9) + 1}"],
+        [f"iogpu.wired_limit_mb={124 * 1024}"],
+    ]
+    with pytest.raises(PlanError, match=r"mac2: its rank needs 125\.0 GiB, and no limit above 124\.0 GiB is safe"):
+        plan(cable_all(2, cabling.mesh(2)), Wish(needs_bytes=(1, 125 << 30)))
+
+
 def test_a_port_that_networksetup_does_not_list() -> None:
     macs = cable_all(2, cabling.mesh(2))
     lacking: Mapping[int, str] = {port: name for port, name in PORTS.items() if port != 1}
