@@ -430,7 +430,7 @@ def _cable_advice(topology: Topology, machines: Sequence[Machine], backend: str)
     missing = topology.missing_of_mesh
     if missing and len(names) > 2:
         lacks = ", ".join(f"{names[a]} and {names[b]}" for a, b in missing)
-        yield Advice(None, f"a ring, and no mesh: no cable between {lacks}; a mesh is faster")
+        yield Advice(None, f"a ring, and no mesh: no cable between {lacks}; RDMA is faster over a mesh")
     if topology.ring not in (None, tuple(range(len(names)))) and backend != "jaccl":
         order = ", ".join(names[place] for place in topology.ring or ())
         yield Advice(None, f"ranks follow the ring: {order}")

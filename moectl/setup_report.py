@@ -21,11 +21,9 @@ def plan_text(plan: SetupPlan, *, verbose: bool = False) -> str:
     for machine, steps in zip(plan.machines, plan.steps, strict=True):
         if steps:
             lines += ["", machine.host.name, *_step_lines(steps, verbose=verbose)]
-    told = [_advice_text(advice) for advice in plan.advice]
-    told += [f"cannot be run from here: {_advice_text(advice)}" for advice in plan.blockers]
-    if told:
-        lines += ["", *(f"note  {text}" for text in told)]
-    return "\n".join(lines)
+    told = [f"note  {text}" for text in _advice_texts(plan.advice)]
+    told += [f"stop  {text}" for text in _advice_texts(plan.blockers)]
+    return "\n".join([*lines, "", *told] if told else lines)
 
 
 def hosts_text(plan: SetupPlan) -> str:
@@ -122,8 +120,12 @@ def _step_lines(steps: Sequence[Step], *, verbose: bool) -> Iterator[str]:
             yield f"    undone by: {command_text(step.undo)}"
 
 
-def _advice_text(advice: Advice) -> str:
-    return f"{advice.host}: {advice.text}" if advice.host else advice.text
+def _advice_texts(told: Sequence[Advice]) -> list[str]:
+    """Return each advice once, behind the names of all hosts that it is for."""
+    hosts: dict[str, list[str]] = {}
+    for advice in told:
+        hosts.setdefault(advice.text, []).extend([advice.host] if advice.host else [])
+    return [f"{', '.join(names)}: {text}" if names else text for text, names in hosts.items()]
 
 
 def _cable_json(cable: Cable, names: Sequence[str]) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def test_hosts_that_are_no_macs(call: Call, sshd: Server, tmp_path: Path) -> Non
     (tmp_path / "hosts.txt").write_text(f"{sshd.add_alias('box')} ip=10.0.0.9\nlocalhost ip=10.0.0.8\n")
     code, out, err = call("setup", "hosts.txt", "--apply", "--yes", "-o", "new.txt")
     assert (code, "Nothing had to be changed." in out) == (0, True), err
-    assert "note  box: not a Mac: there is nothing to set up" in out
+    assert "note  box, localhost: not a Mac: there is nothing to set up" in out
     assert [host.ips for host in read_hosts("new.txt").hosts] == [("10.0.0.9",), ("10.0.0.8",)]
     code, _, err = call("setup", "hosts.txt", "--backend", "jaccl")
     assert (code, "box, localhost: no Mac" in err) == (4, True)

@@ -179,7 +179,7 @@ def test_a_broken_mesh_tells_which_cable_is_missing(count: int, cables: Cables, 
 def test_a_mesh_short_of_one_cable_is_a_ring_and_says_what_a_mesh_needs() -> None:
     made = plan(cable_all(4, cabling.mesh(4)[1:]))
     texts = [advice.text for advice in made.advice]
-    assert "a ring, and no mesh: no cable between mac1 and mac2; a mesh is faster" in texts
+    assert "a ring, and no mesh: no cable between mac1 and mac2; RDMA is faster over a mesh" in texts
     assert "ranks follow the ring: mac1, mac3, mac2, mac4" in texts
     assert [host.name for host in made.hosts.hosts] == ["mac1", "mac3", "mac2", "mac4"]
     with pytest.raises(PlanError, match="no mesh: no cable between mac1 and mac2"):
