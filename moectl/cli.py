@@ -5,6 +5,8 @@ Imports of the working modules are inside the commands, so that `--help` and Tab
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from moectl import __version__, cli_check, cli_prepare, cli_setup, cli_use
@@ -51,6 +53,11 @@ def hosts(common: Common, mlx: bool) -> None:
     if mlx or common.json:
         from moectl.hosts import to_mlx_json
 
+        if mlx and not found.backend and any(host.rdma for host in found.hosts):
+            from moectl.backend import choose_backend
+
+            # mlx.launch takes the TCP ring where the file does not say; hosts.txt says it by its rdma= only.
+            found = replace(found, backend=choose_backend("auto", found.hosts))
         click.echo(to_mlx_json(found))
         return
     for host in found.hosts:

@@ -245,6 +245,32 @@ def test_a_host_that_is_not_reached(call: Call, pair: list[FakeMac], sshd: Serve
     assert pair[0].commands == []
 
 
+def test_a_host_that_is_gone_keeps_its_part_of_the_record(call: Call, pair: list[FakeMac], sshd: Server) -> None:
+    sshd.add_alias("gone", port=1)
+    with open_record() as found:
+        for host in ("gone", "mac1"):
+            found.finish(found.begin(entry(host)))
+    code, _, err = call("setup", "--undo", "--yes")
+    assert (code, "not everything was undone: gone: " in err) == (3, True), err
+    assert pair[1].commands == ["ifconfig bridge0 up"]
+    assert [left.host for left in read_record()] == ["gone"]
+    assert call("setup", "--undo", "--yes")[0] == 5
+
+
+def test_who_comes_in_by_the_bridge_is_stopped(call: Call, pair: list[FakeMac]) -> None:
+    (pair[1].directory / "interfaces" / "lo0").unlink()
+    bridge = pair[1].directory / "interfaces" / "bridge0"
+    bridge.write_text(bridge.read_text().replace("169.254.205.255", "127.0.0.1"))
+    code, out, _ = call("setup", "hosts.txt")
+    assert (code, "stop  mac1: SSH reaches it by bridge0 (127.0.0.1), which would be changed under it" in out) == (
+        0,
+        True,
+    )
+    code, _, err = call("setup", "hosts.txt", "--apply", "--yes")
+    assert (code, "Hint: use its Ethernet or Wi-Fi address" in err) == (4, True)
+    assert [mac.commands for mac in pair] == [[], []]
+
+
 def test_sudo_that_wants_a_password(call: Call, pair: list[FakeMac], tmp_path: Path) -> None:
     for mac in pair:
         mac.change(password="open sesame")
