@@ -80,29 +80,40 @@ def test_nothing_is_changed_without_apply(call: Call, pair: list[FakeMac], tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts.txt", "mac0", "mac1", "ssh_config"]
 
 
-def test_apply_then_undo(call: Call, pair: list[FakeMac]) -> None:
+def test_apply_restart_and_undo(call: Call, pair: list[FakeMac]) -> None:
     before = [mac.interfaces for mac in pair]
-    code, out, err = call("setup", "hosts.txt", "--apply", "--yes", "-o", "new.txt")
-    assert (code, "6 commands run" in out) == (0, True), err
-    assert [mac.commands for mac in pair] == PAIR
+    words = ("--apply", "--yes", "--no-sleep", "--wired-limit", "100GiB")
+    settings = ["pmset -c sleep 0", "sysctl iogpu.wired_limit_mb=102400"]
+    code, out, err = call("setup", "hosts.txt", *words, "-o", "new.txt")
+    assert (code, "10 commands run" in out) == (0, True), err
+    assert [mac.commands for mac in pair] == [[*commands, *settings] for commands in PAIR]
     assert ["inet 192.168.0.1 netmask 0xfffffffc" in mac.interfaces["en2"] for mac in pair] == [True, False]
     assert [is_up(mac) for mac in pair] == [(False, True), (False, True)]
+    assert " sleep 0\n" in pair[0].says("pmset")
+    assert "iogpu.wired_limit_mb: 102400\n" in pair[0].says("sysctl")
     assert read_hosts("new.txt").hosts == (
         Host("mac0", ips=("10.0.0.1",), rdma=(None, "rdma_en2")),
         Host("mac1", ips=("10.0.0.2",), rdma=("rdma_en2", None), memory_bytes=64 * 10**9),
     )
     assert stat.S_IMODE(record_path().stat().st_mode) == 0o600
     assert stat.S_IMODE(record_path().parent.stat().st_mode) == 0o700
-    assert [entry.done for entry in read_record()] == [True] * 6
+    assert [left.done for left in read_record()] == [True] * 10
 
-    code, out, _ = call("setup", "new.txt", "--apply", "--yes")  # from what it wrote itself
+    code, out, _ = call("setup", "new.txt", *words)  # from what it wrote itself
     assert (code, "Nothing had to be changed." in out) == (0, True)
-    assert [mac.commands for mac in pair] == PAIR
+    pair[0].restart(0)
+    code, out, _ = call("setup", "new.txt", *words)
+    assert (code, "3 commands run" in out, len(read_record())) == (0, True, 10)
 
+    pair[1].restart(1)
     code, out, err = call("setup", "--undo", "--yes")
-    assert (code, out) == (0, "6 commands run: what setup had changed is undone.\n"), err
-    assert [mac.commands[3:] for mac in pair] == UNDO
+    assert (code, out) == (0, "9 commands run: what setup had changed is undone.\n"), err
+    assert "left out: en2 has 192.168.0.2 no more" in err
+    back = ["sysctl iogpu.wired_limit_mb=0", "pmset -c sleep 10"]
+    assert pair[0].commands == [*PAIR[0], *settings, *PAIR[0], *back, *UNDO[0]]
+    assert pair[1].commands == [*PAIR[1], *settings, *back, UNDO[1][0], UNDO[1][2]]
     assert [mac.interfaces for mac in pair] == before
+    assert " sleep 10\n" in pair[0].says("pmset")
     assert not record_path().exists()
     assert call("setup", "--undo", "--yes")[:2] == (0, "There is nothing to undo.\n")
 
@@ -145,25 +156,6 @@ def test_a_connection_that_is_lost_leaves_the_command_in_the_record(call: Call, 
     assert (code, "what setup had changed is undone" in out) == (0, True), err
     assert is_up(pair[0]) == (True, False)
     assert pair[1].commands == []
-
-
-def test_settings_on_request_and_a_restart(call: Call, pair: list[FakeMac]) -> None:
-    words = ("setup", "hosts.txt", "--apply", "--yes", "--no-sleep", "--wired-limit", "100GiB", "--backend", "ring")
-    assert call(*words)[0] == 0
-    settings = ["pmset -c sleep 0", "sysctl iogpu.wired_limit_mb=102400"]
-    assert pair[0].commands == [*PAIR[0], *settings]
-    assert " sleep 0\n" in pair[0].says("pmset")
-    assert "iogpu.wired_limit_mb: 102400\n" in pair[0].says("sysctl")
-    pair[0].restart(0)
-    code, out, _ = call(*words)
-    assert (code, "3 commands run" in out, len(read_record())) == (0, True, 10)
-    pair[1].restart(1)
-    code, _, err = call("setup", "--undo", "--yes")
-    assert (code, "left out: en2 has 192.168.0.2 no more" in err) == (0, True)
-    back = ["sysctl iogpu.wired_limit_mb=0", "pmset -c sleep 10"]
-    assert pair[0].commands == [*PAIR[0], *settings, *PAIR[0], *back, *UNDO[0]]
-    assert pair[1].commands == [*PAIR[1], *settings, *back, UNDO[1][0], UNDO[1][2]]
-    assert " sleep 10\n" in pair[0].says("pmset")
 
 
 def test_a_route_stops_nothing_and_a_command_without_effect_is_told(call: Call, pair: list[FakeMac]) -> None:
