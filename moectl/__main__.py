@@ -38,6 +38,11 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if "_MOECTL_COMPLETE" in os.environ:  # a shell asks, at Tab
+        from moectl.completion import answer_tab
+
+        answer_tab(cli)
+        sys.exit(0)
     sys.exit(run())
 
 
@@ -50,8 +55,7 @@ def run() -> int:
     try:
         from moectl.config import read_config
 
-        defaults = read_config({n: {p.name for p in c.params if p.name} for n, c in cli.commands.items()})
-        result = cli.main(prog_name="moectl", standalone_mode=False, default_map=defaults)
+        result = cli.main(prog_name="moectl", standalone_mode=False, default_map=read_config(cli.parameter_names()))
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as error:
         return error.exit_code

@@ -81,11 +81,22 @@ class Answer:
         elif finish_reason is not None:
             yield self._done(finish_reason)
 
+    @property
+    def has_stop(self) -> bool:
+        """Whether a stop text is complete in what was told; on the leader."""
+        return self._stop.found
+
+    def end(self, finish_reason: str) -> Iterator[Event]:
+        """Tell the end of an answer that is resumed with nothing left to generate."""
+        self._detokenizer.finalize()
+        yield from self._tell_rest(self._stop.feed(self._detokenizer.last_segment))
+        yield self._done("stop" if self._stop.found else finish_reason)
+
     def cancel(self) -> Iterator[Event]:
         """Tell that it ends here, unless that has been told."""
         if not self.ended:
             yield from self._tell_rest("")
-            yield self._done("cancelled")
+            yield self._done("stop" if self._stop.found else "cancelled")
 
     def refuse(self) -> Iterator[Event]:
         """Tell why it cannot be answered."""

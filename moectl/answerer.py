@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from moectl.chat import Finished, Piece
 from moectl.client import Client
 from moectl.leash import Done
+from moectl.serving import Notice
 from moectl.settings import Settings
 from moectl.transcript import Message
 
@@ -24,6 +25,7 @@ class ControllerAnswerer:
     connect: Callable[[], Client]
     details: Sequence[tuple[str, str]] = field(default=())
     over: bool = False  # a controller that fails is replaced at the next question
+    say: Callable[[str], None] = lambda text: None  # what a person should know while the answer waits
 
     def chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
         """Yield an answer as it comes; see `chat.Answerer`."""
@@ -32,4 +34,7 @@ class ControllerAnswerer:
         # Closing the connection is the cancel.
         with contextlib.closing(self.connect().chat(fields)) as events:
             for event in events:
-                yield Finished(event.finish_reason, event.stats) if isinstance(event, Done) else Piece(event.text)
+                if isinstance(event, Notice):
+                    self.say(f"\n[{event.text}]")
+                else:
+                    yield Finished(event.finish_reason, event.stats) if isinstance(event, Done) else Piece(event.text)

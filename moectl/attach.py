@@ -18,7 +18,8 @@ from moectl.launch import Local, Target, count_ranks, decode_target, encode_targ
 from moectl.serving import Settings
 
 OnLog = Callable[[str, str], None]
-_OPEN = (None, "auto", 0)
+_OPEN = (None, "auto", 0, False)
+_SAFEGUARDS = ("agree_routing", "paranoia")  # who asks for them shall have them
 _ATTEMPTS = 3
 _LEAVING_S = 30.0
 
@@ -34,8 +35,8 @@ class Attached:
 def attach(
     target: Target,
     options: Mapping[str, Any],
+    settings: Settings,
     *,
-    keep_alive_s: float,
     say: Callable[[str], None] = lambda text: None,
     on_log: OnLog = lambda host, line: None,
 ) -> Attached:
@@ -43,13 +44,13 @@ def attach(
 
     Waits until the model is loaded. Raises StateError when one runs with other options, and what starting raises.
     """
-    client = Client(place_of(target))
+    client = Client(settings.socket_path)
     for _ in range(_ATTEMPTS):
-        if is_running(client.path) and _join(client, target, options, keep_alive_s):
+        if is_running(client.path) and _join(client, target, options, settings.keep_alive_s):
             return Attached(client, False)
         say(f"Loading {target.name} on {count_ranks(target)} rank{'s' * (count_ranks(target) > 1)}.")
         with contextlib.suppress(AlreadyRunning):  # somebody else was quicker: join that one
-            start(target, Settings(client.path, keep_alive_s), options, on_log=on_log)
+            start(target, settings, options, on_log=on_log)
             return Attached(client, True)
     raise StateError(f"the controller of {target.name} comes and goes", hint="moectl stop --now, then run it again")
 
@@ -66,6 +67,10 @@ def _join(client: Client, target: Target, options: Mapping[str, Any], keep_alive
                 raise StateError(
                     f"{target.name} is loaded with the device's own dtype", hint="moectl stop, then run it again"
                 )
+        for name in _SAFEGUARDS:
+            if options.get(name) and not described["options"].get(name):
+                flag = f"--{name.replace('_', '-')}"
+                raise StateError(f"{target.name} is loaded without {flag}", hint="moectl stop, then run it again")
         client.keep_alive(keep_alive_s, asks=True)
         return True
     except RemoteError:  # it is leaving
@@ -105,6 +110,7 @@ def start(target: Target, settings: Settings, options: Mapping[str, Any], *, on_
             "keep_alive_s": settings.keep_alive_s,
             "tcp": settings.tcp,
             "api_key": settings.api_key,
+            "restarts": settings.restarts,
         },
         "options": dict(options),
     }
@@ -118,13 +124,14 @@ def obey() -> None:
     order = background.take_order()
     raw = order["settings"]
     tcp = (raw["tcp"][0], raw["tcp"][1]) if raw["tcp"] else None
-    settings = Settings(Path(raw["socket_path"]), raw["keep_alive_s"], tcp, raw["api_key"])
+    settings = Settings(Path(raw["socket_path"]), raw["keep_alive_s"], tcp, raw["api_key"], raw["restarts"])
     try:
         run(
             decode_target(order["target"]),
             settings,
             on_ready=lambda sockets: background.tell_ready(sockets[1].getsockname()[1] if settings.tcp else None),
             on_log=background.tell_log,
+            say=background.note,
             **order["options"],
         )
     except MoectlError as error:

@@ -38,19 +38,21 @@ def make_connect(
     hosts: Sequence[Host],
     endpoints: Sequence[Sequence[str]],
     rank: int,
+    nonce: int,
 ) -> Connect:
     """Return the order that makes one rank join the group.
 
     `endpoints` are each rank's "ip:port" strings. The ring takes all of them; JACCL's coordinator is rank 0's first.
+    `nonce` is what the ranks of this launch know each other by.
     """
     env = {"MLX_RANK": str(rank)}
     if backend == "ring":
-        return Connect("ring", env, {"MLX_HOSTFILE": json.dumps([list(e) for e in endpoints])})
+        return Connect("ring", env, {"MLX_HOSTFILE": json.dumps([list(e) for e in endpoints])}, nonce)
     env["MLX_JACCL_COORDINATOR"] = endpoints[0][0]
     if backend == "jaccl-ring":
         env["MLX_JACCL_RING"] = "1"
     devices = json.dumps([[to_mlx_devices(entry) for entry in host.rdma] for host in hosts])
-    return Connect("jaccl", env, {"MLX_IBV_DEVICES": devices})
+    return Connect("jaccl", env, {"MLX_IBV_DEVICES": devices}, nonce)
 
 
 def _missing(hosts: Sequence[Host], *, ring: bool) -> list[tuple[int, int]]:

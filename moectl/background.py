@@ -137,6 +137,11 @@ def tell_log(host: str, line: str) -> None:
     _tell({"log": [host, line]})
 
 
+def note(text: str) -> None:
+    """Keep a line in this process's log."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - this process's log
+
+
 def tell_failure(error: MoectlError) -> None:
     """Say why there will be no controller."""
     _tell({"error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint, "host": error.host}})

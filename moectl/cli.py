@@ -6,23 +6,56 @@ Imports of the working modules are inside the commands, so that `--help` and Tab
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import click
 
-from moectl import __version__, cli_check, cli_prepare, cli_setup, cli_use
-from moectl.flags import DEFAULT_MODEL, EXIT_STATUS, Common, common
+from moectl import __version__, cli_check, cli_observe, cli_prepare, cli_setup, cli_use
+from moectl.flags import Common, common
+from moectl.verb import Verbs
+
+
+def _print_versions(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    import platform
+    from importlib import metadata
+
+    click.echo(f"moectl {__version__}")
+    for name in ("mlx", "mlx-lm"):
+        try:
+            click.echo(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            click.echo(f"{name} not installed")
+    click.echo(f"Python {platform.python_version()}")
+    ctx.exit()
 
 
 @click.group(
+    cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MOECTL", "max_content_width": 100},
-    epilog=f"Start: moectl shard {DEFAULT_MODEL} -n 4 && moectl deploy hosts.txt && moectl run PROMPT\n\n{EXIT_STATUS}",
 )
-@click.version_option(__version__, "-V", "--version", message="moectl %(version)s")
+@click.option(
+    "-V",
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_versions,
+    help="Show the versions of moectl, mlx, mlx-lm and Python, and exit.",
+)
 def cli() -> None:
-    """Run a mixture-of-experts model across a cluster of Macs."""
+    """Run a mixture-of-experts model across a cluster of Macs.
+
+    \b
+    Examples:
+      moectl run "What is expert parallelism?"
+      moectl shard databricks/dbrx-instruct -n 4 && moectl deploy hosts.txt && moectl run
+    """
 
 
 for _verb in (
+    cli_setup.setup,
     cli_prepare.plan,
     cli_prepare.shard,
     cli_prepare.pull,
@@ -31,14 +64,18 @@ for _verb in (
     cli_use.serve,
     cli_use.stop,
     cli_use.bench,
+    cli_observe.status,
+    cli_observe.logs,
+    cli_observe.list_,
+    cli_observe.uninstall,
     cli_use.controller,
     cli_check.doctor,
-    cli_setup.setup,
 ):
     cli.add_command(_verb)
+cli.add_command(cli_observe.status, "ps")
 
 
-@cli.command(epilog=EXIT_STATUS)
+@cli.command()
 @click.option("--mlx", is_flag=True, help="Write an MLX JSON hostfile, for mlx.launch.")
 @common
 def hosts(common: Common, mlx: bool) -> None:
@@ -70,3 +107,41 @@ def worker() -> None:
     from moectl import worker as process
 
     process.main()
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@common
+def completion(common: Common, shell: str) -> None:
+    """Print a shell completion script.
+
+    What it completes is asked of moectl at each Tab: hosts come from the hosts file in force, never from the network.
+    A moectl that was installed from a wheel has brought the scripts already.
+
+    \b
+    Examples:
+      eval "$(moectl completion bash)"
+      moectl completion bash > ~/.local/share/bash-completion/completions/moectl
+      moectl completion zsh > "${fpath[1]}/_moectl"
+      moectl completion fish > ~/.config/fish/completions/moectl.fish
+    """
+    from moectl.completion import script
+
+    text = script(shell)
+    common.print(text.rstrip("\n"), {"schema": "moectl.completion/1", "shell": shell, "script": text}, text)
+
+
+@cli.command(hidden=True)
+@click.option("--man", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write the man pages.")
+@click.option(
+    "--completions", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write the scripts."
+)
+def generate(man: Path | None, completions: Path | None) -> None:
+    """Write man/ and completions/, as they are in the source tree."""
+    from moectl.completion import FILES, script
+    from moectl.manual import pages, write_files
+
+    if man:
+        write_files(man, pages(cli))
+    if completions:
+        write_files(completions, {name: script(shell) for shell, name in FILES.items()})

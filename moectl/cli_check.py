@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import click
 
-from moectl import errors
-from moectl.flags import EXIT_STATUS, Common, common
+from moectl import errors, suggest
+from moectl.flags import Common, common
+from moectl.verb import verb
 
 
-@click.command(epilog=EXIT_STATUS)
-@click.argument("hostfile_", metavar="[HOSTFILE]", required=False)
+@verb("Observe")
+@click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
 @click.option("--fast", is_flag=True, help="Time no transfers between hosts, and run no model on pairs of them.")
 @common
 def doctor(common: Common, hostfile_: str | None, fast: bool) -> None:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moectl import errors
+from moectl import errors, suggest
 from moectl.cli_target import refuse_both
-from moectl.flags import EXIT_STATUS, Common, common
+from moectl.flags import Common, common
+from moectl.verb import verb
 
 if TYPE_CHECKING:
     from moectl.hosts import Host, HostList
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from moectl.setup_run import OnCommand, Sudo
 
 
-@click.command(epilog=EXIT_STATUS)
-@click.argument("hostfile_", metavar="[HOSTFILE]", required=False)
+@verb("Prepare")
+@click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be run: the default.")
 @click.option("--apply", is_flag=True, help="Run the commands on the hosts, with sudo; asks first.")
 @click.option("--undo", is_flag=True, help="Take back what --apply ran, last command first; asks first.")
@@ -59,11 +60,11 @@ if TYPE_CHECKING:
 )
 @common
 def setup(common: Common, hostfile_: str | None, **options: Any) -> None:
-    """Find how Macs are cabled by Thunderbolt, and set up addresses and a hosts file for that.
+    """Set up Macs that are cabled by Thunderbolt: addresses, and a hosts file.
 
-    Proposes RDMA over a mesh where every two Macs are cabled, RDMA over a ring, or TCP over a ring, and shows every
-    command. Nothing is changed without --apply, and then --undo takes it back. Addresses and files are those that
-    mlx.distributed_config would give. Hosts that are no Macs are left as they are.
+    Asks every Mac how it is cabled, proposes RDMA over a mesh where every two are cabled, RDMA over a ring, or TCP over
+    a ring, and shows every command. Nothing is changed without --apply, and then --undo takes it back. Addresses and
+    files are those that mlx.distributed_config would give. Hosts that are no Macs are left as they are.
 
     \b
     Examples:

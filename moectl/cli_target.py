@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from moectl import errors
+from moectl import errors, suggest
 from moectl.flags import Q_BITS, SPLIT, Common
 
 if TYPE_CHECKING:
+    from moectl.canary import Canary
     from moectl.console import Bar, Progress
     from moectl.launch import Target
+    from moectl.manifest import Manifest
     from moectl.prepare import Made, Wanted
 
 MAX_START_S = 86400.0
+PARANOIA = (
+    32  # steps from one comparison to the next: often enough to stop nonsense soon, and seldom enough to cost nothing
+)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -25,15 +30,31 @@ def target_options(command: F) -> F:
     """Give a command the flags that say which model to run, where and how; the functions below read them."""
     options = (
         click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine."),
-        click.option("--shards", metavar="DIR", help="Use this shard set on this machine."),
-        click.option("--model", metavar="DIR|REPO", help="Use this model on this machine; sharded first when needed."),
+        click.option(
+            "--shards", metavar="DIR", shell_complete=suggest.shard_sets, help="Use this shard set on this machine."
+        ),
+        click.option(
+            "--model",
+            metavar="DIR|REPO",
+            shell_complete=suggest.models,
+            help="Use this model on this machine; sharded first when needed.",
+        ),
         click.option("--split", type=SPLIT, help="For --model (default: auto)."),
         click.option("--shares", metavar="A,B,…", help="For --model: uneven parts."),
         click.option("--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert."),
         click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight."),
         click.option("--force", is_flag=True, help="Try it although memory will not do."),
         click.option(
-            "--backend", type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]), default="auto", show_default=True
+            "--no-canary", is_flag=True, help="Do not check first whether every rank computes what it should."
+        ),
+        click.option("--agree-routing", is_flag=True, help="Rank 0 chooses the experts for all: for unlike chips."),
+        click.option("--paranoia", is_flag=True, help="Let all ranks compare what they compute, again and again."),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]),
+            default="auto",
+            show_default=True,
+            help="How ranks reach each other: ring is TCP, jaccl RDMA.",
         ),
         click.option(
             "--start-timeout",
@@ -41,6 +62,7 @@ def target_options(command: F) -> F:
             default=30.0,
             show_default=True,
             metavar="SECONDS",
+            help="For all ranks to join and load.",
         ),
         click.option(
             "--prefill-step",
@@ -74,6 +96,9 @@ def session_options(common: Common, options: dict[str, Any]) -> dict[str, Any]:
         "force": options["force"],
         "prefill_step": options["prefill_step"],
         "speculate": options["speculate"],
+        "canary": not options["no_canary"],
+        "agree_routing": options["agree_routing"],
+        "paranoia": PARANOIA if options["paranoia"] else 0,
     }
 
 
@@ -114,7 +139,11 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
     wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits=bits)
     place = place_here(force, common.say)
     return launch.prepare_local(
-        model, wanted, shard=lambda m, w: shard_model(common, m, w, cached=True, choose_place=place).directory
+        model,
+        wanted,
+        shard=lambda m, w: (
+            shard_model(common, m, w, cached=True, choose_place=place, no_canary=options["no_canary"]).directory
+        ),
     )
 
 
@@ -125,12 +154,21 @@ def refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
             raise errors.UsageError(f"{one} and {other} exclude each other")
 
 
-def shard_model(common: Common, model: str, wanted: Wanted, *, dry_run: bool = False, **options: Any) -> Made:
-    """Cut a model with progress on the terminal; `options` are `prepare.shard`'s."""
+def shard_model(
+    common: Common,
+    model: str,
+    wanted: Wanted,
+    *,
+    dry_run: bool = False,
+    no_canary: bool = False,
+    among: Progress | None = None,
+    **options: Any,
+) -> Made:
+    """Cut a model with progress on the terminal, `among` other bars; `options` are `prepare.shard`'s."""
     from moectl import prepare
     from moectl.console import progress
 
-    with progress(quiet=common.quiet) as bars:
+    with contextlib.nullcontext(among) if among else progress(quiet=common.quiet) as bars:
         cutting: list[Bar] = []
 
         def on_plan(directory: Path, output_bytes: int) -> bool:
@@ -141,6 +179,7 @@ def shard_model(common: Common, model: str, wanted: Wanted, *, dry_run: bool = F
             model,
             wanted,
             quantise=_quantise,
+            compute_canary=None if no_canary else _canary_drawer(bars),
             on_plan=on_plan,
             on_download=download_bars(bars),
             on_bytes=lambda n: cutting[0].advance(n),
@@ -149,6 +188,23 @@ def shard_model(common: Common, model: str, wanted: Wanted, *, dry_run: bool = F
     for warning in made.warnings:
         common.say(f"Warning: {warning}")
     return made
+
+
+def _canary_drawer(bars: Progress) -> Callable[[Path, Manifest], Canary]:
+    """Return what runs a finished set once, with a bar over its layers."""
+
+    def compute(directory: Path, manifest: Manifest) -> Canary:
+        from moectl.model.reference import compute_canary
+
+        weights = sum(entry.bytes for entry in manifest.files.values())
+        bar = bars.bar("canary", weights)
+
+        def on_layer(done: int, of: int) -> None:
+            bar.advance(weights * done // of - weights * (done - 1) // of)
+
+        return compute_canary(directory, manifest, on_layer=on_layer)
+
+    return compute
 
 
 def download_bars(bars: Progress) -> Callable[[str, int, int], None]:

@@ -13,7 +13,8 @@ import click
 
 from moectl import errors
 from moectl.cli_target import choose_target, session_options, target_options
-from moectl.flags import EXIT_STATUS, FILE, Common, Duration, common
+from moectl.flags import FILE, Common, Duration, common
+from moectl.verb import verb
 
 if TYPE_CHECKING:
     from moectl.attach import Attached
@@ -21,16 +22,36 @@ if TYPE_CHECKING:
     from moectl.client import Client
     from moectl.launch import Target
     from moectl.leash import Done, Token
+    from moectl.serving import Notice
 
 _END_S = 15.0  # for a controller that nobody needs any more
 
 
-@click.command(epilog=EXIT_STATUS)
+def restart_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the flags that say how often a failed cluster may start again; `count_restarts` reads them."""
+    command = click.option(
+        "--max-restarts",
+        type=click.IntRange(0),
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="When a worker fails, start all again and go on with the answers, so often within ten minutes.",
+    )(command)
+    return click.option("--no-restart", is_flag=True, help="When a worker fails, end with its error.")(command)
+
+
+@verb("Use")
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
-@click.option("-m", "--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("-m", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the answer.")
 @click.option("-t", "--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample from the likeliest tokens with so much probability together.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Make sampling repeatable.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
 @click.option("--stats", is_flag=True, help="Print speeds on stderr afterwards (-v implies it).")
@@ -43,6 +64,7 @@ _END_S = 15.0  # for a controller that nobody needs any more
     help="Keep the model loaded for so long after the last answer; 0: unload at once, -1: for ever.",
 )
 @click.option("--no-history", is_flag=True, help="Forget what is typed in a chat.")
+@restart_options
 @target_options
 @common
 def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float, **options: Any) -> None:
@@ -58,6 +80,7 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
       moectl run --local 2 --model ./my-dbrx "Hello"
     """
     from moectl import attach
+    from moectl.serving import Settings
 
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and _at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
@@ -65,7 +88,8 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
     wanted = session_options(common, options)
 
     def connect() -> attach.Attached:
-        return attach.attach(target, wanted, keep_alive_s=keep_alive, say=common.say, on_log=_log_printer(common))
+        settings = Settings(attach.place_of(target), keep_alive, restarts=count_restarts(options))
+        return attach.attach(target, wanted, settings, say=common.say, on_log=_log_printer(common))
 
     found = connect()
     fields = {"max_tokens": options["max_tokens"], "temperature": options["temp"], "top_p": options["top_p"]}
@@ -84,9 +108,15 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
                 found.client.wait_until_gone(_END_S)
 
 
+def count_restarts(options: dict[str, Any]) -> int:
+    """Return how often a failed cluster may be started again."""
+    most: int = options["max_restarts"]
+    return 0 if options["no_restart"] else most
+
+
 def _ask(
     client: Client, text: str, options: dict[str, Any], fields: dict[str, Any]
-) -> Generator[Token | Done, None, None]:
+) -> Generator[Token | Done | Notice, None, None]:
     if options["raw"]:
         return client.complete({**fields, "prompt": text})
     system = [{"role": "system", "content": options["system"]}] if options["system"] is not None else []
@@ -103,7 +133,7 @@ def _chat(common: Common, options: dict[str, Any], connect: Callable[[], Attache
         temperature=options["temp"], **{k: options[k] for k in ("max_tokens", "system", "top_p", "seed")}
     )
     history = None if options["no_history"] else state_dir() / "history"
-    answerer = ControllerAnswerer(title, lambda: connect().client)
+    answerer = ControllerAnswerer(title, lambda: connect().client, say=common.say)
     chat(answerer, settings, history=history, stats=stats, color=common.color)
 
 
@@ -130,10 +160,11 @@ def _log_printer(common: Common) -> Callable[[str, str], None]:
     return lambda host, line: click.echo(f"[{host}] {line}", err=True)
 
 
-def _answer(common: Common, events: Generator[Token | Done, None, None], stats: bool) -> None:
+def _answer(common: Common, events: Generator[Token | Done | Notice, None, None], stats: bool) -> None:
     """Print an answer as it comes; Ctrl-C cancels it."""
     from moectl import report
     from moectl.leash import Done
+    from moectl.serving import Notice
 
     pieces: list[str] = []
     done: Done | None = None
@@ -142,10 +173,11 @@ def _answer(common: Common, events: Generator[Token | Done, None, None], stats: 
             for event in events:
                 if isinstance(event, Done):
                     done = event
-                    continue
-                pieces.append(event.text)
-                if not common.json:
-                    _write(event.text)
+                elif isinstance(event, Notice):
+                    _say_between(common, event.text, pieces)
+                else:
+                    pieces.append(event.text)
+                    _write("" if common.json else event.text)
         except KeyboardInterrupt:
             if not common.json:
                 _write("\n")
@@ -161,6 +193,12 @@ def _answer(common: Common, events: Generator[Token | Done, None, None], stats: 
         click.echo(report.stats_text(done.stats), err=True)
 
 
+def _say_between(common: Common, text: str, pieces: list[str]) -> None:
+    # On a terminal the answer so far ends in the middle of a line.
+    begun = bool(pieces) and not "".join(pieces[-1:]).endswith("\n") and not common.json
+    common.say("\n" * (begun and sys.stdout.isatty()) + text)
+
+
 def _write(text: str) -> None:
     try:
         sys.stdout.write(text)
@@ -171,7 +209,7 @@ def _write(text: str) -> None:
         raise errors.MoectlError(f"cannot write the answer: {error.strerror}") from None
 
 
-@click.command(epilog=EXIT_STATUS)
+@verb("Use")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Interface; another than this machine needs a key."
 )
@@ -179,6 +217,7 @@ def _write(text: str) -> None:
 @click.option("--api-key", metavar="KEY", help="What clients have to send as their bearer token.")
 @click.option("--api-key-file", type=FILE, metavar="FILE", help="The same, from the first line of a file.")
 @click.option("-d", "--detach", is_flag=True, help="Leave it running in the background.")
+@restart_options
 @target_options
 @common
 def serve(common: Common, host: str, port: int, detach: bool, **options: Any) -> None:
@@ -198,7 +237,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
 
     key = _api_key(options["api_key"], options["api_key_file"])
     target = choose_target(common, options)
-    settings = Settings(attach.place_of(target), FOR_EVER, (host, port), key)
+    settings = Settings(attach.place_of(target), FOR_EVER, (host, port), api_key=key, restarts=count_restarts(options))
     attach.refuse_second(target)
 
     def on_ready(bound: int | None) -> None:
@@ -215,6 +254,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
         target,
         settings,
         on_ready=lambda sockets: on_ready(sockets[1].getsockname()[1]),
+        say=common.say,
         on_log=_log_printer(common),
         **wanted,
     )
@@ -233,7 +273,7 @@ def _api_key(key: str | None, file: Path | None) -> str | None:
     return key
 
 
-@click.command(epilog=EXIT_STATUS)
+@verb("Observe")
 @click.option("-t", "--timeout", type=Duration(), default="10s", show_default=True, help="For answers in progress.")
 @click.option("--now", is_flag=True, help="Do not wait for answers in progress.")
 @common
@@ -247,12 +287,14 @@ def stop(common: Common, timeout: float, now: bool) -> None:
     """
     from moectl import client
     from moectl.console import size_text
+    from moectl.live import on_ctrl_t
 
     stopped: list[dict[str, Any] | None] = []
     failures: list[errors.MoectlError] = []
     for path in client.find_running():
         try:
-            stopped.append(client.Client(path).stop(0.0 if now else max(0.0, timeout)))
+            with on_ctrl_t(lambda: "waiting for answers in progress to end", common.say):
+                stopped.append(client.Client(path).stop(0.0 if now else max(0.0, timeout)))
         except errors.MoectlError as error:
             failures.append(error)
     held = [one["memory_bytes"] for one in stopped if one is not None]
@@ -267,10 +309,10 @@ def stop(common: Common, timeout: float, now: bool) -> None:
         raise failures[0]
 
 
-@click.command(epilog=EXIT_STATUS)
-@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option("-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True)
-@click.option("-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True)
+@verb("Use")
+@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="To read.")
+@click.option("-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="To generate.")
+@click.option("-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True, help="To average.")
 @click.option("--plan", type=FILE, metavar="FILE", help="Put the prediction of `plan --json` beside it.")
 @click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw a picture (needs moectl[plot]).")
 @click.option("--compare", type=FILE, multiple=True, metavar="FILE", help="For --plot: a result of `bench --json`.")
@@ -356,7 +398,7 @@ def _refuse_beside_controller(target: Target) -> None:
         )
 
 
-@click.command(hidden=True)
+@verb(hidden=True)
 def controller() -> None:
     """Run a controller in the background; started by moectl itself."""
     from moectl import attach

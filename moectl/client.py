@@ -24,8 +24,10 @@ from moectl.errors import MoectlError, RemoteError, StateError
 from moectl.leash import Done, Token
 from moectl.paths import runtime_dir
 from moectl.request import Stats
+from moectl.serving import NOTICE, Notice
 
 SUFFIX = ".sock"
+_NOTICE = f": {NOTICE}".encode()
 _CONNECT_S = 5.0
 _ANSWER_S = 30.0  # for what needs no computing
 _BUSY_S = 3.0  # who does not answer a stop within this time loads, or hangs
@@ -102,11 +104,11 @@ class Client:
         gone.join(timeout_s)
         return not gone.is_alive()
 
-    def chat(self, fields: Mapping[str, Any]) -> Generator[Token | Done, None, None]:
+    def chat(self, fields: Mapping[str, Any]) -> Generator[Token | Done | Notice, None, None]:
         """Yield a chat completion as it comes; closing the iterator cancels it. `fields` are the API's."""
         return self._stream("/v1/chat/completions", fields)
 
-    def complete(self, fields: Mapping[str, Any]) -> Generator[Token | Done, None, None]:
+    def complete(self, fields: Mapping[str, Any]) -> Generator[Token | Done | Notice, None, None]:
         """Yield a completion of a raw prompt as it comes; closing the iterator cancels it."""
         return self._stream("/v1/completions", fields)
 
@@ -115,7 +117,7 @@ class Client:
             response = _send(connection, method, path)
             return _read_json(response)
 
-    def _stream(self, path: str, fields: Mapping[str, Any]) -> Generator[Token | Done, None, None]:
+    def _stream(self, path: str, fields: Mapping[str, Any]) -> Generator[Token | Done | Notice, None, None]:
         body = json.dumps({**fields, "stream": True}).encode()
         with contextlib.closing(_Connection(self.path, None)) as connection:
             response = _send(connection, "POST", path, body)
@@ -126,6 +128,8 @@ class Client:
                     yield from _read_chunk(json.loads(line[len(b"data: ") :]))
                 elif line.startswith(b"data: [DONE]"):
                     return
+                elif line.startswith(_NOTICE):
+                    yield Notice(line[len(_NOTICE) :].decode("utf-8", "replace").strip())
         raise _lost()
 
 

@@ -5,8 +5,6 @@ It knows which keys exist only from the table that it is given.
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,13 @@ def read_config(commands: Mapping[str, Set[str]]) -> dict[str, Any]:
 
 def _read(path: Path, commands: Mapping[str, Set[str]]) -> dict[str, dict[str, Any]]:
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        import tomllib  # most have no such file: --help need not wait for it
+
+        raw = tomllib.loads(text)
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
         raise UsageError(f"{path}: {error}", hint="mend or remove that file") from None
     everywhere = set().union(*commands.values())
     result: dict[str, dict[str, Any]] = {name: {} for name in commands}
@@ -53,5 +54,7 @@ def _read(path: Path, commands: Mapping[str, Set[str]]) -> dict[str, dict[str, A
 def _check(path: Path, key: str, known: set[str]) -> None:
     if key in known:
         return
+    import difflib
+
     close = difflib.get_close_matches(key, known, n=1)
     raise UsageError(f"{path}: unknown key '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))

@@ -1,7 +1,8 @@
 """The controller: one process that owns a running session, keeps it warm, and serves many users of it at once.
 
-`Controller` is a `serving.Cluster` over a session; `run` puts it behind the HTTP server until somebody stops it, it
-has been idle for long enough, or the session fails. In the foreground (`moectl serve`) and in the background (started
+`Controller` is a `serving.Cluster` over a session, and over the next one when that fails: answers in progress go on
+after the tokens that were told. `run` puts it behind the HTTP server until somebody stops it, it has been idle for long
+enough, or the session fails for good. In the foreground (`moectl serve`) and in the background (started
 by `moectl run`) it is the same code. It decides who waits; what runs beside what is the engine's.
 """
 
@@ -14,59 +15,97 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from socket import socket
 from typing import Any
 
 from moectl.deployment import Deployment
-from moectl.errors import MoectlError, QueueFull, StateError, UsageError
+from moectl.errors import MoectlError, QueueFull, RemoteError, StateError, Unreachable, UsageError
 from moectl.launch import Target, count_ranks, open_session
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
-from moectl.request import Request
+from moectl.request import Request, Stats
+from moectl.restart import Restarts
 from moectl.server import Grace, make_app
 from moectl.server import serve as serve_http
-from moectl.serving import Health, Settings
+from moectl.serving import Health, Notice, Settings
 from moectl.session import Session
 from moectl.sockets import listen_tcp, listen_unix
+from moectl.throughput import Throughput
 
 MAX_WAITING = 64  # requests beside those that are being answered
 ALIVE_S = 5.0  # a rank that has not answered a heartbeat for so long is not well
 GRACE_S = 5.0
 READING_S = 600.0  # for somebody who has paused in reading the last answer
 BYTES_PER_TOKEN = 256  # more than any token has: longer prompts need not travel to be refused
-SAME = ("dtype", "backend", "prefill_step", "speculate")  # what two who share a controller have to agree on
+SAME = (
+    "dtype",
+    "backend",
+    "prefill_step",
+    "speculate",
+    "agree_routing",
+    "paranoia",
+)  # what two who share a controller have to agree on
 FIRST_S = 60.0  # for the first question to come
+MAX_FAILURES = 3  # an answer that was in progress at so many of them ends: it may be their cause
 _RETRY_S = 5.0
 
 
+Open = Callable[[float, Callable[[Session], None]], AbstractContextManager[Session]]
+
+
 class Controller:
-    """A session that many use; lives in one event loop, hears the session in a thread of its own."""
+    """A session that many use, and the next one when it fails; lives in one event loop, hears them in a thread.
+
+    `open_` (patience, on_made) opens another session; `restarts` says when.
+    """
 
     def __init__(
-        self, session: Session, name: str, *, ranks: int, keep_alive: KeepAlive, max_waiting: int = MAX_WAITING
+        self,
+        session: Session,
+        name: str,
+        *,
+        ranks: int,
+        keep_alive: KeepAlive,
+        max_waiting: int = MAX_WAITING,
+        open_: Open | None = None,
+        restarts: Restarts | None = None,
+        advise: Callable[[MoectlError], str | None] = lambda failure: None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.name = name
         self.created = int(time.time())
         self.failure: MoectlError | None = None
         self._session = session
+        self._opened: AbstractContextManager[Session] | None = None  # around the session, when it is not the first
+        self._model = session.model
         self._ranks = ranks
         self._keep_alive = keep_alive
         self._max_waiting = max_waiting
+        self._open = open_
+        self._restarts = restarts or Restarts(0)
+        self._advise = advise
+        self._say = say
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._closed = False
+        self._shut = threading.Event()  # the session is to end for good
         self._changed = asyncio.Event()  # somebody came or went
-        self._answers: dict[int, _Answer] = {}  # by request id, until their Done
-        self._started: set[int] = set()  # of those: a sign of work was seen
+        self._unfinished: list[_Answer] = []  # in the order in which they came
+        self._numbered: dict[int, _Answer] = {}  # of those: handed to the session, by its request ids
         self._last_id = 0
+        self._is_up = True
+        self._downs = 0  # how often it was not
+        self._resuming: asyncio.Task[None] | None = None
         self._submitting = asyncio.Lock()
         self._progress_s = time.monotonic()
+        self.throughput = Throughput(self._progress_s)
         threading.Thread(target=self._listen, name="session", daemon=True).start()
 
     @property
     def model(self) -> Ready:
         """What kind of model it is."""
-        return self._session.model
+        return self._model
 
     async def submit(self, request: Request) -> _Answer:
         """Number a request and hand it to every rank; see `serving.Cluster.submit`."""
@@ -76,40 +115,53 @@ class Controller:
             if self._closed:
                 raise StateError("moectl is stopping", hint="ask again: that starts it anew")
             _refuse_too_long(request, self.model.max_seq_len)
-            if len(self._answers) - len(self._started) >= self._max_waiting:
+            if sum(not answer.started for answer in self._unfinished) >= self._max_waiting:
                 raise QueueFull(f"{self._max_waiting} requests wait already", retry_after_s=_RETRY_S)
-            if not self._answers:
+            if not self._unfinished:
                 self._progress_s = time.monotonic()
-            self._last_id += 1
-            answer = _Answer(replace(request, id=self._last_id), self._cancel)
-            self._answers[answer.request.id] = answer
+            answer = _Answer(request, self._cancel)
+            self._unfinished.append(answer)
             self._changed.set()
-            # Leashes are pipes and SSH channels: a full one would stop everybody else.
-            await asyncio.to_thread(self._session.submit, answer.request)
+            if self._is_up:
+                await self._hand_over(answer)
             return answer
 
+    async def _hand_over(self, answer: _Answer) -> None:
+        self._last_id += 1
+        answer.number = self._last_id
+        self._numbered[answer.number] = answer
+        # Leashes are pipes and SSH channels: a full one would stop everybody else.
+        await asyncio.to_thread(self._session.submit, answer.remaining)
+
     def close(self) -> None:
-        """Accept nothing any more."""
+        """Accept nothing any more, and start nothing anew."""
         self._closed = True
+        self._shut.set()
+
+    def end_session(self) -> None:
+        """End the session, also one that is starting. Blocks until its workers are gone."""
+        self._shut.set()
+        self._close_session()
 
     def health(self) -> Health:
         """Return how the cluster is."""
-        alive = 0 if self.failure is not None else self._session.count_alive(ALIVE_S)
+        is_up = self._is_up and self.failure is None
+        running = sum(answer.started for answer in self._unfinished)
         return Health(
             self._ranks,
-            alive,
+            self._session.count_alive(ALIVE_S) if is_up else 0,
             time.monotonic() - self._progress_s,
-            len(self._started),
-            len(self._answers) - len(self._started),
+            running,
+            len(self._unfinished) - running,
             self._session.memory_bytes,
-            0,
+            self._restarts.total,
         )
 
     async def wait_until_over(self) -> None:
-        """Return when the session has failed, or nobody has asked anything for the time to keep it alive."""
+        """Return when the session has failed for good, or nobody has asked anything for the time to keep it alive."""
         while not self._ended.is_set():
             self._changed.clear()
-            left_s = None if self._answers else self._keep_alive.left_s()
+            left_s = None if self._unfinished else self._keep_alive.left_s()
             if left_s is not None and left_s <= 0:
                 return
             waits = [
@@ -121,49 +173,132 @@ class Controller:
             self._keep_alive.changed.clear()
 
     def _cancel(self, answer: _Answer) -> None:
-        if self._answers.get(answer.request.id) is answer:
-            threading.Thread(target=self._session.cancel, args=(answer.request.id,), daemon=True).start()
+        if self._numbered.get(answer.number) is answer:
+            threading.Thread(target=self._session.cancel, args=(answer.number,), daemon=True).start()
+
+    # The session's thread: hear one, and the next, until there shall be no other.
 
     def _listen(self) -> None:
-        failure: MoectlError
+        failure = self._hear()
+        while not self._shut.is_set() and (delay_s := self._find_delay(failure)) is not None:
+            again = self._reopen(failure, delay_s)
+            if again is None:
+                self._call(self._resume)
+                again = self._hear()
+            failure = again
+        if not self._shut.is_set():
+            failure.hint = self._advise(failure) or failure.hint
+        self._call(self._fail, failure)
+
+    def _find_delay(self, failure: MoectlError) -> float | None:
+        return None if self._open is None else self._restarts.delay_s(failure)
+
+    def _hear(self) -> MoectlError:
+        """Pass on what a session tells; return why that ended."""
         try:
             for event in self._session.events():
-                self._loop.call_soon_threadsafe(self._take, event)
+                self._call(self._take, event)
         except MoectlError as error:
-            failure = error
+            return error
         except Exception as error:
-            failure = MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)")
+            return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)")
+        raise AssertionError("a session's events never end")
+
+    def _reopen(self, failure: MoectlError, delay_s: float) -> MoectlError | None:
+        """Start anew after a failure; return None, or the next failure."""
+        assert self._open is not None
+        self._call(self._pause, failure)
+        self._close_session()
+        if self._shut.wait(delay_s):
+            return failure
+        opening = self._open(self._restarts.patience, self._take_session)
+        try:
+            opening.__enter__()
+        except MoectlError as error:
+            return error
+        except Exception as error:
+            return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)")
+        self._opened = opening
+        return None
+
+    def _close_session(self) -> None:
+        self._session.close()
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.__exit__(None, None, None)
+
+    def _take_session(self, session: Session) -> None:
+        self._session = session
+        if self._shut.is_set():
+            session.close()
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop may be gone
-            self._loop.call_soon_threadsafe(self._fail, failure)
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    # The loop's side of it.
 
     def _take(self, event: Prefilled | Token | Done | Refused) -> None:
         self._progress_s = time.monotonic()
-        answer = self._answers.get(event.id)
+        self._restarts.progress()
+        if isinstance(event, Token) and event.token >= 0:
+            self.throughput.add(self._progress_s)
+        answer = self._numbered.get(event.id)
         if answer is None:
             return
-        self._started.add(event.id)
         if isinstance(event, Done | Refused):
-            self._forget(event.id)
-        match event:
-            case Token() | Done():
-                answer.inbox.put_nowait(event)
-            case Refused():
-                answer.inbox.put_nowait(UsageError(event.message, hint=event.hint))
-            case _:
-                pass
+            self._forget(answer)
+        answer.take(event)
 
-    def _forget(self, request_id: int) -> None:
-        del self._answers[request_id]
-        self._started.discard(request_id)
-        if not self._answers:
+    def _forget(self, answer: _Answer) -> None:
+        self._numbered.pop(answer.number, None)
+        self._unfinished.remove(answer)
+        if not self._unfinished:
             self._keep_alive.renew()
+            self._changed.set()
+
+    def _pause(self, failure: MoectlError) -> None:
+        """Tell who waits that the cluster is down, and will be up again."""
+        self._is_up = False
+        self._downs += 1
+        for answer in self._numbered.values():  # not at a start that fails: nobody had begun with it
+            answer.failures += 1
+        self._numbered.clear()
+        text = f"{failure}. Starting again ({self._restarts.recent} of {self._restarts.most})."
+        self._say(text)
+        for answer in list(self._unfinished):
+            if answer.cancelled:
+                self._forget(answer)
+            elif answer.failures >= MAX_FAILURES:
+                self._forget(answer)
+                answer.fail(failure)
+            else:
+                answer.tell(text)
+
+    def _resume(self) -> None:
+        self._last_id = 0
+        self._progress_s = time.monotonic()
+        self._say("All ranks are back.")
+        self._resuming = asyncio.ensure_future(self._hand_over_all(self._downs))
+
+    async def _hand_over_all(self, downs: int) -> None:
+        async with self._submitting:
+            self._is_up = downs == self._downs
+            for answer in list(self._unfinished):
+                if downs != self._downs:  # it has failed again meanwhile
+                    return
+                if answer.cancelled:
+                    self._forget(answer)
+                else:
+                    answer.tell("All ranks are back: the answer goes on.")
+                    await self._hand_over(answer)
 
     def _fail(self, error: MoectlError) -> None:
         self.failure = error
-        for answer in self._answers.values():
-            answer.inbox.put_nowait(error)
-        self._answers.clear()
-        self._started.clear()
+        for answer in self._unfinished:
+            answer.fail(error)
+        self._unfinished.clear()
+        self._numbered.clear()
         self._ended.set()
 
 
@@ -175,17 +310,28 @@ def _refuse_too_long(request: Request, max_seq_len: int) -> None:
 
 
 class _Answer:
-    """One request's events as they come; see `serving.Answer`."""
+    """One request's events as they come, over restarts; see `serving.Answer`."""
 
     def __init__(self, request: Request, cancel: Callable[[_Answer], None]) -> None:
-        self.request = request
-        self.inbox: asyncio.Queue[Token | Done | MoectlError] = asyncio.Queue()
+        self.number = 0  # the session's
+        self.started = False  # a sign of work on it was seen
+        self.cancelled = False
+        self.failures = 0  # of sessions that had it
+        self._request = request
+        self._inbox: asyncio.Queue[Token | Done | Notice | MoectlError] = asyncio.Queue()
         self._cancel = cancel
-        self._cancelled = False
+        self._tokens: list[int] = []
+        self._asked_s = time.monotonic()
+        self._first_s = 0.0
 
-    async def __aiter__(self) -> AsyncIterator[Token | Done]:
+    @property
+    def remaining(self) -> Request:
+        """The request, to go on after what was told of the answer already."""
+        return replace(self._request, id=self.number, answered=tuple(self._tokens))
+
+    async def __aiter__(self) -> AsyncIterator[Token | Done | Notice]:
         while True:
-            event = await self.inbox.get()
+            event = await self._inbox.get()
             if isinstance(event, MoectlError):
                 raise event
             yield event
@@ -194,9 +340,40 @@ class _Answer:
 
     def cancel(self) -> None:
         """Stop soon; the ranks' Done follows and is heard by nobody."""
-        if not self._cancelled:
-            self._cancelled = True
+        if not self.cancelled:
+            self.cancelled = True
             self._cancel(self)
+
+    def take(self, event: Prefilled | Token | Done | Refused) -> None:
+        """Take what the session tells of it."""
+        self.started = True
+        match event:
+            case Token():
+                self._first_s = self._first_s or time.monotonic()
+                if event.token >= 0:
+                    self._tokens.append(event.token)
+                self._inbox.put_nowait(event)
+            case Done():
+                self._inbox.put_nowait(replace(event, stats=self._over_all(event.stats)))
+            case Refused():
+                self.fail(UsageError(event.message, hint=event.hint))
+            case _:
+                pass
+
+    def tell(self, text: str) -> None:
+        """Tell whoever waits for it."""
+        self._inbox.put_nowait(Notice(text))
+
+    def fail(self, error: MoectlError) -> None:
+        """End it with an error."""
+        self._inbox.put_nowait(error)
+
+    def _over_all(self, stats: Stats) -> Stats:
+        # The last session knows only its own part of the time.
+        if not self.failures or not self._first_s:
+            return stats
+        now_s = time.monotonic()
+        return replace(stats, ttft_s=self._first_s - self._asked_s, decode_s=now_s - self._first_s)
 
 
 class KeepAlive:
@@ -224,9 +401,12 @@ def run(
     settings: Settings,
     *,
     on_ready: Callable[[Sequence[socket]], None] = lambda sockets: None,
+    say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> None:
     """Run a session behind its sockets until it is over; `options` are `launch.open_session`'s.
+
+    `say` is told of failures that a restart mends.
 
     Raises what starting raises, the session's failure, and KeyboardInterrupt after SIGINT.
     """
@@ -237,7 +417,7 @@ def run(
         session = held.enter_context(open_session(target, **options))
         # Not asyncio.run: its handler for SIGINT would cancel what ends by itself.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(_run(target, session, settings, sockets, on_ready, options))
+            runner.run(_run(target, session, settings, sockets, on_ready, options, say))
 
 
 async def _run(
@@ -247,9 +427,19 @@ async def _run(
     sockets: list[socket],
     on_ready: Callable[[Sequence[socket]], None],
     options: dict[str, Any],
+    say: Callable[[str], None],
 ) -> None:
     keep_alive = KeepAlive(settings.keep_alive_s)
-    controller = Controller(session, target.name, ranks=count_ranks(target), keep_alive=keep_alive)
+    controller = Controller(
+        session,
+        target.name,
+        ranks=count_ranks(target),
+        keep_alive=keep_alive,
+        open_=lambda patience, on_made: open_session(target, on_made=on_made, patience=patience, **options),
+        restarts=Restarts(settings.restarts),
+        advise=lambda failure: _advise(target, failure),
+        say=say,
+    )
     # Whoever serves others does not leave because one of them has had enough.
     control = _Control(controller, describe_run(target, options), keep_alive, stays=settings.tcp is not None)
     app = make_app(controller, api_key=settings.api_key, control=control)
@@ -265,7 +455,7 @@ async def _run(
         over.cancel()
         failure = controller.failure  # before closing makes one
         # Here, because a thread that is stuck in sending to a frozen worker would keep the loop from ending.
-        await asyncio.to_thread(session.close)
+        await asyncio.to_thread(controller.end_session)
     if failure is not None:
         raise failure
     if control.signal == signal.SIGINT:
@@ -274,12 +464,23 @@ async def _run(
         raise SystemExit(128 + signal.SIGTERM)
 
 
+def _advise(target: Target, failure: MoectlError) -> str | None:
+    """Return what else than mending could help, when a host is away for good."""
+    if not (isinstance(target, Deployment) and failure.host and isinstance(failure, Unreachable | RemoteError)):
+        return None
+    from moectl.remedy import find_remedy
+
+    return find_remedy(target, failure.host)
+
+
 def describe_run(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a controller runs, as JSON: what another one would have to agree with to be used in its place."""
     hosts = ["localhost"] * count_ranks(target)
     if isinstance(target, Deployment):
         hosts = [rank.host.address for rank in target.ranks]
-    return {"name": target.name, "hosts": hosts, "options": {name: options.get(name) for name in SAME}}
+    shards = target.shards if isinstance(target, Deployment) else str(target.directory)
+    wanted = {name: options.get(name) for name in SAME}
+    return {"name": target.name, "hosts": hosts, "shards": shards, "options": wanted}
 
 
 class _Control:
@@ -297,7 +498,7 @@ class _Control:
         self._stays = stays
 
     def describe(self) -> dict[str, Any]:
-        health = self._controller.health()
+        health, throughput, now_s = self._controller.health(), self._controller.throughput, time.monotonic()
         return {
             "schema": "moectl.controller/1",
             **self._description,
@@ -306,6 +507,11 @@ class _Control:
             "queued": health.queued,
             "memory_bytes": list(health.memory_bytes),
             "ranks_answered": health.ranks_answered,
+            "healthy": health.healthy,
+            "restarts": health.restarts,
+            "up_s": now_s - throughput.began_s,
+            "tokens": throughput.tokens,
+            "tok_s": throughput.rate(now_s),
         }
 
     def keep_alive(self, seconds: float, *, asks: bool) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,23 @@ def _read_rank(raw: dict[str, Any]) -> DeployedRank:
     host = raw.pop("host")
     host["ips"], host["rdma"] = tuple(host["ips"]), tuple(host["rdma"])
     return DeployedRank(host=Host(**host), **raw)
+
+
+def forget_hosts(roots: Mapping[str, str]) -> None:
+    """Record that nothing is deployed under these roots any more: address of the host → its root. Raises StateError."""
+    deployment = find_deployment()
+    if deployment is None:
+        return
+    ranks = tuple(
+        DeployedRank(rank.host) if rank.root and roots.get(rank.host.address) == rank.root else rank
+        for rank in deployment.ranks
+    )
+    if ranks == deployment.ranks:
+        return
+    if any(rank.python for rank in ranks):
+        write_deployment(replace(deployment, ranks=ranks))
+        return
+    try:
+        deployment_path().unlink(missing_ok=True)
+    except OSError as error:
+        raise StateError(f"cannot remove {deployment_path()}: {error.strerror}") from None

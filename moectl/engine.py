@@ -31,9 +31,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from moectl.admission import Admission, held_tokens
 from moectl.answer import Answer
-from moectl.errors import UsageError
+from moectl.errors import RanksDisagree, UsageError
 from moectl.leash import Cancel, Event, Generate, Order, Prefilled, Profile
 from moectl.model.dbrx import Model
+from moectl.model.witness import WORDS, Witness, find_dissent
 from moectl.profile import profile
 from moectl.prompt import measure_reach, read_prompt
 from moectl.prompt_cache import PromptCache
@@ -45,6 +46,7 @@ MAX_BATCH = 8
 _CANCELS = MAX_BATCH  # in one control word: all that run may be cancelled at once
 _CONTROL_WORDS = 1 + _CANCELS  # admit up to, cancel
 _NOBODY = 0  # request ids start at 1
+_DISAGREE = "if it comes back at once, the chips round differently: --agree-routing; if not, one of them errs"
 
 
 class Engine:
@@ -52,7 +54,8 @@ class Engine:
 
     `kv_tokens` is for how many tokens' keys and values there is memory (None: nobody counted), `cache_tokens` how many
     of those past answers may hold (None: what the running ones leave, or one context), `speculate` how many tokens may
-    be proposed at once (0: none). Equal on all ranks, like `max_seq_len` and `prefill_step`.
+    be proposed at once (0: none), `check_every` after how many steps all ranks compare what they computed (0: never).
+    Equal on all ranks, like `max_seq_len` and `prefill_step`.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Engine:
         kv_tokens: int | None = None,
         cache_tokens: int | None = None,
         speculate: int = 0,
+        check_every: int = 0,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -75,6 +79,9 @@ class Engine:
         self._leads = rank == head_rank
         self._head_rank = head_rank
         self._group = group if group is not None and group.size() > 1 else None
+        self._witness = Witness(model) if check_every and self._group is not None else None
+        self._check_every = check_every
+        self._steps = 0
         self._max_seq_len = max_seq_len
         self._prefill_step = prefill_step
         self._kv_tokens = kv_tokens
@@ -191,8 +198,17 @@ class Engine:
                 continue
             if not self._leads:
                 self._read(answer)
-            if answer.refusal is None:
+            if answer.refusal is None and len(answer.tokens) >= answer.reach:
+                yield from self._end_resumed(answer)
+            elif answer.refusal is None:
                 self._insert(answer)
+
+    def _end_resumed(self, answer: Answer) -> Iterator[Event]:
+        # It broke off between its last token and its end.
+        if self._leads:
+            self._lead(answer)
+            self._admission.end(answer.request.id)
+            yield from answer.end("length")
 
     def _insert(self, answer: Answer) -> None:
         layers = None
@@ -202,6 +218,8 @@ class Engine:
         self._cache.shrink(self._cache_room())
         self._speculation.watch(answer)
         self._line_up_row(answer, answer.tokens, answer.cached, layers, self._lead(answer) if self._leads else [])
+        if answer.has_stop:  # told, but not its end: only the leader knows
+            self._admission.cancel(answer.request.id)
 
     def _line_up_row(
         self, answer: Answer, tokens: list[int], computed: int, layers: list[Any] | None, hooks: list[Any]
@@ -243,6 +261,9 @@ class Engine:
     # One step: compute, tell, obey.
 
     def _step(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        self._steps += 1
+        if self._witness is not None:
+            self._witness.looks = self._steps % self._check_every == 0
         if self._speculation.has_row or self._foresees():
             yield from self._speculate(inbox)
         else:
@@ -324,7 +345,11 @@ class Engine:
 
     def _read_word(self, word: mx.array) -> list[int]:
         with mx.stream(self._generator.stream):
-            return word.tolist()  # type: ignore[return-value]
+            said: list[int] = word.tolist()  # type: ignore[assignment]
+        if (dissent := find_dissent(said[_CONTROL_WORDS:])) is not None:
+            who = "the ranks" if dissent.rank is None else f"rank {dissent.rank}"
+            raise RanksDisagree(f"{who} {dissent.what} than the others", hint=_DISAGREE)
+        return said[:_CONTROL_WORDS]
 
     def _is_news(self, word: list[int]) -> bool:
         return word[0] > self._admitted or any(word[1:])
@@ -368,19 +393,29 @@ class Engine:
     def _agree(self, tokens: mx.array, after: mx.array) -> mx.array:
         """Return the leader's tokens (n,) on every rank, and keep its control word to be obeyed."""
         agreed = self._from_leader(tokens, after)
-        self._spoken.append(agreed[-_CONTROL_WORDS:])
-        return agreed[:-_CONTROL_WORDS].astype(mx.uint32)
+        self._spoken.append(agreed[tokens.size :])
+        return agreed[: tokens.size].astype(mx.uint32)
 
     def _from_leader(self, tokens: mx.array, after: mx.array) -> mx.array:
-        """Return the leader's [tokens…, admit, cancels…] on every rank, exchanged after `after` was computed."""
+        """Return the leader's [tokens…, admit, cancels…] on every rank, exchanged after `after` was computed.
+
+        Where ranks are compared, what each of them saw follows.
+        """
         admit, cancels = self._admission.make_word() if self._leads else (_NOBODY, [])
         word = [admit, *cancels, *[_NOBODY] * (_CANCELS - len(cancels))]
         vector = mx.concatenate([tokens, mx.array(word, dtype=mx.int32)])
         if self._group is None:
             return vector
+        seen = 0
+        if self._witness is not None:
+            vector = mx.concatenate([vector, self._witness.take()])
+            seen = WORDS
         # Followers' vector must not overtake the last layer's sum, or ranks would add up different things.
         vector = mx.depends([vector], [after])[0]
-        return mx.distributed.all_gather(vector[None], group=self._group)[self._head_rank]
+        rows = mx.distributed.all_gather(vector[None], group=self._group)
+        if not seen:
+            return rows[self._head_rank]
+        return mx.concatenate([rows[self._head_rank, :-seen], rows[:, -seen:].reshape(-1)])
 
 
 def _sample(samplers: list[Sampler], logprobs: mx.array) -> mx.array:

@@ -15,7 +15,10 @@ MoectlError (1)
 ├── RemoteError (6)              a host was reached, and what ran there failed
 │   ├── CommandFailed            a command returned non-zero
 │   ├── VersionMismatch          python, mlx, mlx-lm or moectl differ
-│   └── PeerLost                 a rank's connection to another rank broke
+│   ├── PeerLost                 a rank's connection to another rank broke
+│   │   └── Stalled              nothing comes over it any more, or too slowly
+│   ├── LeashLost                the workers went because this machine was not there
+│   └── RanksDisagree            ranks that should compute the same do not
 ├── IntegrityError (7)           bytes on disk are not those that were promised
 └── StateError (8)               something has to be done first
     ├── NotSharded
@@ -121,6 +124,18 @@ class VersionMismatch(RemoteError):
 
 
 class PeerLost(RemoteError):
+    pass
+
+
+class Stalled(PeerLost):
+    pass
+
+
+class LeashLost(RemoteError):
+    pass
+
+
+class RanksDisagree(RemoteError):
     pass
 
 

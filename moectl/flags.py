@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from moectl import errors
+from moectl import errors, suggest
 
 if TYPE_CHECKING:
     from moectl.hosts import HostList
@@ -23,12 +23,6 @@ SPLIT = click.Choice(["auto", "experts", "hidden", "tensor", "layers"])
 Q_BITS = click.Choice(["2", "3", "4", "6", "8", "16"])
 Q_MODE = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
 FILE = click.Path(path_type=Path, dir_okay=False)
-
-EXIT_STATUS = """\b
-Exit status:
-  0 done   1 bug   2 usage   3 some hosts failed   4 hosts file or plan impossible
-  5 host unreachable, key or login   6 remote command or version   7 damaged bytes
-  8 not sharded, deployed or running   130 interrupted   143 terminated"""
 
 
 class Duration(click.ParamType[float]):
@@ -107,14 +101,26 @@ def common(command: F) -> F:
     wrapped.__doc__ = command.__doc__
     wrapped.__name__ = command.__name__
     options = (
-        click.option("-H", "--hosts", metavar="LIST", help="Hosts in rank order: a,b,c."),
         click.option(
-            "--hostfile", metavar="FILE", envvar="MOECTL_HOSTFILE", help="hosts.txt or MLX's JSON; - is stdin."
+            "-H", "--hosts", metavar="LIST", shell_complete=suggest.host_list, help="Hosts in rank order: a,b,c."
+        ),
+        click.option(
+            "--hostfile",
+            metavar="FILE",
+            envvar="MOECTL_HOSTFILE",
+            shell_complete=suggest.files,
+            help="hosts.txt or MLX's JSON; - is stdin.",
         ),
         click.option("--json", is_flag=True, help="Print one JSON document."),
         click.option("-q", "--quiet", is_flag=True, help="Print results only."),
         click.option("-v", "--verbose", count=True, help="Show what happens, and the workers' logs."),
-        click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True),
+        click.option(
+            "--color",
+            type=click.Choice(["auto", "always", "never"]),
+            default="auto",
+            show_default=True,
+            help="Colours; auto: at a terminal.",
+        ),
     )
     for option in reversed(options):
         wrapped = option(wrapped)

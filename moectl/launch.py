@@ -112,15 +112,26 @@ def find_deployment(hosts: HostList | None) -> Deployment | None:
 
 
 @contextlib.contextmanager
-def open_session(target: Target, *, backend: str = "auto", **options: Any) -> Iterator[Session]:
-    """Start the target's workers and yield their session; `options` are Session's. Everything ends with the block."""
+def open_session(
+    target: Target,
+    *,
+    backend: str = "auto",
+    on_made: Callable[[Session], None] = lambda session: None,
+    **options: Any,
+) -> Iterator[Session]:
+    """Start the target's workers and yield their session; `options` are Session's. Everything ends with the block.
+
+    `on_made` gets the session before it starts: closing it ends the start.
+    """
     with contextlib.ExitStack() as held:
         ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held)
         wanted = backend
         if isinstance(target, Deployment) and backend == "auto" and target.backend:
             wanted = target.backend
         chosen = choose_backend(wanted, [spec.host for spec in ranks])
-        yield held.enter_context(Session(ranks, backend=chosen, **options))
+        session = Session(ranks, backend=chosen, **options)
+        on_made(session)
+        yield held.enter_context(session)
 
 
 def _local_ranks(target: Local) -> list[RankSpec]:

@@ -18,6 +18,7 @@ from moectl.request import Request, Stats
 BEAT_S = 1.0  # the controller sends a line at least this often
 SILENCE_S = 3.0  # a worker that hears nothing for this long exits
 MAX_LINE_BYTES = 64 * 1024 * 1024
+NONCE_BITS = 31
 
 
 # Down: orders.
@@ -34,6 +35,9 @@ class Start:
     log: str | None = None  # file on the worker's host for a copy of its log
     force: bool = False  # load although the host's memory will not do
     ranks_here: int = 1  # that share this host's memory
+    canary: bool = True  # compare what the model computes with the set's canary
+    agree_routing: bool = False  # rank 0 chooses the experts for all
+    paranoia: int = 0  # after so many steps all ranks compare what they computed; 0: never
     # These have to be the same on every rank.
     cache_tokens: int | None = None  # for past answers at most; None: what the running ones leave
     prefill_step: int | None = None  # tokens of a prompt that are read at a time; None: the engine's
@@ -47,6 +51,7 @@ class Connect:
     backend: str
     env: dict[str, str]
     files: dict[str, str]  # variable that names the file → its contents
+    nonce: int = 0  # that every rank of this launch, and nobody else, knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,7 @@ class Listening:
     versions: dict[str, str]
     ports: list[int]
     kv_tokens: int | None = None  # whose keys and values will fit here beside the weights; None: not known
+    pid: int | None = None  # on its host
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,11 @@ class Ready:
     vocab_size: int
     max_seq_len: int
     top_k: int
+    checked: bool = False  # whether the set's canary was run; the next fields are its findings
+    deviation: float = 0.0  # the largest, in parts of what was to be expected
+    wrong_at: int | None = None  # the first exchange that is off
+    token_s: float = 0.0  # for each token of a prompt
+    step_s: float = 0.0  # for a single token
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moectl.canary import Canary, build_canary
 from moectl.copies import Held
 from moectl.errors import IntegrityError, MoectlError, NotSharded
 from moectl.geometry import Geometry, read_geometry
@@ -63,6 +64,7 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     tensors: dict[str, list[str]] = field(default_factory=dict)  # tensor name → the files that hold (a part of) it
     held: Held | None = None  # experts of each rank, see `Placement.held`
+    canary: Canary | None = None  # what it computes, where that was found out
 
     @property
     def world_size(self) -> int:
@@ -80,12 +82,21 @@ class Manifest:
 
     def files_of(self, rank: int) -> dict[str, FileEntry]:
         """Return the files that a rank needs: its own, the common ones and the small ones at the top."""
-        own = f"rank-{rank}/"
-        return {p: f for p, f in self.files.items() if not p.startswith("rank-") or p.startswith(own)}
+        return {p: f for p, f in self.files.items() if is_for(p, rank)}
 
     def to_json(self) -> str:
         """Return the manifest's text; equal manifests give equal bytes."""
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def is_for(name: str, rank: int) -> bool:
+    """Whether a rank needs this file of a shard set."""
+    return is_shared(name) or name.startswith(f"rank-{rank}/")
+
+
+def is_shared(name: str) -> bool:
+    """Whether all ranks need this file of a shard set."""
+    return not name.startswith("rank-")
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -162,6 +173,7 @@ def _build(raw: dict[str, Any]) -> Manifest:
     precision, shares, revision = raw.pop("quantization"), raw.pop("shares"), raw.pop("revision")
     config, unit, files, tensors = raw.pop("config"), raw.pop("unit"), raw.pop("files"), raw.pop("tensors")
     held = _build_held(raw.pop("held", None))  # sets made before there were copies do not have it
+    canary = raw.pop("canary", None)
     _require(all(isinstance(raw[key], str) for key in ("name", "source", "fingerprint", "split")), "its texts")
     _require(revision is None or isinstance(revision, str), "its revision")
     _require(isinstance(config, dict), "its config")
@@ -180,7 +192,15 @@ def _build(raw: dict[str, Any]) -> Manifest:
         held=held,
         files={name: FileEntry(**entry) for name, entry in files.items()},
         tensors=tensors,
+        canary=None if canary is None else _build_canary(canary, len(shares)),
     )
+
+
+def _build_canary(raw: Any, ranks: int) -> Canary:
+    canary = build_canary(raw)
+    prompts = {len(canary.top), len(canary.spread), *map(len, canary.points)}
+    _require(len(canary.points) == ranks and len(prompts) == 1, "its canary")
+    return canary
 
 
 def _build_held(held: Any) -> Held | None:

@@ -70,8 +70,11 @@ def receive(
     """Complete `destination.partial` with bytes from `read`, check it, and give it its final name.
 
     `on_kept(n)` is called once, before the first read: `read` has to go on at byte n. A partial file with
-    wrong bytes is removed. Raises Busy, Cut, Full, Mismatch, OSError.
+    wrong bytes is removed; a file that is there and right is left alone. Raises Busy, Cut, Full, Mismatch, OSError.
     """
+    if _check(destination, size_bytes, sha256, None, True):
+        on_kept(size_bytes)
+        return
     partial = destination + ".partial"
     os.makedirs(os.path.dirname(destination) or ".", exist_ok=True)
     fd = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
@@ -155,7 +158,8 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
     """Answer everything that `deploy` asks of a host, in one round trip.
 
     Request: root, stamp (path under root), packages, wheels {name: [bytes, sha256]}, and directory + files
-    {path: [bytes, sha256]} + verify + remember (False in a dry run, which writes nothing).
+    {path: [bytes, sha256]} + verify + remember (False in a dry run, which writes nothing). Files that are being made
+    are `planned` {path: bytes}: `known` are the hashes that an earlier push recorded, `begun` the bytes that are there.
     """
     root = os.path.abspath(os.path.expanduser(request["root"]))
     directory = os.path.join(root, request["directory"])
@@ -178,7 +182,24 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
         "missing": missing,
         "kept": kept,
         "corrupt": corrupt,
+        "known": {} if request["verify"] else _recall(directory),
+        "begun": {name: _begun(os.path.join(directory, name), size) for name, size in request["planned"].items()},
     }
+
+
+def _recall(directory: str) -> dict[str, str]:
+    """Return the recorded hashes of files that have not changed since."""
+    found = {}
+    for name, state in _read_record(directory).items():
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            status = os.stat(os.path.join(directory, name))
+            if [status.st_size, status.st_mtime_ns] == state[:2]:
+                found[name] = str(state[2])
+    return found
+
+
+def _begun(path: str, size: int) -> int:
+    return min(size, max(_size_of(path), _size_of(path + ".partial")))
 
 
 def _look(directory: str, files: dict[str, list[Any]], verify: bool, remember: bool) -> Any:

@@ -32,7 +32,7 @@ from moectl import api
 from moectl.errors import BadField, MoectlError, QueueFull, StateError, UsageError
 from moectl.leash import Done, Token
 from moectl.metrics import CONTENT_TYPE, Metrics
-from moectl.serving import Answer, Cluster, Control
+from moectl.serving import NOTICE, Answer, Cluster, Control, Notice
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 BODY_S = 60.0  # a body that takes longer to arrive is given up
@@ -367,7 +367,7 @@ class _Gone(Exception):
     """The client has closed the connection."""
 
 
-_Entry = tuple[int, Token | Done]
+_Entry = tuple[int, Token | Done | Notice]
 _EVERY = -1  # instead of a choice's index
 
 
@@ -382,7 +382,7 @@ class _Answering:
         self._answers = answers
         self._metrics = metrics
         self._silence_s = silence_s
-        self._inbox: asyncio.Queue[tuple[int, Token | Done | MoectlError | None]] = asyncio.Queue()
+        self._inbox: asyncio.Queue[tuple[int, Token | Done | Notice | MoectlError | None]] = asyncio.Queue()
         self._open = set(range(len(answers)))
         self._gone = False
 
@@ -459,8 +459,9 @@ class _Answering:
 
     async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
         while self._open:
-            if (entry := await self._next()) is not None:
-                for _ in self._reply.take(*entry):
+            entry = await self._next()
+            if entry is not None and not isinstance(entry[1], Notice):
+                for _ in self._reply.take(entry[0], entry[1]):
                     pass
         await _json(self._reply.whole())(scope, receive, send)
 
@@ -481,9 +482,15 @@ class _Answering:
 
     async def _send_entry(self, send: Send, entry: _Entry | None) -> None:
         if entry is None:
-            await send({"type": "http.response.body", "body": b": still working\n\n", "more_body": True})
-        else:
-            await _send_chunks(send, self._reply.take(*entry))
+            await _send_comment(send, "still working")
+        elif not isinstance(entry[1], Notice):
+            await _send_chunks(send, self._reply.take(entry[0], entry[1]))
+        elif entry[0] == min(self._open):  # the same for all choices of a reply
+            await _send_comment(send, f"{NOTICE}{' '.join(entry[1].text.split())}")
+
+
+async def _send_comment(send: Send, text: str) -> None:
+    await send({"type": "http.response.body", "body": f": {text}\n\n".encode(), "more_body": True})
 
 
 async def _send_chunks(send: Send, chunks: Iterator[dict[str, Any]]) -> None:

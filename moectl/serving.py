@@ -13,8 +13,16 @@ from typing import Any, Protocol
 from moectl.leash import Done, Ready, Token
 from moectl.request import Request
 
+NOTICE = "moectl: "  # how a comment in a stream begins that is meant for people
 FOR_EVER = -1.0  # seconds to keep a controller alive
 STALLED_S = 60.0  # without progress for so long while there is work: not healthy
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What a person who waits for an answer should know meanwhile; no part of it."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +45,13 @@ class Health:
 
 
 class Answer(Protocol):
-    """One request's events: Token…, then exactly one Done, then the end.
+    """One request's events: Token…, then exactly one Done, then the end; a Notice may come at any time before that.
 
     Iterating raises UsageError when the request is refused (before any Token), another MoectlError when the cluster
     fails; both end it.
     """
 
-    def __aiter__(self) -> AsyncIterator[Token | Done]: ...
+    def __aiter__(self) -> AsyncIterator[Token | Done | Notice]: ...
 
     def cancel(self) -> None:
         """Stop soon. May be called at any time, more than once, and after the end; nobody need iterate any further."""
@@ -58,6 +66,7 @@ class Settings:
     keep_alive_s: float
     tcp: tuple[str, int] | None = None  # host and port
     api_key: str | None = None
+    restarts: int = 0  # of a failed cluster, within a while
 
 
 class Control(Protocol):

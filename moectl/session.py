@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ from typing import Any
 
 from moectl import errors
 from moectl.backend import make_connect
-from moectl.errors import MoectlError, PeerLost, RemoteError, Unreachable
+from moectl.errors import LeashLost, MoectlError, PeerLost, RemoteError, Stalled, Unreachable
 from moectl.hosts import Host
 from moectl.leash import (
     BEAT_S,
+    NONCE_BITS,
     Alive,
     AllGather,
     Beat,
@@ -47,14 +49,16 @@ from moectl.leash import (
 )
 from moectl.remote import Process, Remote
 from moectl.request import Request
+from moectl.vigil import BUSY_MISSES, LOADING_MISSES, MISSES, Pulse, Sleep, StepDeadline
 
 LOG_LINES = 20
 EXIT_GRACE_S = 5.0
 STUCK_S = 1.0  # for an order to go out before the session closes
+KILL_S = 3.0  # for a host to end a worker that does not end by itself
 INIT_EXTRA_S = 5.0
-BUSY_MISSES = 60  # the same while an order is on its way to it
-MISSES = 5  # heartbeats in a row without an answer: the rank is dead, or as good as
+_BEYOND = 100.0  # times too large: no figure helps
 BLAME_S = 1.0  # how long to wait for the rank at fault after another one said that it lost it
+PREFILL_STEP = 512  # the engine's, where nothing else is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ class _Ended:
     """A rank's stdout reached its end; `reason` when it was not a plain end of file."""
 
     reason: str | None = None
+    silent: bool = False  # it did not end: it does not answer
 
 
 _WAKE = (0, None)  # among the events: look again whether to go on, and for how long
@@ -96,8 +101,13 @@ class Session:
         force: bool = False,
         prefill_step: int | None = None,
         speculate: int = 0,
+        patience: float = 1.0,
+        canary: bool = True,
+        agree_routing: bool = False,
+        paranoia: int = 0,
         on_log: Callable[[str, str], None] = lambda host, line: None,
     ) -> None:
+        """Take what to run; `patience` stretches the time that a step may take, after a session that was too slow."""
         self._ranks = ranks
         self._backend = backend
         self._start_timeout_s = start_timeout_s
@@ -107,6 +117,9 @@ class Session:
         self._force = force
         self._prefill_step = prefill_step
         self._speculate = speculate
+        self._canary = canary
+        self._agree_routing = agree_routing
+        self._paranoia = paranoia
         self._on_log = on_log
         self._events: queue.SimpleQueue[_Heard] = queue.SimpleQueue()
         self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
@@ -118,11 +131,14 @@ class Session:
         self._failure_so_far: MoectlError | None = None
         self._ready: Ready | None = None
         self._unanswered: set[int] = set()  # ids of what was asked and has not ended
-        self._heard_s = [0.0 for _ in ranks]  # when each rank last answered a heartbeat
+        self._pulses = [Pulse() for _ in ranks]
         self._memory_bytes = [0 for _ in ranks]
-        self._seen_s = [0.0 for _ in ranks]  # what `_heard_s` was at the beat before
         self._beaten = [False for _ in ranks]  # whether the last beat went out to it
-        self._missed = [0 for _ in ranks]  # beats in a row that a rank has not answered
+        self._sleep = Sleep()
+        self._deadline = StepDeadline(step_timeout_s, prefill_step or PREFILL_STEP, patience)
+        self._joined = False  # a worker that joins cannot answer
+        self._pids: dict[int, int] = {}  # of the workers, on their hosts
+        self._silent: set[int] = set()  # ranks that are waited for no more
 
     def __enter__(self) -> Session:
         try:
@@ -156,19 +172,27 @@ class Session:
                     spec.log,
                     self._force,
                     sum(other.host.address == spec.host.address for other in self._ranks),
+                    self._canary,
+                    self._agree_routing,
+                    self._paranoia,
                     prefill_step=self._prefill_step,
                     speculate=self._speculate,
                 ),
             )
         listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, "starting")
+        self._pids = {rank: event.pid for rank, event in listening.items() if event.pid is not None}
         self._check_versions(listening)
         if len(self._ranks) > 1:
             self._connect(listening)
+        self._joined = True
         known = [event.kv_tokens for event in listening.values() if event.kv_tokens is not None]
         kv_tokens = min(known, default=None)  # every rank holds every token's, so that the least room is all there is
         for rank in range(len(self._ranks)):
             self._send(rank, Load(kv_tokens))
-        self._ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")[0]
+        ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")
+        self._check_canary(ready)
+        self._deadline.learn(max(r.token_s for r in ready.values()), max(r.step_s for r in ready.values()))
+        self._ready = ready[0]
         for rank in range(len(self._ranks)):
             self._send(rank, Beat())  # whose answer says what it holds
 
@@ -184,11 +208,12 @@ class Session:
             for rank, spec in enumerate(self._ranks)
         ]
         hosts = [spec.host for spec in self._ranks]
+        nonce = secrets.randbits(NONCE_BITS)
         last = len(self._ranks) - 1
         # The ring's init has no handshake: the last rank dials first, so its neighbours have to be listening by then.
         for some in (range(last), range(last, last + 1)):
             for rank in some:
-                self._send(rank, make_connect(self._backend, hosts, endpoints, rank))
+                self._send(rank, make_connect(self._backend, hosts, endpoints, rank, nonce))
             self._collect(Connecting, some, self._start_timeout_s, "connecting")
         self._collect(Connected, range(last + 1), self._start_timeout_s, "connecting")
 
@@ -204,6 +229,27 @@ class Session:
                         hint="moectl deploy",
                     )
 
+    def _check_canary(self, ready: Mapping[int, Ready]) -> None:
+        wrong = {rank: event for rank, event in ready.items() if event.wrong_at is not None}
+        if not wrong:
+            return
+        first = min(event.wrong_at for event in wrong.values() if event.wrong_at is not None)
+        # After the first wrong sum everybody's input is wrong.
+        guilty = [rank for rank, event in wrong.items() if event.wrong_at == first]
+        off = max(wrong[rank].deviation for rank in guilty)
+        said = "beyond all measure" if off > _BEYOND else f"by {off:.2g} of what is right"
+        if len(guilty) == len(self._ranks) > 1:
+            raise errors.IntegrityError(
+                f"all ranks compute other results than when the model was sharded: off {said}",
+                hint="if mlx or the hosts are others than then, 'moectl shard --force' makes it anew; "
+                "--no-canary starts it all the same",
+            )
+        raise errors.IntegrityError(
+            f"rank {' and '.join(map(str, guilty))} computes wrong results: off {said} at exchange {first}",
+            host=self._ranks[guilty[0]].host.name,
+            hint="'moectl deploy --verify' checks its files; if they are right, its memory or its mlx is not",
+        )
+
     def _collect(self, kind: type[Any], ranks: Sequence[int], timeout_s: float, phase: str) -> dict[int, Any]:
         """Return one event of this kind from each of these ranks, within the time in all."""
         deadline = time.monotonic() + timeout_s
@@ -217,8 +263,11 @@ class Session:
                     next(r for r in ranks if r not in got),
                     f"no answer while {phase} within {timeout_s:g} s (waiting for {missing})",
                     kind=Unreachable,
-                    hint="check the network between the hosts, or allow more time with --start-timeout",
+                    hint="'moectl doctor --fast' looks at the links between them; --start-timeout allows more time. "
+                    "A stranger that was quicker to connect to their ports looks the same: run it again",
                 ) from None
+            if self._closed.is_set():
+                raise errors.StateError("the session is closed")
             if isinstance(event, AllGather):
                 self._all_gather(rank, event.data)
             elif isinstance(event, kind):
@@ -258,6 +307,7 @@ class Session:
 
     def submit(self, request: Request) -> None:
         """Hand a request to every rank; what comes of it is among `events`. Ids count up from 1, without gaps."""
+        self._deadline.expect(request.id, is_first=not self._unanswered)
         self._unanswered.add(request.id)
         for rank in range(len(self._ranks)):
             self._send(rank, Generate(request))
@@ -269,17 +319,28 @@ class Session:
         Raises MoectlError when a rank failed, nothing came in time, or the session was closed.
         """
         while True:
-            rank, event = self._next_event()
+            rank, event = self._next_event(self._deadline.left_s if self._unanswered else None)
             match event:
                 case Done(id=id_) | Refused(id=id_):
                     self._unanswered.discard(id_)
+                    self._deadline.forget(id_)
                     yield event
-                case Prefilled() | Token():
+                case Prefilled(id=id_, tokens=tokens):
+                    self._deadline.read(id_, tokens)
+                    yield event
+                case Token(id=id_):
+                    self._deadline.step(id_)
                     yield event
                 case Profiled() | None:
                     pass
                 case bad:
-                    self._raise_if_bad(rank, bad, "generating")
+                    self._raise_if_bad(rank, bad, self._phase)
+
+    @property
+    def _phase(self) -> str:
+        if not self._unanswered:
+            return "idle"
+        return "reading a prompt" if self._deadline.is_reading else "generating"
 
     @property
     def memory_bytes(self) -> tuple[int, ...]:
@@ -289,7 +350,7 @@ class Session:
     def count_alive(self, within_s: float) -> int:
         """Return how many ranks have answered a heartbeat in this time."""
         now = time.monotonic()
-        return sum(now - heard_s <= within_s for heard_s in self._heard_s)
+        return sum(now - pulse.heard_s <= within_s for pulse in self._pulses)
 
     def profile(self, order: Profile) -> list[Profiled]:
         """Take decode steps apart on every rank; return what each measured, by rank.
@@ -301,7 +362,7 @@ class Session:
         self._unanswered.add(order.id)
         got: dict[int, Profiled] = {}
         while len(got) < len(self._ranks):
-            rank, event = self._next_event()
+            rank, event = self._next_event(self._step_timeout_s)
             match event:
                 case Profiled(id=id_) if id_ == order.id:
                     got[rank] = event
@@ -324,25 +385,28 @@ class Session:
         """The hosts' names in rank order."""
         return tuple(spec.host.name for spec in self._ranks)
 
-    def _next_event(self) -> tuple[int, Event | _Ended | None]:
+    def _next_event(self, timeout_s: float | None) -> tuple[int, Event | _Ended | None]:
         if self._failure_so_far is not None:
             raise self._failure_so_far
         if self._closed.is_set():
             raise errors.StateError("the session is closed")
         try:
-            return self._events.get(timeout=self._step_timeout_s if self._busy else None)
+            return self._events.get(timeout=timeout_s)
         except queue.Empty:
+            if self._sleep.slept_s is not None:
+                self._deadline.forgive()
+                return _WAKE
+            if any(pulse.is_missed for pulse in self._pulses):  # somebody may be gone: soon it is known who
+                with contextlib.suppress(queue.Empty):
+                    return self._events.get(timeout=(MISSES + 1) * BEAT_S)
             hosts = ", ".join(spec.host.name for spec in self._ranks)
+            waited_s = self._deadline.seconds if self._unanswered else self._step_timeout_s
             raise self._fail(
-                PeerLost(
-                    f"nothing was computed for {self._step_timeout_s:g} s by {hosts}",
-                    hint="a host hangs, or the link between two of them is cut: check them, then run it again",
+                Stalled(
+                    f"nothing was computed for {waited_s:.3g} s by {hosts}, though all answer (while {self._phase})",
+                    hint="a link between two of them is cut, or one is very slow: 'moectl doctor --fast' looks at each",
                 )
             ) from None
-
-    @property
-    def _busy(self) -> bool:
-        return bool(self._unanswered)
 
     def _fail(self, error: MoectlError) -> MoectlError:
         """Remember why the session is over; return the error."""
@@ -360,25 +424,40 @@ class Session:
             return
         self._closed.set()
         self._events.put(_WAKE)
-        started = [p for p in self._processes if p is not None]
-        for rank, stuck in enumerate(self._processes):
+        started = {rank: process for rank, process in enumerate(self._processes) if process is not None}
+        for rank, process in started.items():
             # Closing waits for whoever is sending, and that one for a worker that may be frozen.
-            if stuck is not None and not self._sending[rank].acquire(timeout=STUCK_S):
-                _quietly(stuck.kill)
-            elif stuck is not None:
+            if not self._sending[rank].acquire(timeout=STUCK_S):
+                self._silent.add(rank)
+            else:
                 self._sending[rank].release()
-        for process in started:
-            _quietly(process.stdin.close)
+                if rank not in self._silent:
+                    _quietly(process.stdin.close)
         deadline = time.monotonic() + EXIT_GRACE_S
-        for process in started:
+        killers = [self._spawn_killer(rank, process) for rank, process in started.items() if rank in self._silent]
+        for rank, process in started.items():
+            if rank in self._silent:
+                continue
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except (TimeoutError, MoectlError, OSError):
-                _quietly(process.kill)
-        for thread in self._threads:
+                killers.append(self._spawn_killer(rank, process))
+        for thread in (*killers, *self._threads):
             thread.join(EXIT_GRACE_S)
-        for process in started:
+        for process in started.values():
             _quietly(process.close)
+
+    def _spawn_killer(self, rank: int, process: Process) -> threading.Thread:
+        thread = threading.Thread(target=self._kill, args=(rank, process), name=f"kill-{rank}", daemon=True)
+        thread.start()
+        return thread
+
+    def _kill(self, rank: int, process: Process) -> None:
+        # A worker that is stopped does not mind its leash, and over SSH letting go of it is all that `kill` can do.
+        spec = self._ranks[rank]
+        if not spec.host.is_local and rank in self._pids:
+            _quietly(lambda: spec.remote.run(["kill", "-9", str(self._pids[rank])], timeout_s=KILL_S, check=False))
+        _quietly(process.kill)
 
     # Plumbing: one thread per stream, one for heartbeats.
 
@@ -389,10 +468,17 @@ class Session:
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_S):
-            for rank in range(len(self._ranks)):
+            self._sleep.beat()
+            for rank, pulse in enumerate(self._pulses):
                 self._send_beat(rank)
-                if self._ready is not None:
-                    self._count_miss(rank)
+                if self._joined and pulse.count(most := self._most_misses(rank)):
+                    reason = f"the worker has not answered for {most * BEAT_S:g} s: it is frozen, or its host is gone"
+                    self._events.put((rank, _Ended(reason, silent=True)))
+
+    def _most_misses(self, rank: int) -> int:
+        if not self._beaten[rank]:
+            return BUSY_MISSES
+        return MISSES if self._ready is not None else LOADING_MISSES
 
     def _send_beat(self, rank: int) -> None:
         # Where the lock is held, bytes are on their way: that is as good as a beat, and the others need theirs.
@@ -407,16 +493,6 @@ class Session:
             pass  # as in `_send`
         finally:
             lock.release()
-
-    def _count_miss(self, rank: int) -> None:
-        # Beats are counted, not seconds: after this machine slept, or was stopped, one is missing and not many.
-        heard_s = self._heard_s[rank]
-        self._missed[rank] = self._missed[rank] + 1 if heard_s == self._seen_s[rank] else 0
-        self._seen_s[rank] = heard_s
-        # A long order on a slow line is no sign of death, for a while.
-        most = MISSES if self._beaten[rank] else BUSY_MISSES
-        if self._missed[rank] == most:
-            self._events.put((rank, _Ended(f"the worker has not answered for {most * BEAT_S:g} s")))
 
     def _send(self, rank: int, order: Order) -> None:
         process = self._processes[rank]
@@ -433,7 +509,7 @@ class Session:
         reason = None
         try:
             for event in read_messages(process.stdout):
-                self._heard_s[rank] = time.monotonic()
+                self._pulses[rank].hear()
                 if isinstance(event, Alive):
                     self._memory_bytes[rank] = event.memory_bytes
                 else:
@@ -458,6 +534,8 @@ class Session:
         """Raise for the rank at fault: the one that died or erred by itself, not those that lost it as a peer."""
         reports: list[tuple[int, Event | _Ended]] = [(rank, event)]
         deadline = time.monotonic() + BLAME_S
+        if isinstance(event, _Ended) and event.silent:
+            self._silent.add(rank)
         while all(isinstance(e, Fatal) and e.kind == PeerLost.__name__ for _, e in reports):
             try:
                 other, heard = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -469,6 +547,14 @@ class Session:
         raise self._fail(self._explain(*reports[-1], phase))
 
     def _explain(self, rank: int, event: Event | _Ended, phase: str) -> MoectlError:
+        slept_s = self._sleep.slept_s
+        if slept_s is not None and isinstance(event, _Ended):
+            return self._failure(
+                rank,
+                f"the worker let go while {phase}: this machine slept, or was stopped, for {slept_s:.0f} s",
+                kind=LeashLost,
+                hint="keep it awake: 'caffeinate -i moectl …' on a Mac, 'systemd-inhibit moectl …' on Linux",
+            )
         match event:
             case Fatal():
                 return self._failure(rank, event.message, kind=_kind(event.kind), hint=event.hint)

@@ -10,19 +10,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from moectl import journal as journals
 from moectl import sources
+from moectl.canary import Canary
 from moectl.disk import explain_refusal, format_gb, free_bytes, sync_directory
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
 from moectl.geometry import Geometry
 from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, write_manifest
-from moectl.pipeline import OnBytes, OpenQuantise, hash_file, make_files, partial_path
+from moectl.pipeline import OnBytes, OnHashed, OpenQuantise, hash_file, make_files, partial_path
 from moectl.placement import Placement
 from moectl.recipe import OutputFile, Source, describe, plan_files
 
@@ -66,12 +67,14 @@ def cut(
     quantise: OpenQuantise,
     jobs: int = 1,
     on_bytes: OnBytes | None = None,
+    on_file: OnHashed | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write the shard set of a checkpoint to `directory`, or finish an interrupted one; return its manifest.
 
     `quantise` is `quantize.quantizer`; `jobs` streams work at once. `on_bytes` is told output bytes as they come
-    (those of an earlier run at once), on the calling thread; they add up to `output_bytes`. A set that is there with
+    (those of an earlier run at once), on the calling thread; they add up to `output_bytes`. So is `on_file` of every
+    weight file that is whole and hashed, once it is remembered; what it raises ends the cut. A set that is there with
     the same settings is left alone, but for its small files where the source's have changed, unless `force`, which
     starts afresh. Raises PlanError, CheckpointError, ShardsDiffer or UsageError (the directory holds something else),
     StateError (disk full, not writable, in use), and IntegrityError or Unreachable from the checkpoint.
@@ -94,7 +97,8 @@ def cut(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with journals.lock_directory(directory):
-            return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, on_bytes or _ignore, force)
+            tell = on_file or _ignore_file
+            return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, on_bytes or _ignore, tell, force)
     except OSError as error:
         raise explain_refusal(error, directory) from error
 
@@ -138,6 +142,23 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
     return manifest
 
 
+def add_canary(directory: Path, compute: Callable[[Path, Manifest], Canary]) -> Manifest:
+    """Put what a finished set computes into its manifest, unless it is there; return the manifest.
+
+    Raises what `read_manifest` and `compute` raise, and StateError when the directory is in use or cannot be written.
+    """
+    try:
+        with journals.lock_directory(directory):
+            manifest = read_manifest(directory)
+            if manifest.canary is None:
+                manifest = replace(manifest, canary=compute(directory, manifest))
+                write_manifest(directory, manifest)
+                sync_directory(directory)
+            return manifest
+    except OSError as error:
+        raise explain_refusal(error, directory) from error
+
+
 def _find_problem(path: Path, entry: FileEntry, on_bytes: OnBytes | None) -> str | None:
     try:
         size = path.stat().st_size
@@ -154,6 +175,15 @@ def _ignore(_: int) -> None:
     pass
 
 
+def _ignore_file(_: str, __: FileEntry) -> None:
+    pass
+
+
+def _tell_files(files: Mapping[str, FileEntry], on_file: OnHashed) -> None:
+    for file, entry in files.items():
+        on_file(file, entry)
+
+
 def _cut_locked(
     checkpoint: Checkpoint,
     plain: Manifest,  # without files
@@ -162,6 +192,7 @@ def _cut_locked(
     quantise: OpenQuantise,
     jobs: int,
     on_bytes: OnBytes,
+    on_file: OnHashed,
     force: bool,
 ) -> Manifest:
     binding = _bind(plain, files)
@@ -172,6 +203,7 @@ def _cut_locked(
     old = _read_old(directory)
     if old is not None and len(done) == len(files) and _is_current(checkpoint, directory, old, plain):
         on_bytes(output_bytes(files))
+        _tell_files(done, on_file)
         return _keep(directory, old, plain.name)
     with journals.Journal(directory, binding, done) as journal:
         (directory / MANIFEST_NAME).unlink(missing_ok=True)  # after the journal: one of the two says that this is ours
@@ -180,6 +212,12 @@ def _cut_locked(
         missing = [f for f in files if f.path not in done and f not in named]
         _check_space(checkpoint, directory, missing)
         on_bytes(output_bytes(f for f in files if f.path in done))
+        _tell_files(done, on_file)
+
+        def finish_file(file: str, entry: FileEntry) -> None:
+            journal.record(file, entry)
+            on_file(file, entry)
+
         make_files(
             checkpoint,
             directory,
@@ -188,7 +226,7 @@ def _cut_locked(
             quantise=quantise,
             jobs=jobs,
             on_bytes=on_bytes,
-            on_hashed=journal.record,
+            on_hashed=finish_file,
         )
         manifest = _complete(checkpoint, directory, plain, files, journal.done)
         _drop_stale(directory, old, manifest)
@@ -301,7 +339,7 @@ def _find_done(
 def _done_of(directory: Path, plain: Manifest, files: Sequence[OutputFile], there: Manifest) -> dict[str, FileEntry]:
     """Return the files of a finished shard set that can be kept. Raises ShardsDiffer when it is another one."""
     mine = {f.path: f.bytes for f in files}
-    same = replace(there, name=plain.name, config=plain.config, files={}, tensors={}) == plain
+    same = replace(there, name=plain.name, config=plain.config, files={}, tensors={}, canary=None) == plain
     kept = {f: e for f, e in there.files.items() if f in mine}
     if same and _shapes(there.geometry) == _shapes(plain.geometry) and {f: e.bytes for f, e in kept.items()} == mine:
         return {f: e for f, e in kept.items() if _size(directory / f) == e.bytes}

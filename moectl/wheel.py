@@ -49,6 +49,11 @@ def pack_wheel(directory: Path) -> Path:
     return path
 
 
+def is_ours(wheel: Path) -> bool:
+    """Whether a wheel is some version of moectl itself: `deploy` sends the one that runs here in its place."""
+    return wheel.name.startswith("moectl-")
+
+
 def hash_code() -> str:
     """Return the hash of the running moectl's files, as a host tells its own."""
     return hash_package(str(Path(moectl.__file__).parent))

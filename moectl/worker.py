@@ -1,8 +1,8 @@
 """The process on a node, one per rank: it holds a leash (stdin/stdout), a part of the model, and nothing else.
 
-It opens no port of its own but the data plane's, writes no file but the data plane's temporary ones, and ends with its
-leash: end of file, silence, or an error anywhere ends the process at once, because after a broken collective no call
-into the backend can be trusted to return.
+It opens no port of its own but the data plane's, writes no file but its log, and ends with its leash: end of file,
+silence, or an error anywhere ends the process at once, because after a broken collective no call into the backend can
+be trusted to return.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ import queue
 import select
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from moectl import __version__, errors
 from moectl.errors import MoectlError
 from moectl.leash import (
+    BEAT_S,
     MAX_LINE_BYTES,
     SILENCE_S,
     Alive,
@@ -50,7 +53,9 @@ from moectl.leash import (
     encode,
 )
 
-_TEMPORARY = "moectl-"
+if TYPE_CHECKING:
+    from moectl.manifest import Manifest
+
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
 _log = logging.getLogger("moectl.worker")
 _BACKEND_ERRORS = ("[ring]", "[jaccl]")  # how mlx begins what its data planes raise
@@ -108,7 +113,13 @@ class Leash:
     def _lines(self) -> Iterator[bytes]:
         # Unbuffered reads under select: a buffered readline would hide lines from select.
         pending = bytearray()
-        while select.select([self._down], [], [], SILENCE_S)[0]:
+        silent_s = 0.0
+        # Counted in beats: if this machine sleeps, or this process is stopped, one of them passes and not all.
+        while silent_s < SILENCE_S:
+            if not select.select([self._down], [], [], BEAT_S)[0]:
+                silent_s += BEAT_S
+                continue
+            silent_s = 0.0
             chunk = os.read(self._down.fileno(), 1 << 20)
             if not chunk:
                 return
@@ -171,6 +182,11 @@ def _serve(leash: Leash) -> None:
         raise errors.NotDeployed(
             f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
         )
+    if start.paranoia and manifest.placement.split == "layers":
+        raise errors.UsageError(
+            "--paranoia compares what all ranks compute, and with --split layers each computes its own layers",
+            hint="leave it out: the canary at the start checks them",
+        )
     if sys.platform != "darwin" and not start.force:  # before any rank here has taken memory
         check_own_memory(manifest, start.rank, ranks_here=start.ranks_here)
     group = open_group(leash, start, count_kv_tokens(manifest, start.rank, ranks_here=start.ranks_here))
@@ -186,6 +202,9 @@ def _serve(leash: Leash) -> None:
 
     dtype = getattr(mx, start.dtype) if start.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
+    if start.agree_routing:
+        for layer in model.layers:
+            layer.ffn.follow_first_rank()
     tokenizer = open_tokenizer(directory)
     engine = Engine(
         model,
@@ -198,23 +217,43 @@ def _serve(leash: Leash) -> None:
         kv_tokens=load.kv_tokens,
         cache_tokens=start.cache_tokens,
         speculate=start.speculate,
+        check_every=start.paranoia,
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     q, geometry = manifest.quantization, manifest.geometry
     bits = q.bits if q else None
     leash.memory_bytes = mx.get_active_memory
-    leash.tell(Ready(manifest.placement.split, bits, geometry.vocab_size, geometry.max_seq_len, geometry.top_k))
+    ready = Ready(manifest.placement.split, bits, geometry.vocab_size, geometry.max_seq_len, geometry.top_k)
+    leash.tell(_check_results(ready, model, manifest, start))
     for event in engine.serve(leash.orders):
         if isinstance(event, Done):
             _log.info("request %d: %s after %d tokens", event.id, event.finish_reason, event.stats.completion_tokens)
         leash.tell(event)
 
 
+def _check_results(ready: Ready, model: Any, manifest: Manifest, start: Start) -> Ready:
+    """Return `ready` with what came of the canary, where there is one."""
+    if manifest.canary is None or not start.canary:
+        return ready
+    from moectl.model.selfcheck import check
+
+    found = check(model, manifest.canary, rank=start.rank)
+    _log.info("canary: off by %.2g at most", found.verdict.worst)
+    return replace(
+        ready,
+        checked=True,
+        deviation=min(found.verdict.worst, sys.float_info.max),  # JSON has no infinity
+        wrong_at=found.verdict.wrong_at,
+        token_s=found.token_s,
+        step_s=found.step_s,
+    )
+
+
 def open_group(leash: Leash, start: Start, kv_tokens: int | None = None) -> Any:
     """Promise free ports to the controller and join the group that it makes of all ranks; None for a single one."""
     with contextlib.ExitStack() as ports:
         numbers = [ports.enter_context(_free_port(address)) for address in start.addresses]
-        leash.tell(Listening(own_versions(), numbers, kv_tokens))
+        leash.tell(Listening(own_versions(), numbers, kv_tokens, os.getpid()))
         return _join(leash, start, ports) if start.world_size > 1 else None
 
 
@@ -227,30 +266,70 @@ def _join(leash: Leash, start: Start, ports: contextlib.ExitStack) -> Any:
     import mlx.core as mx
 
     os.environ.update(connect.env)
-    files = {name: _write_temporary(text) for name, text in connect.files.items()}
-    os.environ.update(files)
+    files = {name: _hold(text) for name, text in connect.files.items()}
+    os.environ.update({name: f"/dev/fd/{file.fileno()}" for name, file in files.items()})
     ports.close()
     leash.tell(Connecting())
     # init holds the interpreter lock, so no Python thread could time it: faulthandler's timer is a C thread.
     faulthandler.dump_traceback_later(start.init_timeout_s, exit=True)
     try:
-        if connect.backend == "jaccl":
-            group = mx.distributed.init(strict=True, backend="jaccl", all_gather_factory=side_channel(leash))
-        else:
-            group = mx.distributed.init(strict=True, backend=connect.backend)
+        with _leash_watched():
+            if connect.backend == "jaccl":
+                group = mx.distributed.init(strict=True, backend="jaccl", all_gather_factory=side_channel(leash))
+            else:
+                group = mx.distributed.init(strict=True, backend=connect.backend)
+        _check_peers(group, start, connect.nonce)
     except (RuntimeError, ValueError) as error:
         raise errors.Unreachable(f"cannot join the {connect.backend} group: {error}") from None
     finally:
         faulthandler.cancel_dump_traceback_later()
-        for path in files.values():
-            Path(path).unlink(missing_ok=True)
-    if (group.rank(), group.size()) != (start.rank, start.world_size):
-        raise errors.RemoteError(
-            f"joined as rank {group.rank()} of {group.size()}, expected {start.rank} of {start.world_size}"
-        )
+        for file in files.values():
+            file.close()
     _log.info("joined over %s as rank %d of %d", connect.backend, start.rank, start.world_size)
     leash.tell(Connected(group.rank(), group.size()))
     return group
+
+
+# The end of the leash as a process sees it that reads nothing of it; then its parent, which cannot look, has to go.
+_WATCH = """
+import os, select, signal, sys
+worker, hangs_up = int(sys.argv[1]), select.poll()
+hangs_up.register(0, getattr(select, "POLLRDHUP", 0))
+hangs_up.poll()
+if os.getppid() == worker:
+    os.kill(worker, signal.SIGKILL)
+"""
+
+
+@contextlib.contextmanager
+def _leash_watched() -> Iterator[None]:
+    """Let another process mind the leash while the block holds the interpreter lock, and with it this one's thread."""
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _WATCH, str(os.getpid())],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        watcher.kill()
+        watcher.wait()
+
+
+def _check_peers(group: Any, start: Start, nonce: int) -> None:
+    """Make sure that every place in the group is taken by its rank of this launch, before anything is summed.
+
+    The ring has no handshake: whoever connects first is the neighbour.
+    """
+    import mlx.core as mx
+
+    own = mx.array([[nonce, start.rank, start.world_size]], dtype=mx.int32)
+    rows: list[list[int]] = mx.distributed.all_gather(own, group=group).tolist()  # type: ignore[assignment]
+    if rows != [[nonce, rank, start.world_size] for rank in range(start.world_size)]:
+        raise errors.PeerLost(
+            "a process that does not belong to this launch has joined the group",
+            hint="run it again; if it comes back, look for what connects to this host's ports",
+        )
 
 
 def side_channel(leash: Leash) -> Any:
@@ -295,10 +374,13 @@ def _free_port(address: str) -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def _write_temporary(text: str) -> str:
-    with tempfile.NamedTemporaryFile("w", prefix=_TEMPORARY, suffix=".json", delete=False) as f:
-        f.write(text)
-    return f.name
+def _hold(text: str) -> IO[str]:
+    """Return a file without a name, to be read from its beginning: nothing is left of it, however this process ends."""
+    file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - open while the backend starts
+    file.write(text)
+    file.flush()
+    file.seek(0)
+    return file
 
 
 def own_versions() -> dict[str, str]:

@@ -19,6 +19,21 @@ from tests.sshd import SSHD, Server, run_sshd
 KEPT = ("MOECTL_TEST_",)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("moectl")
+    group.addoption("--chaos-minutes", type=float, default=0.35, help="of strikes in test_chaos (%(default)s)")
+    group.addoption("--chaos-seed", type=int, default=38, help="of what it strikes with (%(default)s)")
+    group.addoption("--long", action="store_true", help="also run the tests that are marked long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked long, unless asked for: deselected, since CI takes no skip for an answer."""
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Under MOECTL_TEST_STRICT (CI) nothing is skipped: what a test lacks has to be installed."""
@@ -42,6 +57,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     with tempfile.TemporaryDirectory(prefix="moe") as run:
         monkeypatch.setenv("XDG_RUNTIME_DIR", run)
         monkeypatch.setenv("MOECTL_RUN_KEEP_ALIVE", "0")  # no test leaves a controller behind
+        monkeypatch.setenv("MOECTL_DEPLOY_NO_CHECK", "1")  # where it is not what is tested, it takes long
         yield
 
 

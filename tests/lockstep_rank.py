@@ -21,6 +21,7 @@ from moectl.engine import Engine
 from moectl.leash import Done, Generate, Token
 from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
+from moectl.model.selfcheck import check
 from moectl.request import Request
 from moectl.worker import open_tokenizer
 
@@ -56,6 +57,7 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
         if isinstance(event, Done):
             accepted += event.stats.accepted_tokens
     tokens = list(answers.values())
+    checked = check(model, manifest.canary, rank=rank) if manifest.canary else None
     probe = mx.array([[t % manifest.geometry.vocab_size for t in range(3, 40)]])
     hidden = model.transformer(probe, None)
     logits = model(probe)
@@ -64,6 +66,7 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "accepted": accepted,
+        "canary": {"worst": checked.verdict.worst, "wrong_at": checked.verdict.wrong_at} if checked else None,
         "hidden": np.array(hidden.astype(mx.float32)).tobytes().hex() if case.get("keep_hidden") else None,
         "logits": np.array(logits.astype(mx.float32)).tolist() if rank == leader else None,
     }

@@ -12,16 +12,21 @@ import tempfile
 from pathlib import Path
 
 
-@functools.cache
 def preload() -> str | None:
     """Build norspin.c once per test run and return its path; None where it does not apply or no compiler is there."""
+    return build_preload("norspin")
+
+
+@functools.cache
+def build_preload(name: str) -> str | None:
+    """Build one of the C files here as a library to preload, once per test run; return its path, None as `preload`."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if sys.platform != "linux" or compiler is None:
         return None
-    directory = tempfile.mkdtemp(prefix="moectl-norspin-")
+    directory = tempfile.mkdtemp(prefix=f"moectl-{name}-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    library = Path(directory) / "norspin.so"
-    source = Path(__file__).with_name("norspin.c")
+    library = Path(directory) / f"{name}.so"
+    source = Path(__file__).with_name(f"{name}.c")
     subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     return str(library)
 

@@ -70,7 +70,9 @@ def find_free_port() -> int:
 
 def server_config(directory: Path, address: str, port: int, host_key: Path, authorized: Path) -> str:
     """Return an sshd_config that trusts one authorized_keys file and nothing else."""
-    return f"""Port {port}
+    path = os.environ.get("PYTHONPATH")  # where the tests' own moectl is, unless it is installed
+    same_code = f"SetEnv PYTHONPATH={path}\n" if path else ""
+    return f"""{same_code}Port {port}
 ListenAddress {address}
 HostKey {host_key}
 PidFile {directory}/sshd.pid

@@ -89,7 +89,8 @@ def test_environment_equals_mlx_launch(
     endpoints = [[f"{host.ips[0]}:{port}"] for host, port in zip(listed.hosts, ports, strict=True)]
     assert len(theirs) == len(listed.hosts)
     for rank, (env, files) in enumerate(theirs):
-        ours = make_connect(backend, listed.hosts, endpoints, rank)
+        ours = make_connect(backend, listed.hosts, endpoints, rank, 7)
+        assert ours.nonce == 7
         # The hostfile's own variables are set when the worker starts, the group's when it joins.
         assert {**split_envs(listed.envs), **ours.env} == env
         assert {k: json.loads(v) for k, v in ours.files.items()} == {k: json.loads(v) for k, v in files.items()}

@@ -213,7 +213,7 @@ def test_orders_that_reach_ranks_at_different_times(source: Path) -> None:
             time.sleep(0.3)
         events: list[tuple[int, Any]] = []
         while len([e for _, e in events if isinstance(e, Profiled)]) < 4:
-            rank, event = session._next_event()
+            rank, event = session._next_event(30)
             assert isinstance(event, Token | Done | Prefilled | Profiled), event
             events.append((rank, event))
     assert sorted((e.id, rank) for rank, e in events if isinstance(e, Profiled)) == [(2, 0), (2, 1), (4, 0), (4, 1)]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from moectl import __main__, __version__, cli, errors
 from moectl.console import colour_wanted, size_text, table_text, time_text
 from moectl.flags import Failed
+from moectl.verb import SECTIONS, Verb
 from tests.tiny import write_checkpoint
 
 MODULE = [sys.executable, "-m", "moectl"]
@@ -44,16 +48,38 @@ def test_every_command_has_help(command: str, call: Any) -> None:
     code, out, err = call(command, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"Usage: moectl {command}")
-    if command not in ("worker", "controller"):
-        assert "Exit status:" in out
-        assert "Example" in out
+    assert isinstance(cli.cli.commands[command], Verb), f"make {command} with @verb, for its examples and exit status"
+    assert "\nExit status:\n  0 done" in out
+    if not cli.cli.commands[command].hidden:
+        assert re.search(rf"\nExamples:\n(?:  .*\n)*  .*moectl {command}", out)
         for flag in ("--hosts", "--hostfile", "--json", "--quiet", "--verbose", "--color"):
             assert flag in out
 
 
 def test_version_and_module() -> None:
     done = subprocess.run([*MODULE, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"moectl {__version__}\n"
+    packages = [f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm")]
+    assert done.stdout.splitlines() == [f"moectl {__version__}", *packages, f"Python {platform.python_version()}"]
+    assert done.stderr == ""
+
+
+def test_the_versions_without_mlx(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    code, out, _ = call("--version")
+    assert code == 0
+    assert out.splitlines()[1:3] == ["mlx not installed", "mlx-lm not installed"]
+
+
+def test_help_lists_verbs_by_section(call: Any) -> None:
+    _, out, _ = call("--help")
+    headings = [line[:-1] for line in out.splitlines() if re.fullmatch(r"[A-Z]\w+:", line)]
+    assert [heading for heading in headings if heading in SECTIONS] == list(SECTIONS)
+    listed = re.findall(r"^  ([a-z]+) {2,}[A-Z]", out, re.MULTILINE)
+    visible = {str(verb.name) for verb in cli.cli.commands.values() if not verb.hidden}
+    assert sorted(listed) == sorted(visible)
 
 
 def test_no_command_prints_help_and_is_usage(call: Any) -> None:

@@ -61,7 +61,9 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
     assert not (tmp_path / "left" / "shards").exists()
     assert moectl(*PROMPT, *at, check=8).stderr.startswith("Error: no model is deployed on left, right.")
 
-    first = json.loads(moectl("deploy", str(hosts), "--json").stdout)
+    deployed = moectl("deploy", str(hosts), "--json", MOECTL_DEPLOY_NO_CHECK="0")
+    assert "Checked: every rank computes what it should" in deployed.stderr
+    first = json.loads(deployed.stdout)
     assert [h["ok"] for h in first["hosts"]] == [True, True]
     assert all(h["copied_bytes"] > 0 for h in first["hosts"])
     second = json.loads(moectl("deploy", str(hosts), "--json").stdout)

@@ -26,7 +26,21 @@ NODE = {
 
 # Library → modules that may import it at all; "model" stands for the whole subpackage.
 ONLY_IN: dict[str, set[str]] = {
-    "click": {"__main__", "cli", "cli_check", "cli_prepare", "cli_setup", "cli_use", "cli_target", "flags"},
+    "click": {
+        "__main__",
+        "cli",
+        "cli_check",
+        "cli_observe",
+        "cli_prepare",
+        "cli_setup",
+        "cli_use",
+        "cli_target",
+        "flags",
+        "verb",
+        "suggest",
+        "completion",
+        "manual",
+    },
     "tqdm": {"console"},
     "paramiko": {"ssh", "ssh_connect", "ssh_login"},
     "huggingface_hub": {"hub"},
@@ -41,6 +55,7 @@ ONLY_IN: dict[str, set[str]] = {
     "uvicorn": {"server"},
     "prometheus_client": {"metrics"},
     "prompt_toolkit": {"lineedit"},
+    "packaging": {"wheelhouse"},
 }
 # Of those, the ones whose import waits until a function needs it.
 INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot")}
@@ -49,30 +64,38 @@ INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotli
 ROOMS = (
     {"__main__"},
     {"cli"},
-    {"cli_check", "cli_prepare", "cli_setup", "cli_use"},
+    {"cli_check", "cli_observe", "cli_prepare", "cli_setup", "cli_use"},
     {"cli_target"},
-    {"flags"},
+    {"flags", "manual", "completion"},
+    {"verb", "suggest"},
     {"answerer"},
     {"chat"},
-    {"report", "doctor_report", "setup_report", "lineedit", "transcript"},
-    {"console", "config"},
+    {"report", "doctor_report", "setup_report", "report_observe", "lineedit", "transcript"},
+    {"console", "config", "live"},
+    {"logs", "listing", "status", "uninstall"},
     {"attach"},
-    {"controller", "probing", "client", "background", "doctor", "setup_run"},
+    {"controller", "probing", "client", "background", "doctor", "feed", "setup_run"},
     {"doctor_cluster", "doctor_pairs", "setup_plan"},
     {"doctor_host", "setup_machine"},
     {"macos"},
     {"survey"},
+    {"remedy"},
     {"launch", "planning", "bench", "plot", "probe"},
-    {"server"},
+    {"server", "restart"},
     {"api", "metrics", "sockets"},
     {"serving"},
     {"prepare", "session", "cluster", "whatif"},
+    {"fleet"},
     {"nodes"},
     {"plan"},
     {"speed"},
     {"calibration"},
     {"catalog"},
+    {"wheelhouse"},
+    {"programs", "traffic"},
     {"provision"},
+    {"push"},
+    {"chain", "handover"},
     {"measure"},
     {"worker"},
     {"engine"},
@@ -86,15 +109,41 @@ ROOMS = (
     {"sources"},
     {"ssh_connect"},
     {"ssh_login"},
-    {"ssh_config", "remote", "backend", "deployment", "setup_record", "wheel", "journal", "recipe", "node", "links"},
+    {
+        "ssh_config",
+        "remote",
+        "backend",
+        "deployment",
+        "setup_record",
+        "wheel",
+        "journal",
+        "recipe",
+        "node",
+        "relay",
+        "links",
+    },
+    {"node_logs", "node_workers", "node_clear", "node_platform", "throughput"},
     {"checkpoint"},
     {"hub"},
     {"layouts"},
     {"machine", "findings", "errnos"},
     {"budget"},
     {"measured"},
-    {"leash", "manifest", "routing"},
-    {"topology", "placement", "copies", "balance", "chips", "hosts", "request", "settings", "demo", "paths", "disk"},
+    {"leash", "manifest", "routing", "vigil"},
+    {
+        "canary",
+        "topology",
+        "placement",
+        "copies",
+        "balance",
+        "chips",
+        "hosts",
+        "request",
+        "settings",
+        "demo",
+        "paths",
+        "disk",
+    },
     {"geometry", "hardware", "thunderbolt"},
     {"errors"},
     {""},
@@ -186,6 +235,37 @@ def test_the_command_line_loads_click_only() -> None:
     assert not loaded_by("import moectl.cli") & HEAVY
     code = "import moectl.cli\ntry: moectl.cli.cli(['run', '--help'])\nexcept SystemExit: pass"
     assert not loaded_by(code) & HEAVY
+
+
+def run_and_load(words: list[str], **environment: str) -> set[str]:
+    """Return what is loaded at the end of a run of moectl, beyond click and what comes with the interpreter."""
+    code = f"""
+import atexit, os, sys, click
+before = set(sys.modules)
+atexit.register(lambda: print("LOADED", *(set(sys.modules) - before)))
+sys.argv = ["moectl", *{words!r}]
+os.environ.update({environment!r})
+from moectl.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = {name.split(".")[0] for name in done.stdout.partition("LOADED ")[2].split()}
+    assert "moectl" in loaded
+    return loaded
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"], ["completion", "zsh"]], ids=" ".join)
+def test_help_and_version_load_no_library_but_click(words: list[str]) -> None:
+    assert run_and_load(words) - sys.stdlib_module_names <= {"click", "moectl"}
+
+
+@pytest.mark.parametrize("line", ["moectl ", "moectl run --", "moectl deploy --only ", "moectl run --model "])
+def test_a_tab_press_loads_no_library_but_click(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts.txt").write_text("mac1\nmac2\n")
+    loaded = run_and_load([], _MOECTL_COMPLETE="zsh_complete", COMP_LINE=line)
+    assert loaded - sys.stdlib_module_names <= {"click", "moectl"}
+    assert not loaded & {"asyncio", "concurrent", "multiprocessing", "subprocess"}  # nobody is asked
 
 
 def test_a_chat_loads_the_line_editor_only_when_it_begins() -> None:

@@ -20,9 +20,10 @@ import pytest
 from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.manifest import Quantization
+from moectl.model.reference import compute_canary
 from moectl.placement import make_placement
 from moectl.quantize import quantizer
-from moectl.shards import cut
+from moectl.shards import add_canary, cut
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env
 from tests.tiny import write_checkpoint
@@ -79,6 +80,16 @@ def cut_case(source: Path, out: Path, split: str, shares: tuple[int, ...], bits:
     return out
 
 
+def with_canary(directory: Path) -> Path:
+    add_canary(directory, compute_canary)
+    return directory
+
+
+def cut_for_ranks(source: Path, out: Path, split: str, shares: tuple[int, ...], bits: int) -> Path:
+    directory = cut_case(source, out, split, shares, bits)
+    return with_canary(directory) if bits != 8 and len(shares) > 1 else directory
+
+
 def run_ranks(world_size: int, cases: list[dict[str, Any]], directory: Path) -> list[list[dict[str, Any]]]:
     """Run the cases on one ring of this size; return results by rank, then by case."""
     with ExitStack() as held:
@@ -116,7 +127,7 @@ def list_cases(world_size: int) -> Iterator[tuple[str, str, tuple[int, ...], int
 def make_cases(world_size: int, models: dict[str, Path], directory: Path) -> list[dict[str, Any]]:
     return [
         {
-            "shards": str(cut_case(models[model], directory / f"{world_size}-{number}", split, shares, bits)),
+            "shards": str(cut_for_ranks(models[model], directory / f"{world_size}-{number}", split, shares, bits)),
             "prompts": PROMPTS[model],
             "max_tokens": TOKENS,
             "raw": model != "demo",
@@ -155,6 +166,9 @@ def test_tokens_and_logits_equal_one_process(
         leader = results[world_size - 1 if split == "layers" else 0][number]
         assert leader["tokens"] == one["tokens"], case
         np.testing.assert_allclose(leader["logits"], one["logits"], atol=1e-4, rtol=0, err_msg=case)
+        for canary in (rank[number]["canary"] for rank in results if bits != 8):
+            assert canary["wrong_at"] is None, case
+            assert canary["worst"] < 1e-4, case
 
 
 @pytest.mark.parametrize("split", ["hidden", "experts"])

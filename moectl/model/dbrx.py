@@ -22,7 +22,7 @@ from mlx_lm.models.dbrx import Router as RouterLogits
 from moectl.geometry import Geometry
 from moectl.model.experts import Experts
 from moectl.model.pipeline import Pipeline
-from moectl.model.reduce import sum_over_ranks
+from moectl.model.reduce import sum_over_ranks, take_first
 from moectl.placement import Placement
 
 
@@ -52,10 +52,17 @@ class SparseMoe(nn.Module):
         self.router = Router(placement.geometry)
         self.experts = Experts(placement, rank)
         self._group = group if placement.split != "layers" else None  # a pipeline's experts are whole
+        self._follows = False
+
+    def follow_first_rank(self) -> None:
+        """Take rank 0's choice of experts from now on: chips that round differently may choose differently."""
+        self._follows = self._group is not None and self._group.size() > 1
 
     def __call__(self, x: mx.array) -> mx.array:  # (B, L, D) → (B, L, D)
         tokens = x.reshape(-1, x.shape[-1])
         indices, weights = self.router(tokens)
+        if self._follows and self._group is not None:
+            indices, weights = take_first(indices, weights, self._group)
         partial = self.experts(tokens, indices, weights)
         return sum_over_ranks(partial, self._group).reshape(x.shape)
 

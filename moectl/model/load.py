@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,8 @@ def load_rank(
     weights = _open_weights(directory, manifest, rank)
     model = Model(manifest.placement, rank, group)
     _quantise_like(model, manifest, rank, weights)
-    wanted = dict(tree_flatten(model.parameters()))
-    for name, array in wanted.items():
-        if name not in weights:
-            raise IntegrityError(f"{directory} has no tensor {name!r} for rank {rank}", hint=_HINT)
-        if weights[name].shape != array.shape:
-            raise IntegrityError(
-                f"{directory}: {name} has shape {weights[name].shape}, expected {array.shape}",
-                hint=_HINT,
-            )
+    wanted = list(dict(tree_flatten(model.parameters())))
+    _check(model, wanted, weights, directory, rank)
     model.eval()
     names = [f"transformer.blocks.{i}." for i in range(len(model.layers))]
     for prefix in names:
@@ -69,11 +63,51 @@ def load_rank(
     return model
 
 
-def _open_weights(directory: Path, manifest: Manifest, rank: int) -> dict[str, mx.array]:
+def load_part(directory: Path, manifest: Manifest, rank: int, layer: int | None, *, dtype: mx.Dtype) -> Model:
+    """Build a model of which a rank's part of one layer is there, as `layers[0]`; None: all but the layers.
+
+    The layer counts from the model's first one. Nothing else is read. Raises IntegrityError as `load_rank`.
+    """
+    mine = "transformer.blocks." if layer is None else f"transformer.blocks.{layer}."
+    files = {
+        file
+        for tensor, places in manifest.tensors.items()
+        if tensor.startswith(mine) == (layer is not None)
+        for file in places
+    }
+    weights = _open_weights(directory, manifest, rank, files)
+    model = Model(manifest.placement, rank)
+    if layer is not None:
+        own = layer - manifest.placement.layers(rank)[0]
+        weights = {_BLOCK.sub("transformer.blocks.0.", name): array for name, array in weights.items()}
+        model.transformer.blocks = [model.layers[own]]
+    _quantise_like(model, manifest, rank, weights, first=layer)
+    wanted = [n for n, _ in tree_flatten(model.parameters()) if n.startswith("transformer.blocks.") != (layer is None)]
+    _check(model, wanted, weights, directory, rank)
+    model.eval()
+    _materialise(model, wanted, weights, dtype)
+    return model
+
+
+def _check(model: Model, wanted: list[str], weights: dict[str, mx.array], directory: Path, rank: int) -> None:
+    shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    for name in wanted:
+        if name not in weights:
+            raise IntegrityError(f"{directory} has no tensor {name!r} for rank {rank}", hint=_HINT)
+        if weights[name].shape != shapes[name]:
+            raise IntegrityError(
+                f"{directory}: {name} has shape {weights[name].shape}, expected {shapes[name]}",
+                hint=_HINT,
+            )
+
+
+def _open_weights(
+    directory: Path, manifest: Manifest, rank: int, only: Collection[str] | None = None
+) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     first, _ = manifest.placement.layers(rank)
     for path, entry in manifest.files_of(rank).items():
-        if not path.endswith(".safetensors"):
+        if not path.endswith(".safetensors") or (only is not None and path not in only):
             continue
         file = directory / path
         try:
@@ -94,12 +128,15 @@ def _module_name(name: str, first: int) -> str:
     return _BLOCK.sub(lambda match: f"{match[1]}{int(match[2]) - first}.", name)
 
 
-def _quantise_like(model: Model, manifest: Manifest, rank: int, weights: dict[str, mx.array]) -> None:
-    """Make those modules quantised whose weights come with scales."""
+def _quantise_like(
+    model: Model, manifest: Manifest, rank: int, weights: dict[str, mx.array], *, first: int | None = None
+) -> None:
+    """Make those modules quantised whose weights come with scales; `first` is the number of the model's first layer."""
     q = manifest.quantization
     if q is None:
         return
-    first, _ = manifest.placement.layers(rank)
+    if first is None:
+        first, _ = manifest.placement.layers(rank)
     overrides = {_module_name(n, first): o for n, o in (manifest.config.get("quantization") or {}).items()}
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:

@@ -32,6 +32,14 @@ def sum_over_ranks(x: mx.array, group: mx.distributed.Group | None) -> mx.array:
     return run_exchange(x, partial(_sum, group=group))
 
 
+def take_first(indices: mx.array, weights: mx.array, group: mx.distributed.Group) -> tuple[mx.array, mx.array]:
+    """Return rank 0's indices and weights, both (T, K), on every rank. Not observed: it is no rank's work."""
+    both = mx.concatenate([indices.astype(mx.float32), weights.astype(mx.float32)], axis=-1)
+    first = mx.distributed.all_gather(both[None], group=group)[0]
+    chosen, shares = mx.split(first, 2, axis=-1)
+    return chosen.astype(indices.dtype), shares.astype(weights.dtype)
+
+
 def run_exchange(x: mx.array, exchange: Exchange) -> mx.array:
     """Return `exchange(x)`, an array that other ranks take part in; where somebody observes, as that wishes."""
     return exchange(x) if _observer is None else _observer(x, exchange)

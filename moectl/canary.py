@@ -1,0 +1,130 @@
+"""The canary: what fixed prompts come to on one machine, kept in the manifest, so that every start can be compared.
+
+Two prompts go through the model, one shorter and one longer than a chunk of prefill. Of every array that a rank adds to
+an exchange a few numbers are kept, sums over all its elements with fixed random signs; of the last token the largest
+logits. The first exchange at which a rank's numbers are off tells which rank is at fault: up to there it had the same
+input as when the set was cut.
+
+Only data and their comparison; `model.reference` computes them on one machine, `model.selfcheck` on a rank.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CHUNK = 512  # tokens that are read at a time, here and there: copies of experts share out a chunk's work
+SHORT = 5
+TOP = 16  # logits that are kept
+WIDTH = 4  # numbers for each exchange
+
+# Of what was to be expected. Sums in another order differ by some 1e-6 in float32; in 16 bits or with quantised
+# arithmetic on another device by some percent, and a token whose router is undecided may go to another expert.
+TOLERANCE = 1e-3
+TOLERANCE_LOW_PRECISION = 0.2
+_SMALL = 0.05  # of the usual size: what is smaller is judged by that
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """The reference of one shard set."""
+
+    dtype: str  # of the activations that it was computed with
+    points: tuple[tuple[str, ...], ...]  # by rank and prompt: WIDTH float32 numbers for each exchange, in base64
+    top: tuple[tuple[tuple[int, float], ...], ...]  # by prompt: tokens and their logits, largest first
+    spread: tuple[float, ...]  # by prompt: the standard deviation of all logits
+
+    def __post_init__(self) -> None:  # JSON has lists only
+        object.__setattr__(self, "points", tuple(tuple(prompts) for prompts in self.points))
+        object.__setattr__(self, "top", tuple(tuple((token, logit) for token, logit in one) for one in self.top))
+        object.__setattr__(self, "spread", tuple(self.spread))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a rank found.
+
+    `wrong_at` is the first exchange that is off, counted as all ranks count them; one more than the last: the logits.
+    """
+
+    worst: float  # deviation, in parts of what was to be expected
+    wrong_at: int | None
+
+
+def build_canary(raw: dict[str, Any]) -> Canary:
+    """Return the canary that JSON holds. Raises TypeError or ValueError where it is none."""
+    canary = Canary(**raw)
+    texts = [text for prompts in canary.points for text in prompts]
+    numbers = [number for one in canary.top for number in one] + [(0, spread) for spread in canary.spread]
+    if not isinstance(canary.dtype, str) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("its canary cannot be read")
+    if not all(isinstance(token, int) and isinstance(value, int | float) for token, value in numbers):
+        raise TypeError("its canary cannot be read")
+    for text in texts:
+        decode_points(text)
+    return canary
+
+
+def make_prompts(vocab_size: int, max_seq_len: int) -> list[list[int]]:
+    """Return the prompts as tokens; the same for every model with these sizes, as long as the schema is."""
+    lengths = [min(length, max_seq_len) for length in (SHORT, CHUNK + 9)]
+    return [[(7919 * (i + 31 * n) + 13 * i * i) % vocab_size for i in range(n)] for n in lengths]
+
+
+def cut_chunks(tokens: Sequence[int]) -> list[list[int]]:
+    """Return a prompt as it is read: chunk by chunk, the last token by itself, as in decode."""
+    body = list(tokens[:-1])
+    return [*(body[i : i + CHUNK] for i in range(0, len(body), CHUNK)), [tokens[-1]]]
+
+
+def encode_points(points: Sequence[Sequence[float]]) -> str:
+    """Return exchanges' numbers as text, in 5 significant digits: what a run on the same machine may differ in."""
+    flat = [float(f"{value:.5g}") for point in points for value in point]
+    return base64.b64encode(struct.pack(f"<{len(flat)}f", *flat)).decode()
+
+
+def decode_points(text: str) -> list[tuple[float, ...]]:
+    """Return the numbers of each exchange. Raises ValueError."""
+    data = base64.b64decode(text, validate=True)
+    if len(data) % (4 * WIDTH):
+        raise ValueError("its canary cannot be read")
+    flat = struct.unpack(f"<{len(data) // 4}f", data)
+    return [flat[i : i + WIDTH] for i in range(0, len(flat), WIDTH)]
+
+
+def judge(
+    expected: Sequence[Sequence[float]],
+    found: Sequence[Sequence[float]],
+    *,
+    tolerance: float,
+) -> Verdict:
+    """Compare one rank's exchanges, in their order, with what they should be."""
+    sizes = [math.hypot(*point) for point in expected]
+    least = _SMALL * sum(sizes) / len(sizes) if sizes else 0.0
+    worst, wrong_at = 0.0, None
+    if len(found) != len(expected):
+        return Verdict(math.inf, min(len(found), len(expected)))
+    for number, (should, is_) in enumerate(zip(expected, found, strict=True)):
+        off = math.dist(should, is_) / max(sizes[number], least, 1e-30)
+        off = off if math.isfinite(off) else math.inf
+        worst = max(worst, off)
+        if off > tolerance and wrong_at is None:
+            wrong_at = number
+    return Verdict(worst, wrong_at)
+
+
+def judge_logits(canary: Canary, prompt: int, found: Sequence[float]) -> float:
+    """Return how far logits, of the tokens in `canary.top`, are off, in parts of the spread of all."""
+    if not all(map(math.isfinite, found)):
+        return math.inf
+    off = max(abs(value - logit) for (_, logit), value in zip(canary.top[prompt], found, strict=True))
+    return off / max(canary.spread[prompt], 1e-30)
+
+
+def choose_tolerance(canary: Canary, dtype: str) -> float:
+    """Return what a deviation may be at most when the activations are of this dtype here."""
+    return TOLERANCE if canary.dtype == dtype == "float32" else TOLERANCE_LOW_PRECISION

@@ -1,0 +1,290 @@
+"""The logs of all ranks, merged: which files there are, their last lines in order of time, and what is appended.
+
+`node_logs` reads them on each host, this machine included. It prints nothing, and leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moectl import programs
+from moectl.background import log_path
+from moectl.client import find_running
+from moectl.deployment import Deployment
+from moectl.errors import MoectlError, UsageError
+from moectl.hosts import Host
+from moectl.launch import target_key
+from moectl.node import parse_answer
+from moectl.paths import state_dir
+from moectl.provision import make_remote
+from moectl.remote import Process, Remote
+
+CONTROLLER = "controller"
+END_S = 5.0  # for a reader to go once its leash is let go
+PATIENCE_S = 5.0  # for a host's past, while others have something new
+LOCAL = Host("localhost")
+_Heard = dict[str, Any] | MoectlError | None  # what a reader answered, its failure, or its end
+_COPY = re.compile(r"\[[^\]]+\] ")
+_RANK = re.compile(r"(.+)-rank-(\d+)\.log")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One log file on one host; `label` names it among the others."""
+
+    label: str
+    host: Host
+    file: str
+    rank: int | None = None
+    python: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What one rank said, when (seconds since 1970; None where it is not known)."""
+
+    source: Source
+    time_s: float | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """A host whose logs cannot be read, or not any more; or a log that is not there (`error` None), or has a gap."""
+
+    label: str
+    text: str
+    error: MoectlError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to read: the last lines, not older than so many seconds, and whether to go on."""
+
+    tail: int | None = None
+    since_s: float | None = None
+    follow: bool = False
+
+
+def find_sources(deployment: Deployment | None, names: Sequence[str] = ()) -> list[Source]:
+    """Return the logs of the deployment and its controller, and of what runs on this machine; or those of some hosts.
+
+    With neither, the logs of the ranks that were last here. `names` are hosts, `localhost` and `controller`; UsageError
+    for another one.
+    """
+    found = _deployed(deployment) if deployment else []
+    running = {path.stem for path in find_running()}
+    local = _local(running)
+    if not found or names or any(source.label == CONTROLLER for source in local[1]):
+        found += [source for source in local[0] + local[1] if source not in found]
+    chosen = [s for s in found if not names or {s.label, s.host.name, s.host.address} & set(names)]
+    known = {s.label for s in found} | {s.host.address for s in found} | {s.host.name for s in found}
+    for name in names:
+        if name not in known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise UsageError(f"there are no logs of {name!r} (of: {listed})", hint="name a host of the deployment")
+    return chosen
+
+
+def _deployed(deployment: Deployment) -> list[Source]:
+    sources = [
+        Source(
+            rank.host.address,
+            rank.host,
+            f"{rank.root}/logs/{deployment.name}-rank-{number}.log",
+            number,
+            rank.python,
+        )
+        for number, rank in enumerate(deployment.ranks)
+        if rank.root
+    ]
+    path = log_path(f"{deployment.name}-{target_key(deployment)}")
+    return [*sources, *([Source(CONTROLLER, LOCAL, str(path))] if path.exists() else [])]
+
+
+def _local(running: set[str]) -> tuple[list[Source], list[Source]]:
+    """Return this machine's (ranks, controllers): of the set that was used last, and of what runs here."""
+    directory = state_dir() / "logs"
+    controllers = [p for p in sorted(directory.glob("controller-*.log")) if p.stem.rpartition("-")[2] in running]
+    names = [p.stem.removeprefix(f"{CONTROLLER}-").rpartition("-")[0] for p in controllers]
+    ranks = [(p, m) for p in directory.glob("*-rank-*.log") if (m := _RANK.fullmatch(p.name))]
+    newest = max(ranks, key=lambda pair: _age(pair[0]), default=None)
+    if not any(match[1] in names for _, match in ranks) and newest:
+        names = [newest[1][1]]
+    sources = [
+        Source(f"localhost/{match[2]}", LOCAL, str(path), int(match[2]))
+        for path, match in sorted(ranks, key=lambda pair: (pair[1][1], int(pair[1][2])))
+        if match[1] in names
+    ]
+    return sources, [Source(CONTROLLER, LOCAL, str(path)) for path in controllers]
+
+
+def _age(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+class Reader:
+    """Reads logs on all their hosts at once; use as a context manager: its end is the end of every reader there."""
+
+    def __init__(self, sources: Sequence[Source], asked: Asked) -> None:
+        self._asked = asked
+        self._labels = {source.label for source in sources}
+        self._groups: dict[str, list[Source]] = {}
+        for source in sources:
+            self._groups.setdefault(source.host.address, []).append(source)
+        self._heard: queue.SimpleQueue[tuple[str, _Heard]] = queue.SimpleQueue()
+        self._processes: list[Process] = []
+        self._remotes: list[Remote] = []
+        self._closing = threading.Lock()
+        self._closed = False
+        self.lines = 0  # that were read so far
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._closing:
+            self._closed = True
+        for process in self._processes:
+            with contextlib.suppress(OSError, ValueError):
+                process.stdin.close()
+        for process in self._processes:
+            with contextlib.suppress(OSError, TimeoutError, MoectlError):
+                process.wait(END_S)
+            with contextlib.suppress(OSError, MoectlError):
+                process.close()
+        programs.close_all(self._remotes)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Addresses of the hosts that are read."""
+        return tuple(self._groups)
+
+    def read(self) -> Iterator[Line | Trouble]:
+        """Yield the past of all in order of time, then with `follow` what comes as it comes, until all hosts are gone.
+
+        A host that cannot be read is a Trouble with its error; the others go on.
+        """
+        for host in self._groups:
+            threading.Thread(target=self._listen, args=(host,), daemon=True).start()
+        alive = set(self._groups)  # that have not ended
+        behind = set(self._groups)  # whose past has not been told whole: until then everything waits to be sorted
+        past: list[Line] = []
+        deadline = time.monotonic() + PATIENCE_S
+        while alive:
+            try:
+                left_s = max(0.0, deadline - time.monotonic()) if behind and self._asked.follow else None
+                host, heard = self._heard.get(timeout=left_s)
+            except queue.Empty:
+                behind.clear()
+                host, heard = "", {"done": True}
+            for item in self._take(host, heard):
+                if isinstance(item, Line) and behind:
+                    past.append(item)
+                else:
+                    yield item
+            if not isinstance(heard, dict):
+                alive.discard(host)
+            if not isinstance(heard, dict) or heard.get("done"):
+                behind.discard(host)
+            if not behind:
+                yield from in_order(past)
+                past = []
+        yield from in_order(past)
+
+    def _take(self, host: str, heard: _Heard) -> Iterator[Line | Trouble]:
+        if isinstance(heard, MoectlError):
+            yield Trouble(host, heard.message, heard)
+        if not isinstance(heard, dict) or "file" not in heard:
+            return
+        source = self._groups[host][heard["file"]]
+        if heard.get("missing"):
+            yield Trouble(source.label, f"there is no log yet ({source.file})")
+        if heard.get("lost"):
+            yield Trouble(source.label, "its log was rotated more than once at a time: lines may be missing")
+        for when, text in heard.get("lines", ()):
+            if when is not None and source.label == CONTROLLER and len(self._labels) > 1 and _COPY.match(text):
+                continue  # what a worker said while all began: it is in that rank's own log
+            self.lines += 1
+            yield Line(source, when, text)
+
+    def _listen(self, host: str) -> None:
+        try:
+            self._listen_to(host)
+        except MoectlError as error:
+            self._heard.put((host, error))
+        except (OSError, ValueError) as error:
+            self._heard.put((host, MoectlError(f"the connection broke: {error}", host=host)))
+
+    def _listen_to(self, host: str) -> None:
+        group = self._groups[host]
+        remote = make_remote(group[0].host)
+        pythons = programs.list_pythons(group[0].host, *(source.python for source in group))
+        request = {
+            "files": [source.file for source in group],
+            "tail": self._asked.tail,
+            "since_s": self._asked.since_s,
+            "follow": self._asked.follow,
+        }
+        with self._closing:
+            if self._closed:
+                return
+            self._remotes.append(remote)
+        process = programs.start(remote, pythons, "node_logs", request)
+        with self._closing:
+            self._processes.append(process)
+            if self._closed:
+                process.stdin.close()
+        said = False
+        errors: list[bytes] = []
+        draining = threading.Thread(target=lambda: errors.append(_read_all(process)), daemon=True)
+        draining.start()
+        for raw in process.stdout:
+            answer = parse_answer(raw)
+            if answer is not None:
+                said = said or bool(answer.get("done"))
+                self._heard.put((host, answer))
+        code = process.wait(END_S)
+        draining.join(END_S)
+        if not said or (self._asked.follow and not self._closed):
+            raise programs.explain_silence(host, code, b"".join(errors))
+        self._heard.put((host, None))
+
+
+def _read_all(process: Process) -> bytes:
+    with contextlib.suppress(OSError, ValueError):
+        return process.stderr.read()
+    return b""
+
+
+def in_order(lines: Sequence[Line]) -> list[Line]:
+    """Return lines of several sources by time; each source's stay in their order, those without a time with theirs."""
+    latest: dict[Source, float] = {}
+    keyed = []
+    for index, line in enumerate(lines):
+        # A clock that was set back must not change a source's own order.
+        when = max(line.time_s if line.time_s is not None else 0.0, latest.get(line.source, 0.0))
+        latest[line.source] = when
+        keyed.append((when, index, line))
+    return [line for _, _, line in sorted(keyed, key=lambda key: key[:2])]
+
+
+def line_fields(line: Line) -> dict[str, Any]:
+    """Return a line as a script gets it."""
+    return {
+        "host": line.source.host.address,
+        "source": line.source.label,
+        "rank": line.source.rank,
+        "time": line.time_s,
+        "text": line.text,
+    }

@@ -1,0 +1,365 @@
+"""The man pages, made from the tree of verbs and the tables below. It runs no verb and asks nothing of this machine.
+
+Equal sources give equal pages, so that a test can compare: the date is the release's. click-man would leave out
+arguments, environment, files and the exit status, and lists nothing by section.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from moectl import __date__, __version__
+from moectl.disk import write_whole
+from moectl.errors import StateError
+from moectl.verb import EXIT_CODES, Verb, Verbs
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A variable or a file, and the parameters of which a verb has to have one to make use of it (none: all verbs)."""
+
+    name: str
+    text: str
+    parameters: frozenset[str] = frozenset()
+
+
+_MODEL = frozenset({"model"})
+_HOSTS = frozenset({"hosts"})
+_SHARDS = frozenset({"shards", "output"})
+_CHAT = frozenset({"no_history"})
+_SETUP = frozenset({"undo"})
+
+ENVIRONMENT = (
+    Entry("MOECTL_HOSTFILE", "The hosts file, where --hostfile does not name one.", _HOSTS),
+    Entry(
+        "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE", "Where downloads are kept, who asks, and whether to ask at all.", _MODEL
+    ),
+    Entry("SSH_AUTH_SOCK", "The agent that holds the keys for the hosts.", _HOSTS),
+    Entry("MOECTL_SSH_CONFIG", "An ssh configuration to use in place of ~/.ssh/config.", _HOSTS),
+    Entry("NO_COLOR, FORCE_COLOR", "No colours, or colours also where the output is no terminal; --color overrides."),
+    Entry("COLUMNS", "The width of tables, where the terminal does not tell."),
+    Entry(
+        "XDG_CONFIG_HOME, XDG_STATE_HOME, XDG_DATA_HOME, XDG_CACHE_HOME, XDG_RUNTIME_DIR",
+        "Directories that take the place of ~/.config, ~/.local/state, ~/.local/share and ~/.cache below, and where "
+        "controllers listen.",
+    ),
+    Entry("MOECTL_DEBUG", "1 shows where in moectl an error arose, for reports."),
+)
+FILES = (
+    Entry(
+        "./hosts.txt, ~/.config/moectl/hosts.txt", "The hosts, where nothing else names them; moectl-hosts(5).", _HOSTS
+    ),
+    Entry("./moectl.toml, ~/.config/moectl/config.toml", "Defaults of options; see CONFIGURATION in moectl(1)."),
+    Entry("~/.local/state/moectl/deployment.json", "The current deployment: which host has which rank.", _HOSTS),
+    Entry("~/.local/state/moectl/setup.jsonl", "What setup ran on which host, and what undoes it.", _SETUP),
+    Entry("~/.local/state/moectl/history", "What was typed in chats; only its owner may read it.", _CHAT),
+    Entry("~/.local/state/moectl/run/, $XDG_RUNTIME_DIR/moectl/", "Where running controllers listen.", _HOSTS),
+    Entry("~/.local/share/moectl/shards/", "Shard sets, one directory each.", _SHARDS),
+    Entry("~/.cache/moectl/shards/", "Shard sets that moectl cut by itself, for --model and for the demo.", _MODEL),
+    Entry("~/.moectl/", "On each host: its software in env/, its shards in shards/, its logs in logs/.", _HOSTS),
+)
+CONFIGURATION = (
+    "An option's value comes from the command line; else from the variable MOECTL_VERB_OPTION, such as "
+    "MOECTL_RUN_MAX_TOKENS for 'moectl run --max-tokens'; else from ./moectl.toml; else from "
+    "~/.config/moectl/config.toml; else it is the built-in one. In these files a key at the top is the default of "
+    "every verb that has such an option, and a table holds one verb's:",
+    'hostfile = "~/cluster/hosts.txt"\n[run]\nmax_tokens = 512',
+)
+OUTPUT = (
+    "The answer or the table is written to standard output, all else to standard error. With --json, standard output "
+    "is one document with a 'schema' field, sizes in bytes and times in seconds; an error is the last line of standard "
+    'error, as {"error": {"code": …, "message": …, "hint": …}}. Running a verb again resumes what was interrupted.',
+)
+_CODES = {
+    0: "Done; also where there was nothing to do.",
+    1: "A bug in moectl, or a reason that has no code of its own.",
+    2: "The command line makes no sense.",
+    3: "Some hosts or checks failed, others did not. Where all fail in the same way, it is that way's code.",
+    4: "The hosts file is wrong, or the model cannot be run so.",
+    5: "A host is out of reach, took no key, or has an unknown or a changed host key.",
+    6: "A command on a host failed, or versions differ.",
+    7: "Bytes on disk are not those that were promised.",
+    8: "Something has to be done first: nothing is sharded, deployed or running, or it is running already.",
+    130: "Interrupted with Ctrl-C.",
+    143: "Terminated.",
+}
+_HOST_KEYS = (
+    Entry(
+        "ip=ADDRESS[,ADDRESS...]",
+        "Addresses for tensor traffic; several for several links. Without it, the address by "
+        "which SSH reached the host.",
+    ),
+    Entry(
+        "rdma=DEVICE[,DEVICE...]",
+        "The RDMA device towards each rank in order, - for the host itself: JACCL over Thunderbolt 5. Several cables "
+        "to one host are joined by +. moectl setup writes it.",
+    ),
+    Entry("memory=SIZE", "What plans may count on, such as 120GB (10^9 bytes) or 112GiB (2^30)."),
+    Entry("chip=NAME", "The chip, for plans: m2-ultra, m4-max and so on; completion lists them."),
+    Entry("price=USD", "What the host cost, for plans that compare."),
+    Entry("python=PATH", "The interpreter to use, if not the first suitable python3."),
+    Entry("dir=PATH", "Where moectl keeps its files there, if not in ~/.moectl."),
+)
+_HOSTS_EXAMPLE = """\
+# four Mac Studios on a 10 GbE switch
+mac1  ip=10.0.0.1
+mac2  ip=10.0.0.2  memory=120GB             # keep some for the desktop
+ada@mac3.local:2222  ip=10.0.0.3,10.0.1.3  python=/opt/venv/bin/python
+mac4  ip=10.0.0.4  dir=/Volumes/fast/moectl
+"""
+
+
+def pages(cli: Verbs) -> dict[str, str]:
+    """Return every page's source by its path: moectl(1), one per visible verb, its aliases', moectl-hosts(5)."""
+    verbs = [verb for section in cli.by_section().values() for verb in section.values()]
+    found = {"man1/moectl.1": _main_page(cli), "man5/moectl-hosts.5": _hosts_page()}
+    for verb in verbs:
+        found[f"man1/moectl-{verb.name}.1"] = _verb_page(cli, verb)
+        for alias in cli.aliases(verb):
+            found[f"man1/moectl-{alias}.1"] = f".so man1/moectl-{verb.name}.1\n"
+    return found
+
+
+def write_files(directory: Path, files: dict[str, str]) -> None:
+    """Write texts below a directory, which is made. Raises StateError."""
+    for name, text in files.items():
+        try:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateError(f"cannot make {(directory / name).parent}: {error.strerror}") from None
+        write_whole(directory / name, text.encode())
+
+
+def _main_page(cli: Verbs) -> str:
+    page = _Page("moectl", 1, cli.summary)
+    page.section("SYNOPSIS")
+    page.line(r"\fBmoectl\fR \fIVERB\fR [\fIOPTION\fR]... [\fIARGUMENT\fR]...")
+    page.section("DESCRIPTION")
+    page.paragraphs(f"{cli.help}\n\nEach verb has a page of its own, such as moectl-run(1), and answers to --help.")
+    for section, verbs in cli.by_section().items():
+        page.subsection(section)
+        for name, verb in verbs.items():
+            also = "".join(f", {alias}" for alias in cli.aliases(verb))
+            page.item(_bold(f"moectl {name}") + _text(also), verb.summary)
+    page.section("OPTIONS")
+    page.options(cli, _context(cli))
+    page.section("CONFIGURATION")
+    page.paragraphs(CONFIGURATION[0])
+    page.literal(CONFIGURATION[1])
+    page.section("OUTPUT")
+    page.paragraphs(OUTPUT[0])
+    page.ending(cli.examples, ENVIRONMENT, FILES)
+    others = [f"moectl-{name}(1)" for verbs in cli.by_section().values() for name in verbs]
+    page.see_also([*others, "moectl-hosts(5)", "ssh_config(5)"])
+    return page.text
+
+
+def _verb_page(cli: Verbs, verb: Verb) -> str:
+    parameters = {parameter.name or "" for parameter in verb.params}
+    page = _Page(f"moectl-{verb.name}", 1, verb.summary)
+    page.section("SYNOPSIS")
+    arguments = " ".join(_argument(p) for p in verb.params if isinstance(p, click.Argument))
+    page.line(rf"{_bold(f'moectl {verb.name}')} [\fIOPTION\fR]... {arguments}".rstrip())
+    page.section("DESCRIPTION")
+    page.paragraphs(verb.help or "")
+    page.section("OPTIONS")
+    page.options(verb, click.Context(verb, parent=_context(cli)))
+    variable = Entry(
+        f"MOECTL_{(verb.name or '').upper()}_OPTION", "The default of an option; see CONFIGURATION in moectl(1)."
+    )
+    page.ending(verb.examples, [variable, *_of(ENVIRONMENT, parameters)], _of(FILES, parameters))
+    page.see_also(["moectl(1)", *(["moectl-hosts(5)"] if "hosts" in parameters else [])])
+    return page.text
+
+
+def _hosts_page() -> str:
+    page = _Page("moectl-hosts", 5, "the list of hosts that moectl runs a model on")
+    page.section("SYNOPSIS")
+    page.line(r"\fI[user@]host[:port]\fR [\fIkey\fR=\fIvalue\fR]... [# \fIcomment\fR]")
+    page.section("DESCRIPTION")
+    page.paragraphs(
+        "A hosts file is UTF-8 text with one host per line. Line order is rank order, and the first host coordinates. "
+        "A # at the beginning of a line or after a space begins a comment. No host may be listed twice; 'localhost' is "
+        "this machine, without SSH.\n\n"
+        "A host is an alias of ssh_config(5), a DNS name, an IPv4 address, or an IPv6 address in brackets. Everything "
+        "that ssh knows (user, port, key, jump host) is best said in ~/.ssh/config.\n\n"
+        "MLX's JSON hostfiles are read as well: a file that begins with { or [ is taken for one, and memory, python "
+        "and dir may stand among its keys. 'moectl hosts --mlx' writes one.\n\n"
+        "Of several lists the one in force is that of --hosts a,b, else --hostfile, else $MOECTL_HOSTFILE, else "
+        "./hosts.txt, else ~/.config/moectl/hosts.txt. With '--hostfile -' it is read from standard input."
+    )
+    page.section("OPTIONS")
+    page.paragraphs("Any other key is an error.")
+    for key in _HOST_KEYS:
+        page.item(_bold(key.name), key.text)
+    page.section("EXAMPLES")
+    page.literal(_HOSTS_EXAMPLE)
+    page.entries("ENVIRONMENT", ENVIRONMENT[:1])
+    page.entries("FILES", FILES[:1])
+    page.section("EXIT STATUS")
+    page.paragraphs("Every verb exits with 4 when the hosts file in force is wrong, and names file and line.")
+    page.see_also(["moectl(1)", "moectl-hosts(1)", "ssh_config(5)"])
+    return page.text
+
+
+class _Page:
+    """One page in the macros of man(7), as it grows."""
+
+    def __init__(self, name: str, section: int, summary: str) -> None:
+        title = f'.TH {name.upper()} {section} {__date__} "moectl {__version__}" "moectl manual"'.replace("-", r"\-")
+        self._lines = [title.replace(__date__.replace("-", r"\-"), __date__)]
+        self.section("NAME")
+        summary = summary.rstrip(".")
+        self.line(rf"{_text(name, code=True)} \- {_text(summary[:1].lower() + summary[1:])}")
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self._lines) + "\n"
+
+    def line(self, source: str) -> None:
+        """Add a line of source; no text of others becomes a macro."""
+        self._lines.append(rf"\&{source}" if source.startswith((".", "'")) else source)
+
+    def section(self, title: str) -> None:
+        self._lines.append(f".SH {title}")
+
+    def subsection(self, title: str) -> None:
+        self._lines.append(f".SS {title}")
+
+    def paragraphs(self, text: str) -> None:
+        """Add paragraphs that are divided by empty lines; what click was told not to wrap stays as it is."""
+        for paragraph in text.split("\n\n"):
+            if not self._lines[-1].startswith(".S"):
+                self._lines.append(".PP")
+            if paragraph.startswith("\b\n"):
+                self.literal(paragraph[2:])
+            else:
+                self._prose(" ".join(paragraph.split()))
+
+    def literal(self, text: str) -> None:
+        """Add lines as they are to be typed or read, indented."""
+        if not self._lines[-1].startswith((".S", ".PP")):
+            self._lines.append(".PP")
+        self._lines += [".RS 4", ".EX"]
+        for line in text.splitlines():
+            self.line(_text(line, code=True))
+        self._lines += [".EE", ".RE"]
+
+    def item(self, tag: str, text: str) -> None:
+        """Add a tagged paragraph; the tag is source, the text is not."""
+        self._lines.append(".TP")
+        self.line(tag)
+        self._prose(text)
+
+    def options(self, command: click.Command, ctx: click.Context) -> None:
+        """Add a command's options, in the order of its --help."""
+        for parameter in command.get_params(ctx):
+            if isinstance(parameter, click.Option) and not parameter.hidden:
+                self.item(_option(parameter), _option_text(parameter))
+
+    def entries(self, title: str, entries: Sequence[Entry]) -> None:
+        """Add a section of variables or files."""
+        self.section(title)
+        for entry in entries:
+            self.item(", ".join(_bold(name) for name in entry.name.split(", ")), entry.text)
+
+    def ending(self, examples: Iterable[str], environment: Sequence[Entry], files: Sequence[Entry]) -> None:
+        """Add what stands at the end of every verb's page."""
+        self.section("EXAMPLES")
+        self.literal("\n".join(examples))
+        self.entries("ENVIRONMENT", environment)
+        self.entries("FILES", files)
+        self.section("EXIT STATUS")
+        for code in EXIT_CODES:
+            self.item(_bold(str(code)), _CODES[code])
+
+    def see_also(self, names: Sequence[str]) -> None:
+        self.section("SEE ALSO")
+        for number, name in enumerate(names, 1):
+            base, _, section = name.rstrip(")").partition("(")
+            comma = "," if number < len(names) else ""
+            self.line(rf"{_bold(base)}({section}){comma}")
+
+    def _prose(self, text: str) -> None:
+        # One sentence per line, as is the habit in man pages: a change is then a change of one line.
+        for sentence in re.split(r"(?<=[.:;!?]) (?=[A-Z'])", text):
+            self.line(_text(sentence))
+
+
+def _context(cli: Verbs) -> click.Context:
+    return click.Context(cli, info_name="moectl", help_option_names=cli.context_settings["help_option_names"])
+
+
+def _of(entries: Sequence[Entry], parameters: set[str]) -> list[Entry]:
+    return [entry for entry in entries if not entry.parameters or entry.parameters & parameters]
+
+
+def _text(text: str, *, code: bool = False) -> str:
+    r"""Return a text as roff source. In code every hyphen is a minus, as typed; in prose those of options are."""
+    text = text.replace("\\", r"\e")
+    for letter, source in (("'", r"\(aq"), ("`", r"\(ga"), ("^", r"\(ha"), ("~", r"\(ti")):
+        text = text.replace(letter, source)
+    words = r"-" if code else r"(?<![\w(])-+[\w-]*|moectl-\w+(?=\()|\S+[./_=]\S*"
+    text = re.sub(words, lambda match: match[0].replace("-", r"\-"), text)
+    return "".join(letter if letter.isascii() else rf"\[u{ord(letter):04X}]" for letter in text)
+
+
+def _bold(text: str) -> str:
+    return rf"\fB{_text(text, code=True)}\fR"
+
+
+def _argument(argument: click.Argument) -> str:
+    name = (argument.metavar or argument.name or "").strip("[]_").upper()
+    source = rf"\fI{_text(name, code=True)}\fR"
+    if not argument.required:
+        source = f"[{source}]"
+    return f"{source}..." if argument.nargs == -1 else source
+
+
+def _option(option: click.Option) -> str:
+    # By length: before click 8.5 those of --help come in any order.
+    spellings = ", ".join(map(_bold, sorted((*option.opts, *option.secondary_opts), key=len)))
+    value = _value_name(option)
+    return rf"{spellings} \fI{_text(value, code=True)}\fR" if value else spellings
+
+
+def _value_name(option: click.Option) -> str:
+    """Return what stands for an option's value; click's own names differ between its versions."""
+    if option.is_flag or option.count:
+        return ""
+    if option.metavar:
+        return option.metavar
+    if isinstance(option.type, click.Choice):
+        return "|".join(map(str, option.type.choices))
+    if isinstance(option.type, click.Path):
+        return "FILE" if not option.type.dir_okay else "DIR" if not option.type.file_okay else "PATH"
+    if isinstance(option.type, click.types.IntParamType | click.types.FloatParamType):
+        return "N"
+    return "TIME" if option.type.name == "duration" else (option.name or "").upper()
+
+
+def _option_text(option: click.Option) -> str:
+    """Return an option's help with its default and what it may be."""
+    texts = [option.help or ""]
+    if isinstance(option.type, click.IntRange | click.FloatRange) and not option.count:
+        texts.append(_bounds(option.type))
+    if option.show_default and option.default is not None:
+        texts.append(f"Default: {_number(option.default)}.")
+    return " ".join(text for text in texts if text)
+
+
+def _bounds(kind: click.IntRange | click.FloatRange) -> str:
+    above = "More than" if kind.min_open else "At least"
+    least = "" if kind.min is None else f"{above} {_number(kind.min)}"
+    most = "" if kind.max is None else f"{'less than' if kind.max_open else 'at most'} {_number(kind.max)}"
+    text = ", ".join(part for part in (least, most) if part)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,159 @@
+"""Is a rank alive, does the work go on, was this machine asleep: judged from beats and signs of work.
+
+Beats are counted, not seconds: after this machine slept, or was stopped, one is missing and not many. Nothing here
+sends, waits or ends anything; `session` does.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+MISSES = 4  # beats in a row without an answer: the rank is dead, or as good as; found within MISSES + 1 seconds
+LOADING_MISSES = 15  # the same while libraries and weights come from a disk, perhaps without the interpreter lock
+BUSY_MISSES = 60  # the same while a long order is on its way to it: a slow line is no sign of death, for a while
+LATE_S = 2.5  # between two beats of this machine: it was stopped, or asleep
+_AWAKE_S = 10.0  # what follows a sleep is put down to it for so long
+
+# A step is lost when it takes so many times as long as the slowest one of its kind, and no less than so long.
+FACTOR = 10.0
+RECENT = 64  # as many of a kind are looked at
+LEAST_S = 5.0
+
+
+class Pulse:
+    """One rank's answers to heartbeats."""
+
+    def __init__(self) -> None:
+        self.heard_s = 0.0  # when it last said anything, on the monotonic clock
+        self._seen_s = 0.0  # what that was at the beat before
+        self._missed = 0
+
+    def hear(self) -> None:
+        """Note that it said something."""
+        self.heard_s = time.monotonic()
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether the last beat was not answered."""
+        return self._missed > 0
+
+    def count(self, most: int) -> bool:
+        """Count one beat; return whether it is the `most`-th in a row without a word."""
+        self._missed = self._missed + 1 if self.heard_s == self._seen_s else 0
+        self._seen_s = self.heard_s
+        return self._missed == most
+
+
+class Sleep:
+    """Whether this machine slept, told by its own beats; `time.monotonic` stands still while it does."""
+
+    def __init__(self) -> None:
+        self._beat_s = _now_s()
+        self._woke_s = -_AWAKE_S
+        self._slept_s = 0.0
+
+    def beat(self) -> None:
+        """Note that this machine is awake; due every BEAT_S."""
+        now_s = _now_s()
+        if now_s - self._beat_s > LATE_S:
+            self._woke_s, self._slept_s = now_s, now_s - self._beat_s
+        self._beat_s = now_s
+
+    @property
+    def slept_s(self) -> float | None:
+        """For how long this machine was not there until a moment ago; None when it was."""
+        now_s = _now_s()
+        if now_s - self._beat_s > LATE_S:
+            return now_s - self._beat_s
+        return self._slept_s if now_s - self._woke_s < _AWAKE_S else None
+
+
+def _now_s() -> float:
+    # Clocks that nobody sets and that go on in sleep; each system has another name for it.
+    clock = time.CLOCK_MONOTONIC if sys.platform == "darwin" else time.CLOCK_BOOTTIME
+    return time.clock_gettime(clock)
+
+
+@dataclass(slots=True)
+class StepDeadline:
+    """How long to wait for the next sign of work, from how long such signs took so far.
+
+    Prompts are judged by their tokens, because chunks differ in size; answers by the steps themselves. What was never
+    measured gets `most_s`. `patience` stretches both after a rank was slow, and not dead.
+    """
+
+    most_s: float
+    chunk_tokens: int
+    patience: float = 1.0
+    _since_s: float = field(default_factory=time.monotonic)
+    _token_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # each, of a prompt's
+    _step_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _read: dict[int, int] = field(default_factory=dict)  # tokens read, by request, of those that are still read
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a prompt waits or is being read, as far as is known here."""
+        return bool(self._read)
+
+    def expect(self, request_id: int, *, is_first: bool) -> None:
+        """Note a request; `is_first`: there was nothing to do before it."""
+        self._read[request_id] = 0
+        if is_first:
+            self._since_s = time.monotonic()
+
+    def read(self, request_id: int, tokens: int) -> None:
+        """Note that so many tokens of a prompt have been read."""
+        new = tokens - self._read.get(request_id, 0)
+        took_s = self._lap()
+        if new > 0:
+            self._read[request_id] = tokens
+            self._token_s.append(took_s / new)
+
+    def step(self, request_id: int) -> None:
+        """Note a token of an answer."""
+        took_s = self._lap()
+        if request_id in self._read:  # its first: it took what was left of the prompt
+            del self._read[request_id]
+        elif not self._read:
+            self._step_s.append(took_s)
+
+    def forget(self, request_id: int) -> None:
+        """Note the end of a request."""
+        self._lap()
+        self._read.pop(request_id, None)
+
+    @property
+    def seconds(self) -> float:
+        """How long from the last sign to the next one at most."""
+        step_s = max(self._step_s, default=None)
+        slowest_s = step_s
+        if self._read:
+            token_s = max(self._token_s, default=None)
+            slowest_s = None if token_s is None else token_s * self.chunk_tokens + (step_s or 0.0)
+        if slowest_s is None:
+            return self.most_s
+        return min(self.most_s, max(LEAST_S, FACTOR * slowest_s) * self.patience)
+
+    @property
+    def left_s(self) -> float:
+        """What is left of `seconds`; 0 when they are over."""
+        return max(0.0, self._since_s + self.seconds - time.monotonic())
+
+    def learn(self, token_s: float, step_s: float) -> None:
+        """Take what was measured elsewhere, of a prompt's token and of a step; 0: nothing."""
+        if token_s:
+            self._token_s.append(token_s)
+        if step_s:
+            self._step_s.append(step_s)
+
+    def forgive(self) -> None:
+        """Begin the time anew: this machine was not there to see a sign."""
+        self._since_s = time.monotonic()
+
+    def _lap(self) -> float:
+        now_s = time.monotonic()
+        took_s, self._since_s = now_s - self._since_s, now_s
+        return took_s

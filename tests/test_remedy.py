@@ -1,0 +1,58 @@
+"""When a host stays away, a set that the others hold already is what brings the model back."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from moectl.cluster import deploy
+from moectl.deployment import Deployment, read_deployment
+from moectl.hosts import HostList, parse_hosts
+from moectl.manifest import read_manifest
+from moectl.paths import data_dir
+from moectl.remedy import find_remedy
+from tests.sshd import Server
+from tests.test_lockstep import cut_case
+from tests.tiny import write_checkpoint
+
+
+@pytest.fixture
+def hosts(sshd: Server, tmp_path: Path) -> HostList:
+    names = ("left", "right")
+    lines = [f"{sshd.add_alias(name)} python={sys.executable} dir={tmp_path / name}" for name in names]
+    return parse_hosts("\n".join(lines))
+
+
+@pytest.fixture
+def target(hosts: HostList, tmp_path: Path) -> Deployment:
+    """Two hosts with a set for two; on this machine there is one for a single host, too."""
+    write_checkpoint(tmp_path / "source")
+    for name, shares in (("two", (3, 3)), ("one", (6,)), ("other", (2, 2, 2))):
+        cut_case(tmp_path / "source", data_dir() / "shards" / name, "hidden", shares, 16)
+    directory = data_dir() / "shards" / "two"
+    deploy(hosts.hosts, directory, read_manifest(directory)).raise_failures()
+    return read_deployment()
+
+
+def test_a_set_for_the_others_is_found(hosts: HostList, target: Deployment) -> None:
+    one = data_dir() / "shards" / "one"
+    command = shlex.join(["moectl", "deploy", "--hosts", "left", "--shards", str(one)])
+    found = find_remedy(target, "right")
+    assert found is not None
+    assert found.endswith(f"MB to copy: {command}")
+    deploy(hosts.hosts[:1], one, read_manifest(one)).raise_failures()
+    assert find_remedy(target, "right") == (
+        f"if right stays away, the others can go on with one, which they hold on their disks: {command}"
+    )
+    assert find_remedy(target, "nobody") is None
+
+
+def test_without_one_it_has_to_be_cut(target: Deployment, tmp_path: Path) -> None:
+    (data_dir() / "shards" / "one" / "moectl.json").unlink()
+    assert find_remedy(target, "left") == (
+        "if left stays away, cut the model for the others: moectl shard source --hosts right && "
+        "moectl deploy --hosts right"
+    )

@@ -1,0 +1,99 @@
+"""Ranks that compute different things notice it; those that do not go on undisturbed."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from moectl.errors import RanksDisagree, UsageError
+from moectl.geometry import read_geometry
+from moectl.leash import Token
+from moectl.model.dbrx import Model
+from moectl.model.witness import Witness, find_dissent
+from moectl.placement import make_placement
+from moectl.request import Request
+from moectl.session import Session
+from tests.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.test_canary import damage
+from tests.test_lockstep import cut_case
+from tests.test_session import specs
+from tests.tiny import make_config, write_checkpoint
+
+
+def words(*pairs: tuple[int, float]) -> list[int]:
+    return [word for routing, state in pairs for word in (routing, struct.unpack("i", struct.pack("f", state))[0])]
+
+
+def test_who_is_alone_is_named() -> None:
+    assert find_dissent([]) is None
+    assert find_dissent(words((7, 0.5), (7, 0.5))) is None
+    assert find_dissent(words((7, 0.5), (7, 0.52), (7, 0.48))) is None  # chips that round differently
+    dissent = find_dissent(words((7, 0.5), (8, 0.5), (7, 0.5)))
+    assert dissent is not None
+    assert (dissent.rank, dissent.what) == (1, "chose other experts")
+    dissent = find_dissent(words((7, 0.5), (7, 0.5), (7, -0.5)))
+    assert dissent is not None
+    assert (dissent.rank, dissent.what) == (2, "computed another state")
+    assert find_dissent(words((7, 0.5), (8, 0.5))).rank is None  # type: ignore[union-attr]
+    assert find_dissent(words((7, float("nan")), (7, float("nan")))) is not None
+
+
+def test_what_is_seen_depends_on_choice_and_state_alone() -> None:
+    model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
+    witness = Witness(model)
+    tokens = mx.array([[1, 2, 3]])
+    mx.eval(model(tokens))
+    assert witness.take().tolist() == [0, 0]
+    witness.looks = True
+    seen = []
+    for _ in range(2):
+        mx.eval(model(tokens))
+        seen.append(witness.take().tolist())
+    mx.eval(model(mx.array([[1, 2, 4]])))
+    assert seen[0] == seen[1] != witness.take().tolist()
+    hashes, x = mx.array([5, 6, 7, 8], dtype=mx.uint32), mx.ones((2, 8))
+    for order in ([[0, 1], [2, 3]], [[1, 0], [3, 2]]):
+        witness.see(hashes, x, mx.array(order), is_last=True)
+        seen.append(witness.take().tolist())
+    assert seen[2] == seen[3]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("source")
+    write_checkpoint(source, vocab_size=VOCAB_SIZE)
+    write_tokenizer(source)
+    return cut_case(source, tmp_path_factory.mktemp("shards") / "two", "hidden", (2, 4), 16)
+
+
+def ask(shards: Path, *, paranoia: int = 0, agree_routing: bool = False) -> list[int]:
+    with Session(specs(shards), paranoia=paranoia, agree_routing=agree_routing) as session:
+        answer = session.generate(Request(1, "hello", 40, ignore_eos=True))
+        return [event.token for event in answer if isinstance(event, Token)]
+
+
+def test_comparing_and_agreeing_change_no_answer(shards: Path) -> None:
+    assert ask(shards) == ask(shards, paranoia=1, agree_routing=True)
+
+
+def test_a_rank_that_goes_astray_is_stopped(shards: Path, tmp_path: Path) -> None:
+    astray = damage(shards, tmp_path / "astray", "common/layer-001.safetensors")
+    first, second = specs(shards)
+    with (
+        Session([first, replace(second, shards=str(astray))], paranoia=4) as session,
+        pytest.raises(RanksDisagree, match=r"the ranks (chose other experts|computed another state)") as caught,
+    ):
+        list(session.generate(Request(1, "hello", 100, ignore_eos=True)))
+    assert caught.value.exit_code == 6
+
+
+def test_a_pipeline_has_nothing_to_compare(shards: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_checkpoint(source, vocab_size=VOCAB_SIZE)
+    directory = cut_case(source, tmp_path / "layers", "layers", (1, 1), 16)
+    with pytest.raises(UsageError, match="each computes its own layers"), Session(specs(directory), paranoia=4):
+        pass
