@@ -110,10 +110,24 @@ def measure_speed(
 # Links.
 
 
-def measure_links(sites: Sequence[Site], *, budget_s: float = LINK_BUDGET_S) -> tuple[Matrix, Matrix]:
+def is_next(here: int, there: int, count: int) -> bool:
+    """Whether `there` is the rank that `here` dials in a ring of so many."""
+    return there == (here + 1) % count
+
+
+def choose_way(i: int, j: int, count: int, *, ring: bool) -> tuple[int, int]:
+    """Return which of two sites (i < j) dials which: the later one, unless a ring does it the other way round."""
+    return (i, j) if ring and count > 2 and is_next(i, j, count) else (j, i)
+
+
+def measure_links(
+    sites: Sequence[Site], *, ring: bool = False, budget_s: float = LINK_BUDGET_S
+) -> tuple[Matrix, Matrix]:
     """Return (seconds per round trip, bytes per second from row to column) between all sites' first addresses.
 
-    Pairs that share no host are measured at the same time. Raises Unreachable for a pair without a way.
+    Pairs that share no host are measured at the same time. Raises Unreachable for a pair without a way. In a `ring`
+    over TCP only neighbours need one, from each to the next: where every cable is a network of its own there are no
+    others, and pairs without a way stand with the slowest of the rest.
     """
     count = len(sites)
     rtt = [[0.0] * count for _ in sites]
@@ -122,17 +136,26 @@ def measure_links(sites: Sequence[Site], *, budget_s: float = LINK_BUDGET_S) -> 
         return ((0.0,),), ((0.0,),)
     secret = secrets.token_hex(16)
     with ExitStack() as held:
-        ports = _at_once(lambda site: held.enter_context(_listener(site, secret)), sites[:-1])
+        ports = _at_once(lambda site: held.enter_context(_listener(site, secret)), sites)
+        lacking: list[tuple[int, int]] = []
 
         def dial(pair: tuple[int, int]) -> None:
-            i, j = pair
-            there, here = sites[i], sites[j]
-            found = _dial(here, there, ports[i], secret, budget_s)
-            rtt[i][j] = rtt[j][i] = found["rtt_s"]
-            bandwidth[j][i], bandwidth[i][j] = found["out_bytes_s"], found["in_bytes_s"]
+            here, there = choose_way(*pair, count, ring=ring)
+            try:
+                found = _dial(sites[here], sites[there], ports[there], secret, budget_s)
+            except Unreachable:
+                if not ring or is_next(here, there, count):
+                    raise
+                lacking.append(pair)
+                return
+            rtt[here][there] = rtt[there][here] = found["rtt_s"]
+            bandwidth[here][there], bandwidth[there][here] = found["out_bytes_s"], found["in_bytes_s"]
 
         for pairs in plan_rounds(count):
             _at_once(dial, pairs)
+    for i, j in lacking:
+        rtt[i][j] = rtt[j][i] = max(map(max, rtt))
+        bandwidth[i][j] = bandwidth[j][i] = min(speed for row in bandwidth for speed in row if speed)
     return tuple(map(tuple, rtt)), tuple(map(tuple, bandwidth))
 
 
@@ -150,12 +173,17 @@ class Tried:
 
 
 def try_links(
-    sites: Sequence[Site], on_tried: Callable[[Tried], None], *, transfers: bool, budget_s: float = LINK_BUDGET_S
+    sites: Sequence[Site],
+    on_tried: Callable[[Tried], None],
+    *,
+    transfers: bool,
+    ring: bool = False,
+    budget_s: float = LINK_BUDGET_S,
 ) -> None:
     """Dial between all sites, both ways, and tell of each way what came of it; a way that fails raises nothing.
 
-    The later site of a pair times transfers in both directions too, if asked to. Pairs that share no host are tried at
-    the same time.
+    One site of a pair (see `choose_way`) times transfers in both directions too, if asked to. Pairs that share no host
+    are tried at the same time.
     """
     secret = secrets.token_hex(16)
     with ExitStack() as held:
@@ -181,7 +209,8 @@ def try_links(
             return Tried(here, there, found["rtt_s"], found.get("out_bytes_s"), found.get("in_bytes_s"))
 
         def try_both(pair: tuple[int, int]) -> None:
-            ways = [(pair[1], pair[0], transfers), (pair[0], pair[1], False)]
+            here, there = choose_way(*pair, len(sites), ring=ring)
+            ways = [(here, there, transfers), (there, here, False)]
             # A way that fails takes its time: wait for both at once, unless one would slow the other's transfers.
             for some in [[way] for way in ways] if transfers else [ways]:
                 _at_once(lambda way: on_tried(try_one(*way)), some)
