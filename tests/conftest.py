@@ -19,6 +19,11 @@ from tests.sshd import SSHD, Server, run_sshd
 KEPT = ("MOECTL_TEST_",)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of long runs, which nobody waits for by default."""
+    parser.addoption("--fuzz-seconds", type=float, default=0.0, help="fuzz each target of test_fuzz for so long")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Under MOECTL_TEST_STRICT (CI) nothing is skipped: what a test lacks has to be installed."""

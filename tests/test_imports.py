@@ -92,7 +92,7 @@ ROOMS = (
     {"leash", "manifest", "routing"},
     {"placement", "copies", "balance", "chips", "hosts", "request", "settings", "demo", "paths", "disk"},
     {"geometry", "hardware"},
-    {"errors"},
+    {"errors", "parsed"},
     {""},
 )
 
