@@ -10,10 +10,10 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from moectl.errors import NotDeployed, StateError
-from moectl.hosts import Host
+from moectl.errors import HostsError, NotDeployed, StateError
+from moectl.hosts import Host, check_envs, check_host
+from moectl.parsed import build
 from moectl.paths import state_dir
 
 SCHEMA = "moectl.deployment/1"
@@ -78,7 +78,7 @@ def find_deployment() -> Deployment | None:
         return None
     except OSError as error:
         raise StateError(f"cannot read {path}: {error.strerror}", hint=HINT) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, HostsError) as error:
         raise StateError(f"{path} is damaged: {error}", hint=HINT) from None
 
 
@@ -88,12 +88,18 @@ def encode_deployment(deployment: Deployment) -> str:
 
 
 def decode_deployment(text: str) -> Deployment:
-    """Return the deployment in JSON. Raises ValueError, KeyError, TypeError or AttributeError when it is none."""
-    raw = json.loads(text)
-    if raw.pop("schema") != SCHEMA:
+    """Return the deployment in JSON. Raises ValueError or HostsError when it is none."""
+    try:
+        raw = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
         raise ValueError("another schema")
-    ranks = tuple(_read_rank(r) for r in raw.pop("ranks"))
-    return Deployment(ranks=ranks, envs=tuple(raw.pop("envs")), **raw)
+    found = build(Deployment, raw)
+    for rank in found.ranks:
+        check_host(rank.host)
+    check_envs(found.envs)
+    return found
 
 
 def read_deployment() -> Deployment:
@@ -105,9 +111,3 @@ def read_deployment() -> Deployment:
         names = ", ".join(deployment.missing)
         raise NotDeployed(f"{deployment.name} is not deployed on {names} yet.", hint=HINT)
     return deployment
-
-
-def _read_rank(raw: dict[str, Any]) -> DeployedRank:
-    host = raw.pop("host")
-    host["ips"], host["rdma"] = tuple(host["ips"]), tuple(host["rdma"])
-    return DeployedRank(host=Host(**host), **raw)

@@ -21,6 +21,7 @@ from moectl.hosts import Host
 from moectl.leash import Token
 from moectl.links import ANSWER
 from moectl.measured import Job, Matrix, Speed, read_speeds
+from moectl.parsed import build
 from moectl.remote import Process, Remote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
@@ -128,8 +129,8 @@ def measure_links(sites: Sequence[Site], *, budget_s: float = LINK_BUDGET_S) -> 
             i, j = pair
             there, here = sites[i], sites[j]
             found = _dial(here, there, ports[i], secret, budget_s)
-            rtt[i][j] = rtt[j][i] = found["rtt_s"]
-            bandwidth[j][i], bandwidth[i][j] = found["out_bytes_s"], found["in_bytes_s"]
+            rtt[i][j] = rtt[j][i] = found.rtt_s
+            bandwidth[j][i], bandwidth[i][j] = found.out_bytes_s, found.in_bytes_s
 
         for pairs in plan_rounds(count):
             _at_once(dial, pairs)
@@ -160,16 +161,27 @@ def _listener(site: Site, secret: str) -> Iterator[int]:
         request = {"address": site.addresses[0], "secret": secret, "limit_s": 120.0}
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
-        yield int(_read_answer(site, process)["port"])
+        yield _read_answer(site, process).port
     except OSError:
         raise CommandFailed("its python ended before it listened", host=site.remote.name) from None
     finally:
         _end(process)
 
 
-def _read_answer(site: Site, process: Process) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What `links` tells, listening or dialling."""
+
+    port: int = 0
+    rtt_s: float = 0.0
+    out_bytes_s: float = 0.0
+    in_bytes_s: float = 0.0
+    error: str = ""
+
+
+def _read_answer(site: Site, process: Process) -> _Answer:
     """Return a running process's answer, within `LISTEN_S`."""
-    found: list[dict[str, float] | None] = []
+    found: list[_Answer | None] = []
 
     def read() -> None:
         for line in process.stdout:
@@ -183,16 +195,16 @@ def _read_answer(site: Site, process: Process) -> dict[str, float]:
     thread.join(LISTEN_S)
     if not found or found[0] is None:
         raise CommandFailed(f"its python did not listen on {site.addresses[0]}", host=site.remote.name)
-    if "error" in found[0]:
+    if found[0].error:
         raise CommandFailed(
-            f"cannot listen on {site.addresses[0]}: {found[0]['error']}",
+            f"cannot listen on {site.addresses[0]}: {found[0].error}",
             host=site.remote.name,
             hint="give this host's own address with ip=",
         )
     return found[0]
 
 
-def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> dict[str, float]:
+def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> _Answer:
     limit_s = LISTEN_S + 2 * budget_s
     request = {"address": there.addresses[0], "port": port, "secret": secret, "budget_s": budget_s, "limit_s": limit_s}
     done = here.remote.run(
@@ -203,8 +215,8 @@ def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> d
         leash=True,
     )
     answers = [answer for line in done.stdout.decode("utf-8", "replace").split("\n") if (answer := _parse(line))]
-    if not answers or "error" in answers[0]:
-        why = answers[0]["error"] if answers else "no answer"
+    if not answers or answers[0].error or min(answers[0].out_bytes_s, answers[0].in_bytes_s) <= 0:
+        why = (answers[0].error or "nothing came of it") if answers else "no answer"
         raise Unreachable(
             f"no TCP connection to {there.host.name} at {there.addresses[0]}: {why}",
             host=here.host.name,
@@ -213,14 +225,13 @@ def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> d
     return answers[0]
 
 
-def _parse(line: str) -> dict[str, float] | None:
+def _parse(line: str) -> _Answer | None:
     if not line.startswith(ANSWER):
         return None
     try:
-        answer = json.loads(line.removeprefix(ANSWER))
-    except ValueError:
+        return build(_Answer, json.loads(line.removeprefix(ANSWER)))
+    except (ValueError, RecursionError):
         return None
-    return answer if isinstance(answer, dict) else None
 
 
 def _end(process: Process) -> None:

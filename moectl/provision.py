@@ -19,7 +19,8 @@ from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.hosts import Host
 from moectl.manifest import FileEntry
 from moectl.node import parse_answer
-from moectl.remote import LocalRemote, Remote, node_text, put_error, room_text
+from moectl.parsed import build
+from moectl.remote import Failure, LocalRemote, Remote, node_text, put_error, read_failure, room_text
 from moectl.wheel import download_command
 
 ROOT = "~/.moectl"
@@ -110,6 +111,27 @@ class HostResult:
 
 Event = Planned | Working | Advanced | HostResult
 OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What `node.survey` answers."""
+
+    python: str
+    version: str
+    root: str
+    directory: str
+    free: int
+    device: int
+    env: bool
+    writable: bool
+    packages: dict[str, str]
+    code: str
+    stamp: str
+    wheels: dict[str, int]  # missing ones → bytes that are there of them
+    missing: dict[str, int]
+    kept: list[str]
+    corrupt: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +247,20 @@ def _survey(remote: Remote, task: Task) -> dict[str, Any]:
         )
     answer = _read_answer(remote, done.stdout, done.stderr, done.code)
     _refuse_error(remote, answer)
+    _check_survey(remote, task, answer)
     return answer
+
+
+def _check_survey(remote: Remote, task: Task, answer: dict[str, Any]) -> None:
+    """Raise CommandFailed unless a host's answer is one, and speaks of what it was asked for."""
+    try:
+        found = build(Survey, answer)
+    except ValueError as error:
+        raise CommandFailed(f"its python gave an answer that makes no sense: {error}", host=remote.name) from None
+    sizes = [found.free, *found.wheels.values(), *found.missing.values()]
+    named = {*found.missing, *found.kept, *found.corrupt}
+    if min(sizes) < 0 or not named <= task.files.keys() or {*found.missing} & {*found.kept}:
+        raise CommandFailed("its python gave an answer that makes no sense", host=remote.name)
 
 
 def _read_answer(remote: Remote, stdout: bytes, stderr: bytes, code: int) -> dict[str, Any]:
@@ -239,7 +274,7 @@ def _read_answer(remote: Remote, stdout: bytes, stderr: bytes, code: int) -> dic
 
 def _refuse_error(remote: Remote, answer: Mapping[str, Any]) -> None:
     if "error" in answer:
-        raise put_error(answer, Path(), answer.get("path", "a file"), "", remote.name)
+        raise put_error(answer, Path(), str(answer.get("path", "a file")), "", remote.name)
 
 
 def _record(remote: Remote, directory: str, files: Mapping[str, str]) -> None:
@@ -283,7 +318,8 @@ def _prepare_python(remote: Remote, task: Task, found: Mapping[str, Any], on_eve
     done = remote.run(argv, stdin=stdin, timeout_s=PIP_S, check=False, leash=True)
     answer = _read_answer(remote, done.stdout, done.stderr, done.code)
     if answer.get("error") == "step":
-        raise _step_error(remote, task, list(steps)[answer["step"]], answer)
+        failure = read_failure(answer, remote.name)
+        raise _step_error(remote, task, dict(enumerate(steps)).get(failure.step, ""), failure)
     if answer.get("error") == "busy":
         hint = "wait for the other deploy to end; two hosts on one machine need a dir= each"
         raise CommandFailed(f"another deploy is installing in {root}/env", host=remote.name, hint=hint)
@@ -325,8 +361,8 @@ def _list_steps(task: Task, found: Mapping[str, Any]) -> dict[str, list[str]]:
     return {"venv": [found["python"], "-m", "venv", "--clear", f"{root}/env"], **steps}
 
 
-def _step_error(remote: Remote, task: Task, step: str, answer: Mapping[str, Any]) -> MoectlError:
-    said = str(answer["said"]).strip().split("\n")[-1] or f"exit code {answer['code']}"
+def _step_error(remote: Remote, task: Task, step: str, failure: Failure) -> MoectlError:
+    said = failure.said.strip().split("\n")[-1] or f"exit code {failure.code}"
     match step:
         case "venv":
             hint = "its python needs venv and pip (Debian, Ubuntu: apt install python3-venv)"
