@@ -142,6 +142,7 @@ def deploy(
     UsageError, VersionMismatch, IntegrityError.
     """
     _check_request(hosts, manifest, only, wheelhouse)
+    manifest_file.refuse_links_outside(shard_dir)
     with tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
         versions = wanted_versions()
         wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse)

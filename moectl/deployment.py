@@ -11,6 +11,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moectl.disk import make_private_directory
 from moectl.errors import HostsError, NotDeployed, StateError
 from moectl.hosts import Host, check_envs, check_host
 from moectl.parsed import build
@@ -57,7 +58,7 @@ def write_deployment(deployment: Deployment) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     text = encode_deployment(deployment)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_directory(path.parent)
         path.parent.chmod(0o700)
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:

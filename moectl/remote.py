@@ -207,8 +207,8 @@ class LocalRemote:
         """There is no connection to close."""
 
     def _spawn(self, argv: Sequence[str], env: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
+        refuse_unfit(argv, env, self.name)
         command = [os.path.expanduser(argv[0]) if argv[0].startswith("~/") else argv[0], *argv[1:]]  # noqa: PTH111
-        refuse_unfit(command, env, self.name)
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -23,11 +23,11 @@ from moectl import provision
 from moectl.deployment import DeployedRank, Deployment, decode_deployment, encode_deployment
 from moectl.errors import CheckpointError, CommandFailed, HostError, HostsError, MoectlError
 from moectl.hosts import Host, parse_host_string, parse_hosts
-from moectl.hub import Repository
 from moectl.manifest import FileEntry
 from moectl.provision import Task, inspect_host
 from moectl.remote import LocalRemote
 from moectl.ssh import SSHRemote, quote_command
+from tests import hub_client
 from tests.hub import Hub
 from tests.sshd import Server
 from tests.tiny import write_checkpoint
@@ -222,24 +222,21 @@ def test_hostile_model_names_are_refused_or_sought(name: str) -> None:
             assert "\n" not in error.message
 
 
-def test_hostile_file_names_in_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
-    source = write_checkpoint(tmp_path / "model", files=1)
+def test_hostile_file_names_in_a_repository(tmp_path: Path, here: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", files=1, n_layers=1)
     hub = Hub()
     try:
         repo = hub.add("some/model", source)
-        for name in ("tokenizer$(id).json", "tokenizer\n.json", "../tokenizer.json", "-tokenizer.json", "tokenizer.pkl"):
-            repo.files[name] = b"{}"
-        for name in ("tokenizer\\..\\x.json", "tokenizer\0.json", "vocab.bin", "tokenizer_x.py", "tokenizer.pickle"):
-            repo.files[name] = b"{}"
+        good = {name for name in repo.files if not name.endswith((".safetensors", ".index.json"))}
+        hostile = ["tokenizer$(id).json", "tokenizer\n.json", "../tokenizer.json", "-tokenizer.json", "tokenizer`id`.json"]
+        hostile += ["tokenizer\\..\\x.json", "tokenizer\0.json", "tokenizer\x1b[2J.json", "tokenizer'.json", "/vocab.json"]
+        unpickled = ["vocab.bin", "tokenizer_x.py", "tokenizer.pkl", "tokenizer.pickle", "vocab.npz", "tokenizer.so"]
+        repo.files |= dict.fromkeys([*hostile, *unpickled], b"{}")
         repo.promise()
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
-        monkeypatch.setattr("huggingface_hub.hf_api.api", None, raising=False)
-        opened = Repository("some/model", None, tmp_path / "work", None)
-        assert not [n for n in opened.files if re.search(r"[\x00-\x1f\\/]", n) or n.startswith(("-", "."))]
-        opened.close()
-        repo.commit = "../../../outside"
-        with pytest.raises(CheckpointError):
-            Repository("some/model", None, tmp_path / "work", None)
+        with hub_client.start_client({"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}) as pool:
+            assert set(pool.submit(hub_client.list_sidecars, "some/model").result()) == good
+            repo.commit = "../../../outside"
+            with pytest.raises(CheckpointError, match="which is no commit"):
+                pool.submit(hub_client.list_sidecars, "some/model").result()
     finally:
         hub.close()

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from moectl.errors import IntegrityError
-from moectl.manifest import Manifest
+from moectl.manifest import Manifest, refuse_links_outside
 from moectl.model.dbrx import Model
 
 _HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
@@ -70,6 +70,7 @@ def load_rank(
 
 
 def _open_weights(directory: Path, manifest: Manifest, rank: int) -> dict[str, mx.array]:
+    refuse_links_outside(directory)
     weights: dict[str, mx.array] = {}
     first, _ = manifest.placement.layers(rank)
     for path, entry in manifest.files_of(rank).items():
