@@ -239,7 +239,9 @@ def decode(line: bytes) -> Order | Event:
         message: Order | Event = build(_KINDS[fields.pop("type")], fields)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         # What a login shell says helps to mend it; a part of a message may hold a prompt, and is not shown.
-        shown = "" if {*b'{"}'} & {*line[:4096], *line[-4096:]} else f": {line[:80].decode('utf-8', 'replace').rstrip()!r}"
+        shown = (
+            "" if {*b'{"}'} & {*line[:4096], *line[-4096:]} else f": {line[:80].decode('utf-8', 'replace').rstrip()!r}"
+        )
         raise RemoteError(f"not a message of moectl's worker protocol{shown}") from None
     return message
 

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH100,PTH103,PTH105,PTH108,PTH110,PTH111,PTH112,PTH116,PTH118,PTH119,PTH120,PTH123
+# ruff: noqa: PTH100,PTH103,PTH105,PTH108,PTH110,PTH111,PTH112,PTH114,PTH116,PTH118,PTH119,PTH120,PTH123
 """What happens on a host before moectl is there: receive a file, list files, tell versions and space.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from

@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 _Check = Callable[[Any], Any]
 
 
-def build(kind: type[_T], raw: object) -> _T:
+def build(kind: Callable[..., _T], raw: object) -> _T:
     """Return a dataclass of this kind made of a JSON object; lists become tuples where its fields are tuples.
 
     Raises ValueError for a missing, unknown or mistyped field, and whatever `kind` itself raises for values.

@@ -1,4 +1,4 @@
-"""Fuzzing: valid inputs, edited by Hypothesis or flipped at random, given to a reader that may only refuse in its words.
+"""Fuzzing: valid inputs, edited by Hypothesis or flipped at random, for a reader that may only refuse in one line.
 
 Each target runs a bounded number of examples; with `--fuzz-seconds N` it goes on for so long, with new seeds.
 """
@@ -100,14 +100,15 @@ def flip(data: bytes, dice: random.Random) -> bytes:
 
 def refuse_or_accept(read: Callable[[bytes], object], data: bytes) -> bool:
     """Give data to a reader; return whether it was accepted. Whatever is raised has to be ours, and one line."""
+    refusal = None
     try:
         with _no_hang(data):
             read(data)
     except MoectlError as error:
-        assert error.message, "an error without a word"
-        assert "\n" not in error.message, f"more than one line: {error.message!r}"
-        return False
-    return True
+        refusal = error.message
+    assert refusal != "", "an error without a word"
+    assert "\n" not in (refusal or ""), f"more than one line: {refusal!r}"
+    return refusal is None
 
 
 @contextlib.contextmanager
@@ -157,7 +158,8 @@ def fuzz(name: str, valid: Sequence[bytes], read: Callable[[bytes], object], *, 
     grown = _peak_bytes() - memory
     assert grown < MOST_MEMORY_BYTES, f"{grown} bytes more than before"
     if seconds:
-        print(f"\nfuzz {name}: {sum(counts)} inputs, {counts[1]} accepted, seed {start}, {grown >> 20} MiB more")
+        told = f"{sum(counts)} inputs, {counts[1]} accepted, seed {start}, {grown >> 20} MiB more"
+        sys.stderr.write(f"\nfuzz {name}: {told}\n")
 
 
 def _run_hypothesis(inputs: st.SearchStrategy[bytes], check: Callable[[bytes], None], start: int, count: int) -> None:

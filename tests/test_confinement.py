@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moectl import cluster, node, shards
@@ -21,15 +21,22 @@ from moectl.hosts import Host
 from moectl.manifest import NAME, is_inside, parse_manifest, read_manifest
 from moectl.placement import make_placement
 from moectl.prepare import shard_set_name
-from moectl.quantize import quantizer
 from moectl.provision import Task, deploy_host
+from moectl.quantize import quantizer
 from moectl.remote import LocalRemote, node_text
 from moectl.session import RankSpec, Session
 from moectl.ssh import SSHRemote
 from tests.test_manifest import PATH, RAW
 from tests.tiny import write_checkpoint
 
-LEADING = ["rank-0", "common", "tokenizer_config.json", "rank-0/layer-000.safetensors", f".{NAME}.partial", ".moectl-lock"]
+LEADING = [
+    "rank-0",
+    "common",
+    "tokenizer_config.json",
+    "rank-0/layer-000.safetensors",
+    f".{NAME}.partial",
+    ".moectl-lock",
+]
 
 
 def cut(source: Path, directory: Path, *, force: bool = False) -> None:
@@ -55,7 +62,12 @@ def precious(tmp_path: Path) -> Path:
     """Somebody's directory, whose files have the names of a shard set's."""
     directory = tmp_path / "precious"
     directory.mkdir()
-    for name in ("layer-000.safetensors", "head.safetensors", "tokenizer_config.json", ".layer-000.safetensors.partial"):
+    for name in (
+        "layer-000.safetensors",
+        "head.safetensors",
+        "tokenizer_config.json",
+        ".layer-000.safetensors.partial",
+    ):
         (directory / name).write_text("mine")
     return directory
 
@@ -76,7 +88,9 @@ def state(directory: Path) -> dict[str, str]:
 
 
 @given(
-    st.lists(st.sampled_from(["..", ".", "", "a", "/", "\\", "\0", "~", "rank-0", "$(id)", "\n"]), max_size=5).map("/".join)
+    st.lists(st.sampled_from(["..", ".", "", "a", "/", "\\", "\0", "~", "rank-0", "$(id)", "\n"]), max_size=5).map(
+        "/".join
+    )
     | st.text(max_size=12)
 )
 def test_no_name_that_is_taken_leads_out(name: str) -> None:
@@ -174,7 +188,18 @@ def test_a_host_writes_through_no_link_out(
     host = replace(ssh_host, dir=str(root)) if kind == "ssh" else Host("localhost", dir=str(root))
     manifest = read_manifest(made)
     monkeypatch.setattr("moectl.provision._find_python", lambda *_: sys.executable)  # nothing has to be installed
-    task = Task(0, host, made, "set", manifest.files_of(0), {}, "", {made / NAME: manifest.files_of(0)["config.json"]}, False, False)
+    task = Task(
+        0,
+        host,
+        made,
+        "set",
+        manifest.files_of(0),
+        {},
+        "",
+        {made / NAME: manifest.files_of(0)["config.json"]},
+        False,
+        False,
+    )
     before = state(precious)
     with pytest.raises(MoectlError, match="leads out of the shard set's directory"):
         deploy_host(task, lambda event: None)

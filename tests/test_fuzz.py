@@ -40,7 +40,15 @@ from tests.test_manifest import PATH, PLACEMENT, WHOLE
 from tests.tiny import write_checkpoint
 
 WORKER = (sys.executable, "-m", "moectl", "worker")
-TINY = {"n_layers": 1, "d_model": 64, "n_heads": 2, "kv_n_heads": 1, "ffn_hidden": 64, "n_experts": 4, "top_k": 2}
+TINY: dict[str, Any] = {
+    "n_layers": 1,
+    "d_model": 64,
+    "n_heads": 2,
+    "kv_n_heads": 1,
+    "ffn_hidden": 64,
+    "n_experts": 4,
+    "top_k": 2,
+}
 
 
 @pytest.fixture
@@ -166,7 +174,9 @@ def test_deployment_records(seconds: float) -> None:
 
 def speed() -> Speed:
     rank = RankSpeed(1e-3, {1: 1e-3, 2: 2e-3}, 1e-3, 1e9, 1e12)
-    return Speed("hidden", (3, 3), Pass(1, 1e-3, 2e-3), Pass(8, 1e-2, 2e-2), {64: 1e-4, 4096: 2e-4}, (rank, rank), 64, 1)
+    return Speed(
+        "hidden", (3, 3), Pass(1, 1e-3, 2e-3), Pass(8, 1e-2, 2e-2), {64: 1e-4, 4096: 2e-4}, (rank, rank), 64, 1
+    )
 
 
 def test_probe_records(seconds: float) -> None:
@@ -193,7 +203,9 @@ def test_probe_records(seconds: float) -> None:
 
 def test_journals(tmp_path: Path, seconds: float) -> None:
     entry = FileEntry(7, "0" * 64)
-    with journal.Journal(tmp_path, {"files": {"common/a": 7, "rank-0/b": 7}, "source": "x"}, {"common/a": entry}) as made:
+    with journal.Journal(
+        tmp_path, {"files": {"common/a": 7, "rank-0/b": 7}, "source": "x"}, {"common/a": entry}
+    ) as made:
         made.record("rank-0/b", entry)
     whole = (tmp_path / journal.NAME).read_bytes()
 
@@ -378,7 +390,9 @@ def test_what_node_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sec
 
     def receive(data: bytes) -> None:
         source = io.BytesIO(data)
-        monkeypatch.setattr(node, "_read_stdin", lambda count, *_: source.read(min(count, 4096) if source.tell() else 70))
+        monkeypatch.setattr(
+            node, "_read_stdin", lambda count, *_: source.read(min(count, 4096) if source.tell() else 70)
+        )
         answers.clear()
         node._main("receive")
         assert all(json.dumps(answer) for answer in answers)
@@ -466,9 +480,9 @@ def _check_worker(done: subprocess.CompletedProcess[bytes]) -> None:
 WORKERS_NONSENSE = {
     "noise": "print('Welcome to mac1!')",
     "nothing": "sys.exit()",
-    "half a line": "sys.exit(sys.stdout.write('{\"type\": \"Listening\", \"versions\"'))",
-    "another kind": "print('{\"type\": \"Beat\"}')",
-    "another event": "print('{\"type\": \"Connecting\"}')",
+    "half a line": 'sys.exit(sys.stdout.write(\'{"type": "Listening", "versions"\'))',
+    "another kind": 'print(\'{"type": "Beat"}\')',
+    "another event": 'print(\'{"type": "Connecting"}\')',
     "wrong types": 'print(\'{"type": "Listening", "versions": [], "ports": {}}\')',
     "wrong ports": 'print(\'{"type": "Listening", "versions": {}, "ports": []}\')',
     "an unknown failure": 'print(\'{"type": "Fatal", "kind": "__name__", "message": "a\\\\nb"}\')',

@@ -29,6 +29,7 @@ from moectl.remote import LocalRemote
 from moectl.ssh import SSHRemote, quote_command
 from tests import hub_client
 from tests.hub import Hub
+from tests.mutation import refuse_or_accept
 from tests.sshd import Server
 from tests.tiny import write_checkpoint
 
@@ -124,8 +125,7 @@ def test_no_host_that_is_read_means_anything_to_a_shell(name: str, user: str, zo
         for read in (parse_hosts, parse_host_string):
             try:
                 hosts = read(text).hosts
-            except HostsError as error:
-                assert "\n" not in error.message
+            except HostsError:
                 continue
             for host in hosts:
                 assert re.fullmatch(r"[\w.:%@\[\]+-]+", host.address), host.address
@@ -189,9 +189,8 @@ def test_hostile_paths_reach_a_host_as_they_are(ssh_host: Host, here: Path, tmp_
         root = str(tmp_path / "root") + directory.replace("..", "")
         try:
             found = survey(replace(ssh_host, dir=root), tmp_path / "set", name.replace("/", ""), file.lstrip("/"))
-        except MoectlError as error:
-            assert "\n" not in error.message
-            return
+        except MoectlError:
+            return  # refused
         assert isinstance(found, provision.HostResult)
         assert found.root == os.path.abspath(root)  # noqa: PTH100 - as the host does it
         assert found.copied_bytes == 1
@@ -216,10 +215,10 @@ def test_hostile_model_names_are_refused_or_sought(name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        try:
-            open_checkpoint(name).close()
-        except MoectlError as error:
-            assert "\n" not in error.message
+        refuse_or_accept(
+            lambda data: open_checkpoint(data.decode("utf-8", "surrogatepass")).close(),
+            name.encode("utf-8", "surrogatepass"),
+        )
 
 
 def test_hostile_file_names_in_a_repository(tmp_path: Path, here: Path) -> None:
@@ -228,8 +227,20 @@ def test_hostile_file_names_in_a_repository(tmp_path: Path, here: Path) -> None:
     try:
         repo = hub.add("some/model", source)
         good = {name for name in repo.files if not name.endswith((".safetensors", ".index.json"))}
-        hostile = ["tokenizer$(id).json", "tokenizer\n.json", "../tokenizer.json", "-tokenizer.json", "tokenizer`id`.json"]
-        hostile += ["tokenizer\\..\\x.json", "tokenizer\0.json", "tokenizer\x1b[2J.json", "tokenizer'.json", "/vocab.json"]
+        hostile = [
+            "tokenizer$(id).json",
+            "tokenizer\n.json",
+            "../tokenizer.json",
+            "-tokenizer.json",
+            "tokenizer`id`.json",
+        ]
+        hostile += [
+            "tokenizer\\..\\x.json",
+            "tokenizer\0.json",
+            "tokenizer\x1b[2J.json",
+            "tokenizer'.json",
+            "/vocab.json",
+        ]
         unpickled = ["vocab.bin", "tokenizer_x.py", "tokenizer.pkl", "tokenizer.pickle", "vocab.npz", "tokenizer.so"]
         repo.files |= dict.fromkeys([*hostile, *unpickled], b"{}")
         repo.promise()
