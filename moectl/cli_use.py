@@ -127,7 +127,9 @@ def _prompt_text(words: tuple[str, ...], common: Common) -> str:
 def _log_printer(common: Common) -> Callable[[str, str], None]:
     if not common.verbose:
         return lambda host, line: None
-    return lambda host, line: click.echo(f"[{host}] {line}", err=True)
+    from moectl.console import printable
+
+    return lambda host, line: click.echo(f"[{host}] {printable(line)}", err=True)
 
 
 def _answer(common: Common, events: Generator[Token | Done, None, None], stats: bool) -> None:
@@ -162,8 +164,10 @@ def _answer(common: Common, events: Generator[Token | Done, None, None], stats: 
 
 
 def _write(text: str) -> None:
+    from moectl.console import printable
+
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import http.client
+import io
 import json
 import signal
 import socket
@@ -18,7 +19,9 @@ from typing import Any
 
 import pytest
 
+from moectl import cli_use
 from moectl.errors import MoectlError, UsageError
+from moectl.flags import Common
 from moectl.hosts import Host
 from moectl.prompt import read_prompt
 from moectl.remote import LocalRemote
@@ -267,6 +270,33 @@ def check_modes(directory: Path) -> None:
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode & 0o077 == 0, f"{path} has mode {mode:o}"
     assert len(found) > 1
+
+
+ESCAPE = "\x1b]0;title\x07\x1b[2J\x9b5n\rover"
+
+
+class Screen(io.StringIO):
+    """A terminal, as far as anybody asks."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_no_host_and_no_model_gets_hold_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = MoectlError(f"it said {ESCAPE}\nand more", hint=f"try\u2028 {ESCAPE}", host="mac1")
+    assert str(error) == "mac1: it said  ]0;title [2J 5n over and more"
+    assert error.hint is not None
+    assert error.hint.isprintable()
+    out, log, file = Screen(), Screen(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    common = Common(hosts=None, hostfile=None, json=False, quiet=False, verbose=1, color="auto")
+    cli_use._log_printer(common)("mac1", ESCAPE)
+    assert log.getvalue().strip().isprintable()
+    for screen in (out, file):
+        monkeypatch.setattr("sys.stdout", screen)
+        cli_use._write(ESCAPE)
+    assert out.getvalue().isprintable()
+    assert file.getvalue() == ESCAPE  # what goes to a file stays as it is
 
 
 # The ring.
