@@ -137,6 +137,8 @@ def deploy(
     _check_request(hosts, manifest.name, manifest.world_size, only, wheelhouse)
     growing = manifest if isinstance(manifest, Growing) else None
     chosen = [r for r, host in enumerate(hosts) if not only or host.name in only or host.address in only]
+    if growing is None:
+        manifest_file.refuse_links_outside(shard_dir)
     with tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
         versions = wanted_versions()
         wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse, Path(scratch))

@@ -34,6 +34,7 @@ _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 
 
+_ZONE = re.compile(r"[\w.-]*", re.ASCII)  # of a link-local address; ipaddress would take anything
 NAMES_ONLY = "--hosts"  # the source of a list that says nothing but names
 
 
@@ -141,6 +142,24 @@ def parse_host_string(text: str) -> HostList:
         _refuse_duplicate(host, seen, number, "--hosts")
         hosts.append(host)
     return HostList(tuple(hosts), source=NAMES_ONLY)
+
+
+def check_host(host: Host) -> None:
+    """Raise HostsError unless a host's name, user, port, addresses and paths are such as a hosts file may hold."""
+    again = _parse_address(host.address, "hosts")
+    if (again.name, again.user, again.port) != (host.name, host.user, host.port):
+        raise HostsError(f"{host.address!r} is not a host")
+    for ip in host.ips:
+        _check_ip(ip, host.address)
+    for key, value in (("python", host.python), ("dir", host.dir)):
+        _check_path(key, value, host.address)
+
+
+def check_envs(envs: Sequence[str], where: str = "hosts") -> None:
+    """Raise HostsError unless all are NAME=VALUE, or NAME alone."""
+    for env in envs:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(=[^\0]*)?", env, re.DOTALL):
+            raise HostsError(f"{where}: envs: {env!r} is not NAME=VALUE")
 
 
 def parse_size(text: str) -> int:
@@ -269,6 +288,8 @@ def _apply_keys(host: Host, values: Mapping[str, str], where: str) -> Host:
         memory = parse_size(values["memory"]) if "memory" in values else None
     except HostsError as error:
         raise HostsError(f"{where}: memory: {error.message}", hint=error.hint) from None
+    for key in ("python", "dir"):
+        _check_path(key, values.get(key), where)
     return replace(
         host,
         ips=ips,
@@ -284,11 +305,20 @@ def _apply_keys(host: Host, values: Mapping[str, str], where: str) -> Host:
 def _check_ip(text: str, where: str) -> str:
     try:
         ipaddress.ip_address(text)
+        if not _ZONE.fullmatch(text.partition("%")[2]):
+            raise ValueError
     except ValueError:
         raise HostsError(
             f"{where}: {text!r} is not an IP address", hint="write ip=10.0.0.1 or ip=10.0.0.1,10.0.1.1"
         ) from None
     return text
+
+
+def _check_path(key: str, value: object, where: str) -> None:
+    if value is not None and (not isinstance(value, str) or not value or "\0" in value):
+        raise HostsError(f"{where}: {key} has to be a path")
+    if key == "python" and value is not None and value.startswith("-"):  # an option, to what should start it
+        raise HostsError(f"{where}: {key} may not begin with a dash", hint=f"write {key}=./{value}")
 
 
 def _check_price(text: str, where: str) -> float:
@@ -303,7 +333,8 @@ def _check_price(text: str, where: str) -> float:
 
 def _parse_address(word: str, where: str) -> Host:
     user, at, rest = word.rpartition("@")
-    if at and not re.fullmatch(r"[^\s@:\[\],#=/-][^\s@:\[\],#=/]*", user):
+    # A ProxyCommand may hold them (%h, %n, %r), and ssh gives that to a shell: nothing that a shell reads gets in.
+    if at and not re.fullmatch(r"\w[\w.+-]*", user):
         raise HostsError(f"{where}: {user!r} is not a user name", hint="write user@host")
     bracketed = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?", rest)
     plain = re.fullmatch(r"(\w[\w.-]*)(?::(.*))?", rest)
@@ -316,7 +347,7 @@ def _parse_address(word: str, where: str) -> Host:
 
 def _is_ipv6(text: str) -> bool:
     try:
-        return ipaddress.ip_address(text).version == 6
+        return ipaddress.ip_address(text).version == 6 and bool(_ZONE.fullmatch(text.partition("%")[2]))
     except ValueError:
         return False
 
@@ -373,9 +404,7 @@ def _parse_json(text: str, source: str) -> HostList:
     if backend not in BACKENDS:
         raise HostsError(f"{source}: unknown backend {backend!r}", hint=f"MLX knows {', '.join(BACKENDS[2:])}")
     envs = _strings(data.get("envs"), f"{source}: envs")
-    for env in envs:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(=[^\0]*)?", env, re.DOTALL):
-            raise HostsError(f"{source}: envs: {env!r} is not NAME=VALUE")
+    check_envs(envs, source)
     seen: dict[tuple[str, int | None], int] = {}
     hosts = []
     for number, row in enumerate(rows):
@@ -399,8 +428,7 @@ def _parse_row(row: object, where: str) -> Host:
     if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | str)):
         raise HostsError(f"{where}: memory has to be bytes or a size such as '120GB'")
     for key, value in (("python", python), ("dir", root)):
-        if value is not None and (not isinstance(value, str) or not value or "\0" in value):
-            raise HostsError(f"{where}: {key} has to be a path")
+        _check_path(key, value, where)
     size = None if memory is None else parse_size(str(memory))
     return replace(host, ips=ips, rdma=devices, memory_bytes=size, python=python, dir=root)
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moectl import node
 from moectl.canary import Canary, build_canary
 from moectl.copies import Held
 from moectl.errors import IntegrityError, MoectlError, NotSharded
@@ -150,6 +151,17 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
         if not is_entry(entry):
             raise IntegrityError(f"{path} has no valid size and hash for {name!r}", hint=again)
     return manifest
+
+
+def refuse_links_outside(directory: Path) -> None:
+    """Raise IntegrityError when a symbolic link in a shard set leads out of it: nothing there is read or written."""
+    try:
+        node.refuse_links_outside(str(directory))
+    except node.Outside as error:
+        raise IntegrityError(
+            f"{error.args[0]} is a symbolic link that leads out of the shard set",
+            hint="remove it; to keep a shard set on another disk, put the whole directory there",
+        ) from None
 
 
 def is_inside(name: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from moectl.errors import CommandFailed, MoectlError, Unreachable
 from moectl.hardware import MARK, Hardware, parse_probe
@@ -21,6 +21,7 @@ from moectl.hosts import Host
 from moectl.leash import Token
 from moectl.links import ANSWER
 from moectl.measured import Job, Matrix, Speed, read_speeds
+from moectl.parsed import build
 from moectl.remote import Process, Remote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
@@ -148,8 +149,8 @@ def measure_links(
                     raise
                 lacking.append(pair)
                 return
-            rtt[here][there] = rtt[there][here] = found["rtt_s"]
-            bandwidth[here][there], bandwidth[there][here] = found["out_bytes_s"], found["in_bytes_s"]
+            rtt[here][there] = rtt[there][here] = found.rtt_s
+            bandwidth[here][there], bandwidth[there][here] = found.out_bytes_s, found.in_bytes_s
 
         for pairs in plan_rounds(count):
             _at_once(dial, pairs)
@@ -204,9 +205,9 @@ def try_links(
                 found = _ask_dialler(sites[here], sites[there], port, secret, budget_s, transfers=timed)
             except MoectlError as error:
                 return Tried(here, there, why=error.message)
-            if "error" in found:
-                return Tried(here, there, why=str(found["error"]), errno=str(found.get("errno", "")))
-            return Tried(here, there, found["rtt_s"], found.get("out_bytes_s"), found.get("in_bytes_s"))
+            if found.error:
+                return Tried(here, there, why=found.error, errno=found.errno)
+            return Tried(here, there, found.rtt_s, found.out_bytes_s or None, found.in_bytes_s or None)
 
         def try_both(pair: tuple[int, int]) -> None:
             here, there = choose_way(*pair, len(sites), ring=ring)
@@ -243,16 +244,28 @@ def _listener(site: Site, secret: str) -> Iterator[int]:
         request = {"address": site.addresses[0], "secret": secret, "limit_s": 120.0}
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
-        yield int(_read_answer(site, process)["port"])
+        yield _read_answer(site, process).port
     except OSError:
         raise CommandFailed("its python ended before it listened", host=site.remote.name) from None
     finally:
         _end(process)
 
 
-def _read_answer(site: Site, process: Process) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What `links` tells, listening or dialling."""
+
+    port: int = 0
+    rtt_s: float = 0.0
+    out_bytes_s: float = 0.0
+    in_bytes_s: float = 0.0
+    error: str = ""
+    errno: str = ""
+
+
+def _read_answer(site: Site, process: Process) -> _Answer:
     """Return a running process's answer, within `LISTEN_S`."""
-    found: list[dict[str, Any]] = []
+    found: list[_Answer | None] = []
 
     def read() -> None:
         for line in process.stdout:
@@ -264,22 +277,22 @@ def _read_answer(site: Site, process: Process) -> dict[str, Any]:
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     thread.join(LISTEN_S)
-    if not found:
+    if not found or found[0] is None:
         raise CommandFailed(f"its python did not listen on {site.addresses[0]}", host=site.remote.name)
-    if "error" in found[0]:
+    if found[0].error:
         raise CommandFailed(
-            f"cannot listen on {site.addresses[0]}: {found[0]['error']}",
+            f"cannot listen on {site.addresses[0]}: {found[0].error}",
             host=site.remote.name,
             hint="give this host's own address with ip=",
         )
     return found[0]
 
 
-def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> dict[str, Any]:
+def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> _Answer:
     answer = _ask_dialler(here, there, port, secret, budget_s)
-    if "error" in answer:
+    if answer.error or min(answer.out_bytes_s, answer.in_bytes_s) <= 0:
         raise Unreachable(
-            f"no TCP connection to {there.host.name} at {there.addresses[0]}: {answer['error']}",
+            f"no TCP connection to {there.host.name} at {there.addresses[0]}: {answer.error or 'nothing came of it'}",
             host=here.host.name,
             hint="check ip= of both hosts, the cable and any firewall",
         )
@@ -288,8 +301,8 @@ def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> d
 
 def _ask_dialler(
     here: Site, there: Site, port: int, secret: str, budget_s: float, *, transfers: bool = True
-) -> dict[str, Any]:
-    """Run the dialling end; a host without a word answers {"error": "no answer"}."""
+) -> _Answer:
+    """Run the dialling end; a host without a word answers with the error "no answer"."""
     limit_s = LISTEN_S + 2 * budget_s
     request = {"address": there.addresses[0], "port": port, "secret": secret, "budget_s": budget_s, "limit_s": limit_s}
     done = here.remote.run(
@@ -300,17 +313,16 @@ def _ask_dialler(
         leash=True,
     )
     lines = done.stdout.decode("utf-8", "replace").split("\n")
-    return next((answer for line in lines if (answer := _parse(line))), {"error": "no answer"})
+    return next((answer for line in lines if (answer := _parse(line))), _Answer(error="no answer"))
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: str) -> _Answer | None:
     if not line.startswith(ANSWER):
         return None
     try:
-        answer = json.loads(line.removeprefix(ANSWER))
-    except ValueError:
+        return build(_Answer, json.loads(line.removeprefix(ANSWER)))
+    except (ValueError, RecursionError):
         return None
-    return answer if isinstance(answer, dict) else None
 
 
 def _end(process: Process) -> None:

@@ -199,7 +199,7 @@ def _record(question: Question) -> None:
         "speeds": [speed.to_json() for speed in question.speeds],
     }
     with contextlib.suppress(OSError, MoectlError):  # a convenience: no reason to fail
-        state_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
+        disk.make_private_directory(state_dir())
         disk.write_whole(state_dir() / RECORD, json.dumps(document).encode())
 
 
@@ -224,6 +224,6 @@ def recall(
             return None
         work = Work(placement, quantization, context, prompt_tokens, int(record["dtype_bytes"]))
         speeds = read_speeds(json.dumps(record["speeds"]))
-    except (OSError, ValueError, TypeError, KeyError, MoectlError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, MoectlError):
         return None
     return next((predict_measured(work, speed) for speed in speeds if speed.is_of(placement)), None)

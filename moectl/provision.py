@@ -20,8 +20,9 @@ from moectl.handover import FLOOR_BYTES_S, More, Up
 from moectl.hosts import Host
 from moectl.manifest import FileEntry
 from moectl.node import parse_answer
+from moectl.parsed import build
 from moectl.push import Found, Link, Push, record
-from moectl.remote import LocalRemote, Remote, node_text, put_error, room_text
+from moectl.remote import Failure, LocalRemote, Remote, node_text, put_error, read_failure, room_text
 
 ROOT = "~/.moectl"
 MANIFEST = manifest_file.NAME
@@ -113,6 +114,27 @@ class HostResult:
 
 Event = Planned | Working | Advanced | HostResult
 OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What `node.survey` answers."""
+
+    python: str
+    version: str
+    root: str
+    directory: str
+    free: int
+    device: int
+    env: bool
+    writable: bool
+    packages: dict[str, str]
+    code: str
+    stamp: str
+    wheels: dict[str, int]  # missing ones → bytes that are there of them
+    missing: dict[str, int]
+    kept: list[str]
+    corrupt: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +323,20 @@ def _survey(remote: Remote, task: Task) -> dict[str, Any]:
         )
     answer = _read_answer(remote, done.stdout, done.stderr, done.code)
     _refuse_error(remote, answer)
+    _check_survey(remote, task, answer)
     return answer
+
+
+def _check_survey(remote: Remote, task: Task, answer: dict[str, Any]) -> None:
+    """Raise CommandFailed unless a host's answer is one, and speaks of what it was asked for."""
+    try:
+        found = build(Survey, answer)
+    except ValueError as error:
+        raise CommandFailed(f"its python gave an answer that makes no sense: {error}", host=remote.name) from None
+    sizes = [found.free, *found.wheels.values(), *found.missing.values()]
+    named = {*found.missing, *found.kept, *found.corrupt}
+    if min(sizes) < 0 or not named <= task.files.keys() or {*found.missing} & {*found.kept}:
+        raise CommandFailed("its python gave an answer that makes no sense", host=remote.name)
 
 
 def _read_answer(remote: Remote, stdout: bytes, stderr: bytes, code: int) -> dict[str, Any]:
@@ -315,7 +350,7 @@ def _read_answer(remote: Remote, stdout: bytes, stderr: bytes, code: int) -> dic
 
 def _refuse_error(remote: Remote, answer: Mapping[str, Any]) -> None:
     if "error" in answer:
-        raise put_error(answer, Path(), answer.get("path", "a file"), "", remote.name)
+        raise put_error(answer, Path(), str(answer.get("path", "a file")), "", remote.name)
 
 
 def _check_room(task: Task, found: Mapping[str, Any], needed: int) -> None:
@@ -352,7 +387,8 @@ def _prepare_python(remote: Remote, task: Task, found: Mapping[str, Any], on_eve
     done = remote.run(argv, stdin=stdin, timeout_s=PIP_S, check=False, leash=True)
     answer = _read_answer(remote, done.stdout, done.stderr, done.code)
     if answer.get("error") == "step":
-        raise _step_error(remote, task, list(steps)[answer["step"]], answer)
+        failure = read_failure(answer, remote.name)
+        raise _step_error(remote, task, dict(enumerate(steps)).get(failure.step, ""), failure)
     if answer.get("error") == "busy":
         hint = "wait for the other deploy to end; two hosts on one machine need a dir= each"
         raise CommandFailed(f"another deploy is installing in {root}/env", host=remote.name, hint=hint)
@@ -395,8 +431,8 @@ def _list_steps(task: Task, found: Mapping[str, Any]) -> dict[str, list[str]]:
     return {"venv": [found["python"], "-m", "venv", "--clear", f"{root}/env"], **steps}
 
 
-def _step_error(remote: Remote, task: Task, step: str, answer: Mapping[str, Any]) -> MoectlError:
-    said = str(answer["said"]).strip().split("\n")[-1] or f"exit code {answer['code']}"
+def _step_error(remote: Remote, task: Task, step: str, failure: Failure) -> MoectlError:
+    said = failure.said.strip().split("\n")[-1] or f"exit code {failure.code}"
     match step:
         case "venv":
             hint = "its python needs venv and pip (Debian, Ubuntu: apt install python3-venv)"

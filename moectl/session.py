@@ -203,6 +203,9 @@ class Session:
         self._spawn(lambda: self._read_log(rank, process), f"log-{rank}")
 
     def _connect(self, listening: dict[int, Listening]) -> None:
+        for rank, spec in enumerate(self._ranks):
+            if len(listening[rank].ports) != len(spec.addresses):
+                raise self._failure(rank, f"{len(listening[rank].ports)} ports for {len(spec.addresses)} addresses")
         endpoints = [
             [f"{address}:{port}" for address, port in zip(spec.addresses, listening[rank].ports, strict=True)]
             for rank, spec in enumerate(self._ranks)

@@ -22,7 +22,7 @@ from moectl.disk import explain_refusal, format_gb, free_bytes, sync_directory
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
 from moectl.geometry import Geometry
 from moectl.manifest import NAME as MANIFEST_NAME
-from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, write_manifest
+from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, refuse_links_outside, write_manifest
 from moectl.pipeline import OnBytes, OnHashed, OpenQuantise, hash_file, make_files, partial_path
 from moectl.placement import Placement
 from moectl.recipe import OutputFile, Source, describe, plan_files
@@ -96,6 +96,7 @@ def cut(
     )
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        refuse_links_outside(directory)
         with journals.lock_directory(directory):
             tell = on_file or _ignore_file
             return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, on_bytes or _ignore, tell, force)
@@ -128,6 +129,7 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
     Raises NotSharded, and IntegrityError that names the files that are missing or have another size or bytes.
     """
     manifest = read_manifest(directory)
+    refuse_links_outside(directory)
     problems = []
     for file, entry in manifest.files.items():
         problem = _find_problem(directory / file, entry, on_bytes)

@@ -155,7 +155,7 @@ def test_an_address_that_is_not_its_own_fails_on_its_pairs_only() -> None:
 def test_a_port_that_nobody_serves_is_refused_by_name() -> None:
     one, other = sites(2)
     answer = probe._ask_dialler(one, other, 1, "s", 0.05)
-    assert answer["errno"] == "ECONNREFUSED"
+    assert answer.errno == "ECONNREFUSED"
 
 
 def test_a_sum_that_cannot_be() -> None:

@@ -314,7 +314,7 @@ HOSTS = st.builds(
     memory_bytes=st.none() | st.integers(2**20, 2**50),
     chip=st.none() | WORDS,
     price=st.none() | st.floats(0, 1e9),
-    python=st.none() | WORDS,
+    python=st.none() | WORDS.filter(lambda word: not word.startswith("-")),
     dir=st.none() | WORDS,
 )
 LISTS = st.lists(

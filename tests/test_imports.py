@@ -118,7 +118,6 @@ ROOMS = (
         "wheel",
         "journal",
         "recipe",
-        "node",
         "relay",
         "links",
     },
@@ -130,6 +129,7 @@ ROOMS = (
     {"budget"},
     {"measured"},
     {"leash", "manifest", "routing", "vigil"},
+    {"node"},
     {
         "canary",
         "topology",
@@ -145,7 +145,7 @@ ROOMS = (
         "disk",
     },
     {"geometry", "hardware", "thunderbolt"},
-    {"errors"},
+    {"errors", "parsed"},
     {""},
 )
 
