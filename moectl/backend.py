@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 
 from moectl.errors import HostsError
-from moectl.hosts import Host
+from moectl.hosts import Host, to_mlx_devices
 from moectl.leash import Connect
 
 BACKENDS = ("auto", "ring", "jaccl", "jaccl-ring")
@@ -51,7 +51,7 @@ def make_connect(
     env["MLX_JACCL_COORDINATOR"] = endpoints[0][0]
     if backend == "jaccl-ring":
         env["MLX_JACCL_RING"] = "1"
-    devices = json.dumps([list(host.rdma) for host in hosts])
+    devices = json.dumps([[to_mlx_devices(entry) for entry in host.rdma] for host in hosts])
     return Connect("jaccl", env, {"MLX_IBV_DEVICES": devices}, nonce)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moectl import errors
+from moectl.disk import make_private_directory
 from moectl.errors import MoectlError, RemoteError
 from moectl.paths import state_dir
 
@@ -98,7 +99,7 @@ def log_path(name: str) -> Path:
 def _open_log(name: str) -> int:
     path = log_path(name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_directory(path.parent)
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_size > _MOST_BYTES:
                 path.unlink()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from moectl.console import colour_wanted
+from moectl.console import colour_wanted, printable
 from moectl.errors import MoectlError, RemoteError, UsageError
 from moectl.report import stats_text
 from moectl.request import Stats
@@ -148,18 +148,6 @@ def read_block(text: str) -> str | None:
 def is_command(text: str) -> bool:
     """Return whether a text is for the chat itself; one of several lines that begins with a path is for the model."""
     return text.startswith("/") and ("\n" not in text.strip() or _SYSTEM.match(text) is not None)
-
-
-# A model's output is not trusted with the terminal: escape sequences could retitle it, move its cursor over what was
-# said, or make it type answers of its own. ESC and CSI (U+009B) begin them: C0, DEL and C1 are shown as signs.
-_SIGNS: dict[int, int | None] = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
-_SIGNS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-_SIGNS[ord("\r")] = None  # of a Windows line end; alone it would overwrite the line
-
-
-def printable(text: str) -> str:
-    """Return a text that does nothing to a terminal but appear on it."""
-    return text.translate(_SIGNS)
 
 
 class _Leave(Exception):

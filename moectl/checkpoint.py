@@ -37,7 +37,11 @@ _SIDECARS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-_NEVER = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.safetensors")
+# Neither code nor what Python unpickles, whatever it is called.
+_NEVER = (
+    *("*.py", "*.pyc", "*.so", "*.dylib", "*.sh", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.p"),
+    *("*.joblib", "*.dill", "*.npy", "*.npz", "*.h5", "*.msgpack", "*.gguf", "*.safetensors"),
+)
 _SIDECAR_LIMIT_BYTES = 64 << 20
 _HEADER_THREADS = 8
 

@@ -5,11 +5,12 @@ Imports of the working modules are inside the commands, so that `--help` and Tab
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from moectl import __version__, cli_check, cli_observe, cli_prepare, cli_use
+from moectl import __version__, cli_check, cli_observe, cli_prepare, cli_setup, cli_use
 from moectl.flags import Common, common
 from moectl.verb import Verbs
 
@@ -54,6 +55,7 @@ def cli() -> None:
 
 
 for _verb in (
+    cli_setup.setup,
     cli_prepare.plan,
     cli_prepare.shard,
     cli_prepare.pull,
@@ -88,6 +90,11 @@ def hosts(common: Common, mlx: bool) -> None:
     if mlx or common.json:
         from moectl.hosts import to_mlx_json
 
+        if mlx and not found.backend and any(host.rdma for host in found.hosts):
+            from moectl.backend import choose_backend
+
+            # mlx.launch takes the TCP ring where the file does not say; hosts.txt says it by its rdma= only.
+            found = replace(found, backend=choose_backend("auto", found.hosts))
         click.echo(to_mlx_json(found))
         return
     for host in found.hosts:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,11 +15,12 @@ from moectl.flags import DEFAULT_MODEL, FILE, Q_BITS, Q_MODE, SPLIT, Common, com
 from moectl.verb import verb
 
 if TYPE_CHECKING:
-    from moectl.console import Bar
+    from moectl.console import Bar, Progress
     from moectl.hosts import HostList
-    from moectl.manifest import Manifest
     from moectl.planning import Asked
     from moectl.prepare import Wanted
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @verb("Prepare")
@@ -139,23 +140,37 @@ def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
     )
 
 
+_OUTPUT = click.Path(path_type=Path, file_okay=False)
+_CUT = (
+    click.option("-o", "--output", type=_OUTPUT, help="Directory of the shard set."),
+    click.option("--split", type=SPLIT, default="auto", show_default=True, help="auto: what 'plan' finds fastest."),
+    click.option("--shares", metavar="A,B,…", help="Uneven parts: experts, units of the hidden dimension, or layers."),
+    click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each expert."),
+    click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 copies."),
+    click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's)."),
+    click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's way to quantise."),
+    click.option("--routing-stats", type=FILE, metavar="FILE", help="Place experts by what 'moectl bench' counted."),
+    click.option("--revision", help="Branch, tag or commit on the Hub."),
+    click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache."),
+    click.option("--no-canary", is_flag=True, help="Do not run the set once for later starts to be compared with."),
+)
+_WANTED = ("split", "shares", "replicas", "routing_stats", "q_bits", "q_group_size", "q_mode")
+
+
+def _cut_options(command: F) -> F:
+    """Give a command the flags that say how to cut a model."""
+    for option in reversed(_CUT):
+        command = option(command)
+    return command
+
+
 @verb("Prepare")
 @click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
-@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Directory of the shard set.")
 @click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
-@click.option("--split", type=SPLIT, default="auto", show_default=True, help="auto: what 'moectl plan' finds fastest.")
-@click.option("--shares", metavar="A,B,…", help="Uneven parts: experts, units of the hidden dimension, or layers.")
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert.")
-@click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 copies.")
-@click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's).")
-@click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's way to quantise.")
-@click.option("--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted.")
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@_cut_options
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Streams at once (default: all cores but one, at most 4).")
-@click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache.")
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
 @click.option("--force", is_flag=True, help="Make a shard set anew over another one.")
-@click.option("--no-canary", is_flag=True, help="Do not run the set once for later starts to be compared with.")
 @click.option(
     "--verify",
     type=click.Path(path_type=Path),
@@ -189,7 +204,7 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
             raise errors.UsageError("how many nodes? There is no hosts file", hint="use --nodes N or --hostfile FILE")
         nodes = len(hosts.hosts)
     wanted = _wanted(options, nodes)
-    for name in ("split", "shares", "replicas", "routing_stats", "q_bits", "q_group_size", "q_mode"):
+    for name in _WANTED:
         del options[name]
     if hosts is not None:
         if nodes in (None, len(hosts.hosts)) and not options["force"]:
@@ -244,6 +259,14 @@ def pull(common: Common, model: str, revision: str | None) -> None:
     shell_complete=suggest.shard_sets,
     help="The shard set (default: the newest that fits the hosts).",
 )
+@click.option(
+    "--shard",
+    "model",
+    metavar="MODEL",
+    shell_complete=suggest.models,
+    help="Cut this model, and push each file as soon as it is made.",
+)
+@_cut_options
 @click.option("-n", "--dry-run", is_flag=True, help="Show what would be copied.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Hosts at once (default: all).")
 @click.option(
@@ -254,6 +277,7 @@ def pull(common: Common, model: str, revision: str | None) -> None:
     help="Deploy to this host only (repeatable).",
 )
 @click.option("--verify", is_flag=True, help="Hash again what is there already.")
+@click.option("--relay/--no-relay", default=True, help="Let hosts pass on to each other what all of them need.")
 @click.option("--force", is_flag=True, help="Deploy although a host's memory will not do.")
 @click.option(
     "--wheelhouse",
@@ -264,52 +288,63 @@ def pull(common: Common, model: str, revision: str | None) -> None:
 @click.option("--no-check", is_flag=True, help="Do not start the model once to see whether it computes rightly.")
 @click.option("--wheelhouse-build", is_flag=True, help="Fetch what the directory of --wheelhouse lacks.")
 @common
-def deploy(common: Common, hostfile_: str | None, shards: str | None, wheelhouse_build: bool, **options: Any) -> None:
+def deploy(
+    common: Common,
+    hostfile_: str | None,
+    shards: str | None,
+    model: str | None,
+    wheelhouse_build: bool,
+    no_check: bool,
+    **options: Any,
+) -> None:
     """Bring every host its software and its shard, and verify them.
 
     Hosts get a virtual environment with this machine's versions of moectl, mlx and mlx-lm, and the files of their rank.
-    Running the same command again resumes it; what is there already is not sent. At the end the model is started once,
-    and every host has to compute what one process computed when the set was cut.
+    Running the same command again resumes it; what is there already is not sent. --shard does both at once, 'moectl
+    shard' and this; the flags from --output to --no-canary are for it. At the end the model is started once, and every
+    host has to compute what one process computed when the set was cut.
+
+    Files that all hosts need leave this machine once: hosts take them from each other, over connections that only hosts
+    of this deployment can use. Where that fails, this machine sends them.
 
     \b
     Examples:
       moectl deploy hosts.txt --dry-run
       moectl deploy hosts.txt
+      moectl deploy hosts.txt --shard databricks/dbrx-instruct --q-bits 4
       moectl deploy --only mac2 --verify
       moectl deploy --wheelhouse wheels
     """
-    from moectl import cluster, prepare, report
-    from moectl.planning import check_hosts
+    from moectl import report
 
     if hostfile_:
         common.hostfile = hostfile_
     listed = common.host_list(required=True)
     assert listed is not None
-    found = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
-    directory, manifest = found
-    common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
-    force, no_check = options.pop("force"), options.pop("no_check")
-    check_hosts(listed.hosts, manifest, force=force, warn=common.say, probe=True)
+    cut = {name: options.pop(name) for name in (*_WANTED, "output", "revision", "keep_source", "no_canary")}
+    options |= {"backend": listed.backend, "envs": listed.envs}
+    force = options["force"]
     _fill_wheelhouse(common, listed, wheelhouse_build, options)
-    with _deploy_progress(common) as on_event:
-        result = cluster.deploy(
-            listed.hosts, directory, manifest, on_event=on_event, backend=listed.backend, envs=listed.envs, **options
-        )
+    if model is None:
+        _refuse_alone(cut)
+        name, result = _deploy_cut(common, listed, shards, options)
+    else:
+        refuse_both({"--shard": model}, {"--shards": shards})
+        name, result = _deploy_growing(common, listed, model, cut, options)
     dry_run = options["dry_run"]
-    common.print(
-        report.deploy_text(result, dry_run=dry_run), report.deploy_json(result, manifest.name, dry_run=dry_run)
-    )
+    common.print(report.deploy_text(result, dry_run=dry_run), report.deploy_json(result, name, dry_run=dry_run))
     result.raise_failures()
     if not (dry_run or options["only"] or no_check):
-        _check_results(common, manifest, force=force)
+        _check_results(common, force=force)
 
 
-def _check_results(common: Common, manifest: Manifest, *, force: bool) -> None:
+def _check_results(common: Common, *, force: bool) -> None:
     """Start what was just deployed, and end it; raises when a rank computes something else."""
     from moectl import attach, launch
+    from moectl.manifest import read_manifest
 
     target = launch.find_deployment(None)
-    if target is None or manifest.canary is None:
+    if target is None or read_manifest(Path(target.shards)).canary is None:
         common.say("Not checked: the set was cut with --no-canary, or by an older moectl.")
     elif attach.is_loaded(target):
         common.say("Not checked: it is running. 'moectl stop', then the next start checks it.")
@@ -341,22 +376,76 @@ def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: di
     wheelhouse.build(directory, platforms, cluster.wanted_versions(), say=common.say)
 
 
-@contextlib.contextmanager
-def _deploy_progress(common: Common) -> Iterator[Callable[[Any], None]]:
-    """Yield what draws a bar per host; how each ended is told afterwards."""
+def _refuse_alone(cut: dict[str, Any]) -> None:
+    """Raise UsageError when a flag says how to cut, and nothing is to be cut."""
+    for name in cut:
+        if _was_given(name):
+            raise errors.UsageError(f"--{name.replace('_', '-')} needs --shard MODEL")
+
+
+def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: dict[str, Any]) -> tuple[str, Any]:
+    """Deploy a shard set that is there; return its name and what came of it."""
+    from moectl import cluster, prepare
     from moectl.console import progress
+    from moectl.planning import check_hosts
+
+    directory, manifest = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
+    common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
+    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say, probe=True)
+    with progress(quiet=common.quiet) as bars:
+        on_event = _draw_deploy(common, bars)
+        return manifest.name, cluster.deploy(listed.hosts, directory, manifest, on_event=on_event, **options)
+
+
+def _deploy_growing(
+    common: Common, listed: HostList, model: str, cut: dict[str, Any], options: dict[str, Any]
+) -> tuple[str, Any]:
+    """Cut a model and deploy it meanwhile; return the set's name and what came of the hosts."""
+    from moectl.console import progress
+    from moectl.feed import shard_and_deploy
+    from moectl.planning import Asked, place_on, refuse_early
+
+    hosts, force = listed.hosts, options.pop("force")
+    wanted = _wanted(cut, len(hosts))
+    if not force:
+        refuse_early(model, wanted, hosts)
+    with progress(quiet=common.quiet) as bars:
+        shard = partial(
+            shard_model,
+            common,
+            model,
+            wanted,
+            dry_run=options["dry_run"],
+            among=bars,
+            directory=cut["output"],
+            revision=cut["revision"],
+            keep_source=cut["keep_source"],
+            no_canary=cut["no_canary"],
+            choose_place=place_on(hosts, Asked(), force=force, say=common.say, probe=True),
+        )
+        try:
+            fed = shard_and_deploy(shard, hosts, on_event=_draw_deploy(common, bars), **options)
+        except errors.ShardsDiffer as error:
+            error.hint = "choose another directory with -o, or make it anew first: moectl shard --force"
+            raise
+    if fed.made is None:
+        common.say("No host is left to cut for; what is cut stays, and the same command goes on with it.")
+    return fed.name, fed.result
+
+
+def _draw_deploy(common: Common, bars: Progress) -> Callable[[Any], None]:
+    """Return what draws a bar per host; how each ended is told afterwards."""
     from moectl.provision import Advanced, Planned, Working
 
-    with progress(quiet=common.quiet) as bars:
-        drawn: dict[str, Bar] = {}
+    drawn: dict[str, Bar] = {}
 
-        def on_event(event: Any) -> None:
-            match event:
-                case Planned(host=host, copy_bytes=size) if size:
-                    drawn[host] = bars.bar(host, size)
-                case Advanced(host=host, bytes=n) if host in drawn:
-                    drawn[host].advance(n)
-                case Working(host=host, what=what):
-                    common.say(f"[{host}] {what}")
+    def on_event(event: Any) -> None:
+        match event:
+            case Planned(host=host, copy_bytes=size) if size:
+                drawn[host] = bars.bar(host, size)
+            case Advanced(host=host, bytes=n) if host in drawn:
+                drawn[host].advance(n)
+            case Working(host=host, what=what):
+                common.say(f"[{host}] {what}")
 
-        yield on_event
+    return on_event

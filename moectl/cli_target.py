@@ -155,13 +155,20 @@ def refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
 
 
 def shard_model(
-    common: Common, model: str, wanted: Wanted, *, dry_run: bool = False, no_canary: bool = False, **options: Any
+    common: Common,
+    model: str,
+    wanted: Wanted,
+    *,
+    dry_run: bool = False,
+    no_canary: bool = False,
+    among: Progress | None = None,
+    **options: Any,
 ) -> Made:
-    """Cut a model with progress on the terminal; `options` are `prepare.shard`'s."""
+    """Cut a model with progress on the terminal, `among` other bars; `options` are `prepare.shard`'s."""
     from moectl import prepare
     from moectl.console import progress
 
-    with progress(quiet=common.quiet) as bars:
+    with contextlib.nullcontext(among) if among else progress(quiet=common.quiet) as bars:
         cutting: list[Bar] = []
 
         def on_plan(directory: Path, output_bytes: int) -> bool:

@@ -157,7 +157,9 @@ def _prompt_text(words: tuple[str, ...], common: Common) -> str:
 def _log_printer(common: Common) -> Callable[[str, str], None]:
     if not common.verbose:
         return lambda host, line: None
-    return lambda host, line: click.echo(f"[{host}] {line}", err=True)
+    from moectl.console import printable
+
+    return lambda host, line: click.echo(f"[{host}] {printable(line)}", err=True)
 
 
 def _answer(common: Common, events: Generator[Token | Done | Notice, None, None], stats: bool) -> None:
@@ -200,8 +202,10 @@ def _say_between(common: Common, text: str, pieces: list[str]) -> None:
 
 
 def _write(text: str) -> None:
+    from moectl.console import printable
+
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise

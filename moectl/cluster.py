@@ -1,26 +1,18 @@
 """The same verb on N hosts: connect to all, deploy to all. One host's failure never hides another's.
 
-`deploy` gives each host a process of its own, since one Python process cannot fill several fast links; what
-happens on one host is `provision`'s. It prints nothing: events tell what happens, results what came of it.
+What happens on one host is `provision`'s, and doing it on all of them at once `fleet`'s. It prints nothing: events tell
+what happens, results what came of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
-import signal
-import sys
 import tempfile
 import threading
-import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
-from multiprocessing import connection
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import moectl
 from moectl import manifest as manifest_file
@@ -33,26 +25,13 @@ from moectl.errors import (
     UsageError,
     VersionMismatch,
 )
+from moectl.fleet import Feed, as_ours, run_tasks
 from moectl.hosts import Host
 from moectl.manifest import FileEntry, Manifest
 from moectl.node import hash_file
-from moectl.provision import (
-    PACKAGES,
-    Advanced,
-    Event,
-    HostResult,
-    OnEvent,
-    Planned,
-    Task,
-    deploy_host,
-    inspect_host,
-    make_remote,
-)
+from moectl.provision import PACKAGES, HostResult, OnEvent, Task, make_remote
 from moectl.remote import Remote
 from moectl.wheel import download_command, hash_code, is_ours, pack_wheel
-
-EVENT_INTERVAL_S = 0.1
-END_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +82,7 @@ def connect(hosts: Sequence[Host]) -> list[Remote]:
         try:
             remote.run(["true"])
         except Exception as error:
-            found[rank] = _as_ours(error, hosts[rank])
+            found[rank] = as_ours(error, hosts[rank])
 
     # Daemons, not a pool: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
     threads = [threading.Thread(target=probe, args=a, daemon=True) for a in enumerate(remotes)]
@@ -122,16 +101,27 @@ def connect(hosts: Sequence[Host]) -> list[Remote]:
     raise failed[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """A shard set that is being made: its name, for how many hosts, and the bytes of each weight file."""
+
+    name: str
+    world_size: int
+    planned: Mapping[str, int]
+    feed: Feed  # tells each file when it is whole, the manifest with the last ones
+
+
 def deploy(
     hosts: Sequence[Host],
     shard_dir: Path,
-    manifest: Manifest,
+    manifest: Manifest | Growing,
     *,
     wheelhouse: Path | None = None,
     jobs: int | None = None,
     only: Sequence[str] = (),
     dry_run: bool = False,
     verify: bool = False,
+    relay: bool = True,
     on_event: OnEvent = lambda event: None,
     backend: str = "",
     envs: Sequence[str] = (),
@@ -140,33 +130,52 @@ def deploy(
 
     `only` names the hosts to deploy to, by name or address (all when empty), `jobs` bounds how many work at once,
     `verify` hashes again what is recorded as right, `wheelhouse` is a directory of wheels for hosts without internet.
-    A host that fails is in the result; only what concerns all is raised: PlanError (number of hosts),
-    UsageError, VersionMismatch, IntegrityError.
+    With `relay`, hosts pass on to each other what all of them need. A set that is still `Growing` is pushed as it
+    grows. A host that fails is in the result; only what concerns all is raised: PlanError (number of hosts),
+    UsageError, VersionMismatch, IntegrityError, and fleet.Cancelled when the feed is.
     """
-    _check_request(hosts, manifest, only, wheelhouse)
+    _check_request(hosts, manifest.name, manifest.world_size, only, wheelhouse)
+    growing = manifest if isinstance(manifest, Growing) else None
+    chosen = [r for r, host in enumerate(hosts) if not only or host.name in only or host.address in only]
+    if growing is None:
+        manifest_file.refuse_links_outside(shard_dir)
     with tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
         versions = wanted_versions()
         wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse, Path(scratch))
         tasks = [
             Task(
                 rank=rank,
-                host=host,
+                host=hosts[rank],
                 shards=shard_dir.resolve(),
                 name=manifest.name,
-                files={**manifest.files_of(rank), manifest_file.NAME: _manifest_entry(shard_dir)},
+                files=_files_of(manifest, shard_dir, rank),
                 versions=versions,
                 code=hash_code(),
                 wheels=wheels,
                 dry_run=dry_run,
                 verify=verify,
+                # This machine is where the files come from.
+                relay=relay and not hosts[rank].is_local and sum(not hosts[r].is_local for r in chosen) > 1,
+                growing=growing is not None,
+                planned=_planned_of(growing, rank),
             )
-            for rank, host in enumerate(hosts)
-            if not only or host.name in only or host.address in only
+            for rank in chosen
         ]
-        result = DeployResult(_run_tasks(tasks, jobs or len(tasks), on_event))
+        result = DeployResult(run_tasks(tasks, jobs or len(tasks), on_event, growing.feed if growing else None))
     if not dry_run and result.succeeded:
         _record(result, hosts, shard_dir.resolve(), manifest.name, backend, tuple(envs))
     return result
+
+
+def _files_of(manifest: Manifest | Growing, shard_dir: Path, rank: int) -> dict[str, FileEntry]:
+    if isinstance(manifest, Growing):
+        return {}
+    return {**manifest.files_of(rank), manifest_file.NAME: manifest_entry(shard_dir)}
+
+
+def _planned_of(growing: Growing | None, rank: int) -> dict[str, int]:
+    planned = growing.planned if growing else {}
+    return {name: size for name, size in planned.items() if manifest_file.is_for(name, rank)}
 
 
 def wanted_versions() -> dict[str, str]:
@@ -180,24 +189,27 @@ def wanted_versions() -> dict[str, str]:
     return versions
 
 
-def _check_request(hosts: Sequence[Host], manifest: Manifest, only: Sequence[str], wheelhouse: Path | None) -> None:
-    if len(hosts) != manifest.world_size:
+def _check_request(
+    hosts: Sequence[Host], set_name: str, world_size: int, only: Sequence[str], wheelhouse: Path | None
+) -> None:
+    if len(hosts) != world_size:
         raise PlanError(
-            f"{manifest.name} is cut for {manifest.world_size} hosts, {len(hosts)} are listed",
-            hint=f"moectl shard --nodes {len(hosts)}, or list {manifest.world_size} hosts",
+            f"{set_name} is cut for {world_size} hosts, {len(hosts)} are listed",
+            hint=f"moectl shard --nodes {len(hosts)}, or list {world_size} hosts",
         )
     for name in only:
         if not any(name in (host.name, host.address) for host in hosts):
             raise UsageError(f"{name} is not among the hosts ({', '.join(host.address for host in hosts)})")
-    if manifest.name in ("", ".", "..") or PurePosixPath(manifest.name).name != manifest.name:
-        raise IntegrityError(f"{manifest.name!r} cannot be the name of a shard set's directory")
+    if set_name in ("", ".", "..") or PurePosixPath(set_name).name != set_name:
+        raise IntegrityError(f"{set_name!r} cannot be the name of a shard set's directory")
     if wheelhouse is not None and not any(wheelhouse.glob("*.whl")):
         raise UsageError(
             f"there are no wheels in {wheelhouse}", hint=download_command(str(wheelhouse), wanted_versions())
         )
 
 
-def _manifest_entry(shard_dir: Path) -> FileEntry:
+def manifest_entry(shard_dir: Path) -> FileEntry:
+    """Return the size and hash of a shard set's manifest itself. Raises IntegrityError."""
     path = shard_dir / manifest_file.NAME
     try:
         return _hash_entry(path)
@@ -238,146 +250,3 @@ def _record(
     for r in result.succeeded:
         ranks[r.rank] = DeployedRank(r.host, r.python, r.root, r.directory)
     write_deployment(Deployment(name, str(shards), tuple(ranks.values()), backend, envs))
-
-
-# One process per host.
-
-
-def _run_tasks(tasks: Sequence[Task], jobs: int, on_event: OnEvent) -> tuple[HostResult, ...]:
-    """Look at all hosts in threads; each that lacks something then gets a process, `jobs` at once.
-
-    Most deployments find little to do, and a process costs more than looking. A host goes on as soon as it was looked
-    at, whatever the others do. Leaving early, by Ctrl-C too, ends all processes.
-    """
-    looking = {_start_look(task): task for task in tasks}
-    waiting: list[Task] = []
-    running: dict[connection.Connection, tuple[Any, Task]] = {}
-    results: dict[int, HostResult] = {}
-    try:
-        while looking or waiting or running:
-            while waiting and len(running) < max(1, jobs):
-                task = waiting.pop(0)
-                ours, process = _start_process(task)
-                running[ours] = process, task
-            for ready in connection.wait([*looking, *running]):
-                assert isinstance(ready, connection.Connection)
-                if ready in looking:
-                    task = looking.pop(ready)
-                    result = _take_look(ready, task, on_event)
-                    if result is None:
-                        waiting.append(task)
-                else:
-                    process, task = running[ready]
-                    result = _take_event(ready, task, on_event)
-                    if result is not None:
-                        del running[ready]
-                        _end_process(ready, process)
-                if result is not None:
-                    results[result.rank] = result
-    finally:
-        for ours, (process, _) in running.items():
-            process.terminate()
-            _end_process(ours, process)
-        for ours in looking:
-            ours.close()
-    return tuple(results[rank] for rank in sorted(results))
-
-
-def _start_look(task: Task) -> connection.Connection:
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-
-    def look() -> None:
-        started = time.monotonic()
-        result = _catch(task, lambda: inspect_host(task))
-        with contextlib.suppress(OSError):  # nobody waits any more
-            theirs.send(replace(result, duration_s=time.monotonic() - started))
-        theirs.close()
-
-    # A daemon: Ctrl-C has to leave at once, although a host may be hashing for minutes.
-    threading.Thread(target=look, daemon=True).start()
-    return ours
-
-
-def _take_look(ours: connection.Connection, task: Task, on_event: OnEvent) -> HostResult | None:
-    """Tell what was seen on a host; return it when there is nothing more to do there."""
-    seen: HostResult = ours.recv()
-    ours.close()
-    on_event(Planned(task.rank, task.host.address, seen.copied_bytes, seen.kept_bytes))
-    if task.dry_run or seen.error or (seen.python and not seen.copied_bytes):
-        on_event(seen)
-        return seen
-    return None
-
-
-def _start_process(task: Task) -> tuple[connection.Connection, Any]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve_task, args=(theirs, task), daemon=True)
-    process.start()
-    theirs.close()
-    return ours, process
-
-
-def _end_process(ours: connection.Connection, process: Any) -> None:
-    process.join(END_GRACE_S)
-    process.kill()
-    process.join()
-    process.close()
-    ours.close()
-
-
-def _catch(task: Task, work: Callable[[], HostResult]) -> HostResult:
-    """Return the result of `work`, or its error as a result."""
-    try:
-        return work()
-    except Exception as error:
-        return HostResult(task.rank, task.host, _as_ours(error, task.host))
-
-
-def _as_ours(error: Exception, host: Host) -> MoectlError:
-    """Return the error as one of ours; a bug met on one host must not hide what became of the others."""
-    if isinstance(error, MoectlError):
-        return error
-    if os.environ.get("MOECTL_DEBUG"):
-        traceback.print_exception(error)
-    return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)", host=host.address)
-
-
-def _take_event(ours: connection.Connection, task: Task, on_event: OnEvent) -> HostResult | None:
-    try:
-        event = ours.recv()
-    except EOFError:
-        error = MoectlError("its deploy process ended without a word", host=task.host.address)
-        event = HostResult(task.rank, task.host, error)
-    on_event(event)
-    return event if isinstance(event, HostResult) else None
-
-
-def _serve_task(pipe: connection.Connection, task: Task) -> None:
-    """Deploy to one host and send what happens up the pipe; the entry point of a host's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out, commands under way are ended too
-    started = time.monotonic()
-    with contextlib.suppress(BrokenPipeError):  # the parent is gone
-        send = _throttle(task, pipe.send)
-        result = _catch(task, lambda: deploy_host(task, send))
-        send(replace(result, duration_s=time.monotonic() - started))
-
-
-def _throttle(task: Task, send: OnEvent) -> OnEvent:
-    """Add up progress and send it ten times a second; everything else goes at once, after it."""
-    pending, sent = 0, time.monotonic()
-
-    def on_event(event: Event) -> None:
-        nonlocal pending, sent
-        if isinstance(event, Advanced):
-            pending += event.bytes
-            if time.monotonic() - sent < EVENT_INTERVAL_S:
-                return
-        if pending:
-            send(Advanced(task.rank, task.host.address, pending))
-            pending, sent = 0, time.monotonic()
-        if not isinstance(event, Advanced):
-            send(event)
-
-    return on_event

@@ -17,6 +17,17 @@ from typing import Any, Protocol, TextIO
 QUIET_S = 1.0  # what is done by then needs no progress
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _BAR = "{desc} {percentage:3.0f}% {bar:24} {n_fmt}/{total_fmt}B  {rate_fmt}  eta {remaining}"
+# What a model or another machine says is not trusted with the terminal: escape sequences could retitle it, move its
+# cursor over what was said, or make it type answers of its own. ESC and CSI (U+009B) begin them: C0, DEL and C1 are
+# shown as signs.
+_SIGNS: dict[int, int | None] = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_SIGNS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_SIGNS[ord("\r")] = None  # of a Windows line end; alone it would overwrite the line
+
+
+def printable(text: str) -> str:
+    """Return a text that does nothing to a terminal but appear on it."""
+    return text.translate(_SIGNS)
 
 
 def size_text(size_bytes: float) -> str:

@@ -180,15 +180,18 @@ class Controller:
 
     def _listen(self) -> None:
         failure = self._hear()
-        while not self._shut.is_set():
-            again = self._reopen(failure)
+        while not self._shut.is_set() and (delay_s := self._find_delay(failure)) is not None:
+            again = self._reopen(failure, delay_s)
             if again is None:
                 self._call(self._resume)
                 again = self._hear()
-            elif again is failure:
-                break
             failure = again
+        if not self._shut.is_set():
+            failure.hint = self._advise(failure) or failure.hint
         self._call(self._fail, failure)
+
+    def _find_delay(self, failure: MoectlError) -> float | None:
+        return None if self._open is None else self._restarts.delay_s(failure)
 
     def _hear(self) -> MoectlError:
         """Pass on what a session tells; return why that ended."""
@@ -201,12 +204,8 @@ class Controller:
             return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)")
         raise AssertionError("a session's events never end")
 
-    def _reopen(self, failure: MoectlError) -> MoectlError | None:
-        """Start anew after a failure; return None, or the next failure, or the same one when that was the last try."""
-        delay_s = self._restarts.delay_s(failure) if self._open is not None else None
-        if delay_s is None:
-            failure.hint = self._advise(failure) or failure.hint
-            return failure
+    def _reopen(self, failure: MoectlError, delay_s: float) -> MoectlError | None:
+        """Start anew after a failure; return None, or the next failure."""
         assert self._open is not None
         self._call(self._pause, failure)
         self._close_session()
@@ -262,11 +261,12 @@ class Controller:
         """Tell who waits that the cluster is down, and will be up again."""
         self._is_up = False
         self._downs += 1
+        for answer in self._numbered.values():  # not at a start that fails: nobody had begun with it
+            answer.failures += 1
         self._numbered.clear()
         text = f"{failure}. Starting again ({self._restarts.recent} of {self._restarts.most})."
         self._say(text)
         for answer in list(self._unfinished):
-            answer.failures += answer.started
             if answer.cancelled:
                 self._forget(answer)
             elif answer.failures >= MAX_FAILURES:
@@ -316,7 +316,7 @@ class _Answer:
         self.number = 0  # the session's
         self.started = False  # a sign of work on it was seen
         self.cancelled = False
-        self.failures = 0  # of sessions that had begun with it
+        self.failures = 0  # of sessions that had it
         self._request = request
         self._inbox: asyncio.Queue[Token | Done | Notice | MoectlError] = asyncio.Queue()
         self._cancel = cancel

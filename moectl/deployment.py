@@ -11,10 +11,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from moectl.errors import NotDeployed, StateError
-from moectl.hosts import Host
+from moectl.disk import make_private_directory
+from moectl.errors import HostsError, NotDeployed, StateError
+from moectl.hosts import Host, check_envs, check_host
+from moectl.parsed import build
 from moectl.paths import state_dir
 
 SCHEMA = "moectl.deployment/1"
@@ -58,7 +59,7 @@ def write_deployment(deployment: Deployment) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     text = encode_deployment(deployment)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_directory(path.parent)
         path.parent.chmod(0o700)
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
@@ -79,7 +80,7 @@ def find_deployment() -> Deployment | None:
         return None
     except OSError as error:
         raise StateError(f"cannot read {path}: {error.strerror}", hint=HINT) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, HostsError) as error:
         raise StateError(f"{path} is damaged: {error}", hint=HINT) from None
 
 
@@ -89,12 +90,18 @@ def encode_deployment(deployment: Deployment) -> str:
 
 
 def decode_deployment(text: str) -> Deployment:
-    """Return the deployment in JSON. Raises ValueError, KeyError, TypeError or AttributeError when it is none."""
-    raw = json.loads(text)
-    if raw.pop("schema") != SCHEMA:
+    """Return the deployment in JSON. Raises ValueError or HostsError when it is none."""
+    try:
+        raw = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
         raise ValueError("another schema")
-    ranks = tuple(_read_rank(r) for r in raw.pop("ranks"))
-    return Deployment(ranks=ranks, envs=tuple(raw.pop("envs")), **raw)
+    found = build(Deployment, raw)
+    for rank in found.ranks:
+        check_host(rank.host)
+    check_envs(found.envs)
+    return found
 
 
 def read_deployment() -> Deployment:
@@ -106,12 +113,6 @@ def read_deployment() -> Deployment:
         names = ", ".join(deployment.missing)
         raise NotDeployed(f"{deployment.name} is not deployed on {names} yet.", hint=HINT)
     return deployment
-
-
-def _read_rank(raw: dict[str, Any]) -> DeployedRank:
-    host = raw.pop("host")
-    host["ips"], host["rdma"] = tuple(host["ips"]), tuple(host["rdma"])
-    return DeployedRank(host=Host(**host), **raw)
 
 
 def forget_hosts(roots: Mapping[str, str]) -> None:

@@ -59,6 +59,13 @@ def write_whole(path: Path, data: bytes) -> None:
         raise StateError(f"{path} cannot be written: {os.strerror(error.errno or 0)}") from None
 
 
+def make_private_directory(directory: Path) -> None:
+    """Make a directory, and its parents where they are missing, for this user alone (0700). Raises OSError."""
+    if not directory.is_dir():
+        make_private_directory(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
+
+
 def sync_directory(directory: Path) -> None:
     """Make the names in a directory durable."""
     fd = os.open(directory, os.O_RDONLY)

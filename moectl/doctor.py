@@ -18,15 +18,16 @@ from moectl.cluster import wanted_versions
 from moectl.deployment import Deployment, find_deployment
 from moectl.doctor_cluster import check_cluster
 from moectl.doctor_host import Expected, Visit, visit_host
-from moectl.doctor_pairs import Collected, Pair, judge_links, plan_neighbours, try_collective
+from moectl.doctor_pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
 from moectl.errors import HostsError, MoectlError, VersionMismatch
 from moectl.findings import Finding, Level, at_host, fail, fail_with, skip, worst
 from moectl.hosts import Host, HostList
 from moectl.launch import find_addresses, split_envs
 from moectl.manifest import Manifest, read_manifest
 from moectl.prepare import newest_shards
-from moectl.probe import Site, try_links
+from moectl.probe import Site, is_next, try_links
 from moectl.provision import make_remote
+from moectl.thunderbolt import parse_ifconfig
 from moectl.wheel import hash_code
 
 HOST_S = 90.0  # for the whole ladder of a host; its rungs have limits of their own
@@ -197,7 +198,7 @@ def _look_between(where: HostList, usable: Sequence[Visit], found: _Found, *, fa
     if len(sites) < 2:
         return
     say("Trying the links between them")
-    _look_at_links(with_address, [sites[visit.rank] for visit in with_address], found, fast=fast)
+    _look_at_links(where, with_address, [sites[visit.rank] for visit in with_address], found, fast=fast)
     if not fast:
         say("Adding up over neighbours")
         _add_up(where, {visit.rank: (visit, sites[visit.rank]) for visit in with_address}, found)
@@ -232,14 +233,20 @@ def _named(error: MoectlError) -> MoectlError:
     return MoectlError(str(error), hint=error.hint)  # a line about the cluster has no host in front
 
 
-def _look_at_links(visits: Sequence[Visit], sites: Sequence[Site], found: _Found, *, fast: bool) -> None:
+def _look_at_links(
+    where: HostList, visits: Sequence[Visit], sites: Sequence[Site], found: _Found, *, fast: bool
+) -> None:
     collected = Collected()
+    ring = _backend(where) == "ring"
 
     def try_all() -> None:
-        try_links(sites, collected.add, transfers=not fast)
+        try_links(sites, collected.add, transfers=not fast, ring=ring)
+
+    def needed(here: int, there: int) -> bool:
+        return not ring or is_next(visits[here].rank, visits[there].rank, len(where.hosts))
 
     run_limited([try_all], LINKS_S + MORE_LINKS_S * len(sites))
-    judged = judge_links(sites, collected.all(), mac=lambda place: _is_mac(visits[place]))
+    judged = judge_links(sites, collected.all(), mac=lambda place: _is_mac(visits[place]), needed=needed)
     for pair, findings in judged.items():
         found.pairs[Pair(visits[pair.a].rank, visits[pair.b].rank)] = findings
 
@@ -289,11 +296,19 @@ def _sum_over(
         try:
             # Two neighbours of a ring are a mesh of two.
             chosen = "jaccl" if backend == "jaccl-ring" else backend
-            findings.append(try_collective([by_rank[rank][1] for rank in ends], ends, chosen, macos=macos))
+            sites = [_face(by_rank[one], by_rank[other]) for one, other in (ends, ends[::-1])]
+            findings.append(try_collective(sites, ends, chosen, macos=macos))
         except Exception as error:
             findings.append(_bug(error))
 
     return add_up
+
+
+def _face(one: tuple[Visit, Site], other: tuple[Visit, Site]) -> Site:
+    """Return a site as its peer reaches it: in a ring over cables of their own, ip= is that of another cable."""
+    survey = one[0].survey
+    interfaces = parse_ifconfig(survey.sections.get("ifconfig", "")) if survey else ()
+    return face(one[1], interfaces, other[1])
 
 
 def _is_mac(visit: Visit) -> bool:

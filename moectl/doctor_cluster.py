@@ -11,7 +11,7 @@ from moectl.backend import choose_backend
 from moectl.doctor_host import Visit
 from moectl.errors import HostsError
 from moectl.findings import Finding, fail, fail_with, ok, warn
-from moectl.hosts import HostList
+from moectl.hosts import HostList, split_devices
 from moectl.thunderbolt import Cable, find_cables
 
 
@@ -87,8 +87,9 @@ def check_cables(where: HostList, visits: Sequence[Visit]) -> list[Finding]:
         return []
     found = [_check_shape(where, cables)]
     for rank, host in enumerate(where.hosts):
-        for peer, device in enumerate(host.rdma):
-            if device is None or peer == rank or peer >= len(where.hosts) or not (ports[rank] and ports[peer]):
+        devices = [(peer, device) for peer, entry in enumerate(host.rdma) for device in split_devices(entry)]
+        for peer, device in devices:
+            if peer == rank or peer >= len(where.hosts) or not (ports[rank] and ports[peer]):
                 continue
             leads = _follow(cables, rank, device)
             if leads == peer:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Address
 
 from moectl import errnos, probe
 from moectl.backend import choose_backend
 from moectl.errors import HostsError, MoectlError
-from moectl.findings import Finding, fail, ok, warn
+from moectl.findings import Finding, fail, ok, skip, warn
 from moectl.geometry import Geometry
 from moectl.measured import Job
 from moectl.placement import make_placement
 from moectl.probe import Site, Tried
+from moectl.thunderbolt import Interface
 
 COLLECTIVE_START_S = 45.0
 BUDGET_S = 1.0  # a busy machine needs a second for what takes an idle one some milliseconds
@@ -49,18 +51,35 @@ class Pair:
 
 
 def judge_links(
-    sites: Sequence[Site], tried: Sequence[Tried], *, mac: Callable[[int], bool]
+    sites: Sequence[Site],
+    tried: Sequence[Tried],
+    *,
+    mac: Callable[[int], bool],
+    needed: Callable[[int, int], bool] = lambda here, there: True,
 ) -> dict[Pair, list[Finding]]:
-    """Return the findings of each pair of sites; a way that nobody tells of did not answer in time."""
+    """Return the findings of each pair of sites; a way that nobody tells of did not answer in time.
+
+    `needed` says which ways there have to be: in a ring over cables of their own there are no others.
+    """
     told = {(way.here, way.there): way for way in tried}
     best = max((min(way.out_bytes_s, way.in_bytes_s or 0.0) for way in tried if way.out_bytes_s), default=0.0)
     found = {}
     for a in range(len(sites)):
         for b in range(a + 1, len(sites)):
             ways = [told.get(ends, Tried(*ends, why="no answer in time")) for ends in ((b, a), (a, b))]
-            broken = [_judge_broken(sites, way, mac(way.here)) for way in ways if way.why]
-            found[Pair(a, b)] = broken or [_judge_speed(ways[0], best)]
+            broken = [_judge_broken(sites, w, mac(w.here)) for w in ways if w.why and needed(w.here, w.there)]
+            good = sorted((way for way in ways if not way.why), key=lambda way: way.out_bytes_s is None)
+            if not broken and not good:
+                broken = [skip("tcp", "no way between them: they are no neighbours, and a ring needs none")]
+            found[Pair(a, b)] = broken or [_judge_speed(good[0], best)]
     return found
+
+
+def face(site: Site, interfaces: Sequence[Interface], peer: Site) -> Site:
+    """Return a site with the address that is in one network with its peer's, where it has such a one."""
+    theirs = [IPv4Address(ip) for ip in peer.addresses]
+    near = [str(own.ip) for i in interfaces for own in i.ipv4 if any(ip in own.network for ip in theirs)]
+    return replace(site, addresses=(near[0],)) if near and not {*near} & {*site.addresses} else site
 
 
 def _judge_broken(sites: Sequence[Site], way: Tried, macos: bool) -> Finding:

@@ -32,6 +32,11 @@ place that turns them into text and a process exit.
 
 from __future__ import annotations
 
+import re
+
+# C0, C1, the line separators, and what turns the direction of writing round.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+
 
 class MoectlError(Exception):
     """Say what failed and why in one line; `hint` is a command or action that mends it."""
@@ -39,6 +44,8 @@ class MoectlError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None, host: str | None = None) -> None:
+        # What another machine or a file said may be quoted here: it gets no second line, and no hold of a terminal.
+        message, hint = _CONTROLS.sub(" ", message), hint and _CONTROLS.sub(" ", hint)
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -34,6 +34,7 @@ _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 
 
+_ZONE = re.compile(r"[\w.-]*", re.ASCII)  # of a link-local address; ipaddress would take anything
 NAMES_ONLY = "--hosts"  # the source of a list that says nothing but names
 
 
@@ -45,7 +46,7 @@ class Host:
     user: str | None = None
     port: int | None = None
     ips: tuple[str, ...] = ()  # addresses for tensor traffic; empty = resolve the name
-    rdma: tuple[str | None, ...] = ()  # RDMA device towards each rank, None towards itself
+    rdma: tuple[str | None, ...] = ()  # RDMA device towards each rank, several joined by '+'; None towards itself
     memory_bytes: int | None = None
     chip: str | None = None
     price: float | None = None
@@ -143,6 +144,24 @@ def parse_host_string(text: str) -> HostList:
     return HostList(tuple(hosts), source=NAMES_ONLY)
 
 
+def check_host(host: Host) -> None:
+    """Raise HostsError unless a host's name, user, port, addresses and paths are such as a hosts file may hold."""
+    again = _parse_address(host.address, "hosts")
+    if (again.name, again.user, again.port) != (host.name, host.user, host.port):
+        raise HostsError(f"{host.address!r} is not a host")
+    for ip in host.ips:
+        _check_ip(ip, host.address)
+    for key, value in (("python", host.python), ("dir", host.dir)):
+        _check_path(key, value, host.address)
+
+
+def check_envs(envs: Sequence[str], where: str = "hosts") -> None:
+    """Raise HostsError unless all are NAME=VALUE, or NAME alone."""
+    for env in envs:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(=[^\0]*)?", env, re.DOTALL):
+            raise HostsError(f"{where}: envs: {env!r} is not NAME=VALUE")
+
+
 def parse_size(text: str) -> int:
     """Return bytes for `120GB` (10⁹), `64GiB` (2³⁰), `1.5TB` or plain bytes. Raises HostsError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text, re.ASCII)
@@ -173,10 +192,48 @@ def to_mlx_json(hosts: HostList, *, resolve: Callable[[str], str] | None = None)
             )
         ssh = "127.0.0.1" if host.is_local else f"{host.user}@{host.name}" if host.user else host.name
         ips = list(host.ips) or [(resolve or resolve_address)("127.0.0.1" if host.is_local else host.name)]
-        row: dict[str, Any] = {"ssh": ssh, "ips": ips, "rdma": list(host.rdma)}
+        row: dict[str, Any] = {"ssh": ssh, "ips": ips, "rdma": [to_mlx_devices(entry) for entry in host.rdma]}
         extra = {"memory": host.memory_bytes, "python": host.python, "dir": host.dir}
         rows.append(row | {k: v for k, v in extra.items() if v is not None})
     return json.dumps({"backend": hosts.backend, "envs": list(hosts.envs), "hosts": rows}, indent=2) + "\n"
+
+
+def format_hosts(hosts: HostList) -> str:
+    """Return the list as the text of a hosts file; `parse_hosts` reads the same hosts from it.
+
+    Raises HostsError for what that format cannot hold: variables, and paths with blanks.
+    """
+    if hosts.envs:
+        raise HostsError("a hosts file in text cannot hold envs", hint="write MLX's JSON: a name that ends in .json")
+    return "".join(_format_line(host) + "\n" for host in hosts.hosts)
+
+
+def _format_line(host: Host) -> str:
+    words = {
+        "ip": ",".join(host.ips),
+        "rdma": ",".join(entry or "-" for entry in host.rdma),
+        "memory": "" if host.memory_bytes is None else str(host.memory_bytes),
+        "chip": host.chip or "",
+        "price": "" if host.price is None else repr(host.price),
+        "python": host.python or "",
+        "dir": host.dir or "",
+    }
+    for key, value in words.items():
+        if re.search(r"\s", value):
+            hint = "write MLX's JSON: a name that ends in .json"
+            raise HostsError(f"a hosts file in text cannot hold {key} {value!r}", host=host.address, hint=hint)
+    return " ".join([host.address, *(f"{key}={value}" for key, value in words.items() if value)])
+
+
+def split_devices(entry: str | None) -> tuple[str, ...]:
+    """Return the RDMA devices of one entry of `Host.rdma`: several where as many cables lead to that host."""
+    return tuple(entry.split("+")) if entry else ()
+
+
+def to_mlx_devices(entry: str | None) -> str | list[str] | None:
+    """Return one entry of `Host.rdma` as MLX writes it: null, a name, or a list of names."""
+    devices = split_devices(entry)
+    return list(devices) if len(devices) > 1 else entry
 
 
 def resolve_address(name: str) -> str:
@@ -223,10 +280,16 @@ def _apply_keys(host: Host, values: Mapping[str, str], where: str) -> Host:
     rdma: tuple[str | None, ...] = ()
     if "rdma" in values:
         rdma = tuple(None if d in ("", "-", "null") else d for d in values["rdma"].split(","))
+        if not all(name for entry in rdma for name in split_devices(entry)):
+            raise HostsError(
+                f"{where}: rdma has an empty name", hint="write rdma=-,rdma_en2 or rdma=-,rdma_en2+rdma_en3"
+            )
     try:
         memory = parse_size(values["memory"]) if "memory" in values else None
     except HostsError as error:
         raise HostsError(f"{where}: memory: {error.message}", hint=error.hint) from None
+    for key in ("python", "dir"):
+        _check_path(key, values.get(key), where)
     return replace(
         host,
         ips=ips,
@@ -242,11 +305,20 @@ def _apply_keys(host: Host, values: Mapping[str, str], where: str) -> Host:
 def _check_ip(text: str, where: str) -> str:
     try:
         ipaddress.ip_address(text)
+        if not _ZONE.fullmatch(text.partition("%")[2]):
+            raise ValueError
     except ValueError:
         raise HostsError(
             f"{where}: {text!r} is not an IP address", hint="write ip=10.0.0.1 or ip=10.0.0.1,10.0.1.1"
         ) from None
     return text
+
+
+def _check_path(key: str, value: object, where: str) -> None:
+    if value is not None and (not isinstance(value, str) or not value or "\0" in value):
+        raise HostsError(f"{where}: {key} has to be a path")
+    if key == "python" and value is not None and value.startswith("-"):  # an option, to what should start it
+        raise HostsError(f"{where}: {key} may not begin with a dash", hint=f"write {key}=./{value}")
 
 
 def _check_price(text: str, where: str) -> float:
@@ -261,7 +333,8 @@ def _check_price(text: str, where: str) -> float:
 
 def _parse_address(word: str, where: str) -> Host:
     user, at, rest = word.rpartition("@")
-    if at and not re.fullmatch(r"[^\s@:\[\],#=/-][^\s@:\[\],#=/]*", user):
+    # A ProxyCommand may hold them (%h, %n, %r), and ssh gives that to a shell: nothing that a shell reads gets in.
+    if at and not re.fullmatch(r"\w[\w.+-]*", user):
         raise HostsError(f"{where}: {user!r} is not a user name", hint="write user@host")
     bracketed = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?", rest)
     plain = re.fullmatch(r"(\w[\w.-]*)(?::(.*))?", rest)
@@ -274,7 +347,7 @@ def _parse_address(word: str, where: str) -> Host:
 
 def _is_ipv6(text: str) -> bool:
     try:
-        return ipaddress.ip_address(text).version == 6
+        return ipaddress.ip_address(text).version == 6 and bool(_ZONE.fullmatch(text.partition("%")[2]))
     except ValueError:
         return False
 
@@ -331,9 +404,7 @@ def _parse_json(text: str, source: str) -> HostList:
     if backend not in BACKENDS:
         raise HostsError(f"{source}: unknown backend {backend!r}", hint=f"MLX knows {', '.join(BACKENDS[2:])}")
     envs = _strings(data.get("envs"), f"{source}: envs")
-    for env in envs:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", env, re.DOTALL):
-            raise HostsError(f"{source}: envs: {env!r} is not NAME=VALUE")
+    check_envs(envs, source)
     seen: dict[tuple[str, int | None], int] = {}
     hosts = []
     for number, row in enumerate(rows):
@@ -347,24 +418,40 @@ def _parse_json(text: str, source: str) -> HostList:
 def _parse_row(row: object, where: str) -> Host:
     if not isinstance(row, dict) or not isinstance(row.get("ssh"), str):
         raise HostsError(f"{where}: needs a string 'ssh'")
-    host = _parse_address(row["ssh"], where)
+    host = _parse_address(_bracket(row["ssh"]), where)
     rdma = row.get("rdma") or []
-    if not isinstance(rdma, list) or not all(d is None or (isinstance(d, str) and _is_word(d)) for d in rdma):
-        # MLX also takes several devices per peer; moectl drives one.
-        raise HostsError(f"{where}: rdma has to be a list of one device name or null per host")
+    if not isinstance(rdma, list):
+        raise HostsError(f"{where}: rdma has to be a list with one entry per host")
+    devices = tuple(_read_devices(entry, where) for entry in rdma)
     ips = tuple(_check_ip(ip, where) for ip in _strings(row.get("ips"), f"{where}: ips"))
     memory, python, root = row.get("memory"), row.get("python"), row.get("dir")
     if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | str)):
         raise HostsError(f"{where}: memory has to be bytes or a size such as '120GB'")
     for key, value in (("python", python), ("dir", root)):
-        if value is not None and (not isinstance(value, str) or not value or "\0" in value):
-            raise HostsError(f"{where}: {key} has to be a path")
+        _check_path(key, value, where)
     size = None if memory is None else parse_size(str(memory))
-    return replace(host, ips=ips, rdma=tuple(rdma), memory_bytes=size, python=python, dir=root)
+    return replace(host, ips=ips, rdma=devices, memory_bytes=size, python=python, dir=root)
+
+
+def _bracket(name: str) -> str:
+    """Return an MLX host name as hosts.txt spells it: MLX hands a bare IPv6 address to ssh."""
+    user, at, rest = name.rpartition("@")
+    return f"{user}{at}[{rest}]" if _is_ipv6(rest) else name
+
+
+def _read_devices(entry: object, where: str) -> str | None:
+    """Return one entry of MLX's rdma rows: null, a device, or a list of devices where several cables lead to a host."""
+    if entry is None or entry == []:
+        return None
+    given = entry if isinstance(entry, list) else [entry]
+    names = [name for name in given if isinstance(name, str) and _is_word(name)]
+    if len(names) != len(given):
+        raise HostsError(f"{where}: rdma has to be a list of device names, or null, per host")
+    return "+".join(names)
 
 
 def _is_word(text: str) -> bool:
-    return bool(re.fullmatch(r"[^\s,#-][^\s,#]*", text)) and text != "null"
+    return bool(re.fullmatch(r"[^\s,#+-][^\s,#+]*", text)) and text != "null"
 
 
 def _strings(value: object, where: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -32,6 +33,8 @@ _RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0)
 _LONGEST_WAIT_S = 60  # a server that asks for more is not waited for
 _TIMEOUT_S = 30
 _AGAIN = "run the same command again"
+# A file at the top, under a name that is harmless on a disk, in a terminal and as an argument.
+_PLAIN_NAME = re.compile(r"[\w(][\w()+=@, .~-]*")
 _T = TypeVar("_T")
 
 
@@ -60,10 +63,12 @@ class Repository:
             lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S),
         )
         self.revision = str(info.sha)
+        if not re.fullmatch("[0-9a-f]{40}", self.revision):  # a part of it names a directory
+            raise CheckpointError(f"the Hub says that {repo} is at {self.revision[:60]!r}, which is no commit")
         self.files: dict[str, int] = {}
         self._hashes: dict[str, tuple[str, str]] = {}  # file → algorithm, digest
         for entry in info.siblings or []:
-            if "/" not in entry.rfilename and entry.size is not None:
+            if _PLAIN_NAME.fullmatch(entry.rfilename) and entry.size is not None:
                 self.files[entry.rfilename] = entry.size
                 promised = ("sha256", entry.lfs.sha256) if entry.lfs else ("sha1", entry.blob_id or "")
                 self._hashes[entry.rfilename] = promised

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from moectl.errors import RemoteError
+from moectl.parsed import build
 from moectl.request import Request, Stats
 
 BEAT_S = 1.0  # the controller sends a line at least this often
@@ -235,7 +236,6 @@ Event = (
     | AllGather
 )
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (*Order.__args__, *Event.__args__)}
-_NESTED: dict[str, dict[str, type[Any]]] = {"Generate": {"request": Request}, "Done": {"stats": Stats}}
 
 
 def encode(message: Order | Event) -> bytes:
@@ -247,13 +247,13 @@ def decode(line: bytes) -> Order | Event:
     """Return the message on a line; raise RemoteError when it is none."""
     try:
         fields = json.loads(line)
-        kind = fields.pop("type")
-        for name, nested in _NESTED.get(kind, {}).items():
-            fields[name] = nested(**fields[name])
-        message: Order | Event = _KINDS[kind](**fields)
+        message: Order | Event = build(_KINDS[fields.pop("type")], fields)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        shown = line[:80].decode("utf-8", "replace").rstrip()
-        raise RemoteError(f"not a message of moectl's worker protocol: {shown!r}") from None
+        # What a login shell says helps to mend it; a part of a message may hold a prompt, and is not shown.
+        shown = (
+            "" if {*b'{"}'} & {*line[:4096], *line[-4096:]} else f": {line[:80].decode('utf-8', 'replace').rstrip()!r}"
+        )
+        raise RemoteError(f"not a message of moectl's worker protocol{shown}") from None
     return message
 
 

@@ -26,6 +26,7 @@ from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.utils import is_dumb_terminal
 
+from moectl.disk import make_private_directory
 from moectl.errors import UsageError
 
 T = TypeVar("T")
@@ -146,7 +147,7 @@ class Keyboard:
         if path is None:
             return InMemoryHistory()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private_directory(path.parent)
             fd = _open_private(path)
             try:
                 os.fchmod(fd, 0o600)  # it may be older than this rule

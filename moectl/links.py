@@ -14,6 +14,7 @@ E and so many bytes to be sent back, S and bytes to be swallowed, answered by on
 from __future__ import annotations
 
 import errno
+import hmac
 import json
 import os
 import socket
@@ -44,7 +45,7 @@ def listen(address: str, secret: str) -> None:
             with client:
                 _prepare(client)
                 try:
-                    if _receive(client, len(secret)) == secret.encode():
+                    if hmac.compare_digest(_receive(client, len(secret)), secret.encode()):
                         _serve(client)
                 except OSError:
                     pass  # that one is gone; the next may come

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from moectl.chips import default_working_set_bytes
 from moectl.findings import Finding, at_host, fail, ok, warn
 from moectl.hardware import Hardware
-from moectl.hosts import Host
+from moectl.hosts import Host, split_devices
 from moectl.survey import Survey
 from moectl.thunderbolt import Interface, Port, find_generation, parse_ibv_devinfo, parse_ifconfig
 
@@ -27,7 +27,7 @@ def check_mac(host: Host, survey: Survey, *, among_others: bool) -> list[Finding
     """Return all findings of one Mac's settings; `among_others`: others have to reach it."""
     sections, ports = survey.sections, survey.ports
     interfaces = parse_ifconfig(sections.get("ifconfig", ""))
-    wanted = [device for device in host.rdma if device]
+    wanted = [device for entry in host.rdma for device in split_devices(entry)]
     found = [
         check_version(host, survey, wants_rdma=bool(wanted)),
         check_sleep(host, sections.get("pmset", "")),
@@ -144,7 +144,7 @@ def check_devices(host: Host, ports: Sequence[Port], states: dict[str, str]) -> 
     """Say which devices of rdma= are not there or have no link; the numbers change when cables do."""
     known = {port.rdma for port in ports if port.rdma} | set(states)
     found = []
-    for device in sorted({device for device in host.rdma if device}):
+    for device in sorted({device for entry in host.rdma for device in split_devices(entry)}):
         state = states.get(device)
         if device not in known:
             listed = ", ".join(sorted(name for name in known if name)) or "none"
@@ -181,7 +181,7 @@ def check_port_addresses(host: Host, interfaces: Sequence[Interface], ports: Seq
     by_name = {interface.name: interface for interface in interfaces}
     bridge = by_name.get("bridge0")
     bridged = set(bridge.members) if bridge is not None and bridge.is_up else set()
-    wanted = {device for device in host.rdma if device}
+    wanted = {device for entry in host.rdma for device in split_devices(entry)}
     found = []
     for port in ports:
         own = by_name.get(port.interface or "")

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moectl import node
 from moectl.canary import Canary, build_canary
 from moectl.copies import Held
 from moectl.errors import IntegrityError, MoectlError, NotSharded
@@ -82,12 +83,21 @@ class Manifest:
 
     def files_of(self, rank: int) -> dict[str, FileEntry]:
         """Return the files that a rank needs: its own, the common ones and the small ones at the top."""
-        own = f"rank-{rank}/"
-        return {p: f for p, f in self.files.items() if not p.startswith("rank-") or p.startswith(own)}
+        return {p: f for p, f in self.files.items() if is_for(p, rank)}
 
     def to_json(self) -> str:
         """Return the manifest's text; equal manifests give equal bytes."""
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def is_for(name: str, rank: int) -> bool:
+    """Whether a rank needs this file of a shard set."""
+    return is_shared(name) or name.startswith(f"rank-{rank}/")
+
+
+def is_shared(name: str) -> bool:
+    """Whether all ranks need this file of a shard set."""
+    return not name.startswith("rank-")
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -141,6 +151,17 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
         if not is_entry(entry):
             raise IntegrityError(f"{path} has no valid size and hash for {name!r}", hint=again)
     return manifest
+
+
+def refuse_links_outside(directory: Path) -> None:
+    """Raise IntegrityError when a symbolic link in a shard set leads out of it: nothing there is read or written."""
+    try:
+        node.refuse_links_outside(str(directory))
+    except node.Outside as error:
+        raise IntegrityError(
+            f"{error.args[0]} is a symbolic link that leads out of the shard set",
+            hint="remove it; to keep a shard set on another disk, put the whole directory there",
+        ) from None
 
 
 def is_inside(name: str) -> bool:

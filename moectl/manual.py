@@ -32,6 +32,7 @@ _MODEL = frozenset({"model"})
 _HOSTS = frozenset({"hosts"})
 _SHARDS = frozenset({"shards", "output"})
 _CHAT = frozenset({"no_history"})
+_SETUP = frozenset({"undo"})
 
 ENVIRONMENT = (
     Entry("MOECTL_HOSTFILE", "The hosts file, where --hostfile does not name one.", _HOSTS),
@@ -55,6 +56,7 @@ FILES = (
     ),
     Entry("./moectl.toml, ~/.config/moectl/config.toml", "Defaults of options; see CONFIGURATION in moectl(1)."),
     Entry("~/.local/state/moectl/deployment.json", "The current deployment: which host has which rank.", _HOSTS),
+    Entry("~/.local/state/moectl/setup.jsonl", "What setup ran on which host, and what undoes it.", _SETUP),
     Entry("~/.local/state/moectl/history", "What was typed in chats; only its owner may read it.", _CHAT),
     Entry("~/.local/state/moectl/run/, $XDG_RUNTIME_DIR/moectl/", "Where running controllers listen.", _HOSTS),
     Entry("~/.local/share/moectl/shards/", "Shard sets, one directory each.", _SHARDS),
@@ -94,7 +96,8 @@ _HOST_KEYS = (
     ),
     Entry(
         "rdma=DEVICE[,DEVICE...]",
-        "The RDMA device towards each rank in order, - for the host itself: JACCL over Thunderbolt 5.",
+        "The RDMA device towards each rank in order, - for the host itself: JACCL over Thunderbolt 5. Several cables "
+        "to one host are joined by +. moectl setup writes it.",
     ),
     Entry("memory=SIZE", "What plans may count on, such as 120GB (10^9 bytes) or 112GiB (2^30)."),
     Entry("chip=NAME", "The chip, for plans: m2-ultra, m4-max and so on; completion lists them."),

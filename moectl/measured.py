@@ -17,6 +17,7 @@ from moectl.errors import CommandFailed
 from moectl.geometry import Geometry
 from moectl.hardware import Hardware
 from moectl.manifest import Quantization
+from moectl.parsed import build
 from moectl.placement import Placement
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -110,24 +111,9 @@ def _read_held(raw: list[list[int]] | None) -> Held | None:
 def read_speeds(text: str) -> tuple[Speed, ...]:
     """Read the answer to a job. Raises CommandFailed."""
     try:
-        return tuple(_read_speed(raw) for raw in json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        speeds = tuple(build(Speed, raw) for raw in json.loads(text))
+    except (ValueError, TypeError, RecursionError):
         raise CommandFailed(f"not the result of a measurement: {text[:80]!r}") from None
-
-
-def _read_speed(raw: dict[str, Any]) -> Speed:
-    ranks = tuple(
-        RankSpeed(**{**rank, "experts_s": {int(k): v for k, v in rank["experts_s"].items()}})
-        for rank in raw.pop("ranks")
-    )
-    collective = {int(size): seconds for size, seconds in raw.pop("collective_s").items()}
-    return Speed(
-        raw.pop("split"),
-        tuple(raw.pop("shares")),
-        Pass(**raw.pop("decode")),
-        Pass(**raw.pop("prefill")),
-        collective,
-        ranks,
-        held=_read_held(raw.pop("held")),
-        **raw,
-    )
+    if not all(speed.ranks and len(speed.ranks) == len(speed.shares) for speed in speeds):
+        raise CommandFailed(f"not the result of a measurement: {text[:80]!r}")
+    return speeds

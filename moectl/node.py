@@ -1,4 +1,4 @@
-# ruff: noqa: PTH100,PTH103,PTH105,PTH108,PTH110,PTH111,PTH112,PTH116,PTH118,PTH119,PTH120,PTH123
+# ruff: noqa: PTH100,PTH103,PTH105,PTH108,PTH110,PTH111,PTH112,PTH114,PTH116,PTH118,PTH119,PTH120,PTH123
 """What happens on a host before moectl is there: receive a file, list files, tell versions and space.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from
@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 ANSWER = b"moectl-node: "
@@ -56,6 +56,10 @@ class Full(Exception):
     """The disk has not enough room; args are (free, needed) in bytes."""
 
 
+class Outside(Exception):
+    """A name or a symbolic link leads out of the directory that was named; args are (path,)."""
+
+
 class Mismatch(Exception):
     """The bytes are not those promised; args are (sha256 found, bytes that an earlier push had left)."""
 
@@ -70,11 +74,15 @@ def receive(
     """Complete `destination.partial` with bytes from `read`, check it, and give it its final name.
 
     `on_kept(n)` is called once, before the first read: `read` has to go on at byte n. A partial file with
-    wrong bytes is removed. Raises Busy, Cut, Full, Mismatch, OSError.
+    wrong bytes is removed; a file that is there and right is left alone. Raises Busy, Cut, Full, Mismatch, OSError.
     """
+    if _check(destination, size_bytes, sha256, None, True):
+        on_kept(size_bytes)
+        return
     partial = destination + ".partial"
     os.makedirs(os.path.dirname(destination) or ".", exist_ok=True)
-    fd = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    # A symbolic link there would be somebody else's file, and is refused.
+    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
         _lock(fd, partial)
         digest, kept = _hash_prefix(fd, size_bytes)
@@ -155,10 +163,13 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
     """Answer everything that `deploy` asks of a host, in one round trip.
 
     Request: root, stamp (path under root), packages, wheels {name: [bytes, sha256]}, and directory + files
-    {path: [bytes, sha256]} + verify + remember (False in a dry run, which writes nothing).
+    {path: [bytes, sha256]} + verify + remember (False in a dry run, which writes nothing). Files that are being made
+    are `planned` {path: bytes}: `known` are the hashes that an earlier push recorded, `begun` the bytes that are there.
     """
     root = os.path.abspath(os.path.expanduser(request["root"]))
     directory = os.path.join(root, request["directory"])
+    refuse_names_outside([request["directory"], request["stamp"], *request["files"], *request["wheels"]])
+    refuse_links_outside(directory)
     missing, kept, corrupt = _look(directory, request["files"], request["verify"], request["remember"])
     wheels, _, _ = _look(os.path.join(root, "wheels"), request["wheels"], False, request["remember"])
     place = _nearest(root)
@@ -178,7 +189,41 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
         "missing": missing,
         "kept": kept,
         "corrupt": corrupt,
+        "known": {} if request["verify"] else _recall(directory),
+        "begun": {name: _begun(os.path.join(directory, name), size) for name, size in request["planned"].items()},
     }
+
+
+def _recall(directory: str) -> dict[str, str]:
+    """Return the recorded hashes of files that have not changed since."""
+    found = {}
+    for name, state in _read_record(directory).items():
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            status = os.stat(os.path.join(directory, name))
+            if [status.st_size, status.st_mtime_ns] == state[:2]:
+                found[name] = str(state[2])
+    return found
+
+
+def _begun(path: str, size: int) -> int:
+    return min(size, max(_size_of(path), _size_of(path + ".partial")))
+
+
+def refuse_names_outside(names: Iterable[str]) -> None:
+    """Raise Outside for a relative path that does not stay below where it starts."""
+    for name in names:
+        if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+            raise Outside(name)
+
+
+def refuse_links_outside(directory: str) -> None:
+    """Raise Outside when a symbolic link below a directory leads out of it, or nowhere."""
+    base = os.path.realpath(directory)
+    for place, directories, files in os.walk(base):
+        for name in (*directories, *files):
+            path = os.path.join(place, name)
+            if os.path.islink(path) and not os.path.realpath(path).startswith(base + os.sep):
+                raise Outside(path)
 
 
 def _look(directory: str, files: dict[str, list[Any]], verify: bool, remember: bool) -> Any:
@@ -294,6 +339,7 @@ def _size_of(path: str) -> int:
 
 def record(request: dict[str, Any]) -> dict[str, Any]:
     """Remember files that `receive` has just verified: {directory, files {path: sha256}}."""
+    refuse_names_outside(request["files"])
     known = _read_record(request["directory"])
     for name, sha256 in request["files"].items():
         status = os.stat(os.path.join(request["directory"], name))
@@ -305,7 +351,7 @@ def record(request: dict[str, Any]) -> dict[str, Any]:
 def _read_record(directory: str) -> dict[str, Any]:
     try:
         known = json.loads(_read_text(os.path.join(directory, RECORD)) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         known = {}
     return known if isinstance(known, dict) else {}
 
@@ -358,6 +404,8 @@ def describe_failure(error: Exception) -> dict[str, Any]:
         return {"error": "full", "free": error.args[0], "needed": error.args[1]}
     if isinstance(error, StepFailed):
         return {"error": "step", "step": error.args[0], "code": error.args[1], "said": error.args[2]}
+    if isinstance(error, Outside):
+        return {"error": "outside", "path": error.args[0]}
     if isinstance(error, Mismatch):
         return {"error": "mismatch", "sha256": error.args[0], "kept": error.args[1]}
     if isinstance(error, OSError):
@@ -400,7 +448,7 @@ def parse_answer(line: bytes) -> dict[str, Any] | None:
     _, mark, text = line.rpartition(ANSWER)
     try:
         answer = json.loads(text) if mark else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return answer if isinstance(answer, dict) else None
 
@@ -413,6 +461,7 @@ def _end_with_stdin() -> None:
 
 
 def _main(command: str) -> None:
+    os.umask(0o077)  # what is here is its user's
     try:
         if command == "receive":
             with contextlib.suppress(AttributeError, OSError):  # Linux only: fewer, larger reads

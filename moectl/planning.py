@@ -160,11 +160,12 @@ def find_prompt(asked: Asked, context: int) -> int:
 
 
 def place_on(
-    hosts: Sequence[Host], asked: Asked, *, force: bool, say: Callable[[str], None]
+    hosts: Sequence[Host], asked: Asked, *, force: bool, say: Callable[[str], None], probe: bool = False
 ) -> Callable[[Checkpoint, Wanted, Quantization | None], Placement]:
     """Return what chooses a placement on these hosts and refuses one that they cannot hold (see `prepare.shard`).
 
-    Where every host's chip and memory are known, `auto` is what the plan finds fastest.
+    Where every host's chip and memory are known, `auto` is what the plan finds fastest. With `probe`, hosts without
+    memory= are asked before they are believed to hold their part.
     """
     nodes = [known_node(host, asked) for host in hosts]
 
@@ -173,7 +174,8 @@ def place_on(
         count = wanted.nodes or len(wanted.shares or hosts)
         if None in nodes or count != len(nodes):
             placement = prepare.place(checkpoint, wanted, quantization)
-            check_fit(model, placement, nodes[:count], force=force, warn=say)
+            known = ask_hosts(hosts, nodes) if probe and not force else nodes
+            check_fit(model, placement, known[:count], force=force, warn=say)
             return placement
         frequencies = find_frequencies(wanted, model.geometry)
         question = replace(ask(model, asked, hosts), replicas=wanted.replicas, frequencies=frequencies)
@@ -269,10 +271,15 @@ def check_hosts(
     if len(hosts) == manifest.world_size:
         nodes = [known_node(host, Asked()) for host in hosts]
         if probe and not force:
-            with ThreadPoolExecutor(len(hosts)) as pool:
-                nodes = list(pool.map(lambda host, node: node or ask_host(host), hosts, nodes))
+            nodes = ask_hosts(hosts, nodes)
         model = Model(manifest.name, manifest.geometry, manifest.quantization)
         check_fit(model, manifest.placement, nodes, force=force, warn=warn)
+
+
+def ask_hosts(hosts: Sequence[Host], nodes: Sequence[Node | None]) -> list[Node | None]:
+    """Ask those hosts of which nothing is known yet, all at once."""
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(lambda host, node: node or ask_host(host), hosts, nodes))
 
 
 def ask_host(host: Host) -> Node | None:

@@ -6,7 +6,7 @@ It joins `checkpoint`, `placement` and `shards`; what each of them does is their
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from moectl.layouts import MODES
 from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import Manifest, Quantization, read_manifest
 from moectl.paths import cache_dir, data_dir
-from moectl.pipeline import OpenQuantise
+from moectl.pipeline import OnHashed, OpenQuantise
 from moectl.placement import Placement, make_placement
 from moectl.recipe import Described, check_quantization, plan_files
 from moectl.routing import Routing
@@ -149,16 +149,19 @@ def shard(
     choose_place: Place | None = None,
     compute_canary: Callable[[Path, Manifest], Canary] | None = None,
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
+    on_files: Callable[[str, Path, Placement, Mapping[str, int]], None] = lambda *_: None,
     on_download: Callable[[str, int, int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    on_file: OnHashed | None = None,
 ) -> Made:
     """Make (or finish, or find) a shard set; say where it is.
 
     `on_plan(directory, output_bytes)` is told what will be made before anything is written; when it returns False
-    nothing is. `choose_place` decides who holds what (default: `place`) and may refuse; `compute_canary` runs what was
-    cut, so that every start can be compared with it (None: not done). `force` starts afresh. `cached`
-    sets live in the cache, apart from those that a person made, and one of another source or with other settings is
-    replaced.
+    nothing is. Before that, `on_files` is told the set's name, its directory, who holds what and the bytes of each
+    weight file; `on_file` is `shards.cut`'s. `choose_place` decides who holds what (default: `place`) and may refuse;
+    `compute_canary` runs what was cut, so that every start can be compared with it (None: not done). `force` starts
+    afresh. `cached` sets live in the cache, apart from those that a person made, and one of another source or with
+    other settings is replaced.
     """
     checkpoint = open_checkpoint(
         source,
@@ -174,6 +177,7 @@ def shard(
         directory = directory or (cache_dir() if cached else data_dir()) / "shards" / name
         files = plan_files(checkpoint, placement, quantization)
         output_bytes = shards.output_bytes(files)
+        on_files(name, directory, placement, {f.path: f.bytes for f in files})
         if on_plan(directory, output_bytes):
             cut = partial(
                 shards.cut,
@@ -185,6 +189,7 @@ def shard(
                 quantise=quantise,
                 jobs=jobs or shards.default_jobs(),
                 on_bytes=on_bytes,
+                on_file=on_file,
             )
             try:
                 cut(force=force)

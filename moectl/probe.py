@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from moectl.errors import CommandFailed, MoectlError, Unreachable
 from moectl.hardware import MARK, Hardware, parse_probe
@@ -21,6 +21,7 @@ from moectl.hosts import Host
 from moectl.leash import Token
 from moectl.links import ANSWER
 from moectl.measured import Job, Matrix, Speed, read_speeds
+from moectl.parsed import build
 from moectl.remote import Process, Remote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
@@ -110,10 +111,24 @@ def measure_speed(
 # Links.
 
 
-def measure_links(sites: Sequence[Site], *, budget_s: float = LINK_BUDGET_S) -> tuple[Matrix, Matrix]:
+def is_next(here: int, there: int, count: int) -> bool:
+    """Whether `there` is the rank that `here` dials in a ring of so many."""
+    return there == (here + 1) % count
+
+
+def choose_way(i: int, j: int, count: int, *, ring: bool) -> tuple[int, int]:
+    """Return which of two sites (i < j) dials which: the later one, unless a ring does it the other way round."""
+    return (i, j) if ring and count > 2 and is_next(i, j, count) else (j, i)
+
+
+def measure_links(
+    sites: Sequence[Site], *, ring: bool = False, budget_s: float = LINK_BUDGET_S
+) -> tuple[Matrix, Matrix]:
     """Return (seconds per round trip, bytes per second from row to column) between all sites' first addresses.
 
-    Pairs that share no host are measured at the same time. Raises Unreachable for a pair without a way.
+    Pairs that share no host are measured at the same time. Raises Unreachable for a pair without a way. In a `ring`
+    over TCP only neighbours need one, from each to the next: where every cable is a network of its own there are no
+    others, and pairs without a way stand with the slowest of the rest.
     """
     count = len(sites)
     rtt = [[0.0] * count for _ in sites]
@@ -122,17 +137,26 @@ def measure_links(sites: Sequence[Site], *, budget_s: float = LINK_BUDGET_S) -> 
         return ((0.0,),), ((0.0,),)
     secret = secrets.token_hex(16)
     with ExitStack() as held:
-        ports = _at_once(lambda site: held.enter_context(_listener(site, secret)), sites[:-1])
+        ports = _at_once(lambda site: held.enter_context(_listener(site, secret)), sites)
+        lacking: list[tuple[int, int]] = []
 
         def dial(pair: tuple[int, int]) -> None:
-            i, j = pair
-            there, here = sites[i], sites[j]
-            found = _dial(here, there, ports[i], secret, budget_s)
-            rtt[i][j] = rtt[j][i] = found["rtt_s"]
-            bandwidth[j][i], bandwidth[i][j] = found["out_bytes_s"], found["in_bytes_s"]
+            here, there = choose_way(*pair, count, ring=ring)
+            try:
+                found = _dial(sites[here], sites[there], ports[there], secret, budget_s)
+            except Unreachable:
+                if not ring or is_next(here, there, count):
+                    raise
+                lacking.append(pair)
+                return
+            rtt[here][there] = rtt[there][here] = found.rtt_s
+            bandwidth[here][there], bandwidth[there][here] = found.out_bytes_s, found.in_bytes_s
 
         for pairs in plan_rounds(count):
             _at_once(dial, pairs)
+    for i, j in lacking:
+        rtt[i][j] = rtt[j][i] = max(map(max, rtt))
+        bandwidth[i][j] = bandwidth[j][i] = min(speed for row in bandwidth for speed in row if speed)
     return tuple(map(tuple, rtt)), tuple(map(tuple, bandwidth))
 
 
@@ -150,12 +174,17 @@ class Tried:
 
 
 def try_links(
-    sites: Sequence[Site], on_tried: Callable[[Tried], None], *, transfers: bool, budget_s: float = LINK_BUDGET_S
+    sites: Sequence[Site],
+    on_tried: Callable[[Tried], None],
+    *,
+    transfers: bool,
+    ring: bool = False,
+    budget_s: float = LINK_BUDGET_S,
 ) -> None:
     """Dial between all sites, both ways, and tell of each way what came of it; a way that fails raises nothing.
 
-    The later site of a pair times transfers in both directions too, if asked to. Pairs that share no host are tried at
-    the same time.
+    One site of a pair (see `choose_way`) times transfers in both directions too, if asked to. Pairs that share no host
+    are tried at the same time.
     """
     secret = secrets.token_hex(16)
     with ExitStack() as held:
@@ -176,12 +205,13 @@ def try_links(
                 found = _ask_dialler(sites[here], sites[there], port, secret, budget_s, transfers=timed)
             except MoectlError as error:
                 return Tried(here, there, why=error.message)
-            if "error" in found:
-                return Tried(here, there, why=str(found["error"]), errno=str(found.get("errno", "")))
-            return Tried(here, there, found["rtt_s"], found.get("out_bytes_s"), found.get("in_bytes_s"))
+            if found.error:
+                return Tried(here, there, why=found.error, errno=found.errno)
+            return Tried(here, there, found.rtt_s, found.out_bytes_s or None, found.in_bytes_s or None)
 
         def try_both(pair: tuple[int, int]) -> None:
-            ways = [(pair[1], pair[0], transfers), (pair[0], pair[1], False)]
+            here, there = choose_way(*pair, len(sites), ring=ring)
+            ways = [(here, there, transfers), (there, here, False)]
             # A way that fails takes its time: wait for both at once, unless one would slow the other's transfers.
             for some in [[way] for way in ways] if transfers else [ways]:
                 _at_once(lambda way: on_tried(try_one(*way)), some)
@@ -214,16 +244,28 @@ def _listener(site: Site, secret: str) -> Iterator[int]:
         request = {"address": site.addresses[0], "secret": secret, "limit_s": 120.0}
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
-        yield int(_read_answer(site, process)["port"])
+        yield _read_answer(site, process).port
     except OSError:
         raise CommandFailed("its python ended before it listened", host=site.remote.name) from None
     finally:
         _end(process)
 
 
-def _read_answer(site: Site, process: Process) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What `links` tells, listening or dialling."""
+
+    port: int = 0
+    rtt_s: float = 0.0
+    out_bytes_s: float = 0.0
+    in_bytes_s: float = 0.0
+    error: str = ""
+    errno: str = ""
+
+
+def _read_answer(site: Site, process: Process) -> _Answer:
     """Return a running process's answer, within `LISTEN_S`."""
-    found: list[dict[str, Any]] = []
+    found: list[_Answer | None] = []
 
     def read() -> None:
         for line in process.stdout:
@@ -235,22 +277,22 @@ def _read_answer(site: Site, process: Process) -> dict[str, Any]:
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     thread.join(LISTEN_S)
-    if not found:
+    if not found or found[0] is None:
         raise CommandFailed(f"its python did not listen on {site.addresses[0]}", host=site.remote.name)
-    if "error" in found[0]:
+    if found[0].error:
         raise CommandFailed(
-            f"cannot listen on {site.addresses[0]}: {found[0]['error']}",
+            f"cannot listen on {site.addresses[0]}: {found[0].error}",
             host=site.remote.name,
             hint="give this host's own address with ip=",
         )
     return found[0]
 
 
-def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> dict[str, Any]:
+def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> _Answer:
     answer = _ask_dialler(here, there, port, secret, budget_s)
-    if "error" in answer:
+    if answer.error or min(answer.out_bytes_s, answer.in_bytes_s) <= 0:
         raise Unreachable(
-            f"no TCP connection to {there.host.name} at {there.addresses[0]}: {answer['error']}",
+            f"no TCP connection to {there.host.name} at {there.addresses[0]}: {answer.error or 'nothing came of it'}",
             host=here.host.name,
             hint="check ip= of both hosts, the cable and any firewall",
         )
@@ -259,8 +301,8 @@ def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> d
 
 def _ask_dialler(
     here: Site, there: Site, port: int, secret: str, budget_s: float, *, transfers: bool = True
-) -> dict[str, Any]:
-    """Run the dialling end; a host without a word answers {"error": "no answer"}."""
+) -> _Answer:
+    """Run the dialling end; a host without a word answers with the error "no answer"."""
     limit_s = LISTEN_S + 2 * budget_s
     request = {"address": there.addresses[0], "port": port, "secret": secret, "budget_s": budget_s, "limit_s": limit_s}
     done = here.remote.run(
@@ -271,17 +313,16 @@ def _ask_dialler(
         leash=True,
     )
     lines = done.stdout.decode("utf-8", "replace").split("\n")
-    return next((answer for line in lines if (answer := _parse(line))), {"error": "no answer"})
+    return next((answer for line in lines if (answer := _parse(line))), _Answer(error="no answer"))
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: str) -> _Answer | None:
     if not line.startswith(ANSWER):
         return None
     try:
-        answer = json.loads(line.removeprefix(ANSWER))
-    except ValueError:
+        return build(_Answer, json.loads(line.removeprefix(ANSWER)))
+    except (ValueError, RecursionError):
         return None
-    return answer if isinstance(answer, dict) else None
 
 
 def _end(process: Process) -> None:

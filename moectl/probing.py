@@ -20,7 +20,7 @@ from moectl.budget import Verdict
 from moectl.calibration import Calibration, Link
 from moectl.chips import find_chip
 from moectl.cluster import connect
-from moectl.errors import MoectlError, RemoteError
+from moectl.errors import HostsError, MoectlError, RemoteError
 from moectl.hardware import Hardware
 from moectl.hosts import Host, HostList
 from moectl.launch import find_addresses, share_cores, split_envs
@@ -65,7 +65,7 @@ def probe_cluster(
         found = {host.name: own for host, own in zip(where.hosts, hardware, strict=True)}
         task = set_task(source, wanted, replace(asked, found=found), where.hosts)
         task.solve()  # what cannot be placed need not be measured
-        rtt_s, bandwidth = _measure_links(sites, say)
+        rtt_s, bandwidth = _measure_links(sites, say, ring=_is_ring(where))
         speeds: tuple[Speed, ...] = ()
         if missing:
             say(f"{', '.join(missing)}: moectl is not there yet, so that speed is a guess from the chips table.")
@@ -126,9 +126,17 @@ def _fit_link(exchanges: Sequence[tuple[int, float]], nodes: int) -> Link:
     return Link("measured", latency_s, latency_s / 2, max(bytes_s, 1.0))
 
 
-def _measure_links(sites: Sequence[Site], say: Callable[[str], None]) -> tuple[Matrix, Matrix]:
+def _is_ring(where: HostList) -> bool:
+    """Whether tensors will go round by TCP; what is wrong with rdma= is told when it is used."""
     try:
-        return probe.measure_links(sites)
+        return choose_backend(where.backend or "auto", where.hosts) == "ring"
+    except HostsError:
+        return False
+
+
+def _measure_links(sites: Sequence[Site], say: Callable[[str], None], *, ring: bool = False) -> tuple[Matrix, Matrix]:
+    try:
+        return probe.measure_links(sites, ring=ring)
     except RemoteError as error:  # no python there; a way that is cut is Unreachable, and that is no small thing
         say(f"{error}: links are taken as --link says.")
         return (), ()
@@ -191,7 +199,7 @@ def _record(question: Question) -> None:
         "speeds": [speed.to_json() for speed in question.speeds],
     }
     with contextlib.suppress(OSError, MoectlError):  # a convenience: no reason to fail
-        state_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
+        disk.make_private_directory(state_dir())
         disk.write_whole(state_dir() / RECORD, json.dumps(document).encode())
 
 
@@ -216,6 +224,6 @@ def recall(
             return None
         work = Work(placement, quantization, context, prompt_tokens, int(record["dtype_bytes"]))
         speeds = read_speeds(json.dumps(record["speeds"]))
-    except (OSError, ValueError, TypeError, KeyError, MoectlError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, MoectlError):
         return None
     return next((predict_measured(work, speed) for speed in speeds if speed.is_of(placement)), None)

@@ -1,7 +1,7 @@
 """Bring one host what its rank needs: an interpreter with the operator's versions, and its files, verified.
 
-The order is look, compare, install, push, record; what is right already is left alone, so running it again
-resumes it. It knows one host: doing this on N hosts is `cluster`'s, running workers is `session`'s.
+The order is look, compare, install, push; what is right already is left alone, so running it again resumes it. How the
+files get there is `push`'s. It knows one host: doing this on N hosts is `cluster`'s, running workers is `session`'s.
 """
 
 from __future__ import annotations
@@ -9,19 +9,23 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moectl import manifest as manifest_file
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
+from moectl.handover import FLOOR_BYTES_S, More, Up
 from moectl.hosts import Host
 from moectl.manifest import FileEntry
 from moectl.node import parse_answer
-from moectl.remote import LocalRemote, Remote, node_text, put_error, room_text
+from moectl.parsed import build
+from moectl.push import Found, Link, Push, record
+from moectl.remote import Failure, LocalRemote, Remote, node_text, put_error, read_failure, room_text
 
 ROOT = "~/.moectl"
+MANIFEST = manifest_file.NAME
 PACKAGES = ("moectl", "mlx", "mlx-lm")  # what has to be equal on every rank, or the ranks disagree
 OLDEST_PYTHON = (3, 11)
 STAMP = "env/moectl-env.json"
@@ -101,6 +105,7 @@ class HostResult:
     kept_bytes: int = 0
     free_after_bytes: int = 0
     duration_s: float = 0.0
+    relayed_bytes: int = 0  # of those copied, that came from another host
 
     @property
     def ok(self) -> bool:
@@ -109,6 +114,27 @@ class HostResult:
 
 Event = Planned | Working | Advanced | HostResult
 OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What `node.survey` answers."""
+
+    python: str
+    version: str
+    root: str
+    directory: str
+    free: int
+    device: int
+    env: bool
+    writable: bool
+    packages: dict[str, str]
+    code: str
+    stamp: str
+    wheels: dict[str, int]  # missing ones → bytes that are there of them
+    missing: dict[str, int]
+    kept: list[str]
+    corrupt: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +151,10 @@ class Task:
     wheels: dict[Path, FileEntry]  # moectl's own first, then those of a wheelhouse, and in the end their list
     dry_run: bool
     verify: bool
+    relay: bool = False  # whether this host may take files from others, and give them
+    growing: bool = False  # `files` is empty: they are told as they are made
+    planned: dict[str, int] = field(default_factory=dict)  # sizes of those that are being made
+    floor_bytes_s: float = FLOOR_BYTES_S
 
     @property
     def stamp(self) -> str:
@@ -142,15 +172,38 @@ def make_remote(host: Host) -> Remote:
     return SSHRemote(host)
 
 
-def inspect_host(task: Task) -> HostResult:
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a deployment would do on a host, and how many bytes of shared files it lacks."""
+
+    result: HostResult
+    lacks_bytes: int
+
+
+class Line(Protocol):
+    """A host's way to the process that runs all hosts."""
+
+    def tell(self, message: Up) -> None:
+        """Send a message up."""
+        ...
+
+    def connect(self, push: Push) -> None:
+        """Let the messages that come down reach the push, those that have come already too."""
+        ...
+
+
+def inspect_host(task: Task) -> Look:
     """Look at a host and tell what a deployment would do there.
 
     At most the record of verified files is written, in a dry run not even that. Nothing to do: `copied_bytes` is 0 and
-    `python` is set. Raises what `deploy_host` would raise so far.
+    `python` is set. Raises what `deployed_host` would raise so far.
     """
     remote = make_remote(task.host)
     try:
-        return _plan(task, _survey(remote, task))
+        found = _survey(remote, task)
+        lacks = _missing_bytes(task, found)
+        shared = sum(size for name, size in lacks.items() if manifest_file.is_shared(name) and name != MANIFEST)
+        return Look(_plan(task, found), shared)
     finally:
         remote.close()
 
@@ -164,36 +217,72 @@ def survey_environment(remote: Remote, host: Host) -> dict[str, Any]:
     return _survey(remote, Task(0, host, Path(), "", {}, nothing, "", {}, dry_run=True, verify=False))
 
 
-def deploy_host(task: Task, on_event: OnEvent) -> HostResult:
-    """Install and copy what a host lacks. Raises HostError, RemoteError and IntegrityError of any kind."""
+@contextlib.contextmanager
+def deployed_host(task: Task, on_event: OnEvent, line: Line) -> Iterator[HostResult]:
+    """Install and copy what a host lacks; inside the block, other hosts can take from it what it has.
+
+    Raises HostError, RemoteError and IntegrityError of any kind.
+    """
     remote = make_remote(task.host)
+    push = None
     try:
         found = _survey(remote, task)
         plan = _plan(task, found)
         remote.python = found["python"]
-        python = plan.python or _prepare_python(remote, task, found, on_event)
-        _push_files(remote, task, found, on_event)
-        return replace(plan, python=python)
+        python = remote.python = plan.python or _prepare_python(remote, task, found, on_event)
+        push = _make_push(remote, task, found, on_event, line)
+        if not task.growing:
+            push.add(More({name: entry for name, entry in task.files.items() if name in found["missing"]}, True))
+        line.connect(push)
+        arrived = push.run()
+        plan = replace(plan, python=python, relayed_bytes=arrived.relayed_bytes)
+        if task.growing:
+            plan = replace(plan, copied_bytes=arrived.copied_bytes, kept_bytes=arrived.kept_bytes)
+        yield plan
     finally:
+        if push is not None:
+            push.close()
         remote.close()
+
+
+def _make_push(remote: Remote, task: Task, found: Mapping[str, Any], on_event: OnEvent, line: Line) -> Push:
+    there = Found(
+        directory=found["directory"],
+        kept={name: task.files[name] for name in found["kept"] if name != MANIFEST},
+        known=found["known"] if task.growing else {},
+        may_lie=task.growing or MANIFEST in found["corrupt"],
+    )
+    link = Link(task.rank, task.host.ips, line.tell, task.floor_bytes_s) if task.relay else None
+
+    def on_bytes(count: int) -> None:
+        on_event(Advanced(task.rank, task.host.address, count))
+
+    return Push(remote, task.shards, there, on_bytes, link)
+
+
+def _missing_bytes(task: Task, found: Mapping[str, Any]) -> dict[str, int]:
+    """Return file → bytes that have to come."""
+    missing = {name: task.files[name].bytes - there for name, there in found["missing"].items()}
+    return missing | {name: size - found["begun"][name] for name, size in task.planned.items()}
 
 
 def _plan(task: Task, found: Mapping[str, Any]) -> HostResult:
     """Compare what was found with what is wanted. Raises CommandFailed when it cannot fit or be written."""
-    missing = found["missing"]
     python = _find_python(task, found)
-    needed = sum(task.files[name].bytes - there for name, there in missing.items())
+    needed = sum(_missing_bytes(task, found).values())
     if not python:
         needed += sum(f.bytes - found["wheels"].get(w.name, f.bytes) for w, f in task.wheels.items())
     _check_room(task, found, needed)
+    # Of files that are being made, those that an earlier push brought will most likely be right.
+    likely = sum(size for name, size in task.planned.items() if name in found["known"] and found["begun"][name] == size)
     return HostResult(
         rank=task.rank,
         host=task.host,
         python=python,
         root=found["root"],
         directory=found["directory"],
-        copied_bytes=sum(task.files[name].bytes for name in missing),
-        kept_bytes=sum(task.files[name].bytes for name in found["kept"]),
+        copied_bytes=sum(task.files[name].bytes for name in found["missing"]) + sum(task.planned.values()) - likely,
+        kept_bytes=sum(task.files[name].bytes for name in found["kept"]) + likely,
         free_after_bytes=found["free"] - needed,
     )
 
@@ -211,6 +300,7 @@ def _survey(remote: Remote, task: Task) -> dict[str, Any]:
         "root": root,
         "directory": f"shards/{task.name}",
         "files": {name: [f.bytes, f.sha256] for name, f in task.files.items()},
+        "planned": task.planned,
         "verify": task.verify,
         "remember": not task.dry_run,
         "packages": PACKAGES,
@@ -233,7 +323,20 @@ def _survey(remote: Remote, task: Task) -> dict[str, Any]:
         )
     answer = _read_answer(remote, done.stdout, done.stderr, done.code)
     _refuse_error(remote, answer)
+    _check_survey(remote, task, answer)
     return answer
+
+
+def _check_survey(remote: Remote, task: Task, answer: dict[str, Any]) -> None:
+    """Raise CommandFailed unless a host's answer is one, and speaks of what it was asked for."""
+    try:
+        found = build(Survey, answer)
+    except ValueError as error:
+        raise CommandFailed(f"its python gave an answer that makes no sense: {error}", host=remote.name) from None
+    sizes = [found.free, *found.wheels.values(), *found.missing.values()]
+    named = {*found.missing, *found.kept, *found.corrupt}
+    if min(sizes) < 0 or not named <= task.files.keys() or {*found.missing} & {*found.kept}:
+        raise CommandFailed("its python gave an answer that makes no sense", host=remote.name)
 
 
 def _read_answer(remote: Remote, stdout: bytes, stderr: bytes, code: int) -> dict[str, Any]:
@@ -247,19 +350,12 @@ def _read_answer(remote: Remote, stdout: bytes, stderr: bytes, code: int) -> dic
 
 def _refuse_error(remote: Remote, answer: Mapping[str, Any]) -> None:
     if "error" in answer:
-        raise put_error(answer, Path(), answer.get("path", "a file"), "", remote.name)
-
-
-def _record(remote: Remote, directory: str, files: Mapping[str, str]) -> None:
-    """Let the host remember files that were just verified."""
-    request = json.dumps({"directory": directory, "files": files}).encode()
-    # Unrecorded files cost a re-hash next time, nothing else: do not hide the error that got us here.
-    with contextlib.suppress(MoectlError):
-        remote.run([remote.python, "-c", node_text(), "record"], stdin=request, check=False)
+        raise put_error(answer, Path(), str(answer.get("path", "a file")), "", remote.name)
 
 
 def _check_room(task: Task, found: Mapping[str, Any], needed: int) -> None:
-    if task.host.is_local and found["device"] == task.shards.stat().st_dev:
+    made = next(place for place in (task.shards, *task.shards.parents) if place.exists())  # it may be about to be
+    if task.host.is_local and found["device"] == made.stat().st_dev:
         return  # hard links take no room
     if needed > found["free"]:
         name = task.host.name
@@ -291,7 +387,8 @@ def _prepare_python(remote: Remote, task: Task, found: Mapping[str, Any], on_eve
     done = remote.run(argv, stdin=stdin, timeout_s=PIP_S, check=False, leash=True)
     answer = _read_answer(remote, done.stdout, done.stderr, done.code)
     if answer.get("error") == "step":
-        raise _step_error(remote, task, list(steps)[answer["step"]], answer)
+        failure = read_failure(answer, remote.name)
+        raise _step_error(remote, task, dict(enumerate(steps)).get(failure.step, ""), failure)
     if answer.get("error") == "busy":
         hint = "wait for the other deploy to end; two hosts on one machine need a dir= each"
         raise CommandFailed(f"another deploy is installing in {root}/env", host=remote.name, hint=hint)
@@ -309,8 +406,7 @@ def _push_wheels(remote: Remote, task: Task, found: Mapping[str, Any]) -> None:
                 remote.put(wheel, f"{directory}/{wheel.name}", sha256=entry.sha256)
                 pushed[wheel.name] = entry.sha256
     finally:
-        if pushed:
-            _record(remote, directory, pushed)
+        record(remote, directory, pushed)
 
 
 def _list_steps(task: Task, found: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -335,8 +431,8 @@ def _list_steps(task: Task, found: Mapping[str, Any]) -> dict[str, list[str]]:
     return {"venv": [found["python"], "-m", "venv", "--clear", f"{root}/env"], **steps}
 
 
-def _step_error(remote: Remote, task: Task, step: str, answer: Mapping[str, Any]) -> MoectlError:
-    said = str(answer["said"]).strip().split("\n")[-1] or f"exit code {answer['code']}"
+def _step_error(remote: Remote, task: Task, step: str, failure: Failure) -> MoectlError:
+    said = failure.said.strip().split("\n")[-1] or f"exit code {failure.code}"
     match step:
         case "venv":
             hint = "its python needs venv and pip (Debian, Ubuntu: apt install python3-venv)"
@@ -345,26 +441,3 @@ def _step_error(remote: Remote, task: Task, step: str, answer: Mapping[str, Any]
             return VersionMismatch(f"{said}, wanted {task.versions}", host=remote.name)
     hint = "no internet there? 'moectl deploy --wheelhouse wheels' fetches what it needs here, and brings it along"
     return CommandFailed(f"pip: {said}", host=remote.name, hint=hint)
-
-
-def _push_files(remote: Remote, task: Task, found: Mapping[str, Any], on_event: OnEvent) -> None:
-    missing = [name for name in task.files if name in found["missing"]]
-    if not missing:
-        return
-    directory = found["directory"]
-    if manifest_file.NAME in found["corrupt"]:
-        # Until the last file is there, no manifest may promise a complete set.
-        remote.run(["rm", "-f", "--", f"{directory}/{manifest_file.NAME}"])
-
-    def on_bytes(count: int) -> None:
-        on_event(Advanced(task.rank, task.host.address, count))
-
-    pushed: dict[str, str] = {}
-    try:
-        for name in missing:
-            entry = task.files[name]
-            remote.put(task.shards / name, f"{directory}/{name}", sha256=entry.sha256, on_bytes=on_bytes)
-            pushed[name] = entry.sha256
-    finally:
-        if pushed:
-            _record(remote, directory, pushed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -21,8 +22,10 @@ from typing import IO, Any, Protocol, cast
 
 from moectl import node
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, Unreachable
+from moectl.parsed import build
 
 NOT_FOUND = 127
+_VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,22 @@ class Completed:
     code: int
     stdout: bytes
     stderr: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What `node.describe_failure` tells; each kind of error fills its own fields."""
+
+    error: str
+    free: int = 0
+    needed: int = 0
+    step: int = 0
+    code: int = 0
+    said: str = ""
+    sha256: str = ""
+    kept: int = 0
+    reason: str = ""
+    path: str = ""
 
 
 class Process(Protocol):
@@ -188,8 +207,8 @@ class LocalRemote:
         """There is no connection to close."""
 
     def _spawn(self, argv: Sequence[str], env: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
+        refuse_unfit(argv, env, self.name)
         command = [os.path.expanduser(argv[0]) if argv[0].startswith("~/") else argv[0], *argv[1:]]  # noqa: PTH111
-        refuse_nul(command, self.name)
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -250,10 +269,20 @@ def timeout_error(argv: Sequence[str], timeout_s: float | None, host: str) -> Co
     return CommandFailed(f"{describe_command(argv)} did not finish within {timeout_s or 0:g} s", host=host)
 
 
-def refuse_nul(argv: Sequence[str], host: str) -> None:
-    """Raise CommandFailed for an argument that no operating system can pass on."""
-    if not argv or any("\0" in word for word in argv):
+def refuse_unfit(argv: Sequence[str], env: Mapping[str, str] | None, host: str) -> None:
+    """Raise CommandFailed for words and variables that cannot reach a command as they are."""
+    words = [*argv, *(env or {}).values()]
+    if not argv or any("\0" in word for word in words):
         raise CommandFailed("a command is empty or holds a NUL character", host=host)
+    try:
+        "".join(words).encode()
+    except UnicodeEncodeError:
+        raise CommandFailed("a word of a command is not UTF-8 text", host=host) from None
+    if argv[0].startswith("-"):  # an option, to what should start it
+        raise CommandFailed(f"a command's name may not begin with a dash: {argv[0]!r}", host=host)
+    for name in env or ():
+        if not _VARIABLE.fullmatch(name):
+            raise CommandFailed(f"{name!r} is no variable's name", host=host)
 
 
 def source_size(source: Path) -> int:
@@ -266,14 +295,15 @@ def source_size(source: Path) -> int:
 
 def put_error(answer: Mapping[str, Any], source: Path, destination: str, sha256: str, host: str) -> MoectlError:
     """Turn a failure told by `node.describe_failure` into one of ours."""
-    match answer.get("error"):
+    failure = read_failure(answer, host)
+    match failure.error:
         case "full":
-            room = room_text(answer["free"], answer["needed"])
+            room = room_text(failure.free, failure.needed)
             return CommandFailed(
                 f"{room} for {destination}", host=host, hint=f"free space on {host}, then run it again"
             )
         case "mismatch":
-            return _mismatch_error(answer, source, destination, sha256, host)
+            return _mismatch_error(failure.sha256, source, destination, sha256, host)
         case "busy":
             return CommandFailed(
                 f"another push is writing {destination}",
@@ -283,22 +313,33 @@ def put_error(answer: Mapping[str, Any], source: Path, destination: str, sha256:
         case "cut":
             return Unreachable(f"the connection was lost while {destination} was sent", host=host)
         case "os":
-            where = answer["path"] or destination
-            return CommandFailed(f"cannot write {where}: {answer['reason']}", host=host)
-    return CommandFailed(f"cannot write {destination}: {dict(answer)}", host=host)
+            return CommandFailed(f"cannot write {failure.path or destination}: {failure.reason}", host=host)
+        case "outside":
+            return IntegrityError(
+                f"{failure.path} leads out of the shard set's directory",
+                host=host,
+                hint="remove that symbolic link there; to keep shards on another disk, name it with dir=",
+            )
+    return CommandFailed(f"cannot write {destination}: {failure.error}", host=host)
 
 
-def _mismatch_error(
-    answer: Mapping[str, Any], source: Path, destination: str, sha256: str, host: str
-) -> IntegrityError:
+def read_failure(answer: Mapping[str, Any], host: str) -> Failure:
+    """Return what a host says that went wrong. Raises CommandFailed when it makes no sense."""
+    try:
+        return build(Failure, dict(answer))
+    except ValueError as error:
+        raise CommandFailed(f"its python gave an answer that makes no sense: {error}", host=host) from None
+
+
+def _mismatch_error(found: str, source: Path, destination: str, sha256: str, host: str) -> IntegrityError:
     try:
         damaged = node.hash_file(str(source)) != sha256
     except OSError:
         damaged = True
     if damaged:
         return IntegrityError(f"{source} is not what its manifest promises", hint="moectl shard --verify")
-    found = f"sha256 {answer['sha256'][:8]}… expected {sha256[:8]}…"
-    return IntegrityError(f"{destination} is corrupt: {found}", host=host, hint="run the same command again")
+    seen = f"sha256 {found[:8]}… expected {sha256[:8]}…"
+    return IntegrityError(f"{destination} is corrupt: {seen}", host=host, hint="run the same command again")
 
 
 def room_text(free: int, needed: int) -> str:

@@ -72,7 +72,8 @@ def _outcome(result: HostResult) -> str:
     if not result.copied_bytes:
         return "ok      already there, verified"
     speed = size_text(result.copied_bytes / result.duration_s)
-    return f"ok      {size_text(result.copied_bytes)} in {time_text(result.duration_s)} ({speed}/s), verified"
+    relayed = f", {size_text(result.relayed_bytes)} of it from another host" if result.relayed_bytes else ""
+    return f"ok      {size_text(result.copied_bytes)} in {time_text(result.duration_s)} ({speed}/s), verified{relayed}"
 
 
 def deploy_json(result: DeployResult, name: str, *, dry_run: bool) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def deploy_json(result: DeployResult, name: str, *, dry_run: bool) -> dict[str, 
             "error": None if r.error is None else r.error.message,
             "copied_bytes": r.copied_bytes,
             "kept_bytes": r.kept_bytes,
+            "relayed_bytes": r.relayed_bytes,
             "duration_s": r.duration_s,
             "directory": r.directory,
         }

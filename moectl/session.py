@@ -203,6 +203,9 @@ class Session:
         self._spawn(lambda: self._read_log(rank, process), f"log-{rank}")
 
     def _connect(self, listening: dict[int, Listening]) -> None:
+        for rank, spec in enumerate(self._ranks):
+            if len(listening[rank].ports) != len(spec.addresses):
+                raise self._failure(rank, f"{len(listening[rank].ports)} ports for {len(spec.addresses)} addresses")
         endpoints = [
             [f"{address}:{port}" for address, port in zip(spec.addresses, listening[rank].ports, strict=True)]
             for rank, spec in enumerate(self._ranks)
@@ -263,7 +266,8 @@ class Session:
                     next(r for r in ranks if r not in got),
                     f"no answer while {phase} within {timeout_s:g} s (waiting for {missing})",
                     kind=Unreachable,
-                    hint="check the network between the hosts, or allow more time with --start-timeout",
+                    hint="'moectl doctor --fast' looks at the links between them; --start-timeout allows more time. "
+                    "A stranger that was quicker to connect to their ports looks the same: run it again",
                 ) from None
             if self._closed.is_set():
                 raise errors.StateError("the session is closed")
@@ -395,12 +399,15 @@ class Session:
             if self._sleep.slept_s is not None:
                 self._deadline.forgive()
                 return _WAKE
+            if any(pulse.is_missed for pulse in self._pulses):  # somebody may be gone: soon it is known who
+                with contextlib.suppress(queue.Empty):
+                    return self._events.get(timeout=(MISSES + 1) * BEAT_S)
             hosts = ", ".join(spec.host.name for spec in self._ranks)
             waited_s = self._deadline.seconds if self._unanswered else self._step_timeout_s
             raise self._fail(
                 Stalled(
                     f"nothing was computed for {waited_s:.3g} s by {hosts}, though all answer (while {self._phase})",
-                    hint="a link between two of them is cut, or one is very slow: check them, then run it again",
+                    hint="a link between two of them is cut, or one is very slow: 'moectl doctor --fast' looks at each",
                 )
             ) from None
 

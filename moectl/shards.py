@@ -22,8 +22,8 @@ from moectl.disk import explain_refusal, format_gb, free_bytes, sync_directory
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
 from moectl.geometry import Geometry
 from moectl.manifest import NAME as MANIFEST_NAME
-from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, write_manifest
-from moectl.pipeline import OnBytes, OpenQuantise, hash_file, make_files, partial_path
+from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, refuse_links_outside, write_manifest
+from moectl.pipeline import OnBytes, OnHashed, OpenQuantise, hash_file, make_files, partial_path
 from moectl.placement import Placement
 from moectl.recipe import OutputFile, Source, describe, plan_files
 
@@ -67,12 +67,14 @@ def cut(
     quantise: OpenQuantise,
     jobs: int = 1,
     on_bytes: OnBytes | None = None,
+    on_file: OnHashed | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write the shard set of a checkpoint to `directory`, or finish an interrupted one; return its manifest.
 
     `quantise` is `quantize.quantizer`; `jobs` streams work at once. `on_bytes` is told output bytes as they come
-    (those of an earlier run at once), on the calling thread; they add up to `output_bytes`. A set that is there with
+    (those of an earlier run at once), on the calling thread; they add up to `output_bytes`. So is `on_file` of every
+    weight file that is whole and hashed, once it is remembered; what it raises ends the cut. A set that is there with
     the same settings is left alone, but for its small files where the source's have changed, unless `force`, which
     starts afresh. Raises PlanError, CheckpointError, ShardsDiffer or UsageError (the directory holds something else),
     StateError (disk full, not writable, in use), and IntegrityError or Unreachable from the checkpoint.
@@ -94,8 +96,10 @@ def cut(
     )
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        refuse_links_outside(directory)
         with journals.lock_directory(directory):
-            return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, on_bytes or _ignore, force)
+            tell = on_file or _ignore_file
+            return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, on_bytes or _ignore, tell, force)
     except OSError as error:
         raise explain_refusal(error, directory) from error
 
@@ -125,6 +129,7 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
     Raises NotSharded, and IntegrityError that names the files that are missing or have another size or bytes.
     """
     manifest = read_manifest(directory)
+    refuse_links_outside(directory)
     problems = []
     for file, entry in manifest.files.items():
         problem = _find_problem(directory / file, entry, on_bytes)
@@ -172,6 +177,15 @@ def _ignore(_: int) -> None:
     pass
 
 
+def _ignore_file(_: str, __: FileEntry) -> None:
+    pass
+
+
+def _tell_files(files: Mapping[str, FileEntry], on_file: OnHashed) -> None:
+    for file, entry in files.items():
+        on_file(file, entry)
+
+
 def _cut_locked(
     checkpoint: Checkpoint,
     plain: Manifest,  # without files
@@ -180,6 +194,7 @@ def _cut_locked(
     quantise: OpenQuantise,
     jobs: int,
     on_bytes: OnBytes,
+    on_file: OnHashed,
     force: bool,
 ) -> Manifest:
     binding = _bind(plain, files)
@@ -190,6 +205,7 @@ def _cut_locked(
     old = _read_old(directory)
     if old is not None and len(done) == len(files) and _is_current(checkpoint, directory, old, plain):
         on_bytes(output_bytes(files))
+        _tell_files(done, on_file)
         return _keep(directory, old, plain.name)
     with journals.Journal(directory, binding, done) as journal:
         (directory / MANIFEST_NAME).unlink(missing_ok=True)  # after the journal: one of the two says that this is ours
@@ -198,6 +214,12 @@ def _cut_locked(
         missing = [f for f in files if f.path not in done and f not in named]
         _check_space(checkpoint, directory, missing)
         on_bytes(output_bytes(f for f in files if f.path in done))
+        _tell_files(done, on_file)
+
+        def finish_file(file: str, entry: FileEntry) -> None:
+            journal.record(file, entry)
+            on_file(file, entry)
+
         make_files(
             checkpoint,
             directory,
@@ -206,7 +228,7 @@ def _cut_locked(
             quantise=quantise,
             jobs=jobs,
             on_bytes=on_bytes,
-            on_hashed=journal.record,
+            on_hashed=finish_file,
         )
         manifest = _complete(checkpoint, directory, plain, files, journal.done)
         _drop_stale(directory, old, manifest)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from moectl.disk import make_private_directory
 from moectl.errors import AlreadyRunning, StateError, UsageError
 
 _BACKLOG = 128
@@ -66,7 +67,7 @@ def _take_lock(lock: int, path: Path) -> None:
 
 def _open_directory(directory: Path) -> None:
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_directory(directory)
         status = directory.stat()
     except OSError as error:
         raise UsageError(f"cannot use {directory} for the controller's socket: {error.strerror}") from None

@@ -25,7 +25,8 @@ from moectl.remote import (
     check_completed,
     node_text,
     put_error,
-    refuse_nul,
+    read_failure,
+    refuse_unfit,
     source_size,
     timeout_error,
 )
@@ -93,7 +94,7 @@ class SSHRemote:
         size = source_size(source)
         count = on_bytes or (lambda _count: None)
         answer = self._send(source, size, destination, sha256, count)
-        if answer.get("error") == "mismatch" and answer["kept"]:
+        if answer.get("error") == "mismatch" and read_failure(answer, self.name).kept:
             count(-size)  # what an earlier push had left was wrong, and is gone now
             answer = self._send(source, size, destination, sha256, count)
         if "error" in answer:
@@ -118,7 +119,7 @@ class SSHRemote:
             return self._transport
 
     def _execute(self, argv: Sequence[str], env: Mapping[str, str] | None = None) -> paramiko.Channel:
-        refuse_nul(argv, self.name)
+        refuse_unfit(argv, env, self.name)
         transport = self._connected()
         try:
             channel = transport.open_session(window_size=WINDOW_BYTES, timeout=STALL_S)
@@ -137,9 +138,10 @@ class SSHRemote:
         try:
             channel, answers, answer = self._ask_receiver(header)
             if "error" not in answer:
-                count(answer["kept"])
+                kept = _read_kept(answer, size, self.name)
+                count(kept)
                 channel.settimeout(STALL_S)
-                _stream_file(source, answer["kept"], size, channel, count)
+                _stream_file(source, kept, size, channel, count)
                 channel.settimeout(VERDICT_S)
                 answer = answers.read()
         except BaseException:
@@ -286,13 +288,18 @@ def quote_command(argv: Sequence[str], env: Mapping[str, str] | None = None) -> 
     program = f'"$HOME"/{_quote(argv[0][2:])}' if argv[0].startswith("~/") else _quote(argv[0])
     words = [program, *map(_quote, argv[1:])]
     if env:
-        # sshd's AcceptEnv is not to be relied on.
-        words = ["env", *(_quote(f"{key}={value}") for key, value in env.items()), *words]
+        # sshd's AcceptEnv is not to be relied on. A path with `=` in it would be one more variable to env, not to sh.
+        variables = [_quote(f"{key}={value}") for key, value in env.items()]
+        words = ["env", *variables, "sh", "-c", """'exec "$0" "$@"'""", *words]
     return " ".join(["exec", *words])
 
 
+# A backslash stands outside the quotes, where it means the same to sh, zsh and fish: inside, fish would read it.
+_QUOTED = str.maketrans({"'": "'\"'\"'", "\\": "'\\\\'"})
+
+
 def _quote(word: str) -> str:
-    return "'" + word.replace("'", "'\"'\"'") + "'"
+    return f"'{word.translate(_QUOTED)}'"
 
 
 def _close(channel: paramiko.Channel) -> None:
@@ -330,6 +337,13 @@ def _offer(channel: paramiko.Channel, answers: _Answers, header: bytes) -> dict[
     channel.settimeout(VERDICT_S)  # it first hashes what an earlier push left
     channel.sendall(header)
     return answers.read()
+
+
+def _read_kept(answer: Mapping[str, Any], size: int, host: str) -> int:
+    kept = answer.get("kept")
+    if not isinstance(kept, int) or not 0 <= kept <= size:
+        raise CommandFailed("its python gave an answer that makes no sense", host=host)
+    return kept
 
 
 def _stream_file(source: Path, start: int, size: int, channel: paramiko.Channel, count: Callable[[int], None]) -> None:

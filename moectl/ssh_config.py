@@ -110,7 +110,7 @@ def _run_openssh(argv: Sequence[str], host: str) -> subprocess.CompletedProcess[
         )
     except FileNotFoundError:
         raise HostError(f"{argv[0]} is not installed here", host=host, hint="install OpenSSH's client") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # a NUL is in no argument
         raise HostError(f"{argv[0]} did not answer: {error}", host=host) from None
 
 

@@ -35,6 +35,11 @@ class Pulse:
         """Note that it said something."""
         self.heard_s = time.monotonic()
 
+    @property
+    def is_missed(self) -> bool:
+        """Whether the last beat was not answered."""
+        return self._missed > 0
+
     def count(self, most: int) -> bool:
         """Count one beat; return whether it is the `most`-th in a row without a word."""
         self._missed = self._missed + 1 if self.heard_s == self._seen_s else 0

@@ -141,6 +141,7 @@ def main() -> None:
 
 def run(serve: Callable[[Leash], None]) -> None:
     """Give `serve` the leash on stdin and stdout, tell the controller how it failed, and end the process."""
+    os.umask(0o077)  # its log and what a data plane is told are its user's
     # Libraries may print; the leash may not carry that. It gets the real stdout, they get the log.
     up = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -174,10 +175,11 @@ def _serve(leash: Leash) -> None:
         _log_to(Path(start.log).expanduser())
     _log.info("rank %d of %d starts on %s", start.rank, start.world_size, start.shards)
     from moectl.machine import check_own_memory, count_kv_tokens
-    from moectl.manifest import read_manifest
+    from moectl.manifest import read_manifest, refuse_links_outside
 
     directory = Path(start.shards).expanduser()
     manifest = read_manifest(directory)
+    refuse_links_outside(directory)  # the tokenizer is read from there too
     if manifest.world_size != start.world_size:
         raise errors.NotDeployed(
             f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
@@ -355,9 +357,9 @@ def open_tokenizer(directory: Path) -> Any:
             raise FileNotFoundError("no such file")
         eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
         return load(directory, {"trust_remote_code": False}, eos_token_ids=eos)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
         raise errors.CheckpointError(
-            f"{directory} has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
+            f"{directory} has no tokenizer that transformers can read: {(str(error).splitlines() or [repr(error)])[0]}",
             hint="a tokenizer.json is needed beside the weights, for example from Xenova/dbrx-instruct-tokenizer",
         ) from None
 

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -277,7 +277,7 @@ class Strike:
     after_s: float  # since the act began
 
 
-def draw_acts(seed: int) -> Iterator[tuple[Strike, ...]]:
+def draw_acts(seed: int, faults: Sequence[Fault] = FAULTS) -> Iterator[tuple[Strike, ...]]:
     """Yield for ever what to do next, the same for the same seed: mostly one fault, sometimes two or three at once.
 
     Faults are drawn like cards: none comes again before all others have come.
@@ -287,7 +287,7 @@ def draw_acts(seed: int) -> Iterator[tuple[Strike, ...]]:
     while True:
         count = chance.choices((1, 2, 3), (75, 20, 5))[0]
         while len(deck) < count:
-            more = list(FAULTS)
+            more = list(faults)
             chance.shuffle(more)
             deck = [*more, *deck]
         act = []

@@ -165,6 +165,7 @@ class Site:
             assert life.process.stderr is not None
             for line in life.process.stderr:
                 life.said.append((self.timeline.now_s(), line.rstrip()))
+            life.process.stderr.close()
             life.process.wait()
             life.ended_s = self.timeline.now_s()
             last = next((line for _, line in reversed(life.said) if line.startswith("Error:")), "")

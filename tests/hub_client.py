@@ -65,6 +65,13 @@ def only_open(source: str, token: str | None = None, revision: str | None = None
         return Report(opened.revision, len(opened.tensors))
 
 
+def list_sidecars(source: str) -> tuple[str, ...]:
+    """Return the small files that a checkpoint carries along."""
+    _log_in(None)
+    with open_checkpoint(source) as opened:
+        return opened.sidecars
+
+
 def fetch(source: str, work_dir: Path, *, keep_source: bool = False, token: str | None = None) -> Report:
     """Go through all weight files as `shard` does: the next one comes while this one is read."""
     _log_in(token)

@@ -40,6 +40,7 @@ class Cluster:
     config: Path
     key: Path
     gateway: str  # the operator's address on the bridge
+    bridge: str  # what only the operator's own packets leave by: those between nodes pass beside it
 
     def hosts(self, *, python: str = sys.executable, dir: str = "/node/moectl") -> tuple[Host, ...]:
         """Return the nodes as one would write them in hosts.txt."""
@@ -64,8 +65,22 @@ class Cluster:
         self.run(rank, ["iptables", "-I", "INPUT", "-i", "eth0", "-j", "DROP"])
         self.run(rank, ["iptables", "-I", "OUTPUT", "-o", "eth0", "-j", "DROP"])
 
+    def deafen(self, rank: int, other: int, *how: str) -> None:
+        """Drop every packet from another node, silently, or do with it what iptables is told here."""
+        self.run(rank, ["iptables", "-I", "INPUT", "-s", self.nodes[other].address, *(how or ("-j", "DROP"))])
+
+    def limit_uplink(self, rate: str) -> None:
+        """Limit what the operator sends to all nodes together, such as "80mbit"; until `mend`."""
+        words = ["tc", "qdisc", "replace", "dev", self.bridge, "root", "tbf", "rate", rate]
+        subprocess.run([*words, "burst", "256kb", "latency", "100ms"], check=True)
+
+    @property
+    def sent_bytes(self) -> int:
+        """What the operator has sent to the nodes so far, headers included."""
+        return int(Path(f"/sys/class/net/{self.bridge}/statistics/tx_bytes").read_text())
+
     def heal(self, rank: int) -> None:
-        """Undo `cut`."""
+        """Undo whatever iptables does to a node."""
         self.run(rank, ["iptables", "-F"], check=False)
 
     def unplug(self, rank: int) -> None:
@@ -102,7 +117,8 @@ class Cluster:
         _start_sshd(self.nodes[rank])
 
     def mend(self) -> None:
-        """Undo every cut and unplug."""
+        """Undo every cut, unplug and limit."""
+        subprocess.run(["tc", "qdisc", "del", "dev", self.bridge, "root"], capture_output=True, check=False)
         for rank in range(len(self.nodes)):
             self.heal(rank)
             self.plug(rank)
@@ -131,7 +147,7 @@ def run_cluster(directory: Path, count: int) -> Iterator[Cluster]:
             wait_for_banner(node.address, 22)
         config = directory / "ssh_config"
         config.write_text("".join(_client_config(n, key, directory / "known_hosts") for n in nodes))
-        yield Cluster(nodes, config, key, gateway)
+        yield Cluster(nodes, config, key, gateway, bridge)
 
 
 def _start_node(

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moectl.chat import is_command, is_open, printable, read_block
+from moectl.chat import is_command, is_open, read_block
+from moectl.console import printable
 from moectl.errors import UsageError
 from moectl.settings import ALIASES, Settings, change_setting, settings_table, value_text
 from moectl.transcript import Message, Transcript, load_transcript, save_transcript

@@ -251,6 +251,16 @@ def test_wrong_configuration(text: str, message: str, call: Any) -> None:
     assert message in err
 
 
+def test_mlx_is_told_the_backend_that_rdma_amounts_to(call: Any, tmp_path: Path) -> None:
+    (tmp_path / "hosts.txt").write_text("a ip=10.0.0.1 rdma=-,en2+en3\nb ip=10.0.0.2 rdma=en2+en3,-\n")
+    document = json.loads(call("hosts", "--mlx")[1])
+    assert (document["backend"], document["hosts"][1]["rdma"]) == ("jaccl", [["en2", "en3"], None])
+    (tmp_path / "hosts.txt").write_text("a ip=10.0.0.1 rdma=-,-\nb ip=10.0.0.2 rdma=en2,-\n")
+    assert call("hosts", "--mlx")[0] == 4
+    (tmp_path / "hosts.txt").write_text("a ip=10.0.0.1\nb ip=10.0.0.2\n")
+    assert json.loads(call("hosts", "--mlx")[1])["backend"] == ""
+
+
 def test_hosts_prints_names_or_mlx_json(call: Any) -> None:
     Path("hosts.txt").write_text("a ip=10.0.0.1\nb ip=10.0.0.2\n")
     assert call("hosts") == (0, "a\nb\n", "")

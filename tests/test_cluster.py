@@ -398,8 +398,9 @@ def test_a_host_that_fails_keeps_what_it_had(sshd: Server, tmp_path: Path, shard
     manifest, hosts = make_shards(shards, 2), make_hosts(sshd, tmp_path, 2)
     deploy(hosts, shards, manifest).raise_failures()
     before = read_deployment()
-    (tmp_path / "node1" / "shards" / shards.name / "config.json").unlink()
-    (shards / "config.json").write_bytes(b"damaged here")
+    own = "rank-1/layer-000.safetensors"  # what all need, the other host would pass on
+    (tmp_path / "node1" / "shards" / shards.name / own).unlink()
+    (shards / own).write_bytes(b"damaged here")
     result = deploy(hosts, shards, manifest)
     assert [r.ok for r in result.results] == [True, False]
     assert read_deployment() == before

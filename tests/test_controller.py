@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ import pytest
 
 from moectl import client, launch
 from moectl.client import Client, find_running, is_running
-from moectl.controller import Controller, KeepAlive
+from moectl.controller import MAX_FAILURES, Controller, KeepAlive
 from moectl.demo import demo_dir
-from moectl.errors import MoectlError, PeerLost, QueueFull, StateError, UsageError
+from moectl.errors import IntegrityError, MoectlError, PeerLost, QueueFull, StateError, UsageError
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.paths import runtime_dir
 from moectl.report import stats_text
 from moectl.request import Request, Stats
+from moectl.restart import Restarts
 from moectl.server import Grace
+from moectl.serving import Notice
 from moectl.sockets import listen_unix
 from tests.ring import process_env, rank_env
 from tests.running import wait_for, workers
@@ -60,6 +63,9 @@ class FakeSession:
 
     def count_alive(self, within_s: float) -> int:
         return 2
+
+    def close(self) -> None:
+        pass
 
 
 def drive(test: Callable[[Controller, FakeSession], Any], *, keep_alive_s: float = -1, max_waiting: int = 2) -> None:
@@ -154,6 +160,111 @@ def test_a_failure_ends_every_answer_and_all_that_come() -> None:
         assert not controller.health().healthy
 
     drive(test)
+
+
+def restart(
+    test: Callable[[Controller, Sequence[FakeSession | MoectlError]], Any], *next_ones: FakeSession | MoectlError
+) -> None:
+    """Run a test with a controller over fake sessions, each of which follows when the one before has failed."""
+
+    async def main() -> None:
+        sessions = [FakeSession(), *next_ones]
+        left = iter(next_ones)
+
+        @contextlib.contextmanager
+        def reopen(patience: float, on_made: Callable[[Any], None]) -> Iterator[Any]:
+            session = next(left)
+            if isinstance(session, MoectlError):
+                raise session
+            on_made(session)
+            yield session
+
+        first: Any = sessions[0]
+        controller = Controller(
+            first, "model", ranks=2, keep_alive=KeepAlive(-1), open_=reopen, restarts=Restarts(len(next_ones))
+        )
+        await asyncio.wait_for(test(controller, sessions), 30)
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def test_an_answer_goes_on_in_the_next_session() -> None:
+    first, second = FakeSession(), FakeSession()
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        answer = await controller.submit(Request(0, "a", 5))
+        sessions[0].heard.put(Token(1, 7, "x"))
+        sessions[0].heard.put(PeerLost("gone"))
+        await until(lambda: controller.health().restarts == 1)
+        waits = await controller.submit(Request(0, "b", 5))
+        await until(lambda: len(second.submitted) == 2)
+        assert [(r.id, r.prompt, r.answered) for r in second.submitted] == [(1, "a", (7,)), (2, "b", ())]
+        for event in (Token(1, 8, "y"), Done(1, "stop", STATS), Done(2, "stop", STATS)):
+            second.heard.put(event)
+        told = await collect(answer)
+        assert [e.text for e in told if isinstance(e, Token)] == ["x", "y"]
+        assert [e.text for e in told if isinstance(e, Notice)] == [
+            "gone. Starting again (1 of 1).",
+            "All ranks are back: the answer goes on.",
+        ]
+        assert (await collect(waits))[-1] == Done(2, "stop", STATS)
+        second.heard.put(PeerLost("gone again"))
+        await until(lambda: controller.failure is not None)
+
+    restart(test, second)
+    assert first.submitted == []
+
+
+def test_an_answer_that_fails_every_session_ends_and_the_others_go_on() -> None:
+    later = [FakeSession() for _ in range(MAX_FAILURES)]
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        poison = await controller.submit(Request(0, "a", 5))
+        for number, session in enumerate(sessions[:-1]):
+            session.heard.put(Prefilled(1, 2))
+            session.heard.put(PeerLost(f"gone {number}"))
+            if number + 1 < MAX_FAILURES:
+                await until(lambda n=number: len(sessions[n + 1].submitted) == 1)  # type: ignore[misc]
+        with pytest.raises(PeerLost, match="gone 2"):
+            await collect(poison)
+        good = await controller.submit(Request(0, "b", 5))
+        await until(lambda: len(sessions[-1].submitted) == 1)
+        sessions[-1].heard.put(Done(1, "stop", STATS))
+        assert (await collect(good))[-1] == Done(1, "stop", STATS)
+
+    restart(test, *later)
+
+
+def test_starts_that_fail_are_nobodys_fault() -> None:
+    last = FakeSession()
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        answer = await controller.submit(Request(0, "a", 5))
+        sessions[0].heard.put(Token(1, 7, "x"))
+        sessions[0].heard.put(PeerLost("gone"))
+        await until(lambda: len(last.submitted) == 1)
+        last.heard.put(Done(1, "stop", STATS))
+        done = (await collect(answer))[-1]
+        assert isinstance(done, Done)
+        assert done.finish_reason == "stop"
+
+    restart(test, *[PeerLost("no route")] * MAX_FAILURES, last)
+
+
+def test_a_failure_that_lasts_is_told_with_what_helps() -> None:
+    async def test(controller: Controller, sessions: Any) -> None:
+        answer = await controller.submit(Request(0, "a", 5))
+        sessions[0].heard.put(PeerLost("gone"))
+        with pytest.raises(IntegrityError, match="damaged"):
+            await collect(answer)
+        assert isinstance(controller.failure, IntegrityError)
+
+    restart(test, IntegrityError("damaged"), FakeSession())
 
 
 def test_an_idle_controller_leaves_and_a_busy_one_stays() -> None:

@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moectl import probe
-from moectl.doctor_pairs import Collected, Pair, judge_links, plan_neighbours, try_collective
+from moectl.doctor_pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
 from moectl.findings import Level
 from moectl.hosts import Host
 from moectl.probe import Site, Tried, try_links
 from moectl.remote import LocalRemote
+from moectl.thunderbolt import parse_ifconfig
+from tests.fake_mac import ifconfig_text
 from tests.ring import rank_env
 
 LOOPBACK = "127.0.0.1"
@@ -86,6 +88,34 @@ def test_a_program_of_this_mac_may_lack_leave() -> None:
     assert found.values == {"errno": "EHOSTUNREACH"}
 
 
+def test_a_ring_over_cables_of_their_own_has_no_other_ways() -> None:
+    tried = [Tried(i, (i + 1) % 4, 1e-4, 10 * GBIT, 10 * GBIT) for i in range(4)]
+    found = judge_links(sites(4), tried, mac=lambda place: True, needed=lambda a, b: probe.is_next(a, b, 4))
+    assert {(p.a, p.b): [(f.level.word, f.text) for f in some] for p, some in found.items()} == {
+        **{pair: [("ok", "10.0 Gb/s 0.10 ms")] for pair in ((0, 1), (1, 2), (2, 3), (0, 3))},
+        **{
+            pair: [("skip", "no way between them: they are no neighbours, and a ring needs none")]
+            for pair in ((0, 2), (1, 3))
+        },
+    }
+    found = judge_links(sites(4), tried[1:], mac=lambda place: True, needed=lambda a, b: probe.is_next(a, b, 4))
+    assert [f.level for f in found[Pair(0, 1)]] == [Level.FAIL]
+
+
+def test_neighbours_meet_by_the_addresses_of_their_own_cable() -> None:
+    first, second = sites(2, "192.168.0.5", "192.168.0.2")  # of three: the first one's ip= is that of another cable
+    interfaces = parse_ifconfig(
+        ifconfig_text(
+            {"en0": {"inet": ["10.0.0.1/24"]}, "en2": {"inet": ["192.168.0.1/30"]}, "en3": {"inet": ["192.168.0.5/30"]}}
+        )
+    )
+    assert face(first, interfaces, second).addresses == ("192.168.0.1",)
+    assert face(second, parse_ifconfig(ifconfig_text({"en2": {"inet": ["192.168.0.2/30"]}})), first) == second
+    assert face(first, (), second) == first
+    on_lan = sites(2, "10.0.0.1", "10.0.0.2")
+    assert face(on_lan[0], interfaces, on_lan[1]) == on_lan[0]
+
+
 @given(st.integers(2, 12))
 def test_neighbours_meet_once_and_nobody_is_in_two_pairs(count: int) -> None:
     rounds = plan_neighbours(count)
@@ -125,7 +155,7 @@ def test_an_address_that_is_not_its_own_fails_on_its_pairs_only() -> None:
 def test_a_port_that_nobody_serves_is_refused_by_name() -> None:
     one, other = sites(2)
     answer = probe._ask_dialler(one, other, 1, "s", 0.05)
-    assert answer["errno"] == "ECONNREFUSED"
+    assert answer.errno == "ECONNREFUSED"
 
 
 def test_a_sum_that_cannot_be() -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import pytest
@@ -28,12 +28,15 @@ from moectl.placement import make_placement
 from moectl.probe import (
     LEAST_MEMORY_BYTES,
     Site,
+    Tried,
+    is_next,
     measure_links,
     measure_speed,
     memory_to_use,
     plan_rounds,
     read_all_hardware,
     read_hardware,
+    try_links,
 )
 from moectl.remote import LocalRemote, Remote
 from moectl.ssh import SSHRemote
@@ -229,6 +232,36 @@ def test_a_host_behind_a_wall_ends_in_an_error(netns: Cluster) -> None:
     finally:
         first.remote.close()
         second.remote.close()
+
+
+@pytest.mark.netns
+def test_a_ring_needs_a_way_to_the_next_one_only(netns: Cluster) -> None:
+    four = [Site(h, SSHRemote(h), sys.executable, h.ips) for h in netns.hosts()]
+
+    def close(here: int, there: int) -> None:
+        source = netns.nodes[here].address
+        rule = ["-s", source, "-p", "tcp", "--syn", "-j", "REJECT", "--reject-with", "tcp-reset"]
+        netns.run(there, ["iptables", "-I", "INPUT", *rule])
+
+    told: list[Tried] = []
+    try:
+        for here, there in permutations(range(4), 2):
+            if not is_next(here, there, 4):
+                close(here, there)
+        rtt, bandwidth = measure_links(four, ring=True, budget_s=0.05)
+        check_links((rtt, bandwidth), 4)
+        assert rtt[0][2] == max(map(max, rtt))
+        try_links(four, told.append, transfers=True, ring=True, budget_s=0.05)
+        assert {(way.here, way.there) for way in told if not way.why} == {(0, 1), (1, 2), (2, 3), (3, 0)}
+        assert all(way.out_bytes_s for way in told if not way.why)
+        with pytest.raises(Unreachable, match="no TCP connection to node"):
+            measure_links(four, budget_s=0.05)
+        close(2, 3)
+        with pytest.raises(Unreachable, match="node2: no TCP connection to node3"):
+            measure_links(four, ring=True, budget_s=0.05)
+    finally:
+        for site in four:
+            site.remote.close()
 
 
 # Speed.

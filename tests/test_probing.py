@@ -116,7 +116,7 @@ def test_local_and_hosts_exclude_each_other() -> None:
 
 
 def test_links_that_cannot_be_timed_are_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise CommandFailed("its python did not listen", host="mac1")
 
     said: list[str] = []

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from moectl.errors import IntegrityError
-from moectl.manifest import Manifest
+from moectl.manifest import Manifest, refuse_links_outside
 from moectl.model.dbrx import Model
 
 _HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
@@ -104,6 +104,7 @@ def _check(model: Model, wanted: list[str], weights: dict[str, mx.array], direct
 def _open_weights(
     directory: Path, manifest: Manifest, rank: int, only: Collection[str] | None = None
 ) -> dict[str, mx.array]:
+    refuse_links_outside(directory)
     weights: dict[str, mx.array] = {}
     first, _ = manifest.placement.layers(rank)
     for path, entry in manifest.files_of(rank).items():

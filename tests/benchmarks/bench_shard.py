@@ -67,12 +67,13 @@ def write_checkpoint(directory: Path, n_experts: int, n_layers: int) -> int:
         }
         file = f"model-{layer + 1:05d}-of-{n_layers:05d}.safetensors"
         weight_map |= dict.fromkeys(shapes, file)
-        _write_file(directory / file, shapes, block)
+        write_file(directory / file, shapes, block)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(p.stat().st_size for p in directory.iterdir())
 
 
-def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], block: bytes) -> None:
+def write_file(path: Path, shapes: dict[str, tuple[int, ...]], block: bytes) -> None:
+    """Write a safetensors file of bf16 tensors whose data is `block`, over and over."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -207,7 +208,7 @@ def run(root: Path, args: argparse.Namespace) -> None:
         paths = [root / "source", root / "out"]
         if args.recycle:
             paths.append(root / "ballast")
-            _write_file(paths[-1], {"ballast": (int(size * 0.3) // 2,)}, bytes(1 << 24))
+            write_file(paths[-1], {"ballast": (int(size * 0.3) // 2,)}, bytes(1 << 24))
             os.sync()  # only clean pages can be dropped
         before = measure_quantize(jobs, args.seconds)
         command = [sys.executable, __file__, "--jobs", str(jobs), "--nodes", str(args.nodes)]

@@ -1,0 +1,220 @@
+"""The operator's end of `relay`: its two programs on one host, each on a leash, and the messages about them.
+
+Who takes from whom is `chain`'s to say, and what is taken `push`'s. Tokens go down the leash's stdin, never into an
+argument list, a log or a message that people see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moectl.errors import MoectlError, Unreachable
+from moectl.manifest import FileEntry
+from moectl.node import parse_answer
+from moectl.relay import BEAT_S, Address
+from moectl.remote import Process, Remote
+
+ANSWER_S = 30.0  # for a program to start and answer
+SILENCE_S = 60.0
+END_S = 10.0
+FLOOR_BYTES_S = 250_000.0  # a host that is slower than this is as good as none
+
+
+# Up: from a host's process to the one that runs them all.
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A host has its interpreter, and can pass on what it has."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """A host wants to be told where to take the shared files from; the source it had has failed."""
+
+    rank: int
+    failed: int | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A host lets another in, at these addresses; none means that it cannot."""
+
+    rank: int
+    taker: int
+    at: tuple[Address, ...]
+
+
+# Down.
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Let a host in that knows the token."""
+
+    taker: int
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TakeFrom:
+    """Take shared files from this host; from the operator's machine when there is none."""
+
+    source: int | None
+    at: tuple[Address, ...] = ()
+    token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class More:
+    """Files that are ready to be pushed; `last` when no more will come."""
+
+    files: Mapping[str, FileEntry]
+    last: bool
+
+
+Up = Joined | Wants | Opened
+Down = Admit | TakeFrom | More
+
+
+class Leashed:
+    """One program of `relay` on a host. It is sent signs of life until it is closed."""
+
+    def __init__(self, remote: Remote, command: str) -> None:
+        """Start it. Raises HostError, RemoteError."""
+        self.heard_s = time.monotonic()
+        self._host = remote.name
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._process: Process = remote.start([remote.python, "-m", "moectl.relay", command])
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def say(self, order: Mapping[str, Any]) -> None:
+        """Send an order. Raises Unreachable."""
+        self._write(json.dumps(order).encode() + b"\n")
+
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """Yield its answers until it ends."""
+        with contextlib.suppress(OSError, ValueError):  # closed by another thread
+            while line := self._process.stdout.readline():
+                answer = parse_answer(line)
+                if answer is not None:
+                    self.heard_s = time.monotonic()
+                    if "alive" not in answer:
+                        yield answer
+
+    def close(self) -> None:
+        """Let the leash go and wait until the program has ended; idempotent."""
+        self._closed.set()
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._process.stdin.close()
+        with contextlib.suppress(TimeoutError, MoectlError):
+            self._process.wait(END_S)
+        self._process.close()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(MoectlError):
+            while not self._closed.wait(BEAT_S):
+                self._write(b"\n")
+
+    def _write(self, line: bytes) -> None:
+        try:
+            with self._lock:
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+        except (OSError, ValueError):
+            raise Unreachable("its relay has ended", host=self._host) from None
+
+
+class Giver:
+    """The server on a host: lets other hosts take what is whole there."""
+
+    def __init__(self, remote: Remote, addresses: Sequence[str]) -> None:
+        """Start it at the host's addresses (those for tensors; none: the one SSH reached). Raises MoectlError."""
+        addresses = addresses or [_find_address(remote)]
+        self._program = Leashed(remote, "serve")
+        self._answers = self._program.answers()
+        try:
+            self._program.say({"bind": list(addresses)})
+            self.at: tuple[Address, ...] = tuple((str(a), int(p)) for a, p in self._read()["at"])
+        except BaseException:
+            self._program.close()
+            raise
+
+    def admit(self, token: str) -> None:
+        """Let one connection in that knows this token. Raises MoectlError."""
+        self._program.say({"admit": token})
+        self._read()
+
+    def offer(self, files: Mapping[str, tuple[str, int]]) -> None:
+        """Hand these out from now on: SHA-256 → (path, bytes). Raises Unreachable."""
+        self._program.say({"offer": files})
+
+    def close(self) -> None:
+        self._program.close()
+
+    def _read(self) -> dict[str, Any]:
+        timer = threading.Timer(ANSWER_S, self._program.close)
+        timer.start()
+        try:
+            answer = next(self._answers, {"error": "it has ended"})
+        finally:
+            timer.cancel()
+        if "error" in answer:
+            raise Unreachable(f"its relay cannot listen: {answer.get('reason', answer['error'])}")
+        return answer
+
+
+class Taker:
+    """The program on a host that takes files from another host."""
+
+    def __init__(self, remote: Remote, source: TakeFrom, floor: float) -> None:
+        self._program = Leashed(remote, "take")
+        self._program.say({"at": source.at, "token": source.token, "floor": floor})
+
+    def want(self, path: str, entry: FileEntry) -> None:
+        """Ask for one more file. Raises Unreachable."""
+        self._program.say({"path": path, "bytes": entry.bytes, "sha256": entry.sha256})
+
+    def follow(self, on_bytes: Callable[[int], None], on_done: Callable[[str], bool]) -> str:
+        """Tell what arrives until `on_done` (told the SHA-256) returns False; return why it ended, "" for that reason.
+
+        Bytes of a file that did not become whole are taken back.
+        """
+        begun = 0
+        try:
+            for answer in self._program.answers():
+                if "error" in answer:
+                    return str(answer.get("reason", answer["error"]))
+                count = int(answer.get("kept", 0)) + int(answer.get("more", 0))
+                if count:
+                    begun += count
+                    on_bytes(count)
+                if "done" in answer:
+                    begun = 0
+                    if not on_done(answer["done"]):
+                        return ""
+            return "it has ended"
+        finally:
+            if begun:
+                on_bytes(-begun)
+
+    @property
+    def is_silent(self) -> bool:
+        return time.monotonic() - self._program.heard_s > SILENCE_S
+
+    def close(self) -> None:
+        self._program.close()
+
+
+def _find_address(remote: Remote) -> str:
+    """Return the address that SSH reached the host by. Raises MoectlError."""
+    words = remote.run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode().split()
+    if len(words) != 4:
+        raise Unreachable("its address is not known", host=remote.name)
+    return words[2]

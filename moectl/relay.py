@@ -1,0 +1,353 @@
+"""Pass files from host to host while a deploy runs: one host hands them out by SHA-256, another takes them.
+
+Both programs run on hosts, on a leash: orders and signs of life are lines on stdin, and with stdin's end, or with its
+silence, they end. They know no models and decide nothing; whom to take from is told to them.
+
+    python -m moectl.relay serve        {"bind": [addresses]} first; answers {"at": [[address, port]]}
+                                        {"admit": token} lets one connection in; answers {"admitted": true}
+                                        {"offer": {sha256: [path, bytes]}} adds files that are whole and verified
+    python -m moectl.relay take         {"at": …, "token": …, "floor": bytes per second} first
+                                        {"path": …, "bytes": …, "sha256": …} asks for a file; answers {"kept": n},
+                                        {"more": n} …, {"done": sha256}
+    An empty line is a sign of life; answers {"alive": true}. What failed is {"error": …}, and the end.
+
+Between hosts (TCP): the server sends a challenge, both sides prove that they know the token (HMAC-SHA256, so that
+it never crosses the network), and each token is good for one connection. A request is a SHA-256 and an offset; no name
+crosses, so none can lead out of a directory. Bytes are not encrypted, as tensors are not; the taker hashes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import queue
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from moectl import node
+
+BEAT_S = 5.0  # whoever holds the leash sends a line at least this often
+SILENCE_S = 30.0  # hearing nothing for this long, we end: the operator's machine may have gone without a word
+CONNECT_S = 4.0
+HANDSHAKE_S = 5.0
+WAIT_S = 2.0  # a server that has not got the file yet says so this often
+STALL_S = 15.0
+SEND_S = 60.0  # a taker may have to wait for its disk
+WINDOW_S = 10.0  # over which a peer's speed is judged
+STRANGERS = 16  # connections that have not proved anything yet, at most
+NONCE_BYTES = 32
+REQUEST_BYTES = 32 + 8
+TELL_BYTES = 4 << 20
+WAIT, GO = b"w", b"g"
+
+Address = tuple[str, int]
+
+
+class Refused(Exception):
+    """A peer cannot be used; args are (why,)."""
+
+
+def prove(token: bytes, role: bytes, challenge: bytes) -> bytes:
+    """Return what shows to whoever sent the challenge that we know the token."""
+    return hmac.digest(token, b"moectl relay " + role + challenge, "sha256")
+
+
+class Server:
+    """Hands out files, by their SHA-256, to those who know a token that was admitted."""
+
+    def __init__(self, *, patience_s: float = HANDSHAKE_S) -> None:
+        """Strangers get `patience_s` to prove what they know."""
+        self._patience_s = patience_s
+        self._tokens: set[bytes] = set()
+        self._files: dict[bytes, tuple[str, int]] = {}
+        self._changed = threading.Condition()
+        self._strangers = threading.BoundedSemaphore(STRANGERS)
+
+    def listen(self, addresses: Sequence[str]) -> list[Address]:
+        """Open a port at each of the addresses that are this host's own. Raises OSError when none is."""
+        opened, last = [], OSError("no address to listen at")
+        for address in addresses:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            try:
+                listener = socket.create_server((address, 0), family=family)
+            except OSError as error:
+                last = error
+                continue
+            opened.append((address, int(listener.getsockname()[1])))
+            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        if not opened:
+            raise last
+        return opened
+
+    def admit(self, token: bytes) -> None:
+        """Let one connection in that knows this token."""
+        with self._changed:
+            self._tokens.add(token)
+
+    def offer(self, files: dict[bytes, tuple[str, int]]) -> None:
+        """Hand out these files from now on: SHA-256 → (path, bytes)."""
+        with self._changed:
+            self._files.update(files)
+            self._changed.notify_all()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            self._strangers.acquire()
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                self._strangers.release()
+                time.sleep(0.1)  # out of descriptors: an attack, or a very busy host
+                continue
+            threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
+
+    def _serve(self, peer: socket.socket) -> None:
+        with peer, contextlib.suppress(OSError):
+            try:
+                admitted = self._let_in(peer)
+            finally:
+                self._strangers.release()
+            if admitted:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                while self._hand_out(peer):
+                    pass
+
+    def _let_in(self, peer: socket.socket) -> bool:
+        challenge = os.urandom(NONCE_BYTES)
+        peer.settimeout(self._patience_s)
+        peer.sendall(challenge)
+        answer = receive_exactly(peer, NONCE_BYTES + 32, self._patience_s)
+        if answer is None:
+            return False
+        challenge += answer[:NONCE_BYTES]
+        with self._changed:
+            known = [t for t in self._tokens if hmac.compare_digest(prove(t, b"taker", challenge), answer[-32:])]
+            self._tokens.difference_update(known)  # once only
+        if not known:
+            return False
+        peer.sendall(prove(known[0], b"server", challenge))
+        return True
+
+    def _hand_out(self, peer: socket.socket) -> bool:
+        """Answer one request; False when there is none any more."""
+        peer.settimeout(None)  # the taker may not know yet what it wants next
+        request = receive_exactly(peer, REQUEST_BYTES)
+        if request is None:
+            return False
+        peer.settimeout(SEND_S)
+        path, size = self._await_file(peer, request[:32])
+        offset = int.from_bytes(request[32:], "big")
+        if offset > size:
+            return False
+        with open(path, "rb") as f:  # noqa: PTH123 (as in node: paths arrive as strings)
+            peer.sendall(GO)
+            return offset == size or peer.sendfile(f, offset, size - offset) == size - offset
+
+    def _await_file(self, peer: socket.socket, digest: bytes) -> tuple[str, int]:
+        while True:
+            with self._changed:
+                if digest in self._files or self._changed.wait_for(lambda: digest in self._files, WAIT_S):
+                    return self._files[digest]
+            peer.sendall(WAIT)
+
+
+def receive_exactly(peer: socket.socket, count: int, timeout_s: float | None = None) -> bytes | None:
+    """Return so many bytes, None when the peer ends before; all within `timeout_s`. Raises OSError."""
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    data = b""
+    while len(data) < count:
+        if end is not None:
+            peer.settimeout(max(0.001, end - time.monotonic()))  # a trickle must not hold the place
+        block = peer.recv(count - len(data))
+        if not block:
+            return None
+        data += block
+    return data
+
+
+class Peer:
+    """A connection to a server, proved on both sides. Slower than `floor` bytes per second, it counts as broken."""
+
+    def __init__(self, at: Sequence[Address], token: bytes, floor: float) -> None:
+        """Connect to the first address that answers. Raises Refused."""
+        self._floor = floor
+        self._began_s, self._got = 0.0, 0
+        why = "it has no address"
+        for address, port in at:
+            try:
+                self._socket = socket.create_connection((address, port), CONNECT_S)
+            except OSError as error:
+                why = f"{address}: {error.strerror or error}"
+                continue
+            try:
+                self._introduce(token)
+            except OSError as error:
+                self._socket.close()
+                why = f"{address}: {error.strerror or error}"
+                continue
+            return
+        raise Refused(why)
+
+    def _introduce(self, token: bytes) -> None:
+        challenge = receive_exactly(self._socket, NONCE_BYTES, HANDSHAKE_S)
+        if challenge is None:
+            raise ConnectionError("it said nothing")
+        ours = os.urandom(NONCE_BYTES)
+        self._socket.settimeout(HANDSHAKE_S)
+        self._socket.sendall(ours + prove(token, b"taker", challenge + ours))
+        proof = receive_exactly(self._socket, 32, HANDSHAKE_S)
+        if proof is None or not hmac.compare_digest(proof, prove(token, b"server", challenge + ours)):
+            raise ConnectionError("it does not know the token")
+        self._socket.settimeout(STALL_S)
+
+    def ask(self, sha256: str, offset: int) -> None:
+        """Ask for a file from `offset` on, and wait until the server has it. Raises Refused."""
+        try:
+            self._socket.sendall(bytes.fromhex(sha256) + offset.to_bytes(8, "big"))
+            while (said := self._socket.recv(1)) == WAIT:
+                pass
+        except OSError as error:
+            raise Refused(str(error.strerror or error)) from None
+        if said != GO:
+            raise Refused("it hung up")
+        self._began_s, self._got = time.monotonic(), 0
+
+    def read(self, count: int) -> bytes:
+        """Return some bytes of the file that was asked for. Raises Refused."""
+        try:
+            block = self._socket.recv(count)
+        except OSError as error:
+            raise Refused(str(error.strerror or error)) from None
+        if not block:
+            raise Refused("it hung up")
+        self._got += len(block)
+        spent_s = time.monotonic() - self._began_s
+        if spent_s >= WINDOW_S:
+            if self._got < self._floor * spent_s:
+                raise Refused(f"it is slow: {self._got / spent_s / 1e6:.2f} MB/s")
+            self._began_s, self._got = time.monotonic(), 0
+        return block
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def take_file(peer: Peer, wanted: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+    """Complete one file from a peer, as `node.receive` does; what an earlier push had left wrong is sent anew.
+
+    Raises Refused, and what `node.receive` raises.
+    """
+    path, size, sha256 = wanted["path"], wanted["bytes"], wanted["sha256"]
+    untold = 0
+
+    def resume(kept: int) -> None:
+        tell({"kept": kept})
+        if kept < size:
+            peer.ask(sha256, kept)
+
+    def read(count: int) -> bytes:
+        nonlocal untold
+        block = peer.read(count)
+        untold += len(block)
+        if untold >= TELL_BYTES:
+            tell({"more": untold})
+            untold = 0
+        return block
+
+    try:
+        node.receive(read, path, size, sha256, resume)
+    except node.Mismatch as error:
+        if not error.args[1]:
+            raise
+        tell({"more": untold - size})
+        untold = 0
+        node.receive(read, path, size, sha256, resume)
+    tell({"more": untold})
+    tell({"done": sha256})
+
+
+# The programs.
+
+
+def _orders() -> Iterator[dict[str, Any]]:
+    """Yield the orders on stdin; end with it, or when it has been silent for too long."""
+    waiting = b""
+    while True:
+        ready, _, _ = select.select([0], [], [], SILENCE_S)
+        block = os.read(0, 1 << 16) if ready else b""
+        if not block:
+            return
+        *lines, waiting = (waiting + block).split(b"\n")
+        for line in lines:
+            if line:
+                yield json.loads(line)
+            else:
+                _tell({"alive": True})
+
+
+_telling = threading.Lock()
+
+
+def _tell(answer: dict[str, Any]) -> None:
+    with _telling:
+        sys.stdout.buffer.write(b"\n" + node.ANSWER + json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _serve(orders: Iterator[dict[str, Any]]) -> None:
+    server = Server()
+    _tell({"at": server.listen(next(orders)["bind"])})
+    for order in orders:
+        if "admit" in order:
+            server.admit(bytes.fromhex(order["admit"]))
+            _tell({"admitted": True})
+        else:
+            server.offer({bytes.fromhex(sha256): (path, size) for sha256, (path, size) in order["offer"].items()})
+
+
+def _take(orders: Iterator[dict[str, Any]]) -> None:
+    first = next(orders)
+    wanted: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            peer = Peer(
+                [(address, port) for address, port in first["at"]], bytes.fromhex(first["token"]), first["floor"]
+            )
+            while True:
+                take_file(peer, wanted.get(), _tell)
+        except Refused as error:
+            _end({"error": "peer", "reason": error.args[0]})
+        except Exception as error:
+            _end(node.describe_failure(error))
+
+    threading.Thread(target=work, daemon=True).start()
+    for order in orders:
+        wanted.put(order)
+
+
+def _end(answer: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        _tell(answer)
+    os._exit(1)  # another thread waits for stdin
+
+
+def _main(command: str) -> None:
+    orders = _orders()
+    try:
+        with contextlib.suppress(StopIteration):
+            (_serve if command == "serve" else _take)(orders)
+    except Exception as error:
+        _end(node.describe_failure(error))
+    os._exit(0)  # whatever its threads are doing: nobody holds the leash
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

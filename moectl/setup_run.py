@@ -1,0 +1,234 @@
+"""Carry out what `setup_plan` proposed, and take it back: host by host, each command recorded before it runs.
+
+It decides nothing: the plan says what to run, the record what to undo. Commands run through sudo, which gets a password
+by its stdin if it wants one, never as an argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from moectl.errors import AuthFailed, CommandFailed, HostError, MoectlError, PartialFailure
+from moectl.hosts import Host, parse_host_string
+from moectl.provision import make_remote
+from moectl.remote import Completed, Remote, check_completed
+from moectl.setup_machine import Machine, read_machine
+from moectl.setup_plan import SetupPlan, Step
+from moectl.setup_record import Entry, Record
+from moectl.survey import survey_host
+from moectl.thunderbolt import parse_ifconfig
+
+COMMAND_S = 30.0
+UNDO = "moectl setup --undo takes back what was run"
+# sshd's PATH lacks /usr/sbin and /sbin on some systems; those that are there come first.
+_RUN = ("sh", "-c", 'PATH="$PATH:/usr/bin:/bin:/usr/sbin:/sbin"; export PATH LC_ALL=C; exec "$@"', "sh")
+
+OnCommand = Callable[[str, tuple[str, ...], str], None]  # (host, argv, "run", "undo", or why it was skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class Sudo:
+    """How commands become root's: without a password, or with this one."""
+
+    password: str | None = None
+
+    def run(self, remote: Remote, argv: Sequence[str]) -> Completed:
+        """Run a command as root; its exit code is the caller's to judge."""
+        if self.password is None:
+            return remote.run([*_RUN, "sudo", "-n", *argv], timeout_s=COMMAND_S, check=False)
+        line = self.password.encode() + b"\n"
+        return remote.run([*_RUN, "sudo", "-S", "-p", "", *argv], stdin=line, timeout_s=COMMAND_S, check=False)
+
+
+@contextlib.contextmanager
+def open_remotes(hosts: Sequence[Host]) -> Iterator[list[Remote]]:
+    """Yield the ways to some hosts; each connects when first used."""
+    remotes = [make_remote(host) for host in hosts]
+    try:
+        yield remotes
+    finally:
+        for remote in remotes:
+            remote.close()
+
+
+def look(hosts: Sequence[Host], remotes: Sequence[Remote]) -> tuple[Machine, ...]:
+    """Ask all hosts at once what they are. Raises the first host's error, with the names of the others."""
+    found: list[Machine | MoectlError | None] = [None] * len(hosts)
+
+    def ask(place: int) -> None:
+        host, remote = hosts[place], remotes[place]
+        try:
+            survey = survey_host(remote)
+            words = remote.run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode("utf-8", "replace").split()
+            found[place] = read_machine(host, survey, words[2] if len(words) == 4 and not host.is_local else None)
+        except MoectlError as error:
+            error.host = error.host or host.address
+            found[place] = error
+        except Exception as error:  # a bug met on one host must not leave a hole
+            found[place] = MoectlError(f"unexpected {type(error).__name__}: {error}", host=host.address)
+
+    # Daemons: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
+    threads = [threading.Thread(target=ask, args=(place,), daemon=True) for place in range(len(hosts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _raise_first([one for one in found if isinstance(one, MoectlError)])
+    return tuple(one for one in found if isinstance(one, Machine))
+
+
+def _raise_first(errors: Sequence[MoectlError]) -> None:
+    if len(errors) > 1:
+        errors[0].message += f" (and {', '.join(str(error.host) for error in errors[1:])} cannot be used either)"
+    if errors:
+        raise errors[0]
+
+
+# sudo.
+
+
+def who_wants_password(remotes: Sequence[Remote]) -> tuple[str, ...]:
+    """Return the hosts on which sudo asks for a password; one that is not reached will tell when it is needed."""
+    return tuple(remote.name for remote in remotes if _try_sudo(Sudo(), remote) is not None)
+
+
+def check_sudo(sudo: Sudo, remotes: Sequence[Remote]) -> None:
+    """Raise AuthFailed for the first host on which sudo does not let us be root."""
+    for remote in remotes:
+        said = _try_sudo(sudo, remote)
+        if said is not None:
+            hint = "the user has to be an administrator there; or run the printed commands by hand"
+            raise AuthFailed(f"sudo was refused: {said}", host=remote.name, hint=hint)
+
+
+def _try_sudo(sudo: Sudo, remote: Remote) -> str | None:
+    """Return what sudo says instead of making us root; None when it does, or when there is no way to the host."""
+    try:
+        done = sudo.run(remote, ["true"])
+    except HostError:
+        return None
+    said = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1]
+    return None if done.code == 0 else said or f"exit code {done.code}"
+
+
+# Doing.
+
+
+def apply(plan: SetupPlan, remotes: Sequence[Remote], record: Record, sudo: Sudo, on_command: OnCommand) -> int:
+    """Run what is not in effect yet; return how many commands were run.
+
+    A needed command that fails ends it: what was run so far stays, and is in the record. Raises what the hosts raise.
+    """
+    count = 0
+    for machine, remote, steps in zip(plan.machines, remotes, plan.to_do, strict=True):
+        for step in steps:
+            try:
+                count += _do(machine.host, remote, step, record, sudo, on_command)
+            except MoectlError as error:
+                total = sum(map(len, plan.to_do))
+                error.message = f"{error.message} ({count} of {total} commands were run)"
+                error.hint = UNDO if record.entries else error.hint
+                raise
+    return count
+
+
+def _do(host: Host, remote: Remote, step: Step, record: Record, sudo: Sudo, on_command: OnCommand) -> bool:
+    entry = Entry(0, host.address, step.argv, step.undo, step.interface, step.address, step.needed)
+    number = record.begin(entry)
+    on_command(host.name, step.argv, "run")
+    done = sudo.run(remote, step.argv)  # one whose end is never heard of stays in the record
+    if done.code == 0:
+        record.finish(number)
+        return True
+    record.forget(number)
+    try:
+        check_completed(done, ["sudo", *step.argv], host.address)
+    except CommandFailed as error:
+        if step.needed:
+            raise
+        on_command(host.name, step.argv, f"goes on without: {error.message}")
+    return False
+
+
+def find_unfinished(plan: SetupPlan) -> tuple[str, ...]:
+    """Return, of a plan made after everything was run, the needed commands that had no effect: "mac1: ifconfig …"."""
+    return tuple(
+        f"{machine.host.name}: {' '.join(step.argv)}"
+        for machine, steps in zip(plan.machines, plan.to_do, strict=True)
+        for step in steps
+        if step.needed
+    )
+
+
+# Undoing.
+
+
+def choose_entries(entries: Sequence[Entry], hosts: Sequence[Host] | None) -> tuple[Entry, ...]:
+    """Return the entries of these hosts, of all hosts for None, in the order of undoing: the last one first."""
+    names = None if hosts is None else {host.address for host in hosts}
+    return tuple(entry for entry in reversed(entries) if names is None or entry.host in names)
+
+
+def find_hosts_of(entries: Sequence[Entry]) -> tuple[Host, ...]:
+    """Return the hosts of some entries, each once."""
+    return tuple(parse_host_string(name).hosts[0] for name in dict.fromkeys(entry.host for entry in entries))
+
+
+def undo(
+    entries: Sequence[Entry], remotes: Mapping[str, Remote], record: Record, sudo: Sudo, on_command: OnCommand
+) -> int:
+    """Take back each entry, host by host, in the order given; return how many commands were run.
+
+    An address that its interface has no more, as after a restart, is left alone. What cannot be undone stays in the
+    record, and the other hosts are undone nevertheless. Raises PartialFailure, or the error that all hosts met.
+    """
+    count, failed = 0, []
+    for name, remote in remotes.items():
+        mine = [entry for entry in entries if entry.host == name]
+        try:
+            count += _undo_host(name, remote, mine, record, sudo, on_command)
+        except MoectlError as error:
+            error.host = name
+            failed.append(error)
+    if failed and len(failed) == len(remotes) == 1:
+        raise failed[0]
+    if failed:
+        said = "; ".join(str(error) for error in failed)
+        raise PartialFailure(f"not everything was undone: {said}", hint="mend that, and run moectl setup --undo again")
+    return count
+
+
+def _undo_host(
+    name: str, remote: Remote, entries: Sequence[Entry], record: Record, sudo: Sudo, on_command: OnCommand
+) -> int:
+    """Undo one host's entries; go on past a failure, and raise the first one at the end."""
+    have = _addresses(remote)
+    count, first = 0, None
+    for entry in entries:
+        if entry.address is not None and (entry.interface, entry.address) not in have:
+            on_command(name, entry.undo, f"left out: {entry.interface} has {entry.address} no more")
+            record.forget(entry.number)
+            continue
+        on_command(name, entry.undo, "undo")
+        done = sudo.run(remote, entry.undo)
+        if done.code == 0 or not entry.needed:
+            record.forget(entry.number)
+            count += 1
+            continue
+        try:
+            check_completed(done, ["sudo", *entry.undo], name)
+        except CommandFailed as error:
+            first = first or error
+    if first is not None:
+        raise first
+    return count
+
+
+def _addresses(remote: Remote) -> set[tuple[str | None, str]]:
+    """Return (interface, address) of a host as they are now."""
+    done = remote.run([*_RUN, "ifconfig"], timeout_s=COMMAND_S)
+    interfaces = parse_ifconfig(done.stdout.decode("utf-8", "replace"))
+    return {(interface.name, str(address.ip)) for interface in interfaces for address in interface.ipv4}
