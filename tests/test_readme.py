@@ -1,8 +1,9 @@
 """The README against what is there: its marked transcripts are run, all that it names is looked up.
 
-A fenced block after `<!-- run -->` is run as a person would type it, in an empty home and directory; after
-`<!-- run with NAME -->` beside the file that a block after `<!-- file: NAME -->` shows. In what is expected `…` stands
-for what varies, on a line of its own for any number of lines.
+A fenced block after `<!-- run -->` is run as a person types it, in an empty home and directory; after
+`<!-- run with NAME -->` beside the file that a block after `<!-- file: NAME -->` shows; after
+`<!-- run in the clone -->` where the demo is. In what is expected `…` stands for what varies, on a line of its own for
+any number of lines.
 """
 
 from __future__ import annotations
@@ -76,8 +77,11 @@ def _pattern(output: str) -> str:
 
 @pytest.mark.parametrize(("mark", "text"), TRANSCRIPTS, ids=[text.splitlines()[0][2:] for _, text in TRANSCRIPTS])
 def test_transcript(mark: str, text: str, tmp_path: Path) -> None:
-    name = mark.removeprefix("run").removeprefix(" with ")
-    if name:
+    if mark == "run in the clone":
+        (tmp_path / "moectl").mkdir()
+        (tmp_path / "moectl" / "demo").symlink_to(PACKAGE / "demo")
+    elif mark != "run":
+        name = mark.removeprefix("run with ")
         (tmp_path / name).write_text(FILES[name], encoding="utf-8")
     steps = list(_steps(text))
     script = _PREAMBLE + "".join(f"{command}\necho '{_MARK}'\n" for command, _ in steps)
@@ -137,7 +141,8 @@ def _commands(line: str) -> Iterator[list[str]]:
 def test_every_verb_exists() -> None:
     named = {words[0] for line in code_lines() for words in _commands(line) if words}
     assert {name for name in named if name[0].islower()} - set(VERBS) == set()
-    assert set(VERBS) - named == set(), "verbs that the README does not name"
+    shown = {name for name, command in VERBS.items() if not command.hidden}
+    assert shown - named == set(), "verbs that the README does not name"
 
 
 def test_every_flag_of_a_command_exists() -> None:
