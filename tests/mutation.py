@@ -24,8 +24,8 @@ from tests.tiny import json_values
 
 HANG_S = 20  # no reader of these small inputs may take so long
 MOST_MEMORY_BYTES = 400 << 20  # that a target may add to the process
-EXAMPLES = 120
-FLIPS = 400
+EXAMPLES = 60
+FLIPS = 200
 ROUND = 2000  # examples between two looks at the clock
 # What parsers trip over: quotes, nesting, ends of things, numbers at their edges, names that lead elsewhere.
 TOKENS = [

@@ -23,7 +23,7 @@ from moectl.geometry import Geometry, read_geometry
 from moectl.hardware import Hardware
 from moectl.hosts import Host
 from moectl.manifest import Quantization
-from moectl.measured import Job, Pass, Speed, read_job, read_speeds
+from moectl.measured import Job, Pass, RankSpeed, Speed, read_job, read_speeds
 from moectl.placement import make_placement
 from moectl.probe import (
     LEAST_MEMORY_BYTES,
@@ -345,8 +345,11 @@ def test_jobs_arrive_as_they_were(where: tuple[str, tuple[int, ...]], q: Quantiz
 
 
 def test_speeds_arrive_as_they_were() -> None:
-    one = Speed("hidden", (1,), Pass(1, 0.5, 0.25), Pass(8, 1.0, 0.0), {256: 0.5}, (), 8, 0.5)
+    rank = RankSpeed(0.5, {1: 0.25}, None, 1e9, 1e12)
+    one = Speed("hidden", (1,), Pass(1, 0.5, 0.25), Pass(8, 1.0, 0.0), {256: 0.5}, (rank,), 8, 0.5)
     assert read_speeds(json.dumps([one.to_json()])) == (one,)
+    with pytest.raises(CommandFailed):  # nobody's speed
+        read_speeds(json.dumps([{**one.to_json(), "ranks": []}]))
 
 
 @given(st.text() | json_values.map(json.dumps))
