@@ -135,6 +135,8 @@ class Survey:
     missing: dict[str, int]
     kept: list[str]
     corrupt: list[str]
+    known: dict[str, str]  # hashes that an earlier push recorded
+    begun: dict[str, int]  # of the planned files, the bytes that are there
 
 
 @dataclass(frozen=True, slots=True)
