@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from moectl import journal as journals
 from moectl import sources
-from moectl.disk import explain_refusal, format_gb, free_bytes, sync_directory
+from moectl.disk import explain_refusal, format_gb, free_bytes, make_directory, sync_directory
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
 from moectl.geometry import Geometry
 from moectl.manifest import NAME as MANIFEST_NAME
@@ -25,6 +25,7 @@ from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, wr
 from moectl.pipeline import OnBytes, OpenQuantise, hash_file, make_files, partial_path
 from moectl.placement import Placement
 from moectl.recipe import OutputFile, Source, describe, plan_files
+from moectl.stamp import is_manifest_recorded, take_stamp, write_stamps
 
 MAX_JOBS = 16
 # The weight files of a shard set, by any version of moectl: all that is deleted on the word of a record.
@@ -92,7 +93,7 @@ def cut(
         held=placement.held,
     )
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory.absolute())
         with journals.lock_directory(directory):
             return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, on_bytes or _ignore, force)
     except OSError as error:
@@ -124,6 +125,10 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
     Raises NotSharded, and IntegrityError that names the files that are missing or have another size or bytes.
     """
     manifest = read_manifest(directory)
+    if not is_manifest_recorded(directory):
+        raise IntegrityError(
+            f"{directory / MANIFEST_NAME} is not as it was written", hint="run the same 'moectl shard' again"
+        )
     problems = []
     for file, entry in manifest.files.items():
         problem = _find_problem(directory / file, entry, on_bytes)
@@ -180,6 +185,13 @@ def _cut_locked(
         missing = [f for f in files if f.path not in done and f not in named]
         _check_space(checkpoint, directory, missing)
         on_bytes(output_bytes(f for f in files if f.path in done))
+        stamps: dict[str, list[Any]] = {}
+
+        def on_hashed(file: str, entry: FileEntry) -> None:
+            journal.record(file, entry)
+            if stamp := take_stamp(directory / file, entry.sha256):
+                stamps[file] = stamp
+
         make_files(
             checkpoint,
             directory,
@@ -188,11 +200,12 @@ def _cut_locked(
             quantise=quantise,
             jobs=jobs,
             on_bytes=on_bytes,
-            on_hashed=journal.record,
+            on_hashed=on_hashed,
         )
         manifest = _complete(checkpoint, directory, plain, files, journal.done)
         _drop_stale(directory, old, manifest)
         write_manifest(directory, manifest)
+        write_stamps(directory, stamps)
         sync_directory(directory)
         journal.remove()
     return manifest
@@ -241,6 +254,7 @@ def _keep(directory: Path, old: Manifest, name: str) -> Manifest:
     if old.name != name:
         old = replace(old, name=name)
         write_manifest(directory, old)
+    write_stamps(directory, {})  # of the manifest: it has just been compared with the source
     (directory / journals.NAME).unlink(missing_ok=True)
     return old
 

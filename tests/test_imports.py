@@ -79,7 +79,7 @@ ROOMS = (
     {"model", "quantize"},
     {"ssh", "shards"},
     {"pipeline"},
-    {"sources"},
+    {"sources", "stamp"},
     {"ssh_connect"},
     {"ssh_login"},
     {"ssh_config", "remote", "backend", "deployment", "wheel", "journal", "recipe", "node", "links"},
