@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moectl.disk import make_directory, sync_directory
 from moectl.errors import NotDeployed, StateError
 from moectl.hosts import Host
 from moectl.paths import state_dir
@@ -57,7 +58,7 @@ def write_deployment(deployment: Deployment) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     text = encode_deployment(deployment)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(path.parent, mode=0o700)
         path.parent.chmod(0o700)
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
@@ -65,6 +66,7 @@ def write_deployment(deployment: Deployment) -> None:
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
         raise StateError(f"cannot write {path}: {error.strerror}", hint="is XDG_STATE_HOME writable?") from None
 

@@ -59,6 +59,14 @@ def write_whole(path: Path, data: bytes) -> None:
         raise StateError(f"{path} cannot be written: {os.strerror(error.errno or 0)}") from None
 
 
+def make_directory(path: Path, *, mode: int = 0o777) -> None:
+    """Make a directory, with those above it, whose names are durable. Raises OSError."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True, mode=mode)
+    for made in reversed(missing):
+        sync_directory(made.parent)
+
+
 def sync_directory(directory: Path) -> None:
     """Make the names in a directory durable."""
     fd = os.open(directory, os.O_RDONLY)

@@ -19,6 +19,11 @@ from tests.sshd import SSHD, Server, run_sshd
 KEPT = ("MOECTL_TEST_",)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the flags of tests that can run longer than they do by default."""
+    parser.addoption("--kills", type=int, default=None, help="end shard, deploy and downloads so often, each way")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Under MOECTL_TEST_STRICT (CI) nothing is skipped: what a test lacks has to be installed."""
