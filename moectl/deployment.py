@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from moectl.disk import make_private_directory
+from moectl.disk import make_private_directory, sync_directory
 from moectl.errors import HostsError, NotDeployed, StateError
 from moectl.hosts import Host, check_envs, check_host
 from moectl.parsed import build
@@ -67,6 +67,7 @@ def write_deployment(deployment: Deployment) -> None:
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
         raise StateError(f"cannot write {path}: {error.strerror}", hint="is XDG_STATE_HOME writable?") from None
 

@@ -59,11 +59,16 @@ def write_whole(path: Path, data: bytes) -> None:
         raise StateError(f"{path} cannot be written: {os.strerror(error.errno or 0)}") from None
 
 
+def make_directory(path: Path, *, mode: int = 0o777) -> None:
+    """Make a directory, with those above it, whose names are durable. Raises OSError."""
+    for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
+        missing.mkdir(mode=mode, exist_ok=True)
+        sync_directory(missing.parent)
+
+
 def make_private_directory(directory: Path) -> None:
     """Make a directory, and its parents where they are missing, for this user alone (0700). Raises OSError."""
-    if not directory.is_dir():
-        make_private_directory(directory.parent)
-        directory.mkdir(mode=0o700, exist_ok=True)
+    make_directory(directory, mode=0o700)
 
 
 def sync_directory(directory: Path) -> None:

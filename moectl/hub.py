@@ -78,7 +78,8 @@ class Repository:
         """Read a header with one or two range requests, and no weights."""
         local = self._cached(file)
         if local is not None:
-            return read_header(local, file)
+            with contextlib.suppress(MoectlError):  # a power cut may have emptied it: it will be fetched anew
+                return read_header(local, file)
         size = self.files[file]
         start = self._range(file, 0, min(size, _FIRST_READ_BYTES))
         stop = 8 + header_length(start[:8], file, size)
@@ -149,7 +150,10 @@ class Repository:
             raise CheckpointError(f"{self.name} has no file {file}")
         cached = self._cached(file)
         if cached is not None:
-            return cached
+            # The cache's files are not made durable before they get their names: one of the right size may be empty.
+            if self._is_intact(cached, file):
+                return cached
+            _drop(cached)
         if self._root is None or not file.endswith(".safetensors"):
             return self._ask(file, lambda: self._fetch_to_cache(file))
         path = self._root / file
@@ -162,19 +166,27 @@ class Repository:
         return found if found is not None and found.stat().st_size == self.files[file] else None
 
     def _fetch_to_cache(self, file: str) -> Path:
-        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub import constants
 
         _require_space(Path(constants.HF_HUB_CACHE), self.files[file], file)
+        path = self._download_to_cache(file)
+        if not self._is_intact(path, file):
+            _drop(path)  # it may be what an earlier run left in the cache, without a name: once more from the Hub
+            path = self._download_to_cache(file)
+        if not self._is_intact(path, file):
+            _drop(path)
+            raise self._wrong_bytes(file)
+        return path
+
+    def _download_to_cache(self, file: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
         bar = self._make_bar(file)
         # The branch's name, not its commit, makes the cache remember the branch: offline runs look for it.
         asked = self._asked if file == "config.json" else self.revision
         path = Path(hf_hub_download(self.name, file, revision=asked, tqdm_class=bar))
         if path.parent.name != self.revision:  # the branch has moved on since it was opened
             path = Path(hf_hub_download(self.name, file, revision=self.revision, tqdm_class=bar))
-        if not self._is_intact(path, file):
-            path.resolve().unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            raise self._wrong_bytes(file)
         return path
 
     def _fetch_to_work_dir(self, file: str, path: Path) -> None:
@@ -292,6 +304,12 @@ def find_cached(repo: str, file: str, revision: str | None) -> Path | None:
     except (OSError, ValueError):  # unreadable, or no repository's name
         return None
     return Path(found) if isinstance(found, str) and Path(found).is_file() else None
+
+
+def _drop(cached: Path) -> None:
+    """Delete a file of the cache, and the name under which a commit has it."""
+    cached.resolve().unlink(missing_ok=True)
+    cached.unlink(missing_ok=True)
 
 
 def _read_range(repo: str, file: str, revision: str, start: int, stop: int) -> bytes:

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH100,PTH103,PTH105,PTH108,PTH110,PTH111,PTH112,PTH114,PTH116,PTH118,PTH119,PTH120,PTH123
+# ruff: noqa: PTH100,PTH102,PTH103,PTH105,PTH108,PTH110,PTH111,PTH112,PTH114,PTH116,PTH118,PTH119,PTH120,PTH123
 """What happens on a host before moectl is there: receive a file, list files, tell versions and space.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from
@@ -80,7 +80,7 @@ def receive(
         on_kept(size_bytes)
         return
     partial = destination + ".partial"
-    os.makedirs(os.path.dirname(destination) or ".", exist_ok=True)
+    _make_directory(os.path.dirname(destination) or ".")
     # A symbolic link there would be somebody else's file, and is refused.
     fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
@@ -94,6 +94,7 @@ def receive(
             raise Mismatch(digest.hexdigest(), kept)
         os.fsync(fd)
         os.replace(partial, destination)
+        _sync_directory(os.path.dirname(destination) or ".")
     finally:
         os.close(fd)
 
@@ -197,11 +198,11 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
 def _recall(directory: str) -> dict[str, str]:
     """Return the recorded hashes of files that have not changed since."""
     found = {}
-    for name, state in _read_record(directory).items():
-        with contextlib.suppress(OSError, TypeError, ValueError):
+    for name, state in read_record(directory).items():
+        with contextlib.suppress(OSError, TypeError, ValueError, IndexError):
             status = os.stat(os.path.join(directory, name))
-            if [status.st_size, status.st_mtime_ns] == state[:2]:
-                found[name] = str(state[2])
+            if state == make_stamp(status, state[-1]):
+                found[name] = str(state[-1])
     return found
 
 
@@ -226,11 +227,13 @@ def refuse_links_outside(directory: str) -> None:
                 raise Outside(path)
 
 
-def _look(directory: str, files: dict[str, list[Any]], verify: bool, remember: bool) -> Any:
-    known = _read_record(directory)
-    found = _compare(directory, files, known, verify)
-    if remember and found[1] and known != _read_record(directory):
-        _write_record(directory, known)
+def _look(
+    directory: str, files: dict[str, list[Any]], verify: bool, remember: bool
+) -> tuple[dict[str, int], list[str], list[str]]:
+    known = read_record(directory)
+    found = compare(directory, files, known, verify)
+    if remember and found[1] and known != read_record(directory):
+        write_record(directory, known)
     return found
 
 
@@ -293,10 +296,14 @@ def _read_text(path: str) -> str:
         return ""
 
 
-def _compare(
+def compare(
     directory: str, files: dict[str, list[Any]], record: dict[str, Any], verify: bool
 ) -> tuple[dict[str, int], list[str], list[str]]:
-    """Return (missing file → bytes of its `.partial`, files that are right, files that are wrong)."""
+    """Compare files {path: [bytes, sha256]} with what is there, hashing what `record` does not vouch for.
+
+    Returns (missing or wrong file → bytes of its `.partial`, files that are right, files that are there and wrong), and
+    brings `record` up to date.
+    """
     missing: dict[str, int] = {}
     kept, corrupt = [], []
     for name, (size, sha256) in files.items():
@@ -319,7 +326,7 @@ def _check(path: str, size: int, sha256: str, known: Any, verify: bool) -> list[
         status = os.stat(path)
     except OSError:
         return None
-    state = [status.st_size, status.st_mtime_ns, sha256]
+    state = make_stamp(status, sha256)
     if status.st_size != size:
         return None
     if not verify and known == state:
@@ -328,6 +335,14 @@ def _check(path: str, size: int, sha256: str, known: Any, verify: bool) -> list[
         return state if hash_file(path) == sha256 else None
     except OSError:
         return None
+
+
+def make_stamp(status: os.stat_result, sha256: str) -> list[Any]:
+    """Return what a record says of a file that was hashed: whatever writes to it or replaces it changes that.
+
+    Times are only ever compared for equality with this host's own, so its clock may be wrong.
+    """
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, sha256]
 
 
 def _size_of(path: str) -> int:
@@ -340,15 +355,15 @@ def _size_of(path: str) -> int:
 def record(request: dict[str, Any]) -> dict[str, Any]:
     """Remember files that `receive` has just verified: {directory, files {path: sha256}}."""
     refuse_names_outside(request["files"])
-    known = _read_record(request["directory"])
+    known = read_record(request["directory"])
     for name, sha256 in request["files"].items():
-        status = os.stat(os.path.join(request["directory"], name))
-        known[name] = [status.st_size, status.st_mtime_ns, sha256]
-    _write_record(request["directory"], known)
+        known[name] = make_stamp(os.stat(os.path.join(request["directory"], name)), sha256)
+    write_record(request["directory"], known)
     return {}
 
 
-def _read_record(directory: str) -> dict[str, Any]:
+def read_record(directory: str) -> dict[str, Any]:
+    """Return what is remembered of a directory's files: path → `make_stamp`."""
     try:
         known = json.loads(_read_text(os.path.join(directory, RECORD)) or "{}")
     except (ValueError, RecursionError):
@@ -356,7 +371,8 @@ def _read_record(directory: str) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _write_record(directory: str, known: dict[str, Any]) -> None:
+def write_record(directory: str, known: dict[str, Any]) -> None:
+    """Remember the stamps of a directory's files."""
     # A record that cannot be written costs a re-hash next time, nothing else.
     with contextlib.suppress(OSError):
         write(os.path.join(directory, RECORD), json.dumps(known, sort_keys=True).encode())
@@ -389,13 +405,33 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
 def write(path: str, content: bytes) -> None:
     """Write a small file atomically."""
     path = os.path.expanduser(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    _make_directory(os.path.dirname(path) or ".")
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "wb") as f:
         f.write(content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+    _sync_directory(os.path.dirname(path) or ".")
+
+
+def _make_directory(directory: str) -> None:
+    """Make a directory, with those above it, whose names are durable."""
+    if not os.path.isdir(directory):
+        above = os.path.dirname(directory) or "."
+        _make_directory(above)
+        with contextlib.suppress(FileExistsError):  # not a directory: what is made in it will say so
+            os.mkdir(directory)
+        _sync_directory(above)
+
+
+def _sync_directory(directory: str) -> None:
+    """Make a file's new name durable: else a power cut may leave a manifest that promises files without names."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def describe_failure(error: Exception) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from moectl import journal as journals
 from moectl import sources
 from moectl.canary import Canary
-from moectl.disk import explain_refusal, format_gb, free_bytes, sync_directory
+from moectl.disk import explain_refusal, format_gb, free_bytes, make_directory, sync_directory
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
 from moectl.geometry import Geometry
 from moectl.manifest import NAME as MANIFEST_NAME
@@ -26,6 +26,7 @@ from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, re
 from moectl.pipeline import OnBytes, OnHashed, OpenQuantise, hash_file, make_files, partial_path
 from moectl.placement import Placement
 from moectl.recipe import OutputFile, Source, describe, plan_files
+from moectl.stamp import is_manifest_recorded, take_stamp, write_stamps
 
 MAX_JOBS = 16
 # The weight files of a shard set, by any version of moectl: all that is deleted on the word of a record.
@@ -95,7 +96,7 @@ def cut(
         held=placement.held,
     )
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory.absolute())
         refuse_links_outside(directory)
         with journals.lock_directory(directory):
             tell = on_file or _ignore_file
@@ -130,6 +131,10 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
     """
     manifest = read_manifest(directory)
     refuse_links_outside(directory)
+    if not is_manifest_recorded(directory):
+        raise IntegrityError(
+            f"{directory / MANIFEST_NAME} is not as it was written", hint="run the same 'moectl shard' again"
+        )
     problems = []
     for file, entry in manifest.files.items():
         problem = _find_problem(directory / file, entry, on_bytes)
@@ -156,6 +161,7 @@ def add_canary(directory: Path, compute: Callable[[Path, Manifest], Canary]) -> 
                 manifest = replace(manifest, canary=compute(directory, manifest))
                 write_manifest(directory, manifest)
                 sync_directory(directory)
+                write_stamps(directory, {})
             return manifest
     except OSError as error:
         raise explain_refusal(error, directory) from error
@@ -215,9 +221,12 @@ def _cut_locked(
         _check_space(checkpoint, directory, missing)
         on_bytes(output_bytes(f for f in files if f.path in done))
         _tell_files(done, on_file)
+        stamps: dict[str, list[Any]] = {}
 
         def finish_file(file: str, entry: FileEntry) -> None:
             journal.record(file, entry)
+            if stamp := take_stamp(directory / file, entry.sha256):
+                stamps[file] = stamp
             on_file(file, entry)
 
         make_files(
@@ -233,6 +242,7 @@ def _cut_locked(
         manifest = _complete(checkpoint, directory, plain, files, journal.done)
         _drop_stale(directory, old, manifest)
         write_manifest(directory, manifest)
+        write_stamps(directory, stamps)
         sync_directory(directory)
         journal.remove()
     return manifest
@@ -281,6 +291,7 @@ def _keep(directory: Path, old: Manifest, name: str) -> Manifest:
     if old.name != name:
         old = replace(old, name=name)
         write_manifest(directory, old)
+    write_stamps(directory, {})  # of the manifest: it has just been compared with the source
     (directory / journals.NAME).unlink(missing_ok=True)
     return old
 

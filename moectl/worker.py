@@ -201,7 +201,9 @@ def _serve(leash: Leash) -> None:
     begin = time.perf_counter()
     from moectl.engine import PREFILL_STEP, Engine
     from moectl.model.load import load_rank
+    from moectl.stamp import check_files
 
+    check_files(directory, manifest, start.rank)  # in the phase that may take long: some files may have to be hashed
     dtype = getattr(mx, start.dtype) if start.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
     if start.agree_routing:

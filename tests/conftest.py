@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--chaos-minutes", type=float, default=0.35, help="of strikes in test_chaos (%(default)s)")
     group.addoption("--chaos-seed", type=int, default=38, help="of what it strikes with (%(default)s)")
     group.addoption("--fuzz-seconds", type=float, default=0.0, help="fuzz each target of test_fuzz for so long")
+    group.addoption("--kills", type=int, default=None, help="end shard, deploy and downloads so often, each way")
     group.addoption("--long", action="store_true", help="also run the tests that are marked long")
 
 

@@ -30,6 +30,7 @@ from moectl.errors import IntegrityError
 from moectl.leash import Done
 from moectl.manifest import FileEntry, parse_manifest, read_manifest, write_manifest
 from moectl.model.reference import compute_canary
+from moectl.node import RECORD
 from moectl.pipeline import hash_file
 from moectl.request import Request
 from moectl.session import Session
@@ -132,6 +133,7 @@ def damage(directory: Path, out: Path, file: str) -> Path:
     data = bytearray(path.read_bytes())
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     path.write_bytes(data)
+    (out / RECORD).unlink(missing_ok=True)  # or the file would be missed before anything is computed
     files = {**manifest.files, file: FileEntry(len(data), hash_file(path, lambda _: None))}
     write_manifest(out, replace(manifest, files=files))
     return out

@@ -106,7 +106,7 @@ ROOMS = (
     {"model", "quantize"},
     {"ssh", "shards"},
     {"pipeline"},
-    {"sources"},
+    {"sources", "stamp"},
     {"ssh_connect"},
     {"ssh_login"},
     {

@@ -31,6 +31,7 @@ from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, PlanError, ShardsDiffer, StateError, UsageError
 from moectl.geometry import PROJECTIONS, expert_name, stacked_name
 from moectl.manifest import Manifest, Quantization, read_manifest
+from moectl.node import RECORD
 from moectl.placement import Placement, make_placement
 from moectl.sources import Sources, peak_bytes
 from tests import tiny
@@ -176,7 +177,9 @@ def _bits(value: mx.array) -> bytes:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    """Return every file, hidden ones too; but not the record of inodes and times, which no two directories share."""
+    found = (p for p in directory.rglob("*") if p.is_file() and p.name != RECORD)
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in found}
 
 
 # What comes out.
