@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moectl import node
 from moectl.canary import Canary, build_canary
 from moectl.copies import Held
 from moectl.errors import IntegrityError, MoectlError, NotSharded
@@ -155,6 +154,8 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
 
 def refuse_links_outside(directory: Path) -> None:
     """Raise IntegrityError when a symbolic link in a shard set leads out of it: nothing there is read or written."""
+    from moectl import node  # Tab reads manifests, and needs to be quick
+
     try:
         node.refuse_links_outside(str(directory))
     except node.Outside as error:

@@ -56,11 +56,14 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     for name in ("CONFIG", "STATE", "DATA", "CACHE"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
     # Names of Unix sockets are short, pytest's directories are not.
+    umask = os.umask(0o022)  # what runs on a host makes it stricter, and in a test that is this process
+    os.umask(umask)
     with tempfile.TemporaryDirectory(prefix="moe") as run:
         monkeypatch.setenv("XDG_RUNTIME_DIR", run)
         monkeypatch.setenv("MOECTL_RUN_KEEP_ALIVE", "0")  # no test leaves a controller behind
         monkeypatch.setenv("MOECTL_DEPLOY_NO_CHECK", "1")  # where it is not what is tested, it takes long
         yield
+    os.umask(umask)
 
 
 @pytest.fixture(scope="session")

@@ -295,6 +295,7 @@ def survey_answer(task: Task, root: Path) -> dict[str, Any]:
         "packages": ["moectl", "mlx", "mlx-lm"],
         "stamp": "env/moectl-env.json",
         "wheels": {},
+        "planned": {},
     }
     return node.survey(request)
 

@@ -272,7 +272,7 @@ def check_speed(speed: Speed, split: str, ranks: int, geometry: Geometry) -> Non
     assert speed.decode.tokens == 1
     assert speed.prefill.tokens == speed.context >= 8
     for one in (speed.decode, speed.prefill):
-        assert one.layer_s > 0
+        assert one.layer_s >= 0  # a difference of two times: 0 where the machine is busy
         assert one.outer_s >= 0
         assert one.total_s(3) == one.outer_s + 3 * one.layer_s
     for number, rank in enumerate(speed.ranks):
