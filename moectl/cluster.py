@@ -24,7 +24,7 @@ from typing import Any
 
 import moectl
 from moectl import manifest as manifest_file
-from moectl.deployment import DeployedRank, Deployment, find_deployment, write_deployment
+from moectl.deployment import DeployedRank, Deployment, check_writable, find_deployment, write_deployment
 from moectl.errors import (
     IntegrityError,
     MoectlError,
@@ -139,9 +139,11 @@ def deploy(
     `only` names the hosts to deploy to, by name or address (all when empty), `jobs` bounds how many work at once,
     `verify` hashes again what is recorded as right, `wheelhouse` is a directory of wheels for hosts without internet.
     A host that fails is in the result; only what concerns all is raised: PlanError (number of hosts),
-    UsageError, VersionMismatch, IntegrityError.
+    UsageError, VersionMismatch, IntegrityError, StateError (the deployment cannot be recorded here).
     """
     _check_request(hosts, manifest, only, wheelhouse)
+    if not dry_run:
+        check_writable()
     with tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
         versions = wanted_versions()
         wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse)

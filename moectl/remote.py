@@ -284,7 +284,8 @@ def put_error(answer: Mapping[str, Any], source: Path, destination: str, sha256:
             return Unreachable(f"the connection was lost while {destination} was sent", host=host)
         case "os":
             where = answer["path"] or destination
-            return CommandFailed(f"cannot write {where}: {answer['reason']}", host=host)
+            hint = f"free space (or inodes) on {host}, then run it again" if answer.get("full") else None
+            return CommandFailed(f"cannot write {where}: {answer['reason']}", host=host, hint=hint)
     return CommandFailed(f"cannot write {destination}: {dict(answer)}", host=host)
 
 
