@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import moectl
 from moectl import manifest as manifest_file
-from moectl.deployment import DeployedRank, Deployment, find_deployment, write_deployment
+from moectl.deployment import DeployedRank, Deployment, check_writable, find_deployment, write_deployment
 from moectl.errors import (
     IntegrityError,
     MoectlError,
@@ -132,13 +132,16 @@ def deploy(
     `verify` hashes again what is recorded as right, `wheelhouse` is a directory of wheels for hosts without internet.
     With `relay`, hosts pass on to each other what all of them need. A set that is still `Growing` is pushed as it
     grows. A host that fails is in the result; only what concerns all is raised: PlanError (number of hosts),
-    UsageError, VersionMismatch, IntegrityError, and fleet.Cancelled when the feed is.
+    UsageError, VersionMismatch, IntegrityError, StateError (the deployment cannot be
+    recorded here), and fleet.Cancelled when the feed is.
     """
     _check_request(hosts, manifest.name, manifest.world_size, only, wheelhouse)
     growing = manifest if isinstance(manifest, Growing) else None
     chosen = [r for r, host in enumerate(hosts) if not only or host.name in only or host.address in only]
     if growing is None:
         manifest_file.refuse_links_outside(shard_dir)
+    if not dry_run:
+        check_writable()
     with tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
         versions = wanted_versions()
         wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse, Path(scratch))

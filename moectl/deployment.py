@@ -6,6 +6,7 @@ about what was done; whether it still holds is for the hosts to say.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -53,6 +54,21 @@ def deployment_path() -> Path:
     return state_dir() / "deployment.json"
 
 
+def check_writable() -> None:
+    """Raise StateError where a deployment could not be recorded, before anybody works for one."""
+    directory = deployment_path().parent
+    try:
+        make_private_directory(directory)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission, or a read-only disk")
+    except OSError as error:
+        raise _unwritable(error) from None
+
+
+def _unwritable(error: OSError) -> StateError:
+    return StateError(f"cannot write {deployment_path()}: {error.strerror}", hint="is XDG_STATE_HOME writable?")
+
+
 def write_deployment(deployment: Deployment) -> None:
     """Make a deployment the current one: directory 0700, file 0600, atomically. Raises StateError."""
     path = deployment_path()
@@ -69,7 +85,7 @@ def write_deployment(deployment: Deployment) -> None:
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        raise StateError(f"cannot write {path}: {error.strerror}", hint="is XDG_STATE_HOME writable?") from None
+        raise _unwritable(error) from None
 
 
 def find_deployment() -> Deployment | None:

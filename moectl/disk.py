@@ -23,7 +23,8 @@ def explain_refusal(error: OSError, path: Path) -> MoectlError:
         )
     named = error.filename or path
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return StateError(f"{named} cannot be written: {reason}", hint="choose another directory with -o")
+        hint = "choose another directory with -o, or set XDG_DATA_HOME and XDG_CACHE_HOME"
+        return StateError(f"{named} cannot be written: {reason}", hint=hint)
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return UsageError(f"{path} is not a directory", hint="choose another directory with -o")
     return StateError(f"{named} cannot be used: {reason}")

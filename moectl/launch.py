@@ -104,6 +104,11 @@ def find_deployment(hosts: HostList | None) -> Deployment | None:
         if hosts.source != NAMES_ONLY and rank.host.dir != host.dir:
             where = host.dir or "its home"
             raise NotDeployed(f"{complete.name} is deployed in {rank.root}, not in {where}.", host=host.name, hint=hint)
+        if hosts.source != NAMES_ONLY and rank.host.python != host.python:
+            wanted = f"python={host.python}" if host.python else "the python that moectl finds"
+            raise NotDeployed(
+                f"{complete.name} is deployed for {rank.python}, not for {wanted}.", host=host.name, hint=hint
+            )
     if hosts.source == NAMES_ONLY:
         return complete
     # What the file says now (addresses, devices) counts, not what it said when the shards were deployed.

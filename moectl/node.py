@@ -420,8 +420,11 @@ def _make_directory(directory: str) -> None:
     if not os.path.isdir(directory):
         above = os.path.dirname(directory) or "."
         _make_directory(above)
-        with contextlib.suppress(FileExistsError):  # not a directory: what is made in it will say so
+        try:
             os.mkdir(directory)
+        except FileExistsError:
+            if not os.path.isdir(directory):  # else somebody else has just made it
+                raise
         _sync_directory(above)
 
 
@@ -445,7 +448,9 @@ def describe_failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, Mismatch):
         return {"error": "mismatch", "sha256": error.args[0], "kept": error.args[1]}
     if isinstance(error, OSError):
-        return {"error": "os", "reason": error.strerror or str(error), "path": str(error.filename or "")}
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason, path = error.strerror or str(error), str(error.filename or "")
+        return {"error": "os", "reason": reason, "path": path, "full": full}
     return {"error": type(error).__name__.lower()}
 
 
@@ -459,6 +464,7 @@ def _receive_next() -> bool:
         line += block
     header = json.loads(line)
     path = os.path.expanduser(header["path"])
+    _hold_directory(os.path.dirname(path) or ".")
     try:
         receive(_read_stdin, path, header["bytes"], header["sha256"], lambda kept: _answer({"kept": kept}))
     except Mismatch as error:
@@ -466,6 +472,24 @@ def _receive_next() -> bool:
     else:
         _answer({})
     return True
+
+
+_held: dict[str, int] = {}  # directory → descriptor that keeps it locked until this process ends
+
+
+def _hold_directory(directory: str) -> None:
+    """Keep others from receiving into a directory until all our files are there. Raises Busy, OSError."""
+    if directory not in _held:
+        _make_directory(directory)
+        fd = os.open(directory, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise Busy(directory) from None
+        except OSError:
+            pass  # a file system without such locks: the one on each file has to do
+        _held[directory] = fd
 
 
 def _read_stdin(count: int, timeout_s: float = STALL_S) -> bytes:

@@ -363,7 +363,11 @@ def _check_room(task: Task, found: Mapping[str, Any], needed: int) -> None:
         name = task.host.name
         raise CommandFailed(room_text(found["free"], needed), host=name, hint=f"free space on {name}")
     if needed and not found["writable"]:
-        raise CommandFailed(f"cannot write to {found['root']}: permission denied", host=task.host.name)
+        raise CommandFailed(
+            f"cannot write to {found['root']}: no permission, or a read-only disk",
+            host=task.host.name,
+            hint="name another place in the hosts file: dir=/path",
+        )
 
 
 def _find_python(task: Task, found: Mapping[str, Any]) -> str:

@@ -51,6 +51,7 @@ class Failure:
     kept: int = 0
     reason: str = ""
     path: str = ""
+    full: bool = False  # whether a disk has no more room
 
 
 class Process(Protocol):
@@ -313,7 +314,8 @@ def put_error(answer: Mapping[str, Any], source: Path, destination: str, sha256:
         case "cut":
             return Unreachable(f"the connection was lost while {destination} was sent", host=host)
         case "os":
-            return CommandFailed(f"cannot write {failure.path or destination}: {failure.reason}", host=host)
+            hint = f"free space (or inodes) on {host}, then run it again" if failure.full else None
+            return CommandFailed(f"cannot write {failure.path or destination}: {failure.reason}", host=host, hint=hint)
         case "outside":
             return IntegrityError(
                 f"{failure.path} leads out of the shard set's directory",

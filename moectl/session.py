@@ -221,16 +221,17 @@ class Session:
         self._collect(Connected, range(last + 1), self._start_timeout_s, "connecting")
 
     def _check_versions(self, listening: dict[int, Listening]) -> None:
-        first = listening[0].versions
-        for rank, event in listening.items():
-            for package in ("moectl", "mlx", "mlx-lm"):
-                if event.versions.get(package) != first.get(package):
-                    raise errors.VersionMismatch(
-                        f"{package} {event.versions.get(package)} here is {first.get(package)} "
-                        f"on {self._ranks[0].host.name}",
-                        host=self._ranks[rank].host.name,
-                        hint="moectl deploy",
-                    )
+        """Raise VersionMismatch that tells, for every package of which there are several versions, who has which."""
+        differences = []
+        for package in ("moectl", "mlx", "mlx-lm"):
+            hosts: dict[str, list[str]] = {}
+            for rank, event in sorted(listening.items()):
+                hosts.setdefault(event.versions.get(package, "none"), []).append(self._ranks[rank].host.name)
+            if len(hosts) > 1:
+                found = ", ".join(f"{version} on {' and '.join(names)}" for version, names in hosts.items())
+                differences.append(f"{package} {found}")
+        if differences:
+            raise errors.VersionMismatch(f"versions differ: {'; '.join(differences)}", hint="moectl deploy")
 
     def _check_canary(self, ready: Mapping[int, Ready]) -> None:
         wrong = {rank: event for rank, event in ready.items() if event.wrong_at is not None}
@@ -562,11 +563,20 @@ class Session:
             case Fatal():
                 return self._failure(rank, event.message, kind=_kind(event.kind), hint=event.hint)
             case _Ended(reason=None):
-                return self._failure(rank, f"{self._exit_text(rank)} while {phase}")
+                text = self._exit_text(rank)
+                return self._failure(rank, f"{text} while {phase}", hint=self._explain_python(rank, text))
             case _Ended():
                 return self._failure(rank, f"{event.reason} (while {phase})")
             case _:
                 return self._failure(rank, f"an unexpected {type(event).__name__} while {phase}")
+
+    def _explain_python(self, rank: int, text: str) -> str | None:
+        """Return what to do when a worker could not even start: its interpreter, or what that needs, has gone."""
+        words = next((line for line in reversed(self._logs[rank]) if "No module named" in line), None)
+        if words is None and not text.endswith(("code 126", "code 127")):
+            return None
+        said = words or next(reversed(self._logs[rank]), "")
+        return f"moectl deploy, which makes its environment again ({self._ranks[rank].argv[0]} does not work: {said})"
 
     def _exit_text(self, rank: int) -> str:
         process = self._processes[rank]

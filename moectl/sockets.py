@@ -30,7 +30,11 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
     stale one is replaced. Raises StateError when another controller has it, UsageError when the place is unfit.
     """
     _open_directory(path.parent)
-    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        lock = os.open(path.with_name(path.name + ".lock"), flags, 0o600)
+    except OSError as error:
+        raise _unfit(path.parent, error) from None
     try:
         _take_lock(lock, path)
         path.unlink(missing_ok=True)
@@ -65,12 +69,19 @@ def _take_lock(lock: int, path: Path) -> None:
     os.write(lock, f"{os.getpid()}\n".encode())
 
 
+def _unfit(directory: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"cannot use {directory} for the controller's socket: {error.strerror}",
+        hint="set XDG_RUNTIME_DIR to a directory of your own that can be written to",
+    )
+
+
 def _open_directory(directory: Path) -> None:
     try:
         make_private_directory(directory)
         status = directory.stat()
     except OSError as error:
-        raise UsageError(f"cannot use {directory} for the controller's socket: {error.strerror}") from None
+        raise _unfit(directory, error) from None
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
         raise UsageError(
             f"{directory} is no place for the controller's socket: others can write there",

@@ -63,9 +63,12 @@ def arm(plan: Plan) -> None:
     armed = _Armed(plan)
     for name in ("open", "write", "pwrite", "fsync", "ftruncate", "mkdir", "rmdir", "link", "symlink"):
         setattr(os, name, getattr(armed, name))
-    os.replace = os.rename = armed.rename  # type: ignore[assignment]
-    os.unlink = os.remove = armed.unlink
-    io.open = builtins.open = armed.open_file
+    for name in ("replace", "rename"):
+        setattr(os, name, armed.rename)
+    for name in ("unlink", "remove"):
+        setattr(os, name, armed.unlink)
+    for module in (io, builtins):
+        vars(module)["open"] = armed.open_file
 
 
 def arm_from(path: str) -> None:
@@ -395,9 +398,11 @@ class Warm:
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
         pid = self._read(timeout_s)
+        moment = threading.Timer(kill_after_s or 0.0, _signal, (pid, plan.how))
         if kill_after_s is not None:
-            threading.Timer(kill_after_s, _signal, (pid, plan.how)).start()
+            moment.start()
         code = self._read(timeout_s)
+        moment.cancel()  # its number may soon be another's
         return Ended(code, said.read_text(errors="replace"))
 
     def close(self) -> None:
@@ -447,12 +452,11 @@ def serve(imports: Sequence[str]) -> None:
 
 def _pack_once() -> None:
     """Let every deploy offer the same wheel: packing it is half of what one costs, and no host here needs it."""
-    from moectl import cluster
-    from moectl.wheel import pack_wheel
+    from moectl import cluster, wheel
 
-    packed = pack_wheel(Path(tempfile.mkdtemp(prefix="moectl-wheel-")))
+    packed = wheel.pack_wheel(Path(tempfile.mkdtemp(prefix="moectl-wheel-")))
     atexit.register(shutil.rmtree, packed.parent)
-    setattr(cluster, "pack_wheel", lambda directory: packed)  # noqa: B010 - a name that it imports
+    vars(cluster)["pack_wheel"] = lambda directory: packed
 
 
 def _be_moectl(request: dict[str, Any]) -> None:

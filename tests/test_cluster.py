@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -39,8 +40,10 @@ from moectl.errors import (
 )
 from moectl.hosts import Host
 from moectl.manifest import NAME, FileEntry, Manifest, write_manifest
-from moectl.node import RECORD, hash_file
-from moectl.provision import Advanced, Event, HostResult, Planned, Working
+from moectl.node import RECORD, hash_file, make_stamp, read_record, write_record
+from moectl.provision import Advanced, Event, HostResult, Planned, Working, make_remote
+from moectl.session import RankSpec, Session
+from moectl.stamp import check_files
 from moectl.wheel import pack_wheel, write_wheel
 from tests.netns import Cluster
 from tests.sshd import Server, find_free_port
@@ -197,10 +200,16 @@ def test_damage_on_a_host_is_found_and_mended(sshd: Server, tmp_path: Path, shar
     # Another time stamp: looked at without being asked.
     victim.write_bytes(bytes(LAYER_BYTES))
     assert deploy(hosts, shards, manifest).results[0].copied_bytes == LAYER_BYTES
-    # Size and time as recorded, a bit flipped by the disk: only --verify can know.
+    # Size and modification time as recorded: whoever wrote has left another trace.
     status = victim.stat()
     victim.write_bytes(bytes(LAYER_BYTES))
     os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert deploy(hosts, shards, manifest).results[0].copied_bytes == LAYER_BYTES
+    # A bit that the disk itself has flipped leaves none: only --verify can know.
+    victim.write_bytes(bytes(LAYER_BYTES))
+    write_record(
+        str(directory), {**read_record(str(directory)), name: make_stamp(victim.stat(), manifest.files[name].sha256)}
+    )
     assert deploy(hosts, shards, manifest).results[0].copied_bytes == 0
     assert deploy(hosts, shards, manifest, verify=True).results[0].copied_bytes == LAYER_BYTES
     # Too short, and a lost record.
@@ -238,6 +247,117 @@ def test_a_full_disk_is_told_before_anything_moves(
     assert isinstance(error, CommandFailed)
     assert str(error).startswith("node0: disk full: 1.0 MB free, 2.0 MB needed")
     assert list(small.iterdir()) == []
+
+
+@pytest.fixture
+def mount(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """Mounts a small file system of its own at a name; once more with other options to change it."""
+    if os.getuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+
+    def mount(name: str, options: str) -> Path:
+        place = tmp_path / name
+        again = place.is_mount()
+        place.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"remount,{options}" if again else options, "tmpfs", str(place)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("tmpfs cannot be mounted here")
+        if not again:
+            request.addfinalizer(lambda: subprocess.run(["umount", "-l", str(place)], check=True))
+        return place
+
+    return mount
+
+
+def test_a_disk_that_fills_up_on_the_way(
+    sshd: Server, tmp_path: Path, shards: Path, mount: Callable[..., Path]
+) -> None:
+    """Two hosts' shares fit one by one and not together; what is there under its name is whole, the rest follows."""
+    disk = mount("nodes", "size=5m")
+    manifest, hosts = make_shards(shards, 2, layer_bytes=600_000), make_hosts(sshd, disk, 2)
+    failed = deploy(hosts, shards, manifest).failed
+    assert failed
+    for result in failed:
+        assert isinstance(result.error, CommandFailed)
+        assert "disk full: " in str(result.error)
+        assert result.error.hint is not None
+        assert result.error.exit_code == 6
+    for path in (p for p in disk.rglob("*.safetensors") if p.is_file()):
+        name = path.relative_to(path.parent.parent).as_posix()
+        assert hash_file(str(path)) == manifest.files[name].sha256
+    for result in failed:
+        assert not (disk / result.host.name / "shards" / shards.name / NAME).exists()
+    mount("nodes", "size=8m")
+    deploy(hosts, shards, manifest).raise_failures()
+    for rank in range(2):
+        assert_holds(disk / f"node{rank}" / "shards" / shards.name, manifest, rank)
+
+
+def test_a_disk_without_inodes(sshd: Server, tmp_path: Path, shards: Path, mount: Callable[..., Path]) -> None:
+    mount("node0", "size=8m,nr_inodes=6")
+    manifest, hosts = make_shards(shards, 1), make_hosts(sshd, tmp_path, 1)
+    error = deploy(hosts, shards, manifest).results[0].error
+    assert isinstance(error, CommandFailed)
+    assert "No space left on device" in error.message
+    assert str(error.hint).startswith("free space (or inodes) on node0")
+    mount("node0", "nr_inodes=60")
+    deploy(hosts, shards, manifest).raise_failures()
+    assert_holds(tmp_path / "node0" / "shards" / shards.name, manifest, 0)
+
+
+def test_read_only_homes(
+    sshd: Server, tmp_path: Path, shards: Path, mount: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, hosts = make_shards(shards, 1), make_hosts(sshd, tmp_path, 1)
+    mount("node0", "size=8m")
+    mount("node0", "ro")
+    error = deploy(hosts, shards, manifest).results[0].error
+    assert isinstance(error, CommandFailed)
+    assert "read-only disk" in error.message
+    assert str(error.hint).endswith("dir=/path")
+    mount("node0", "rw")
+    # The operator's own: told before anything is copied.
+    monkeypatch.setenv("XDG_STATE_HOME", str(mount("home", "size=1m")))
+    mount("home", "ro")
+    with pytest.raises(StateError, match=r"cannot write .*deployment\.json: "):
+        deploy(hosts, shards, manifest)
+    assert list((tmp_path / "node0").iterdir()) == []
+    mount("home", "rw")
+    deploy(hosts, shards, manifest).raise_failures()
+    # Read-only again, all is as it should be: nothing needs to be written there.
+    mount("node0", "ro")
+    deploy(hosts, shards, manifest, verify=True).raise_failures()
+    check_files(tmp_path / "node0" / "shards" / shards.name, manifest, 0)
+
+
+def test_two_deploys_at_once_are_told_apart(sshd: Server, tmp_path: Path, shards: Path) -> None:
+    """Who began first has the directory until all its files are there, also between two of them."""
+    manifest, hosts = make_shards(shards, 1), make_hosts(sshd, tmp_path, 1)
+    name = "common/layer-000.safetensors"
+    directory = tmp_path / "node0" / "shards" / shards.name
+    with contextlib.closing(make_remote(hosts[0])) as first:
+        first.put(shards / name, f"{directory}/{name}", sha256=manifest.files[name].sha256)
+        error = deploy(hosts, shards, manifest).results[0].error
+        assert isinstance(error, CommandFailed)
+        assert "another push is writing" in error.message
+        assert str(error.hint).startswith("wait for the other deploy to end")
+    deploy(hosts, shards, manifest).raise_failures()
+    assert_holds(directory, manifest, 0)
+
+
+def test_clocks_of_hosts_do_not_matter(sshd: Server, tmp_path: Path, shards: Path) -> None:
+    """A host years ahead or behind: what is right there is not sent again, what is wrong is found."""
+    manifest, hosts = make_shards(shards, 1), make_hosts(sshd, tmp_path, 1)
+    deploy(hosts, shards, manifest).raise_failures()
+    directory = tmp_path / "node0" / "shards" / shards.name
+    for year_s in (1.0, 4e9):  # 1970 and 2096
+        for path in (p for root in (shards, directory) for p in root.rglob("*") if p.is_file()):
+            os.utime(path, (year_s, year_s))
+        assert deploy(hosts, shards, manifest).results[0].copied_bytes == 0
+        victim = directory / "rank-0/layer-001.safetensors"
+        victim.write_bytes(bytes(LAYER_BYTES))
+        os.utime(victim, (year_s, year_s))
+        assert deploy(hosts, shards, manifest).results[0].copied_bytes == LAYER_BYTES
 
 
 def test_this_machine_gets_hard_links(tmp_path: Path, shards: Path) -> None:
@@ -382,6 +502,16 @@ def test_an_environment_is_made_once_from_a_wheelhouse(
     stamp.unlink()
     own = replace(host, python=None)
     deploy([own], shards, manifest, wheelhouse=house).raise_failures()
+    assert json.loads(stamp.read_text())["versions"]["moectl"] == moectl.__version__
+    # An environment that somebody deleted is told by whoever needs it, and made again.
+    shutil.rmtree(tmp_path / "node0" / "env")
+    with (
+        contextlib.closing(make_remote(own)) as remote,
+        pytest.raises(MoectlError, match="127 while starting") as caught,
+    ):
+        Session([RankSpec(own, remote, (str(python), "-m", "moectl", "worker"), "/", ("127.0.0.1",))]).__enter__()
+    assert str(caught.value.hint).startswith("moectl deploy")
+    deploy([host], shards, manifest, wheelhouse=house).raise_failures()
     assert json.loads(stamp.read_text())["versions"]["moectl"] == moectl.__version__
 
 

@@ -170,7 +170,7 @@ def test_shard_survives(warm: Warm, model: Path, tmp_path: Path, kills: int | No
         words = ["shard", str(model), "-n", "2", "--q-bits", "4", "-o", str(out), "-j", "2", "--quiet"]
         return Trial(warm, root.parent, (root,), lambda: words, lambda: visible(out))
 
-    survive(make("cut"), make("whole"), count=kills or 3, seed=5)
+    survive(make("cut"), make("whole"), count=kills or 2, seed=5)
 
 
 # deploy: the operator's process, or the one on the host, whichever makes the change that is the moment.
@@ -255,7 +255,7 @@ def test_pull_survives(warm_hub: Warm, model: Path, tmp_path: Path, kills: int |
         return Trial(warm_hub, cache.parent, (cache,), lambda: words, tree, env={"HF_HUB_CACHE": str(cache)})
 
     whole = make("whole")
-    survive(make("pulled"), whole, count=kills or 2, seed=5, ours=False)
+    survive(make("pulled"), whole, count=kills or 1, seed=5, ours=False)
     source = {p.name: p.read_bytes() for p in model.iterdir()}
     assert whole.tree() == {name: source[name] for name in whole.tree()}
 
@@ -270,4 +270,4 @@ def test_shard_of_a_download_survives(warm_hub: Warm, tmp_path: Path, kills: int
             warm_hub, root.parent, (root,), lambda: words, lambda: visible(out), env={"HF_HUB_CACHE": str(root / "hub")}
         )
 
-    survive(make("cut"), make("whole"), count=kills or 2, seed=5)
+    survive(make("cut"), make("whole"), count=kills or 1, seed=5)

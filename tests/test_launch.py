@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,45 @@ def test_the_hosts_file_of_today_counts(deployed: Deployment) -> None:
 def test_other_hosts_are_not_deployed(deployed: Deployment) -> None:
     with pytest.raises(NotDeployed, match="x is deployed on a, b, not on b, a"):
         find_deployment(parse_host_string("b,a"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a ip=10.0.0.1\n", "not on a"),
+        ("a ip=10.0.0.1\nb ip=10.0.0.2\nc\n", "not on a, b, c"),
+        ("b ip=10.0.0.2\na ip=10.0.0.1\n", "not on b, a"),  # other ranks
+        ("a ip=10.0.0.1\nc ip=10.0.0.2\n", "not on a, c"),
+        ("a ip=10.0.0.1\nme@b ip=10.0.0.2\n", "not on a, me@b"),
+        ("a ip=10.0.0.1\nb:2222 ip=10.0.0.2\n", "not on a, b:2222"),
+        ("a ip=10.0.0.1\nb ip=10.0.0.2 dir=/elsewhere\n", "b: x is deployed in /root, not in /elsewhere"),
+        (
+            "a ip=10.0.0.1\nb ip=10.0.0.2 python=/opt/python3\n",
+            "b: .* for /env/bin/python, not for python=/opt/python3",
+        ),
+    ],
+)
+def test_changes_of_the_hosts_file_that_need_a_deploy(deployed: Deployment, text: str, message: str) -> None:
+    with pytest.raises(NotDeployed) as caught:
+        find_deployment(parse_hosts(text, source="hosts.txt"))
+    assert re.search(message, str(caught.value))
+    assert caught.value.hint == "moectl deploy hosts.txt"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# a comment\n\n  a   ip=10.0.9.1 # moved\nb ip=10.0.9.2,10.0.8.2\n",
+        "a memory=64GB chip=m4-max price=9\nb\n",
+        "a rdma=-,rdma_en2\nb rdma=rdma_en3,-\n",
+    ],
+)
+def test_changes_of_the_hosts_file_that_count_at_once(deployed: Deployment, text: str) -> None:
+    wanted = parse_hosts(text, source="hosts.txt")
+    found = find_deployment(wanted)
+    assert found is not None
+    assert [rank.host for rank in found.ranks] == list(wanted.hosts)
+    assert [(r.python, r.directory) for r in found.ranks] == [(r.python, r.directory) for r in deployed.ranks]
 
 
 def test_an_unfinished_deployment_is_named() -> None:

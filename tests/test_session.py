@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from moectl.errors import MoectlError, NotDeployed, PeerLost, RemoteError, Unreachable, UsageError
+from moectl.errors import MoectlError, NotDeployed, PeerLost, RemoteError, Unreachable, UsageError, VersionMismatch
 from moectl.hosts import Host
 from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Token, decode, encode
 from moectl.remote import LocalProcess, LocalRemote
@@ -302,12 +302,19 @@ def test_the_workers_side_of_the_exchange() -> None:
         leash.join()
 
 
-def test_versions_that_differ_are_refused(shards: Path) -> None:
-    ranks = specs(shards)
-    ranks[1] = replace(ranks[1], argv=stand_in("silent", {**own_versions(), "moectl": "0.0.9"}))
-    with pytest.raises(MoectlError, match=r"host1: moectl 0\.0\.9 here is .* on host0") as caught:
+def test_versions_that_differ_are_refused_with_all_differences(shards: Path) -> None:
+    ours = own_versions()
+    ranks = specs(shards, count=4)
+    theirs = [ours, {**ours, "moectl": "0.0.9", "mlx": "0.1"}, {**ours, "mlx": "0.1"}, {**ours, "python": "3.99.0"}]
+    for rank, versions in enumerate(theirs):
+        ranks[rank] = replace(ranks[rank], argv=stand_in("silent", versions))
+    with pytest.raises(VersionMismatch) as caught:
         Session(ranks).__enter__()
-    assert caught.value.exit_code == 6
+    assert caught.value.message == (
+        f"versions differ: moectl {ours['moectl']} on host0 and host2 and host3, 0.0.9 on host1; "
+        f"mlx {ours['mlx']} on host0 and host3, 0.1 on host1 and host2"
+    )
+    assert (caught.value.exit_code, caught.value.hint) == (6, "moectl deploy")
 
 
 def test_a_worker_ends_when_its_controller_vanishes_with_all_pipes() -> None:

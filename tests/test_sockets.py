@@ -87,3 +87,10 @@ def test_a_taken_port_and_no_port() -> None:
     for host, port in (("127.0.0.1", 65536), ("127.0.0.1", -1), ("no such host", 80), ("", 80), ("x" * 300, 80)):
         with pytest.raises(UsageError):
             listen_tcp(host, port, has_key=True)
+
+
+def test_a_place_that_refuses_is_told(tmp_path: Path) -> None:
+    (tmp_path / "s.lock").mkdir()
+    with pytest.raises(UsageError, match="cannot use") as caught, listen_unix(tmp_path / "s"):
+        pass
+    assert "XDG_RUNTIME_DIR" in str(caught.value.hint)
