@@ -26,7 +26,7 @@ from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, re
 from moectl.pipeline import OnBytes, OnHashed, OpenQuantise, hash_file, make_files, partial_path
 from moectl.placement import Placement
 from moectl.recipe import OutputFile, Source, describe, plan_files
-from moectl.stamp import is_manifest_recorded, take_stamp, write_stamps
+from moectl.stamp import is_manifest_recorded, sweep, take_stamp, write_stamps
 
 MAX_JOBS = 16
 # The weight files of a shard set, by any version of moectl: all that is deleted on the word of a record.
@@ -203,6 +203,7 @@ def _cut_locked(
     on_file: OnHashed,
     force: bool,
 ) -> Manifest:
+    sweep(directory)
     binding = _bind(plain, files)
     done = None if force else _find_done(directory, plain, files, binding)
     if done is None:

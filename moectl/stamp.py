@@ -66,6 +66,12 @@ def write_stamps(directory: Path, stamps: Mapping[str, list[Any]]) -> None:
         node.write_record(str(directory), known)
 
 
+def sweep(directory: Path) -> None:
+    """Delete what is left of records that were being written when a process was killed."""
+    for left in directory.glob(f"{node.RECORD}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def _find_wrong_size(path: Path, entry: FileEntry) -> str | None:
     try:
         size = path.stat().st_size
