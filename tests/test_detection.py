@@ -135,3 +135,25 @@ def test_what_ends_while_idle_is_found_without_a_request(shards: Path) -> None:
         os.kill(workers()[0], signal.SIGKILL)
         with pytest.raises(Exception, match="the worker was killed by signal 9 while idle"):
             next(session.events())
+
+
+# Somebody else has the port by the time the ring wants it.
+PORT_TAKEN = """
+import json, os, socket
+import mlx.core as mx
+real = mx.distributed.init
+def init(*arguments, **options):
+    with open(os.environ["MLX_HOSTFILE"]) as f:
+        host, _, port = json.load(f)[int(os.environ["MLX_RANK"])][0].partition(":")
+    held = socket.create_server((host, int(port)))
+    return real(*arguments, **options)
+mx.distributed.init = init
+"""
+
+
+def test_a_port_that_is_taken_is_told(shards: Path) -> None:
+    ranks = specs(shards)
+    ranks[0] = replace(ranks[0], argv=program(PORT_TAKEN))
+    with pytest.raises(Unreachable, match="host0: rank 0: cannot join the ring group"):
+        Session(ranks, start_timeout_s=20).__enter__()
+    wait_for(lambda: not workers())
