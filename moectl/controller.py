@@ -14,21 +14,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from socket import socket
 from typing import Any
 
 from moectl.deployment import Deployment
 from moectl.errors import MoectlError, QueueFull, RemoteError, StateError, Unreachable, UsageError
+from moectl.keep_alive import KeepAlive
 from moectl.launch import Target, count_ranks, open_session
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
-from moectl.request import Request, Stats
+from moectl.request import Request
 from moectl.restart import Restarts
+from moectl.resumed import ResumedAnswer
 from moectl.server import Grace, make_app
 from moectl.server import serve as serve_http
-from moectl.serving import Health, Notice, Settings
+from moectl.serving import Health, Settings
 from moectl.session import Session
 from moectl.sockets import listen_tcp, listen_unix
 from moectl.throughput import Throughput
@@ -46,7 +47,6 @@ SAME = (
     "agree_routing",
     "paranoia",
 )  # what two who share a controller have to agree on
-FIRST_S = 60.0  # for the first question to come
 MAX_FAILURES = 3  # an answer that was in progress at so many of them ends: it may be their cause
 _RETRY_S = 5.0
 
@@ -91,8 +91,8 @@ class Controller:
         self._closed = False
         self._shut = threading.Event()  # the session is to end for good
         self._changed = asyncio.Event()  # somebody came or went
-        self._unfinished: list[_Answer] = []  # in the order in which they came
-        self._numbered: dict[int, _Answer] = {}  # of those: handed to the session, by its request ids
+        self._unfinished: list[ResumedAnswer] = []  # in the order in which they came
+        self._numbered: dict[int, ResumedAnswer] = {}  # of those: handed to the session, by its request ids
         self._last_id = 0
         self._is_up = True
         self._downs = 0  # how often it was not
@@ -107,7 +107,7 @@ class Controller:
         """What kind of model it is."""
         return self._model
 
-    async def submit(self, request: Request) -> _Answer:
+    async def submit(self, request: Request) -> ResumedAnswer:
         """Number a request and hand it to every rank; see `serving.Cluster.submit`."""
         async with self._submitting:
             if self.failure is not None:
@@ -119,14 +119,14 @@ class Controller:
                 raise QueueFull(f"{self._max_waiting} requests wait already", retry_after_s=_RETRY_S)
             if not self._unfinished:
                 self._progress_s = time.monotonic()
-            answer = _Answer(request, self._cancel)
+            answer = ResumedAnswer(request, self._cancel)
             self._unfinished.append(answer)
             self._changed.set()
             if self._is_up:
                 await self._hand_over(answer)
             return answer
 
-    async def _hand_over(self, answer: _Answer) -> None:
+    async def _hand_over(self, answer: ResumedAnswer) -> None:
         self._last_id += 1
         answer.number = self._last_id
         self._numbered[answer.number] = answer
@@ -172,7 +172,7 @@ class Controller:
                 task.cancel()
             self._keep_alive.changed.clear()
 
-    def _cancel(self, answer: _Answer) -> None:
+    def _cancel(self, answer: ResumedAnswer) -> None:
         if self._numbered.get(answer.number) is answer:
             threading.Thread(target=self._session.cancel, args=(answer.number,), daemon=True).start()
 
@@ -250,7 +250,7 @@ class Controller:
             self._forget(answer)
         answer.take(event)
 
-    def _forget(self, answer: _Answer) -> None:
+    def _forget(self, answer: ResumedAnswer) -> None:
         self._numbered.pop(answer.number, None)
         self._unfinished.remove(answer)
         if not self._unfinished:
@@ -307,93 +307,6 @@ def _refuse_too_long(request: Request, max_seq_len: int) -> None:
     size = sum(map(len, texts))
     if size > BYTES_PER_TOKEN * max_seq_len or len(request.prompt_tokens or ()) > max_seq_len:
         raise UsageError(f"the prompt is longer than the model's context of {max_seq_len} tokens", hint="shorten it")
-
-
-class _Answer:
-    """One request's events as they come, over restarts; see `serving.Answer`."""
-
-    def __init__(self, request: Request, cancel: Callable[[_Answer], None]) -> None:
-        self.number = 0  # the session's
-        self.started = False  # a sign of work on it was seen
-        self.cancelled = False
-        self.failures = 0  # of sessions that had it
-        self._request = request
-        self._inbox: asyncio.Queue[Token | Done | Notice | MoectlError] = asyncio.Queue()
-        self._cancel = cancel
-        self._tokens: list[int] = []
-        self._asked_s = time.monotonic()
-        self._first_s = 0.0
-
-    @property
-    def remaining(self) -> Request:
-        """The request, to go on after what was told of the answer already."""
-        return replace(self._request, id=self.number, answered=tuple(self._tokens))
-
-    async def __aiter__(self) -> AsyncIterator[Token | Done | Notice]:
-        while True:
-            event = await self._inbox.get()
-            if isinstance(event, MoectlError):
-                raise event
-            yield event
-            if isinstance(event, Done):
-                return
-
-    def cancel(self) -> None:
-        """Stop soon; the ranks' Done follows and is heard by nobody."""
-        if not self.cancelled:
-            self.cancelled = True
-            self._cancel(self)
-
-    def take(self, event: Prefilled | Token | Done | Refused) -> None:
-        """Take what the session tells of it."""
-        self.started = True
-        match event:
-            case Token():
-                self._first_s = self._first_s or time.monotonic()
-                if event.token >= 0:
-                    self._tokens.append(event.token)
-                self._inbox.put_nowait(event)
-            case Done():
-                self._inbox.put_nowait(replace(event, stats=self._over_all(event.stats)))
-            case Refused():
-                self.fail(UsageError(event.message, hint=event.hint))
-            case _:
-                pass
-
-    def tell(self, text: str) -> None:
-        """Tell whoever waits for it."""
-        self._inbox.put_nowait(Notice(text))
-
-    def fail(self, error: MoectlError) -> None:
-        """End it with an error."""
-        self._inbox.put_nowait(error)
-
-    def _over_all(self, stats: Stats) -> Stats:
-        # The last session knows only its own part of the time.
-        if not self.failures or not self._first_s:
-            return stats
-        now_s = time.monotonic()
-        return replace(stats, ttft_s=self._first_s - self._asked_s, decode_s=now_s - self._first_s)
-
-
-class KeepAlive:
-    """How long an idle controller stays: seconds since the last answer, or for ever."""
-
-    def __init__(self, seconds: float) -> None:
-        self.changed = asyncio.Event()
-        self._seconds = seconds
-        # Whoever started it for one question has to come first.
-        self._until_s = time.monotonic() + max(seconds, FIRST_S)
-
-    def renew(self, seconds: float | None = None, *, asks: bool = False) -> None:
-        """Begin the time again, with another length if wished; `asks`: somebody is about to ask."""
-        self._seconds = self._seconds if seconds is None else seconds
-        self._until_s = time.monotonic() + (max(self._seconds, FIRST_S) if asks else self._seconds)
-        self.changed.set()
-
-    def left_s(self) -> float | None:
-        """Return the seconds that are left, None for ever."""
-        return None if self._seconds < 0 else self._until_s - time.monotonic()
 
 
 def run(

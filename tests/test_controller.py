@@ -19,9 +19,10 @@ import pytest
 
 from moectl import client, launch
 from moectl.client import Client, find_running, is_running
-from moectl.controller import MAX_FAILURES, Controller, KeepAlive
+from moectl.controller import MAX_FAILURES, Controller
 from moectl.demo import demo_dir
 from moectl.errors import IntegrityError, MoectlError, PeerLost, QueueFull, StateError, UsageError
+from moectl.keep_alive import KeepAlive
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.paths import runtime_dir
 from moectl.report import stats_text

@@ -81,7 +81,7 @@ ROOMS = (
     {"survey"},
     {"remedy"},
     {"launch", "planning", "bench", "plot", "probe"},
-    {"server", "restart"},
+    {"server", "restart", "resumed", "keep_alive"},
     {"api", "metrics", "sockets"},
     {"serving"},
     {"prepare", "session", "cluster", "whatif"},

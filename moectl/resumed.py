@@ -1,0 +1,83 @@
+"""One answer over restarts: what its asker hears, and what is left of its request when the cluster is up again.
+
+Lives in the controller's event loop. When to start again, and what to hand over then, is the controller's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+from moectl.errors import MoectlError, UsageError
+from moectl.leash import Done, Prefilled, Refused, Token
+from moectl.request import Request, Stats
+from moectl.serving import Notice
+
+
+class ResumedAnswer:
+    """One request's events as they come, over restarts; see `serving.Answer`."""
+
+    def __init__(self, request: Request, cancel: Callable[[ResumedAnswer], None]) -> None:
+        self.number = 0  # the session's
+        self.started = False  # a sign of work on it was seen
+        self.cancelled = False
+        self.failures = 0  # of sessions that had it
+        self._request = request
+        self._inbox: asyncio.Queue[Token | Done | Notice | MoectlError] = asyncio.Queue()
+        self._cancel = cancel
+        self._tokens: list[int] = []
+        self._asked_s = time.monotonic()
+        self._first_s = 0.0
+
+    @property
+    def remaining(self) -> Request:
+        """The request, to go on after what was told of the answer already."""
+        return replace(self._request, id=self.number, answered=tuple(self._tokens))
+
+    async def __aiter__(self) -> AsyncIterator[Token | Done | Notice]:
+        while True:
+            event = await self._inbox.get()
+            if isinstance(event, MoectlError):
+                raise event
+            yield event
+            if isinstance(event, Done):
+                return
+
+    def cancel(self) -> None:
+        """Stop soon; the ranks' Done follows and is heard by nobody."""
+        if not self.cancelled:
+            self.cancelled = True
+            self._cancel(self)
+
+    def take(self, event: Prefilled | Token | Done | Refused) -> None:
+        """Take what the session tells of it."""
+        self.started = True
+        match event:
+            case Token():
+                self._first_s = self._first_s or time.monotonic()
+                if event.token >= 0:
+                    self._tokens.append(event.token)
+                self._inbox.put_nowait(event)
+            case Done():
+                self._inbox.put_nowait(replace(event, stats=self._over_all(event.stats)))
+            case Refused():
+                self.fail(UsageError(event.message, hint=event.hint))
+            case _:
+                pass
+
+    def tell(self, text: str) -> None:
+        """Tell whoever waits for it."""
+        self._inbox.put_nowait(Notice(text))
+
+    def fail(self, error: MoectlError) -> None:
+        """End it with an error."""
+        self._inbox.put_nowait(error)
+
+    def _over_all(self, stats: Stats) -> Stats:
+        # The last session knows only its own part of the time.
+        if not self.failures or not self._first_s:
+            return stats
+        now_s = time.monotonic()
+        return replace(stats, ttft_s=self._first_s - self._asked_s, decode_s=now_s - self._first_s)
