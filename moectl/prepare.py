@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from moectl import shards
-from moectl.canary import Canary
 from moectl.catalog import MODELS, Model
 from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.copies import place_copies
@@ -26,6 +25,7 @@ from moectl.pipeline import OnHashed, OpenQuantise
 from moectl.placement import Placement, make_placement
 from moectl.recipe import Described, check_quantization, plan_files
 from moectl.routing import Routing
+from moectl.shards import ComputeCanary
 
 PLAIN_BITS = 16
 
@@ -147,7 +147,7 @@ def shard(
     force: bool = False,
     cached: bool = False,
     choose_place: Place | None = None,
-    compute_canary: Callable[[Path, Manifest], Canary] | None = None,
+    compute_canary: ComputeCanary | None = None,
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
     on_files: Callable[[str, Path, Placement, Mapping[str, int]], None] = lambda *_: None,
     on_download: Callable[[str, int, int], None] | None = None,
@@ -190,6 +190,7 @@ def shard(
                 jobs=jobs or shards.default_jobs(),
                 on_bytes=on_bytes,
                 on_file=on_file,
+                compute_canary=compute_canary,
             )
             try:
                 cut(force=force)
@@ -197,8 +198,6 @@ def shard(
                 if not cached:
                     raise
                 cut(force=True)
-            if compute_canary is not None:
-                shards.add_canary(directory, compute_canary)
             # What a person named last is what `deploy` takes, also when it was there already.
             (directory / MANIFEST_NAME).touch()
         return Made(directory, placement, output_bytes, _warnings(checkpoint))

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from moectl.recipe import OutputFile, Source, describe, plan_files
 from moectl.stamp import is_manifest_recorded, sweep, take_stamp, write_stamps
 
 MAX_JOBS = 16
+ComputeCanary = Callable[[Path, Manifest], Canary]
 # The weight files of a shard set, by any version of moectl: all that is deleted on the word of a record.
 _WEIGHTS = re.compile(r"(common/(embedding|head|outer|layer-\d+)|rank-\d+/layer-\d+)\.safetensors")
 
@@ -69,16 +70,18 @@ def cut(
     jobs: int = 1,
     on_bytes: OnBytes | None = None,
     on_file: OnHashed | None = None,
+    compute_canary: ComputeCanary | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write the shard set of a checkpoint to `directory`, or finish an interrupted one; return its manifest.
 
     `quantise` is `quantize.quantizer`; `jobs` streams work at once. `on_bytes` is told output bytes as they come
     (those of an earlier run at once), on the calling thread; they add up to `output_bytes`. So is `on_file` of every
-    weight file that is whole and hashed, once it is remembered; what it raises ends the cut. A set that is there with
-    the same settings is left alone, but for its small files where the source's have changed, unless `force`, which
-    starts afresh. Raises PlanError, CheckpointError, ShardsDiffer or UsageError (the directory holds something else),
-    StateError (disk full, not writable, in use), and IntegrityError or Unreachable from the checkpoint.
+    weight file that is whole and hashed, once it is remembered; what it raises ends the cut. `compute_canary` runs what
+    was cut, for the manifest (None: it gets none). A set that is there with the same settings is left alone, but for a
+    canary that it lacks and its small files where the source's have changed, unless `force`, which starts afresh.
+    Raises PlanError, CheckpointError, ShardsDiffer or UsageError (the directory holds something else), StateError (disk
+    full, not writable, in use), and IntegrityError or Unreachable from the checkpoint.
     """
     if not 1 <= jobs <= MAX_JOBS:
         raise UsageError(f"{jobs} jobs cannot be; use 1 to {MAX_JOBS}")
@@ -99,8 +102,8 @@ def cut(
         make_directory(directory.absolute())
         refuse_links_outside(directory)
         with journals.lock_directory(directory):
-            tell = on_file or _ignore_file
-            return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, on_bytes or _ignore, tell, force)
+            watch = _Watch(on_bytes or _ignore, on_file or _ignore_file, compute_canary)
+            return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, watch, force)
     except OSError as error:
         raise explain_refusal(error, directory) from error
 
@@ -149,24 +152,6 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
     return manifest
 
 
-def add_canary(directory: Path, compute: Callable[[Path, Manifest], Canary]) -> Manifest:
-    """Put what a finished set computes into its manifest, unless it is there; return the manifest.
-
-    Raises what `read_manifest` and `compute` raise, and StateError when the directory is in use or cannot be written.
-    """
-    try:
-        with journals.lock_directory(directory):
-            manifest = read_manifest(directory)
-            if manifest.canary is None:
-                manifest = replace(manifest, canary=compute(directory, manifest))
-                write_manifest(directory, manifest)
-                sync_directory(directory)
-                write_stamps(directory, {})
-            return manifest
-    except OSError as error:
-        raise explain_refusal(error, directory) from error
-
-
 def _find_problem(path: Path, entry: FileEntry, on_bytes: OnBytes | None) -> str | None:
     try:
         size = path.stat().st_size
@@ -192,6 +177,20 @@ def _tell_files(files: Mapping[str, FileEntry], on_file: OnHashed) -> None:
         on_file(file, entry)
 
 
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Who is told of a cut, and what is made of it in the end."""
+
+    on_bytes: OnBytes
+    on_file: OnHashed
+    compute_canary: ComputeCanary | None
+
+    def add_canary(self, directory: Path, manifest: Manifest) -> Manifest:
+        if manifest.canary is not None or self.compute_canary is None:
+            return manifest
+        return replace(manifest, canary=self.compute_canary(directory, manifest))
+
+
 def _cut_locked(
     checkpoint: Checkpoint,
     plain: Manifest,  # without files
@@ -199,8 +198,7 @@ def _cut_locked(
     directory: Path,
     quantise: OpenQuantise,
     jobs: int,
-    on_bytes: OnBytes,
-    on_file: OnHashed,
+    watch: _Watch,
     force: bool,
 ) -> Manifest:
     sweep(directory)
@@ -211,24 +209,24 @@ def _cut_locked(
         done = {}
     old = _read_old(directory)
     if old is not None and len(done) == len(files) and _is_current(checkpoint, directory, old, plain):
-        on_bytes(output_bytes(files))
-        _tell_files(done, on_file)
-        return _keep(directory, old, plain.name)
+        watch.on_bytes(output_bytes(files))
+        _tell_files(done, watch.on_file)
+        return _keep(directory, old, watch.add_canary(directory, replace(old, name=plain.name)))
     with journals.Journal(directory, binding, done) as journal:
         (directory / MANIFEST_NAME).unlink(missing_ok=True)  # after the journal: one of the two says that this is ours
         # A file has its final name before it has its hash: it is whole, and need not be made again.
         named = [f for f in files if f.path not in done and _size(directory / f.path) == f.bytes]
         missing = [f for f in files if f.path not in done and f not in named]
         _check_space(checkpoint, directory, missing)
-        on_bytes(output_bytes(f for f in files if f.path in done))
-        _tell_files(done, on_file)
+        watch.on_bytes(output_bytes(f for f in files if f.path in done))
+        _tell_files(done, watch.on_file)
         stamps: dict[str, list[Any]] = {}
 
         def finish_file(file: str, entry: FileEntry) -> None:
             journal.record(file, entry)
             if stamp := take_stamp(directory / file, entry.sha256):
                 stamps[file] = stamp
-            on_file(file, entry)
+            watch.on_file(file, entry)
 
         make_files(
             checkpoint,
@@ -237,10 +235,10 @@ def _cut_locked(
             named,
             quantise=quantise,
             jobs=jobs,
-            on_bytes=on_bytes,
+            on_bytes=watch.on_bytes,
             on_hashed=finish_file,
         )
-        manifest = _complete(checkpoint, directory, plain, files, journal.done)
+        manifest = watch.add_canary(directory, _complete(checkpoint, directory, plain, files, journal.done))
         _drop_stale(directory, old, manifest)
         write_manifest(directory, manifest)
         write_stamps(directory, stamps)
@@ -287,14 +285,13 @@ def _is_current(checkpoint: Checkpoint, directory: Path, old: Manifest, plain: M
     )
 
 
-def _keep(directory: Path, old: Manifest, name: str) -> Manifest:
-    """Leave a whole set alone, but for its name."""
-    if old.name != name:
-        old = replace(old, name=name)
-        write_manifest(directory, old)
+def _keep(directory: Path, old: Manifest, new: Manifest) -> Manifest:
+    """Leave a whole set alone, but for what its manifest says beside the files."""
+    if old != new:
+        write_manifest(directory, new)
     write_stamps(directory, {})  # of the manifest: it has just been compared with the source
     (directory / journals.NAME).unlink(missing_ok=True)
-    return old
+    return new
 
 
 def _complete(

@@ -26,15 +26,18 @@ from moectl.canary import (
     judge_logits,
     make_prompts,
 )
+from moectl.checkpoint import open_checkpoint
 from moectl.errors import IntegrityError
 from moectl.leash import Done
 from moectl.manifest import FileEntry, parse_manifest, read_manifest, write_manifest
 from moectl.model.reference import compute_canary
 from moectl.node import RECORD
 from moectl.pipeline import hash_file
+from moectl.placement import make_placement
+from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.session import Session
-from moectl.shards import add_canary
+from moectl.shards import cut
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_lockstep import cut_case
 from tests.test_session import specs
@@ -101,18 +104,27 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_tokenizer(source)
     found = {}
     for split, shares in {"hidden": (2, 4), "layers": (2, 2), "tensor": (3, 3)}.items():
-        found[split] = cut_case(source, tmp_path_factory.mktemp("sets") / split, split, shares, 16)
-        add_canary(found[split], compute_canary)
+        found[split] = cut_case(source, tmp_path_factory.mktemp("sets") / split, split, shares, 16, canary=True)
     return found
 
 
-def test_it_is_computed_once_and_kept(sets: dict[str, Path]) -> None:
+def test_it_is_computed_where_it_lacks_and_kept(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_checkpoint(source, vocab_size=VOCAB_SIZE)
+    checkpoint = open_checkpoint(str(source))
+    placement = make_placement(checkpoint.geometry, "hidden", 2)
+
+    def cut_again(compute: Any) -> Canary | None:
+        cut(checkpoint, placement, None, tmp_path / "set", name="set", quantise=quantizer, compute_canary=compute)
+        return read_manifest(tmp_path / "set").canary
+
     def fail(*_: Any) -> Canary:
         raise AssertionError("computed again")
 
-    manifest = add_canary(sets["hidden"], fail)
-    assert manifest.canary == compute_canary(sets["hidden"], replace(manifest, canary=None))
-    assert read_manifest(sets["hidden"]).canary == manifest.canary
+    assert cut_again(None) is None
+    found = cut_again(compute_canary)
+    assert found is not None
+    assert cut_again(fail) == cut_again(None) == found
 
 
 @pytest.mark.parametrize("change", ["points", "top", "spread"])

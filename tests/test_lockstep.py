@@ -23,7 +23,7 @@ from moectl.manifest import Quantization
 from moectl.model.reference import compute_canary
 from moectl.placement import make_placement
 from moectl.quantize import quantizer
-from moectl.shards import add_canary, cut
+from moectl.shards import cut
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env
 from tests.tiny import write_checkpoint
@@ -70,24 +70,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"demo": demo_dir(), "random": random, "deep": deep}
 
 
-def cut_case(source: Path, out: Path, split: str, shares: tuple[int, ...], bits: int) -> Path:
+def cut_case(source: Path, out: Path, split: str, shares: tuple[int, ...], bits: int, *, canary: bool = False) -> Path:
     checkpoint = open_checkpoint(str(source))
     quantization = None if bits == 16 else Quantization(bits, 64)
     split, replicas = ("experts", 2) if split == "copies" else (split, 1)
     geometry = checkpoint.geometry
     placement = make_placement(geometry, split, len(shares), shares=shares, group_size=64, replicas=replicas)
-    cut(checkpoint, placement, quantization, out, name=out.name, quantise=quantizer)
+    compute = compute_canary if canary else None
+    cut(checkpoint, placement, quantization, out, name=out.name, quantise=quantizer, compute_canary=compute)
     return out
-
-
-def with_canary(directory: Path) -> Path:
-    add_canary(directory, compute_canary)
-    return directory
-
-
-def cut_for_ranks(source: Path, out: Path, split: str, shares: tuple[int, ...], bits: int) -> Path:
-    directory = cut_case(source, out, split, shares, bits)
-    return with_canary(directory) if bits != 8 and len(shares) > 1 else directory
 
 
 def run_ranks(world_size: int, cases: list[dict[str, Any]], directory: Path) -> list[list[dict[str, Any]]]:
@@ -127,7 +118,16 @@ def list_cases(world_size: int) -> Iterator[tuple[str, str, tuple[int, ...], int
 def make_cases(world_size: int, models: dict[str, Path], directory: Path) -> list[dict[str, Any]]:
     return [
         {
-            "shards": str(cut_for_ranks(models[model], directory / f"{world_size}-{number}", split, shares, bits)),
+            "shards": str(
+                cut_case(
+                    models[model],
+                    directory / f"{world_size}-{number}",
+                    split,
+                    shares,
+                    bits,
+                    canary=bits != 8 and world_size > 1,
+                )
+            ),
             "prompts": PROMPTS[model],
             "max_tokens": TOKENS,
             "raw": model != "demo",
