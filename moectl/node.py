@@ -374,8 +374,11 @@ def _make_directory(directory: str) -> None:
     if not os.path.isdir(directory):
         above = os.path.dirname(directory) or "."
         _make_directory(above)
-        with contextlib.suppress(FileExistsError):  # not a directory: what is made in it will say so
+        try:
             os.mkdir(directory)
+        except FileExistsError:
+            if not os.path.isdir(directory):  # else somebody else has just made it
+                raise
         _sync_directory(above)
 
 
