@@ -136,6 +136,7 @@ class _Run:
         self._open_quantise = quantise
         self._jobs = jobs
         self._news: SimpleQueue[_News] = SimpleQueue()
+        self._ends: SimpleQueue[None] = SimpleQueue()  # wakes the thread that stops the others
         self._turn = threading.Condition()  # guards what follows
         self._stopped = False
         self._output: _Output | None = None
@@ -152,8 +153,8 @@ class _Run:
                 self._hasher.submit(self._hash, file, report=True)
             end = threading.Thread(target=self._work_all, name="cut", daemon=True)
             end.start()
-            stack.callback(end.join)
-            stack.callback(self._stop)
+            threading.Thread(target=self._wait_for_end, name="stop", daemon=True).start()
+            stack.callback(self._join, end)
             failure: BaseException | None = None
             while (news := self._news.get()) is not None:
                 if isinstance(news, int):
@@ -162,7 +163,7 @@ class _Run:
                     on_hashed(*news)
                 elif failure is None:
                     failure = news
-                    self._stop()
+                    self._ends.put(None)
             if failure is not None:
                 raise failure
 
@@ -175,7 +176,13 @@ class _Run:
         self._hasher.shutdown()
         self._news.put(None)
 
-    def _stop(self) -> None:
+    def _join(self, end: threading.Thread) -> None:
+        self._ends.put(None)
+        end.join()
+
+    def _wait_for_end(self) -> None:
+        # Not on the main thread: a second Ctrl-C while that has just taken the lock would leave it locked for ever.
+        self._ends.get()
         with self._turn:
             self._stopped = True
             self._turn.notify_all()

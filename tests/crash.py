@@ -46,6 +46,7 @@ class Plan:
     at: int = 0
     how: str = KILL
     tear: float = 1.0  # of a write that is the moment, so much still happens
+    again: int = 0  # a second SIGTERM so many changes after the first, while that is being heard
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -229,17 +230,21 @@ class _Armed:
         with self._lock:
             fcntl.flock(self._log, fcntl.LOCK_EX)
             try:
-                if self._plan.at and count_changes(Path(self._plan.log)) + 1 == self._plan.at:
+                number = count_changes(Path(self._plan.log)) + 1
+                if number == self._plan.at and self._plan.how != TERM:
                     self._die(op, torn, what)
                 _REAL["write"](self._log, json.dumps({"op": op, **what}).encode() + b"\n")
+                if (
+                    self._plan.how == TERM
+                    and self._plan.at
+                    and number in {self._plan.at, self._plan.at + self._plan.again}
+                ):
+                    _REAL["kill"](os.getpid(), signal.SIGTERM)
                 yield
             finally:
                 fcntl.flock(self._log, fcntl.LOCK_UN)
 
     def _die(self, op: str, torn: Callable[[], None], what: dict[str, Any]) -> None:
-        if self._plan.how == TERM:
-            _REAL["kill"](os.getpid(), signal.SIGTERM)
-            return
         if op == "write" and self._plan.tear < 1:
             torn()
             _REAL["write"](self._log, json.dumps({"op": op, **what}).encode() + b"\n")

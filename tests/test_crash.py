@@ -46,8 +46,12 @@ class Trial:
     def log(self) -> Path:
         return self.directory / "changes.log"
 
-    def run(self, at: int = 0, how: str = KILL, *, tear: float = 1.0, kill_after_s: float | None = None) -> Ended:
-        plan = Plan(tuple(str(r.resolve()) for r in self.roots), str(self.log), at + self.done if at else 0, how, tear)
+    def run(
+        self, at: int = 0, how: str = KILL, *, tear: float = 1.0, again: int = 0, kill_after_s: float | None = None
+    ) -> Ended:
+        plan = Plan(
+            tuple(str(r.resolve()) for r in self.roots), str(self.log), at + self.done if at else 0, how, tear, again
+        )
         if self.plan_file is not None:
             self.plan_file.write_text(plan.to_json())
         return self.warm.run(self.argv(), self.directory / "said", plan, env=self.env, kill_after_s=kill_after_s)
@@ -100,7 +104,8 @@ def _survive(
             at, tear = draw.randint(1, changes), draw.choice([1.0, draw.random()])
             timed = how != POWER and draw.random() < 0.3
             after_s = draw.random() * duration_s if timed else None
-            end = trial.run(0 if timed else at, how, tear=tear, kill_after_s=after_s)
+            again = draw.choice([0, 0, 1, 2, 3])
+            end = trial.run(0 if timed else at, how, tear=tear, again=again, kill_after_s=after_s)
             if end.code == 0:
                 break
             score.ended += 1

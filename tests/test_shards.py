@@ -782,6 +782,29 @@ def test_resume_keeps_what_is_finished(
         assert {f: s for f, s in _stamps(directory).items() if f in named} == {f: kept[f] for f in named}
 
 
+def test_an_interrupted_run_leaves_no_lock_taken(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second Ctrl-C can strike when a lock has just been taken: so the thread that hears it may take none."""
+    takers: set[str] = set()
+
+    class Watched(threading.Condition):
+        def __enter__(self) -> bool:
+            takers.add(threading.current_thread().name)
+            return super().__enter__()
+
+    class Run(pipeline._Run):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self._turn = Watched()
+
+    monkeypatch.setattr(pipeline, "_Run", Run)
+    with pytest.raises(KeyboardInterrupt):
+        cut(open_checkpoint(str(sources["fused"])), tmp_path, quantise=_interrupting(10_000), jobs=2)
+    assert takers >= {"cut 0", "cut 1", "stop"}
+    assert threading.main_thread().name not in takers
+
+
 def _interrupting(after_bytes: int) -> pipeline.OpenQuantise:
     """Return a quantiser that sends this process a real SIGINT once so many bytes are written."""
     left = after_bytes
