@@ -21,7 +21,7 @@ KEPT = ("MOECTL_TEST_",)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moectl")
-    group.addoption("--chaos-minutes", type=float, default=0.35, help="of strikes in test_chaos (%(default)s)")
+    group.addoption("--chaos-minutes", type=float, default=0.2, help="of strikes in test_chaos (%(default)s)")
     group.addoption("--chaos-seed", type=int, default=38, help="of what it strikes with (%(default)s)")
     group.addoption("--fuzz-seconds", type=float, default=0.0, help="fuzz each target of test_fuzz for so long")
     group.addoption("--kills", type=int, default=None, help="end shard, deploy and downloads so often, each way")

@@ -129,6 +129,7 @@ def test_a_cut_that_fails_ends_the_push_and_the_next_run_goes_on(
     assert kept == {name: (tmp_path / "set" / name).stat().st_mtime_ns for name in files}
 
 
+@pytest.mark.long
 def test_a_host_that_fails_keeps_nothing_from_the_others(sshd: Server, model: Path, tmp_path: Path) -> None:
     hosts = [Host(sshd.add_alias("dead", port=find_free_port())), Host("localhost", dir=str(tmp_path / "here"))]
     fed = shard_and_deploy(cutting(model, tmp_path / "set"), hosts)
@@ -139,6 +140,7 @@ def test_a_host_that_fails_keeps_nothing_from_the_others(sshd: Server, model: Pa
     assert_holds(Path(str(hosts[1].dir), "shards", fed.name), read_manifest(tmp_path / "set"), 1)
 
 
+@pytest.mark.long
 def test_with_no_host_left_the_cut_stops(sshd: Server, model: Path, tmp_path: Path) -> None:
     hosts = [Host(sshd.add_alias(f"dead{i}", port=find_free_port())) for i in range(2)]
 
@@ -161,6 +163,7 @@ def test_what_concerns_all_hosts_ends_the_cut(model: Path, hosts: list[Host], tm
         shard_and_deploy(cutting(model, tmp_path / "set"), hosts, only=["nobody"])
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_both_and_both_are_resumed(hosts: list[Host], tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "larger", n_layers=6, d_model=256, ffn_hidden=1536, files=6)
     listed = write_hosts(hosts, tmp_path / "hosts.txt")

@@ -193,6 +193,7 @@ def test_a_source_that_dies_in_the_middle_is_replaced(netns: Cluster, shards: Pa
 
 
 @pytest.mark.netns
+@pytest.mark.long
 def test_after_kill_9_nothing_is_left_and_the_next_run_goes_on(netns: Cluster, shards: Path, tmp_path: Path) -> None:
     manifest = make_shards(shards, 4, layer_bytes=2_000_000)
     hosts = netns.hosts()

@@ -114,12 +114,12 @@ def kill(served: Served, number: signal.Signals, which: int) -> Callable[[], Non
     return lambda: os.kill(sorted(served.workers())[which], number)
 
 
-@pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize(
-    ("number", "cause"),
+    ("number", "cause", "which"),
     [
-        (signal.SIGKILL, "the worker was killed by signal 9 while generating"),
-        (signal.SIGSTOP, "the worker has not answered for 4 s"),
+        (signal.SIGKILL, "the worker was killed by signal 9 while generating", 0),
+        (signal.SIGKILL, "the worker was killed by signal 9 while generating", 1),
+        (signal.SIGSTOP, "the worker has not answered for 4 s", 1),
     ],
 )
 def test_an_answer_goes_on(
