@@ -1,4 +1,4 @@
-# ruff: noqa: PTH100,PTH102,PTH103,PTH105,PTH108,PTH110,PTH111,PTH112,PTH114,PTH116,PTH118,PTH119,PTH120,PTH123
+# ruff: noqa: PTH100,PTH102,PTH103,PTH105,PTH108,PTH110,PTH111,PTH112,PTH114,PTH116,PTH118,PTH119,PTH120,PTH123,PTH208
 """What happens on a host before moectl is there: receive a file, list files, tell versions and space.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from
@@ -406,6 +406,7 @@ def write(path: str, content: bytes) -> None:
     """Write a small file atomically."""
     path = os.path.expanduser(path)
     _make_directory(os.path.dirname(path) or ".")
+    _drop_stale(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "wb") as f:
         f.write(content)
@@ -413,6 +414,26 @@ def write(path: str, content: bytes) -> None:
         os.fsync(f.fileno())
     os.replace(temporary, path)
     _sync_directory(os.path.dirname(path) or ".")
+
+
+def _drop_stale(path: str) -> None:
+    """Delete what processes that were killed while they wrote this file have left beside it."""
+    directory, name = os.path.split(path)
+    for found in os.listdir(directory or "."):
+        pid = found[len(name) + 1 : -len(".tmp")] if found.startswith(f"{name}.") and found.endswith(".tmp") else ""
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, found))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _make_directory(directory: str) -> None:

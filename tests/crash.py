@@ -402,11 +402,11 @@ class Warm:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
-        pid = self._read(timeout_s)
+        pid = self._read(timeout_s, self._process.pid)
         moment = threading.Timer(kill_after_s or 0.0, _signal, (pid, plan.how))
         if kill_after_s is not None:
             moment.start()
-        code = self._read(timeout_s)
+        code = self._read(timeout_s, pid)
         moment.cancel()  # its number may soon be another's
         return Ended(code, said.read_text(errors="replace"))
 
@@ -416,13 +416,21 @@ class Warm:
             stream.close()
         self._process.wait(20)
 
-    def _read(self, timeout_s: float) -> int:
+    def _read(self, timeout_s: float, suspect: int) -> int:
+        """Return the next number; one that is too long in coming is a hang, whose process is ended."""
         assert self._process.stdout is not None
-        watch = threading.Timer(timeout_s, self._process.kill)
+        hung = threading.Event()
+
+        def end() -> None:
+            hung.set()
+            _signal(suspect, KILL)
+
+        watch = threading.Timer(timeout_s, end)
         watch.start()
         line = self._process.stdout.readline()
         watch.cancel()
-        assert line, "the warm process has ended, or a moectl hung"
+        assert not hung.is_set(), f"process {suspect} hung"
+        assert line, "the warm process has ended"
         return int(line)
 
 

@@ -116,6 +116,9 @@ def _survive(
         final = trial.run()
         assert final.code == 0, final.said
         assert trial.tree() == wanted
+        if ours:
+            left = (p for root in trial.roots for p in root.rglob("*") if ".lost-" not in str(p))
+            assert [p for p in left if p.suffix in (".partial", ".tmp")] == []
         if how == POWER:
             score.lost += lose(trial.log, trial.roots, draw)
             if not ours:

@@ -802,3 +802,13 @@ def test_a_host_that_falls_silent_behind_a_jump_host_is_noticed(
         process.wait(1)
     process.close()
     remote.close()
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    for name in (f"note.{gone.pid}.tmp", f"note.{os.getppid()}.tmp", "note.mine.tmp", f"other.{gone.pid}.tmp"):
+        (tmp_path / name).touch()
+    node.write(str(tmp_path / "note"), b"text")
+    left = {"note", f"note.{os.getppid()}.tmp", "note.mine.tmp", f"other.{gone.pid}.tmp"}
+    assert {p.name for p in tmp_path.iterdir()} == left
