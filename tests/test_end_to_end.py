@@ -133,7 +133,12 @@ def four_hosts(netns: Cluster, tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.netns
 @pytest.mark.parametrize(
     ("split", "shares", "copies"),
-    [("hidden", "2,1,1,2", 1), ("experts", "7,1,2,6", 1), ("experts", "9,6,8,7", 2), ("layers", "1,1,1,1", 1)],
+    [
+        ("hidden", "2,1,1,2", 1),
+        pytest.param("experts", "7,1,2,6", 1, marks=pytest.mark.long),
+        ("experts", "9,6,8,7", 2),
+        pytest.param("layers", "1,1,1,1", 1, marks=pytest.mark.long),
+    ],
 )
 def test_four_hosts_answer_like_one_process(
     split: str, shares: str, copies: int, four_hosts: Path, model: Path, alone: str
