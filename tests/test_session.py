@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from moectl.errors import MoectlError, NotDeployed, PeerLost, RemoteError, Unreachable, UsageError, VersionMismatch
+from moectl.errors import MoectlError, NotDeployed, RemoteError, Unreachable, UsageError, VersionMismatch
 from moectl.hosts import Host
 from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Token, decode, encode
 from moectl.remote import LocalProcess, LocalRemote
@@ -130,9 +130,10 @@ def test_a_rank_that_stalls_is_bounded_and_the_session_stays_over(shards: Path) 
         answer = session.generate(Request(1, "hello", 400))
         next(answer)
         os.kill(frozen, signal.SIGSTOP)
-        with pytest.raises(PeerLost, match="nothing was computed for 2 s by host0, host1"):
+        # The step is late first, but heartbeats that are missed tell who it is.
+        with pytest.raises(RemoteError, match="host1: rank 1: the worker has not answered for 4 s"):
             list(answer)
-        with pytest.raises(PeerLost):
+        with pytest.raises(RemoteError):
             list(session.generate(Request(2, "hello", 1)))
         os.kill(frozen, signal.SIGCONT)
     with pytest.raises(MoectlError):
