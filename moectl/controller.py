@@ -20,7 +20,7 @@ from socket import socket
 from typing import Any
 
 from moectl.deployment import Deployment
-from moectl.errors import MoectlError, QueueFull, RemoteError, StateError, Unreachable, UsageError
+from moectl.errors import LeashLost, MoectlError, QueueFull, RemoteError, StateError, Unreachable, UsageError
 from moectl.keep_alive import KeepAlive
 from moectl.launch import Target, count_ranks, open_session
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
@@ -187,7 +187,8 @@ class Controller:
                 again = self._hear()
             failure = again
         if not self._shut.is_set():
-            failure.hint = self._advise(failure) or failure.hint
+            with contextlib.suppress(Exception):  # looking for advice may fail as well, and whoever waits has to hear
+                failure.hint = self._advise(failure) or failure.hint
         self._call(self._fail, failure)
 
     def _find_delay(self, failure: MoectlError) -> float | None:
@@ -262,7 +263,8 @@ class Controller:
         self._is_up = False
         self._downs += 1
         for answer in self._numbered.values():  # not at a start that fails: nobody had begun with it
-            answer.failures += 1
+            answer.restarts += 1
+            answer.failures += not isinstance(failure, LeashLost)
         self._numbered.clear()
         text = f"{failure}. Starting again ({self._restarts.recent} of {self._restarts.most})."
         self._say(text)

@@ -23,7 +23,8 @@ class ResumedAnswer:
         self.number = 0  # the session's
         self.started = False  # a sign of work on it was seen
         self.cancelled = False
-        self.failures = 0  # of sessions that had it
+        self.restarts = 0  # of sessions that had it
+        self.failures = 0  # of those: not because this machine slept
         self._request = request
         self._inbox: asyncio.Queue[Token | Done | Notice | MoectlError] = asyncio.Queue()
         self._cancel = cancel
@@ -77,7 +78,7 @@ class ResumedAnswer:
 
     def _over_all(self, stats: Stats) -> Stats:
         # The last session knows only its own part of the time.
-        if not self.failures or not self._first_s:
+        if not self.restarts or not self._first_s:
             return stats
         now_s = time.monotonic()
         return replace(stats, ttft_s=self._first_s - self._asked_s, decode_s=now_s - self._first_s)

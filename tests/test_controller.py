@@ -21,7 +21,7 @@ from moectl import client, launch
 from moectl.client import Client, find_running, is_running
 from moectl.controller import MAX_FAILURES, Controller
 from moectl.demo import demo_dir
-from moectl.errors import IntegrityError, MoectlError, PeerLost, QueueFull, StateError, UsageError
+from moectl.errors import IntegrityError, LeashLost, MoectlError, PeerLost, QueueFull, StateError, UsageError
 from moectl.keep_alive import KeepAlive
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.paths import runtime_dir
@@ -266,6 +266,39 @@ def test_a_failure_that_lasts_is_told_with_what_helps() -> None:
         assert isinstance(controller.failure, IntegrityError)
 
     restart(test, IntegrityError("damaged"), FakeSession())
+
+
+def test_advice_that_fails_hides_no_failure() -> None:
+    def advise(failure: MoectlError) -> str | None:
+        raise OSError("disk full")
+
+    async def main() -> None:
+        session: Any = FakeSession()
+        controller = Controller(session, "model", ranks=2, keep_alive=KeepAlive(-1), advise=advise)
+        answer = await controller.submit(Request(0, "a", 5))
+        session.heard.put(PeerLost("gone", hint="look there"))
+        with pytest.raises(PeerLost, match="gone") as caught:
+            await asyncio.wait_for(collect(answer), 20)
+        assert caught.value.hint == "look there"
+
+    asyncio.run(main())
+
+
+def test_sleeping_often_ends_no_answer() -> None:
+    last = FakeSession()
+    naps = [FakeSession() for _ in range(MAX_FAILURES)]
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        answer = await controller.submit(Request(0, "a", 5))
+        for number, session in enumerate(sessions[:-1]):
+            session.heard.put(Token(1, 7 + number, "x"))
+            session.heard.put(LeashLost("slept"))
+            await until(lambda n=number: len(sessions[n + 1].submitted) == 1)  # type: ignore[misc]
+        last.heard.put(Done(1, "stop", STATS))
+        told = await collect(answer)
+        assert [e.text for e in told if isinstance(e, Token)] == ["x"] * (MAX_FAILURES + 1)
+
+    restart(test, *naps, last)
 
 
 def test_an_idle_controller_leaves_and_a_busy_one_stays() -> None:
