@@ -557,7 +557,7 @@ def test_files_that_are_no_chats_are_one_line(tmp_path: Path) -> None:
 def test_an_error_is_said_and_the_chat_goes_on(tmp_path: Path) -> None:
     with Talk(tmp_path) as talk:
         talk.ready()
-        assert talk.enter("refuse") == ["Error: the context is full␛[2J", "Hint: use /clear"]
+        assert talk.enter("refuse") == ["Error: the context is full [2J", "Hint: use /clear"]
         assert talk.enter("break") == ["Half", "Error: mac3: rank 2: connection reset", "Hint: moectl logs mac3"]
         talk.enter("hello")
         assert talk.events("asked")[-1] == [["user", "hello"]]

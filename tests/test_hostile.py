@@ -172,7 +172,7 @@ def test_a_record_with_a_hostile_host_is_refused() -> None:
 # The whole way of `deploy`: dir=, python=, the shard set's name and its files.
 
 
-def survey(host: Host, shards: Path, name: str, file: str) -> object:
+def survey(host: Host, shards: Path, name: str, file: str) -> provision.Look:
     wheel = shards / "moectl.whl"
     wheel.write_bytes(b"")
     entry = FileEntry(1, "0" * 64)
@@ -189,9 +189,10 @@ def test_hostile_paths_reach_a_host_as_they_are(ssh_host: Host, here: Path, tmp_
     def run(directory: str, name: str, file: str) -> None:
         root = str(tmp_path / "root") + directory.replace("..", "")
         try:
-            found = survey(replace(ssh_host, dir=root), tmp_path / "set", name.replace("/", ""), file.lstrip("/"))
+            look = survey(replace(ssh_host, dir=root), tmp_path / "set", name.replace("/", ""), file.lstrip("/"))
         except MoectlError:
             return  # refused
+        found = look.result
         assert isinstance(found, provision.HostResult)
         assert found.root == os.path.abspath(root)  # noqa: PTH100 - as the host does it
         assert found.copied_bytes == 1

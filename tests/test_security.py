@@ -82,7 +82,10 @@ def _is(node: ast.AST, value: object) -> bool:
 
 
 def test_nothing_that_is_read_becomes_code() -> None:
-    assert {path.name: found for path, tree in TREES.items() if (found := list(offences(tree)))} == {}
+    assert {path.name: found for path, tree in TREES.items() if (found := list(offences(tree)))} == {
+        "cli.py": ["shell"],  # a key of `completion --json`
+        "node_platform.py": ["system"],  # platform's, which tells what it is
+    }
 
 
 def test_the_rule_finds_what_it_forbids() -> None:
@@ -112,11 +115,11 @@ def calls(*names: str) -> dict[str, set[str]]:
 def test_who_may_load_fork_and_run_a_shell() -> None:
     assert calls("mx.load", "hmac.compare_digest") == {
         "mx.load": {"model/load.py"},  # behind a check for .safetensors
-        "hmac.compare_digest": {"server.py", "links.py"},
+        "hmac.compare_digest": {"server.py", "links.py", "relay.py"},
     }
     # multiprocessing pickles what passes between a deploy and its own children, through pipes that nobody else has.
     users = {p.name for p in TREES if "import multiprocessing" in p.read_text()}
-    assert users == {"cluster.py"}
+    assert users == {"fleet.py"}
     shells = {p.name for p in TREES if '"/bin/sh"' in p.read_text()}
     assert shells == {"ssh_connect.py"}  # a ProxyCommand of the user's own configuration, as ssh runs it
 
