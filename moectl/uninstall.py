@@ -93,12 +93,13 @@ def _clear(host: Host, keep: Sequence[str], dry_run: bool) -> Cleared:
 
 def _find_running(remote: Remote, pythons: Sequence[str], root: str) -> list[int]:
     seen = ask(remote, pythons, "node_workers", {"root": root, "directory": ""}, timeout_s=LOOK_S)
-    return [worker["pid"] for worker in seen["workers"] if _is_under(worker, seen["root"])]
+    return [worker["pid"] for worker in seen["workers"] if _is_under(worker, seen["root"], pythons)]
 
 
-def _is_under(worker: dict[str, object], root: str) -> bool:
-    """Whether a worker uses this root; one that keeps no log could be any root's."""
+def _is_under(worker: dict[str, object], root: str, pythons: Sequence[str]) -> bool:
+    """Whether a worker uses this root; one that keeps no log may, if it runs in a python that this host is given."""
     logs = worker["logs"]
     assert isinstance(logs, list)
     paths = [str(worker["python"]), *map(str, logs)]
-    return not logs or any(posixpath.commonpath([path, root]) == root for path in paths if path.startswith("/"))
+    under = any(posixpath.commonpath([path, root]) == root for path in paths if path.startswith("/"))
+    return under or (not logs and worker["python"] in pythons)

@@ -59,12 +59,24 @@ def make_env(root: Path) -> Path:
     return env
 
 
+def make_python(prefix: Path) -> Path:
+    """Make another name for this python, under which no worker of another test runs."""
+    (prefix / "bin").mkdir(parents=True)
+    python = prefix / "bin" / "python"
+    python.symlink_to(sys.executable)
+    config = Path(sys.prefix) / "pyvenv.cfg"
+    if config.exists():
+        (prefix / "pyvenv.cfg").write_text(config.read_text())
+        (prefix / "lib").symlink_to(Path(sys.prefix) / "lib")
+    return python
+
+
 @pytest.fixture
 def hosts(sshd: Server, tmp_path: Path) -> list[Host]:
     """Two hosts; the homes of both hold something of their owner's, one of them inside moectl's directory too."""
+    python = str(make_python(tmp_path / "python"))
     found = [
-        Host(sshd.add_alias(f"node{i}"), python=sys.executable, dir=str(tmp_path / f"home{i}" / "moectl"))
-        for i in range(2)
+        Host(sshd.add_alias(f"node{i}"), python=python, dir=str(tmp_path / f"home{i}" / "moectl")) for i in range(2)
     ]
     for i in range(2):
         (tmp_path / f"home{i}").mkdir()
@@ -185,6 +197,19 @@ def test_a_host_where_a_worker_runs_is_left_as_it_is(hosts: list[Host], tmp_path
     assert left.missing == ("node1",)
 
 
+@pytest.mark.parametrize("is_its_own", [True, False])
+def test_a_worker_that_keeps_no_log_may_be_any_roots_of_its_python(
+    hosts: list[Host], tmp_path: Path, is_its_own: bool
+) -> None:
+    plant(hosts[:1], tmp_path / "tiny-experts-1")
+    python = str(hosts[0].python) if is_its_own else sys.executable
+    with subprocess.Popen([python, "-c", "input()", "-m", "moectl", "worker"], stdin=subprocess.PIPE) as process:
+        [found] = clear_hosts(hosts[:1], dry_run=True)
+        process.communicate(b"\n")
+    said = found.error.message if found.error else ""
+    assert (f"process {process.pid}" in said) == is_its_own
+
+
 @pytest.mark.parametrize("locked", ["env.lock", "shards/tiny-experts-1/config.json.partial"])
 def test_a_deploy_at_work_is_not_disturbed(locked: str, hosts: list[Host], tmp_path: Path) -> None:
     plant(hosts[:1], tmp_path / "tiny-experts-1")
@@ -198,8 +223,9 @@ def test_a_deploy_at_work_is_not_disturbed(locked: str, hosts: list[Host], tmp_p
         assert read_tree(root) == before
 
 
-def test_this_machines_own_shard_sets_stay(tmp_path: Path) -> None:
+def test_this_machines_own_shard_sets_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A localhost whose dir= is where the operator keeps the sets: what is deployed there is the operator's copy."""
+    monkeypatch.setattr(sys, "executable", str(make_python(tmp_path / "python")))
     shards = data_dir() / "shards" / "tiny-experts-1"
     manifest = make_shards(shards, 1)
     host = Host("localhost", dir=str(data_dir()))
