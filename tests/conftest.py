@@ -28,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--long", action="store_true", help="also run the tests that are marked long")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes `-n auto` means: a test may start four ranks, which want cores as well."""
+    return max(2, min(4, (os.cpu_count() or 1) // 2))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked long, unless asked for: deselected, since CI takes no skip for an answer."""
     if not config.getoption("--long"):
