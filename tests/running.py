@@ -1,8 +1,9 @@
-"""The processes that a test has started, wherever they hang in the tree: found by the test's own runtime directory."""
+"""The processes that a test has started, wherever they hang in the tree, told from those of other tests beside it."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,3 +35,15 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def make_python(prefix: Path) -> Path:
+    """Make another name for this python, under which no worker of another test runs."""
+    (prefix / "bin").mkdir(parents=True)
+    python = prefix / "bin" / "python"
+    python.symlink_to(sys.executable)
+    config = Path(sys.prefix) / "pyvenv.cfg"
+    if config.exists():
+        (prefix / "pyvenv.cfg").write_text(config.read_text())
+        (prefix / "lib").symlink_to(Path(sys.prefix) / "lib")
+    return python

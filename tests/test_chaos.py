@@ -16,7 +16,6 @@ EXACT = Question("completions", {}, "one two three", "length", 3)
 
 
 @pytest.mark.netns
-@pytest.mark.long
 def test_every_answer_is_exact_or_ends_with_one_clear_error(
     netns: Cluster, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

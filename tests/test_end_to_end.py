@@ -137,7 +137,7 @@ def four_hosts(netns: Cluster, tmp_path: Path) -> Iterator[Path]:
         ("hidden", "2,1,1,2", 1),
         pytest.param("experts", "7,1,2,6", 1, marks=pytest.mark.long),
         ("experts", "9,6,8,7", 2),
-        pytest.param("layers", "1,1,1,1", 1, marks=pytest.mark.long),
+        ("layers", "1,1,1,1", 1),
     ],
 )
 def test_four_hosts_answer_like_one_process(

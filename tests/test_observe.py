@@ -12,7 +12,7 @@ import pytest
 
 from moectl.demo import demo_dir
 from tests.ring import process_env
-from tests.running import wait_for, workers
+from tests.running import make_python, wait_for, workers
 from tests.sshd import Server
 from tests.terminal import Terminal
 from tests.test_cli import run
@@ -28,7 +28,6 @@ def moectl(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.long
 def test_a_deployment_from_its_beginning_to_its_end(
     sshd: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -42,7 +41,8 @@ def test_a_deployment_from_its_beginning_to_its_end(
     assert call("logs")[0] == 8
 
     names = ("left", "right")
-    lines = [f"{sshd.add_alias(name)} python={sys.executable} dir={tmp_path / name}" for name in names]
+    python = make_python(tmp_path / "python")
+    lines = [f"{sshd.add_alias(name)} python={python} dir={tmp_path / name}" for name in names]
     (tmp_path / "hosts.txt").write_text("\n".join(lines) + "\n")
     (tmp_path / "left").mkdir()
     (tmp_path / "left" / "mine.txt").write_text("mine")

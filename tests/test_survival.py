@@ -140,7 +140,6 @@ def test_an_answer_goes_on(
     assert len(served.workers()) == 2
 
 
-@pytest.mark.long
 def test_who_asks_meanwhile_waits(served: Served, undisturbed: dict[str, str]) -> None:
     late: list[Streamed] = []
     asking = threading.Thread(target=lambda: late.append(served.stream(GREEDY)))
@@ -155,7 +154,6 @@ def test_who_asks_meanwhile_waits(served: Served, undisturbed: dict[str, str]) -
     assert late[0].text == undisturbed["greedy"]
 
 
-@pytest.mark.long
 def test_a_controller_that_was_stopped_blames_no_worker(served: Served, undisturbed: dict[str, str]) -> None:
     def sleep() -> None:
         os.kill(served.process.pid, signal.SIGSTOP)
@@ -167,7 +165,6 @@ def test_a_controller_that_was_stopped_blames_no_worker(served: Served, undistur
     assert "this machine slept, or was stopped, for" in found.notices[0]
 
 
-@pytest.mark.long
 def test_a_short_stop_is_nothing(served: Served, undisturbed: dict[str, str]) -> None:
     def freeze(pid: int) -> None:
         os.kill(pid, signal.SIGSTOP)

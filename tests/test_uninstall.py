@@ -20,6 +20,7 @@ from moectl.node import RECORD
 from moectl.node_clear import Plan, is_our_env, remove
 from moectl.paths import data_dir
 from moectl.uninstall import clear_hosts
+from tests.running import make_python
 from tests.sshd import Server, find_free_port
 from tests.test_cli import run
 from tests.test_cluster import make_shards
@@ -57,18 +58,6 @@ def make_env(root: Path) -> Path:
     for name in ("tiny-rank-0.log", "tiny-rank-0.log.1", "other-set-rank-11.log"):
         (logs / name).write_text("said\n")
     return env
-
-
-def make_python(prefix: Path) -> Path:
-    """Make another name for this python, under which no worker of another test runs."""
-    (prefix / "bin").mkdir(parents=True)
-    python = prefix / "bin" / "python"
-    python.symlink_to(sys.executable)
-    config = Path(sys.prefix) / "pyvenv.cfg"
-    if config.exists():
-        (prefix / "pyvenv.cfg").write_text(config.read_text())
-        (prefix / "lib").symlink_to(Path(sys.prefix) / "lib")
-    return python
 
 
 @pytest.fixture
