@@ -127,6 +127,8 @@ class Session:
         self._sending = [threading.Lock() for _ in ranks]
         self._gathered: dict[int, str] = {}  # a JACCL exchange under way
         self._closed = threading.Event()
+        self._changing = threading.Lock()  # while a worker is added, or it is closed: none is added after that
+        self._closer: threading.Thread | None = None
         self._threads: list[threading.Thread] = []
         self._failure_so_far: MoectlError | None = None
         self._ready: Ready | None = None
@@ -157,6 +159,7 @@ class Session:
         """Start every worker, make them one group and load the model; raise what went wrong, with the host named."""
         self._spawn(self._beat, "heartbeat")
         for rank, spec in enumerate(self._ranks):
+            self._refuse_closed()
             self._launch(rank, spec)
         for rank, spec in enumerate(self._ranks):
             self._send(
@@ -197,10 +200,19 @@ class Session:
             self._send(rank, Beat())  # whose answer says what it holds
 
     def _launch(self, rank: int, spec: RankSpec) -> None:
-        process = spec.remote.start(spec.argv, env=spec.env)
-        self._processes[rank] = process
-        self._spawn(lambda: self._read_events(rank, process), f"events-{rank}")
-        self._spawn(lambda: self._read_log(rank, process), f"log-{rank}")
+        process = spec.remote.start(spec.argv, env=spec.env)  # may take long: nobody who closes waits for it
+        with self._changing:
+            if not self._closed.is_set():
+                self._processes[rank] = process
+                self._spawn(lambda: self._read_events(rank, process), f"events-{rank}")
+                self._spawn(lambda: self._read_log(rank, process), f"log-{rank}")
+                return
+        _quietly(process.close)
+        self._refuse_closed()
+
+    def _refuse_closed(self) -> None:
+        if self._closed.is_set():
+            raise errors.StateError("the session is closed")
 
     def _connect(self, listening: dict[int, Listening]) -> None:
         for rank, spec in enumerate(self._ranks):
@@ -270,8 +282,7 @@ class Session:
                     hint="'moectl doctor --fast' looks at the links between them; --start-timeout allows more time. "
                     "A stranger that was quicker to connect to their ports looks the same: run it again",
                 ) from None
-            if self._closed.is_set():
-                raise errors.StateError("the session is closed")
+            self._refuse_closed()
             if isinstance(event, AllGather):
                 self._all_gather(rank, event.data)
             elif isinstance(event, kind):
@@ -392,8 +403,7 @@ class Session:
     def _next_event(self, timeout_s: float | None) -> tuple[int, Event | _Ended | None]:
         if self._failure_so_far is not None:
             raise self._failure_so_far
-        if self._closed.is_set():
-            raise errors.StateError("the session is closed")
+        self._refuse_closed()
         try:
             return self._events.get(timeout=timeout_s)
         except queue.Empty:
@@ -423,15 +433,23 @@ class Session:
             self._send(rank, Cancel(request_id))
 
     def close(self) -> None:
-        """Let go of every leash and wait until each worker is gone; idempotent."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
+        """Let go of every leash and return when each worker is gone; idempotent, and any thread's to call."""
+        with self._changing:
+            if self._closer is None:
+                self._closed.set()
+                # No daemon: this process does not end before its workers have, whoever gives up waiting here.
+                closer = threading.Thread(target=self._end, name="close")
+                closer.start()
+                self._closer = closer
+        self._closer.join()
+
+    def _end(self) -> None:
         self._events.put(_WAKE)
         started = {rank: process for rank, process in enumerate(self._processes) if process is not None}
+        stuck_at = time.monotonic() + STUCK_S
         for rank, process in started.items():
             # Closing waits for whoever is sending, and that one for a worker that may be frozen.
-            if not self._sending[rank].acquire(timeout=STUCK_S):
+            if not self._sending[rank].acquire(timeout=max(0.0, stuck_at - time.monotonic())):
                 self._silent.add(rank)
             else:
                 self._sending[rank].release()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from moectl.session import RankSpec, Session
 from moectl.worker import Leash, own_versions, side_channel
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import rank_env
+from tests.running import wait_for
 from tests.test_lockstep import cut_case
 from tests.tiny import write_checkpoint
 
@@ -169,6 +171,83 @@ def test_close_leaves_no_process(shards: Path) -> None:
         assert len(started) == 2
         next(session.generate(Request(1, "hello", 400)))
     assert not worker_pids() & started
+
+
+class Watched(LocalRemote):
+    """This machine, and what was started on it; `gate` holds back the start of the second process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[LocalProcess] = []
+        self.asked = threading.Event()
+        self.gate = threading.Event()
+
+    def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> LocalProcess:
+        if self.started:
+            self.asked.set()
+            assert self.gate.wait(20)
+        self.started.append(super().start(argv, env=env))
+        return self.started[-1]
+
+    def is_gone(self) -> bool:
+        """Whether all that was started has ended."""
+        try:
+            return all(process.wait(0) < 0 for process in self.started)
+        except TimeoutError:
+            return False
+
+
+def deaf(remote: LocalRemote) -> Session:
+    """Return a session whose workers do not mind their leash, as frozen ones do not."""
+    return Session([replace(spec, remote=remote) for spec in specs(Path("/nowhere"), ("sleep", "1000"), count=3)])
+
+
+def start_closed(session: Session, said: list[str]) -> threading.Thread:
+    def start() -> None:
+        try:
+            session.start()
+        except MoectlError as error:
+            said.append(error.message)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    return thread
+
+
+def test_every_closer_waits_until_the_workers_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.session.EXIT_GRACE_S", 0.5)
+    remote, said = Watched(), list[str]()
+    remote.gate.set()
+    session = deaf(remote)
+    starting = start_closed(session, said)
+    wait_for(lambda: len(remote.started) == 3)
+    gone: list[bool] = []
+
+    def close() -> None:
+        session.close()
+        gone.append(remote.is_gone())
+
+    closers = [threading.Thread(target=close) for _ in range(3)]
+    for thread in closers:
+        thread.start()
+    for thread in (*closers, starting):
+        thread.join(20)
+    assert gone == [True] * 3
+    assert said == ["the session is closed"]
+
+
+def test_what_starts_while_it_is_closed_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.session.EXIT_GRACE_S", 0.1)
+    remote, said = Watched(), list[str]()
+    session = deaf(remote)
+    starting = start_closed(session, said)
+    assert remote.asked.wait(20)
+    session.close()
+    remote.gate.set()
+    starting.join(20)
+    assert said == ["the session is closed"]
+    assert len(remote.started) == 2
+    assert remote.is_gone()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
