@@ -125,6 +125,7 @@ class Session:
         self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
         self._processes: list[Process | None] = [None] * len(ranks)
         self._sending = [threading.Lock() for _ in ranks]
+        self._early: dict[tuple[type[Any], int], Any] = {}  # events of a phase that has not begun for all
         self._gathered: dict[int, str] = {}  # a JACCL exchange under way
         self._closed = threading.Event()
         self._changing = threading.Lock()  # while a worker is added, or it is closed: none is added after that
@@ -229,7 +230,8 @@ class Session:
         for some in (range(last), range(last, last + 1)):
             for rank in some:
                 self._send(rank, make_connect(self._backend, hosts, endpoints, rank, nonce))
-            self._collect(Connecting, some, self._start_timeout_s, "connecting")
+            # A rank that need not wait for the last one may be connected before others are ready to be.
+            self._collect(Connecting, some, self._start_timeout_s, "connecting", early=Connected)
         self._collect(Connected, range(last + 1), self._start_timeout_s, "connecting")
 
     def _check_versions(self, listening: dict[int, Listening]) -> None:
@@ -266,10 +268,21 @@ class Session:
             hint="'moectl deploy --verify' checks its files; if they are right, its memory or its mlx is not",
         )
 
-    def _collect(self, kind: type[Any], ranks: Sequence[int], timeout_s: float, phase: str) -> dict[int, Any]:
-        """Return one event of this kind from each of these ranks, within the time in all."""
+    def _collect(
+        self,
+        kind: type[Any],
+        ranks: Sequence[int],
+        timeout_s: float,
+        phase: str,
+        *,
+        early: type[Any] | None = None,
+    ) -> dict[int, Any]:
+        """Return one event of this kind from each of these ranks, within the time in all.
+
+        `early` is what a rank may say already; it is collected by the next phase.
+        """
         deadline = time.monotonic() + timeout_s
-        got: dict[int, Any] = {}
+        got = {rank: self._early.pop((kind, rank)) for rank in ranks if (kind, rank) in self._early}
         while len(got) < len(ranks):
             try:
                 rank, event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -285,8 +298,10 @@ class Session:
             self._refuse_closed()
             if isinstance(event, AllGather):
                 self._all_gather(rank, event.data)
-            elif isinstance(event, kind):
+            elif isinstance(event, kind) and rank in ranks:
                 got[rank] = event
+            elif early is not None and isinstance(event, early):
+                self._early[early, rank] = event
             elif event is not None:
                 self._raise_if_bad(rank, event, phase)
         return got

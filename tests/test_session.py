@@ -301,7 +301,7 @@ def test_a_program_that_is_no_worker(shards: Path) -> None:
 
 # A stand-in for a worker whose backend is not here: it speaks the protocol and calculates nothing.
 STAND_IN = """
-import json, sys
+import json, os, sys, time
 def tell(kind, **fields): print(json.dumps({"type": kind, **fields}), flush=True)
 def obey(kind, order):
     if kind == "Start":
@@ -309,11 +309,20 @@ def obey(kind, order):
     elif kind == "Connect":
         tell("Connecting")
         rank = order["env"]["MLX_RANK"]
-        if MODE == "gather":
+        if MODE == "quick":
+            tell("Connected", rank=int(rank), world_size=3)
+        elif MODE == "blames":
+            tell("Fatal", kind="Unreachable", message="cannot join the ring group: [ring] the neighbour has gone")
+        elif MODE == "dies":
+            time.sleep(0.3)
+            os.kill(os.getpid(), 9)
+        elif MODE == "gather":
             tell("AllGather", data=(f"<{rank}>" * 2).encode().hex())
     elif kind == "Gathered":
         print(bytes.fromhex(order["data"]).decode(), file=sys.stderr, flush=True)
         tell("Connected", rank=0, world_size=3)
+    elif kind == "Load" and MODE == "dissents":
+        tell("Fatal", kind="RanksDisagree", message="chose other experts than the others", rank=2)
     elif kind == "Load":
         tell("Ready", split="hidden", bits=4, vocab_size=9, max_seq_len=9, top_k=1)
 for line in sys.stdin:
@@ -328,6 +337,17 @@ def stand_in(mode: str, versions: dict[str, str] | None = None) -> tuple[str, ..
         "-c",
         STAND_IN.replace("VERSIONS", repr(versions or own_versions())).replace("MODE", repr(mode)),
     )
+
+
+def stand_ins(*modes: str) -> list[RankSpec]:
+    """Return ranks that stand in, in these modes; there is no shard set."""
+    ranks = specs(Path("/nowhere"), count=len(modes))
+    return [replace(spec, argv=stand_in(mode)) for spec, mode in zip(ranks, modes, strict=True)]
+
+
+def test_ranks_may_connect_while_others_are_not_yet_ready_to() -> None:
+    with Session(stand_ins("quick", "quick", "quick")) as session:
+        assert session.model.split == "hidden"
 
 
 def test_a_peer_that_never_joins_is_bounded(shards: Path) -> None:
