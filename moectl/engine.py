@@ -347,8 +347,8 @@ class Engine:
         with mx.stream(self._generator.stream):
             said: list[int] = word.tolist()  # type: ignore[assignment]
         if (dissent := find_dissent(said[_CONTROL_WORDS:])) is not None:
-            who = "the ranks" if dissent.rank is None else f"rank {dissent.rank}"
-            raise RanksDisagree(f"{who} {dissent.what} than the others", hint=_DISAGREE)
+            said_of = f"the ranks {dissent.what}" if dissent.rank is None else dissent.what
+            raise RanksDisagree(f"{said_of} than the others", hint=_DISAGREE, rank=dissent.rank)
         return said[:_CONTROL_WORDS]
 
     def _is_news(self, word: list[int]) -> bool:

@@ -211,6 +211,7 @@ class Fatal:
     kind: str
     message: str
     hint: str | None = None
+    rank: int | None = None  # that is at fault; None: the one that tells it
 
 
 @dataclass(frozen=True, slots=True)

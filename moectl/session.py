@@ -594,7 +594,8 @@ class Session:
             )
         match event:
             case Fatal():
-                return self._failure(rank, event.message, kind=_kind(event.kind), hint=event.hint)
+                guilty = rank if event.rank is None or event.rank not in range(len(self._ranks)) else event.rank
+                return self._failure(guilty, event.message, kind=_kind(event.kind), hint=event.hint)
             case _Ended(reason=None):
                 text = self._exit_text(rank)
                 return self._failure(rank, f"{text} while {phase}", hint=self._explain_python(rank, text))

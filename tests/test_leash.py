@@ -62,7 +62,7 @@ messages = st.one_of(
         busiest_experts=st.floats(0, 16),
     ),
     st.builds(leash.Refused, numbers, texts, st.none() | texts),
-    st.builds(leash.Fatal, texts, texts, st.none() | texts),
+    st.builds(leash.Fatal, texts, texts, st.none() | texts, st.none() | numbers),
     st.builds(leash.AllGather, texts),
 )
 

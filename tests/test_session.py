@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from moectl.errors import MoectlError, NotDeployed, RemoteError, Unreachable, UsageError, VersionMismatch
+from moectl.errors import MoectlError, NotDeployed, RanksDisagree, RemoteError, Unreachable, UsageError, VersionMismatch
 from moectl.hosts import Host
 from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Token, decode, encode
 from moectl.remote import LocalProcess, LocalRemote
@@ -302,14 +302,14 @@ def test_a_program_that_is_no_worker(shards: Path) -> None:
 # A stand-in for a worker whose backend is not here: it speaks the protocol and calculates nothing.
 STAND_IN = """
 import json, os, sys, time
-def tell(kind, **fields): print(json.dumps({"type": kind, **fields}), flush=True)
+def tell(kind_, /, **fields): print(json.dumps({"type": kind_, **fields}), flush=True)
 def obey(kind, order):
     if kind == "Start":
         tell("Listening", versions=VERSIONS, ports=[9])
     elif kind == "Connect":
         tell("Connecting")
         rank = order["env"]["MLX_RANK"]
-        if MODE == "quick":
+        if MODE in ("quick", "dissents", "stalls"):
             tell("Connected", rank=int(rank), world_size=3)
         elif MODE == "blames":
             tell("Fatal", kind="Unreachable", message="cannot join the ring group: [ring] the neighbour has gone")
@@ -348,6 +348,12 @@ def stand_ins(*modes: str) -> list[RankSpec]:
 def test_ranks_may_connect_while_others_are_not_yet_ready_to() -> None:
     with Session(stand_ins("quick", "quick", "quick")) as session:
         assert session.model.split == "hidden"
+
+
+def test_the_rank_that_the_others_accuse_is_named() -> None:
+    ranks = stand_ins("quick", "dissents", "quick")
+    with pytest.raises(RanksDisagree, match=r"^host2: rank 2: chose other experts than the others$"):
+        Session(ranks).__enter__()
 
 
 def test_a_peer_that_never_joins_is_bounded(shards: Path) -> None:

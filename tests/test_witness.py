@@ -5,18 +5,21 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
+from moectl.engine import _CONTROL_WORDS, Engine
 from moectl.errors import RanksDisagree, UsageError
 from moectl.geometry import read_geometry
-from moectl.leash import Token
+from moectl.leash import Fatal, Token
 from moectl.model.dbrx import Model
 from moectl.model.witness import Witness, find_dissent
 from moectl.placement import make_placement
 from moectl.request import Request
 from moectl.session import Session
+from moectl.worker import describe_failure
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_canary import damage
 from tests.test_lockstep import cut_case
@@ -40,6 +43,18 @@ def test_who_is_alone_is_named() -> None:
     assert (dissent.rank, dissent.what) == (2, "computed another state")
     assert find_dissent(words((7, 0.5), (8, 0.5))).rank is None  # type: ignore[union-attr]
     assert find_dissent(words((7, float("nan")), (7, float("nan")))) is not None
+
+
+def test_the_engine_tells_who_it_is() -> None:
+    model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
+    engine = Engine(model, SimpleNamespace(eos_token_ids={1}), max_seq_len=64)
+    word = [0] * _CONTROL_WORDS
+    with pytest.raises(RanksDisagree, match=r"^chose other experts than the others$") as caught:
+        engine._read_word(mx.array([*word, *words((7, 0.5), (7, 0.5), (8, 0.5))], dtype=mx.int32))
+    assert describe_failure(caught.value) == Fatal("RanksDisagree", caught.value.message, caught.value.hint, rank=2)
+    with pytest.raises(RanksDisagree, match=r"^the ranks chose other experts") as caught:
+        engine._read_word(mx.array([*word, *words((7, 0.5), (8, 0.5))], dtype=mx.int32))
+    assert describe_failure(caught.value).rank is None
 
 
 def test_what_is_seen_depends_on_choice_and_state_alone() -> None:
