@@ -573,7 +573,7 @@ class Session:
         deadline = time.monotonic() + BLAME_S
         if isinstance(event, _Ended) and event.silent:
             self._silent.add(rank)
-        while all(isinstance(e, Fatal) and e.kind == PeerLost.__name__ for _, e in reports):
+        while all(_is_about_others(e) for _, e in reports):
             try:
                 other, heard = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
@@ -581,7 +581,8 @@ class Session:
             # The end of one that has already said why is no news.
             if isinstance(heard, Fatal | _Ended) and other not in (r for r, _ in reports):
                 reports.append((other, heard))
-        raise self._fail(self._explain(*reports[-1], phase))
+        guilty = next((report for report in reports if not _is_about_others(report[1])), reports[0])
+        raise self._fail(self._explain(*guilty, phase))
 
     def _explain(self, rank: int, event: Event | _Ended, phase: str) -> MoectlError:
         slept_s = self._sleep.slept_s
@@ -630,6 +631,11 @@ class Session:
         if log and hint is None:
             hint = "its last words: " + " | ".join(log)
         return kind(f"rank {rank}: {message}", host=self._ranks[rank].host.name, hint=hint)
+
+
+def _is_about_others(event: Event | _Ended) -> bool:
+    # A rank that cannot join may be without fault as well: its neighbour died.
+    return isinstance(event, Fatal) and event.kind in (PeerLost.__name__, Unreachable.__name__)
 
 
 def _kind(name: str) -> type[MoectlError]:

@@ -350,6 +350,16 @@ def test_ranks_may_connect_while_others_are_not_yet_ready_to() -> None:
         assert session.model.split == "hidden"
 
 
+def test_who_died_is_named_and_not_who_lost_it_while_connecting() -> None:
+    with pytest.raises(RemoteError, match=r"^host1: rank 1: the worker was killed by signal 9 while connecting$"):
+        Session(stand_ins("blames", "dies")).__enter__()
+
+
+def test_who_lost_another_is_named_where_nobody_died() -> None:
+    with pytest.raises(Unreachable, match=r"host0: rank 0: cannot join the ring group: \[ring\] the neighbour has gone"):
+        Session(stand_ins("blames", "quick")).__enter__()
+
+
 def test_the_rank_that_the_others_accuse_is_named() -> None:
     ranks = stand_ins("quick", "dissents", "quick")
     with pytest.raises(RanksDisagree, match=r"^host2: rank 2: chose other experts than the others$"):
