@@ -36,6 +36,7 @@ from moectl.leash import (
     Generate,
     Listening,
     Load,
+    Loaded,
     Order,
     Prefilled,
     Profile,
@@ -82,6 +83,24 @@ class _Ended:
     silent: bool = False  # it did not end: it does not answer
 
 
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """A part of the start: its name, and what is raised when it takes too long."""
+
+    text: str
+    late: type[MoectlError] = Unreachable
+    hint: str = (
+        "'moectl doctor --fast' looks at the links between them; --start-timeout allows more time. "
+        "A stranger that was quicker to connect to their ports looks the same: run it again"
+    )
+
+
+_LINK_HINT = "a link between two of them is cut, or one is very slow: 'moectl doctor --fast' looks at each"
+_STARTING = _Phase("starting")
+_CONNECTING = _Phase("connecting")
+_LOADING = _Phase("loading", hint="its disk may be too slow, or its memory too small: 'moectl doctor' looks at both")
+_CHECKING = _Phase("computing for the first time", Stalled, _LINK_HINT)
+
 _WAKE = (0, None)  # among the events: look again whether to go on, and for how long
 _Heard = tuple[int, "Event | _Ended | None"]
 
@@ -113,6 +132,7 @@ class Session:
         self._start_timeout_s = start_timeout_s
         self._load_timeout_s = load_timeout_s
         self._step_timeout_s = step_timeout_s
+        self._patience = patience
         self._dtype = dtype
         self._force = force
         self._prefill_step = prefill_step
@@ -183,7 +203,7 @@ class Session:
                     speculate=self._speculate,
                 ),
             )
-        listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, "starting")
+        listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, _STARTING)
         self._pids = {rank: event.pid for rank, event in listening.items() if event.pid is not None}
         self._check_versions(listening)
         if len(self._ranks) > 1:
@@ -193,7 +213,9 @@ class Session:
         kv_tokens = min(known, default=None)  # every rank holds every token's, so that the least room is all there is
         for rank in range(len(self._ranks)):
             self._send(rank, Load(kv_tokens))
-        ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")
+        everybody = range(len(self._ranks))
+        self._collect(Loaded, everybody, self._load_timeout_s, _LOADING, early=Ready)
+        ready = self._collect(Ready, everybody, self._step_timeout_s * self._patience, _CHECKING)
         self._check_canary(ready)
         self._deadline.learn(max(r.token_s for r in ready.values()), max(r.step_s for r in ready.values()))
         self._ready = ready[0]
@@ -231,8 +253,8 @@ class Session:
             for rank in some:
                 self._send(rank, make_connect(self._backend, hosts, endpoints, rank, nonce))
             # A rank that need not wait for the last one may be connected before others are ready to be.
-            self._collect(Connecting, some, self._start_timeout_s, "connecting", early=Connected)
-        self._collect(Connected, range(last + 1), self._start_timeout_s, "connecting")
+            self._collect(Connecting, some, self._start_timeout_s, _CONNECTING, early=Connected)
+        self._collect(Connected, range(last + 1), self._start_timeout_s, _CONNECTING)
 
     def _check_versions(self, listening: dict[int, Listening]) -> None:
         """Raise VersionMismatch that tells, for every package of which there are several versions, who has which."""
@@ -273,7 +295,7 @@ class Session:
         kind: type[Any],
         ranks: Sequence[int],
         timeout_s: float,
-        phase: str,
+        phase: _Phase,
         *,
         early: type[Any] | None = None,
     ) -> dict[int, Any]:
@@ -287,14 +309,10 @@ class Session:
             try:
                 rank, event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                missing = ", ".join(self._ranks[r].host.name for r in ranks if r not in got)
-                raise self._failure(
-                    next(r for r in ranks if r not in got),
-                    f"no answer while {phase} within {timeout_s:g} s (waiting for {missing})",
-                    kind=Unreachable,
-                    hint="'moectl doctor --fast' looks at the links between them; --start-timeout allows more time. "
-                    "A stranger that was quicker to connect to their ports looks the same: run it again",
-                ) from None
+                missing = [r for r in ranks if r not in got]
+                names = ", ".join(self._ranks[r].host.name for r in missing)
+                text = f"no answer while {phase.text} within {timeout_s:g} s (waiting for {names})"
+                raise self._failure(missing[0], text, kind=phase.late, hint=phase.hint) from None
             self._refuse_closed()
             if isinstance(event, AllGather):
                 self._all_gather(rank, event.data)
@@ -303,7 +321,7 @@ class Session:
             elif early is not None and isinstance(event, early):
                 self._early[early, rank] = event
             elif event is not None:
-                self._raise_if_bad(rank, event, phase)
+                self._raise_if_bad(rank, event, phase.text)
         return got
 
     def _all_gather(self, rank: int, data: str) -> None:
@@ -433,7 +451,7 @@ class Session:
             raise self._fail(
                 Stalled(
                     f"nothing was computed for {waited_s:.3g} s by {hosts}, though all answer (while {self._phase})",
-                    hint="a link between two of them is cut, or one is very slow: 'moectl doctor --fast' looks at each",
+                    hint=_LINK_HINT,
                 )
             ) from None
 

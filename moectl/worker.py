@@ -46,6 +46,7 @@ from moectl.leash import (
     Gathered,
     Listening,
     Load,
+    Loaded,
     Order,
     Ready,
     Start,
@@ -234,6 +235,7 @@ def _serve(leash: Leash) -> None:
     bits = q.bits if q else None
     leash.memory_bytes = mx.get_active_memory
     ready = Ready(manifest.placement.split, bits, geometry.vocab_size, geometry.max_seq_len, geometry.top_k)
+    leash.tell(Loaded())
     leash.tell(_check_results(ready, model, manifest, start))
     for event in engine.serve(leash.orders):
         if isinstance(event, Done):

@@ -240,6 +240,7 @@ EVENTS: list[leash.Event] = [
     leash.Listening({"moectl": "1", "mlx": "2"}, [5000], 4096),
     leash.Connecting(),
     leash.Connected(0, 2),
+    leash.Loaded(),
     leash.Ready("hidden", 4, 256, 512, 4),
     leash.Alive(123),
     leash.Prefilled(1, 5),

@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from moectl.errors import MoectlError, NotDeployed, RanksDisagree, RemoteError, Unreachable, UsageError, VersionMismatch
+from moectl.errors import (
+    MoectlError,
+    NotDeployed,
+    RanksDisagree,
+    RemoteError,
+    Stalled,
+    Unreachable,
+    UsageError,
+    VersionMismatch,
+)
 from moectl.hosts import Host
 from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Token, decode, encode
 from moectl.remote import LocalProcess, LocalRemote
@@ -324,6 +333,9 @@ def obey(kind, order):
     elif kind == "Load" and MODE == "dissents":
         tell("Fatal", kind="RanksDisagree", message="chose other experts than the others", rank=2)
     elif kind == "Load":
+        tell("Loaded")
+        if MODE == "stalls":
+            return
         tell("Ready", split="hidden", bits=4, vocab_size=9, max_seq_len=9, top_k=1)
 for line in sys.stdin:
     order = json.loads(line)
@@ -356,8 +368,17 @@ def test_who_died_is_named_and_not_who_lost_it_while_connecting() -> None:
 
 
 def test_who_lost_another_is_named_where_nobody_died() -> None:
-    with pytest.raises(Unreachable, match=r"host0: rank 0: cannot join the ring group: \[ring\] the neighbour has gone"):
+    with pytest.raises(
+        Unreachable, match=r"host0: rank 0: cannot join the ring group: \[ring\] the neighbour has gone"
+    ):
         Session(stand_ins("blames", "quick")).__enter__()
+
+
+def test_what_stalls_after_loading_has_the_time_of_a_step() -> None:
+    for patience, said in ((1, "0.5 s"), (2, "1 s")):
+        words = f"host1: rank 1: no answer while computing for the first time within {said} .waiting for host1, host2."
+        with pytest.raises(Stalled, match=words):
+            Session(stand_ins("quick", "stalls", "stalls"), step_timeout_s=0.5, patience=patience).__enter__()
 
 
 def test_the_rank_that_the_others_accuse_is_named() -> None:
