@@ -274,6 +274,8 @@ class Engine:
         self._sampled_rows = not self._decoding
         rows = {answer.uid: answer for answer in self._decoding}
         prompts, responses = self._generator.next()
+        if self._witness is not None:
+            self._witness.settle()
         if self._leads:
             reading = {answer.uid: answer for answer in self._prefilling}  # without the one that has just joined
             for part in (p for p in prompts if p.uid in reading):

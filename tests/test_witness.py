@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import queue
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from moectl.engine import _CONTROL_WORDS, Engine
 from moectl.errors import RanksDisagree, UsageError
 from moectl.geometry import read_geometry
-from moectl.leash import Fatal, Token
+from moectl.leash import Fatal, Generate, Order, Prefilled, Token
 from moectl.model.dbrx import Model
 from moectl.model.witness import Witness, find_dissent
 from moectl.placement import make_placement
@@ -93,6 +95,32 @@ def ask(shards: Path, *, paranoia: int = 0, agree_routing: bool = False) -> list
 
 def test_comparing_and_agreeing_change_no_answer(shards: Path) -> None:
     assert ask(shards) == ask(shards, paranoia=1, agree_routing=True)
+
+
+def test_what_is_seen_of_a_prompt_waits_for_no_later_step() -> None:
+    """A chunk's last layer is of no use to the caches; its exchanges would come in no certain order beside others."""
+    model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
+    engine = Engine(model, SimpleNamespace(eos_token_ids={1}, detokenizer=None), max_seq_len=64, prefill_step=8)
+    engine._witness, engine._check_every = Witness(model), 1  # one rank alone has none
+    inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+    inbox.put(Generate(Request(1, "", 4, prompt_tokens=tuple(range(30)))))
+    serving = engine.serve(inbox)
+    assert isinstance(next(serving), Prefilled)
+    seen = [*engine._witness._routing, *engine._witness._states]
+    assert len(seen) == len(model.layers) + 1
+    assert count_lazy(seen) == 0
+    engine._witness.take()
+    mx.eval(model(mx.array([[1]])))
+    engine._witness.looks = True
+    model(mx.array([[1]]))
+    assert count_lazy(engine._witness._states) > 0
+
+
+def count_lazy(arrays: list[mx.array]) -> int:
+    """Return how many operations have still to be done for these arrays."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *arrays)
+    return graph.getvalue().count("shape=rectangle")
 
 
 def test_a_rank_that_goes_astray_is_stopped(shards: Path, tmp_path: Path) -> None:
