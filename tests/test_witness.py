@@ -17,6 +17,7 @@ from moectl.errors import RanksDisagree, UsageError
 from moectl.geometry import read_geometry
 from moectl.leash import Fatal, Generate, Order, Prefilled, Token
 from moectl.model.dbrx import Model
+from moectl.model.fingerprint import take_fingerprint
 from moectl.model.witness import Witness, find_dissent
 from moectl.placement import make_placement
 from moectl.request import Request
@@ -77,6 +78,14 @@ def test_what_is_seen_depends_on_choice_and_state_alone() -> None:
         witness.see(hashes, x, mx.array(order), is_last=True)
         seen.append(witness.take().tolist())
     assert seen[2] == seen[3]
+
+
+def test_chunks_may_be_longer_than_the_signs() -> None:
+    rows = mx.random.normal((9000, 8), key=mx.random.key(1))
+    whole = take_fingerprint(rows, 0)
+    parts = [take_fingerprint(rows[first : first + 3000], first) for first in (0, 3000, 6000)]
+    assert mx.allclose(whole, sum(parts[1:], parts[0]), rtol=1e-3, atol=1e-2).item()
+    assert not mx.allclose(whole, take_fingerprint(rows[:4096], 0), rtol=1e-3, atol=1e-2).item()
 
 
 @pytest.fixture(scope="module")
