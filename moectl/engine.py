@@ -280,7 +280,7 @@ class Engine:
             reading = {answer.uid: answer for answer in self._prefilling}  # without the one that has just joined
             for part in (p for p in prompts if p.uid in reading):
                 answer = reading[part.uid]
-                yield Prefilled(answer.request.id, answer.cached + part.progress[0])
+                yield Prefilled(answer.request.id, answer.cached + part.progress[0], answer.cached)
         for response in responses:
             yield from self._hear(rows[response.uid], response)
         if len(self._spoken) == 0:  # only prefill so far: nothing was sampled, so speak by itself

@@ -158,6 +158,7 @@ class Prefilled:
 
     id: int
     tokens: int
+    cached: int = 0  # of them: known from an answer before
 
 
 @dataclass(frozen=True, slots=True)

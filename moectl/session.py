@@ -373,8 +373,8 @@ class Session:
                     self._unanswered.discard(id_)
                     self._deadline.forget(id_)
                     yield event
-                case Prefilled(id=id_, tokens=tokens):
-                    self._deadline.read(id_, tokens)
+                case Prefilled(id=id_, tokens=tokens, cached=cached):
+                    self._deadline.read(id_, tokens, cached=cached)
                     yield event
                 case Token(id=id_):
                     self._deadline.step(id_)

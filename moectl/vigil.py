@@ -104,9 +104,9 @@ class StepDeadline:
         if is_first:
             self._since_s = time.monotonic()
 
-    def read(self, request_id: int, tokens: int) -> None:
-        """Note that so many tokens of a prompt have been read."""
-        new = tokens - self._read.get(request_id, 0)
+    def read(self, request_id: int, tokens: int, *, cached: int = 0) -> None:
+        """Note that so many tokens of a prompt have been read, the first `cached` of them at no cost."""
+        new = tokens - max(cached, self._read.get(request_id, 0))
         took_s = self._lap()
         if new > 0:
             self._read[request_id] = tokens

@@ -92,6 +92,17 @@ def test_quick_steps_get_the_least_time_and_patience_more(clock: Clock) -> None:
         assert deadline.seconds == LEAST_S * patience
 
 
+def test_tokens_of_the_cache_took_no_time(clock: Clock) -> None:
+    deadline = StepDeadline(120, 512)
+    deadline.expect(1, is_first=True)
+    clock.now_s += 1
+    deadline.read(1, 400, cached=300)  # 10 ms for each of the hundred
+    assert deadline.seconds == pytest.approx(FACTOR * 5.12)
+    clock.now_s += 2
+    deadline.read(1, 500, cached=300)
+    assert deadline.seconds == pytest.approx(FACTOR * 10.24)
+
+
 def test_a_prompt_beside_quick_answers_has_the_time_of_its_tokens(clock: Clock) -> None:
     deadline = StepDeadline(120, 512)
     deadline.expect(1, is_first=True)
