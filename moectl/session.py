@@ -95,6 +95,8 @@ class _Phase:
     )
 
 
+_LOST = "the connection to the worker was lost"
+_LET_GO = "the worker ended with exit code 1"  # as it does when it hears nothing any more
 _LINK_HINT = "a link between two of them is cut, or one is very slow: 'moectl doctor --fast' looks at each"
 _STARTING = _Phase("starting")
 _CONNECTING = _Phase("connecting")
@@ -604,7 +606,8 @@ class Session:
 
     def _explain(self, rank: int, event: Event | _Ended, phase: str) -> MoectlError:
         slept_s = self._sleep.slept_s
-        if slept_s is not None and isinstance(event, _Ended):
+        text = self._exit_text(rank) if event == _Ended() else ""
+        if slept_s is not None and isinstance(event, _Ended) and text in ("", _LOST, _LET_GO):
             return self._failure(
                 rank,
                 f"the worker let go while {phase}: this machine slept, or was stopped, for {slept_s:.0f} s",
@@ -616,7 +619,6 @@ class Session:
                 guilty = rank if event.rank is None or event.rank not in range(len(self._ranks)) else event.rank
                 return self._failure(guilty, event.message, kind=_kind(event.kind), hint=event.hint)
             case _Ended(reason=None):
-                text = self._exit_text(rank)
                 return self._failure(rank, f"{text} while {phase}", hint=self._explain_python(rank, text))
             case _Ended():
                 return self._failure(rank, f"{event.reason} (while {phase})")
@@ -637,7 +639,7 @@ class Session:
         try:
             code = process.wait(EXIT_GRACE_S)
         except (TimeoutError, MoectlError, OSError):
-            return "the connection to the worker was lost"
+            return _LOST
         if code == -1:
             return "the worker was killed by a signal"  # sshd does not tell which
         return f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"

@@ -374,6 +374,29 @@ def test_who_lost_another_is_named_where_nobody_died() -> None:
         Session(stand_ins("blames", "quick")).__enter__()
 
 
+class Slept:
+    """Stands in for what tells that this machine slept a moment ago."""
+
+    slept_s = 60.0
+
+    def beat(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("kill -9 $$", "killed by signal 9 while starting"),
+        ("exit 3", "exit code 3 while starting"),
+        ("exit 1", "slept, or was stopped, for 60 s"),  # as workers do that hear nothing any more
+    ],
+)
+def test_a_sleep_explains_no_other_death(script: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.session.Sleep", Slept)
+    with pytest.raises(RemoteError, match=said):
+        Session(specs(Path("/nowhere"), ("sh", "-c", script), count=1)).__enter__()
+
+
 def test_what_stalls_after_loading_has_the_time_of_a_step() -> None:
     for patience, said in ((1, "0.5 s"), (2, "1 s")):
         words = f"host1: rank 1: no answer while computing for the first time within {said} .waiting for host1, host2."
