@@ -25,7 +25,7 @@ from moectl.errors import (
     VersionMismatch,
 )
 from moectl.hosts import Host
-from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Token, decode, encode
+from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Prefilled, Token, decode, encode
 from moectl.remote import LocalProcess, LocalRemote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
@@ -224,7 +224,7 @@ def start_closed(session: Session, said: list[str]) -> threading.Thread:
 
 
 def test_every_closer_waits_until_the_workers_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.session.EXIT_GRACE_S", 0.5)
+    monkeypatch.setattr("moectl.tether.EXIT_GRACE_S", 0.5)
     remote, said = Watched(), list[str]()
     remote.gate.set()
     session = deaf(remote)
@@ -246,7 +246,7 @@ def test_every_closer_waits_until_the_workers_are_gone(monkeypatch: pytest.Monke
 
 
 def test_what_starts_while_it_is_closed_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.session.EXIT_GRACE_S", 0.1)
+    monkeypatch.setattr("moectl.tether.EXIT_GRACE_S", 0.1)
     remote, said = Watched(), list[str]()
     session = deaf(remote)
     starting = start_closed(session, said)
@@ -318,7 +318,7 @@ def obey(kind, order):
     elif kind == "Connect":
         tell("Connecting")
         rank = order["env"]["MLX_RANK"]
-        if MODE in ("quick", "dissents", "stalls"):
+        if MODE in ("quick", "dissents", "stalls", "freezes"):
             tell("Connected", rank=int(rank), world_size=3)
         elif MODE == "blames":
             tell("Fatal", kind="Unreachable", message="cannot join the ring group: [ring] the neighbour has gone")
@@ -337,6 +337,12 @@ def obey(kind, order):
         if MODE == "stalls":
             return
         tell("Ready", split="hidden", bits=4, vocab_size=9, max_seq_len=9, top_k=1)
+        if MODE == "freezes":
+            time.sleep(1000)
+    elif kind == "Beat":
+        tell("Alive", memory_bytes=1)
+    elif kind == "Generate":
+        tell("Prefilled", id=order["request"]["id"], tokens=1)
 for line in sys.stdin:
     order = json.loads(line)
     obey(order.pop("type"), order)
@@ -372,6 +378,33 @@ def test_who_lost_another_is_named_where_nobody_died() -> None:
         Unreachable, match=r"host0: rank 0: cannot join the ring group: \[ring\] the neighbour has gone"
     ):
         Session(stand_ins("blames", "quick")).__enter__()
+
+
+def submit_much(session: Session) -> threading.Thread:
+    """Ask for what does not fit into a pipe; return the thread that does."""
+    request = Request(1, "x" * 1_000_000, 4)
+    thread = threading.Thread(target=session.submit, args=(request,), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_who_reads_nothing_keeps_nothing_from_the_others() -> None:
+    with Session(stand_ins("freezes", "quick"), step_timeout_s=20) as session:
+        sending = submit_much(session)
+        assert next(session.events()) == Prefilled(1, 1)  # the other one's
+        sending.join(20)
+        assert not sending.is_alive()
+
+
+def test_who_does_not_answer_is_named_and_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a long order is on its way, so that it is not long enough to take it for dead."""
+    monkeypatch.setattr("moectl.session.BEAT_S", 0.1)
+    with Session(stand_ins("freezes", "quick"), step_timeout_s=1) as session:
+        submit_much(session)
+        events = session.events()
+        next(events)
+        with pytest.raises(RemoteError, match=r"^host0: rank 0: the worker has not answered for"):
+            next(events)
 
 
 class Slept:
