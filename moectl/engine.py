@@ -274,11 +274,13 @@ class Engine:
         self._sampled_rows = not self._decoding
         rows = {answer.uid: answer for answer in self._decoding}
         prompts, responses = self._generator.next()
+        if self._witness is not None:
+            self._witness.settle()
         if self._leads:
             reading = {answer.uid: answer for answer in self._prefilling}  # without the one that has just joined
             for part in (p for p in prompts if p.uid in reading):
                 answer = reading[part.uid]
-                yield Prefilled(answer.request.id, answer.cached + part.progress[0])
+                yield Prefilled(answer.request.id, answer.cached + part.progress[0], answer.cached)
         for response in responses:
             yield from self._hear(rows[response.uid], response)
         if len(self._spoken) == 0:  # only prefill so far: nothing was sampled, so speak by itself
@@ -347,8 +349,8 @@ class Engine:
         with mx.stream(self._generator.stream):
             said: list[int] = word.tolist()  # type: ignore[assignment]
         if (dissent := find_dissent(said[_CONTROL_WORDS:])) is not None:
-            who = "the ranks" if dissent.rank is None else f"rank {dissent.rank}"
-            raise RanksDisagree(f"{who} {dissent.what} than the others", hint=_DISAGREE)
+            said_of = f"the ranks {dissent.what}" if dissent.rank is None else dissent.what
+            raise RanksDisagree(f"{said_of} than the others", hint=_DISAGREE, rank=dissent.rank)
         return said[:_CONTROL_WORDS]
 
     def _is_news(self, word: list[int]) -> bool:

@@ -143,7 +143,11 @@ class LeashLost(RemoteError):
 
 
 class RanksDisagree(RemoteError):
-    pass
+    def __init__(
+        self, message: str, *, hint: str | None = None, host: str | None = None, rank: int | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, host=host)
+        self.rank = rank  # the one that is alone with what it computed, where there is one
 
 
 class IntegrityError(MoectlError):

@@ -57,7 +57,7 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Read the weights; answered by Ready."""
+    """Read the weights; answered by Loaded, then Ready."""
 
     kv_tokens: int | None = None  # keys and values of so many tokens fit on every rank; None: nobody counted
 
@@ -125,8 +125,13 @@ class Connected:
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """The weights are in memory; what follows takes no longer than steps do."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
-    """The weights are in memory; what kind of model they make."""
+    """Questions may come; what kind of model it is."""
 
     split: str
     bits: int | None  # per weight; None: not quantised
@@ -153,6 +158,7 @@ class Prefilled:
 
     id: int
     tokens: int
+    cached: int = 0  # of them: known from an answer before
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +217,7 @@ class Fatal:
     kind: str
     message: str
     hint: str | None = None
+    rank: int | None = None  # that is at fault; None: the one that tells it
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +232,7 @@ Event = (
     Listening
     | Connecting
     | Connected
+    | Loaded
     | Ready
     | Alive
     | Prefilled

@@ -35,7 +35,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from moectl.balance import share_out
 from moectl.engine import Engine
 from moectl.errors import PlanError
-from moectl.leash import Done, Generate, Load, Ready, Start, Token
+from moectl.leash import Done, Generate, Load, Loaded, Ready, Start, Token
 from moectl.manifest import Quantization
 from moectl.measured import Job, Pass, RankSpeed, Speed, read_job
 from moectl.model.dbrx import Model
@@ -561,6 +561,7 @@ def _serve(leash: Leash) -> None:
     start: Start = leash.take(Start)
     group = open_group(leash, start)
     leash.take(Load)
+    leash.tell(Loaded())
     leash.tell(Ready("", None, 0, 0, 0))  # there is no model before there is a job
     order: Generate = leash.take(Generate)
     # Without text: that is the answer's alone.

@@ -1,12 +1,12 @@
-"""A model running on its hosts: one leash per rank, and what comes up them; the same for one machine and for many.
+"""A model running on its hosts: its start and its use, over one leash per rank; the same for one machine and for many.
 
 `Session` starts the workers, makes them join and load, hands them requests, and fails as a whole: the first dead rank,
-broken protocol or error ends all of them. It knows nothing of terminals, HTTP or how a shard came to a host.
+broken protocol or error ends all of them. How one leash is held is `tether`'s. It knows nothing of terminals, HTTP or
+how a shard came to a host.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import queue
 import secrets
@@ -23,7 +23,6 @@ from moectl.hosts import Host
 from moectl.leash import (
     BEAT_S,
     NONCE_BITS,
-    Alive,
     AllGather,
     Beat,
     Cancel,
@@ -36,6 +35,7 @@ from moectl.leash import (
     Generate,
     Listening,
     Load,
+    Loaded,
     Order,
     Prefilled,
     Profile,
@@ -44,17 +44,12 @@ from moectl.leash import (
     Refused,
     Start,
     Token,
-    encode,
-    read_messages,
 )
-from moectl.remote import Process, Remote
+from moectl.remote import Remote
 from moectl.request import Request
-from moectl.vigil import BUSY_MISSES, LOADING_MISSES, MISSES, Pulse, Sleep, StepDeadline
+from moectl.tether import Ended, Heard, Tether, end_all
+from moectl.vigil import LOADING_MISSES, MISSES, Sleep, StepDeadline
 
-LOG_LINES = 20
-EXIT_GRACE_S = 5.0
-STUCK_S = 1.0  # for an order to go out before the session closes
-KILL_S = 3.0  # for a host to end a worker that does not end by itself
 INIT_EXTRA_S = 5.0
 _BEYOND = 100.0  # times too large: no figure helps
 BLAME_S = 1.0  # how long to wait for the rank at fault after another one said that it lost it
@@ -75,15 +70,25 @@ class RankSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ended:
-    """A rank's stdout reached its end; `reason` when it was not a plain end of file."""
+class _Phase:
+    """A part of the start: its name, and what is raised when it takes too long."""
 
-    reason: str | None = None
-    silent: bool = False  # it did not end: it does not answer
+    text: str
+    late: type[MoectlError] = Unreachable
+    hint: str = (
+        "'moectl doctor --fast' looks at the links between them; --start-timeout allows more time. "
+        "A stranger that was quicker to connect to their ports looks the same: run it again"
+    )
 
+
+_LINK_HINT = "a link between two of them is cut, or one is very slow: 'moectl doctor --fast' looks at each"
+_STARTING = _Phase("starting")
+_CONNECTING = _Phase("connecting")
+_LOADING = _Phase("loading", hint="its disk may be too slow, or its memory too small: 'moectl doctor' looks at both")
+_CHECKING = _Phase("computing for the first time", Stalled, _LINK_HINT)
 
 _WAKE = (0, None)  # among the events: look again whether to go on, and for how long
-_Heard = tuple[int, "Event | _Ended | None"]
+_LEASH_LOST = 1  # the exit code of a worker that hears nothing any more
 
 
 class Session:
@@ -113,6 +118,7 @@ class Session:
         self._start_timeout_s = start_timeout_s
         self._load_timeout_s = load_timeout_s
         self._step_timeout_s = step_timeout_s
+        self._patience = patience
         self._dtype = dtype
         self._force = force
         self._prefill_step = prefill_step
@@ -120,25 +126,19 @@ class Session:
         self._canary = canary
         self._agree_routing = agree_routing
         self._paranoia = paranoia
-        self._on_log = on_log
-        self._events: queue.SimpleQueue[_Heard] = queue.SimpleQueue()
-        self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
-        self._processes: list[Process | None] = [None] * len(ranks)
-        self._sending = [threading.Lock() for _ in ranks]
+        self._events: queue.SimpleQueue[Heard] = queue.SimpleQueue()
+        self._tethers = [Tether(rank, spec.host, spec.remote, self._events, on_log) for rank, spec in enumerate(ranks)]
+        self._early: dict[tuple[type[Any], int], Any] = {}  # events of a phase that has not begun for all
         self._gathered: dict[int, str] = {}  # a JACCL exchange under way
         self._closed = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._changing = threading.Lock()  # while a worker is added, or it is closed: none is added after that
+        self._closer: threading.Thread | None = None
         self._failure_so_far: MoectlError | None = None
         self._ready: Ready | None = None
         self._unanswered: set[int] = set()  # ids of what was asked and has not ended
-        self._pulses = [Pulse() for _ in ranks]
-        self._memory_bytes = [0 for _ in ranks]
-        self._beaten = [False for _ in ranks]  # whether the last beat went out to it
         self._sleep = Sleep()
         self._deadline = StepDeadline(step_timeout_s, prefill_step or PREFILL_STEP, patience)
         self._joined = False  # a worker that joins cannot answer
-        self._pids: dict[int, int] = {}  # of the workers, on their hosts
-        self._silent: set[int] = set()  # ranks that are waited for no more
 
     def __enter__(self) -> Session:
         try:
@@ -155,8 +155,9 @@ class Session:
 
     def start(self) -> None:
         """Start every worker, make them one group and load the model; raise what went wrong, with the host named."""
-        self._spawn(self._beat, "heartbeat")
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         for rank, spec in enumerate(self._ranks):
+            self._refuse_closed()
             self._launch(rank, spec)
         for rank, spec in enumerate(self._ranks):
             self._send(
@@ -179,28 +180,37 @@ class Session:
                     speculate=self._speculate,
                 ),
             )
-        listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, "starting")
-        self._pids = {rank: event.pid for rank, event in listening.items() if event.pid is not None}
+        listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, _STARTING)
+        for rank, event in listening.items():
+            self._tethers[rank].pid = event.pid
         self._check_versions(listening)
         if len(self._ranks) > 1:
             self._connect(listening)
         self._joined = True
         known = [event.kv_tokens for event in listening.values() if event.kv_tokens is not None]
         kv_tokens = min(known, default=None)  # every rank holds every token's, so that the least room is all there is
-        for rank in range(len(self._ranks)):
-            self._send(rank, Load(kv_tokens))
-        ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")
+        self._send_all(Load(kv_tokens))
+        everybody = range(len(self._ranks))
+        self._collect(Loaded, everybody, self._load_timeout_s, _LOADING, early=Ready)
+        ready = self._collect(Ready, everybody, self._step_timeout_s * self._patience, _CHECKING)
         self._check_canary(ready)
         self._deadline.learn(max(r.token_s for r in ready.values()), max(r.step_s for r in ready.values()))
         self._ready = ready[0]
-        for rank in range(len(self._ranks)):
-            self._send(rank, Beat())  # whose answer says what it holds
+        self._send_all(Beat())  # whose answer says what they hold
 
     def _launch(self, rank: int, spec: RankSpec) -> None:
-        process = spec.remote.start(spec.argv, env=spec.env)
-        self._processes[rank] = process
-        self._spawn(lambda: self._read_events(rank, process), f"events-{rank}")
-        self._spawn(lambda: self._read_log(rank, process), f"log-{rank}")
+        process = spec.remote.start(spec.argv, env=spec.env)  # may take long: nobody who closes waits for it
+        with self._changing:
+            if not self._closed.is_set():
+                self._tethers[rank].hold(process)
+                return
+        with contextlib.suppress(OSError, ValueError, MoectlError):
+            process.close()
+        self._refuse_closed()
+
+    def _refuse_closed(self) -> None:
+        if self._closed.is_set():
+            raise errors.StateError("the session is closed")
 
     def _connect(self, listening: dict[int, Listening]) -> None:
         for rank, spec in enumerate(self._ranks):
@@ -217,8 +227,9 @@ class Session:
         for some in (range(last), range(last, last + 1)):
             for rank in some:
                 self._send(rank, make_connect(self._backend, hosts, endpoints, rank, nonce))
-            self._collect(Connecting, some, self._start_timeout_s, "connecting")
-        self._collect(Connected, range(last + 1), self._start_timeout_s, "connecting")
+            # A rank that need not wait for the last one may be connected before others are ready to be.
+            self._collect(Connecting, some, self._start_timeout_s, _CONNECTING, early=Connected)
+        self._collect(Connected, range(last + 1), self._start_timeout_s, _CONNECTING)
 
     def _check_versions(self, listening: dict[int, Listening]) -> None:
         """Raise VersionMismatch that tells, for every package of which there are several versions, who has which."""
@@ -254,30 +265,38 @@ class Session:
             hint="'moectl deploy --verify' checks its files; if they are right, its memory or its mlx is not",
         )
 
-    def _collect(self, kind: type[Any], ranks: Sequence[int], timeout_s: float, phase: str) -> dict[int, Any]:
-        """Return one event of this kind from each of these ranks, within the time in all."""
+    def _collect(
+        self,
+        kind: type[Any],
+        ranks: Sequence[int],
+        timeout_s: float,
+        phase: _Phase,
+        *,
+        early: type[Any] | None = None,
+    ) -> dict[int, Any]:
+        """Return one event of this kind from each of these ranks, within the time in all.
+
+        `early` is what a rank may say already; it is collected by the next phase.
+        """
         deadline = time.monotonic() + timeout_s
-        got: dict[int, Any] = {}
+        got = {rank: self._early.pop((kind, rank)) for rank in ranks if (kind, rank) in self._early}
         while len(got) < len(ranks):
             try:
                 rank, event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                missing = ", ".join(self._ranks[r].host.name for r in ranks if r not in got)
-                raise self._failure(
-                    next(r for r in ranks if r not in got),
-                    f"no answer while {phase} within {timeout_s:g} s (waiting for {missing})",
-                    kind=Unreachable,
-                    hint="'moectl doctor --fast' looks at the links between them; --start-timeout allows more time. "
-                    "A stranger that was quicker to connect to their ports looks the same: run it again",
-                ) from None
-            if self._closed.is_set():
-                raise errors.StateError("the session is closed")
+                missing = [r for r in ranks if r not in got]
+                names = ", ".join(self._ranks[r].host.name for r in missing)
+                text = f"no answer while {phase.text} within {timeout_s:g} s (waiting for {names})"
+                raise self._failure(missing[0], text, kind=phase.late, hint=phase.hint) from None
+            self._refuse_closed()
             if isinstance(event, AllGather):
                 self._all_gather(rank, event.data)
-            elif isinstance(event, kind):
+            elif isinstance(event, kind) and rank in ranks:
                 got[rank] = event
+            elif early is not None and isinstance(event, early):
+                self._early[early, rank] = event
             elif event is not None:
-                self._raise_if_bad(rank, event, phase)
+                self._raise_if_bad(rank, event, phase.text)
         return got
 
     def _all_gather(self, rank: int, data: str) -> None:
@@ -285,8 +304,7 @@ class Session:
         if len(self._gathered) == len(self._ranks):
             everything = "".join(self._gathered[r] for r in range(len(self._ranks)))
             self._gathered.clear()
-            for r in range(len(self._ranks)):
-                self._send(r, Gathered(everything))
+            self._send_all(Gathered(everything))
 
     # Use.
 
@@ -313,9 +331,8 @@ class Session:
         """Hand a request to every rank; what comes of it is among `events`. Ids count up from 1, without gaps."""
         self._deadline.expect(request.id, is_first=not self._unanswered)
         self._unanswered.add(request.id)
-        for rank in range(len(self._ranks)):
-            self._send(rank, Generate(request))
         self._events.put(_WAKE)  # whoever waits for ever may wait for so long only now
+        self._send_all(Generate(request))
 
     def events(self) -> Iterator[Prefilled | Token | Done | Refused]:
         """Yield what comes of all requests, for ever; waiting has an end only while a request is unanswered.
@@ -329,8 +346,8 @@ class Session:
                     self._unanswered.discard(id_)
                     self._deadline.forget(id_)
                     yield event
-                case Prefilled(id=id_, tokens=tokens):
-                    self._deadline.read(id_, tokens)
+                case Prefilled(id=id_, tokens=tokens, cached=cached):
+                    self._deadline.read(id_, tokens, cached=cached)
                     yield event
                 case Token(id=id_):
                     self._deadline.step(id_)
@@ -349,20 +366,19 @@ class Session:
     @property
     def memory_bytes(self) -> tuple[int, ...]:
         """Bytes of arrays that each rank holds, as it last said."""
-        return tuple(self._memory_bytes)
+        return tuple(tether.memory_bytes for tether in self._tethers)
 
     def count_alive(self, within_s: float) -> int:
         """Return how many ranks have answered a heartbeat in this time."""
         now = time.monotonic()
-        return sum(now - pulse.heard_s <= within_s for pulse in self._pulses)
+        return sum(now - tether.pulse.heard_s <= within_s for tether in self._tethers)
 
     def profile(self, order: Profile) -> list[Profiled]:
         """Take decode steps apart on every rank; return what each measured, by rank.
 
         `order.id` is the next one of the count that requests use too. Raises MoectlError as `generate` does.
         """
-        for rank in range(len(self._ranks)):
-            self._send(rank, order)
+        self._send_all(order)
         self._unanswered.add(order.id)
         got: dict[int, Profiled] = {}
         while len(got) < len(self._ranks):
@@ -389,28 +405,33 @@ class Session:
         """The hosts' names in rank order."""
         return tuple(spec.host.name for spec in self._ranks)
 
-    def _next_event(self, timeout_s: float | None) -> tuple[int, Event | _Ended | None]:
+    def _next_event(self, timeout_s: float | None) -> tuple[int, Event | Ended | None]:
         if self._failure_so_far is not None:
             raise self._failure_so_far
-        if self._closed.is_set():
-            raise errors.StateError("the session is closed")
+        self._refuse_closed()
         try:
             return self._events.get(timeout=timeout_s)
         except queue.Empty:
             if self._sleep.slept_s is not None:
                 self._deadline.forgive()
                 return _WAKE
-            if any(pulse.is_missed for pulse in self._pulses):  # somebody may be gone: soon it is known who
-                with contextlib.suppress(queue.Empty):
+            if quiet := self._find_quiet():  # somebody may be gone: soon it is known who
+                try:
                     return self._events.get(timeout=(MISSES + 1) * BEAT_S)
+                except queue.Empty:
+                    for rank in quiet & self._find_quiet():
+                        return rank, self._tethers[rank].describe_silence()
             hosts = ", ".join(spec.host.name for spec in self._ranks)
             waited_s = self._deadline.seconds if self._unanswered else self._step_timeout_s
             raise self._fail(
                 Stalled(
                     f"nothing was computed for {waited_s:.3g} s by {hosts}, though all answer (while {self._phase})",
-                    hint="a link between two of them is cut, or one is very slow: 'moectl doctor --fast' looks at each",
+                    hint=_LINK_HINT,
                 )
             ) from None
+
+    def _find_quiet(self) -> set[int]:
+        return {rank for rank, tether in enumerate(self._tethers) if tether.pulse.quiet}
 
     def _fail(self, error: MoectlError) -> MoectlError:
         """Remember why the session is over; return the error."""
@@ -419,183 +440,101 @@ class Session:
 
     def cancel(self, request_id: int) -> None:
         """Ask all ranks to stop an answer; its Done follows within a few steps."""
-        for rank in range(len(self._ranks)):
-            self._send(rank, Cancel(request_id))
+        self._send_all(Cancel(request_id))
 
     def close(self) -> None:
-        """Let go of every leash and wait until each worker is gone; idempotent."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
+        """Let go of every leash and return when each worker is gone; idempotent, and any thread's to call."""
+        with self._changing:
+            if self._closer is None:
+                self._closed.set()
+                # No daemon: this process does not end before its workers have, whoever gives up waiting here.
+                closer = threading.Thread(target=self._end, name="close")
+                closer.start()
+                self._closer = closer
+        self._closer.join()
+
+    def _end(self) -> None:
         self._events.put(_WAKE)
-        started = {rank: process for rank, process in enumerate(self._processes) if process is not None}
-        for rank, process in started.items():
-            # Closing waits for whoever is sending, and that one for a worker that may be frozen.
-            if not self._sending[rank].acquire(timeout=STUCK_S):
-                self._silent.add(rank)
-            else:
-                self._sending[rank].release()
-                if rank not in self._silent:
-                    _quietly(process.stdin.close)
-        deadline = time.monotonic() + EXIT_GRACE_S
-        killers = [self._spawn_killer(rank, process) for rank, process in started.items() if rank in self._silent]
-        for rank, process in started.items():
-            if rank in self._silent:
-                continue
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except (TimeoutError, MoectlError, OSError):
-                killers.append(self._spawn_killer(rank, process))
-        for thread in (*killers, *self._threads):
-            thread.join(EXIT_GRACE_S)
-        for process in started.values():
-            _quietly(process.close)
-
-    def _spawn_killer(self, rank: int, process: Process) -> threading.Thread:
-        thread = threading.Thread(target=self._kill, args=(rank, process), name=f"kill-{rank}", daemon=True)
-        thread.start()
-        return thread
-
-    def _kill(self, rank: int, process: Process) -> None:
-        # A worker that is stopped does not mind its leash, and over SSH letting go of it is all that `kill` can do.
-        spec = self._ranks[rank]
-        if not spec.host.is_local and rank in self._pids:
-            _quietly(lambda: spec.remote.run(["kill", "-9", str(self._pids[rank])], timeout_s=KILL_S, check=False))
-        _quietly(process.kill)
-
-    # Plumbing: one thread per stream, one for heartbeats.
-
-    def _spawn(self, target: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=target, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        end_all(self._tethers)
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_S):
             self._sleep.beat()
-            for rank, pulse in enumerate(self._pulses):
-                self._send_beat(rank)
-                if self._joined and pulse.count(most := self._most_misses(rank)):
-                    reason = f"the worker has not answered for {most * BEAT_S:g} s: it is frozen, or its host is gone"
-                    self._events.put((rank, _Ended(reason, silent=True)))
-
-    def _most_misses(self, rank: int) -> int:
-        if not self._beaten[rank]:
-            return BUSY_MISSES
-        return MISSES if self._ready is not None else LOADING_MISSES
-
-    def _send_beat(self, rank: int) -> None:
-        # Where the lock is held, bytes are on their way: that is as good as a beat, and the others need theirs.
-        process, lock = self._processes[rank], self._sending[rank]
-        self._beaten[rank] = process is not None and lock.acquire(blocking=False)
-        if process is None or not self._beaten[rank]:
-            return
-        try:
-            process.stdin.write(encode(Beat()))
-            process.stdin.flush()
-        except (OSError, ValueError):
-            pass  # as in `_send`
-        finally:
-            lock.release()
+            most = MISSES if self._ready is not None else LOADING_MISSES
+            for rank, tether in enumerate(self._tethers):
+                asked = tether.beat()
+                if self._joined and tether.pulse.count(most, asked=asked):
+                    self._events.put((rank, tether.describe_silence()))
 
     def _send(self, rank: int, order: Order) -> None:
-        process = self._processes[rank]
-        if process is None:
-            return
-        try:
-            with self._sending[rank]:
-                process.stdin.write(encode(order))
-                process.stdin.flush()
-        except (OSError, ValueError):
-            pass  # its death is reported by the thread that reads it, with the reason
+        self._tethers[rank].send(order)
 
-    def _read_events(self, rank: int, process: Process) -> None:
-        reason = None
-        try:
-            for event in read_messages(process.stdout):
-                self._pulses[rank].hear()
-                if isinstance(event, Alive):
-                    self._memory_bytes[rank] = event.memory_bytes
-                else:
-                    self._events.put((rank, event))  # type: ignore[arg-type]
-        except MoectlError as error:
-            reason = error.message
-        except (OSError, ValueError) as error:
-            reason = f"the connection broke: {error}"
-        self._events.put((rank, _Ended(reason)))
+    def _send_all(self, order: Order) -> None:
+        for tether in self._tethers:
+            tether.send(order)
 
-    def _read_log(self, rank: int, process: Process) -> None:
-        try:
-            for raw in process.stderr:
-                line = raw.decode("utf-8", "replace").rstrip()
-                self._logs[rank].append(line)
-                with contextlib.suppress(OSError):  # whoever listens may be gone; the worker must not block on that
-                    self._on_log(self._ranks[rank].host.name, line)
-        except (OSError, ValueError):
-            pass  # closed under us
+    # Whose fault it is, and what to say of it.
 
-    def _raise_if_bad(self, rank: int, event: Event | _Ended, phase: str) -> None:
+    def _raise_if_bad(self, rank: int, event: Event | Ended, phase: str) -> None:
         """Raise for the rank at fault: the one that died or erred by itself, not those that lost it as a peer."""
-        reports: list[tuple[int, Event | _Ended]] = [(rank, event)]
+        reports: list[tuple[int, Event | Ended]] = [(rank, event)]
         deadline = time.monotonic() + BLAME_S
-        if isinstance(event, _Ended) and event.silent:
-            self._silent.add(rank)
-        while all(isinstance(e, Fatal) and e.kind == PeerLost.__name__ for _, e in reports):
+        if isinstance(event, Ended) and event.silent:
+            self._tethers[rank].is_silent = True
+        while all(_is_about_others(e) for _, e in reports):
             try:
                 other, heard = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
             # The end of one that has already said why is no news.
-            if isinstance(heard, Fatal | _Ended) and other not in (r for r, _ in reports):
+            if isinstance(heard, Fatal | Ended) and other not in (r for r, _ in reports):
                 reports.append((other, heard))
-        raise self._fail(self._explain(*reports[-1], phase))
+        guilty = next((report for report in reports if not _is_about_others(report[1])), reports[0])
+        raise self._fail(self._explain(*guilty, phase))
 
-    def _explain(self, rank: int, event: Event | _Ended, phase: str) -> MoectlError:
+    def _explain(self, rank: int, event: Event | Ended, phase: str) -> MoectlError:
+        if isinstance(event, Ended):
+            return self._explain_end(rank, event, phase)
+        if not isinstance(event, Fatal):
+            return self._failure(rank, f"an unexpected {type(event).__name__} while {phase}")
+        guilty = rank if event.rank is None or event.rank not in range(len(self._ranks)) else event.rank
+        return self._failure(guilty, event.message, kind=_kind(event.kind), hint=event.hint)
+
+    def _explain_end(self, rank: int, event: Ended, phase: str) -> MoectlError:
         slept_s = self._sleep.slept_s
-        if slept_s is not None and isinstance(event, _Ended):
+        code = self._tethers[rank].find_exit_code() if event == Ended() else None
+        if slept_s is not None and code in (None, _LEASH_LOST):
             return self._failure(
                 rank,
                 f"the worker let go while {phase}: this machine slept, or was stopped, for {slept_s:.0f} s",
                 kind=LeashLost,
                 hint="keep it awake: 'caffeinate -i moectl …' on a Mac, 'systemd-inhibit moectl …' on Linux",
             )
-        match event:
-            case Fatal():
-                return self._failure(rank, event.message, kind=_kind(event.kind), hint=event.hint)
-            case _Ended(reason=None):
-                text = self._exit_text(rank)
-                return self._failure(rank, f"{text} while {phase}", hint=self._explain_python(rank, text))
-            case _Ended():
-                return self._failure(rank, f"{event.reason} (while {phase})")
-            case _:
-                return self._failure(rank, f"an unexpected {type(event).__name__} while {phase}")
+        if event.reason is not None:
+            return self._failure(rank, f"{event.reason} (while {phase})")
+        return self._failure(rank, f"{_describe_code(code)} while {phase}", hint=self._explain_python(rank, code))
 
-    def _explain_python(self, rank: int, text: str) -> str | None:
+    def _explain_python(self, rank: int, code: int | None) -> str | None:
         """Return what to do when a worker could not even start: its interpreter, or what that needs, has gone."""
-        words = next((line for line in reversed(self._logs[rank]) if "No module named" in line), None)
-        if words is None and not text.endswith(("code 126", "code 127")):
+        log = self._tethers[rank].log
+        words = next((line for line in reversed(log) if "No module named" in line), None)
+        if words is None and code not in (126, 127):
             return None
-        said = words or next(reversed(self._logs[rank]), "")
+        said = words or next(reversed(log), "")
         return f"moectl deploy, which makes its environment again ({self._ranks[rank].argv[0]} does not work: {said})"
-
-    def _exit_text(self, rank: int) -> str:
-        process = self._processes[rank]
-        assert process is not None
-        try:
-            code = process.wait(EXIT_GRACE_S)
-        except (TimeoutError, MoectlError, OSError):
-            return "the connection to the worker was lost"
-        if code == -1:
-            return "the worker was killed by a signal"  # sshd does not tell which
-        return f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"
 
     def _failure(
         self, rank: int, message: str, *, kind: type[MoectlError] = RemoteError, hint: str | None = None
     ) -> MoectlError:
-        log = list(self._logs[rank])[-3:]
+        log = list(self._tethers[rank].log)[-3:]
         if log and hint is None:
             hint = "its last words: " + " | ".join(log)
         return kind(f"rank {rank}: {message}", host=self._ranks[rank].host.name, hint=hint)
+
+
+def _is_about_others(event: Event | Ended) -> bool:
+    # A rank that cannot join may be without fault as well: its neighbour died.
+    return isinstance(event, Fatal) and event.kind in (PeerLost.__name__, Unreachable.__name__)
 
 
 def _kind(name: str) -> type[MoectlError]:
@@ -603,6 +542,9 @@ def _kind(name: str) -> type[MoectlError]:
     return kind if isinstance(kind, type) and issubclass(kind, MoectlError) else RemoteError
 
 
-def _quietly(action: Callable[[], object]) -> None:
-    with contextlib.suppress(OSError, ValueError, MoectlError):
-        action()
+def _describe_code(code: int | None) -> str:
+    if code is None:
+        return "the connection to the worker was lost"
+    if code == -1:
+        return "the worker was killed by a signal"  # sshd does not tell which
+    return f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"

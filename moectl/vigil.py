@@ -29,22 +29,37 @@ class Pulse:
     def __init__(self) -> None:
         self.heard_s = 0.0  # when it last said anything, on the monotonic clock
         self._seen_s = 0.0  # what that was at the beat before
-        self._missed = 0
+        self._missed = 0  # beats in a row without an answer, since it last said anything
+        self._left_out = 0  # beats that did not go out, because a long order did
+        self._asked = True  # whether the last one went out
+        self._is_over = False
 
     def hear(self) -> None:
         """Note that it said something."""
         self.heard_s = time.monotonic()
 
     @property
-    def is_missed(self) -> bool:
-        """Whether the last beat was not answered."""
-        return self._missed > 0
+    def quiet(self) -> int:
+        """How many beats there were since it last said anything."""
+        return self._missed + self._left_out
 
-    def count(self, most: int) -> bool:
-        """Count one beat; return whether it is the `most`-th in a row without a word."""
-        self._missed = self._missed + 1 if self.heard_s == self._seen_s else 0
-        self._seen_s = self.heard_s
-        return self._missed == most
+    def count(self, most: int, *, asked: bool = True) -> bool:
+        """Count one beat, which went out if `asked`; return, once, whether so many were missed that it is lost.
+
+        That is `most` beats in a row without an answer, or BUSY_MISSES where some could not go out.
+        """
+        if self.heard_s != self._seen_s:
+            self._missed = self._left_out = 0
+            self._is_over = False
+        elif self._asked:
+            self._missed += 1
+        else:
+            self._left_out += 1
+        self._seen_s, self._asked = self.heard_s, asked
+        if self._is_over or (self._missed < most and self.quiet < BUSY_MISSES):
+            return False
+        self._is_over = True
+        return True
 
 
 class Sleep:
@@ -104,9 +119,9 @@ class StepDeadline:
         if is_first:
             self._since_s = time.monotonic()
 
-    def read(self, request_id: int, tokens: int) -> None:
-        """Note that so many tokens of a prompt have been read."""
-        new = tokens - self._read.get(request_id, 0)
+    def read(self, request_id: int, tokens: int, *, cached: int = 0) -> None:
+        """Note that so many tokens of a prompt have been read, the first `cached` of them at no cost."""
+        new = tokens - max(cached, self._read.get(request_id, 0))
         took_s = self._lap()
         if new > 0:
             self._read[request_id] = tokens

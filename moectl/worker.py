@@ -46,6 +46,7 @@ from moectl.leash import (
     Gathered,
     Listening,
     Load,
+    Loaded,
     Order,
     Ready,
     Start,
@@ -158,15 +159,21 @@ def run(serve: Callable[[Leash], None]) -> None:
     try:
         serve(leash)
         _exit("done", code=0)
-    except MoectlError as error:
-        leash.tell(Fatal(type(error).__name__, error.message, error.hint))
-        _exit(str(error))
     except BaseException as error:  # whatever it was: say it, and end before anything can hang
-        _log.exception("unexpected")
-        lost = isinstance(error, RuntimeError) and str(error).startswith(_BACKEND_ERRORS)
-        kind = errors.PeerLost.__name__ if lost else MoectlError.__name__
-        leash.tell(Fatal(kind, str(error) if lost else f"unexpected {type(error).__name__}: {error}"))
+        if not isinstance(error, MoectlError):
+            _log.exception("unexpected")
+        leash.tell(describe_failure(error))
         _exit(str(error))
+
+
+def describe_failure(error: BaseException) -> Fatal:
+    """Return what the controller is told of an error that ends a worker."""
+    if isinstance(error, MoectlError):
+        guilty = error.rank if isinstance(error, errors.RanksDisagree) else None
+        return Fatal(type(error).__name__, error.message, error.hint, guilty)
+    if isinstance(error, RuntimeError) and str(error).startswith(_BACKEND_ERRORS):
+        return Fatal(errors.PeerLost.__name__, str(error))
+    return Fatal(MoectlError.__name__, f"unexpected {type(error).__name__}: {error}")
 
 
 def _serve(leash: Leash) -> None:
@@ -228,6 +235,7 @@ def _serve(leash: Leash) -> None:
     bits = q.bits if q else None
     leash.memory_bytes = mx.get_active_memory
     ready = Ready(manifest.placement.split, bits, geometry.vocab_size, geometry.max_seq_len, geometry.top_k)
+    leash.tell(Loaded())
     leash.tell(_check_results(ready, model, manifest, start))
     for event in engine.serve(leash.orders):
         if isinstance(event, Done):

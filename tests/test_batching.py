@@ -336,9 +336,9 @@ def test_a_conversation_computes_only_what_is_new(parts: tuple[Any, Any]) -> Non
     assert third.cached_tokens >= second.prompt_tokens
     assert third.cached_tokens < third.prompt_tokens
     # What is new fits one chunk here, whose end is told; the last token joins the batch.
-    told = [e.tokens for e in cached.events if isinstance(e, Prefilled) and e.id == with_cache[2]]
+    told = [(e.tokens, e.cached) for e in cached.events if isinstance(e, Prefilled) and e.id == with_cache[2]]
     assert third.prompt_tokens - third.cached_tokens < 32
-    assert told == [third.prompt_tokens - 1]
+    assert told == [(third.prompt_tokens - 1, third.cached_tokens)]
 
 
 def test_a_cancelled_answer_is_remembered_too(parts: tuple[Any, Any]) -> None:

@@ -240,6 +240,7 @@ EVENTS: list[leash.Event] = [
     leash.Listening({"moectl": "1", "mlx": "2"}, [5000], 4096),
     leash.Connecting(),
     leash.Connected(0, 2),
+    leash.Loaded(),
     leash.Ready("hidden", 4, 256, 512, 4),
     leash.Alive(123),
     leash.Prefilled(1, 5),
@@ -494,7 +495,7 @@ WORKERS_NONSENSE = {
 
 @pytest.mark.parametrize("said", WORKERS_NONSENSE.values(), ids=WORKERS_NONSENSE.keys())
 def test_a_session_that_hears_nonsense_names_the_host(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.session.EXIT_GRACE_S", 0.5)  # nobody here ends by the leash when its output is full
+    monkeypatch.setattr("moectl.tether.EXIT_GRACE_S", 0.5)  # nobody here ends by the leash when its output is full
     program = f"import sys, time\ntry:\n    {said}\n    sys.stdout.flush()\nexcept OSError:\n    pass\nsys.stdin.read()"
     good = 'import sys\nprint(\'{"type": "Listening", "versions": {}, "ports": [5000]}\', flush=True)\nsys.stdin.read()'
     ranks = [

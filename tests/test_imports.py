@@ -85,7 +85,7 @@ ROOMS = (
     {"api", "metrics", "sockets"},
     {"serving"},
     {"prepare", "session", "cluster", "whatif"},
-    {"fleet"},
+    {"fleet", "tether"},
     {"nodes"},
     {"plan"},
     {"speed"},

@@ -43,6 +43,7 @@ messages = st.one_of(
     st.builds(leash.Listening, st.dictionaries(texts, texts), st.lists(numbers)),
     st.builds(leash.Connecting),
     st.builds(leash.Connected, numbers, numbers),
+    st.builds(leash.Loaded),
     st.builds(leash.Ready, texts, st.none() | numbers, numbers, numbers, numbers),
     st.builds(leash.Prefilled, numbers, numbers),
     st.builds(leash.Token, numbers, numbers, texts),
@@ -62,7 +63,7 @@ messages = st.one_of(
         busiest_experts=st.floats(0, 16),
     ),
     st.builds(leash.Refused, numbers, texts, st.none() | texts),
-    st.builds(leash.Fatal, texts, texts, st.none() | texts),
+    st.builds(leash.Fatal, texts, texts, st.none() | texts, st.none() | numbers),
     st.builds(leash.AllGather, texts),
 )
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,15 +14,25 @@ from pathlib import Path
 
 import pytest
 
-from moectl.errors import MoectlError, NotDeployed, RemoteError, Unreachable, UsageError, VersionMismatch
+from moectl.errors import (
+    MoectlError,
+    NotDeployed,
+    RanksDisagree,
+    RemoteError,
+    Stalled,
+    Unreachable,
+    UsageError,
+    VersionMismatch,
+)
 from moectl.hosts import Host
-from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Token, decode, encode
+from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Prefilled, Token, decode, encode
 from moectl.remote import LocalProcess, LocalRemote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
 from moectl.worker import Leash, own_versions, side_channel
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import rank_env
+from tests.running import wait_for
 from tests.test_lockstep import cut_case
 from tests.tiny import write_checkpoint
 
@@ -171,6 +182,83 @@ def test_close_leaves_no_process(shards: Path) -> None:
     assert not worker_pids() & started
 
 
+class Watched(LocalRemote):
+    """This machine, and what was started on it; `gate` holds back the start of the second process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[LocalProcess] = []
+        self.asked = threading.Event()
+        self.gate = threading.Event()
+
+    def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> LocalProcess:
+        if self.started:
+            self.asked.set()
+            assert self.gate.wait(20)
+        self.started.append(super().start(argv, env=env))
+        return self.started[-1]
+
+    def is_gone(self) -> bool:
+        """Whether all that was started has ended."""
+        try:
+            return all(process.wait(0) < 0 for process in self.started)
+        except TimeoutError:
+            return False
+
+
+def deaf(remote: LocalRemote) -> Session:
+    """Return a session whose workers do not mind their leash, as frozen ones do not."""
+    return Session([replace(spec, remote=remote) for spec in specs(Path("/nowhere"), ("sleep", "1000"), count=3)])
+
+
+def start_closed(session: Session, said: list[str]) -> threading.Thread:
+    def start() -> None:
+        try:
+            session.start()
+        except MoectlError as error:
+            said.append(error.message)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    return thread
+
+
+def test_every_closer_waits_until_the_workers_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.tether.EXIT_GRACE_S", 0.5)
+    remote, said = Watched(), list[str]()
+    remote.gate.set()
+    session = deaf(remote)
+    starting = start_closed(session, said)
+    wait_for(lambda: len(remote.started) == 3)
+    gone: list[bool] = []
+
+    def close() -> None:
+        session.close()
+        gone.append(remote.is_gone())
+
+    closers = [threading.Thread(target=close) for _ in range(3)]
+    for thread in closers:
+        thread.start()
+    for thread in (*closers, starting):
+        thread.join(20)
+    assert gone == [True] * 3
+    assert said == ["the session is closed"]
+
+
+def test_what_starts_while_it_is_closed_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.tether.EXIT_GRACE_S", 0.1)
+    remote, said = Watched(), list[str]()
+    session = deaf(remote)
+    starting = start_closed(session, said)
+    assert remote.asked.wait(20)
+    session.close()
+    remote.gate.set()
+    starting.join(20)
+    assert said == ["the session is closed"]
+    assert len(remote.started) == 2
+    assert remote.is_gone()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_all_and_is_named(shards: Path, victim: int) -> None:
     before = worker_pids()
@@ -222,21 +310,39 @@ def test_a_program_that_is_no_worker(shards: Path) -> None:
 
 # A stand-in for a worker whose backend is not here: it speaks the protocol and calculates nothing.
 STAND_IN = """
-import json, sys
-def tell(kind, **fields): print(json.dumps({"type": kind, **fields}), flush=True)
+import json, os, sys, time
+def tell(kind_, /, **fields): print(json.dumps({"type": kind_, **fields}), flush=True)
 def obey(kind, order):
     if kind == "Start":
         tell("Listening", versions=VERSIONS, ports=[9])
     elif kind == "Connect":
         tell("Connecting")
         rank = order["env"]["MLX_RANK"]
-        if MODE == "gather":
+        if MODE in ("quick", "dissents", "stalls", "freezes"):
+            tell("Connected", rank=int(rank), world_size=3)
+        elif MODE == "blames":
+            tell("Fatal", kind="Unreachable", message="cannot join the ring group: [ring] the neighbour has gone")
+        elif MODE == "dies":
+            time.sleep(0.3)
+            os.kill(os.getpid(), 9)
+        elif MODE == "gather":
             tell("AllGather", data=(f"<{rank}>" * 2).encode().hex())
     elif kind == "Gathered":
         print(bytes.fromhex(order["data"]).decode(), file=sys.stderr, flush=True)
         tell("Connected", rank=0, world_size=3)
+    elif kind == "Load" and MODE == "dissents":
+        tell("Fatal", kind="RanksDisagree", message="chose other experts than the others", rank=2)
     elif kind == "Load":
+        tell("Loaded")
+        if MODE == "stalls":
+            return
         tell("Ready", split="hidden", bits=4, vocab_size=9, max_seq_len=9, top_k=1)
+        if MODE == "freezes":
+            time.sleep(1000)
+    elif kind == "Beat":
+        tell("Alive", memory_bytes=1)
+    elif kind == "Generate":
+        tell("Prefilled", id=order["request"]["id"], tokens=1)
 for line in sys.stdin:
     order = json.loads(line)
     obey(order.pop("type"), order)
@@ -249,6 +355,92 @@ def stand_in(mode: str, versions: dict[str, str] | None = None) -> tuple[str, ..
         "-c",
         STAND_IN.replace("VERSIONS", repr(versions or own_versions())).replace("MODE", repr(mode)),
     )
+
+
+def stand_ins(*modes: str) -> list[RankSpec]:
+    """Return ranks that stand in, in these modes; there is no shard set."""
+    ranks = specs(Path("/nowhere"), count=len(modes))
+    return [replace(spec, argv=stand_in(mode)) for spec, mode in zip(ranks, modes, strict=True)]
+
+
+def test_ranks_may_connect_while_others_are_not_yet_ready_to() -> None:
+    with Session(stand_ins("quick", "quick", "quick")) as session:
+        assert session.model.split == "hidden"
+
+
+def test_who_died_is_named_and_not_who_lost_it_while_connecting() -> None:
+    with pytest.raises(RemoteError, match=r"^host1: rank 1: the worker was killed by signal 9 while connecting$"):
+        Session(stand_ins("blames", "dies")).__enter__()
+
+
+def test_who_lost_another_is_named_where_nobody_died() -> None:
+    with pytest.raises(
+        Unreachable, match=r"host0: rank 0: cannot join the ring group: \[ring\] the neighbour has gone"
+    ):
+        Session(stand_ins("blames", "quick")).__enter__()
+
+
+def submit_much(session: Session) -> threading.Thread:
+    """Ask for what does not fit into a pipe; return the thread that does."""
+    request = Request(1, "x" * 1_000_000, 4)
+    thread = threading.Thread(target=session.submit, args=(request,), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_who_reads_nothing_keeps_nothing_from_the_others() -> None:
+    with Session(stand_ins("freezes", "quick"), step_timeout_s=20) as session:
+        sending = submit_much(session)
+        assert next(session.events()) == Prefilled(1, 1)  # the other one's
+        sending.join(20)
+        assert not sending.is_alive()
+
+
+def test_who_does_not_answer_is_named_and_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a long order is on its way, so that it is not long enough to take it for dead."""
+    monkeypatch.setattr("moectl.session.BEAT_S", 0.1)
+    with Session(stand_ins("freezes", "quick"), step_timeout_s=1) as session:
+        submit_much(session)
+        events = session.events()
+        next(events)
+        with pytest.raises(RemoteError, match=r"^host0: rank 0: the worker has not answered for"):
+            next(events)
+
+
+class Slept:
+    """Stands in for what tells that this machine slept a moment ago."""
+
+    slept_s = 60.0
+
+    def beat(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("kill -9 $$", "killed by signal 9 while starting"),
+        ("exit 3", "exit code 3 while starting"),
+        ("exit 1", "slept, or was stopped, for 60 s"),  # as workers do that hear nothing any more
+    ],
+)
+def test_a_sleep_explains_no_other_death(script: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.session.Sleep", Slept)
+    with pytest.raises(RemoteError, match=said):
+        Session(specs(Path("/nowhere"), ("sh", "-c", script), count=1)).__enter__()
+
+
+def test_what_stalls_after_loading_has_the_time_of_a_step() -> None:
+    for patience, said in ((1, "0.5 s"), (2, "1 s")):
+        words = f"host1: rank 1: no answer while computing for the first time within {said} .waiting for host1, host2."
+        with pytest.raises(Stalled, match=words):
+            Session(stand_ins("quick", "stalls", "stalls"), step_timeout_s=0.5, patience=patience).__enter__()
+
+
+def test_the_rank_that_the_others_accuse_is_named() -> None:
+    ranks = stand_ins("quick", "dissents", "quick")
+    with pytest.raises(RanksDisagree, match=r"^host2: rank 2: chose other experts than the others$"):
+        Session(ranks).__enter__()
 
 
 def test_a_peer_that_never_joins_is_bounded(shards: Path) -> None:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from moectl import vigil
-from moectl.vigil import FACTOR, LEAST_S, Pulse, Sleep, StepDeadline
+from moectl.vigil import BUSY_MISSES, FACTOR, LEAST_S, Pulse, Sleep, StepDeadline
 
 
 class Clock:
@@ -31,6 +31,28 @@ def test_beats_in_a_row_are_counted(clock: Clock) -> None:
     clock.now_s += 1
     pulse.hear()
     assert [pulse.count(3) for _ in range(5)] == [False, False, False, True, False]
+
+
+def test_beats_that_could_not_go_out_are_no_misses(clock: Clock) -> None:
+    pulse = Pulse()
+    pulse.hear()
+    assert not pulse.count(4)
+    assert not any(pulse.count(4, asked=False) for _ in range(20))
+    assert pulse.quiet == 20
+    # One was missed before; the first here still looks at a beat that was left out.
+    assert [pulse.count(4) for _ in range(4)] == [False, False, False, True]
+    for _ in range(2):
+        clock.now_s += 1
+        pulse.hear()
+        # For ever is too long all the same.
+        assert [pulse.count(4, asked=False) for _ in range(2 * BUSY_MISSES)].count(True) == 1
+
+
+def test_less_may_be_allowed_than_is_missed_already(clock: Clock) -> None:
+    pulse = Pulse()
+    pulse.hear()
+    assert not any(pulse.count(15) for _ in range(11))
+    assert [pulse.count(4) for _ in range(3)] == [True, False, False]
 
 
 def test_a_sleep_is_one_missed_beat(clock: Clock) -> None:
@@ -90,6 +112,17 @@ def test_quick_steps_get_the_least_time_and_patience_more(clock: Clock) -> None:
             clock.now_s += 0.01
             deadline.step(1)
         assert deadline.seconds == LEAST_S * patience
+
+
+def test_tokens_of_the_cache_took_no_time(clock: Clock) -> None:
+    deadline = StepDeadline(120, 512)
+    deadline.expect(1, is_first=True)
+    clock.now_s += 1
+    deadline.read(1, 400, cached=300)  # 10 ms for each of the hundred
+    assert deadline.seconds == pytest.approx(FACTOR * 5.12)
+    clock.now_s += 2
+    deadline.read(1, 500, cached=300)
+    assert deadline.seconds == pytest.approx(FACTOR * 10.24)
 
 
 def test_a_prompt_beside_quick_answers_has_the_time_of_its_tokens(clock: Clock) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import queue
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
+from moectl.engine import _CONTROL_WORDS, Engine
 from moectl.errors import RanksDisagree, UsageError
 from moectl.geometry import read_geometry
-from moectl.leash import Token
+from moectl.leash import Fatal, Generate, Order, Prefilled, Token
 from moectl.model.dbrx import Model
+from moectl.model.fingerprint import take_fingerprint
 from moectl.model.witness import Witness, find_dissent
 from moectl.placement import make_placement
 from moectl.request import Request
 from moectl.session import Session
+from moectl.worker import describe_failure
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_canary import damage
 from tests.test_lockstep import cut_case
@@ -42,6 +48,18 @@ def test_who_is_alone_is_named() -> None:
     assert find_dissent(words((7, float("nan")), (7, float("nan")))) is not None
 
 
+def test_the_engine_tells_who_it_is() -> None:
+    model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
+    engine = Engine(model, SimpleNamespace(eos_token_ids={1}), max_seq_len=64)
+    word = [0] * _CONTROL_WORDS
+    with pytest.raises(RanksDisagree, match=r"^chose other experts than the others$") as caught:
+        engine._read_word(mx.array([*word, *words((7, 0.5), (7, 0.5), (8, 0.5))], dtype=mx.int32))
+    assert describe_failure(caught.value) == Fatal("RanksDisagree", caught.value.message, caught.value.hint, rank=2)
+    with pytest.raises(RanksDisagree, match=r"^the ranks chose other experts") as caught:
+        engine._read_word(mx.array([*word, *words((7, 0.5), (8, 0.5))], dtype=mx.int32))
+    assert describe_failure(caught.value).rank is None
+
+
 def test_what_is_seen_depends_on_choice_and_state_alone() -> None:
     model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
     witness = Witness(model)
@@ -62,6 +80,14 @@ def test_what_is_seen_depends_on_choice_and_state_alone() -> None:
     assert seen[2] == seen[3]
 
 
+def test_chunks_may_be_longer_than_the_signs() -> None:
+    rows = mx.random.normal((9000, 8), key=mx.random.key(1))
+    whole = take_fingerprint(rows, 0)
+    parts = [take_fingerprint(rows[first : first + 3000], first) for first in (0, 3000, 6000)]
+    assert mx.allclose(whole, sum(parts[1:], parts[0]), rtol=1e-3, atol=1e-2).item()
+    assert not mx.allclose(whole, take_fingerprint(rows[:4096], 0), rtol=1e-3, atol=1e-2).item()
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
@@ -78,6 +104,32 @@ def ask(shards: Path, *, paranoia: int = 0, agree_routing: bool = False) -> list
 
 def test_comparing_and_agreeing_change_no_answer(shards: Path) -> None:
     assert ask(shards) == ask(shards, paranoia=1, agree_routing=True)
+
+
+def test_what_is_seen_of_a_prompt_waits_for_no_later_step() -> None:
+    """A chunk's last layer is of no use to the caches; its exchanges would come in no certain order beside others."""
+    model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
+    engine = Engine(model, SimpleNamespace(eos_token_ids={1}, detokenizer=None), max_seq_len=64, prefill_step=8)
+    engine._witness, engine._check_every = Witness(model), 1  # one rank alone has none
+    inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+    inbox.put(Generate(Request(1, "", 4, prompt_tokens=tuple(range(30)))))
+    serving = engine.serve(inbox)
+    assert isinstance(next(serving), Prefilled)
+    seen = [*engine._witness._routing, *engine._witness._states]
+    assert len(seen) == len(model.layers) + 1
+    assert count_lazy(seen) == 0
+    engine._witness.take()
+    mx.eval(model(mx.array([[1]])))
+    engine._witness.looks = True
+    model(mx.array([[1]]))
+    assert count_lazy(engine._witness._states) > 0
+
+
+def count_lazy(arrays: list[mx.array]) -> int:
+    """Return how many operations have still to be done for these arrays."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *arrays)
+    return graph.getvalue().count("shape=rectangle")
 
 
 def test_a_rank_that_goes_astray_is_stopped(shards: Path, tmp_path: Path) -> None:

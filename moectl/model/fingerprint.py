@@ -9,19 +9,19 @@ import numpy as np
 
 from moectl.canary import WIDTH
 
-_MOST_TOKENS = 4096
+_TOKENS = 4096  # have signs of their own; then these come again
 
 
 def take_fingerprint(x: mx.array, first: int) -> mx.array:
     """Return (WIDTH,) float32 for the rows x (…, L, D) of the tokens from number `first` on; chunks' add up."""
     rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
     tokens, columns = _signs(rows.shape[1])
-    return tokens[first : first + rows.shape[0]] @ rows @ columns
+    return tokens[mx.arange(first, first + rows.shape[0]) % _TOKENS] @ rows @ columns
 
 
 @lru_cache(maxsize=2)
 def _signs(width: int) -> tuple[mx.array, mx.array]:
     source = np.random.default_rng(20_251_121)
-    tokens = source.integers(0, 2, _MOST_TOKENS) * 2 - 1
+    tokens = source.integers(0, 2, _TOKENS) * 2 - 1
     columns = source.integers(0, 2, (width, WIDTH)) * 2 - 1
     return mx.array(tokens.astype(np.float32)), mx.array(columns.astype(np.float32))

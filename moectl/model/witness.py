@@ -54,6 +54,14 @@ class Witness:
             size = mx.sqrt((rows * rows).sum()) + 1e-30
             self._states.append(take_fingerprint(rows, 0)[0] / size)
 
+    def settle(self) -> None:
+        """Compute what was seen and not taken.
+
+        The last layer of a chunk of a prompt is of no use to the caches: if it waited until it is told, its exchanges
+        would come in no certain order beside those of a later step.
+        """
+        mx.eval(self._routing, self._states)
+
     def take(self) -> mx.array:
         """Return what was seen since the last call, (WORDS,) int32; zeros where nothing was."""
         if not self._states:

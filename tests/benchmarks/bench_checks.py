@@ -76,8 +76,8 @@ def measure(name: str, directory: Path, rounds: int) -> None:
 def cpu_s(session: Session) -> float:
     """Return the processor time that a session's workers have taken."""
     ticks = 0
-    for pid in session._pids.values():
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    for tether in session._tethers:
+        fields = Path(f"/proc/{tether.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -1,0 +1,202 @@
+"""The controller's end of one leash: what goes down to a worker, what comes up from it, and how it is ended.
+
+Each stream has a thread of its own, so that a worker which is frozen keeps nobody waiting. It knows one rank and none
+of the others; what events mean is `session`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moectl.errors import MoectlError
+from moectl.hosts import Host
+from moectl.leash import BEAT_S, Alive, Beat, Event, Order, encode, read_messages
+from moectl.remote import Process, Remote
+from moectl.vigil import Pulse
+
+LOG_LINES = 20
+EXIT_GRACE_S = 5.0
+STUCK_S = 1.0  # for an order to go out before the leash is let go
+KILL_S = 3.0  # for a host to end a worker that does not end by itself
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A rank's stdout reached its end; `reason` when it was not a plain end of file."""
+
+    reason: str | None = None
+    silent: bool = False  # it did not end: it does not answer
+
+
+Heard = tuple[int, Event | Ended | None]
+
+
+class Tether:
+    """One rank's leash; what it hears goes to `events`, but for answers to heartbeats."""
+
+    def __init__(
+        self,
+        rank: int,
+        host: Host,
+        remote: Remote,
+        events: queue.SimpleQueue[Heard],
+        on_log: Callable[[str, str], None],
+    ) -> None:
+        self.pulse = Pulse()
+        self.memory_bytes = 0  # of arrays, as it last said
+        self.pid: int | None = None  # on its host
+        self.is_silent = False  # it is waited for no more
+        self.log: deque[str] = deque(maxlen=LOG_LINES)
+        self.process: Process | None = None
+        self._rank = rank
+        self._host = host
+        self._remote = remote
+        self._events = events
+        self._on_log = on_log
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()  # None: let go
+        self._is_writing = False
+        self._has_let_go = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def hold(self, process: Process) -> None:
+        """Begin to send to a worker and to hear it."""
+        self.process = process
+        for target in (self._write_orders, self._read_events, self._read_log):
+            name = f"{target.__name__.strip('_')}-{self._rank}"
+            thread = threading.Thread(target=target, args=(process,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def send(self, order: Order) -> None:
+        """Hand it an order, in its turn; never waits."""
+        self._orders.put(order)
+
+    def beat(self) -> bool:
+        """Send a heartbeat; return False where orders are on their way, whose bytes are as good as one."""
+        if self.process is None or self._is_writing or not self._orders.empty():
+            return False
+        self._orders.put(Beat())
+        return True
+
+    def describe_silence(self) -> Ended:
+        """Return what its silence comes to."""
+        silent_s = self.pulse.quiet * BEAT_S
+        return Ended(f"the worker has not answered for {silent_s:g} s: it is frozen, or its host is gone", silent=True)
+
+    def find_exit_code(self) -> int | None:
+        """Return the exit code of a worker whose output has ended; None where it will never be known."""
+        assert self.process is not None
+        try:
+            return self.process.wait(EXIT_GRACE_S)
+        except (TimeoutError, MoectlError, OSError):
+            return None
+
+    def let_go(self) -> None:
+        """Let go of the leash once all orders are out."""
+        self._orders.put(None)
+
+    def wait(self, let_go_by_s: float, gone_by_s: float) -> bool:
+        """Return whether the worker has gone by itself, until these times on the monotonic clock."""
+        assert self.process is not None
+        if self.is_silent or not self._has_let_go.wait(_left(let_go_by_s)):
+            return False
+        try:
+            self.process.wait(_left(gone_by_s))
+        except (TimeoutError, MoectlError, OSError):
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End a worker that does not mind its leash."""
+        assert self.process is not None
+        # One that is stopped minds nothing, and over SSH letting go of it is all that its process can do.
+        if not self._host.is_local and self.pid is not None:
+            argv = ["kill", "-9", str(self.pid)]
+            _quietly(lambda: self._remote.run(argv, timeout_s=KILL_S, check=False))
+        _quietly(self.process.kill)
+
+    def close(self) -> None:
+        """Close the streams of a worker that has gone."""
+        for thread in self._threads:
+            thread.join(EXIT_GRACE_S)
+        if self.process is not None:
+            _quietly(self.process.close)
+
+    # One thread for each stream.
+
+    def _write_orders(self, process: Process) -> None:
+        try:
+            while (order := self._orders.get()) is not None:
+                self._is_writing = True
+                process.stdin.write(encode(order))
+                process.stdin.flush()
+                self._is_writing = False
+        except (OSError, ValueError):
+            pass  # its death is reported by the thread that reads it, with the reason
+        finally:
+            _quietly(process.stdin.close)
+            self._has_let_go.set()
+
+    def _read_events(self, process: Process) -> None:
+        reason = None
+        try:
+            for event in read_messages(process.stdout):
+                self.pulse.hear()
+                if isinstance(event, Alive):
+                    self.memory_bytes = event.memory_bytes
+                else:
+                    self._events.put((self._rank, event))  # type: ignore[arg-type]
+        except MoectlError as error:
+            reason = error.message
+        except (OSError, ValueError) as error:
+            reason = f"the connection broke: {error}"
+        self._events.put((self._rank, Ended(reason)))
+
+    def _read_log(self, process: Process) -> None:
+        try:
+            for raw in process.stderr:
+                line = raw.decode("utf-8", "replace").rstrip()
+                self.log.append(line)
+                with contextlib.suppress(OSError):  # whoever listens may be gone; the worker must not block on that
+                    self._on_log(self._host.name, line)
+        except (OSError, ValueError):
+            pass  # closed under us
+
+
+def end_all(tethers: Sequence[Tether]) -> None:
+    """Let go of all leashes at once, and end those workers that do not go within the grace; bounded."""
+    held = [tether for tether in tethers if tether.process is not None]
+    now_s = time.monotonic()
+    let_go_by_s, gone_by_s = now_s + STUCK_S, now_s + EXIT_GRACE_S
+    silent = [tether for tether in held if tether.is_silent]
+    others = [tether for tether in held if tether not in silent]
+    for tether in others:
+        tether.let_go()
+    killers = [_spawn_killer(tether) for tether in silent]
+    killers += [_spawn_killer(tether) for tether in others if not tether.wait(let_go_by_s, gone_by_s)]
+    for thread in killers:
+        thread.join(EXIT_GRACE_S)
+    for tether in held:
+        tether.let_go()  # also the thread of one that was killed has to end
+        tether.close()
+
+
+def _spawn_killer(tether: Tether) -> threading.Thread:
+    thread = threading.Thread(target=tether.kill, name="kill", daemon=True)
+    thread.start()
+    return thread
+
+
+def _left(until_s: float) -> float:
+    return max(0.0, until_s - time.monotonic())
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    with contextlib.suppress(OSError, ValueError, MoectlError):
+        action()
