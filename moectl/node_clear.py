@@ -1,4 +1,4 @@
-# ruff: noqa: PTH100,PTH106,PTH108,PTH111,PTH112,PTH113,PTH114,PTH118,PTH119,PTH120,PTH123,PTH208
+# ruff: noqa: PTH100,PTH106,PTH108,PTH110,PTH111,PTH112,PTH113,PTH114,PTH118,PTH119,PTH120,PTH123,PTH208
 """The program that removes from a host what moectl put there, file by file, and leaves and names everything else.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
@@ -138,12 +138,12 @@ class Plan:
         files = manifest.get("files")
         listed = {*(files if isinstance(files, dict) else ()), *record, RECORD}
         listed |= {MANIFEST} if str(manifest.get("schema", "")).startswith("moectl.") else set()
-        whole = bool(manifest)  # then nothing has to be guessed
+        begun = not manifest and is_begun(directory)  # then its files have to be guessed
         for place, names, inner in walk(directory):
             for name in inner:
                 path = os.path.join(place, name)
                 plain = without_ending(os.path.relpath(path, directory))
-                guessed = not whole and any(is_like(plain, pattern) for pattern in SET_FILES)
+                guessed = begun and any(is_like(plain, pattern) for pattern in SET_FILES)
                 self._sort(item, path, plain in listed or guessed or OURS.fullmatch(name) is not None)
             for name in names:
                 if os.path.islink(os.path.join(place, name)):
@@ -186,6 +186,17 @@ def walk(directory: str) -> Iterator[tuple[str, list[str], list[str]]]:
 def is_like(path: str, pattern: str) -> bool:
     """Whether a path fits a pattern whose `*` stands for no slash."""
     return path.count("/") == pattern.count("/") and fnmatch.fnmatchcase(path, pattern)
+
+
+def is_begun(directory: str) -> bool:
+    """Whether a push has begun to fill a directory without a manifest: others' models lie there as well, maybe."""
+    if os.path.exists(os.path.join(directory, RECORD)):
+        return True
+    for place, _, files in walk(directory):
+        inner = os.path.relpath(place, directory)
+        if inner == "common" or re.fullmatch(r"rank-\d+", inner) or any(name.endswith(HALF) for name in files):
+            return True
+    return False
 
 
 def without_ending(path: str) -> str:

@@ -137,6 +137,8 @@ def test_what_is_not_moectls_is_left_and_named(hosts: list[Host], tmp_path: Path
         "shards/tiny-experts-1/own/deep.txt",
         "wheels/other-1-py3-none-any.whl",
         "shards/model/weights.bin",
+        "shards/model/config.json",  # a checkpoint of somebody's own
+        "shards/model/tokenizer.json",
     ]
     for name in foreign:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
