@@ -81,24 +81,29 @@ cli.add_command(cli_observe.status, "ps")
 def hosts(common: Common, mlx: bool) -> None:
     """Print the host list in rank order.
 
+    No host is asked and no name resolved, but for MLX: its hostfile has to have an address of every host.
+
     \b
-    Example:
+    Examples:
+      moectl hosts --json | jq -r '.hosts[].host'
       moectl hosts --mlx > hosts.json && mlx.launch --hostfile hosts.json script.py
     """
     found = common.host_list(required=True)
     assert found is not None
-    if mlx or common.json:
+    if mlx:
         from moectl.hosts import to_mlx_json
 
-        if mlx and not found.backend and any(host.rdma for host in found.hosts):
+        if not found.backend and any(host.rdma for host in found.hosts):
             from moectl.backend import choose_backend
 
             # mlx.launch takes the TCP ring where the file does not say; hosts.txt says it by its rdma= only.
             found = replace(found, backend=choose_backend("auto", found.hosts))
         click.echo(to_mlx_json(found))
         return
-    for host in found.hosts:
-        click.echo(host.name)
+    from moectl.report import hosts_json
+
+    names = "\n".join(host.name for host in found.hosts)
+    common.print(names, hosts_json(found), names)
 
 
 @cli.command(hidden=True)

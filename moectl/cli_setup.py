@@ -81,10 +81,13 @@ def setup(common: Common, hostfile_: str | None, **options: Any) -> None:
             f"{flag} asks before it changes anything, and standard input is no terminal",
             hint="use --yes to skip the question",
         )
+    source = click.get_current_context().get_parameter_source("hostfile")
+    typed = source is not None and source.name == "COMMANDLINE"  # the variable and the configuration name no hosts here
     if hostfile_:
         common.hostfile = hostfile_
     if options["undo"]:
-        _undo(common, named=bool(hostfile_ or common.hosts), dry_run=options["dry_run"], yes=options["yes"])
+        named = bool(hostfile_ or typed or common.hosts)
+        _undo(common, named=named, dry_run=options["dry_run"], yes=options["yes"])
     else:
         _set_up(common, options)
 

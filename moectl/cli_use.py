@@ -44,7 +44,7 @@ def restart_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
 @click.option("-m", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the answer.")
-@click.option("-t", "--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("-t", "--temp", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),

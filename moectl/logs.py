@@ -82,6 +82,8 @@ def find_sources(deployment: Deployment | None, names: Sequence[str] = ()) -> li
     """
     found = _deployed(deployment) if deployment else []
     running = {path.stem for path in find_running()}
+    if deployment:  # its ranks are on its hosts, and its controller is among `found`
+        running.discard(target_key(deployment))
     local = _local(running)
     if not found or names or any(source.label == CONTROLLER for source in local[1]):
         found += [source for source in local[0] + local[1] if source not in found]

@@ -38,6 +38,7 @@ BLOCK_BYTES = 1 << 20
 IDLE_S = 600.0
 STALL_S = 120.0  # a sender that vanished without a word must not hold the lock for ever
 RECORD = ".moectl-verified.json"
+MADE = ".moectl-made"  # in a root that was not there before: the nearest directory that was
 
 
 class Busy(Exception):
@@ -164,8 +165,9 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
     """Answer everything that `deploy` asks of a host, in one round trip.
 
     Request: root, stamp (path under root), packages, wheels {name: [bytes, sha256]}, and directory + files
-    {path: [bytes, sha256]} + verify + remember (False in a dry run, which writes nothing). Files that are being made
-    are `planned` {path: bytes}: `known` are the hashes that an earlier push recorded, `begun` the bytes that are there.
+    {path: [bytes, sha256]} + verify + remember (False in a dry run, which writes nothing and does not make the root).
+    Files that are being made are `planned` {path: bytes}: `known` are the hashes that an earlier push recorded, `begun`
+    the bytes that are there.
     """
     root = os.path.abspath(os.path.expanduser(request["root"]))
     directory = os.path.join(root, request["directory"])
@@ -174,6 +176,8 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
     missing, kept, corrupt = _look(directory, request["files"], request["verify"], request["remember"])
     wheels, _, _ = _look(os.path.join(root, "wheels"), request["wheels"], False, request["remember"])
     place = _nearest(root)
+    if request["remember"] and place != root:
+        _claim(root, place)
     return {
         "python": sys.executable,
         "version": platform.python_version(),
@@ -193,6 +197,13 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
         "known": {} if request["verify"] else _recall(directory),
         "begun": {name: _begun(os.path.join(directory, name), size) for name, size in request["planned"].items()},
     }
+
+
+def _claim(root: str, place: str) -> None:
+    """Make the root and note that it was not there: what its owner made is not for `node_clear` to remove."""
+    with contextlib.suppress(OSError):  # what is wrong with it, the first file will tell
+        _make_directory(root)
+        write(os.path.join(root, MADE), place.encode("utf-8", "surrogateescape"))
 
 
 def _recall(directory: str) -> dict[str, str]:

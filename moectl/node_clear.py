@@ -1,9 +1,9 @@
-# ruff: noqa: PTH100,PTH106,PTH108,PTH111,PTH112,PTH113,PTH114,PTH118,PTH119,PTH123,PTH208
+# ruff: noqa: PTH100,PTH106,PTH108,PTH110,PTH111,PTH112,PTH113,PTH114,PTH118,PTH119,PTH120,PTH123,PTH208
 """The program that removes from a host what moectl put there, file by file, and leaves and names everything else.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
 on. Files are moectl's when a manifest or a record of moectl's lists them, or by names that only moectl gives; the
-environment when it says that moectl made it.
+environment when it says that moectl made it, and a directory that dir= names when moectl had to make it.
 
     python -c TEXT        {"root", "keep", "dry_run"} on stdin; answers {"root", "items": {name: bytes}, "left": [path],
                           "busy": why or null, "failed": [why]}, a line of JSON behind `ANSWER`
@@ -27,6 +27,8 @@ ANSWER = "moectl-node: "
 RECORD = ".moectl-verified.json"
 MANIFEST = "moectl.json"
 STAMP = "moectl-env.json"
+MADE = ".moectl-made"  # in a root that moectl made: the nearest directory that was there before
+DEFAULT = "~/.moectl"
 # What `python -m venv` and pip make at the top of an environment.
 ENV_NAMES = {"bin", "include", "lib", "lib64", "share", "etc", "man", "pyvenv.cfg", ".gitignore", STAMP}
 LOG = re.compile(r".+-rank-\d+\.log(\.\d+)?")
@@ -61,6 +63,7 @@ class Plan:
         self.directories: list[str] = []  # to remove when they are empty, the inner ones first
         self.left: list[str] = []
         self.items: dict[str, int] = {}
+        self.above: list[str] = []  # likewise, above the root: moectl made them with it
         self._keep = {os.path.realpath(os.path.expanduser(path)) for path in keep}
         if os.path.isdir(root):
             self._visit()
@@ -78,9 +81,24 @@ class Plan:
                 self._visit_wheels(path)
             elif name == "env.lock" and os.path.isfile(path):
                 self._take(name, path)
+            elif name == MADE and os.path.isfile(path):
+                self._visit_root(path)
             elif name != LITTER:
                 self.left.append(path)
-        self.directories.append(self.root)
+        if self.root == os.path.abspath(os.path.expanduser(DEFAULT)):
+            self.directories.append(self.root)
+
+    def _visit_root(self, note: str) -> None:
+        """Take the root, and what is between it and the directory that was there before."""
+        self.files.append(note)
+        with contextlib.suppress(OSError), open(note, encoding="utf-8", errors="surrogateescape") as f:
+            self._take_below(f.read())
+
+    def _take_below(self, before: str) -> None:
+        path = self.root
+        while before.startswith("/") and path != before and path.startswith(before.rstrip("/") + "/"):
+            self.above.append(path)
+            path = os.path.dirname(path)
 
     def _visit_env(self, env: str) -> None:
         if os.path.islink(env) or not is_our_env(env):
@@ -120,12 +138,12 @@ class Plan:
         files = manifest.get("files")
         listed = {*(files if isinstance(files, dict) else ()), *record, RECORD}
         listed |= {MANIFEST} if str(manifest.get("schema", "")).startswith("moectl.") else set()
-        whole = bool(manifest)  # then nothing has to be guessed
+        begun = not manifest and is_begun(directory)  # then its files have to be guessed
         for place, names, inner in walk(directory):
             for name in inner:
                 path = os.path.join(place, name)
                 plain = without_ending(os.path.relpath(path, directory))
-                guessed = not whole and any(is_like(plain, pattern) for pattern in SET_FILES)
+                guessed = begun and any(is_like(plain, pattern) for pattern in SET_FILES)
                 self._sort(item, path, plain in listed or guessed or OURS.fullmatch(name) is not None)
             for name in names:
                 if os.path.islink(os.path.join(place, name)):
@@ -168,6 +186,17 @@ def walk(directory: str) -> Iterator[tuple[str, list[str], list[str]]]:
 def is_like(path: str, pattern: str) -> bool:
     """Whether a path fits a pattern whose `*` stands for no slash."""
     return path.count("/") == pattern.count("/") and fnmatch.fnmatchcase(path, pattern)
+
+
+def is_begun(directory: str) -> bool:
+    """Whether a push has begun to fill a directory without a manifest: others' models lie there as well, maybe."""
+    if os.path.exists(os.path.join(directory, RECORD)):
+        return True
+    for place, _, files in walk(directory):
+        inner = os.path.relpath(place, directory)
+        if inner == "common" or re.fullmatch(r"rank-\d+", inner) or any(name.endswith(HALF) for name in files):
+            return True
+    return False
 
 
 def without_ending(path: str) -> str:
@@ -241,7 +270,7 @@ def remove(plan: Plan) -> list[str]:
     for path in plan.trees:
         with noted(failed):
             shutil.rmtree(path)
-    for path in plan.directories:
+    for path in (*plan.directories, *plan.above):
         if os.path.islink(path):  # somebody moved it to another disk
             continue
         with contextlib.suppress(OSError):  # what is left keeps it

@@ -56,8 +56,9 @@ def parse_elapsed(text: str) -> float:
 
 
 def pick_logs(names: Any) -> list[str]:
-    """Return the log files among names of open files."""
-    return sorted({name for name in names if re.search(r"-rank-\d+\.log$", name)})
+    """Return the log files among names of open files, those too that somebody has deleted meanwhile."""
+    plain = (name.removesuffix(" (deleted)") for name in names)  # as /proc says it
+    return sorted({name for name in plain if re.search(r"-rank-\d+\.log$", name)})
 
 
 def _find_in_proc() -> list[dict[str, Any]]:

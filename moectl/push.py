@@ -85,9 +85,11 @@ class Push:
     # What other threads tell.
 
     def add(self, more: More) -> None:
-        """Push these as well; files that are there already are only counted."""
+        """Push these as well, those that were told before not again; files that are there already are only counted."""
         with self._turn:
             for name, entry in more.files.items():
+                if self._entries.get(name) == entry:
+                    continue
                 self._entries[name] = entry
                 if self._found.known.get(name) == entry.sha256 and name != manifest_file.NAME:
                     self._keep(name, entry)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moectl.bench import Measured as Sample
     from moectl.catalog import Model
     from moectl.cluster import DeployResult
+    from moectl.hosts import HostList
     from moectl.leash import Done
     from moectl.measured import Measured
     from moectl.plan import NodePlan, Plan, Question
@@ -93,6 +94,13 @@ def deploy_json(result: DeployResult, name: str, *, dry_run: bool) -> dict[str, 
         for r in result.results
     ]
     return {"schema": "moectl.deploy/1", "name": name, "dry_run": dry_run, "hosts": hosts}
+
+
+def hosts_json(found: HostList) -> dict[str, Any]:
+    """Return the document of `hosts --json`: what the list says, nothing resolved."""
+    hosts = [{"rank": rank, "host": host.address, **asdict(host)} for rank, host in enumerate(found.hosts)]
+    rest = {"source": found.source, "backend": found.backend, "envs": list(found.envs)}
+    return {"schema": "moectl.hosts/1", **rest, "hosts": hosts}
 
 
 def run_json(text: str, done: Done) -> dict[str, Any]:

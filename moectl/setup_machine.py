@@ -29,7 +29,7 @@ class Machine:
     version: tuple[int, int] | None = None  # of macOS
     memory_bytes: int | None = None
     wired_limit_bytes: int | None = None  # where the owner set one
-    sleep_minutes: int | None = None  # 0 is never
+    sleep_minutes: int | None = None  # on mains power; 0 is never
 
     @property
     def generation(self) -> int | None:
@@ -64,7 +64,10 @@ def read_machine(host: Host, survey: Survey, reached_at: str | None = None) -> M
     """Return what a survey told; `reached_at` is the host's own address in SSH_CONNECTION."""
     sections, hardware = survey.sections, survey.hardware
     version = re.match(r"(\d{1,4})(?:\.(\d{1,4}))?", hardware.os_version or "")
-    sleep = re.search(r"^\s*sleep\s+(\d{1,6})\b", sections.get("pmset", ""), re.MULTILINE)
+    # What setup changes is the setting on mains power; what `pmset -g` tells is a MacBook's on battery, while it is.
+    mains = re.search(r"^AC Power:$(.*?)(?:^\S|\Z)", sections.get("pmset_custom", ""), re.MULTILINE | re.DOTALL)
+    told = mains[1] if mains else sections.get("pmset", "")
+    sleep = re.search(r"^\s*sleep\s+(\d{1,6})\b", told, re.MULTILINE)
     disabled = re.search(r"^\s*SleepDisabled\s+1\b", sections.get("pmset", ""), re.MULTILINE)
     return Machine(
         host=host,

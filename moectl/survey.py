@@ -27,6 +27,7 @@ say sshd; (sshd -T || cat /etc/ssh/sshd_config.d/*.conf /etc/ssh/sshd_config) 2>
   | grep -iE '^[[:space:]]*max(sessions|startups)'
 if [ "$(uname -s)" = Darwin ]; then
   say pmset; pmset -g
+  say pmset_custom; pmset -g custom
   say firewall; fw=/usr/libexec/ApplicationFirewall/socketfilterfw
   "$fw" --getglobalstate; "$fw" --getblockall
   say networksetup; networksetup -listallhardwareports

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from moectl.disk import write_whole
+from moectl.disk import explain_refusal, write_whole
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
 from moectl.hosts import Host
 from moectl.node import hash_file
@@ -117,15 +117,21 @@ def build(
 ) -> None:
     """Fill a wheelhouse for these platforms, with this machine's versions, and write its list.
 
-    A new one gets its name when it is complete; running it again continues. Raises CommandFailed for what pip says.
+    A new one gets its name when it is complete; running it again continues. Raises CommandFailed for what pip says,
+    StateError and UsageError for what the disk says.
     """
     partial = directory if directory.exists() else directory.with_name(f".{directory.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    for platform in platforms:
-        fill(partial, platform, versions, say=say)
-    write_list(partial)
-    if partial != directory:
-        partial.replace(directory)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        for platform in platforms:
+            fill(partial, platform, versions, say=say)
+        write_list(partial)
+        if partial != directory:
+            partial.replace(directory)
+    except OSError as error:
+        refused = explain_refusal(error, partial)
+        refused.hint = refused.hint and "choose another directory with --wheelhouse, or free some space"
+        raise refused from None
 
 
 def fill(
@@ -237,7 +243,7 @@ def check(directory: Path) -> None:
     for name, sha256 in listed.items():
         if name not in there:
             what = f"{name}, which {LIST} lists, has gone"
-        elif hash_file(str(directory / name)) != sha256:
+        elif _hash(directory / name) != sha256:
             what = f"{name} is not the file that {LIST} lists"
         else:
             continue
@@ -254,7 +260,7 @@ def make_list(wheels: Iterable[Path]) -> str:
     """Return a requirements file for `pip install --require-hashes` that pins exactly these wheels.
 
     A project whose wheels are for some systems or pythons only is asked for on those. Raises UsageError for two
-    versions of one project, and for a name that is no wheel's.
+    versions of one project, for a name that is no wheel's, and for a wheel that cannot be read.
     """
     projects: dict[str, dict[str, list[tuple[Path, frozenset[Tag]]]]] = defaultdict(dict)
     for path in wheels:
@@ -269,11 +275,18 @@ def make_list(wheels: Iterable[Path]) -> str:
             )
         [(version, files)] = versions.items()
         marker = _marker([tags for _, tags in files])
-        hashes = {path.name: hash_file(str(path)) for path, _ in files}
+        hashes = {path.name: _hash(path) for path, _ in files}
         lines += [f"# {sha256}  {file}" for file, sha256 in hashes.items()]
         pins = sorted(f"--hash=sha256:{sha256}" for sha256 in hashes.values())
         lines.append(" ".join([f"{name}=={version}{f' ; {marker}' if marker else ''}", *pins]))
     return "\n".join(lines) + "\n"
+
+
+def _hash(path: Path) -> str:
+    try:
+        return hash_file(str(path))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _parse(path: Path) -> tuple[str, str, frozenset[Tag]]:

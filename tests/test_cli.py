@@ -95,6 +95,7 @@ def test_no_command_prints_help_and_is_usage(call: Any) -> None:
         (("run", "--max-tokns", "3", "x"), "Did you mean '--max-tokens'?"),
         (("run", "-m", "0", "x"), "0 is not in the range"),
         (("run", "--top-p", "0", "x"), "range"),
+        (("run", "--temp", "2.5", "x"), "2.5 is not in the range"),  # before anything is loaded
         (("shard", "--q-bits", "5", "x"), "'5' is not one of"),
         (("run", "--shards", "a", "--model", "b", "x"), "exclude each other"),
         (("run", "--hosts", "a", "--local", "2", "x"), "--hosts and --local exclude each other"),
@@ -264,7 +265,24 @@ def test_mlx_is_told_the_backend_that_rdma_amounts_to(call: Any, tmp_path: Path)
 def test_hosts_prints_names_or_mlx_json(call: Any) -> None:
     Path("hosts.txt").write_text("a ip=10.0.0.1\nb ip=10.0.0.2\n")
     assert call("hosts") == (0, "a\nb\n", "")
+    assert call("hosts", "--quiet") == (0, "a\nb\n", "")
     assert [h["ssh"] for h in json.loads(call("hosts", "--mlx")[1])["hosts"]] == ["a", "b"]
+    assert call("hosts", "--mlx", "--json") == call("hosts", "--mlx")
+
+
+def test_hosts_as_json_need_no_address(call: Any) -> None:
+    Path("hosts.txt").write_text("ada@no.such.invalid:2222 memory=64GB rdma=-,en2\nb ip=10.0.0.2,10.0.1.2 dir=/x\n")
+    code, out, err = call("hosts", "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert (document["schema"], document["source"], document["backend"]) == ("moectl.hosts/1", "hosts.txt", "")
+    first, second = document["hosts"]
+    assert (first["rank"], first["host"], first["name"]) == (0, "ada@no.such.invalid:2222", "no.such.invalid")
+    assert (first["user"], first["port"], first["ips"], first["rdma"]) == ("ada", 2222, [], [None, "en2"])
+    assert (first["memory_bytes"], first["dir"], second["dir"]) == (64_000_000_000, None, "/x")
+    assert second["ips"] == ["10.0.0.2", "10.0.1.2"]
+    # MLX needs an address, and has no place for a port.
+    assert call("hosts", "--mlx")[0] == 4
 
 
 def test_no_hosts(call: Any) -> None:

@@ -23,7 +23,7 @@ from moectl.feed import shard_and_deploy
 from moectl.flags import Failed
 from moectl.hosts import Host
 from moectl.manifest import NAME, read_manifest
-from moectl.node import hash_file
+from moectl.node import RECORD, hash_file
 from moectl.prepare import Made, Wanted
 from moectl.provision import Event, HostResult
 from moectl.quantize import quantizer
@@ -81,6 +81,8 @@ def test_deploy_shard_brings_what_shard_and_deploy_bring(model: Path, hosts: lis
         directory = Path(str(host.dir), "shards", first["name"])
         assert_holds(directory, alone, rank)
         assert replace(read_manifest(directory), canary=None) == alone
+        there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file() and path.name != RECORD)
+        assert first["hosts"][rank]["copied_bytes"] == there  # once
     again = json.loads(moectl(*words, "--no-relay", "--json").stdout)
     assert [h["copied_bytes"] for h in again["hosts"]] == [0, 0]
 

@@ -13,14 +13,15 @@ import threading
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import moectl
 from moectl import chain
-from moectl.cluster import DeployResult, deploy
+from moectl.cluster import DeployResult, deploy, manifest_entry
 from moectl.errors import Unreachable
-from moectl.handover import Admit, TakeFrom, Wants
+from moectl.handover import Admit, More, TakeFrom, Wants
 from moectl.manifest import NAME, Manifest, is_shared
 from moectl.provision import Advanced, Event, Working
 from moectl.push import Found, Link, Push
@@ -267,3 +268,26 @@ def test_a_promise_is_taken_back_before_anything_is_taken(tmp_path: Path, monkey
     wait_for(lambda: bool(told))
     assert there == [False]
     assert told == [Wants(1, 0, "enough was seen")]
+
+
+def test_a_file_that_is_told_twice_is_sent_once(tmp_path: Path) -> None:
+    """A cut tells each file as it is made, and all of them at its end."""
+    manifest = make_shards(tmp_path / "set", 1)
+    files = {**manifest.files, NAME: manifest_entry(tmp_path / "set")}
+    first = dict(list(manifest.files.items())[:2])
+    sent: list[str] = []
+
+    class Remote(LocalRemote):
+        def put(self, source: Path, destination: str, **options: Any) -> None:
+            sent.append(source.relative_to(tmp_path / "set").as_posix())
+            super().put(source, destination, **options)
+
+    moved: list[int] = []
+    push = Push(Remote(), tmp_path / "set", Found(str(tmp_path / "host"), {}, {}, may_lie=True), moved.append, None)
+    for more in (More(first, False), More(first, False), More(files, True)):
+        push.add(more)
+    arrived = push.run()
+    assert sorted(sent) == sorted(files)
+    assert sent[-1] == NAME
+    assert (arrived.copied_bytes, arrived.kept_bytes) == (sum(f.bytes for f in files.values()), 0)
+    assert sum(moved) == arrived.copied_bytes

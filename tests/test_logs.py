@@ -21,10 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moectl import report_observe
+from moectl import logs, report_observe
 from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.errors import UsageError
 from moectl.hosts import Host
+from moectl.launch import target_key
 from moectl.logs import LOCAL, Asked, Line, Reader, Source, Trouble, find_sources, in_order
 from moectl.node_logs import Log, parse_line, pick
 from moectl.paths import state_dir
@@ -199,6 +200,23 @@ def test_logs_of_this_machine(tmp_path: Path) -> None:
     assert [s.label for s in find_sources(None)] == ["localhost/0", "localhost/2", "localhost/10"]
     assert [s.rank for s in find_sources(None, ["localhost/2"])] == [2]
     assert len(find_sources(None, ["localhost"])) == 3
+
+
+def test_a_deployment_that_runs_brings_no_old_logs_from_here(
+    sshd: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same set ran on this machine before: its logs are no ranks of what runs now."""
+    deployment = make_deployment(sshd, tmp_path, 1)
+    key = target_key(deployment)
+    logs_here = state_dir() / "logs"
+    for name in (f"{NAME}-rank-0.log", f"controller-{NAME}-{key}.log", f"controller-{NAME}-other.log"):
+        write_log(logs_here / name, "x")
+    running = [key]
+    monkeypatch.setattr(logs, "find_running", lambda: [Path(f"/run/{one}.sock") for one in running])
+    assert [s.label for s in find_sources(deployment)] == ["node0", "controller"]
+    assert [s.label for s in find_sources(deployment, ["localhost"])] == ["controller", "localhost/0"]
+    running.append("other")  # what runs here is told, too
+    assert [s.label for s in find_sources(deployment)] == ["node0", "controller", "localhost/0", "controller"]
 
 
 @pytest.fixture

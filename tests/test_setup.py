@@ -249,6 +249,16 @@ def test_a_host_that_is_gone_keeps_its_part_of_the_record(call: Call, pair: list
     assert call("setup", "--undo", "--yes")[0] == 5
 
 
+def test_only_the_hosts_that_are_named_are_undone(call: Call, pair: list[FakeMac], tmp_path: Path) -> None:
+    with open_record() as found:
+        for host in ("mac0", "mac1"):
+            found.finish(found.begin(entry(host)))
+    (tmp_path / "one.txt").write_text("mac1\n")
+    assert call("setup", "--undo", "--yes", "--hostfile", "one.txt")[0] == 0
+    assert [mac.commands for mac in pair] == [[], ["ifconfig bridge0 up"]]
+    assert [left.host for left in read_record()] == ["mac0"]
+
+
 def test_who_comes_in_by_the_bridge_is_stopped(call: Call, pair: list[FakeMac]) -> None:
     (pair[1].directory / "interfaces" / "lo0").unlink()
     bridge = pair[1].directory / "interfaces" / "bridge0"

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from moectl.backend import choose_backend
 from moectl.errors import HostsError, PlanError
+from moectl.hardware import Hardware
 from moectl.hosts import Host, HostList, format_hosts, parse_hosts, to_mlx_json
 from moectl.setup_machine import Machine, read_machine
 from moectl.setup_plan import SetupPlan, Wish, plan_setup
 from moectl.setup_report import file_text, plan_json
-from moectl.survey import read_survey
+from moectl.survey import Survey, read_survey
 from tests import cabling
 from tests.cabling import End
 from tests.fake_mac import PORTS, ifconfig_text, interfaces, read, record
@@ -338,6 +339,18 @@ def test_settings_that_nobody_asked_for_are_advice() -> None:
     assert any("sleeps after 15 min" in text and "caffeinate" in text for text in texts)
     assert any("gone when a Mac restarts" in text for text in texts)
     assert not any(step.argv[0] in ("pmset", "sysctl") for some in made.steps for step in some)
+
+
+def test_the_sleep_of_a_macbook_is_that_on_mains_power() -> None:
+    battery = "System-wide power settings:\nCurrently in use:\n standby 1\n sleep                1\n"
+    custom = "Battery Power:\n sleep         1\nAC Power:\n womp 1\n\n sleep         15\nUPS Power:\n sleep 2\n"
+    for sections, minutes in (
+        ({"pmset": battery, "pmset_custom": custom}, 15),
+        ({"pmset": battery, "pmset_custom": custom.replace("15", "0")}, 0),
+        ({"pmset": battery, "pmset_custom": ""}, 1),
+        ({"pmset": " SleepDisabled\t\t1\n", "pmset_custom": custom}, 0),
+    ):
+        assert read_machine(Host("mac1"), Survey(Hardware(os="macOS"), sections)).sleep_minutes == minutes
 
 
 def test_a_limit_that_macos_would_not_survive_is_refused() -> None:

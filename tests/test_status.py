@@ -293,6 +293,8 @@ def test_workers_in_what_ps_prints() -> None:
     ]
     assert node_workers.parse_elapsed("03-02:14:07") == 3 * 86400 + 8047
     assert node_workers.pick_logs(["/a/x-rank-0.log", "/a/x-rank-0.log", "/a/log", "/dev/null"]) == ["/a/x-rank-0.log"]
+    # Of a worker whose log is gone it is known still under which root it works.
+    assert node_workers.pick_logs(["/a/x-rank-0.log (deleted)"]) == ["/a/x-rank-0.log"]
 
 
 def test_ctrl_t_says_how_things_stand(monkeypatch: pytest.MonkeyPatch) -> None:

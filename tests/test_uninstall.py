@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from moectl.errors import StateError
 from moectl.hosts import Host
 from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.node import RECORD
-from moectl.node_clear import Plan, is_our_env, remove
+from moectl.node_clear import MADE, Plan, is_our_env, remove
 from moectl.paths import data_dir
 from moectl.uninstall import clear_hosts
 from tests.running import make_python
@@ -73,6 +74,11 @@ def hosts(sshd: Server, tmp_path: Path) -> list[Host]:
     return found
 
 
+def note_root(root: Path) -> None:
+    """Note, as `deploy` does, that the root was not there before."""
+    (root / MADE).write_text(str(root.parent))
+
+
 def install(hosts: list[Host], shards: Path) -> None:
     deploy(hosts, shards, make_shards(shards, len(hosts))).raise_failures()
     for host in hosts:
@@ -89,6 +95,7 @@ def plant(hosts: list[Host], shards: Path) -> None:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(shards / name, directory / name)
         (directory / RECORD).write_text("{}")
+        note_root(root)
         make_env(root)
         ranks.append(DeployedRank(host, sys.executable, str(root), str(directory)))
     write_deployment(Deployment(shards.name, str(shards), tuple(ranks)))
@@ -96,6 +103,9 @@ def plant(hosts: list[Host], shards: Path) -> None:
 
 def test_hosts_are_as_they_were_before(hosts: list[Host], tmp_path: Path) -> None:
     homes = [tmp_path / "home0", tmp_path / "home1"]
+    # What dir= names, deploy makes on one, and with it what is above; the other has it already, from its owner.
+    hosts[0] = replace(hosts[0], dir=str(homes[0] / "fast" / "disk" / "moectl"))
+    Path(str(hosts[1].dir)).mkdir()
     before = [read_tree(home) for home in homes]
     shards = tmp_path / "tiny-experts-2"
     install(hosts, shards)
@@ -128,6 +138,8 @@ def test_what_is_not_moectls_is_left_and_named(hosts: list[Host], tmp_path: Path
         "shards/tiny-experts-1/own/deep.txt",
         "wheels/other-1-py3-none-any.whl",
         "shards/model/weights.bin",
+        "shards/model/config.json",  # a checkpoint of somebody's own
+        "shards/model/tokenizer.json",
     ]
     for name in foreign:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +158,7 @@ def test_what_is_not_moectls_is_left_and_named(hosts: list[Host], tmp_path: Path
     for name in ("shards/tiny-experts-1/own", "shards/model"):
         (root / name).rmdir()
     clear_hosts(hosts[:1], dry_run=False)
-    assert not root.exists()
+    assert read_tree(root) == {}  # it was its owner's for a while
 
 
 def test_an_interrupted_deploy_is_cleared_too(hosts: list[Host], tmp_path: Path) -> None:
@@ -160,6 +172,17 @@ def test_an_interrupted_deploy_is_cleared_too(hosts: list[Host], tmp_path: Path)
     (root / "env" / "moectl-env.json").unlink()  # as while pip works
     assert clear_hosts(hosts[:1], dry_run=False)[0].left == ()
     assert not root.exists()
+
+
+def test_a_note_of_the_root_removes_no_more_than_it_says(tmp_path: Path) -> None:
+    root = tmp_path / "a" / "b"
+    for said, gone in ((str(tmp_path / "a"), [root]), ("/", [root, tmp_path / "a"]), ("elsewhere", []), ("", [])):
+        root.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine").touch()
+        (root / MADE).write_text(said)
+        assert remove(Plan(str(root), [])) == []
+        assert [path for path in (root, tmp_path / "a") if not path.exists()] == gone
+        assert not (root / MADE).exists()
 
 
 def test_another_environment_is_not_moectls(tmp_path: Path) -> None:
@@ -226,6 +249,7 @@ def test_this_machines_own_shard_sets_stay(tmp_path: Path, monkeypatch: pytest.M
         path = tmp_path / "root" / "shards" / shards.name / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.hardlink_to(shards / name)
+    note_root(tmp_path / "root")
     assert clear_hosts([elsewhere], dry_run=False)[0].left == ()
     assert not (tmp_path / "root").exists()
     assert all((shards / name).exists() for name in manifest.files)
@@ -233,6 +257,7 @@ def test_this_machines_own_shard_sets_stay(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_the_disk_refuses_is_told_and_the_rest_goes(tmp_path: Path) -> None:
     make_env(tmp_path / "root")
+    note_root(tmp_path / "root")
     plan = Plan(str(tmp_path / "root"), [])
     (tmp_path / "stuck").mkdir()
     plan.files.insert(0, str(tmp_path / "stuck"))  # what is a directory by now cannot be unlinked, by root neither

@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from moectl import node_platform
-from moectl.errors import CommandFailed, IntegrityError, Unreachable, UsageError, VersionMismatch
+from moectl.errors import CommandFailed, IntegrityError, StateError, Unreachable, UsageError, VersionMismatch
 from moectl.hosts import Host
 from moectl.wheel import write_wheel
 from moectl.wheelhouse import LIST, Platform, ask_platforms, build, check, find_closure, make_list, make_platform
@@ -195,6 +195,17 @@ def test_what_is_no_wheelhouse(tmp_path: Path) -> None:
     (tmp_path / LIST).write_text("somebody's own\n")
     check(tmp_path)
     assert (tmp_path / LIST).read_text() == "somebody's own\n"
+
+
+def test_what_the_disk_refuses_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, kind in ((tmp_path / "file" / "wheels", UsageError), (Path("/proc/none/wheels"), StateError)):
+        with pytest.raises(kind) as refused:
+            build(name, [], {})
+        assert name.parent.name in refused.value.message
+    (tmp_path / "lost-1-py3-none-any.whl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"lost-1-py3-none-any\.whl cannot be read"):
+        check(tmp_path)
 
 
 def test_deploy_fetches_a_wheelhouse_that_is_not_there(
