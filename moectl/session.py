@@ -415,11 +415,11 @@ class Session:
             if self._sleep.slept_s is not None:
                 self._deadline.forgive()
                 return _WAKE
-            if quiet := self._find_quiet():  # somebody may be gone: soon it is known who
+            if self._find_quiet(1) is not None:  # somebody may be gone: soon it is known who
                 try:
                     return self._events.get(timeout=(MISSES + 1) * BEAT_S)
                 except queue.Empty:
-                    for rank in quiet & self._find_quiet():
+                    if (rank := self._find_quiet(MISSES)) is not None:
                         return rank, self._tethers[rank].describe_silence()
             hosts = ", ".join(spec.host.name for spec in self._ranks)
             waited_s = self._deadline.seconds if self._unanswered else self._step_timeout_s
@@ -430,8 +430,8 @@ class Session:
                 )
             ) from None
 
-    def _find_quiet(self) -> set[int]:
-        return {rank for rank, tether in enumerate(self._tethers) if tether.pulse.quiet}
+    def _find_quiet(self, beats: int) -> int | None:
+        return next((rank for rank, tether in enumerate(self._tethers) if tether.pulse.quiet >= beats), None)
 
     def _fail(self, error: MoectlError) -> MoectlError:
         """Remember why the session is over; return the error."""

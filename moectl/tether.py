@@ -122,11 +122,12 @@ class Tether:
         _quietly(self.process.kill)
 
     def close(self) -> None:
-        """Close the streams of a worker that has gone."""
+        """Close the streams of a worker that has gone, or cannot be reached to be ended."""
+        assert self.process is not None
+        _quietly(self.process.kill)  # or what reads it would wait for a host that is not there
         for thread in self._threads:
             thread.join(EXIT_GRACE_S)
-        if self.process is not None:
-            _quietly(self.process.close)
+        _quietly(self.process.close)
 
     # One thread for each stream.
 

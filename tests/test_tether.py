@@ -1,0 +1,83 @@
+"""The controller's end of a leash, over processes that stand in for workers."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+
+import pytest
+
+from moectl.hosts import Host
+from moectl.leash import Cancel, Generate, Load, Order
+from moectl.remote import Completed, LocalRemote
+from moectl.request import Request
+from moectl.tether import Ended, Heard, Tether, end_all
+
+
+class Noted(LocalRemote):
+    """This machine, which notes what is run on it instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[list[str]] = []
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float | None = 60.0,
+        check: bool = True,
+        leash: bool = False,
+    ) -> Completed:
+        self.ran.append(list(argv))
+        return Completed(0, b"", b"")
+
+
+def tie(
+    *argv: str, host: str = "localhost", remote: LocalRemote | None = None
+) -> tuple[Tether, queue.SimpleQueue[Heard]]:
+    events: queue.SimpleQueue[Heard] = queue.SimpleQueue()
+    remote = remote or LocalRemote()
+    tether = Tether(3, Host(host), remote, events, lambda host, line: None)
+    tether.hold(remote.start(argv))
+    return tether, events
+
+
+def test_all_orders_go_out_before_it_is_let_go() -> None:
+    tether, events = tie("cat")
+    orders: list[Order] = [Load(7), Generate(Request(1, "x" * 500_000, 4)), Cancel(1)]
+    for order in orders:
+        tether.send(order)
+    end_all([tether])
+    heard = [events.get_nowait() for _ in range(4)]
+    assert heard == [*((3, order) for order in orders), (3, Ended())]
+    assert tether.find_exit_code() == 0
+
+
+def test_beats_are_left_out_while_an_order_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.tether.STUCK_S", 0.1)
+    tether, _ = tie("sleep", "1000")
+    assert tether.beat()
+    tether.send(Generate(Request(1, "x" * 1_000_000, 4)))
+    assert not tether.beat()
+    end_all([tether])
+    assert tether.find_exit_code() == -9
+
+
+def test_what_was_never_started_has_no_end() -> None:
+    tether = Tether(0, Host("mac1"), LocalRemote(), queue.SimpleQueue(), lambda host, line: None)
+    assert not tether.beat()
+    end_all([tether])
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_who_does_not_mind_its_leash_is_ended_on_its_host(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.tether.EXIT_GRACE_S", 0.3)
+    remote = Noted()
+    tethers = [tie("sleep", "1000", host=host, remote=remote)[0] for host in ("mac1", "mac2")]
+    for pid, tether in enumerate(tethers, 41):
+        tether.pid, tether.is_silent = pid, silent
+    end_all(tethers)
+    assert sorted(remote.ran) == [["kill", "-9", "41"], ["kill", "-9", "42"]]
+    assert [tether.find_exit_code() for tether in tethers] == [-9, -9]
