@@ -24,6 +24,7 @@ LOG_LINES = 20
 EXIT_GRACE_S = 5.0
 STUCK_S = 1.0  # for an order to go out before the leash is let go
 KILL_S = 3.0  # for a host to end a worker that does not end by itself
+PIECE_BYTES = 16384  # of an order: less than a beat's time on any line worth having
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class Tether:
         self._on_log = on_log
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()  # None: let go
         self._is_writing = False
+        self._pieces = 0  # of orders that have gone out so far
+        self._pieces_before = 0  # that was at the beat before
         self._has_let_go = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -78,9 +81,15 @@ class Tether:
         self._orders.put(order)
 
     def beat(self) -> bool:
-        """Send a heartbeat; return False where orders are on their way, whose bytes are as good as one."""
-        if self.process is None or self._is_writing or not self._orders.empty():
+        """Send a heartbeat; return whether an answer is due.
+
+        Orders on their way hold a beat up and are as good as one, for as long as their bytes move.
+        """
+        if self.process is None:
             return False
+        moves, self._pieces_before = self._pieces != self._pieces_before, self._pieces
+        if self._is_writing or not self._orders.empty():
+            return not moves
         self._orders.put(Beat())
         return True
 
@@ -135,8 +144,11 @@ class Tether:
         try:
             while (order := self._orders.get()) is not None:
                 self._is_writing = True
-                process.stdin.write(encode(order))
-                process.stdin.flush()
+                data = encode(order)
+                for begin in range(0, len(data), PIECE_BYTES):
+                    process.stdin.write(data[begin : begin + PIECE_BYTES])
+                    process.stdin.flush()
+                    self._pieces += 1
                 self._is_writing = False
         except (OSError, ValueError):
             pass  # its death is reported by the thread that reads it, with the reason

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 MISSES = 4  # beats in a row without an answer: the rank is dead, or as good as; found within MISSES + 1 seconds
 LOADING_MISSES = 15  # the same while libraries and weights come from a disk, perhaps without the interpreter lock
-BUSY_MISSES = 60  # the same while a long order is on its way to it: a slow line is no sign of death, for a while
 LATE_S = 2.5  # between two beats of this machine: it was stopped, or asleep
 _AWAKE_S = 10.0  # what follows a sleep is put down to it for so long
 
@@ -30,8 +29,7 @@ class Pulse:
         self.heard_s = 0.0  # when it last said anything, on the monotonic clock
         self._seen_s = 0.0  # what that was at the beat before
         self._missed = 0  # beats in a row without an answer, since it last said anything
-        self._left_out = 0  # beats that did not go out, because a long order did
-        self._asked = True  # whether the last one went out
+        self._asked = True  # whether the last one wanted an answer
         self._is_over = False
 
     def hear(self) -> None:
@@ -40,23 +38,18 @@ class Pulse:
 
     @property
     def quiet(self) -> int:
-        """How many beats there were since it last said anything."""
-        return self._missed + self._left_out
+        """How many beats it has not answered since it last said anything."""
+        return self._missed
 
     def count(self, most: int, *, asked: bool = True) -> bool:
-        """Count one beat, which went out if `asked`; return, once, whether so many were missed that it is lost.
-
-        That is `most` beats in a row without an answer, or BUSY_MISSES where some could not go out.
-        """
+        """Count one beat, which wants an answer if `asked`; return, once, whether `most` in a row went without one."""
         if self.heard_s != self._seen_s:
-            self._missed = self._left_out = 0
+            self._missed = 0
             self._is_over = False
         elif self._asked:
             self._missed += 1
-        else:
-            self._left_out += 1
         self._seen_s, self._asked = self.heard_s, asked
-        if self._is_over or (self._missed < most and self.quiet < BUSY_MISSES):
+        if self._is_over or self._missed < most:
             return False
         self._is_over = True
         return True

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from moectl import vigil
-from moectl.vigil import BUSY_MISSES, FACTOR, LEAST_S, Pulse, Sleep, StepDeadline
+from moectl.vigil import FACTOR, LEAST_S, Pulse, Sleep, StepDeadline
 
 
 class Clock:
@@ -33,19 +33,13 @@ def test_beats_in_a_row_are_counted(clock: Clock) -> None:
     assert [pulse.count(3) for _ in range(5)] == [False, False, False, True, False]
 
 
-def test_beats_that_could_not_go_out_are_no_misses(clock: Clock) -> None:
+def test_beats_that_want_no_answer_are_no_misses(clock: Clock) -> None:
     pulse = Pulse()
     pulse.hear()
     assert not pulse.count(4)
-    assert not any(pulse.count(4, asked=False) for _ in range(20))
-    assert pulse.quiet == 20
-    # One was missed before; the first here still looks at a beat that was left out.
+    assert not any(pulse.count(4, asked=False) for _ in range(100))
+    # One was missed before; the first here still looks at a beat that wanted none.
     assert [pulse.count(4) for _ in range(4)] == [False, False, False, True]
-    for _ in range(2):
-        clock.now_s += 1
-        pulse.hear()
-        # For ever is too long all the same.
-        assert [pulse.count(4, asked=False) for _ in range(2 * BUSY_MISSES)].count(True) == 1
 
 
 def test_less_may_be_allowed_than_is_missed_already(clock: Clock) -> None:
