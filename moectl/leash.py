@@ -18,6 +18,7 @@ from moectl.request import Request, Stats
 
 BEAT_S = 1.0  # the controller sends a line at least this often
 SILENCE_S = 3.0  # a worker that hears nothing for this long exits
+LEASH_LOST = 75  # with this code, which no crash has (EX_TEMPFAIL)
 MAX_LINE_BYTES = 64 * 1024 * 1024
 NONCE_BITS = 31
 

@@ -22,6 +22,7 @@ from moectl.errors import LeashLost, MoectlError, PeerLost, RemoteError, Stalled
 from moectl.hosts import Host
 from moectl.leash import (
     BEAT_S,
+    LEASH_LOST,
     NONCE_BITS,
     AllGather,
     Beat,
@@ -88,7 +89,6 @@ _LOADING = _Phase("loading", hint="its disk may be too slow, or its memory too s
 _CHECKING = _Phase("computing for the first time", Stalled, _LINK_HINT)
 
 _WAKE = (0, None)  # among the events: look again whether to go on, and for how long
-_LEASH_LOST = 1  # the exit code of a worker that hears nothing any more
 
 
 class Session:
@@ -503,7 +503,7 @@ class Session:
     def _explain_end(self, rank: int, event: Ended, phase: str) -> MoectlError:
         slept_s = self._sleep.slept_s
         code = self._tethers[rank].find_exit_code() if event == Ended() else None
-        if slept_s is not None and code in (None, _LEASH_LOST):
+        if slept_s is not None and code in (None, LEASH_LOST):
             return self._failure(
                 rank,
                 f"the worker let go while {phase}: this machine slept, or was stopped, for {slept_s:.0f} s",

@@ -32,6 +32,7 @@ from moectl import __version__, errors
 from moectl.errors import MoectlError
 from moectl.leash import (
     BEAT_S,
+    LEASH_LOST,
     MAX_LINE_BYTES,
     SILENCE_S,
     Alive,
@@ -155,7 +156,7 @@ def run(serve: Callable[[Leash], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to hear; it cancels, then lets go
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["HF_HUB_OFFLINE"] = "1"  # a worker reads its shard set and nothing else
-    leash = Leash(sys.stdin.buffer, up, on_end=_exit)
+    leash = Leash(sys.stdin.buffer, up, on_end=lambda reason: _exit(reason, code=LEASH_LOST))
     try:
         serve(leash)
         _exit("done", code=0)

@@ -25,7 +25,7 @@ from moectl.errors import (
     VersionMismatch,
 )
 from moectl.hosts import Host
-from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Prefilled, Token, decode, encode
+from moectl.leash import LEASH_LOST, SILENCE_S, AllGather, Done, Gathered, Prefilled, Token, decode, encode
 from moectl.remote import LocalProcess, LocalRemote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
@@ -421,7 +421,8 @@ class Slept:
     [
         ("kill -9 $$", "killed by signal 9 while starting"),
         ("exit 3", "exit code 3 while starting"),
-        ("exit 1", "slept, or was stopped, for 60 s"),  # as workers do that hear nothing any more
+        ("exit 1", "ended with exit code 1"),
+        (f"exit {LEASH_LOST}", "slept, or was stopped, for 60 s"),
     ],
 )
 def test_a_sleep_explains_no_other_death(script: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +517,7 @@ def test_a_worker_ends_when_its_controller_vanishes_with_all_pipes() -> None:
     for stream in (process.stdin, process.stdout, process.stderr):
         assert stream is not None
         stream.close()
-    assert process.wait(20) == 1
+    assert process.wait(20) == LEASH_LOST
 
 
 def start_worker() -> subprocess.Popen[bytes]:
@@ -536,7 +537,7 @@ def start_worker() -> subprocess.Popen[bytes]:
 def test_a_worker_ends_with_its_leash(act: Callable[[subprocess.Popen[bytes]], object], reason: bytes) -> None:
     process = start_worker()
     act(process)
-    assert process.wait(20) == 1
+    assert process.wait(20) == LEASH_LOST
     assert process.stderr is not None
     assert reason in process.stderr.read()
     for stream in (process.stdin, process.stdout, process.stderr):
