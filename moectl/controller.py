@@ -350,7 +350,7 @@ async def _run(
         target.name,
         ranks=count_ranks(target),
         keep_alive=keep_alive,
-        open_=lambda patience, on_made: open_session(target, on_made=on_made, patience=patience, **options),
+        open_=open_like(session, target, options),
         restarts=Restarts(settings.restarts),
         advise=lambda failure: _advise(target, failure),
         say=say,
@@ -377,6 +377,17 @@ async def _run(
         raise KeyboardInterrupt
     if control.signal == signal.SIGTERM:
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def open_like(first: Session, target: Target, options: Mapping[str, Any]) -> Open:
+    """Return how to open another session that takes over from the first one.
+
+    It has the same room for answers: what is free right after a worker was killed may be less than what soon will be,
+    and an answer that fitted before would be cut off, or refused.
+    """
+    return lambda patience, on_made: open_session(
+        target, on_made=on_made, patience=patience, **{**options, "kv_tokens": first.kv_tokens}
+    )
 
 
 def _advise(target: Target, failure: MoectlError) -> str | None:

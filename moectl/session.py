@@ -105,9 +105,13 @@ class Session:
         canary: bool = True,
         agree_routing: bool = False,
         paranoia: int = 0,
+        kv_tokens: int | None = None,
         on_log: Callable[[str, str], None] = lambda host, line: None,
     ) -> None:
-        """Take what to run; `patience` stretches the time that a step may take, after a session that was too slow."""
+        """Take what to run; `patience` stretches the time that a step may take, after a session that was too slow.
+
+        `kv_tokens`: there is room for so many tokens' keys and values, whatever the hosts say now.
+        """
         self._ranks = ranks
         self._backend = backend
         self._start_timeout_s = start_timeout_s
@@ -120,6 +124,7 @@ class Session:
         self._canary = canary
         self._agree_routing = agree_routing
         self._paranoia = paranoia
+        self._kv_tokens = kv_tokens
         self._on_log = on_log
         self._events: queue.SimpleQueue[_Heard] = queue.SimpleQueue()
         self._logs = [collections.deque[str](maxlen=LOG_LINES) for _ in ranks]
@@ -185,10 +190,11 @@ class Session:
         if len(self._ranks) > 1:
             self._connect(listening)
         self._joined = True
-        known = [event.kv_tokens for event in listening.values() if event.kv_tokens is not None]
-        kv_tokens = min(known, default=None)  # every rank holds every token's, so that the least room is all there is
+        if self._kv_tokens is None:  # every rank holds every token's, so that the least room is all there is
+            known = [event.kv_tokens for event in listening.values() if event.kv_tokens is not None]
+            self._kv_tokens = min(known, default=None)
         for rank in range(len(self._ranks)):
-            self._send(rank, Load(kv_tokens))
+            self._send(rank, Load(self._kv_tokens))
         ready = self._collect(Ready, range(len(self._ranks)), self._load_timeout_s, "loading")
         self._check_canary(ready)
         self._deadline.learn(max(r.token_s for r in ready.values()), max(r.step_s for r in ready.values()))
@@ -383,6 +389,11 @@ class Session:
         if self._ready is None:
             raise errors.StateError("no model is loaded yet")
         return self._ready
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """For how many tokens' keys and values there is room; None where nobody counted."""
+        return self._kv_tokens
 
     @property
     def hosts(self) -> tuple[str, ...]:

@@ -209,6 +209,34 @@ def test_a_stop_text_begun_before_a_restart_is_found_after_it(parts: tuple[Any, 
     assert driven.text(1) == ""
 
 
+@pytest.mark.parametrize("limit", [{"max_seq_len": 60}, {"kv_tokens": 60}])
+def test_an_answer_that_was_as_long_as_may_be_before_a_restart_ends_as_undisturbed(
+    parts: tuple[Any, Any], limit: dict[str, int]
+) -> None:
+    plain = Driven(parts, **limit)
+    plain.ask(PROMPTS[1], 500, ignore_eos=True)
+    plain.run()
+    told = plain.tokens(1)
+    assert plain.reason(1) == "length"
+    for count in (len(told) - 1, len(told)):
+        resumed = Driven(parts, **limit)
+        resumed.ask(PROMPTS[1], 500, ignore_eos=True, answered=tuple(told[:count]))
+        resumed.run()
+        assert resumed.reason(1) == "length"
+        assert told[:count] + resumed.tokens(1) == told
+        assert resumed.stats(1).completion_tokens == len(told)
+
+
+@pytest.mark.parametrize("limit", [{"max_seq_len": 60}, {"kv_tokens": 60}])
+def test_a_prompt_alone_that_is_too_long_is_refused(parts: tuple[Any, Any], limit: dict[str, int]) -> None:
+    driven = Driven(parts, **limit)
+    for length in (59, 60):
+        driven.ask("", 4, prompt_tokens=(5,) * length, ignore_eos=True)
+    driven.run()
+    assert len(driven.tokens(1)) == 1
+    assert "the prompt has 60 tokens" in driven.refusal(2)
+
+
 # Memory.
 
 

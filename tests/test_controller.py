@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from moectl import client, launch
+from moectl import controller as controller_module
 from moectl.client import Client, find_running, is_running
 from moectl.controller import MAX_FAILURES, Controller
 from moectl.demo import demo_dir
@@ -43,6 +44,7 @@ class FakeSession:
 
     model = Ready("hidden", 4, 1000, 256, 4)
     memory_bytes = (5, 6)
+    kv_tokens = 5000
 
     def __init__(self) -> None:
         self.heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -299,6 +301,16 @@ def test_sleeping_often_ends_no_answer() -> None:
         assert [e.text for e in told if isinstance(e, Token)] == ["x"] * (MAX_FAILURES + 1)
 
     restart(test, *naps, last)
+
+
+def test_a_restart_keeps_the_room_that_the_first_start_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setattr(controller_module, "open_session", lambda target, **options: opened.append(options))
+    first: Any = FakeSession()
+    target: Any = None
+    made: Any = None
+    controller_module.open_like(first, target, {"dtype": "float32"})(2.0, made)
+    assert opened == [{"dtype": "float32", "kv_tokens": 5000, "patience": 2.0, "on_made": None}]
 
 
 def test_an_idle_controller_leaves_and_a_busy_one_stays() -> None:
