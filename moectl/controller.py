@@ -96,6 +96,7 @@ class Controller:
         self._last_id = 0
         self._is_up = True
         self._downs = 0  # how often it was not
+        self._came_further = False  # some answer, since it is up
         self._resuming: asyncio.Task[None] | None = None
         self._submitting = asyncio.Lock()
         self._progress_s = time.monotonic()
@@ -249,7 +250,7 @@ class Controller:
             return
         if isinstance(event, Done | Refused):
             self._forget(answer)
-        answer.take(event)
+        self._came_further |= answer.take(event)
 
     def _forget(self, answer: ResumedAnswer) -> None:
         self._numbered.pop(answer.number, None)
@@ -262,10 +263,12 @@ class Controller:
         """Tell who waits that the cluster is down, and will be up again."""
         self._is_up = False
         self._downs += 1
+        # A sleep is nobody's fault; but if this machine is never there for long enough, that has to end too.
+        is_failure = not (isinstance(failure, LeashLost) and self._came_further)
         for answer in self._numbered.values():  # not at a start that fails: nobody had begun with it
-            answer.restarts += 1
-            answer.failures += not isinstance(failure, LeashLost)
+            answer.break_off(is_failure=is_failure)
         self._numbered.clear()
+        self._came_further = False
         text = f"{failure}. Starting again ({self._restarts.recent} of {self._restarts.most})."
         self._say(text)
         for answer in list(self._unfinished):

@@ -223,6 +223,24 @@ def test_an_answer_goes_on_in_the_next_session() -> None:
     assert first.submitted == []
 
 
+def test_the_rest_of_a_text_is_told_once_when_only_the_end_was_lost() -> None:
+    second = FakeSession()
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        answer = await controller.submit(Request(0, "a", 2, stop=("!",)))
+        for event in (Token(1, 7, "x"), Token(1, 8, ""), Token(1, -1, "rest"), PeerLost("gone")):
+            sessions[0].heard.put(event)
+        await until(lambda: len(second.submitted) == 1)
+        assert second.submitted[0].answered == (7, 8)
+        for event in (Token(1, -1, "rest"), Done(1, "length", STATS)):
+            second.heard.put(event)
+        told = [event for event in await collect(answer) if not isinstance(event, Notice)]
+        assert [e.text for e in told if isinstance(e, Token)] == ["x", "", "rest"]
+        assert isinstance(told[-1], Done)
+
+    restart(test, second)
+
+
 def test_an_answer_that_fails_every_session_ends_and_the_others_go_on() -> None:
     later = [FakeSession() for _ in range(MAX_FAILURES)]
 
@@ -299,6 +317,40 @@ def test_sleeping_often_ends_no_answer() -> None:
         last.heard.put(Done(1, "stop", STATS))
         told = await collect(answer)
         assert [e.text for e in told if isinstance(e, Token)] == ["x"] * (MAX_FAILURES + 1)
+
+    restart(test, *naps, last)
+
+
+def test_a_machine_that_sleeps_before_anything_comes_of_an_answer_ends_it_some_time() -> None:
+    naps = [FakeSession() for _ in range(MAX_FAILURES)]
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        answer = await controller.submit(Request(0, "a", 5))
+        for number, session in enumerate(sessions[:-1]):
+            session.heard.put(Prefilled(1, 512))  # no further than the time before
+            session.heard.put(LeashLost(f"slept {number}"))
+            if number < MAX_FAILURES:
+                await until(lambda n=number: len(sessions[n + 1].submitted) == 1)  # type: ignore[misc]
+        with pytest.raises(LeashLost, match=f"slept {MAX_FAILURES}"):
+            await collect(answer)
+
+    restart(test, *naps, FakeSession())
+
+
+def test_whoever_waits_while_others_come_further_is_not_to_blame_for_naps() -> None:
+    last = FakeSession()
+    naps = [FakeSession() for _ in range(MAX_FAILURES + 1)]
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        reads, waits = await controller.submit(Request(0, "a", 5)), await controller.submit(Request(0, "b", 5))
+        for number, session in enumerate(sessions[:-1]):
+            session.heard.put(Prefilled(1, 512 * (number + 1)))
+            session.heard.put(LeashLost("slept"))
+            await until(lambda n=number: len(sessions[n + 1].submitted) == 2)  # type: ignore[misc]
+        last.heard.put(Done(1, "stop", STATS))
+        last.heard.put(Done(2, "stop", STATS))
+        assert isinstance((await collect(reads))[-1], Done)
+        assert isinstance((await collect(waits))[-1], Done)
 
     restart(test, *naps, last)
 
