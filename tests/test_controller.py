@@ -19,7 +19,7 @@ from typing import Any
 import openai
 import pytest
 
-from moectl import client, launch
+from moectl import background, client, launch
 from moectl import controller as controller_module
 from moectl.client import Client, find_running, is_running
 from moectl.controller import MAX_FAILURES, Controller
@@ -827,6 +827,22 @@ def test_a_controller_that_is_frozen_is_told_from_one_that_loads(
             assert told.empty()
         assert isinstance(told.get(timeout=20), StateError)
         asking.join()
+
+
+def test_a_controller_that_freezes_while_it_starts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_SILENT_S", 0.05)
+    signs = iter([1, 2, 3, 4, 4])
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, b"one\ntwo\nth")
+        lines = background._read_lines(reading, lambda: next(signs))
+        assert [next(lines), next(lines)] == [b"one", b"two"]
+        with pytest.raises(StateError, match="does not answer"):
+            next(lines)
+        assert next(signs, None) is None  # it waited for as long as they came
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 FROZEN = """
