@@ -424,7 +424,9 @@ def open_like(first: Session, target: Target, options: Mapping[str, Any]) -> Ope
 
 def _advise(target: Target, failure: MoectlError) -> str | None:
     """Return what else than mending could help, when a host is away for good."""
-    if not (isinstance(target, Deployment) and failure.host and isinstance(failure, Unreachable | RemoteError)):
+    # A worker that ended or is silent is a plain RemoteError; who says what is wrong is there.
+    is_away = isinstance(failure, Unreachable) or type(failure) is RemoteError
+    if not (isinstance(target, Deployment) and failure.host and is_away):
         return None
     from moectl.remedy import find_remedy
 

@@ -24,7 +24,23 @@ from moectl import controller as controller_module
 from moectl.client import Client, find_running, is_running
 from moectl.controller import MAX_FAILURES, Controller
 from moectl.demo import demo_dir
-from moectl.errors import IntegrityError, LeashLost, MoectlError, PeerLost, QueueFull, StateError, UsageError
+from moectl.deployment import Deployment
+from moectl.errors import (
+    CommandFailed,
+    IntegrityError,
+    LeashLost,
+    MoectlError,
+    PeerLost,
+    PlanError,
+    QueueFull,
+    RanksDisagree,
+    RemoteError,
+    Stalled,
+    StateError,
+    Unreachable,
+    UsageError,
+    VersionMismatch,
+)
 from moectl.keep_alive import KeepAlive
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.paths import runtime_dir
@@ -323,6 +339,25 @@ def test_advice_that_fails_hides_no_failure() -> None:
         assert caught.value.hint == "look there"
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", [Unreachable, RemoteError])
+def test_going_on_without_a_host_is_advised_when_it_is_away(
+    monkeypatch: pytest.MonkeyPatch, kind: type[MoectlError]
+) -> None:
+    monkeypatch.setattr("moectl.remedy.find_remedy", lambda target, lost: f"without {lost}")
+    target: Any = object.__new__(Deployment)
+    assert controller_module._advise(target, kind("gone", host="mac2")) == "without mac2"
+    assert controller_module._advise(target, kind("gone")) is None
+
+
+@pytest.mark.parametrize(
+    "kind", [CommandFailed, IntegrityError, LeashLost, PeerLost, PlanError, RanksDisagree, Stalled, VersionMismatch]
+)
+def test_a_host_that_is_there_is_not_advised_away(monkeypatch: pytest.MonkeyPatch, kind: type[MoectlError]) -> None:
+    monkeypatch.setattr("moectl.remedy.find_remedy", lambda target, lost: f"without {lost}")
+    target: Any = object.__new__(Deployment)
+    assert controller_module._advise(target, kind("wrong", host="mac2")) is None
 
 
 def test_sleeping_often_ends_no_answer() -> None:
