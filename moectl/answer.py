@@ -87,7 +87,9 @@ class Answer:
         return self._stop.found
 
     def end(self, finish_reason: str) -> Iterator[Event]:
-        """Tell the end of an answer that is resumed with nothing left to generate."""
+        """Tell the end of an answer that is resumed with nothing left to generate, unless that has been told."""
+        if self.ended:
+            return
         self._detokenizer.finalize()
         yield from self._tell_rest(self._stop.feed(self._detokenizer.last_segment))
         yield self._done("stop" if self._stop.found else finish_reason)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl import background
-from moectl.client import Client, is_running, socket_path
+from moectl.client import Client, is_running, last_beat, socket_path
 from moectl.errors import AlreadyRunning, MoectlError, RemoteError, StateError
 from moectl.launch import Local, Target, count_ranks, decode_target, encode_target, target_key
 from moectl.serving import Settings
@@ -114,7 +114,8 @@ def start(target: Target, settings: Settings, options: Mapping[str, Any], *, on_
         },
         "options": dict(options),
     }
-    return background.start(order, name=f"{target.name}-{target_key(target)}", on_log=on_log)
+    name = f"{target.name}-{target_key(target)}"
+    return background.start(order, name=name, on_log=on_log, sign=lambda: last_beat(settings.socket_path))
 
 
 def obey() -> None:

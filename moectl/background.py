@@ -9,28 +9,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moectl import errors
 from moectl.disk import make_private_directory
-from moectl.errors import MoectlError, RemoteError
+from moectl.errors import MoectlError, RemoteError, StateError
 from moectl.paths import state_dir
 
 VERB = "controller"
 _MOST_BYTES = 1_000_000  # of a log that is continued
+_SILENT_S = 60.0  # without a sign: Python itself may take a while to start on a machine that is busy
 _TERM_S = 15.0  # for a controller that is told to end while it starts
 
 
-def start(order: Mapping[str, Any], *, name: str, on_log: Callable[[str, str], None]) -> int | None:
+def start(
+    order: Mapping[str, Any], *, name: str, on_log: Callable[[str, str], None], sign: Callable[[], object]
+) -> int | None:
     """Start a controller, wait until it is ready, return its TCP port; Ctrl-C ends both. Raises what went wrong there.
 
-    `order` is what `take_order` returns there; `on_log(host, line)` hears the workers until it is ready. Its log is in
-    the state directory, under logs/.
+    `order` is what `take_order` returns there; `on_log(host, line)` hears the workers until it is ready; `sign()` is
+    another value from time to time for as long as it lives. Its log is in the state directory, under logs/.
     """
     log = _open_log(name)
     try:
@@ -50,7 +54,7 @@ def start(order: Mapping[str, Any], *, name: str, on_log: Callable[[str, str], N
         with contextlib.suppress(BrokenPipeError), process.stdin:
             process.stdin.write(json.dumps(order).encode() + b"\n")
         with process.stdout:
-            port = _read_answer(process.stdout, name, on_log)
+            port = _read_answer(_read_lines(process.stdout.fileno(), sign), name, on_log)
     except BaseException:
         process.terminate()
         try:
@@ -70,7 +74,22 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _read_answer(lines: IO[bytes], name: str, on_log: Callable[[str, str], None]) -> int | None:
+def _read_lines(pipe: int, sign: Callable[[], object]) -> Iterator[bytes]:
+    """Yield what comes through a pipe until its end. Raises StateError when whoever writes gives no sign of life."""
+    seen, rest = sign(), b""
+    while True:
+        if not select.select([pipe], [], [], _SILENT_S)[0]:
+            before, seen = seen, sign()
+            if seen == before:
+                raise StateError("the controller does not answer", hint="run it again; its log may say more")
+            continue
+        if not (chunk := os.read(pipe, 1 << 16)):
+            return
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def _read_answer(lines: Iterable[bytes], name: str, on_log: Callable[[str, str], None]) -> int | None:
     for line in lines:
         answer = json.loads(line)
         if "log" in answer:

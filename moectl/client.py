@@ -11,6 +11,7 @@ import fcntl
 import http.client
 import json
 import os
+import select
 import signal
 import socket
 import threading
@@ -24,13 +25,14 @@ from moectl.errors import MoectlError, RemoteError, StateError
 from moectl.leash import Done, Token
 from moectl.paths import runtime_dir
 from moectl.request import Stats
-from moectl.serving import NOTICE, Notice
+from moectl.serving import NOTICE, SILENCE_S, Notice
 
 SUFFIX = ".sock"
 _NOTICE = f": {NOTICE}".encode()
 _CONNECT_S = 5.0
 _ANSWER_S = 30.0  # for what needs no computing
 _BUSY_S = 3.0  # who does not answer a stop within this time loads, or hangs
+_SILENT_S = 4 * SILENCE_S  # a controller that gives no sign for so long is frozen
 
 
 def socket_path(key: str) -> Path:
@@ -58,6 +60,14 @@ def is_running(path: Path) -> bool:
     return False
 
 
+def last_beat(path: Path) -> int:
+    """Return a number that changes while the controller of this socket lives and cannot answer (`sockets.beating`)."""
+    try:
+        return path.with_name(path.name + ".lock").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Client:
     """A controller, by its socket."""
@@ -65,7 +75,10 @@ class Client:
     path: Path
 
     def describe(self, *, timeout_s: float | None = _ANSWER_S) -> dict[str, Any]:
-        """Return what it runs and how it is; waits while it loads."""
+        """Return what it runs and how it is; with None, waits for as long as it loads.
+
+        Raises StateError when it does not answer, or not a sign of life comes of it.
+        """
         return self._ask("GET", "/moectl", timeout_s=timeout_s)
 
     def keep_alive(self, seconds: float, *, asks: bool) -> None:
@@ -75,22 +88,28 @@ class Client:
     def stop(self, grace_s: float) -> dict[str, Any] | None:
         """End it, after answers in progress had so many seconds; return its last description once it has gone.
 
-        One that does not listen, because it loads or is leaving, is told by SIGTERM; there is no description then.
-        Raises StateError when it does not go.
+        One that does not listen, because it loads or is leaving, or was stopped, is told by SIGTERM; there is no
+        description then. With 0 s it is killed if it does not go by itself. Raises StateError when it does not go.
         """
         described: dict[str, Any] | None = None
         try:
             described = self._ask("POST", f"/moectl/stop?grace_s={grace_s}", timeout_s=_BUSY_S)
         except (StateError, RemoteError):
-            self._terminate()
-        if not self.wait_until_gone(grace_s + _ANSWER_S):
-            raise StateError("the controller does not end", hint=f"kill -9 {self._pid()}")
+            self._signal(signal.SIGTERM, signal.SIGCONT)  # the second lets it hear the first
+        if self.wait_until_gone(grace_s + _ANSWER_S):
+            return described
+        if grace_s:
+            raise StateError("the controller does not end", hint="moectl stop --now")
+        self._signal(signal.SIGKILL)  # its workers' leashes end with it
+        if not self.wait_until_gone(_ANSWER_S):
+            raise StateError("the controller cannot be killed", hint=f"ps -p {self._pid()} says what holds it")
         return described
 
-    def _terminate(self) -> None:
+    def _signal(self, *numbers: int) -> None:
         if is_running(self.path) and (pid := self._pid()) is not None:
             with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGTERM)
+                for number in numbers:
+                    os.kill(pid, number)
 
     def _pid(self) -> int | None:
         with contextlib.suppress(OSError, ValueError):
@@ -113,14 +132,25 @@ class Client:
         return self._stream("/v1/completions", fields)
 
     def _ask(self, method: str, path: str, *, timeout_s: float | None = _ANSWER_S) -> dict[str, Any]:
-        with contextlib.closing(_Connection(self.path, timeout_s)) as connection:
-            response = _send(connection, method, path)
-            return _read_json(response)
+        with contextlib.closing(_Connection(self.path, timeout_s or _SILENT_S)) as connection:
+            _send(connection, method, path)
+            if timeout_s is None:
+                self._wait_for_sign(connection.sock)
+            return _read_json(_receive(connection))
+
+    def _wait_for_sign(self, connection: socket.socket) -> None:
+        """Wait until something can be read, for as long as the controller lives and cannot answer yet."""
+        beat = last_beat(self.path)
+        while not select.select([connection], [], [], _SILENT_S)[0]:
+            before, beat = beat, last_beat(self.path)
+            if beat == before:
+                raise _silent()
 
     def _stream(self, path: str, fields: Mapping[str, Any]) -> Generator[Token | Done | Notice, None, None]:
         body = json.dumps({**fields, "stream": True}).encode()
-        with contextlib.closing(_Connection(self.path, None)) as connection:
-            response = _send(connection, "POST", path, body)
+        with contextlib.closing(_Connection(self.path, _SILENT_S)) as connection:
+            _send(connection, "POST", path, body)
+            response = _receive(connection)
             if response.status != 200:
                 _read_json(response)
             for line in _lines(response):
@@ -134,7 +164,7 @@ class Client:
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout_s: float | None) -> None:
+    def __init__(self, path: Path, timeout_s: float) -> None:
         super().__init__("localhost")
         self._path = path
         self._timeout_s = timeout_s
@@ -146,20 +176,32 @@ class _Connection(http.client.HTTPConnection):
         self.sock.settimeout(self._timeout_s)
 
 
-def _send(connection: _Connection, method: str, path: str, body: bytes | None = None) -> http.client.HTTPResponse:
-    try:
+def _send(connection: _Connection, method: str, path: str, body: bytes | None = None) -> None:
+    with _explained():
         connection.request(method, path, body, {"content-type": "application/json"} if body is not None else {})
+
+
+def _receive(connection: _Connection) -> http.client.HTTPResponse:
+    with _explained():
         return connection.getresponse()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say what it means for a person that a controller does not answer, or has broken the connection."""
+    try:
+        yield
     except TimeoutError:
-        raise StateError("the controller does not answer", hint="moectl stop --now, then run it again") from None
+        raise _silent() from None
     except (OSError, http.client.HTTPException):
         raise _lost() from None
 
 
 def _read_json(response: http.client.HTTPResponse) -> dict[str, Any]:
     try:
-        body: dict[str, Any] = json.loads(response.read())
-    except (OSError, ValueError, http.client.HTTPException):
+        with _explained():
+            body: dict[str, Any] = json.loads(response.read())
+    except ValueError:
         raise _lost() from None
     if response.status != 200:
         raise _rebuild(body.get("error", {}))
@@ -168,10 +210,8 @@ def _read_json(response: http.client.HTTPResponse) -> dict[str, Any]:
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
     while True:
-        try:
+        with _explained():
             line = response.readline()
-        except (OSError, http.client.HTTPException):
-            raise _lost() from None
         if not line:
             return
         yield line
@@ -198,6 +238,10 @@ def _rebuild(error: Mapping[str, Any]) -> MoectlError:
     if host:
         message = message.removeprefix(f"{host}: ")  # the error puts it there again
     return kind(message, hint=error.get("hint"), host=host)
+
+
+def _silent() -> MoectlError:
+    return StateError("the controller does not answer", hint="moectl stop --now, then run it again")
 
 
 def _lost() -> MoectlError:

@@ -29,9 +29,9 @@ from moectl.restart import Restarts
 from moectl.resumed import ResumedAnswer
 from moectl.server import Grace, make_app
 from moectl.server import serve as serve_http
-from moectl.serving import Health, Settings
+from moectl.serving import SILENCE_S, Health, Settings
 from moectl.session import Session
-from moectl.sockets import listen_tcp, listen_unix
+from moectl.sockets import beating, listen_tcp, listen_unix
 from moectl.throughput import Throughput
 
 MAX_WAITING = 64  # requests beside those that are being answered
@@ -90,14 +90,17 @@ class Controller:
         self._ended = asyncio.Event()
         self._closed = False
         self._shut = threading.Event()  # the session is to end for good
+        self._closing = threading.Lock()
         self._changed = asyncio.Event()  # somebody came or went
         self._unfinished: list[ResumedAnswer] = []  # in the order in which they came
         self._numbered: dict[int, ResumedAnswer] = {}  # of those: handed to the session, by its request ids
         self._last_id = 0
         self._is_up = True
         self._downs = 0  # how often it was not
-        self._resuming: asyncio.Task[None] | None = None
-        self._submitting = asyncio.Lock()
+        self._came_further = False  # some answer, since it is up
+        self._in_use = session  # as the loop knows: the one that is up, or was
+        self._handing_over = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._progress_s = time.monotonic()
         self.throughput = Throughput(self._progress_s)
         threading.Thread(target=self._listen, name="session", daemon=True).start()
@@ -108,30 +111,44 @@ class Controller:
         return self._model
 
     async def submit(self, request: Request) -> ResumedAnswer:
-        """Number a request and hand it to every rank; see `serving.Cluster.submit`."""
-        async with self._submitting:
-            if self.failure is not None:
-                raise self.failure
-            if self._closed:
-                raise StateError("moectl is stopping", hint="ask again: that starts it anew")
-            _refuse_too_long(request, self.model.max_seq_len)
-            if sum(not answer.started for answer in self._unfinished) >= self._max_waiting:
-                raise QueueFull(f"{self._max_waiting} requests wait already", retry_after_s=_RETRY_S)
-            if not self._unfinished:
-                self._progress_s = time.monotonic()
-            answer = ResumedAnswer(request, self._cancel)
-            self._unfinished.append(answer)
-            self._changed.set()
-            if self._is_up:
-                await self._hand_over(answer)
-            return answer
+        """Line a request up, to be numbered and handed to every rank; see `serving.Cluster.submit`."""
+        if self.failure is not None:
+            raise self.failure
+        if self._closed:
+            raise StateError("moectl is stopping", hint="ask again: that starts it anew")
+        _refuse_too_long(request, self.model.max_seq_len)
+        if sum(not answer.started for answer in self._unfinished) >= self._max_waiting:
+            raise QueueFull(f"{self._max_waiting} requests wait already", retry_after_s=_RETRY_S)
+        if not self._unfinished:
+            self._progress_s = time.monotonic()
+        answer = ResumedAnswer(request, self._cancel)
+        self._unfinished.append(answer)
+        self._changed.set()
+        if self._is_up:
+            self._hand_over_soon()
+        return answer
 
-    async def _hand_over(self, answer: ResumedAnswer) -> None:
-        self._last_id += 1
-        answer.number = self._last_id
-        self._numbered[answer.number] = answer
-        # Leashes are pipes and SSH channels: a full one would stop everybody else.
-        await asyncio.to_thread(self._session.submit, answer.remaining)
+    def _hand_over_soon(self) -> None:
+        # Not while the asker waits: leashes are pipes and SSH channels, and a full one would keep a stream from saying
+        # that it lives.
+        task = asyncio.ensure_future(self._hand_over_all(self._downs))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _hand_over_all(self, downs: int) -> None:
+        """Give the session what it does not have yet, one after the other, for as long as it is up."""
+        async with self._handing_over:
+            for answer in list(self._unfinished):
+                if downs != self._downs:  # it has failed meanwhile
+                    return
+                if answer in self._unfinished and answer not in self._numbered.values():
+                    self._last_id += 1
+                    answer.number = self._last_id
+                    self._numbered[answer.number] = answer
+                    try:
+                        await asyncio.to_thread(self._in_use.submit, answer.remaining)
+                    except Exception as error:  # nobody else would hear of it
+                        self._end(answer, _explain(error))
 
     def close(self) -> None:
         """Accept nothing any more, and start nothing anew."""
@@ -174,22 +191,30 @@ class Controller:
 
     def _cancel(self, answer: ResumedAnswer) -> None:
         if self._numbered.get(answer.number) is answer:
-            threading.Thread(target=self._session.cancel, args=(answer.number,), daemon=True).start()
+            threading.Thread(target=self._in_use.cancel, args=(answer.number,), daemon=True).start()
+        else:  # no session has it, and none needs it
+            self._end(answer, StateError("the answer was cancelled before it began"))
 
     # The session's thread: hear one, and the next, until there shall be no other.
 
     def _listen(self) -> None:
-        failure = self._hear()
+        failure, is_up = self._hear(), True
         while not self._shut.is_set() and (delay_s := self._find_delay(failure)) is not None:
             again = self._reopen(failure, delay_s)
+            is_up = again is None
             if again is None:
-                self._call(self._resume)
+                self._call(self._resume, self._session)
                 again = self._hear()
             failure = again
-        if not self._shut.is_set():
-            with contextlib.suppress(Exception):  # looking for advice may fail as well, and whoever waits has to hear
-                failure.hint = self._advise(failure) or failure.hint
-        self._call(self._fail, failure)
+        if self._shut.is_set() and not is_up:  # nobody waits for what is mended no more
+            self._call(self._stop)
+        else:
+            if not self._shut.is_set():
+                with contextlib.suppress(Exception):  # looking for advice may fail as well; who waits has to hear
+                    failure.hint = self._advise(failure) or failure.hint
+            self._call(self._fail, failure)
+        with contextlib.suppress(Exception):  # one that came up while another thread ended what there was
+            self._close_session()
 
     def _find_delay(self, failure: MoectlError) -> float | None:
         return None if self._open is None else self._restarts.delay_s(failure)
@@ -199,10 +224,8 @@ class Controller:
         try:
             for event in self._session.events():
                 self._call(self._take, event)
-        except MoectlError as error:
-            return error
         except Exception as error:
-            return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)")
+            return _explain(error)
         raise AssertionError("a session's events never end")
 
     def _reopen(self, failure: MoectlError, delay_s: float) -> MoectlError | None:
@@ -215,18 +238,17 @@ class Controller:
         opening = self._open(self._restarts.patience, self._take_session)
         try:
             opening.__enter__()
-        except MoectlError as error:
-            return error
         except Exception as error:
-            return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)")
+            return _explain(error)
         self._opened = opening
         return None
 
     def _close_session(self) -> None:
-        self._session.close()
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            opened.__exit__(None, None, None)
+        with self._closing:
+            self._session.close()
+            opened, self._opened = self._opened, None
+            if opened is not None:
+                opened.__exit__(None, None, None)
 
     def _take_session(self, session: Session) -> None:
         self._session = session
@@ -249,7 +271,7 @@ class Controller:
             return
         if isinstance(event, Done | Refused):
             self._forget(answer)
-        answer.take(event)
+        self._came_further |= answer.take(event)
 
     def _forget(self, answer: ResumedAnswer) -> None:
         self._numbered.pop(answer.number, None)
@@ -258,50 +280,59 @@ class Controller:
             self._keep_alive.renew()
             self._changed.set()
 
+    def _end(self, answer: ResumedAnswer, error: MoectlError) -> None:
+        if answer in self._unfinished:
+            self._forget(answer)
+            answer.fail(error)
+
     def _pause(self, failure: MoectlError) -> None:
         """Tell who waits that the cluster is down, and will be up again."""
         self._is_up = False
         self._downs += 1
+        # A sleep is nobody's fault; but if this machine is never there for long enough, that has to end too.
+        is_failure = not (isinstance(failure, LeashLost) and self._came_further)
         for answer in self._numbered.values():  # not at a start that fails: nobody had begun with it
-            answer.restarts += 1
-            answer.failures += not isinstance(failure, LeashLost)
+            answer.break_off(is_failure=is_failure)
         self._numbered.clear()
+        self._came_further = False
         text = f"{failure}. Starting again ({self._restarts.recent} of {self._restarts.most})."
         self._say(text)
         for answer in list(self._unfinished):
-            if answer.cancelled:
-                self._forget(answer)
-            elif answer.failures >= MAX_FAILURES:
-                self._forget(answer)
-                answer.fail(failure)
+            if answer.cancelled or answer.failures >= MAX_FAILURES:
+                self._end(answer, failure)
             else:
                 answer.tell(text)
 
-    def _resume(self) -> None:
+    def _resume(self, session: Session) -> None:
+        self._in_use = session
+        self._is_up = True
         self._last_id = 0
         self._progress_s = time.monotonic()
         self._say("All ranks are back.")
-        self._resuming = asyncio.ensure_future(self._hand_over_all(self._downs))
-
-    async def _hand_over_all(self, downs: int) -> None:
-        async with self._submitting:
-            self._is_up = downs == self._downs
-            for answer in list(self._unfinished):
-                if downs != self._downs:  # it has failed again meanwhile
-                    return
-                if answer.cancelled:
-                    self._forget(answer)
-                else:
-                    answer.tell("All ranks are back: the answer goes on.")
-                    await self._hand_over(answer)
+        for answer in self._unfinished:
+            answer.tell("All ranks are back: the answer goes on.")
+        self._hand_over_soon()
 
     def _fail(self, error: MoectlError) -> None:
         self.failure = error
+        self._end_all(error)
+
+    def _stop(self) -> None:
+        hint = "ask again: that starts it anew"
+        self._end_all(StateError("moectl is stopping, and starts its failed cluster no more", hint=hint))
+
+    def _end_all(self, error: MoectlError) -> None:
         for answer in self._unfinished:
             answer.fail(error)
         self._unfinished.clear()
         self._numbered.clear()
         self._ended.set()
+
+
+def _explain(error: Exception) -> MoectlError:
+    if isinstance(error, MoectlError):
+        return error
+    return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)")
 
 
 def _refuse_too_long(request: Request, max_seq_len: int) -> None:
@@ -329,7 +360,8 @@ def run(
         sockets = [held.enter_context(listen_unix(settings.socket_path))]
         if settings.tcp is not None:
             sockets.append(held.enter_context(listen_tcp(*settings.tcp, has_key=settings.api_key is not None)))
-        session = held.enter_context(open_session(target, **options))
+        with beating(settings.socket_path, SILENCE_S):
+            session = held.enter_context(open_session(target, **options))
         # Not asyncio.run: its handler for SIGINT would cancel what ends by itself.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             runner.run(_run(target, session, settings, sockets, on_ready, options, say))
@@ -350,7 +382,7 @@ async def _run(
         target.name,
         ranks=count_ranks(target),
         keep_alive=keep_alive,
-        open_=lambda patience, on_made: open_session(target, on_made=on_made, patience=patience, **options),
+        open_=open_like(session, target, options),
         restarts=Restarts(settings.restarts),
         advise=lambda failure: _advise(target, failure),
         say=say,
@@ -379,9 +411,22 @@ async def _run(
         raise SystemExit(128 + signal.SIGTERM)
 
 
+def open_like(first: Session, target: Target, options: Mapping[str, Any]) -> Open:
+    """Return how to open another session that takes over from the first one.
+
+    It has the same room for answers: what is free right after a worker was killed may be less than what soon will be,
+    and an answer that fitted before would be cut off, or refused.
+    """
+    return lambda patience, on_made: open_session(
+        target, on_made=on_made, patience=patience, **{**options, "kv_tokens": first.kv_tokens}
+    )
+
+
 def _advise(target: Target, failure: MoectlError) -> str | None:
     """Return what else than mending could help, when a host is away for good."""
-    if not (isinstance(target, Deployment) and failure.host and isinstance(failure, Unreachable | RemoteError)):
+    # A worker that ended or is silent is a plain RemoteError; who says what is wrong is there.
+    is_away = isinstance(failure, Unreachable) or type(failure) is RemoteError
+    if not (isinstance(target, Deployment) and failure.host and is_away):
         return None
     from moectl.remedy import find_remedy
 

@@ -202,6 +202,9 @@ class Engine:
                 yield from self._end_resumed(answer)
             elif answer.refusal is None:
                 self._insert(answer)
+                if answer.has_stop:  # told, but not its end: only the leader knows, so its row lives until all do
+                    self._admission.cancel(answer.request.id)
+                    yield from answer.end("stop")
 
     def _end_resumed(self, answer: Answer) -> Iterator[Event]:
         # It broke off between its last token and its end.
@@ -218,8 +221,6 @@ class Engine:
         self._cache.shrink(self._cache_room())
         self._speculation.watch(answer)
         self._line_up_row(answer, answer.tokens, answer.cached, layers, self._lead(answer) if self._leads else [])
-        if answer.has_stop:  # told, but not its end: only the leader knows
-            self._admission.cancel(answer.request.id)
 
     def _line_up_row(
         self, answer: Answer, tokens: list[int], computed: int, layers: list[Any] | None, hooks: list[Any]
@@ -277,7 +278,8 @@ class Engine:
         if self._witness is not None:
             self._witness.settle()
         if self._leads:
-            reading = {answer.uid: answer for answer in self._prefilling}  # without the one that has just joined
+            # Without the one that has just joined, and without those whose end has been told.
+            reading = {answer.uid: answer for answer in self._prefilling if not answer.ended}
             for part in (p for p in prompts if p.uid in reading):
                 answer = reading[part.uid]
                 yield Prefilled(answer.request.id, answer.cached + part.progress[0], answer.cached)

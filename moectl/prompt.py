@@ -23,10 +23,9 @@ def read_prompt(request: Request, tokenizer: TokenizerWrapper, *, vocab_size: in
     ):
         if not all(0 <= token < vocab_size for token in ids):
             raise UsageError(f"{what} is outside the model's vocabulary of {vocab_size}")
-    length = len(tokens) + len(request.answered)
-    if length >= max_seq_len:
+    if len(tokens) >= max_seq_len:  # an answer that is resumed may fill the context: it ends there, as any other does
         raise UsageError(
-            f"the prompt has {length} tokens, the model's context is {max_seq_len}", hint="shorten the prompt"
+            f"the prompt has {len(tokens)} tokens, the model's context is {max_seq_len}", hint="shorten the prompt"
         )
     return tokens
 
@@ -36,10 +35,9 @@ def measure_reach(request: Request, prompt_tokens: int, *, max_seq_len: int, kv_
 
     Raises UsageError when there is no memory for the prompt and one more token.
     """
-    length = prompt_tokens + len(request.answered)
-    if kv_tokens is not None and length >= kv_tokens:
+    if kv_tokens is not None and prompt_tokens >= kv_tokens:
         raise UsageError(
-            f"the prompt has {length} tokens, and there is memory for {kv_tokens}", hint="shorten the prompt"
+            f"the prompt has {prompt_tokens} tokens, and there is memory for {kv_tokens}", hint="shorten the prompt"
         )
     return min(prompt_tokens + request.max_tokens, max_seq_len, kv_tokens or max_seq_len)
 

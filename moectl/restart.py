@@ -11,12 +11,11 @@ from collections.abc import Callable
 
 from moectl.errors import (
     AuthFailed,
+    CheckpointError,
     HostKeyError,
-    HostsError,
     IntegrityError,
     LeashLost,
     MoectlError,
-    PlanError,
     Stalled,
     StateError,
     UsageError,
@@ -26,13 +25,13 @@ from moectl.errors import (
 WITHIN_S = 600.0  # in which restarts are counted
 FIRST_S = 0.5  # to wait before a start; twice as long after each one that came to nothing
 MOST_S = 30.0
-# What will be the same next time.
+# What will be the same next time. Too little memory and an address that is not there are not among it: the cluster was
+# up, so the memory is still being freed after its worker was killed, or the interface is about to come back.
 _LASTING = (
     AuthFailed,
+    CheckpointError,
     HostKeyError,
-    HostsError,
     IntegrityError,
-    PlanError,
     StateError,
     UsageError,
     VersionMismatch,

@@ -24,11 +24,13 @@ class ResumedAnswer:
         self.started = False  # a sign of work on it was seen
         self.cancelled = False
         self.restarts = 0  # of sessions that had it
-        self.failures = 0  # of those: not because this machine slept
+        self.failures = 0  # of those: as far as this machine's sleep is no excuse
         self._request = request
         self._inbox: asyncio.Queue[Token | Done | Notice | MoectlError] = asyncio.Queue()
         self._cancel = cancel
         self._tokens: list[int] = []
+        self._rest: list[Token] = []  # text that no token brings: told with the end, or it would come again
+        self._furthest_read = 0  # tokens of the prompt
         self._asked_s = time.monotonic()
         self._first_s = 0.0
 
@@ -52,21 +54,35 @@ class ResumedAnswer:
             self.cancelled = True
             self._cancel(self)
 
-    def take(self, event: Prefilled | Token | Done | Refused) -> None:
-        """Take what the session tells of it."""
+    def take(self, event: Prefilled | Token | Done | Refused) -> bool:
+        """Take what the session tells of it; return whether it has come further than in any session before."""
         self.started = True
         match event:
-            case Token():
+            case Token(token=token) if token >= 0:
                 self._first_s = self._first_s or time.monotonic()
-                if event.token >= 0:
-                    self._tokens.append(event.token)
+                self._tokens.append(token)
                 self._inbox.put_nowait(event)
+                return True
+            case Token():
+                self._rest.append(event)
             case Done():
+                for rest in self._rest:
+                    self._inbox.put_nowait(rest)
                 self._inbox.put_nowait(replace(event, stats=self._over_all(event.stats)))
             case Refused():
                 self.fail(UsageError(event.message, hint=event.hint))
+            case Prefilled(tokens=tokens) if tokens > self._furthest_read:
+                self._furthest_read = tokens
+                return True
             case _:
                 pass
+        return False
+
+    def break_off(self, *, is_failure: bool) -> None:
+        """Note that its session is over; the next one begins after the last token."""
+        self.restarts += 1
+        self.failures += is_failure
+        self._rest.clear()
 
     def tell(self, text: str) -> None:
         """Tell whoever waits for it."""

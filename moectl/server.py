@@ -32,11 +32,10 @@ from moectl import api
 from moectl.errors import BadField, MoectlError, QueueFull, StateError, UsageError
 from moectl.leash import Done, Token
 from moectl.metrics import CONTENT_TYPE, Metrics
-from moectl.serving import NOTICE, Answer, Cluster, Control, Notice
+from moectl.serving import NOTICE, SILENCE_S, Answer, Cluster, Control, Notice
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 BODY_S = 60.0  # a body that takes longer to arrive is given up
-SILENCE_S = 10.0  # a stream that has nothing to say for so long says a comment, lest a proxy close it
 _IDLE_CONNECTION_S = 75
 _LAST_WORDS_S = 2  # for replies to end by themselves once they were told to
 CONTROL = "/moectl"
@@ -385,6 +384,7 @@ class _Answering:
         self._inbox: asyncio.Queue[tuple[int, Token | Done | Notice | MoectlError | None]] = asyncio.Queue()
         self._open = set(range(len(answers)))
         self._gone = False
+        self._said_s = time.monotonic()  # when the stream last carried anything
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tasks = [asyncio.create_task(self._pump(i, answer)) for i, answer in enumerate(self._answers)]
@@ -439,9 +439,12 @@ class _Answering:
         self._inbox.put_nowait((_EVERY, None))
 
     async def _next(self) -> _Entry | None:
-        """Return the next (choice, event), or None after `silence_s` without one; raise what an answer raised."""
+        """Return the next (choice, event), or None when the stream is silent for too long; raise what an answer raised.
+
+        Many events are nothing to a client, as tokens of a text that is held back.
+        """
         try:
-            async with asyncio.timeout(self._silence_s):
+            async with asyncio.timeout(max(0.0, self._said_s + self._silence_s - time.monotonic())):
                 index, event = await self._inbox.get()
         except TimeoutError:
             return None
@@ -460,7 +463,9 @@ class _Answering:
     async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
         while self._open:
             entry = await self._next()
-            if entry is not None and not isinstance(entry[1], Notice):
+            if entry is None:
+                self._said_s = time.monotonic()
+            elif not isinstance(entry[1], Notice):
                 for _ in self._reply.take(entry[0], entry[1]):
                     pass
         await _json(self._reply.whole())(scope, receive, send)
@@ -471,28 +476,27 @@ class _Answering:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            await _send_chunks(send, self._reply.start())
+            await self._say_chunks(send, self._reply.start())
             await self._send_entry(send, entry)
             while self._open:
                 await self._send_entry(send, await self._next())
-            await _send_chunks(send, self._reply.end())
+            await self._say_chunks(send, self._reply.end())
         except MoectlError as error:
-            await _send_chunks(send, iter([api.describe_error(error)[1]]))
+            await self._say_chunks(send, iter([api.describe_error(error)[1]]))
         await send({"type": "http.response.body", "body": api.encode_event(None), "more_body": False})
 
     async def _send_entry(self, send: Send, entry: _Entry | None) -> None:
         if entry is None:
-            await _send_comment(send, "still working")
+            await self._say(send, b": still working\n\n")
         elif not isinstance(entry[1], Notice):
-            await _send_chunks(send, self._reply.take(entry[0], entry[1]))
+            await self._say_chunks(send, self._reply.take(entry[0], entry[1]))
         elif entry[0] == min(self._open):  # the same for all choices of a reply
-            await _send_comment(send, f"{NOTICE}{' '.join(entry[1].text.split())}")
+            await self._say(send, f": {NOTICE}{' '.join(entry[1].text.split())}\n\n".encode())
 
+    async def _say_chunks(self, send: Send, chunks: Iterator[dict[str, Any]]) -> None:
+        if body := b"".join(map(api.encode_event, chunks)):
+            await self._say(send, body)
 
-async def _send_comment(send: Send, text: str) -> None:
-    await send({"type": "http.response.body", "body": f": {text}\n\n".encode(), "more_body": True})
-
-
-async def _send_chunks(send: Send, chunks: Iterator[dict[str, Any]]) -> None:
-    if body := b"".join(map(api.encode_event, chunks)):
+    async def _say(self, send: Send, body: bytes) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._said_s = time.monotonic()

@@ -14,6 +14,7 @@ from moectl.leash import Done, Ready, Token
 from moectl.request import Request
 
 NOTICE = "moectl: "  # how a comment in a stream begins that is meant for people
+SILENCE_S = 5.0  # a stream that has nothing to say for so long says a comment: who reads it knows that somebody lives
 FOR_EVER = -1.0  # seconds to keep a controller alive
 STALLED_S = 60.0  # without progress for so long while there is work: not healthy
 

@@ -110,9 +110,13 @@ class Session:
         canary: bool = True,
         agree_routing: bool = False,
         paranoia: int = 0,
+        kv_tokens: int | None = None,
         on_log: Callable[[str, str], None] = lambda host, line: None,
     ) -> None:
-        """Take what to run; `patience` stretches the time that a step may take, after a session that was too slow."""
+        """Take what to run; `patience` stretches the time that a step may take, after a session that was too slow.
+
+        `kv_tokens`: there is room for so many tokens' keys and values, whatever the hosts say now.
+        """
         self._ranks = ranks
         self._backend = backend
         self._start_timeout_s = start_timeout_s
@@ -126,6 +130,7 @@ class Session:
         self._canary = canary
         self._agree_routing = agree_routing
         self._paranoia = paranoia
+        self._kv_tokens = kv_tokens
         self._events: queue.SimpleQueue[Heard] = queue.SimpleQueue()
         self._tethers = [Tether(rank, spec.host, spec.remote, self._events, on_log) for rank, spec in enumerate(ranks)]
         self._early: dict[tuple[type[Any], int], Any] = {}  # events of a phase that has not begun for all
@@ -187,9 +192,10 @@ class Session:
         if len(self._ranks) > 1:
             self._connect(listening)
         self._joined = True
-        known = [event.kv_tokens for event in listening.values() if event.kv_tokens is not None]
-        kv_tokens = min(known, default=None)  # every rank holds every token's, so that the least room is all there is
-        self._send_all(Load(kv_tokens))
+        if self._kv_tokens is None:  # every rank holds every token's, so that the least room is all there is
+            known = [event.kv_tokens for event in listening.values() if event.kv_tokens is not None]
+            self._kv_tokens = min(known, default=None)
+        self._send_all(Load(self._kv_tokens))
         everybody = range(len(self._ranks))
         self._collect(Loaded, everybody, self._load_timeout_s, _LOADING, early=Ready)
         ready = self._collect(Ready, everybody, self._step_timeout_s * self._patience, _CHECKING)
@@ -399,6 +405,11 @@ class Session:
         if self._ready is None:
             raise errors.StateError("no model is loaded yet")
         return self._ready
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """For how many tokens' keys and values there is room; None where nobody counted."""
+        return self._kv_tokens
 
     @property
     def hosts(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,25 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
                 path.unlink(missing_ok=True)
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def beating(path: Path, every_s: float) -> Iterator[None]:
+    """Give signs of life while the block runs, in the age of the lock beside a socket: nobody answers there yet."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(every_s):
+            with contextlib.suppress(OSError):
+                os.utime(path.with_name(path.name + ".lock"))
+
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _take_lock(lock: int, path: Path) -> None:

@@ -16,7 +16,7 @@ MODEL = Ready("hidden", 4, vocab_size=1000, max_seq_len=256, top_k=4)
 
 
 class FakeAnswer:
-    """Says "SEED:0 ", "SEED:1 ", … ; obeys the prompt's words refuse, lose, bug, unfinished, slow and endless."""
+    """Says "SEED:0 ", "SEED:1 ", … ; obeys the prompt's words refuse, lose, bug, unfinished, slow, endless, hushed."""
 
     def __init__(self, cluster: FakeCluster, request: Request, text: str) -> None:
         self._cluster = cluster
@@ -65,6 +65,8 @@ class FakeAnswer:
 
     def _token(self, number: int) -> Token:
         text = f"{self._request.seed or 0}:{number} "
+        if "hushed" in self._text:
+            text = ""
         if self._request.logprobs is None:
             return Token(self._request.id, number, text)
         top = [(number + i, f"{self._request.seed or 0}:{number + i} ", -0.5 - i) for i in range(3)]

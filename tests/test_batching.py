@@ -209,6 +209,56 @@ def test_a_stop_text_begun_before_a_restart_is_found_after_it(parts: tuple[Any, 
     assert driven.text(1) == ""
 
 
+def test_a_stop_text_that_was_complete_before_a_restart_ends_the_answer_there(parts: tuple[Any, Any]) -> None:
+    plain = Driven(parts)
+    plain.ask(PROMPTS[1], 20, ignore_eos=True)
+    plain.run()
+    stop = "".join(e.text for e in plain.events if isinstance(e, Token))[:6]
+    driven = Driven(parts, prefill_step=4)
+    driven.ask(PROMPTS[1], 40, ignore_eos=True, stop=(stop,), answered=tuple(plain.tokens(1)[:9]))
+    beside = driven.ask(PROMPTS[2], 10, ignore_eos=True)
+    driven.run()
+    assert [type(e) for e in driven.events if getattr(e, "id", 0) == 1] == [Done]
+    assert (driven.reason(1), driven.stats(1).completion_tokens) == ("stop", 9)
+    assert len(driven.tokens(beside)) == 10
+
+
+def test_a_resumed_answer_with_nothing_left_that_was_cancelled_ends_once(parts: tuple[Any, Any]) -> None:
+    driven = Driven(parts)
+    driven.cancel(1)
+    driven.ask(PROMPTS[1], 3, answered=(5, 6, 7))
+    driven.run()
+    assert driven.reason(1) == "cancelled"
+
+
+@pytest.mark.parametrize("limit", [{"max_seq_len": 60}, {"kv_tokens": 60}])
+def test_an_answer_that_was_as_long_as_may_be_before_a_restart_ends_as_undisturbed(
+    parts: tuple[Any, Any], limit: dict[str, int]
+) -> None:
+    plain = Driven(parts, **limit)
+    plain.ask(PROMPTS[1], 500, ignore_eos=True)
+    plain.run()
+    told = plain.tokens(1)
+    assert plain.reason(1) == "length"
+    for count in (len(told) - 1, len(told)):
+        resumed = Driven(parts, **limit)
+        resumed.ask(PROMPTS[1], 500, ignore_eos=True, answered=tuple(told[:count]))
+        resumed.run()
+        assert resumed.reason(1) == "length"
+        assert told[:count] + resumed.tokens(1) == told
+        assert resumed.stats(1).completion_tokens == len(told)
+
+
+@pytest.mark.parametrize("limit", [{"max_seq_len": 60}, {"kv_tokens": 60}])
+def test_a_prompt_alone_that_is_too_long_is_refused(parts: tuple[Any, Any], limit: dict[str, int]) -> None:
+    driven = Driven(parts, **limit)
+    for length in (59, 60):
+        driven.ask("", 4, prompt_tokens=(5,) * length, ignore_eos=True)
+    driven.run()
+    assert len(driven.tokens(1)) == 1
+    assert "the prompt has 60 tokens" in driven.refusal(2)
+
+
 # Memory.
 
 

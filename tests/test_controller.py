@@ -10,6 +10,8 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,28 @@ from typing import Any
 import openai
 import pytest
 
-from moectl import client, launch
+from moectl import background, client, launch
+from moectl import controller as controller_module
 from moectl.client import Client, find_running, is_running
 from moectl.controller import MAX_FAILURES, Controller
 from moectl.demo import demo_dir
-from moectl.errors import IntegrityError, LeashLost, MoectlError, PeerLost, QueueFull, StateError, UsageError
+from moectl.deployment import Deployment
+from moectl.errors import (
+    CommandFailed,
+    IntegrityError,
+    LeashLost,
+    MoectlError,
+    PeerLost,
+    PlanError,
+    QueueFull,
+    RanksDisagree,
+    RemoteError,
+    Stalled,
+    StateError,
+    Unreachable,
+    UsageError,
+    VersionMismatch,
+)
 from moectl.keep_alive import KeepAlive
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.paths import runtime_dir
@@ -30,7 +49,7 @@ from moectl.request import Request, Stats
 from moectl.restart import Restarts
 from moectl.server import Grace
 from moectl.serving import Notice
-from moectl.sockets import listen_unix
+from moectl.sockets import beating, listen_unix
 from tests.ring import process_env, rank_env
 from tests.running import wait_for, workers
 from tests.terminal import Terminal
@@ -43,13 +62,18 @@ class FakeSession:
 
     model = Ready("hidden", 4, 1000, 256, 4)
     memory_bytes = (5, 6)
+    kv_tokens = 5000
 
     def __init__(self) -> None:
         self.heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.submitted: list[Request] = []
         self.cancelled: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.closed = False
+        self.unstuck = threading.Event()  # a pipe that is full
 
     def submit(self, request: Request) -> None:
+        if "stuck" in request.prompt:
+            self.unstuck.wait(20)
         self.submitted.append(request)
 
     def cancel(self, request_id: int) -> None:
@@ -66,7 +90,8 @@ class FakeSession:
         return 2
 
     def close(self) -> None:
-        pass
+        self.closed = True
+        self.unstuck.set()
 
 
 def drive(test: Callable[[Controller, FakeSession], Any], *, keep_alive_s: float = -1, max_waiting: int = 2) -> None:
@@ -87,13 +112,29 @@ def drive(test: Callable[[Controller, FakeSession], Any], *, keep_alive_s: float
     asyncio.run(main())
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+async def ask(controller: Controller, session: FakeSession, request: Request) -> Any:
+    """Submit a request, and wait until the session has it."""
+    before = len(session.submitted)
+    answer = await controller.submit(request)
+    await until(lambda: len(session.submitted) > before)
+    return answer
+
+
 async def collect(answer: Any) -> list[Any]:
     return [event async for event in answer]
 
 
 def test_answers_get_their_own_events_by_number() -> None:
     async def test(controller: Controller, session: FakeSession) -> None:
-        first, second = await controller.submit(Request(0, "a", 5)), await controller.submit(Request(0, "b", 5))
+        first, second = (
+            await ask(controller, session, Request(0, "a", 5)),
+            await ask(controller, session, Request(0, "b", 5)),
+        )
         assert [r.id for r in session.submitted] == [1, 2]
         assert (controller.health().running, controller.health().queued) == (0, 2)
         done = [Done(1, "stop", STATS), Done(2, "length", STATS)]
@@ -118,14 +159,17 @@ def test_as_many_wait_as_may() -> None:
         async for _ in first:
             break
         await controller.submit(Request(0, "d", 5))  # the first is being answered now
-        assert [r.id for r in session.submitted] == [1, 2, 3]
+        await until(lambda: [r.id for r in session.submitted] == [1, 2, 3])
 
     drive(test)
 
 
 def test_a_refusal_is_the_askers_alone() -> None:
     async def test(controller: Controller, session: FakeSession) -> None:
-        refused, other = await controller.submit(Request(0, "a", 5)), await controller.submit(Request(0, "b", 5))
+        refused, other = (
+            await ask(controller, session, Request(0, "a", 5)),
+            await ask(controller, session, Request(0, "b", 5)),
+        )
         session.heard.put(Refused(1, "too long", "shorten it"))
         session.heard.put(Done(2, "stop", STATS))
         with pytest.raises(UsageError, match="too long"):
@@ -137,7 +181,7 @@ def test_a_refusal_is_the_askers_alone() -> None:
 
 def test_cancelling_once_is_enough() -> None:
     async def test(controller: Controller, session: FakeSession) -> None:
-        answer = await controller.submit(Request(0, "a", 5))
+        answer = await ask(controller, session, Request(0, "a", 5))
         answer.cancel()
         answer.cancel()
         assert await asyncio.to_thread(session.cancelled.get) == 1
@@ -151,7 +195,7 @@ def test_cancelling_once_is_enough() -> None:
 
 def test_a_failure_ends_every_answer_and_all_that_come() -> None:
     async def test(controller: Controller, session: FakeSession) -> None:
-        answer = await controller.submit(Request(0, "a", 5))
+        answer = await ask(controller, session, Request(0, "a", 5))
         session.heard.put(PeerLost("rank 1 was lost", host="mac2"))
         with pytest.raises(PeerLost, match="mac2: rank 1 was lost"):
             await collect(answer)
@@ -189,16 +233,11 @@ def restart(
     asyncio.run(main())
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.01)
-
-
 def test_an_answer_goes_on_in_the_next_session() -> None:
     first, second = FakeSession(), FakeSession()
 
     async def test(controller: Controller, sessions: Any) -> None:
-        answer = await controller.submit(Request(0, "a", 5))
+        answer = await ask(controller, sessions[0], Request(0, "a", 5))
         sessions[0].heard.put(Token(1, 7, "x"))
         sessions[0].heard.put(PeerLost("gone"))
         await until(lambda: controller.health().restarts == 1)
@@ -221,11 +260,29 @@ def test_an_answer_goes_on_in_the_next_session() -> None:
     assert first.submitted == []
 
 
+def test_the_rest_of_a_text_is_told_once_when_only_the_end_was_lost() -> None:
+    second = FakeSession()
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        answer = await ask(controller, sessions[0], Request(0, "a", 2, stop=("!",)))
+        for before in (Token(1, 7, "x"), Token(1, 8, ""), Token(1, -1, "rest"), PeerLost("gone")):
+            sessions[0].heard.put(before)
+        await until(lambda: len(second.submitted) == 1)
+        assert second.submitted[0].answered == (7, 8)
+        for event in (Token(1, -1, "rest"), Done(1, "length", STATS)):
+            second.heard.put(event)
+        told = [event for event in await collect(answer) if not isinstance(event, Notice)]
+        assert [e.text for e in told if isinstance(e, Token)] == ["x", "", "rest"]
+        assert isinstance(told[-1], Done)
+
+    restart(test, second)
+
+
 def test_an_answer_that_fails_every_session_ends_and_the_others_go_on() -> None:
     later = [FakeSession() for _ in range(MAX_FAILURES)]
 
     async def test(controller: Controller, sessions: Any) -> None:
-        poison = await controller.submit(Request(0, "a", 5))
+        poison = await ask(controller, sessions[0], Request(0, "a", 5))
         for number, session in enumerate(sessions[:-1]):
             session.heard.put(Prefilled(1, 2))
             session.heard.put(PeerLost(f"gone {number}"))
@@ -245,7 +302,7 @@ def test_starts_that_fail_are_nobodys_fault() -> None:
     last = FakeSession()
 
     async def test(controller: Controller, sessions: Any) -> None:
-        answer = await controller.submit(Request(0, "a", 5))
+        answer = await ask(controller, sessions[0], Request(0, "a", 5))
         sessions[0].heard.put(Token(1, 7, "x"))
         sessions[0].heard.put(PeerLost("gone"))
         await until(lambda: len(last.submitted) == 1)
@@ -259,7 +316,7 @@ def test_starts_that_fail_are_nobodys_fault() -> None:
 
 def test_a_failure_that_lasts_is_told_with_what_helps() -> None:
     async def test(controller: Controller, sessions: Any) -> None:
-        answer = await controller.submit(Request(0, "a", 5))
+        answer = await ask(controller, sessions[0], Request(0, "a", 5))
         sessions[0].heard.put(PeerLost("gone"))
         with pytest.raises(IntegrityError, match="damaged"):
             await collect(answer)
@@ -275,7 +332,7 @@ def test_advice_that_fails_hides_no_failure() -> None:
     async def main() -> None:
         session: Any = FakeSession()
         controller = Controller(session, "model", ranks=2, keep_alive=KeepAlive(-1), advise=advise)
-        answer = await controller.submit(Request(0, "a", 5))
+        answer = await ask(controller, session, Request(0, "a", 5))
         session.heard.put(PeerLost("gone", hint="look there"))
         with pytest.raises(PeerLost, match="gone") as caught:
             await asyncio.wait_for(collect(answer), 20)
@@ -284,12 +341,31 @@ def test_advice_that_fails_hides_no_failure() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("kind", [Unreachable, RemoteError])
+def test_going_on_without_a_host_is_advised_when_it_is_away(
+    monkeypatch: pytest.MonkeyPatch, kind: type[MoectlError]
+) -> None:
+    monkeypatch.setattr("moectl.remedy.find_remedy", lambda target, lost: f"without {lost}")
+    target: Any = object.__new__(Deployment)
+    assert controller_module._advise(target, kind("gone", host="mac2")) == "without mac2"
+    assert controller_module._advise(target, kind("gone")) is None
+
+
+@pytest.mark.parametrize(
+    "kind", [CommandFailed, IntegrityError, LeashLost, PeerLost, PlanError, RanksDisagree, Stalled, VersionMismatch]
+)
+def test_a_host_that_is_there_is_not_advised_away(monkeypatch: pytest.MonkeyPatch, kind: type[MoectlError]) -> None:
+    monkeypatch.setattr("moectl.remedy.find_remedy", lambda target, lost: f"without {lost}")
+    target: Any = object.__new__(Deployment)
+    assert controller_module._advise(target, kind("wrong", host="mac2")) is None
+
+
 def test_sleeping_often_ends_no_answer() -> None:
     last = FakeSession()
     naps = [FakeSession() for _ in range(MAX_FAILURES)]
 
     async def test(controller: Controller, sessions: Any) -> None:
-        answer = await controller.submit(Request(0, "a", 5))
+        answer = await ask(controller, sessions[0], Request(0, "a", 5))
         for number, session in enumerate(sessions[:-1]):
             session.heard.put(Token(1, 7 + number, "x"))
             session.heard.put(LeashLost("slept"))
@@ -301,10 +377,170 @@ def test_sleeping_often_ends_no_answer() -> None:
     restart(test, *naps, last)
 
 
+def test_a_machine_that_sleeps_before_anything_comes_of_an_answer_ends_it_some_time() -> None:
+    naps = [FakeSession() for _ in range(MAX_FAILURES)]
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        answer = await ask(controller, sessions[0], Request(0, "a", 5))
+        for number, session in enumerate(sessions[:-1]):
+            session.heard.put(Prefilled(1, 512))  # no further than the time before
+            session.heard.put(LeashLost(f"slept {number}"))
+            if number < MAX_FAILURES:
+                await until(lambda n=number: len(sessions[n + 1].submitted) == 1)  # type: ignore[misc]
+        with pytest.raises(LeashLost, match=f"slept {MAX_FAILURES}"):
+            await collect(answer)
+
+    restart(test, *naps, FakeSession())
+
+
+def test_whoever_waits_while_others_come_further_is_not_to_blame_for_naps() -> None:
+    last = FakeSession()
+    naps = [FakeSession() for _ in range(MAX_FAILURES + 1)]
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        reads, waits = (
+            await ask(controller, sessions[0], Request(0, "a", 5)),
+            await ask(controller, sessions[0], Request(0, "b", 5)),
+        )
+        for number, session in enumerate(sessions[:-1]):
+            session.heard.put(Prefilled(1, 512 * (number + 1)))
+            session.heard.put(LeashLost("slept"))
+            await until(lambda n=number: len(sessions[n + 1].submitted) == 2)  # type: ignore[misc]
+        last.heard.put(Done(1, "stop", STATS))
+        last.heard.put(Done(2, "stop", STATS))
+        assert isinstance((await collect(reads))[-1], Done)
+        assert isinstance((await collect(waits))[-1], Done)
+
+    restart(test, *naps, last)
+
+
+def test_a_restart_keeps_the_room_that_the_first_start_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setattr(controller_module, "open_session", lambda target, **options: opened.append(options))
+    first: Any = FakeSession()
+    target: Any = None
+    made: Any = None
+    controller_module.open_like(first, target, {"dtype": "float32"})(2.0, made)
+    assert opened == [{"dtype": "float32", "kv_tokens": 5000, "patience": 2.0, "on_made": None}]
+
+
+def test_a_stop_while_it_waits_to_start_again_is_a_stop_like_any_other() -> None:
+    async def test(controller: Controller, sessions: Any) -> None:
+        answer = await ask(controller, sessions[0], Request(0, "a", 5))
+        sessions[0].heard.put(PeerLost("gone"))
+        await until(lambda: controller.health().restarts == 1)
+        controller.close()
+        with pytest.raises(StateError, match="stopping"):
+            await collect(answer)
+        await controller.wait_until_over()
+        assert controller.failure is None
+
+    restart(test, FakeSession())
+
+
+def test_a_failure_while_it_stops_is_told() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        answer = await ask(controller, session, Request(0, "a", 5))
+        controller.close()
+        session.heard.put(PeerLost("gone"))
+        with pytest.raises(PeerLost):
+            await collect(answer)
+        assert controller.failure is not None
+
+    drive(test)
+
+
+def test_no_session_is_left_that_opens_while_the_controller_ends() -> None:
+    session: Any = FakeSession()
+    left, opening, opened = threading.Event(), threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def reopen(patience: float, on_made: Callable[[Any], None]) -> Iterator[Any]:
+        on_made(session)
+        opening.set()
+        opened.wait(20)
+        try:
+            yield session
+        finally:
+            left.set()
+
+    async def main() -> None:
+        first: Any = FakeSession()
+        controller = Controller(first, "model", ranks=2, keep_alive=KeepAlive(-1), open_=reopen, restarts=Restarts(1))
+        first.heard.put(PeerLost("gone"))
+        await asyncio.to_thread(opening.wait, 20)
+        await asyncio.to_thread(controller.end_session)
+        assert session.closed
+        session.heard.put(StateError("the session is closed"))
+        opened.set()
+        assert await asyncio.to_thread(left.wait, 20)
+
+    asyncio.run(main())
+
+
+def test_an_order_that_is_stuck_holds_no_asker_and_a_cancel_before_it_is_obeyed() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        stuck = await controller.submit(Request(0, "stuck", 5))
+        behind = await asyncio.wait_for(controller.submit(Request(0, "b", 5)), 10)
+        behind.cancel()
+        with pytest.raises(StateError, match="cancelled"):
+            await collect(behind)
+        session.unstuck.set()
+        third = await controller.submit(Request(0, "c", 5))
+        await until(lambda: [(r.id, r.prompt) for r in session.submitted] == [(1, "stuck"), (2, "c")])
+        session.heard.put(Done(1, "stop", STATS))
+        session.heard.put(Done(2, "stop", STATS))
+        assert [await collect(answer) for answer in (stuck, third)]
+
+    drive(test)
+
+
+def test_who_asks_while_the_cluster_is_down_or_cancels_then_is_not_forgotten() -> None:
+    second = FakeSession()
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        first = await controller.submit(Request(0, "a", 5))
+        await until(lambda: len(sessions[0].submitted) == 1)
+        sessions[0].heard.put(PeerLost("gone"))
+        await until(lambda: controller.health().restarts == 1 and controller.health().ranks_answered == 0)
+        late, other = await controller.submit(Request(0, "b", 5)), await controller.submit(Request(0, "c", 5))
+        first.cancel()
+        other.cancel()
+        with pytest.raises(StateError, match="cancelled"):
+            await collect(other)
+        await until(lambda: len(second.submitted) == 1)
+        assert [(r.id, r.prompt) for r in second.submitted] == [(1, "b")]
+        late.cancel()
+        assert await asyncio.to_thread(second.cancelled.get) == 1
+        second.heard.put(Done(1, "cancelled", STATS))
+        assert (await collect(late))[-1] == Done(1, "cancelled", STATS)
+        assert second.cancelled.empty()
+        assert sessions[0].cancelled.empty()
+
+    restart(test, second)
+
+
+def test_a_session_that_fails_while_it_is_handed_an_answer_hands_it_over_to_the_next() -> None:
+    second = FakeSession()
+
+    async def test(controller: Controller, sessions: Any) -> None:
+        answers = [await controller.submit(Request(0, prompt, 5)) for prompt in ("stuck", "b")]
+        sessions[0].heard.put(PeerLost("gone"))
+        second.unstuck.set()
+        await until(lambda: len(second.submitted) == 2)
+        assert [(r.id, r.prompt) for r in second.submitted] == [(1, "stuck"), (2, "b")]
+        assert [r.prompt for r in sessions[0].submitted] == ["stuck"]
+        for number in (1, 2):
+            second.heard.put(Done(number, "stop", STATS))
+        assert [isinstance((await collect(answer))[-1], Done) for answer in answers] == [True, True]
+
+    restart(test, second)
+
+
 def test_an_idle_controller_leaves_and_a_busy_one_stays() -> None:
     async def test(controller: Controller, session: FakeSession) -> None:
         over = asyncio.create_task(controller.wait_until_over())
-        answer = await controller.submit(Request(0, "a", 5))
+        answer = await ask(controller, session, Request(0, "a", 5))
         controller._keep_alive.renew(0)
         await asyncio.sleep(0.05)
         assert not over.done()
@@ -599,6 +835,79 @@ def test_a_socket_that_nobody_has_is_not_running(tmp_path: Path) -> None:
     assert not is_running(path)
     with pytest.raises(MoectlError, match="has gone"):
         Client(path).describe()
+
+
+def test_a_controller_that_is_frozen_is_told_from_one_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_SILENT_S", 0.2)
+    path = tmp_path / "run" / "a.sock"
+    told: queue.SimpleQueue[MoectlError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            Client(path).describe(timeout_s=None)
+        except MoectlError as error:
+            told.put(error)
+
+    with listen_unix(path):  # and nobody answers
+        with pytest.raises(StateError, match="does not answer") as caught:
+            list(Client(path).complete({"prompt": "a"}))
+        assert caught.value.hint is not None
+        assert caught.value.hint.startswith("moectl stop --now")
+        with beating(path, 0.02):
+            asking = threading.Thread(target=ask)
+            asking.start()
+            time.sleep(1)
+            assert told.empty()
+        assert isinstance(told.get(timeout=20), StateError)
+        asking.join()
+
+
+def test_a_controller_that_freezes_while_it_starts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_SILENT_S", 0.05)
+    signs = iter([1, 2, 3, 4, 4])
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, b"one\ntwo\nth")
+        lines = background._read_lines(reading, lambda: next(signs))
+        assert [next(lines), next(lines)] == [b"one", b"two"]
+        with pytest.raises(StateError, match="does not answer"):
+            next(lines)
+        assert next(signs, None) is None  # it waited for as long as they came
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+FROZEN = """
+import signal, sys, time
+from pathlib import Path
+from moectl.sockets import listen_unix
+if sys.argv[2] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with listen_unix(Path(sys.argv[1])):
+    print("ready", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("kind", ["frozen", "deaf"])
+def test_a_frozen_controller_is_stopped_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(client, "_BUSY_S", 0.1)
+    monkeypatch.setattr(client, "_ANSWER_S", 0.5 if kind == "deaf" else 20)
+    path = tmp_path / "run" / "a.sock"
+    command = [sys.executable, "-c", FROZEN, str(path), kind]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGSTOP)
+        if kind == "deaf":
+            with pytest.raises(StateError, match="does not end") as caught:
+                Client(path).stop(0.1)
+            assert caught.value.hint == "moectl stop --now"
+        assert Client(path).stop(0.0) is None
+        assert process.wait(20) == -(signal.SIGKILL if kind == "deaf" else signal.SIGTERM)
 
 
 def test_targets_have_a_place_each(tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ import pytest
 
 from moectl.errors import (
     AuthFailed,
+    CheckpointError,
+    HostsError,
     IntegrityError,
     LeashLost,
     MoectlError,
     NotDeployed,
     PeerLost,
+    PlanError,
     RemoteError,
     Stalled,
     Unreachable,
@@ -42,7 +45,7 @@ def test_old_failures_are_forgotten() -> None:
     assert restarts.total == 10
 
 
-@pytest.mark.parametrize("kind", [AuthFailed, IntegrityError, NotDeployed, VersionMismatch])
+@pytest.mark.parametrize("kind", [AuthFailed, CheckpointError, IntegrityError, NotDeployed, VersionMismatch])
 def test_what_lasts_is_not_tried_again(kind: type[MoectlError]) -> None:
     assert Restarts(5).delay_s(kind("x")) is None
 
@@ -51,6 +54,12 @@ def test_what_lasts_is_not_tried_again(kind: type[MoectlError]) -> None:
 def test_what_may_pass_is(kind: type[MoectlError]) -> None:
     assert Restarts(5).delay_s(kind("x")) == FIRST_S
     assert Restarts(0).delay_s(kind("x")) is None
+
+
+@pytest.mark.parametrize("kind", [PlanError, HostsError])
+def test_memory_and_addresses_may_take_a_while_to_come_back(kind: type[MoectlError]) -> None:
+    restarts = Restarts(2)
+    assert [restarts.delay_s(kind("not yet")) for _ in range(3)] == [FIRST_S, 2 * FIRST_S, None]
 
 
 def test_sleep_is_nobodys_fault() -> None:

@@ -318,6 +318,13 @@ def test_a_long_silence_is_filled_with_comments(site: Site) -> None:
         assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected(1)
 
 
+def test_tokens_without_text_are_silence_too(site: Site) -> None:
+    body = {"prompt": "endless hushed", "stream": True}
+    with site.http() as http, http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        assert [line for line in itertools.islice(lines, 4) if line] == [": still working"] * 2
+
+
 # Keys and hosts.
 
 

@@ -120,6 +120,14 @@ def test_answers_end_at_the_models_context(session: Session) -> None:
     assert (done.finish_reason, done.stats.completion_tokens) == ("length", 12)
 
 
+def test_answers_end_where_the_room_ends_that_was_promised(shards: Path) -> None:
+    with Session(specs(shards), kv_tokens=40) as small:
+        assert small.kv_tokens == 40
+        done = list(small.generate(Request(1, "x" * 30, 100, raw=True)))[-1]
+        assert isinstance(done, Done)
+        assert (done.finish_reason, done.stats.completion_tokens) == ("length", 10)
+
+
 def test_cancel_ends_an_answer_soon(session: Session) -> None:
     events: list[Token | Done] = []
     for event in session.generate(Request(14, "hello", 400)):

@@ -200,3 +200,25 @@ def test_a_controller_that_dies_takes_its_workers_with_it() -> None:
     assert asking.returncode == 6
     assert "the controller has gone" in stderr
     wait_for(lambda: not workers())
+
+
+@pytest.mark.long
+def test_a_frozen_controller_keeps_nobody_waiting() -> None:
+    run = [sys.executable, "-m", "moectl", "run", "--local", "2", "--raw", "Expert", "-m", "2000"]
+    env = process_env(RING_DELAY_US="5000", MOECTL_RUN_KEEP_ALIVE="1m")
+    with subprocess.Popen(run, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        assert asking.stdout.read(1)
+        [path] = find_running()
+        os.kill(Client(path).describe()["pid"], signal.SIGSTOP)
+        late = subprocess.run(run, env=env, capture_output=True, text=True, timeout=100)
+        _, stderr = asking.communicate(timeout=100)
+    for code, said in ((late.returncode, late.stderr), (asking.returncode, stderr)):
+        assert code == 8
+        assert "the controller does not answer" in said
+        assert "moectl stop --now" in said
+    stop = [sys.executable, "-m", "moectl", "stop", "--now"]
+    stopped = subprocess.run(stop, env=env, capture_output=True, text=True, timeout=100)
+    assert (stopped.returncode, stopped.stdout) == (0, "Stopped a controller that was not answering.\n")
+    assert not find_running()
+    wait_for(lambda: not workers())
