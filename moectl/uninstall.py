@@ -97,8 +97,10 @@ def _find_running(remote: Remote, pythons: Sequence[str], root: str) -> list[int
 
 
 def _is_under(worker: dict[str, object], root: str) -> bool:
-    """Whether a worker uses this root; one that keeps no log could be any root's."""
+    """Whether a worker uses this root; one of this user's that keeps no log could be any root's."""
     logs = worker["logs"]
     assert isinstance(logs, list)
+    if not logs and worker["own"]:
+        return True
     paths = [str(worker["python"]), *map(str, logs)]
-    return not logs or any(posixpath.commonpath([path, root]) == root for path in paths if path.startswith("/"))
+    return any(posixpath.commonpath([path, root]) == root for path in paths if path.startswith("/"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from moectl import node_workers
 from moectl.cluster import deploy
 from moectl.deployment import DeployedRank, Deployment, find_deployment, write_deployment
 from moectl.errors import StateError
@@ -20,7 +22,7 @@ from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.node import RECORD
 from moectl.node_clear import MADE, Plan, is_our_env, remove
 from moectl.paths import data_dir
-from moectl.uninstall import clear_hosts
+from moectl.uninstall import _is_under, clear_hosts
 from tests.sshd import Server, find_free_port
 from tests.test_cli import run
 from tests.test_cluster import make_shards
@@ -206,6 +208,30 @@ def test_a_host_where_a_worker_runs_is_left_as_it_is(hosts: list[Host], tmp_path
     left = find_deployment()
     assert left is not None
     assert left.missing == ("node1",)
+
+
+@pytest.mark.parametrize(
+    ("python", "logs", "own", "is_ours"),
+    [
+        ("/usr/bin/python3", [], True, True),  # it could be
+        ("/home/eve/.moectl/env/bin/python", [], False, False),  # whose files cannot be seen
+        ("/home/ada/.moectl/env/bin/python", [], False, True),
+        ("python3", ["/home/ada/.moectl/logs/x-rank-0.log"], True, True),
+        ("/usr/bin/python3", ["/home/ada/.moectl2/logs/x-rank-0.log"], True, False),
+    ],
+)
+def test_whose_worker_it_is(python: str, logs: list[str], own: bool, is_ours: bool) -> None:
+    assert _is_under({"python": python, "logs": logs, "own": own}, "/home/ada/.moectl") == is_ours
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs two users")
+def test_another_users_worker_is_no_own_one(tmp_path: Path) -> None:
+    with run_worker(tmp_path / "logs" / "x-rank-0.log") as pid:
+        assert node_workers._is_own(pid)
+        with subprocess.Popen(["sleep", "60"], user=65534) as other:
+            assert not node_workers._is_own(other.pid)
+            other.kill()
+    assert node_workers._is_own(1 << 22)  # it has ended
 
 
 @pytest.mark.parametrize("locked", ["env.lock", "shards/tiny-experts-1/config.json.partial"])
