@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import platform
 import re
@@ -157,6 +159,17 @@ def test_usage_errors_as_json(call: Any) -> None:
     code, _, err = call("shard", "--json", "--nodes", "many")
     assert code == 2
     assert json.loads(err.splitlines()[-1])["error"]["code"] == 2
+
+
+def test_a_result_that_cannot_be_written_is_no_bug(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path("hosts.txt").write_text("a\n")
+    monkeypatch.setattr(sys, "stdout", Full())
+    code, _, err = call("hosts")
+    assert (code, err.split("\n")[0]) == (8, "Error: the result cannot be written: No space left on device")
 
 
 def test_bugs_say_what_to_do(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
