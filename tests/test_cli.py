@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from moectl import __main__, __version__, cli, errors
-from moectl.console import colour_wanted, size_text, table_text, time_text
+from moectl.console import colour_wanted, progress, size_text, table_text, time_text
 from moectl.flags import Failed
 from moectl.verb import SECTIONS, Verb
 from tests.tiny import write_checkpoint
@@ -313,6 +313,16 @@ def test_sizes_and_times() -> None:
         "1.0 MB",
     ]
     assert [time_text(s) for s in (0.42, 59.0, 651)] == ["0.4 s", "59.0 s", "10m51s"]
+
+
+def test_no_bar_says_more_than_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.console.QUIET_S", -1.0)
+    with progress(quiet=False) as bars:
+        bar = bars.bar("mac1", 1_000_000)
+        for count in (500_000, 500_000, 200_000, -100_000, 100_000):
+            bar.advance(count)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["mac1  50%  500.0 kB of 1.0 MB", "mac1  100%  1.0 MB of 1.0 MB"]
 
 
 def test_tables_drop_columns_instead_of_wrapping() -> None:
