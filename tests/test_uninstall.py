@@ -286,6 +286,8 @@ def test_uninstall_as_a_user_types_it(
     code, out, _ = run(capsys, monkeypatch, "uninstall", str(file), "-n")
     assert code == 0
     assert "would go: shards/tiny-experts-2 (1.0 MB)" in out
+    code, out, _ = run(capsys, monkeypatch, "uninstall", "--hosts", "node0,node1", "-n", "--json")
+    assert (code, [row["root"] for row in json.loads(out)["hosts"]]) == (0, [host.dir for host in hosts])
     code, _, err = run(capsys, monkeypatch, "uninstall", str(file))
     assert code == 2
     assert "use --yes to skip confirmation" in err
