@@ -273,6 +273,7 @@ def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -
     """
     from moectl import cluster, report_observe
     from moectl.console import size_text
+    from moectl.deployment import recall_hosts
     from moectl.live import on_ctrl_t
     from moectl.uninstall import clear_hosts
 
@@ -280,6 +281,7 @@ def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -
         common.hostfile = hostfile_
     listed = common.host_list(required=True)
     assert listed is not None
+    listed = recall_hosts(listed)
     begin = time.monotonic()
     with on_ctrl_t(lambda: f"at work on {len(listed.hosts)} hosts since {time.monotonic() - begin:.0f} s", common.say):
         results = clear_hosts(listed.hosts, dry_run=True)

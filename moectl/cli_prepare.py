@@ -316,11 +316,13 @@ def deploy(
       moectl deploy --wheelhouse wheels
     """
     from moectl import report
+    from moectl.deployment import recall_hosts
 
     if hostfile_:
         common.hostfile = hostfile_
     listed = common.host_list(required=True)
     assert listed is not None
+    listed = recall_hosts(listed)
     cut = {name: options.pop(name) for name in (*_WANTED, "output", "revision", "keep_source", "no_canary")}
     options |= {"backend": listed.backend, "envs": listed.envs}
     force = options["force"]

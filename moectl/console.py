@@ -107,10 +107,11 @@ class _Lines:
     def advance(self, n_bytes: int) -> None:
         with self._lock:
             self._done += n_bytes
-            tenth = 10 * self._done // self._total if self._total else 10
+            total = max(self._total, self._done)  # small files of a set that is being made are not counted before
+            tenth = 10 * self._done // total if total else 10
             if tenth > self._said and time.monotonic() - self._begin_s > QUIET_S:
                 self._said = tenth
-                line = f"{self._label}  {tenth * 10}%  {size_text(self._done)} of {size_text(self._total)}\n"
+                line = f"{self._label}  {tenth * 10}%  {size_text(self._done)} of {size_text(total)}\n"
                 sys.stderr.write(line)
 
 

@@ -6,16 +6,17 @@ about what was done; whether it still holds is for the hosts to say.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moectl.disk import make_private_directory, sync_directory
 from moectl.errors import HostsError, NotDeployed, StateError
-from moectl.hosts import Host, check_envs, check_host
+from moectl.hosts import NAMES_ONLY, Host, HostList, check_envs, check_host
 from moectl.parsed import build
 from moectl.paths import state_dir
 
@@ -130,6 +131,31 @@ def read_deployment() -> Deployment:
         names = ", ".join(deployment.missing)
         raise NotDeployed(f"{deployment.name} is not deployed on {names} yet.", hint=HINT)
     return deployment
+
+
+def recall_hosts(names: HostList) -> HostList:
+    """Return hosts that are mere names (--hosts) with what the current deployment knows of them.
+
+    That is where things are there, which interpreter, and the addresses and devices between those that are listed.
+    """
+    deployment = None
+    with contextlib.suppress(StateError):  # a damaged record knows nothing
+        deployment = find_deployment()
+    if names.source != NAMES_ONLY or deployment is None:
+        return names
+    places = {rank.host.address: place for place, rank in enumerate(deployment.ranks)}
+    found = [places.get(host.address) for host in names.hosts]
+    hosts = tuple(
+        host if place is None else _among(deployment.ranks[place].host, found)
+        for host, place in zip(names.hosts, found, strict=True)
+    )
+    return replace(names, hosts=hosts, envs=names.envs if None in found else deployment.envs)
+
+
+def _among(host: Host, places: Sequence[int | None]) -> Host:
+    """Return a host as one of those that were at these places of the list, with None for new ones."""
+    row = tuple(None if place is None or place >= len(host.rdma) else host.rdma[place] for place in places)
+    return replace(host, rdma=row if any(row) and None not in places else ())
 
 
 def forget_hosts(roots: Mapping[str, str]) -> None:

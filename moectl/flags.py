@@ -62,10 +62,18 @@ class Common:
         return found
 
     def print(self, text: str, document: dict[str, Any], quiet_text: str = "") -> None:
-        """Print a command's result on stdout in the form that was asked for."""
+        """Print a command's result on stdout in the form that was asked for. Raises StateError for a full disk."""
         shown = json.dumps(document) if self.json else quiet_text if self.quiet else text
-        if shown:
+        if not shown:
+            return
+        try:
             click.echo(shown)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise errors.StateError(
+                f"the result cannot be written: {error.strerror}", hint="look at where standard output goes"
+            ) from None
 
     def say(self, text: str) -> None:
         """Say something to a person, on stderr."""

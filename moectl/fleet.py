@@ -131,8 +131,9 @@ class _Fleet:
                 pipe.close()
             else:
                 process.terminate()
+        deadline = time.monotonic() + END_GRACE_S  # of all together: hosts that hang may be many
         for pipe, (process, _) in self._processes.items():
-            _end_process(pipe, process)
+            _end_process(pipe, process, max(0.0, deadline - time.monotonic()))
         for pipe in self._looking:
             pipe.close()
 
@@ -280,9 +281,9 @@ def _start_look(task: Task) -> Pipe:
     return ours
 
 
-def _end_process(pipe: Pipe, process: Any) -> None:
+def _end_process(pipe: Pipe, process: Any, grace_s: float = END_GRACE_S) -> None:
     pipe.close()
-    process.join(END_GRACE_S)
+    process.join(grace_s)
     process.kill()
     process.join()
     process.close()

@@ -66,7 +66,12 @@ def on_ctrl_t(describe: Callable[[], str], say: Callable[[str], None]) -> Iterat
     if number is None:
         yield
         return
-    before = signal.signal(number, lambda *_: say(describe()))
+
+    def tell(*_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the program was just writing to the same stream: press it again
+            say(describe())
+
+    before = signal.signal(number, tell)
     try:
         yield
     finally:

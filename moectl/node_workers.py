@@ -1,11 +1,11 @@
-# ruff: noqa: PTH111,PTH112,PTH113,PTH115,PTH118,PTH208
+# ruff: noqa: PTH111,PTH112,PTH113,PTH115,PTH116,PTH118,PTH208
 """The program that tells which workers run on a host, and whether a shard set is still there; it changes nothing.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
 on. Linux is read in /proc, other systems by ps and lsof.
 
     python -c TEXT        {"root", "directory"} on stdin; answers {"system", "deployed", "workers": [{"pid",
-                          "memory_bytes", "up_s", "python", "logs"}]}, a line of JSON behind `ANSWER`
+                          "memory_bytes", "up_s", "python", "logs", "own"}]}, a line of JSON behind `ANSWER`
 """
 
 from __future__ import annotations
@@ -61,6 +61,15 @@ def pick_logs(names: Any) -> list[str]:
     return sorted({name for name in plain if re.search(r"-rank-\d+\.log$", name)})
 
 
+def _is_own(pid: int) -> bool:
+    """Whether a process is this user's; of another user's files nothing can be seen."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid == os.getuid()
+    except OSError:
+        said = _run(["ps", "-o", "uid=", "-p", str(pid)]).strip()
+        return said in ("", str(os.getuid()))
+
+
 def _find_in_proc() -> list[dict[str, Any]]:
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -106,11 +115,12 @@ def _run(argv: list[str]) -> str:
 def _main() -> None:
     request = json.loads(sys.stdin.buffer.readline())
     directory = request["directory"]
+    workers = [{**worker, "own": _is_own(worker["pid"])} for worker in find_workers()]
     answer = {
         "system": sys.platform,
         "deployed": bool(directory) and os.path.isfile(os.path.join(os.path.expanduser(directory), "moectl.json")),
         "root": os.path.realpath(os.path.expanduser(request["root"])),
-        "workers": find_workers(),
+        "workers": workers,
     }
     sys.stdout.write("\n" + ANSWER + json.dumps(answer) + "\n")
 

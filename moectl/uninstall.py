@@ -97,9 +97,9 @@ def _find_running(remote: Remote, pythons: Sequence[str], root: str) -> list[int
 
 
 def _is_under(worker: dict[str, object], root: str, pythons: Sequence[str]) -> bool:
-    """Whether a worker uses this root; one that keeps no log may, if it runs in a python that this host is given."""
+    """Whether a worker uses this root; one that keeps no log may, if it is this user's and in one of these pythons."""
     logs = worker["logs"]
     assert isinstance(logs, list)
     paths = [str(worker["python"]), *map(str, logs)]
     under = any(posixpath.commonpath([path, root]) == root for path in paths if path.startswith("/"))
-    return under or (not logs and worker["python"] in pythons)
+    return under or (not logs and bool(worker["own"]) and worker["python"] in pythons)

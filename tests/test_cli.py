@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import platform
 import re
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from moectl import __main__, __version__, cli, errors
-from moectl.console import colour_wanted, size_text, table_text, time_text
+from moectl.console import colour_wanted, progress, size_text, table_text, time_text
 from moectl.flags import Failed
 from moectl.verb import SECTIONS, Verb
 from tests.tiny import write_checkpoint
@@ -159,6 +161,17 @@ def test_usage_errors_as_json(call: Any) -> None:
     assert json.loads(err.splitlines()[-1])["error"]["code"] == 2
 
 
+def test_a_result_that_cannot_be_written_is_no_bug(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path("hosts.txt").write_text("a\n")
+    monkeypatch.setattr(sys, "stdout", Full())
+    code, _, err = call("hosts")
+    assert (code, err.split("\n")[0]) == (8, "Error: the result cannot be written: No space left on device")
+
+
 def test_bugs_say_what_to_do(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moectl.hosts.find_hosts", lambda *_: dict[str, int]()["rope_theta"])
     code, _, err = call("hosts")
@@ -300,6 +313,16 @@ def test_sizes_and_times() -> None:
         "1.0 MB",
     ]
     assert [time_text(s) for s in (0.42, 59.0, 651)] == ["0.4 s", "59.0 s", "10m51s"]
+
+
+def test_no_bar_says_more_than_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.console.QUIET_S", -1.0)
+    with progress(quiet=False) as bars:
+        bar = bars.bar("mac1", 1_000_000)
+        for count in (500_000, 500_000, 200_000, -100_000, 100_000):
+            bar.advance(count)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["mac1  50%  500.0 kB of 1.0 MB", "mac1  100%  1.0 MB of 1.0 MB"]
 
 
 def test_tables_drop_columns_instead_of_wrapping() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -13,17 +14,18 @@ import threading
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 import moectl
-from moectl import chain
+from moectl import chain, fleet
 from moectl.cluster import DeployResult, deploy, manifest_entry
 from moectl.errors import Unreachable
 from moectl.handover import Admit, More, TakeFrom, Wants
 from moectl.manifest import NAME, Manifest, is_shared
-from moectl.provision import Advanced, Event, Working
+from moectl.provision import Advanced, Event, Task, Working
 from moectl.push import Found, Link, Push
 from moectl.remote import LocalRemote
 from tests.netns import Cluster
@@ -291,3 +293,29 @@ def test_a_file_that_is_told_twice_is_sent_once(tmp_path: Path) -> None:
     assert sent[-1] == NAME
     assert (arrived.copied_bytes, arrived.kept_bytes) == (sum(f.bytes for f in files.values()), 0)
     assert sum(moved) == arrived.copied_bytes
+
+
+def test_many_hosts_that_hang_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hung:
+        """A host's process that ends by SIGKILL only."""
+
+        now_s, killed = 100.0, 0
+
+        def join(self, timeout_s: float | None = None) -> None:
+            Hung.now_s += timeout_s or 0.0
+
+        def kill(self) -> None:
+            Hung.killed += 1
+
+        def terminate(self) -> None:
+            pass
+
+        close = terminate
+
+    monkeypatch.setattr("moectl.fleet.time", SimpleNamespace(monotonic=lambda: Hung.now_s))
+    whole = fleet._Fleet([], 1, lambda event: None, None)
+    task = cast(Task, SimpleNamespace(rank=0))
+    whole._processes = {multiprocessing.Pipe()[0]: (Hung(), task) for _ in range(8)}
+    whole.end()
+    assert Hung.killed == 8
+    assert Hung.now_s == 100.0 + fleet.END_GRACE_S

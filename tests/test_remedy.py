@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moectl.cluster import deploy
-from moectl.deployment import Deployment, read_deployment
-from moectl.hosts import HostList, parse_hosts
+from moectl.deployment import DeployedRank, Deployment, read_deployment, recall_hosts, write_deployment
+from moectl.hosts import Host, HostList, parse_host_string, parse_hosts
 from moectl.manifest import read_manifest
 from moectl.paths import data_dir
 from moectl.remedy import find_remedy
 from tests.sshd import Server
+from tests.test_cli import run
 from tests.test_lockstep import cut_case
 from tests.tiny import write_checkpoint
 
@@ -48,6 +51,34 @@ def test_a_set_for_the_others_is_found(hosts: HostList, target: Deployment) -> N
         f"if right stays away, the others can go on with one, which they hold on their disks: {command}"
     )
     assert find_remedy(target, "nobody") is None
+
+
+def test_the_command_goes_where_the_hosts_keep_things(
+    target: Deployment, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = shlex.split(str(find_remedy(target, "right")).rpartition(": ")[2])
+    assert words[:2] == ["moectl", "deploy"]
+    code, out, err = run(capsys, monkeypatch, *words[1:], "--dry-run", "--json")
+    assert (code, json.loads(out)["hosts"][0]["directory"]) == (0, str(tmp_path / "left" / "shards" / "one")), err
+
+
+def test_names_are_the_hosts_of_the_deployment() -> None:
+    text = """
+        a ip=10.0.0.1 rdma=-,en2,en3 dir=/a
+        b ip=10.0.0.2 rdma=en2,-,en4 python=/b
+        c ip=10.0.0.3 rdma=en2,en3,-
+    """
+    hosts = parse_hosts(text).hosts
+    names = parse_host_string("c,a")
+    assert recall_hosts(names) == names  # nothing is deployed
+    write_deployment(Deployment("set", "/set", tuple(map(DeployedRank, hosts)), "jaccl", ("X=1",)))
+    found = recall_hosts(names)
+    assert found.hosts == (replace(hosts[2], rdma=(None, "en2")), replace(hosts[0], rdma=("en3", None)))
+    assert (found.source, found.backend, found.envs) == ("--hosts", "", ("X=1",))
+    with_new = recall_hosts(parse_host_string("b,new,ada@a"))  # another user is another host
+    assert with_new.hosts == (replace(hosts[1], rdma=()), Host("new"), Host("a", user="ada"))
+    listed = parse_hosts("a\nb")
+    assert recall_hosts(listed) == listed  # a file says all
 
 
 def test_without_one_it_has_to_be_cut(target: Deployment, tmp_path: Path) -> None:

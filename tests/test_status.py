@@ -297,6 +297,11 @@ def test_workers_in_what_ps_prints() -> None:
     assert node_workers.pick_logs(["/a/x-rank-0.log (deleted)"]) == ["/a/x-rank-0.log"]
 
 
+def interrupted(_: str) -> None:
+    """Write as Python does when a signal came while it was writing to that stream."""
+    raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+
 def test_ctrl_t_says_how_things_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     with on_ctrl_t(lambda: "so far", said.append):  # where there is no such signal, nothing happens
@@ -307,6 +312,8 @@ def test_ctrl_t_says_how_things_stand(monkeypatch: pytest.MonkeyPatch) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
     assert said == ["so far"]
     assert signal.getsignal(signal.SIGUSR1) == before
+    with on_ctrl_t(lambda: "so far", interrupted):
+        os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_lines_are_cut_where_the_window_ends() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from moectl import node_workers
 from moectl.cluster import deploy
 from moectl.deployment import DeployedRank, Deployment, find_deployment, write_deployment
 from moectl.errors import StateError
@@ -20,7 +22,7 @@ from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.node import RECORD
 from moectl.node_clear import MADE, Plan, is_our_env, remove
 from moectl.paths import data_dir
-from moectl.uninstall import clear_hosts
+from moectl.uninstall import _is_under, clear_hosts
 from tests.running import make_python
 from tests.sshd import Server, find_free_port
 from tests.test_cli import run
@@ -222,6 +224,30 @@ def test_a_worker_that_keeps_no_log_may_be_any_roots_of_its_python(
     assert (f"process {process.pid}" in said) == is_its_own
 
 
+@pytest.mark.parametrize(
+    ("python", "logs", "own", "is_ours"),
+    [
+        ("/usr/bin/python3", [], True, True),  # it could be
+        ("/home/eve/.moectl/env/bin/python", [], False, False),  # whose files cannot be seen
+        ("/home/ada/.moectl/env/bin/python", [], False, True),
+        ("python3", ["/home/ada/.moectl/logs/x-rank-0.log"], True, True),
+        ("/usr/bin/python3", ["/home/ada/.moectl2/logs/x-rank-0.log"], True, False),
+    ],
+)
+def test_whose_worker_it_is(python: str, logs: list[str], own: bool, is_ours: bool) -> None:
+    assert _is_under({"python": python, "logs": logs, "own": own}, "/home/ada/.moectl", ["/usr/bin/python3"]) == is_ours
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs two users")
+def test_another_users_worker_is_no_own_one(tmp_path: Path) -> None:
+    with run_worker(tmp_path / "logs" / "x-rank-0.log") as pid:
+        assert node_workers._is_own(pid)
+        with subprocess.Popen(["sleep", "60"], user=65534) as other:
+            assert not node_workers._is_own(other.pid)
+            other.kill()
+    assert node_workers._is_own(1 << 22)  # it has ended
+
+
 @pytest.mark.parametrize("locked", ["env.lock", "shards/tiny-experts-1/config.json.partial"])
 def test_a_deploy_at_work_is_not_disturbed(locked: str, hosts: list[Host], tmp_path: Path) -> None:
     plant(hosts[:1], tmp_path / "tiny-experts-1")
@@ -275,6 +301,8 @@ def test_uninstall_as_a_user_types_it(
     code, out, _ = run(capsys, monkeypatch, "uninstall", str(file), "-n")
     assert code == 0
     assert "would go: shards/tiny-experts-2 (1.0 MB)" in out
+    code, out, _ = run(capsys, monkeypatch, "uninstall", "--hosts", "node0,node1", "-n", "--json")
+    assert (code, [row["root"] for row in json.loads(out)["hosts"]]) == (0, [host.dir for host in hosts])
     code, _, err = run(capsys, monkeypatch, "uninstall", str(file))
     assert code == 2
     assert "use --yes to skip confirmation" in err
