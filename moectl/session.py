@@ -138,7 +138,8 @@ class Session:
         self._unanswered: set[int] = set()  # ids of what was asked and has not ended
         self._pulses = [Pulse() for _ in ranks]
         self._memory_bytes = [0 for _ in ranks]
-        self._beaten = [False for _ in ranks]  # whether the last beat went out to it
+        self._beaten = [False for _ in ranks]  # whether the last beat went out to it, or would, if it read
+        self._beating = [False for _ in ranks]  # whether one is being sent
         self._sleep = Sleep()
         self._deadline = StepDeadline(step_timeout_s, prefill_step or PREFILL_STEP, patience)
         self._joined = False  # a worker that joins cannot answer
@@ -498,16 +499,24 @@ class Session:
     def _send_beat(self, rank: int) -> None:
         # Where the lock is held, bytes are on their way: that is as good as a beat, and the others need theirs.
         process, lock = self._processes[rank], self._sending[rank]
-        self._beaten[rank] = process is not None and lock.acquire(blocking=False)
-        if process is None or not self._beaten[rank]:
-            return
+        if process is None:
+            self._beaten[rank] = False
+        elif lock.acquire(blocking=False):
+            self._beaten[rank] = self._beating[rank] = True
+            # By itself: where a worker is frozen and its pipe is full, this stays for long.
+            threading.Thread(target=self._write_beat, args=(rank, process), daemon=True).start()
+        else:
+            self._beaten[rank] = self._beating[rank]  # or a long order is being sent
+
+    def _write_beat(self, rank: int, process: Process) -> None:
         try:
             process.stdin.write(encode(Beat()))
             process.stdin.flush()
         except (OSError, ValueError):
             pass  # as in `_send`
         finally:
-            lock.release()
+            self._beating[rank] = False
+            self._sending[rank].release()
 
     def _send(self, rank: int, order: Order) -> None:
         process = self._processes[rank]

@@ -30,6 +30,7 @@ class Pulse:
         self.heard_s = 0.0  # when it last said anything, on the monotonic clock
         self._seen_s = 0.0  # what that was at the beat before
         self._missed = 0
+        self._most = 0
 
     def hear(self) -> None:
         """Note that it said something."""
@@ -41,7 +42,13 @@ class Pulse:
         return self._missed > 0
 
     def count(self, most: int) -> bool:
-        """Count one beat; return whether it is the `most`-th in a row without a word."""
+        """Count one beat; return whether it is the `most`-th in a row without a word.
+
+        What was missed while more might be does not count when less may.
+        """
+        if most < self._most:
+            self._missed = 0
+        self._most = most
         self._missed = self._missed + 1 if self.heard_s == self._seen_s else 0
         self._seen_s = self.heard_s
         return self._missed == most

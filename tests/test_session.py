@@ -6,16 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moectl import session as session_module
 from moectl.errors import MoectlError, NotDeployed, RemoteError, Unreachable, UsageError, VersionMismatch
 from moectl.hosts import Host
-from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Token, decode, encode
+from moectl.leash import SILENCE_S, AllGather, Done, Gathered, Ready, Token, decode, encode
 from moectl.remote import LocalProcess, LocalRemote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
@@ -129,6 +132,34 @@ def test_cancel_ends_an_answer_soon(session: Session) -> None:
     assert done.stats.completion_tokens < 300
     again = list(session.generate(Request(15, "hello", 12)))
     assert isinstance(again[-1], Done)
+
+
+class Pipe:
+    """Where a rank's orders go; its process is frozen, so that a full one takes nothing."""
+
+    def __init__(self, on_write: Callable[[], object]) -> None:
+        self.stdin = self
+        self.write = lambda line: on_write()
+        self.flush = lambda: None
+
+
+def test_a_frozen_rank_whose_pipe_is_full_is_found_and_starves_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "BEAT_S", 0.02)
+    session = Session([RankSpec(Host("a"), LocalRemote(), WORKER, "", ())] * 2)
+    thaw = threading.Event()
+    stuck: Any = Pipe(lambda: thaw.wait(20))
+    fine: Any = Pipe(lambda: session._pulses[1].hear())
+    session._processes = [stuck, fine]
+    session._joined, session._ready = True, Ready("hidden", 4, 1000, 256, 4)
+    beating = threading.Thread(target=session._beat)
+    beating.start()
+    rank, event = session._events.get(timeout=20)
+    session._closed.set()
+    thaw.set()
+    beating.join()
+    assert rank == 0
+    assert "the worker has not answered for 0.08 s" in str(event)
+    assert session._events.empty()
 
 
 def test_a_rank_that_stalls_is_bounded_and_the_session_stays_over(shards: Path) -> None:

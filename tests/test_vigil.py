@@ -33,6 +33,13 @@ def test_beats_in_a_row_are_counted(clock: Clock) -> None:
     assert [pulse.count(3) for _ in range(5)] == [False, False, False, True, False]
 
 
+def test_beats_that_wait_behind_a_long_order_do_not_count_once_it_is_out(clock: Clock) -> None:
+    pulse = Pulse()
+    pulse.hear()
+    assert not any([pulse.count(3), *(pulse.count(60) for _ in range(10))])
+    assert [pulse.count(3) for _ in range(5)] == [False, False, True, False, False]
+
+
 def test_a_sleep_is_one_missed_beat(clock: Clock) -> None:
     pulse = Pulse()
     for _ in range(10):
