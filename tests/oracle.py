@@ -1,11 +1,12 @@
 """DBRX computed by somebody else: transformers' DbrxForCausalLM in float32, and weights that both sides can make.
 
 Run `python -m tests.oracle` (needs torch and transformers) to write tests/golden/logits.npz, which tests compare with
-where torch is absent.
+where torch is absent; with a file's name, to write there what other weights and tokens give.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 GOLDEN = Path(__file__).parent / "golden" / "logits.npz"
 TOKENS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19, 71, 69, 39, 93]]
+GOLDEN_SEED = 7
+LIVE_TOKENS = [np.random.RandomState(1).randint(0, 96, 48).tolist()]
+LIVE_SEED = 11
 
 _BASE: dict[str, Any] = {"clip_qkv": 8.0, "kv_n_heads": 2, "top_k": 4, "normalize": 1.0}
 CASES: dict[str, dict[str, Any]] = {
@@ -51,7 +55,7 @@ def make_config(case: str) -> dict[str, Any]:
     }
 
 
-def make_weights(config: dict[str, Any], seed: int = 7) -> dict[str, Array]:
+def make_weights(config: dict[str, Any], seed: int = GOLDEN_SEED) -> dict[str, Array]:
     """Return random weights under the original checkpoint's names; equal for equal seeds on every platform."""
     random = np.random.RandomState(seed)
     d, heads, kv = config["d_model"], config["n_heads"], config["attn_config"]["kv_n_heads"]
@@ -101,7 +105,17 @@ def oracle_logits(config: dict[str, Any], weights: dict[str, Array], tokens: lis
     return logits
 
 
+def write_logits(path: Path, tokens: list[list[int]], seed: int) -> None:
+    """Write the logits of all cases to an .npz file."""
+    path.parent.mkdir(exist_ok=True)
+    cases: dict[str, Any] = {
+        c: oracle_logits(make_config(c), make_weights(make_config(c), seed), tokens) for c in CASES
+    }
+    np.savez_compressed(path, **cases)
+
+
 if __name__ == "__main__":
-    GOLDEN.parent.mkdir(exist_ok=True)
-    golden: dict[str, Any] = {c: oracle_logits(make_config(c), make_weights(make_config(c)), TOKENS) for c in CASES}
-    np.savez_compressed(GOLDEN, **golden)
+    if len(sys.argv) > 1:
+        write_logits(Path(sys.argv[1]), LIVE_TOKENS, LIVE_SEED)
+    else:
+        write_logits(GOLDEN, TOKENS, GOLDEN_SEED)
