@@ -150,6 +150,11 @@ class Controller:
                     except Exception as error:  # nobody else would hear of it
                         self._end(answer, _explain(error))
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it accepts nothing any more."""
+        return self._closed or self.failure is not None
+
     def close(self) -> None:
         """Accept nothing any more, and start nothing anew."""
         self._closed = True
@@ -180,6 +185,7 @@ class Controller:
             self._changed.clear()
             left_s = None if self._unfinished else self._keep_alive.left_s()
             if left_s is not None and left_s <= 0:
+                self.close()  # at once: who comes now is told so
                 return
             waits = [
                 asyncio.create_task(event.wait()) for event in (self._ended, self._changed, self._keep_alive.changed)
@@ -475,6 +481,8 @@ class _Control:
         }
 
     def keep_alive(self, seconds: float, *, asks: bool) -> None:
+        if self._controller.is_closed:
+            raise RemoteError("the controller is leaving", hint="run the command again: it starts a new one")
         if not self._stays:
             self._keep_alive.renew(seconds, asks=asks)
 

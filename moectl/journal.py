@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ from moectl.manifest import FileEntry, is_count, is_entry, is_inside
 
 NAME = ".moectl-journal.jsonl"
 LOCK_NAME = ".moectl-lock"
+_AGAIN_S = 0.1
 
 
 @contextlib.contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
-    """Hold a directory against a second `shard`. Raises StateError when another process or thread has it."""
+def lock_directory(directory: Path, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold a directory against a second `shard`.
+
+    Raises StateError when another process or thread has it and does not let go of it within `wait_s` seconds.
+    """
     path = directory / LOCK_NAME
+    until_s = time.monotonic() + wait_s
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -32,6 +38,9 @@ def lock_directory(directory: Path) -> Iterator[None]:
             held, there = os.fstat(fd), path.stat()
         except BlockingIOError:
             os.close(fd)
+            if time.monotonic() < until_s:
+                time.sleep(_AGAIN_S)
+                continue
             raise StateError(
                 f"another moectl shard is writing to {directory}",
                 hint="wait until it has finished, or end it",

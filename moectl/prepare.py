@@ -28,6 +28,7 @@ from moectl.routing import Routing
 from moectl.shards import ComputeCanary
 
 PLAIN_BITS = 16
+_WAIT_S = 30.0  # for another process to make, or to look at, a set that nobody asked for by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,7 @@ def shard(
                 on_bytes=on_bytes,
                 on_file=on_file,
                 compute_canary=compute_canary,
+                wait_s=_WAIT_S if cached else 0.0,
             )
             try:
                 cut(force=force)

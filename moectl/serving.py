@@ -78,7 +78,10 @@ class Control(Protocol):
         ...
 
     def keep_alive(self, seconds: float, *, asks: bool) -> None:
-        """Stay for so long when idle, below 0 for ever; `asks`: a question is about to come, wait for that first."""
+        """Stay for so long when idle, below 0 for ever; `asks`: a question is about to come, wait for that first.
+
+        Raises RemoteError when it is too late for that.
+        """
         ...
 
     def stop(self, grace_s: float) -> None:

@@ -72,6 +72,7 @@ def cut(
     on_file: OnHashed | None = None,
     compute_canary: ComputeCanary | None = None,
     force: bool = False,
+    wait_s: float = 0.0,
 ) -> Manifest:
     """Write the shard set of a checkpoint to `directory`, or finish an interrupted one; return its manifest.
 
@@ -80,6 +81,7 @@ def cut(
     weight file that is whole and hashed, once it is remembered; what it raises ends the cut. `compute_canary` runs what
     was cut, for the manifest (None: it gets none). A set that is there with the same settings is left alone, but for a
     canary that it lacks and its small files where the source's have changed, unless `force`, which starts afresh.
+    `wait_s`: for so long another one may work on it.
     Raises PlanError, CheckpointError, ShardsDiffer or UsageError (the directory holds something else), StateError (disk
     full, not writable, in use), and IntegrityError or Unreachable from the checkpoint.
     """
@@ -101,7 +103,7 @@ def cut(
     try:
         make_directory(directory.absolute())
         refuse_links_outside(directory)
-        with journals.lock_directory(directory):
+        with journals.lock_directory(directory, wait_s=wait_s):
             watch = _Watch(on_bytes or _ignore, on_file or _ignore_file, compute_canary)
             return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, watch, force)
     except OSError as error:

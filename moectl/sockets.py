@@ -38,16 +38,18 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
         raise _unfit(path.parent, error) from None
     try:
         _take_lock(lock, path)
-        path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            young = path.with_name(path.name + "~")  # whoever finds it under its own name can connect
+            young.unlink(missing_ok=True)
             try:
-                listener.bind(str(path))
+                listener.bind(str(young))
             except OSError as error:  # mostly: longer than the 104 or 108 bytes that the kernel takes
                 raise UsageError(
                     f"cannot listen on {path}: {error.strerror or error}", hint="set XDG_RUNTIME_DIR to a shorter path"
                 ) from None
-            path.chmod(0o600)  # nobody can have connected: it does not listen yet
+            young.chmod(0o600)  # nobody can have connected: it does not listen yet
             listener.listen(_BACKLOG)
+            young.replace(path)
             try:
                 yield listener
             finally:

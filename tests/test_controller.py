@@ -551,6 +551,20 @@ def test_an_idle_controller_leaves_and_a_busy_one_stays() -> None:
     drive(test, keep_alive_s=100)
 
 
+def test_a_controller_that_leaves_promises_to_stay_to_nobody() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        control = controller_module._Control(controller, {}, controller._keep_alive, stays=False)
+        control.keep_alive(5, asks=True)
+        control.keep_alive(0, asks=False)
+        await controller.wait_until_over()
+        with pytest.raises(RemoteError, match="leaving"):
+            control.keep_alive(5, asks=True)
+        with pytest.raises(StateError, match="stopping"):
+            await controller.submit(Request(0, "a", 5))
+
+    drive(test, keep_alive_s=0)
+
+
 def test_how_long_to_stay() -> None:
     for_ever, short = KeepAlive(-1), KeepAlive(0)
     assert for_ever.left_s() is None

@@ -660,6 +660,22 @@ def test_two_at_once_are_refused(sources: dict[str, Path], tmp_path: Path) -> No
     cut(open_checkpoint(str(sources["fused"])), tmp_path / "out")
 
 
+def test_who_may_wait_finds_what_another_one_makes(sources: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint, out = open_checkpoint(str(sources["fused"])), tmp_path / "out"
+    made, found = cut(checkpoint, out), []
+    held = journal.lock_directory(out)
+    held.__enter__()
+    asking = threading.Thread(target=lambda: found.append(cut(checkpoint, out, wait_s=20)))
+    asking.start()
+    asking.join(0.3)
+    assert found == []
+    held.__exit__(None, None, None)
+    asking.join()
+    assert found == [made]
+    with journal.lock_directory(out), pytest.raises(StateError, match="another moectl shard"):
+        cut(checkpoint, out, wait_s=0.2)
+
+
 # Interruptions.
 
 _SCRIPT = """

@@ -30,6 +30,21 @@ def test_a_unix_socket_is_its_users_only(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_what_has_its_name_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run" / "moectl.sock"
+    seen: list[bool] = []
+    listen = socket.socket.listen
+
+    def look(self: socket.socket, backlog: int) -> None:
+        seen.append(path.exists())
+        listen(self, backlog)
+
+    monkeypatch.setattr(socket.socket, "listen", look)
+    with listen_unix(path):
+        assert seen == [False]
+        assert sorted(p.name for p in path.parent.iterdir()) == ["moectl.sock", "moectl.sock.lock"]
+
+
 def test_a_second_controller_is_told(tmp_path: Path) -> None:
     path = tmp_path / "run" / "moectl.sock"
     with listen_unix(path):
