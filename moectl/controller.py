@@ -280,7 +280,8 @@ class Controller:
         self._came_further |= answer.take(event)
 
     def _forget(self, answer: ResumedAnswer) -> None:
-        self._numbered.pop(answer.number, None)
+        if self._numbered.get(answer.number) is answer:  # not if that was its number in a session before
+            del self._numbered[answer.number]
         self._unfinished.remove(answer)
         if not self._unfinished:
             self._keep_alive.renew()
