@@ -212,14 +212,12 @@ class _Model:
         ranks = range(placement.world_size)
         if placement.split != "experts":
             return max(self._node_time(rank, self._used(tokens), tokens) for rank in ranks)
-        if tokens == 1 and placement.held is not None:
-            return expected_busiest_of_copies(
-                placement.owners, geometry.top_k, lambda rank, experts: self._node_time(rank, experts, 1)
-            )
         if tokens == 1:
-            return expected_busiest(
-                placement.shares, geometry.top_k, lambda rank, experts: self._node_time(rank, experts, 1)
-            )
+            # Few different times stand behind thousands of ways to choose.
+            times = [[self._node_time(rank, experts, 1) for experts in range(geometry.top_k + 1)] for rank in ranks]
+            if placement.held is not None:
+                return expected_busiest_of_copies(placement.owners, geometry.top_k, lambda rank, n: times[rank][n])
+            return expected_busiest(placement.shares, geometry.top_k, lambda rank, n: times[rank][n])
         used = self._used(tokens) / geometry.n_experts
         return max(self._node_time(rank, used * placement.shares[rank], tokens) for rank in ranks)
 
