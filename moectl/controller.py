@@ -85,7 +85,7 @@ class Controller:
         self._open = open_
         self._restarts = restarts or Restarts(0)
         self._advise = advise
-        self._say = say
+        self._say_to_owner = say
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._closed = False
@@ -201,6 +201,10 @@ class Controller:
         else:  # no session has it, and none needs it
             self._end(answer, StateError("the answer was cancelled before it began"))
 
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # whoever listens may be gone; answers go on all the same
+            self._say_to_owner(text)
+
     # The session's thread: hear one, and the next, until there shall be no other.
 
     def _listen(self) -> None:
@@ -209,6 +213,7 @@ class Controller:
             again = self._reopen(failure, delay_s)
             is_up = again is None
             if again is None:
+                self._restarts.come_up()
                 self._call(self._resume, self._session)
                 again = self._hear()
             failure = again

@@ -48,6 +48,7 @@ class Restarts:
         self._clock = clock
         self._recent: deque[float] = deque()
         self._in_vain = 0  # starts since the last sign of work
+        self._was_up = True  # since the last failure
 
     @property
     def recent(self) -> int:
@@ -58,10 +59,14 @@ class Restarts:
         """Note a sign of work: what was started is good for something."""
         self._in_vain = 0
 
+    def come_up(self) -> None:
+        """Note that the cluster has started."""
+        self._was_up = True
+
     def delay_s(self, failure: MoectlError) -> float | None:
         """Count a failure; return how long to wait before the next start, None when there shall be none.
 
-        A sleep of this machine is nobody's fault and does not count.
+        A sleep of this machine is nobody's fault and does not count, unless nothing had started since the last failure.
         """
         if self.most == 0 or isinstance(failure, _LASTING):
             return None
@@ -70,7 +75,8 @@ class Restarts:
         now_s = self._clock()
         while self._recent and now_s - self._recent[0] > WITHIN_S:
             self._recent.popleft()
-        if isinstance(failure, LeashLost):
+        was_up, self._was_up = self._was_up, False
+        if isinstance(failure, LeashLost) and was_up:
             self.total += 1
             return FIRST_S
         if len(self._recent) == self.most:

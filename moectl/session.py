@@ -173,7 +173,7 @@ class Session:
                     spec.shards,
                     list(spec.addresses),
                     # Longer than this side waits, so that the reason is told here and not by a stack on the host.
-                    self._start_timeout_s + INIT_EXTRA_S,
+                    3 * self._start_timeout_s + INIT_EXTRA_S,
                     self._dtype,
                     spec.log,
                     self._force,

@@ -25,6 +25,8 @@ EXIT_GRACE_S = 5.0
 STUCK_S = 1.0  # for an order to go out before the leash is let go
 KILL_S = 3.0  # for a host to end a worker that does not end by itself
 PIECE_BYTES = 16384  # of an order: less than a beat's time on any line worth having
+# The host may have been restarted meanwhile, and the number be another's.
+_KILL = 'ps -o args= -p "$0" | grep -q "moectl worker" && kill -9 "$0"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ class Tether:
         assert self.process is not None
         # One that is stopped minds nothing, and over SSH letting go of it is all that its process can do.
         if not self._host.is_local and self.pid is not None:
-            argv = ["kill", "-9", str(self.pid)]
+            argv = ["sh", "-c", _KILL, str(self.pid)]
             _quietly(lambda: self._remote.run(argv, timeout_s=KILL_S, check=False))
         _quietly(self.process.kill)
 
@@ -193,8 +195,9 @@ def end_all(tethers: Sequence[Tether]) -> None:
         tether.let_go()
     killers = [_spawn_killer(tether) for tether in silent]
     killers += [_spawn_killer(tether) for tether in others if not tether.wait(let_go_by_s, gone_by_s)]
+    killed_by_s = time.monotonic() + EXIT_GRACE_S
     for thread in killers:
-        thread.join(EXIT_GRACE_S)
+        thread.join(_left(killed_by_s))
     for tether in held:
         tether.let_go()  # also the thread of one that was killed has to end
         tether.close()

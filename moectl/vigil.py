@@ -118,7 +118,9 @@ class StepDeadline:
         took_s = self._lap()
         if new > 0:
             self._read[request_id] = tokens
-            self._token_s.append(took_s / new)
+            # A few tokens take as long as a step does; what they take each says nothing of a chunk.
+            if 2 * new >= self.chunk_tokens or not self._token_s:
+                self._token_s.append(took_s / new)
 
     def step(self, request_id: int) -> None:
         """Note a token of an answer."""

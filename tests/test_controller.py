@@ -325,6 +325,34 @@ def test_a_failure_that_lasts_is_told_with_what_helps() -> None:
     restart(test, IntegrityError("damaged"), FakeSession())
 
 
+def test_nobody_who_listens_holds_up_no_answer() -> None:
+    def say(text: str) -> None:
+        raise BrokenPipeError
+
+    async def main() -> None:
+        first, second = FakeSession(), FakeSession()
+
+        @contextlib.contextmanager
+        def reopen(patience: float, on_made: Callable[[Any], None]) -> Iterator[Any]:
+            on_made(second)
+            yield second
+
+        session: Any = first
+        controller = Controller(
+            session, "model", ranks=2, keep_alive=KeepAlive(-1), open_=reopen, restarts=Restarts(1), say=say
+        )
+        answer = await controller.submit(Request(0, "a", 5))
+        await until(lambda: len(first.submitted) == 1)
+        first.heard.put(PeerLost("gone"))
+        await asyncio.wait_for(until(lambda: len(second.submitted) == 1), 20)
+        second.heard.put(Done(1, "stop", STATS))
+        assert isinstance((await collect(answer))[-1], Done)
+        second.heard.put(PeerLost("over"))
+        await until(lambda: controller.failure is not None)
+
+    asyncio.run(main())
+
+
 def test_advice_that_fails_hides_no_failure() -> None:
     def advise(failure: MoectlError) -> str | None:
         raise OSError("disk full")

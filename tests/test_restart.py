@@ -64,7 +64,9 @@ def test_memory_and_addresses_may_take_a_while_to_come_back(kind: type[MoectlErr
 
 def test_sleep_is_nobodys_fault() -> None:
     restarts = Restarts(1, clock=lambda: 0.0)
-    assert [restarts.delay_s(LeashLost("x")) for _ in range(5)] == [FIRST_S] * 5
+    for _ in range(5):
+        assert restarts.delay_s(LeashLost("x")) == FIRST_S
+        restarts.come_up()
     assert restarts.delay_s(PeerLost("x")) == FIRST_S
 
 
@@ -75,3 +77,9 @@ def test_slowness_is_met_with_patience() -> None:
     restarts.delay_s(Stalled("x"))
     restarts.delay_s(Stalled("x"))
     assert restarts.patience == 4
+
+
+def test_a_sleep_before_anything_started_counts() -> None:
+    restarts = Restarts(2)
+    assert restarts.delay_s(LeashLost("slept")) is not None
+    assert [restarts.delay_s(LeashLost("slept")) is None for _ in range(3)] == [False, False, True]

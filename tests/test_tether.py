@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import subprocess
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +12,7 @@ from moectl.hosts import Host
 from moectl.leash import Cancel, Generate, Load, Order
 from moectl.remote import Completed, LocalRemote
 from moectl.request import Request
-from moectl.tether import Ended, Heard, Tether, end_all
+from moectl.tether import _KILL, Ended, Heard, Tether, end_all
 from tests.running import wait_for
 
 
@@ -81,5 +82,18 @@ def test_who_does_not_mind_its_leash_is_ended_on_its_host(silent: bool, monkeypa
     for pid, tether in enumerate(tethers, 41):
         tether.pid, tether.is_silent = pid, silent
     end_all(tethers)
-    assert sorted(remote.ran) == [["kill", "-9", "41"], ["kill", "-9", "42"]]
+    assert sorted(argv[-1] for argv in remote.ran) == ["41", "42"]
     assert [tether.find_exit_code() for tether in tethers] == [-9, -9]
+
+
+def test_a_number_that_is_another_process_now_is_left_alone() -> None:
+    argv = ["sh", "-c", _KILL]
+    with (
+        subprocess.Popen(["sleep", "1000"]) as other,
+        subprocess.Popen(["sh", "-c", "sleep 1000; :", "moectl worker"]) as own,
+    ):
+        LocalRemote().run([*argv, str(other.pid)], check=False)
+        LocalRemote().run([*argv, str(own.pid)], check=False)
+        assert own.wait(20) == -9
+        assert other.poll() is None
+        other.kill()

@@ -109,14 +109,14 @@ def test_quick_steps_get_the_least_time_and_patience_more(clock: Clock) -> None:
 
 
 def test_tokens_of_the_cache_took_no_time(clock: Clock) -> None:
-    deadline = StepDeadline(120, 512)
+    deadline = StepDeadline(120, 128)
     deadline.expect(1, is_first=True)
     clock.now_s += 1
     deadline.read(1, 400, cached=300)  # 10 ms for each of the hundred
-    assert deadline.seconds == pytest.approx(FACTOR * 5.12)
+    assert deadline.seconds == pytest.approx(FACTOR * 1.28)
     clock.now_s += 2
     deadline.read(1, 500, cached=300)
-    assert deadline.seconds == pytest.approx(FACTOR * 10.24)
+    assert deadline.seconds == pytest.approx(FACTOR * 2.56)
 
 
 def test_a_prompt_beside_quick_answers_has_the_time_of_its_tokens(clock: Clock) -> None:
@@ -136,3 +136,13 @@ def test_a_prompt_beside_quick_answers_has_the_time_of_its_tokens(clock: Clock) 
     assert deadline.seconds == pytest.approx(FACTOR * (5.12 + 0.1))
     deadline.forget(2)
     assert deadline.seconds == LEAST_S
+
+
+def test_a_few_tokens_say_nothing_of_a_chunk(clock: Clock) -> None:
+    deadline = StepDeadline(120, 500)
+    deadline.learn(0.001, 0.1)
+    deadline.expect(1, is_first=True)
+    clock.now_s += 0.4  # as long as a step
+    deadline.read(1, 10)
+    deadline.expect(2, is_first=False)
+    assert deadline.seconds == pytest.approx(max(LEAST_S, FACTOR * (0.001 * 500 + 0.1)))
