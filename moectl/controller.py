@@ -348,9 +348,7 @@ def _explain(error: Exception) -> MoectlError:
 
 
 def _refuse_too_long(request: Request, max_seq_len: int) -> None:
-    texts = [request.prompt, request.system or "", *(text for m in request.messages or () for text in m.values())]
-    size = sum(map(len, texts))
-    if size > BYTES_PER_TOKEN * max_seq_len or len(request.prompt_tokens or ()) > max_seq_len:
+    if request.chars > BYTES_PER_TOKEN * max_seq_len or len(request.prompt_tokens or ()) > max_seq_len:
         raise UsageError(f"the prompt is longer than the model's context of {max_seq_len} tokens", hint="shorten it")
 
 

@@ -46,6 +46,12 @@ class Request:
     answered: tuple[int, ...] = ()
     cache_prompt: bool = True  # look for it in the prompt cache, and keep it there; a measurement wants neither
 
+    @property
+    def chars(self) -> int:
+        """How many characters of text have to be turned into tokens."""
+        texts = [self.prompt, self.system or "", *(text for m in self.messages or () for text in m.values())]
+        return sum(map(len, texts))
+
     def __post_init__(self) -> None:
         self._freeze()
         self._check_texts()

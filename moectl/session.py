@@ -335,7 +335,7 @@ class Session:
 
     def submit(self, request: Request) -> None:
         """Hand a request to every rank; what comes of it is among `events`. Ids count up from 1, without gaps."""
-        self._deadline.expect(request.id, is_first=not self._unanswered)
+        self._deadline.expect(request.id, is_first=not self._unanswered, chars=request.chars)
         self._unanswered.add(request.id)
         self._events.put(_WAKE)  # whoever waits for ever may wait for so long only now
         self._send_all(Generate(request))

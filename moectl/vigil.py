@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 MISSES = 4  # beats in a row without an answer: the rank is dead, or as good as; found within MISSES + 1 seconds
-LOADING_MISSES = 15  # the same while libraries and weights come from a disk, perhaps without the interpreter lock
+LOADING_MISSES = 60  # the same while weights are read and wired, perhaps without the interpreter lock
 LATE_S = 2.5  # between two beats of this machine: it was stopped, or asleep
 _AWAKE_S = 10.0  # what follows a sleep is put down to it for so long
 
@@ -20,6 +20,7 @@ _AWAKE_S = 10.0  # what follows a sleep is put down to it for so long
 FACTOR = 10.0
 RECENT = 64  # as many of a kind are looked at
 LEAST_S = 5.0
+TEXT_CHARS_S = 200_000.0  # a second to turn so many characters into tokens, of which nothing is heard
 
 
 class Pulse:
@@ -99,6 +100,7 @@ class StepDeadline:
     _since_s: float = field(default_factory=time.monotonic)
     _token_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # each, of a prompt's
     _step_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _chars: dict[int, int] = field(default_factory=dict)  # of texts of which there was no sign yet, by request
     _read: dict[int, int] = field(default_factory=dict)  # tokens read, by request, of those that are still read
 
     @property
@@ -106,14 +108,16 @@ class StepDeadline:
         """Whether a prompt waits or is being read, as far as is known here."""
         return bool(self._read)
 
-    def expect(self, request_id: int, *, is_first: bool) -> None:
-        """Note a request; `is_first`: there was nothing to do before it."""
+    def expect(self, request_id: int, *, is_first: bool, chars: int = 0) -> None:
+        """Note a request with so long a text; `is_first`: there was nothing to do before it."""
         self._read[request_id] = 0
+        self._chars[request_id] = chars
         if is_first:
             self._since_s = time.monotonic()
 
     def read(self, request_id: int, tokens: int, *, cached: int = 0) -> None:
         """Note that so many tokens of a prompt have been read, the first `cached` of them at no cost."""
+        self._chars.pop(request_id, None)
         new = tokens - max(cached, self._read.get(request_id, 0))
         took_s = self._lap()
         if new > 0:
@@ -125,6 +129,7 @@ class StepDeadline:
     def step(self, request_id: int) -> None:
         """Note a token of an answer."""
         took_s = self._lap()
+        self._chars.pop(request_id, None)
         if request_id in self._read:  # its first: it took what was left of the prompt
             del self._read[request_id]
         elif not self._read:
@@ -133,6 +138,7 @@ class StepDeadline:
     def forget(self, request_id: int) -> None:
         """Note the end of a request."""
         self._lap()
+        self._chars.pop(request_id, None)
         self._read.pop(request_id, None)
 
     @property
@@ -145,7 +151,8 @@ class StepDeadline:
             slowest_s = None if token_s is None else token_s * self.chunk_tokens + (step_s or 0.0)
         if slowest_s is None:
             return self.most_s
-        return min(self.most_s, max(LEAST_S, FACTOR * slowest_s) * self.patience)
+        text_s = sum(self._chars.values()) / TEXT_CHARS_S
+        return min(self.most_s, max(LEAST_S, FACTOR * slowest_s) * self.patience + text_s)
 
     @property
     def left_s(self) -> float:

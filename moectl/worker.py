@@ -306,9 +306,15 @@ def _join(leash: Leash, start: Start, ports: contextlib.ExitStack) -> Any:
 # The end of the leash as a process sees it that reads nothing of it; then its parent, which cannot look, has to go.
 _WATCH = """
 import os, select, signal, sys
-worker, hangs_up = int(sys.argv[1]), select.poll()
-hangs_up.register(0, getattr(select, "POLLRDHUP", 0))
-hangs_up.poll()
+worker = int(sys.argv[1])
+if hasattr(select, "kqueue"):  # poll hears of nothing there unless it is asked for something, such as unread beats
+    hangs_up, wish = select.kqueue(), [select.kevent(0, select.KQ_FILTER_READ, select.KQ_EV_ADD | select.KQ_EV_CLEAR)]
+    while not any(event.flags & select.KQ_EV_EOF for event in hangs_up.control(wish, 1)):
+        wish = None
+else:
+    hangs_up = select.poll()
+    hangs_up.register(0, getattr(select, "POLLRDHUP", 0))
+    hangs_up.poll()
 if os.getppid() == worker:
     os.kill(worker, signal.SIGKILL)
 """

@@ -146,3 +146,12 @@ def test_a_few_tokens_say_nothing_of_a_chunk(clock: Clock) -> None:
     deadline.read(1, 10)
     deadline.expect(2, is_first=False)
     assert deadline.seconds == pytest.approx(max(LEAST_S, FACTOR * (0.001 * 500 + 0.1)))
+
+
+def test_a_long_text_takes_its_time_to_become_tokens(clock: Clock) -> None:
+    deadline = StepDeadline(120, 500)
+    deadline.learn(0.0001, 0.01)
+    deadline.expect(1, is_first=True, chars=4_000_000)
+    assert deadline.seconds == pytest.approx(LEAST_S + 20)
+    deadline.read(1, 500)
+    assert deadline.seconds == pytest.approx(LEAST_S)
