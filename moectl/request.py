@@ -49,8 +49,11 @@ class Request:
     @property
     def chars(self) -> int:
         """How many characters of text have to be turned into tokens."""
-        texts = [self.prompt, self.system or "", *(text for m in self.messages or () for text in m.values())]
-        return sum(map(len, texts))
+        return sum(map(len, self._texts))
+
+    @property
+    def _texts(self) -> list[str]:
+        return [self.prompt, self.system or "", *(text for m in self.messages or () for text in m.values())]
 
     def __post_init__(self) -> None:
         self._freeze()
@@ -74,8 +77,7 @@ class Request:
         object.__setattr__(self, "answered", tuple(self.answered))
 
     def _check_texts(self) -> None:
-        said = [text for message in self.messages or () for text in message.values()]
-        size = sum(_count_bytes(text, "the prompt") for text in (self.prompt, self.system or "", *said))
+        size = sum(_count_bytes(text, "the prompt") for text in self._texts)
         if size > MAX_PROMPT_BYTES:
             raise UsageError(f"the prompt has {size} bytes, more than {MAX_PROMPT_BYTES}: no context holds it")
         if len(self.stop) > MAX_STOPS:
