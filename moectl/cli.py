@@ -12,7 +12,7 @@ import click
 
 from moectl import __version__, cli_check, cli_observe, cli_prepare, cli_setup, cli_use
 from moectl.flags import Common, common
-from moectl.verb import Verbs
+from moectl.verb import Verbs, verb
 
 
 def _print_versions(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
@@ -54,28 +54,7 @@ def cli() -> None:
     """
 
 
-for _verb in (
-    cli_setup.setup,
-    cli_prepare.plan,
-    cli_prepare.shard,
-    cli_prepare.pull,
-    cli_prepare.deploy,
-    cli_use.run,
-    cli_use.serve,
-    cli_use.stop,
-    cli_use.bench,
-    cli_observe.status,
-    cli_observe.logs,
-    cli_observe.list_,
-    cli_observe.uninstall,
-    cli_use.controller,
-    cli_check.doctor,
-):
-    cli.add_command(_verb)
-cli.add_command(cli_observe.status, "ps")
-
-
-@cli.command()
+@verb()
 @click.option("--mlx", is_flag=True, help="Write an MLX JSON hostfile, for mlx.launch.")
 @common
 def hosts(common: Common, mlx: bool) -> None:
@@ -106,7 +85,7 @@ def hosts(common: Common, mlx: bool) -> None:
     common.print(names, hosts_json(found), names)
 
 
-@cli.command(hidden=True)
+@verb(hidden=True)
 def worker() -> None:
     """Serve one rank on a leash (stdin and stdout); started by moectl itself."""
     from moectl import worker as process
@@ -114,7 +93,7 @@ def worker() -> None:
     process.main()
 
 
-@cli.command()
+@verb()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @common
 def completion(common: Common, shell: str) -> None:
@@ -136,17 +115,45 @@ def completion(common: Common, shell: str) -> None:
     common.print(text.rstrip("\n"), {"schema": "moectl.completion/1", "shell": shell, "script": text}, text)
 
 
-@cli.command(hidden=True)
+@verb(hidden=True)
 @click.option("--man", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write the man pages.")
 @click.option(
     "--completions", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write the scripts."
 )
-def generate(man: Path | None, completions: Path | None) -> None:
+@click.pass_context
+def generate(ctx: click.Context, man: Path | None, completions: Path | None) -> None:
     """Write man/ and completions/, as they are in the source tree."""
     from moectl.completion import FILES, script
     from moectl.manual import pages, write_files
 
     if man:
-        write_files(man, pages(cli))
+        verbs = ctx.find_root().command
+        assert isinstance(verbs, Verbs)
+        write_files(man, pages(verbs))
     if completions:
         write_files(completions, {name: script(shell) for shell, name in FILES.items()})
+
+
+for _verb in (
+    cli_setup.setup,
+    cli_prepare.plan,
+    cli_prepare.shard,
+    cli_prepare.pull,
+    cli_prepare.deploy,
+    cli_use.run,
+    cli_use.serve,
+    cli_use.stop,
+    cli_use.bench,
+    cli_observe.status,
+    cli_observe.logs,
+    cli_observe.list_,
+    cli_observe.uninstall,
+    cli_use.controller,
+    cli_check.doctor,
+    hosts,
+    worker,
+    completion,
+    generate,
+):
+    cli.add_command(_verb)
+cli.add_command(cli_observe.status, "ps")
