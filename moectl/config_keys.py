@@ -145,6 +145,7 @@ _FFN: dict[str, Rule] = {
 }
 
 _COPY = "in a copy of the checkpoint's directory"
+CORRECT = f"correct it {_COPY}: the model's original repository has the right value"
 _REMOVE = f"if the model works without it, remove the key {_COPY}"
 _CLASSES = ("DbrxConfig", "DbrxModel", "DbrxForCausalLM")  # databricks' own code, which moectl computes as
 

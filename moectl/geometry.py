@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moectl.config_keys import CONFIG, check_config, show
+from moectl.config_keys import CONFIG, CORRECT, check_config, show
 from moectl.errors import CheckpointError
 from moectl.rope import Scaling, read_rope
 
@@ -137,7 +137,9 @@ def read_geometry(config: Mapping[str, Any]) -> Geometry:
         )
     attn, ffn = config.get("attn_config"), config.get("ffn_config")
     if not isinstance(attn, Mapping) or not isinstance(ffn, Mapping):
-        raise CheckpointError("config.json has no attn_config or no ffn_config; it is not a complete DBRX config")
+        raise CheckpointError(
+            "config.json has no attn_config or no ffn_config; it is not a complete DBRX config", hint=CORRECT
+        )
     check_config(config)
     _check_activation(ffn.get("ffn_act_fn"))
     config = {**config, **{key: config[other] for key, other in _SYNONYMS.items() if _stands_for(config, key, other)}}
@@ -159,14 +161,17 @@ def read_geometry(config: Mapping[str, Any]) -> Geometry:
         rope_scaling=scaling,
     )
     if geometry.d_model % geometry.n_heads:
-        raise CheckpointError(f"config.json: d_model {geometry.d_model} is not divisible by n_heads {geometry.n_heads}")
+        raise CheckpointError(
+            f"config.json: d_model {geometry.d_model} is not divisible by n_heads {geometry.n_heads}", hint=CORRECT
+        )
     if geometry.n_heads % geometry.kv_n_heads:
         raise CheckpointError(
-            f"config.json: n_heads {geometry.n_heads} is not divisible by kv_n_heads {geometry.kv_n_heads}"
+            f"config.json: n_heads {geometry.n_heads} is not divisible by kv_n_heads {geometry.kv_n_heads}",
+            hint=CORRECT,
         )
     if geometry.top_k > geometry.n_experts:
         raise CheckpointError(
-            f"config.json: moe_top_k {geometry.top_k} is more than moe_num_experts {geometry.n_experts}"
+            f"config.json: moe_top_k {geometry.top_k} is more than moe_num_experts {geometry.n_experts}", hint=CORRECT
         )
     _check_agreement(config, geometry)
     return geometry
@@ -189,8 +194,9 @@ def _check_activation(activation: object) -> None:
     """Raise CheckpointError unless the experts' activation is silu, without arguments."""
     if activation is None or activation == "silu" or activation == {"name": "silu"}:
         return
+    name = activation.get("name") if isinstance(activation, Mapping) and len(activation) == 1 else activation
     raise CheckpointError(
-        f"{CONFIG}: ffn_config.ffn_act_fn, the experts' activation, is {show(activation)}; moectl runs silu only",
+        f"config.json: ffn_config.ffn_act_fn, the experts' activation is {name!r}; moectl runs 'silu' only",
         hint="moectl cannot run a model that was trained with it",
     )
 
@@ -217,14 +223,14 @@ def _check_agreement(config: Mapping[str, Any], geometry: Geometry) -> None:
         if value is not None and (isinstance(value, bool) or value != right):
             raise CheckpointError(
                 f"{CONFIG}: {other} is {show(value)} and {key} is {right}; a model has one of them",
-                hint="keep the one that fits the weights, in a copy of the checkpoint's directory",
+                hint=CORRECT,
             )
 
 
 def _count(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {key} should be a positive whole number, it is {value!r}")
+        raise CheckpointError(f"config.json: {key} should be a positive whole number, it is {value!r}", hint=CORRECT)
     return value
 
 
@@ -233,7 +239,7 @@ def _positive(config: Mapping[str, Any], key: str, *, default: float | None) -> 
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(f"config.json: {key} should be a positive number, it is {value!r}")
+        raise CheckpointError(f"config.json: {key} should be a positive number, it is {value!r}", hint=CORRECT)
     return float(value)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moectl.config_keys import show
+from moectl.config_keys import CORRECT, show
 from moectl.errors import CheckpointError, IntegrityError
 from moectl.geometry import PROJECTIONS, Geometry, block, expert_name
 from moectl.manifest import Quantization
@@ -231,11 +231,11 @@ def quantization_table(config: Mapping[str, Any]) -> Mapping[str, Any]:
                 hint="start from the 16-bit checkpoint: moectl shard --q-bits 4",
             )
         if not isinstance(raw, Mapping):
-            raise CheckpointError(f"config.json: {key} should be an object, it is {show(raw)}")
+            raise CheckpointError(f"config.json: {key} should be an object, it is {show(raw)}", hint=CORRECT)
     if len(found) == 2 and found["quantization"] != found["quantization_config"]:
         raise CheckpointError(
             "config.json: quantization and quantization_config differ",
-            hint="keep the one that fits the weights, in a copy of the checkpoint's directory",
+            hint=CORRECT,
         )
     return next(iter(found.values()), {})
 
@@ -246,7 +246,7 @@ def quantization_of(config: Mapping[str, Any], name: str) -> Quantization | None
     module = name.removesuffix(".weight")
     own = raw.get(module)
     if own is False:
-        raise CheckpointError(f"config.json says that {module} is not quantised, and its weights are")
+        raise CheckpointError(f"config.json says that {module} is not quantised, and its weights are", hint=CORRECT)
     if isinstance(own, Mapping):
         return _parse_quantization(f"{module}.", own)
     return _parse_quantization("", raw) if raw else None
@@ -267,7 +267,8 @@ def _parse_quantization(where: str, raw: Mapping[str, Any]) -> Quantization:
     groups, widths = MODES.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
     for key, value, allowed in (("mode", mode, tuple(MODES)), ("bits", bits, widths), ("group_size", group, groups)):
         if isinstance(value, bool | float) or value not in allowed:
-            raise _not_ours(f"{where}{key} is {show(value)}; MLX has {' or '.join(map(show, allowed))}")
+            can = " or ".join(map(show, allowed))
+            raise _not_ours(f"{where}{key} is {show(value)}, which is not one of MLX's: {can}")
     if where:
         for key, value in raw.items():
             if key not in _QUANTIZATION_KEYS and value not in (None, False):

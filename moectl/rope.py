@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moectl.config_keys import CONFIG, show
+from moectl.config_keys import CONFIG, CORRECT, show
 from moectl.errors import CheckpointError
 
 # Keys and numbers of mlx-lm's scaling_config; empty: no scaling.
@@ -43,7 +43,7 @@ def read_rope(config: Mapping[str, Any], max_seq_len: int) -> tuple[float, Scali
         (one, _), (other, _) = _differing(scalings)
         raise CheckpointError(
             f"{CONFIG}: {one} is {show(tables[one])} and {other} is {show(tables[other])}; a model has one of them",
-            hint="keep the one that the model was trained with, in a copy of the checkpoint's directory",
+            hint=CORRECT,
         )
     return theta, next(iter(scalings.values()), ())
 
@@ -55,7 +55,7 @@ def _find_tables(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
             if table is None or table == {}:
                 continue
             if not isinstance(table, Mapping):
-                raise CheckpointError(f"{CONFIG}: {place}{key} should be an object, it is {show(table)}")
+                raise CheckpointError(f"{CONFIG}: {place}{key} should be an object, it is {show(table)}", hint=CORRECT)
             yield place + key, table
 
 
@@ -103,7 +103,7 @@ def _read_scaling(where: str, table: Mapping[str, Any], theta: float, max_seq_le
     for key, default in known.items():
         value = given.get(key, default)
         if value is None:
-            raise CheckpointError(f"{CONFIG}: {where} of type {kind} has no {key}")
+            raise CheckpointError(f"{CONFIG}: {where} of type {kind} has no {key}", hint=CORRECT)
         numbers[key] = _number(f"{where}.{key}", value)
     return _settle(where, kind, numbers, theta)
 
@@ -125,7 +125,7 @@ def _read_type(where: str, table: Mapping[str, Any]) -> str:
     if len(set(map(show, kinds.values()))) > 1:
         raise CheckpointError(
             f"{CONFIG}: {where}.rope_type is {show(kinds['rope_type'])} and its type is {show(kinds['type'])}",
-            hint="keep the one that the model was trained with, in a copy of the checkpoint's directory",
+            hint=CORRECT,
         )
     for key, kind in kinds.items():
         if not isinstance(kind, str) or kind not in _NUMBERS:
@@ -136,11 +136,11 @@ def _read_type(where: str, table: Mapping[str, Any]) -> str:
 def _unsupported(what: str) -> CheckpointError:
     return CheckpointError(
         f"{CONFIG}: {what}: moectl does not support it",
-        hint=f"moectl scales the rotary embedding in the ways linear, llama3 and yarn, as transformers does by default",
+        hint="moectl scales the rotary embedding in the ways linear, llama3 and yarn, as transformers does by default",
     )
 
 
 def _number(where: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(f"{CONFIG}: {where} should be a positive number, it is {show(value)}")
+        raise CheckpointError(f"{CONFIG}: {where} should be a positive number, it is {show(value)}", hint=CORRECT)
     return float(value)
