@@ -86,8 +86,11 @@ def name_tensors(
     layout = _find_layout(stored)
     _check_overrides(config, geometry)
     missing: list[str] = []
+    expected: set[str] = set()
     for raw, name, shape in _expected(geometry, layout):
         place = stored.get(raw)
+        stem = raw.removesuffix("weight")
+        expected |= {raw, f"{stem}scales", f"{stem}biases"}
         if place is None:
             missing.append(raw)
             if len(missing) > 999:  # an absurd config.json must not make this a long loop
@@ -107,6 +110,18 @@ def name_tensors(
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"the checkpoint has no tensor {missing[0]}{more}", hint="it is incomplete, or not DBRX")
+    _refuse_more(stored, expected)
+
+
+def _refuse_more(stored: Mapping[str, StoredTensor], expected: set[str]) -> None:
+    """Raise CheckpointError for a part of the network that would be left out: a bias, or a layer too many."""
+    for name in sorted(stored.keys() - expected):
+        # Tables of old rotary embeddings are computed, not read.
+        if name.startswith(("transformer.", "lm_head.")) and not name.endswith(".inv_freq"):
+            raise CheckpointError(
+                f"the checkpoint has a tensor {name}, and config.json describes a model without it",
+                hint=CORRECT,
+            )
 
 
 def item_bytes(dtype: str) -> int:

@@ -538,3 +538,18 @@ def test_two_quantisations_that_differ_are_refused(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="quantization and quantization_config differ"):
         open_checkpoint(str(source))
+
+
+@pytest.mark.parametrize("layout", ["fused", "v2", "mlx", "mlx-quantized"])
+def test_weights_that_the_config_does_not_describe_are_refused(layout: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "m", layout=layout, files=1)
+    config = json.loads((directory / "config.json").read_text())
+    stored = to_layout(make_weights(read_geometry(config)), read_geometry(config), layout)
+    bias = "transformer.blocks.1.norm_attn_norm.attn.Wqkv.bias"
+    write_weights(directory, {**stored, bias: mx.zeros((128,))})
+    with pytest.raises(CheckpointError, match=rf"has a tensor {bias}, and config\.json describes a model without it"):
+        open_checkpoint(str(directory))
+    write_weights(directory, stored)
+    (directory / "config.json").write_text(json.dumps({**config, "n_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"has a tensor transformer\.blocks\.1\."):
+        open_checkpoint(str(directory))
