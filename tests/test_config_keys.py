@@ -277,6 +277,16 @@ def test_nothing_is_written_of_what_is_refused(
     assert not output.exists()
 
 
+def test_a_set_that_was_cut_from_such_a_config_names_the_key_too(tmp_path: Path, moectl: Any) -> None:
+    prepare.shard(str(write_checkpoint(tmp_path / "m")), Wanted(nodes=1), directory=tmp_path / "s", quantise=quantizer)
+    manifest = json.loads((tmp_path / "s" / "moectl.json").read_text())
+    manifest["config"]["sliding_window"] = 128
+    (tmp_path / "s" / "moectl.json").write_text(json.dumps(manifest))
+    code, err = moectl("run", "--shards", str(tmp_path / "s"), "Hello")
+    assert code == 7
+    assert "moectl.json cannot be used: config.json: sliding_window is 128: moectl does not support it" in err
+
+
 def test_settings_that_are_left_to_requests_are_told_first(tmp_path: Path, moectl: Any) -> None:
     directory = write_checkpoint(tmp_path / "m")
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "max_new_tokens": None, "mood": "dry"}
