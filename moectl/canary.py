@@ -5,6 +5,11 @@ an exchange a few numbers are kept, sums over all its elements with fixed random
 logits. The first exchange at which a rank's numbers are off tells which rank is at fault: up to there it had the same
 input as when the set was cut.
 
+It proves that ranks compute here and now what the machine that cut the set computed: that no shard, chip or exchange
+changes a number. It does not prove that the model is the one that was trained. The machine that cut the set used the
+same code and the same reading of config.json, so a mistake in either is in the reference too, and passes. What guards
+against that is `config_keys`, which refuses what is not understood, and the tests against transformers' DBRX.
+
 Only data and their comparison; `model.reference` computes them on one machine, `model.selfcheck` on a rank.
 """
 

@@ -16,16 +16,17 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+from moectl.config_keys import CONFIG, GENERATION, check_generation, list_ignored
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, Unreachable
 from moectl.geometry import Geometry, read_geometry
 from moectl.hub import MIRRORS, OnBytes, Repository, find_cached
 from moectl.layouts import SourceTensor, StoredTensor, name_tensors, quantization_of, read_header, read_quantization
 from moectl.manifest import Quantization
 
-_CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SIDECARS = (
-    _CONFIG,
-    "generation_config.json",
+    CONFIG,
+    GENERATION,
     "tokenizer*",
     "*.tiktoken",
     "vocab*",
@@ -58,6 +59,7 @@ class Checkpoint:
     tensors: dict[str, SourceTensor]  # by canonical name; quantised: ….scales (and ….biases) beside ….weight
     sizes: dict[str, int]  # weight file → bytes
     sidecars: tuple[str, ...]  # small files to carry along: config, tokenizer, licence
+    notes: tuple[str, ...]  # what its files ask for and moectl leaves to each request
     _store: _Store = field(repr=False, compare=False)
 
     def quantization_of(self, name: str) -> Quantization | None:
@@ -129,16 +131,17 @@ def pull(source: str, *, revision: str | None = None, on_bytes: OnBytes | None =
     with open_checkpoint(source, revision=revision, keep_source=True, on_bytes=on_bytes) as checkpoint:
         for file in (*checkpoint.sidecars, *checkpoint.sizes):
             checkpoint.path(file)
-        return checkpoint.path(_CONFIG).parent
+        return checkpoint.path(CONFIG).parent
 
 
 def _read_checkpoint(store: _Store) -> Checkpoint:
-    if _CONFIG not in store.files:
+    if CONFIG not in store.files:
         hint = "this is a shard set: moectl run --shards DIR" if "moectl.json" in store.files else None
-        raise CheckpointError(f"{store.name} is not a checkpoint: it has no {_CONFIG}", hint=hint)
-    config = _read_json(store.path(_CONFIG), f"{store.name}: {_CONFIG}")
+        raise CheckpointError(f"{store.name} is not a checkpoint: it has no {CONFIG}", hint=hint)
+    config = _read_json(store.path(CONFIG), f"{store.name}: {CONFIG}")
     geometry = read_geometry(config)
     quantization = read_quantization(config)
+    generation = _read_generation(store)
     stored = _read_headers(store)
     tensors = {t.name: t for t in name_tensors(stored, geometry, config)}
     needed = sorted({t.file for t in tensors.values()})
@@ -151,8 +154,18 @@ def _read_checkpoint(store: _Store) -> Checkpoint:
         tensors=tensors,
         sizes={file: store.files[file] for file in needed},
         sidecars=tuple(sorted(f for f, size in store.files.items() if _is_sidecar(f, size))),
+        notes=list_ignored(config, generation),
         _store=store,
     )
+
+
+def _read_generation(store: _Store) -> dict[str, Any]:
+    """Return generation_config.json, empty where there is none. Raises CheckpointError."""
+    if GENERATION not in store.files:
+        return {}
+    generation = _read_json(store.path(GENERATION), f"{store.name}: {GENERATION}")
+    check_generation(generation)
+    return generation
 
 
 def _is_sidecar(file: str, size: int) -> bool:
@@ -282,7 +295,7 @@ def _find_directory(source: str) -> Path | None:
 
 def _open_cached(repo: str, revision: str | None, why: MoectlError) -> Checkpoint:
     """Open the Hugging Face cache's copy of a repository out of reach; raise `why` when it is not whole."""
-    config = find_cached(repo, _CONFIG, revision)
+    config = find_cached(repo, CONFIG, revision)
     if config is None:
         raise why
     snapshot = config.parent

@@ -180,6 +180,7 @@ def shard_model(
             wanted,
             quantise=_quantise,
             compute_canary=None if no_canary else _canary_drawer(bars),
+            on_note=lambda note: common.say(f"Warning: {note}"),
             on_plan=on_plan,
             on_download=download_bars(bars),
             on_bytes=lambda n: cutting[0].advance(n),

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moectl.config_keys import CONFIG, CORRECT, check_config, show
 from moectl.errors import CheckpointError
+from moectl.rope import Scaling, read_rope
 
 PROJECTIONS = ("w1", "v1", "w2")  # gate, up, down: y = (silu(x w1ᵀ) ⊙ (x v1ᵀ)) w2ᵀ
 
@@ -32,6 +34,10 @@ class Geometry:
     rope_theta: float
     clip_qkv: float | None
     moe_normalize: float | None
+    rope_scaling: Scaling = ()  # empty: none
+
+    def __post_init__(self) -> None:  # JSON has lists only
+        object.__setattr__(self, "rope_scaling", tuple((key, value) for key, value in self.rope_scaling))
 
     @property
     def head_dim(self) -> int:
@@ -119,9 +125,10 @@ def stacked_name(layer: int, projection: str) -> str:
 def read_geometry(config: Mapping[str, Any]) -> Geometry:
     """Read the geometry from a parsed config.json.
 
-    Raises CheckpointError when the architecture is not DBRX, the activation is not silu, or a field is missing or
-    absurd. `attn_config.rope_theta`
-    and `ffn_config.moe_normalize_expert_weights` (absent = 1.0) are honoured, as the original modeling_dbrx.py does.
+    Raises CheckpointError when the architecture is not DBRX, the activation is not silu, a field is missing, absurd or
+    at odds with another, or a key changes numbers in a way that moectl does not (`config_keys`). What is absent is as
+    in transformers' DbrxConfig; `attn_config.rope_theta` and `ffn_config.moe_normalize_expert_weights` are honoured,
+    as the original modeling_dbrx.py does.
     """
     if config.get("model_type") != "dbrx":
         raise CheckpointError(
@@ -130,11 +137,14 @@ def read_geometry(config: Mapping[str, Any]) -> Geometry:
         )
     attn, ffn = config.get("attn_config"), config.get("ffn_config")
     if not isinstance(attn, Mapping) or not isinstance(ffn, Mapping):
-        raise CheckpointError("config.json has no attn_config or no ffn_config; it is not a complete DBRX config")
-    activation = ffn.get("ffn_act_fn")
-    name = activation.get("name") if isinstance(activation, Mapping) else activation
-    if name not in (None, "silu"):
-        raise CheckpointError(f"config.json: the experts' activation is {name!r}; moectl runs 'silu' only")
+        raise CheckpointError(
+            "config.json has no attn_config or no ffn_config; it is not a complete DBRX config", hint=CORRECT
+        )
+    check_config(config)
+    _check_activation(ffn.get("ffn_act_fn"))
+    config = {**config, **{key: config[other] for key, other in _SYNONYMS.items() if _stands_for(config, key, other)}}
+    max_seq_len = _count(config, "max_seq_len", default=2048)
+    theta, scaling = read_rope(config, max_seq_len)
     geometry = Geometry(
         n_layers=_count(config, "n_layers"),
         d_model=_count(config, "d_model"),
@@ -144,28 +154,83 @@ def read_geometry(config: Mapping[str, Any]) -> Geometry:
         n_experts=_count(ffn, "moe_num_experts"),
         top_k=_count(ffn, "moe_top_k"),
         vocab_size=_count(config, "vocab_size"),
-        max_seq_len=_count(config, "max_seq_len", default=2048),
-        rope_theta=_positive(attn, "rope_theta", default=10_000.0) or 10_000.0,
+        max_seq_len=max_seq_len,
+        rope_theta=theta,
         clip_qkv=_positive(attn, "clip_qkv", default=None),
         moe_normalize=_positive(ffn, "moe_normalize_expert_weights", default=1.0),
+        rope_scaling=scaling,
     )
     if geometry.d_model % geometry.n_heads:
-        raise CheckpointError(f"config.json: d_model {geometry.d_model} is not divisible by n_heads {geometry.n_heads}")
+        raise CheckpointError(
+            f"config.json: d_model {geometry.d_model} is not divisible by n_heads {geometry.n_heads}", hint=CORRECT
+        )
     if geometry.n_heads % geometry.kv_n_heads:
         raise CheckpointError(
-            f"config.json: n_heads {geometry.n_heads} is not divisible by kv_n_heads {geometry.kv_n_heads}"
+            f"config.json: n_heads {geometry.n_heads} is not divisible by kv_n_heads {geometry.kv_n_heads}",
+            hint=CORRECT,
         )
     if geometry.top_k > geometry.n_experts:
         raise CheckpointError(
-            f"config.json: moe_top_k {geometry.top_k} is more than moe_num_experts {geometry.n_experts}"
+            f"config.json: moe_top_k {geometry.top_k} is more than moe_num_experts {geometry.n_experts}", hint=CORRECT
         )
+    _check_agreement(config, geometry)
     return geometry
+
+
+# DbrxConfig's names of sizes, and what its attribute_map lets a writer call them instead.
+_SYNONYMS = {
+    "n_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "max_seq_len": "max_position_embeddings",
+}
+
+
+def _stands_for(config: Mapping[str, Any], key: str, other: str) -> bool:
+    return config.get(key) is None and config.get(other) is not None
+
+
+def _check_activation(activation: object) -> None:
+    """Raise CheckpointError unless the experts' activation is silu, without arguments."""
+    if activation is None or activation == "silu" or activation == {"name": "silu"}:
+        return
+    name = activation.get("name") if isinstance(activation, Mapping) and len(activation) == 1 else activation
+    raise CheckpointError(
+        f"config.json: ffn_config.ffn_act_fn, the experts' activation is {name!r}; moectl runs 'silu' only",
+        hint="moectl cannot run a model that was trained with it",
+    )
+
+
+def _check_agreement(config: Mapping[str, Any], geometry: Geometry) -> None:
+    """Raise CheckpointError where a size has a second name, and that says something else."""
+    ffn = config["ffn_config"]
+    seconds: dict[str, tuple[object, str, int]] = {
+        **{other: (config.get(other), key, getattr(geometry, key)) for key, other in _SYNONYMS.items()},
+        "head_dim": (config.get("head_dim"), "d_model / n_heads", geometry.head_dim),
+        "num_key_value_heads": (config.get("num_key_value_heads"), "attn_config.kv_n_heads", geometry.kv_n_heads),
+        "num_experts": (config.get("num_experts"), "ffn_config.moe_num_experts", geometry.n_experts),
+        "num_local_experts": (config.get("num_local_experts"), "ffn_config.moe_num_experts", geometry.n_experts),
+        "num_experts_per_tok": (config.get("num_experts_per_tok"), "ffn_config.moe_top_k", geometry.top_k),
+        "intermediate_size": (config.get("intermediate_size"), "ffn_config.ffn_hidden_size", geometry.ffn_hidden),
+        "moe_intermediate_size": (
+            config.get("moe_intermediate_size"),
+            "ffn_config.ffn_hidden_size",
+            geometry.ffn_hidden,
+        ),
+        "ffn_config.hidden_size": (ffn.get("hidden_size"), "d_model", geometry.d_model),
+    }
+    for other, (value, key, right) in seconds.items():
+        if value is not None and (isinstance(value, bool) or value != right):
+            raise CheckpointError(
+                f"{CONFIG}: {other} is {show(value)} and {key} is {right}; a model has one of them",
+                hint=CORRECT,
+            )
 
 
 def _count(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {key} should be a positive whole number, it is {value!r}")
+        raise CheckpointError(f"config.json: {key} should be a positive whole number, it is {value!r}", hint=CORRECT)
     return value
 
 
@@ -174,7 +239,7 @@ def _positive(config: Mapping[str, Any], key: str, *, default: float | None) -> 
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(f"config.json: {key} should be a positive number, it is {value!r}")
+        raise CheckpointError(f"config.json: {key} should be a positive number, it is {value!r}", hint=CORRECT)
     return float(value)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moectl.config_keys import CORRECT, show
 from moectl.errors import CheckpointError, IntegrityError
 from moectl.geometry import PROJECTIONS, Geometry, block, expert_name
 from moectl.manifest import Quantization
@@ -44,6 +45,7 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mxfp8": ((32,), (8,)),
     "nvfp4": ((16,), (4,)),
 }
+_QUANTIZATION_KEYS = ("bits", "group_size", "mode", "quant_method")
 _LAYOUTS = {
     "fused": re.compile(r"transformer\.blocks\.\d+\.ffn\.experts\.mlp\.(w1|v1|w2)"),
     "v2": re.compile(r"transformer\.blocks\.\d+\.ffn\.experts\.mlp\.\d+\.(w1|v1|w2)\.weight"),
@@ -82,9 +84,13 @@ def name_tensors(
 ) -> Iterator[SourceTensor]:
     """Yield every tensor of the model, checked. Raises CheckpointError when one is missing or wrong."""
     layout = _find_layout(stored)
+    _check_overrides(config, geometry)
     missing: list[str] = []
+    expected: set[str] = set()
     for raw, name, shape in _expected(geometry, layout):
         place = stored.get(raw)
+        stem = raw.removesuffix("weight")
+        expected |= {raw, f"{stem}scales", f"{stem}biases"}
         if place is None:
             missing.append(raw)
             if len(missing) > 999:  # an absurd config.json must not make this a long loop
@@ -104,6 +110,18 @@ def name_tensors(
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"the checkpoint has no tensor {missing[0]}{more}", hint="it is incomplete, or not DBRX")
+    _refuse_more(stored, expected)
+
+
+def _refuse_more(stored: Mapping[str, StoredTensor], expected: set[str]) -> None:
+    """Raise CheckpointError for a part of the network that would be left out: a bias, or a layer too many."""
+    for name in sorted(stored.keys() - expected):
+        # Tables of old rotary embeddings are computed, not read.
+        if name.startswith(("transformer.", "lm_head.")) and not name.endswith(".inv_freq"):
+            raise CheckpointError(
+                f"the checkpoint has a tensor {name}, and config.json describes a model without it",
+                hint=CORRECT,
+            )
 
 
 def item_bytes(dtype: str) -> int:
@@ -207,31 +225,76 @@ def _scales(name: str) -> str:
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
-    raw = config.get("quantization") or config.get("quantization_config")
-    if raw is None:
+    """Return how config.json says that MLX has quantised the weights. Raises CheckpointError for any other way."""
+    raw = quantization_table(config)
+    if not raw:
         return None
-    if isinstance(raw, Mapping) and raw.get("quant_method"):
+    for key, value in raw.items():
+        if key not in _QUANTIZATION_KEYS and value is not None and not isinstance(value, bool | Mapping):
+            raise _not_ours(f"{key} is {show(value)}")
+    return _parse_quantization("", raw)
+
+
+def quantization_table(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the object that says how weights are quantised, empty where they are not. Raises CheckpointError."""
+    found = {key: config[key] for key in ("quantization", "quantization_config") if config.get(key) not in (None, {})}
+    for key, raw in found.items():
+        if isinstance(raw, Mapping) and raw.get("quant_method"):
+            raise CheckpointError(
+                f"config.json: {key}.quant_method: the checkpoint is quantised with {raw['quant_method']!r}; "
+                "moectl reads 16-bit checkpoints and those that MLX has quantised",
+                hint="start from the 16-bit checkpoint: moectl shard --q-bits 4",
+            )
+        if not isinstance(raw, Mapping):
+            raise CheckpointError(f"config.json: {key} should be an object, it is {show(raw)}", hint=CORRECT)
+    if len(found) == 2 and found["quantization"] != found["quantization_config"]:
         raise CheckpointError(
-            f"the checkpoint is quantised with {raw['quant_method']!r}; moectl reads 16-bit and MLX ones"
+            "config.json: quantization and quantization_config differ",
+            hint=CORRECT,
         )
-    return _parse_quantization(raw)
+    return next(iter(found.values()), {})
 
 
 def quantization_of(config: Mapping[str, Any], name: str) -> Quantization | None:
-    """Return a module's own quantisation where config.json overrides the general one."""
-    general = read_quantization(config)
-    raw = config.get("quantization") or config.get("quantization_config") or {}
-    own = raw.get(name.removesuffix(".weight"))
-    return _parse_quantization({**raw, **own}) if isinstance(own, Mapping) else general
+    """Return a module's own quantisation where config.json overrides the general one, as mlx-lm reads it."""
+    raw = quantization_table(config)
+    module = name.removesuffix(".weight")
+    own = raw.get(module)
+    if own is False:
+        raise CheckpointError(f"config.json says that {module} is not quantised, and its weights are", hint=CORRECT)
+    if isinstance(own, Mapping):
+        return _parse_quantization(f"{module}.", own)
+    return _parse_quantization("", raw) if raw else None
 
 
-def _parse_quantization(raw: object) -> Quantization:
-    if isinstance(raw, Mapping):
-        bits, group, mode = raw.get("bits"), raw.get("group_size"), raw.get("mode", "affine")
-        groups, widths = MODES.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
-        if bits in widths and group in groups:
-            return Quantization(int(bits), int(group), mode)
-    raise CheckpointError(f"config.json: the quantisation {raw!r} is not one of MLX's"[:300])
+def _check_overrides(config: Mapping[str, Any], geometry: Geometry) -> None:
+    """Raise CheckpointError where config.json quantises a module that the model does not have."""
+    own = {key for key, value in quantization_table(config).items() if isinstance(value, bool | Mapping)}
+    if own:
+        own -= {name.removesuffix(".weight") for name, _ in geometry.checkpoint_shapes()}
+    if own:
+        raise _not_ours(f"it names {min(own)}, and the model has no such part")
+
+
+def _parse_quantization(where: str, raw: Mapping[str, Any]) -> Quantization:
+    """Read bits, group_size and mode; `where` leads to them. mlx-lm takes no part of them from elsewhere."""
+    bits, group, mode = raw.get("bits"), raw.get("group_size"), raw.get("mode") or "affine"
+    groups, widths = MODES.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
+    for key, value, allowed in (("mode", mode, tuple(MODES)), ("bits", bits, widths), ("group_size", group, groups)):
+        if isinstance(value, bool | float) or value not in allowed:
+            can = " or ".join(map(show, allowed))
+            raise _not_ours(f"{where}{key} is {show(value)}, which is not one of MLX's: {can}")
+    if where:
+        for key, value in raw.items():
+            if key not in _QUANTIZATION_KEYS and value not in (None, False):
+                raise _not_ours(f"{where}{key} is {show(value)}, which moectl does not know")
+    return Quantization(int(bits), int(group), mode)  # type: ignore[arg-type]
+
+
+def _not_ours(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json: quantization: {what}", hint="start from the 16-bit checkpoint: moectl shard --q-bits 4"
+    )
 
 
 def read_header(path: Path, file: str) -> dict[str, StoredTensor]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from moectl.canary import Canary, build_canary
 from moectl.copies import Held
-from moectl.errors import IntegrityError, MoectlError, NotSharded
+from moectl.errors import CheckpointError, IntegrityError, MoectlError, NotSharded
 from moectl.geometry import Geometry, read_geometry
 from moectl.placement import Placement, make_placement, place_experts
 
@@ -139,7 +139,9 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
     except IntegrityError:
         raise
     except MoectlError as error:
-        raise IntegrityError(f"{path} is damaged: {error.message}", hint=again) from None
+        # An earlier moectl may have cut what this one refuses.
+        fault = "cannot be used" if isinstance(error, CheckpointError) else "is damaged"
+        raise IntegrityError(f"{path} {fault}: {error.message}", hint=error.hint or again) from None
     except KeyError as error:
         raise IntegrityError(f"{path} is damaged: it has no {error}", hint=again) from None
     except (ValueError, TypeError, RecursionError) as error:

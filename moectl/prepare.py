@@ -149,6 +149,7 @@ def shard(
     cached: bool = False,
     choose_place: Place | None = None,
     compute_canary: ComputeCanary | None = None,
+    on_note: Callable[[str], None] = lambda _: None,
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
     on_files: Callable[[str, Path, Placement, Mapping[str, int]], None] = lambda *_: None,
     on_download: Callable[[str, int, int], None] | None = None,
@@ -157,7 +158,8 @@ def shard(
 ) -> Made:
     """Make (or finish, or find) a shard set; say where it is.
 
-    `on_plan(directory, output_bytes)` is told what will be made before anything is written; when it returns False
+    `on_note` is told first what the model's files ask for and moectl leaves to each request. `on_plan(directory,
+    output_bytes)` is told what will be made before anything is written; when it returns False
     nothing is. Before that, `on_files` is told the set's name, its directory, who holds what and the bytes of each
     weight file; `on_file` is `shards.cut`'s. `choose_place` decides who holds what (default: `place`) and may refuse;
     `compute_canary` runs what was cut, so that every start can be compared with it (None: not done). `force` starts
@@ -172,6 +174,8 @@ def shard(
         on_bytes=on_download,
     )
     try:
+        for note in checkpoint.notes:
+            on_note(note)
         quantization = choose_quantization(wanted, checkpoint)
         placement = (choose_place or place)(checkpoint, wanted, quantization)
         name = shard_set_name(checkpoint.source, placement, quantization)

@@ -32,13 +32,27 @@ CASES: dict[str, dict[str, Any]] = {
     "top-2": {"top_k": 2},
     "normalize-2": {"normalize": 2.0},
     "normalize-none": {"normalize": None},
+    "rope-linear": {"rope": {"rope_type": "linear", "factor": 4.0}},
+    "rope-llama3": {
+        "rope": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "rope-yarn": {"rope": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    "rope-yarn-betas": {"rope": {"type": "yarn", "factor": 16, "beta_fast": 4, "beta_slow": 2, "truncate": True}},
 }
 
 
 def make_config(case: str) -> dict[str, Any]:
     """Return the config.json of a case: 2 layers, 8 experts, width 64."""
     knobs = {**_BASE, **CASES[case]}
+    rope = {"rope_scaling": knobs["rope"]} if "rope" in knobs else {}
     return {
+        **rope,
         "model_type": "dbrx",
         "d_model": 64,
         "n_heads": 4,
@@ -90,9 +104,10 @@ def oracle_logits(config: dict[str, Any], weights: dict[str, Array], tokens: lis
     attn = dict(config["attn_config"])
     # Known traps: clip None crashes it, and RoPE is read from the top level only.
     attn["clip_qkv"] = 1e9 if attn["clip_qkv"] is None else attn["clip_qkv"]
-    rope = {"rope_type": "default", "rope_theta": attn["rope_theta"]}
+    rope = {"rope_type": "default", **config.get("rope_scaling", {}), "rope_theta": attn["rope_theta"]}
+    rope["rope_type"] = rope.pop("type", rope["rope_type"])
     theirs = DbrxConfig(
-        **{k: v for k, v in config.items() if k not in ("model_type", "attn_config")},
+        **{k: v for k, v in config.items() if k not in ("model_type", "attn_config", "rope_scaling")},
         attn_config=attn,
         rope_parameters=rope,
     )

@@ -145,6 +145,8 @@ ROOMS = (
         "disk",
     },
     {"geometry", "hardware", "thunderbolt"},
+    {"rope"},
+    {"config_keys"},
     {"errors", "parsed"},
     {""},
 )

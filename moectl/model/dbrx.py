@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.dbrx import Attention, ModelArgs, NormAttnNorm
 from mlx_lm.models.dbrx import Router as RouterLogits
+from mlx_lm.models.rope_utils import initialize_rope
 
 from moectl.geometry import Geometry
 from moectl.model.experts import Experts
@@ -91,6 +92,11 @@ class DecoderLayer(nn.Module):
         self.norm_attn_norm = NormAttnNorm(args)
         if placement.split == "tensor":
             self.norm_attn_norm.attn = DividedAttention(args, placement, rank, group)
+        geometry = placement.geometry
+        if geometry.rope_scaling:  # mlx-lm's own DBRX has none
+            self.norm_attn_norm.attn.rope = initialize_rope(
+                geometry.head_dim, geometry.rope_theta, False, dict(geometry.rope_scaling), geometry.max_seq_len
+            )
         self.ffn = SparseMoe(placement, rank, group)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:

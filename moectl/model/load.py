@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from moectl.errors import IntegrityError
+from moectl.layouts import quantization_table
 from moectl.manifest import Manifest, refuse_links_outside
 from moectl.model.dbrx import Model
 
@@ -23,6 +24,7 @@ _EXPERT_NAMES = {
     "experts.v1.": "experts.mlp.up_proj.",
     "experts.w2.": "experts.mlp.down_proj.",
 }
+_EXPERT = re.compile(r"(\.experts)\.\d+(?=\.)")
 _BLOCK = re.compile(r"(transformer\.blocks\.)(\d+)\.")
 
 
@@ -138,13 +140,19 @@ def _quantise_like(
         return
     if first is None:
         first, _ = manifest.placement.layers(rank)
-    overrides = {_module_name(n, first): o for n, o in (manifest.config.get("quantization") or {}).items()}
+    # A layer's experts are alike (`recipe`): what is said of one holds for the stack.
+    overrides = {
+        _module_name(_EXPERT.sub(r"\1", name) + ".", first).removesuffix("."): own
+        for name, own in quantization_table(manifest.config).items()
+    }
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in weights:
             return False
         override = overrides.get(path)
-        return override if isinstance(override, dict) else hasattr(module, "to_quantized")
+        if isinstance(override, dict):
+            return {key: override[key] for key in ("bits", "group_size", "mode") if override.get(key) is not None}
+        return hasattr(module, "to_quantized")
 
     nn.quantize(model, group_size=q.group_size, bits=q.bits, mode=q.mode, class_predicate=predicate)
 

@@ -1,6 +1,7 @@
 """Run the canary's prompts on the real group and compare this rank's part with what one machine computed.
 
 Every rank has to run it at the same place, before it serves. It decides nothing: `session` does, who hears all ranks.
+Agreement means that this rank computes as the machine that cut the set did, right or wrong (`canary`).
 """
 
 from __future__ import annotations
