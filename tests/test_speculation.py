@@ -29,7 +29,7 @@ from moectl.request import Request
 from moectl.sampling import Sampler
 from moectl.shards import cut
 from moectl.speculation import is_foreseeable
-from moectl.worker import open_tokenizer
+from moectl.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.batch_rank import make_requests
 from tests.driven import Driven
