@@ -42,6 +42,7 @@ class Answer:
     ended: bool = False  # Done or Refused has been told; the row may live on for a step or two
     _tokenizer: Tokenizer | None = None
     _text: TextStream | None = None
+    _length: int = 0  # characters that its tokens have made so far
     _stop: StopText = field(default_factory=lambda: StopText(()))
 
     @property
@@ -57,7 +58,9 @@ class Answer:
         self._text = tokenizer.stream_text()
         self._stop = StopText(self.request.stop)
         for token in self.request.answered:  # their text has been told, or is held back again
-            self._stop.feed(self._text.feed(token))
+            piece = self._text.feed(token)
+            self._length += len(piece)
+            self._stop.feed(piece)
 
     def tell(self, token: int, finish_reason: str | None) -> Iterator[Event]:
         """Tell one more token, and the end where it is one: by `finish_reason` or because a stop text is complete."""
@@ -70,8 +73,9 @@ class Answer:
             self.first_s = time.perf_counter()
         if finish_reason != "stop":  # a stop token is not text
             self.count += 1
-            text = self._stop.feed(self._text.feed(token))
-            yield Token(self.request.id, token, text, *self._read(token, odds))
+            offset, piece = self._length, self._text.feed(token)
+            self._length += len(piece)
+            yield Token(self.request.id, token, self._stop.feed(piece), *self._read(token, odds), offset)
         if finish_reason is not None:
             yield from self._tell_rest(self._stop.feed(self._text.finish()))
         if self._stop.found:

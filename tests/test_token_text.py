@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders
 
+from moectl.answer import Answer
+from moectl.leash import Done, Event, Token
+from moectl.request import Request
 from moectl.tokenizer import Tokenizer as Reader
 from tests import vocabularies
 
@@ -92,7 +96,7 @@ def test_no_half_character_is_told() -> None:
     assert "".join(pieces) == "😀é"
     assert not any("\ufffd" in piece for piece in pieces)
     llama = MAKERS["llama"]()
-    pieces = stream(llama, [llama.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()])
+    pieces = stream(llama, [llama.get_vocab()[f"<0x{byte:02X}>"] for byte in "😀".encode()])
     assert "".join(pieces) == "😀"
 
 
@@ -104,3 +108,48 @@ def test_work_per_token_stays_the_same() -> None:
     told = "".join(text.feed(number) for number in [broken] * 2000)
     assert len(told) == 1999
     assert len(text._window) < 50
+
+
+class Greedy:
+    """A sampler that says nothing of odds."""
+
+    def take_odds(self) -> None:
+        return None
+
+
+def tell(tokens: Tokenizer, numbers: list[int], **more: Any) -> list[Event]:
+    """Return what is told of an answer of these tokens."""
+    answer = Answer(Request(1, "x", 99, **more))
+    answer.lead(Reader(tokens, eos_token_ids=set()), Greedy())  # type: ignore[arg-type]
+    reasons = [None] * (len(numbers) - 1) + ["length"]
+    return [event for number, why in zip(numbers, reasons, strict=True) for event in answer.tell(number, why)]
+
+
+def test_an_answer_tells_numbers_without_a_token() -> None:
+    tokens = MAKERS["cl100k"]()
+    gap = next(number for number in numbers(tokens) if tokens.id_to_token(number) is None)
+    answer = [gap, *tokens.encode(" a b").ids, 99_999, *tokens.encode("c").ids]
+    events = tell(tokens, answer)
+    assert "".join(event.text for event in events if isinstance(event, Token)) == " a bc"
+    assert [event.token for event in events if isinstance(event, Token)] == answer
+
+
+def test_offsets_count_what_is_held_back() -> None:
+    """Each token begins where the answer's text says, whatever a stop text holds back meanwhile."""
+    tokens = MAKERS["cl100k"]()
+    answer = tokens.encode(" return 42, then é").ids
+    told = [event for event in tell(tokens, answer, stop=(" return 42; ",)) if isinstance(event, Token)]
+    text = "".join(token.text for token in told)
+    assert text == " return 42, then é"
+    for token in told[:-1]:
+        said = tokens.decode([token.token])
+        assert text[token.offset : token.offset + len(said)] == said
+
+
+def test_a_stop_text_may_begin_with_the_first_blank() -> None:
+    tokens = MAKERS["cl100k"]()
+    *_, token, done = tell(tokens, tokens.encode(" return").ids, stop=(" re",))
+    assert isinstance(token, Token)
+    assert (token.text, token.offset) == ("", 0)
+    assert isinstance(done, Done)
+    assert done.finish_reason == "stop"
