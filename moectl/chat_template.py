@@ -5,8 +5,6 @@ transformers renders in its sandbox; mlx-lm says whether a model thinks first, a
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -52,22 +50,21 @@ def open_chat_template(
     own = None
     kind = config.get("chat_template_type", defaults.get("chat_template_type"))
     if kind is not None:
-        # Its name is a file's: it may be one of mlx-lm's modules only.
-        if not (isinstance(kind, str) and kind.isidentifier() and _exists(f"mlx_lm.chat_templates.{kind}")):
-            refuse("chat_template_type", f"is {kind!r}, which mlx-lm does not have")
+        from mlx_lm.chat_templates import deepseek_v32, muse_spark
+
+        known = {"deepseek_v32": deepseek_v32.apply_chat_template, "muse_spark": muse_spark.apply_chat_template}
+        if not isinstance(kind, str) or kind not in known:
+            refuse("chat_template_type", f"is {kind!r}, and known are {' and '.join(known)}")
         if "chat_template_type" in config or template is None:
-            own = importlib.import_module(f"mlx_lm.chat_templates.{kind}").apply_chat_template
+            own = known[kind]
     return None if template is None and own is None else ChatTemplate(tokens, template, own, named)
 
 
 def find_defaults(model_type: Any) -> Json:
     """Return what mlx-lm knows of the tokenizers of this type of model where their files say nothing."""
-    from mlx_lm.utils import MODEL_REMAPPING
+    from mlx_lm.models import muse_spark  # the only one that says something
 
-    name = MODEL_REMAPPING.get(model_type, model_type) if isinstance(model_type, str) else None
-    if not name or not name.isidentifier() or not _exists(f"mlx_lm.models.{name}"):
-        return {}
-    return getattr(importlib.import_module(f"mlx_lm.models.{name}"), "TOKENIZER_DEFAULTS", None) or {}
+    return muse_spark.TOKENIZER_DEFAULTS if model_type == "muse_spark" else {}
 
 
 def _choose(told: Any, refuse: Refuse) -> str | None:
@@ -81,10 +78,6 @@ def _choose(told: Any, refuse: Refuse) -> str | None:
     if not isinstance(template := by_name.get("default"), str):
         refuse("chat_template", "has several templates, and none that is named default")
     return template
-
-
-def _exists(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 class _Bare:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx_lm.models
 import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
@@ -409,3 +410,11 @@ def test_tokens_equal_those_of_tokenizers_or_the_key_is_named(
     reference.no_padding()
     for text in TEXTS:
         assert tokenizer.encode(text) == reference.encode(text).ids
+
+
+def test_no_other_model_has_defaults_in_mlx_lm() -> None:
+    """Those of muse_spark are read by name: nothing that a file says may become a module's name."""
+    models = Path(mlx_lm.models.__file__).parent
+    assert [path.stem for path in models.glob("*.py") if "TOKENIZER_DEFAULTS" in path.read_text()] == ["muse_spark"]
+    kinds = {path.stem for path in (models.parent / "chat_templates").glob("*.py")} - {"__init__"}
+    assert kinds == {"deepseek_v32", "muse_spark"}
