@@ -50,9 +50,10 @@ def open_chat_template(
     own = None
     kind = config.get("chat_template_type", defaults.get("chat_template_type"))
     if kind is not None:
-        from mlx_lm.chat_templates import deepseek_v32, muse_spark
+        from mlx_lm.chat_templates import deepseek_v32
 
-        known = {"deepseek_v32": deepseek_v32.apply_chat_template, "muse_spark": muse_spark.apply_chat_template}
+        # The second one says how an answer is taken apart, and has no template.
+        known = {"deepseek_v32": deepseek_v32.apply_chat_template, "muse_spark": None}
         if not isinstance(kind, str) or kind not in known:
             refuse("chat_template_type", f"is {kind!r}, and known are {' and '.join(known)}")
         if "chat_template_type" in config or template is None:

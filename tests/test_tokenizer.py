@@ -159,6 +159,13 @@ def test_a_chat_template_in_each_form(write: Callable[..., Path], files: Files) 
     assert number(directory, "<|im_end|>") in tokenizer.eos_token_ids
 
 
+def test_a_template_of_mlx_lm(write: Callable[..., Path]) -> None:
+    tokenizer = open_tokenizer(write(chat_template_type="deepseek_v32"))
+    assert "<｜User｜>x" in tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "x"}]))
+    tokenizer = open_tokenizer(write(chat_template_type="muse_spark"))
+    assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "x"}])).startswith("<|im_start|>user")
+
+
 def test_a_model_without_a_chat_template(write: Callable[..., Path]) -> None:
     tokenizer = open_tokenizer(write(chat_template=None))
     assert not tokenizer.has_chat_template
