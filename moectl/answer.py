@@ -8,10 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from moectl.errors import UsageError
 from moectl.leash import Done, Event, Refused, Token
@@ -19,6 +17,8 @@ from moectl.lookup import Lookup
 from moectl.request import Request, Stats
 from moectl.sampling import Odds, Sampler
 from moectl.stop_text import StopText
+from moectl.token_text import TextStream
+from moectl.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
@@ -40,8 +40,9 @@ class Answer:
     first_s: float = 0.0
     count: int = 0  # tokens told
     ended: bool = False  # Done or Refused has been told; the row may live on for a step or two
-    _tokenizer: TokenizerWrapper = None
-    _detokenizer: Any = None
+    _tokenizer: Tokenizer | None = None
+    _text: TextStream | None = None
+    _length: int = 0  # characters that its tokens have made so far
     _stop: StopText = field(default_factory=lambda: StopText(()))
 
     @property
@@ -49,20 +50,22 @@ class Answer:
         """What the model reads before it goes on: the prompt, and the answer so far where it is resumed."""
         return [*self.prompt, *self.request.answered]
 
-    def lead(self, tokenizer: TokenizerWrapper, sampler: Sampler) -> None:
+    def lead(self, tokenizer: Tokenizer, sampler: Sampler) -> None:
         """Make ready to sample and to tell."""
         self.sampler = sampler
         self.admitted_s = time.perf_counter()
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer
+        self._text = tokenizer.stream_text()
         self._stop = StopText(self.request.stop)
         for token in self.request.answered:  # their text has been told, or is held back again
-            self._detokenizer.add_token(token)
-            self._stop.feed(self._detokenizer.last_segment)
+            piece = self._text.feed(token)
+            self._length += len(piece)
+            self._stop.feed(piece)
 
     def tell(self, token: int, finish_reason: str | None) -> Iterator[Event]:
         """Tell one more token, and the end where it is one: by `finish_reason` or because a stop text is complete."""
         assert self.sampler is not None
+        assert self._text is not None
         odds = self.sampler.take_odds()
         if self.ended:
             return
@@ -70,12 +73,11 @@ class Answer:
             self.first_s = time.perf_counter()
         if finish_reason != "stop":  # a stop token is not text
             self.count += 1
-            self._detokenizer.add_token(token)
-            text = self._stop.feed(self._detokenizer.last_segment)
-            yield Token(self.request.id, token, text, *self._read(token, odds))
+            offset, piece = self._length, self._text.feed(token)
+            self._length += len(piece)
+            yield Token(self.request.id, token, self._stop.feed(piece), *self._read(token, odds), offset)
         if finish_reason is not None:
-            self._detokenizer.finalize()
-            yield from self._tell_rest(self._stop.feed(self._detokenizer.last_segment))
+            yield from self._tell_rest(self._stop.feed(self._text.finish()))
         if self._stop.found:
             yield self._done("stop")
         elif finish_reason is not None:
@@ -90,8 +92,8 @@ class Answer:
         """Tell the end of an answer that is resumed with nothing left to generate, unless that has been told."""
         if self.ended:
             return
-        self._detokenizer.finalize()
-        yield from self._tell_rest(self._stop.feed(self._detokenizer.last_segment))
+        assert self._text is not None
+        yield from self._tell_rest(self._stop.feed(self._text.finish()))
         yield self._done("stop" if self._stop.found else finish_reason)
 
     def cancel(self) -> Iterator[Event]:
@@ -117,10 +119,11 @@ class Answer:
         ids: list[int] = odds.top_ids.tolist()  # type: ignore[assignment]
         top: list[float] = odds.top.tolist()  # type: ignore[assignment]
         chosen = float(odds.chosen.item())  # type: ignore[arg-type]
+        assert self._tokenizer is not None
         known = list(zip(ids, top, strict=True))
         if token not in ids:
             known.append((token, chosen))
-        return chosen, [(i, self._tokenizer.decode([i]), logprob) for i, logprob in known]
+        return chosen, [(i, self._tokenizer.tell(i), logprob) for i, logprob in known]
 
     def _done(self, finish_reason: str) -> Done:
         self.ended = True

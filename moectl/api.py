@@ -332,7 +332,6 @@ class Reply:
         }
         self._texts: list[list[str]] = [[] for _ in asked.requests]
         self._logprobs: list[list[Token]] = [[] for _ in asked.requests]
-        self._offsets = [0] * len(asked.requests)
         self._done: dict[int, Done] = {}
 
     def start(self) -> Iterator[Fields]:
@@ -354,8 +353,7 @@ class Reply:
             self._logprobs[index].append(event)
         if event.text or told:
             text: Fields = {"delta": {"content": event.text}} if self._asked.chat else {"text": event.text}
-            yield self._chunk(index, {**text, "logprobs": self._tell_logprobs([event], self._offsets[index])})
-        self._offsets[index] += len(event.text)
+            yield self._chunk(index, {**text, "logprobs": self._tell_logprobs([event])})
 
     def end(self) -> Iterator[Fields]:
         """Yield the chunk with the usage, if it was asked for."""
@@ -370,7 +368,7 @@ class Reply:
 
     def _whole_choice(self, index: int) -> Fields:
         text = "".join(self._texts[index])
-        logprobs = self._tell_logprobs(self._logprobs[index], 0)
+        logprobs = self._tell_logprobs(self._logprobs[index])
         if self._asked.chat:
             return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
         return {"text": text, "logprobs": logprobs}
@@ -399,13 +397,13 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in prompts)},
         }
 
-    def _tell_logprobs(self, tokens: list[Token], offset: int) -> Fields | None:
+    def _tell_logprobs(self, tokens: list[Token]) -> Fields | None:
         if self._asked.logprobs is None:
             return None
         told = [token for token in tokens if token.logprob is not None]
         if self._asked.chat:
             return {"content": [_tell_token(token, self._asked.logprobs) for token in told], "refusal": None}
-        return _tell_legacy(told, self._asked.logprobs, offset)
+        return _tell_legacy(told, self._asked.logprobs)
 
 
 def _tell_token(token: Token, k: int) -> Fields:
@@ -418,16 +416,12 @@ def _tell_text(text: str, logprob: float) -> Fields:
     return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if exact else None}
 
 
-def _tell_legacy(tokens: list[Token], k: int, offset: int) -> Fields:
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.text)
+def _tell_legacy(tokens: list[Token], k: int) -> Fields:
     return {
         "tokens": [_own_text(token) for token in tokens],
         "token_logprobs": [_finite(token.logprob or 0.0) for token in tokens],
         "top_logprobs": [{text: _finite(logprob) for _, text, logprob in token.top[:k]} for token in tokens] or None,
-        "text_offset": offsets,
+        "text_offset": [token.offset for token in tokens],
     }
 
 

@@ -27,7 +27,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from moectl.admission import Admission, held_tokens
 from moectl.answer import Answer
@@ -40,6 +39,7 @@ from moectl.prompt import measure_reach, read_prompt
 from moectl.prompt_cache import PromptCache
 from moectl.sampling import Sampler
 from moectl.speculation import Speculation
+from moectl.tokenizer import Tokenizer
 
 PREFILL_STEP = 512
 MAX_BATCH = 8
@@ -61,7 +61,7 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        tokenizer: TokenizerWrapper,
+        tokenizer: Tokenizer,
         *,
         rank: int = 0,
         head_rank: int = 0,

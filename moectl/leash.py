@@ -171,6 +171,7 @@ class Token:
     text: str
     logprob: float | None = None  # natural; of the model before temperature and the like, where it was asked for
     top: list[tuple[int, str, float]] = field(default_factory=list)  # (token, text, logprob) of the most probable
+    offset: int = 0  # characters of the answer before its own text, told or held back
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import tokenizers
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import make_prompt_cache
@@ -43,6 +44,7 @@ from moectl.model.load import compute_dtype
 from moectl.model.reduce import sum_over_ranks
 from moectl.placement import Placement
 from moectl.request import Request, Stats
+from moectl.tokenizer import Tokenizer
 from moectl.worker import Leash, open_group, run
 
 DEEP = 6  # layers of the longer model, at most
@@ -494,28 +496,15 @@ class _Parts:
         return statistics.median(seconds)
 
 
-class _Characters:
-    """A tokenizer for prompts that only have a length; it knows no end."""
-
-    has_chat_template = False
-    eos_token_ids: frozenset[int] = frozenset()
+class _Characters(Tokenizer):
+    """A tokenizer for prompts that only have a length; it knows no end, and no text."""
 
     def __init__(self, vocab_size: int) -> None:
+        super().__init__(tokenizers.Tokenizer(tokenizers.models.BPE()), eos_token_ids=set())
         self._vocab_size = vocab_size
-        self.last_segment = ""
-
-    @property
-    def detokenizer(self) -> _Characters:
-        return self
 
     def encode(self, text: str) -> list[int]:
         return [7 * i % self._vocab_size for i in range(len(text))]
-
-    def add_token(self, token: int) -> None:
-        """Nobody reads the text."""
-
-    def finalize(self) -> None:
-        """Nobody reads the text."""
 
 
 def with_depth(placement: Placement, depth: int) -> Placement:

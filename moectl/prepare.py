@@ -28,6 +28,7 @@ from moectl.routing import Routing
 from moectl.shards import ComputeCanary
 
 PLAIN_BITS = 16
+_TOKENIZER = "tokenizer.json"
 _WAIT_S = 30.0  # for another process to make, or to look at, a set that nobody asked for by name
 
 
@@ -182,6 +183,8 @@ def shard(
         directory = directory or (cache_dir() if cached else data_dir()) / "shards" / name
         files = plan_files(checkpoint, placement, quantization)
         output_bytes = shards.output_bytes(files)
+        if force or not (directory / MANIFEST_NAME).exists():
+            _check_tokenizer(checkpoint)
         on_files(name, directory, placement, {f.path: f.bytes for f in files})
         if on_plan(directory, output_bytes):
             cut = partial(
@@ -211,8 +214,20 @@ def shard(
         checkpoint.close()
 
 
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Open the tokenizer as each start will, before anything is written. Raises CheckpointError."""
+    if _TOKENIZER not in checkpoint.sidecars:
+        return  # `_warnings` says so
+    from moectl.tokenizer import read_tokenizer
+
+    def read(name: str) -> bytes | None:
+        return checkpoint.path(name).read_bytes() if name in checkpoint.sidecars else None
+
+    read_tokenizer(read, checkpoint.source)
+
+
 def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
-    if "tokenizer.json" in checkpoint.sidecars:
+    if _TOKENIZER in checkpoint.sidecars:
         return ()
     return (
         f"{checkpoint.source} has no tokenizer.json: 'moectl run' will need one in the shard set "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from moectl.errors import UsageError
 from moectl.request import Request
+from moectl.tokenizer import Tokenizer
 
 
-def read_prompt(request: Request, tokenizer: TokenizerWrapper, *, vocab_size: int, max_seq_len: int) -> list[int]:
+def read_prompt(request: Request, tokenizer: Tokenizer, *, vocab_size: int, max_seq_len: int) -> list[int]:
     """Return a request's prompt as tokens, without those of its answer so far.
 
     Raises UsageError where there are none or too many, or where a token is none of the model's.
@@ -42,11 +41,11 @@ def measure_reach(request: Request, prompt_tokens: int, *, max_seq_len: int, kv_
     return min(prompt_tokens + request.max_tokens, max_seq_len, kv_tokens or max_seq_len)
 
 
-def _tokenize(request: Request, tokenizer: TokenizerWrapper) -> list[int]:
+def _tokenize(request: Request, tokenizer: Tokenizer) -> list[int]:
     if request.prompt_tokens is not None:
         return list(request.prompt_tokens)
     if request.raw:
-        return list(tokenizer.encode(request.prompt))
+        return tokenizer.encode(request.prompt)
     if not tokenizer.has_chat_template:
         raise UsageError("this model has no chat template", hint="use --raw")
     if request.messages is not None:
@@ -55,7 +54,9 @@ def _tokenize(request: Request, tokenizer: TokenizerWrapper) -> list[int]:
         messages = [{"role": "system", "content": request.system}] if request.system is not None else []
         messages.append({"role": "user", "content": request.prompt})
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        return tokenizer.encode_chat(messages)
+    except UsageError:
+        raise
     except Exception as error:  # the template is the model's own program
         reason = " ".join(str(error).split())
         raise UsageError(f"the model's chat template fails: {reason}", hint="use --raw") from None

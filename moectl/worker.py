@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -210,6 +209,7 @@ def _serve(leash: Leash) -> None:
     from moectl.engine import PREFILL_STEP, Engine
     from moectl.model.load import load_rank
     from moectl.stamp import check_files
+    from moectl.tokenizer import open_tokenizer
 
     check_files(directory, manifest, start.rank)  # in the phase that may take long: some files may have to be hashed
     dtype = getattr(mx, start.dtype) if start.dtype else None
@@ -362,23 +362,6 @@ def side_channel(leash: Leash) -> Any:
         return all_gather
 
     return factory
-
-
-def open_tokenizer(directory: Path) -> Any:
-    """Open the tokenizer of a shard set, with the stop tokens of its generation_config.json. Raises CheckpointError."""
-    from mlx_lm.tokenizer_utils import load
-
-    generation = directory / "generation_config.json"
-    try:
-        if not any(directory.glob("tokenizer*")):  # transformers would make up an empty one
-            raise FileNotFoundError("no such file")
-        eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-        return load(directory, {"trust_remote_code": False}, eos_token_ids=eos)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
-        raise errors.CheckpointError(
-            f"{directory} has no tokenizer that transformers can read: {(str(error).splitlines() or [repr(error)])[0]}",
-            hint="a tokenizer.json is needed beside the weights, for example from Xenova/dbrx-instruct-tokenizer",
-        ) from None
 
 
 @contextlib.contextmanager

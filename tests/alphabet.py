@@ -1,4 +1,7 @@
-"""A tokenizer for random models: one token per byte, DBRX's four special tokens and its ChatML template."""
+"""A tokenizer for random models: one token per byte, DBRX's four special tokens and a template like ChatML.
+
+A turn ends in an ordinary character: the token that a template puts there ends an answer, and a random model gives any.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 VOCAB_SIZE = 264  # 256 bytes, 4 special tokens, and a few that nothing encodes to
 SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }};\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 

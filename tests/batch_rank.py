@@ -25,7 +25,7 @@ from moectl.leash import Cancel, Done, Generate, Token
 from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
 from moectl.request import Request
-from moectl.worker import open_tokenizer
+from moectl.tokenizer import open_tokenizer
 
 
 def make_requests(job: dict[str, Any]) -> list[Request]:

@@ -23,7 +23,7 @@ from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
 from moectl.model.selfcheck import check
 from moectl.request import Request
-from moectl.worker import open_tokenizer
+from moectl.tokenizer import open_tokenizer
 
 
 def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from moectl.model.load import load_rank
 from moectl.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.shards import cut
-from moectl.worker import open_tokenizer
+from moectl.tokenizer import open_tokenizer
 from tests.driven import Driven
 
 PROMPTS = (

@@ -34,7 +34,7 @@ from moectl.profile import _share_copies
 from moectl.request import Request
 from moectl.routing import Routing, read_routing, write_routing
 from moectl.session import Session
-from moectl.worker import open_tokenizer
+from moectl.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env
 from tests.test_lockstep import cut_case

@@ -20,7 +20,7 @@ from moectl.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.shards import cut
-from moectl.worker import open_tokenizer
+from moectl.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.tiny import write_checkpoint
 
@@ -113,12 +113,9 @@ def test_prefill_tells_its_progress(parts: tuple[Any, Any]) -> None:
 @example("héllo wörld")
 @example("日本語 😀 family 👨‍👩‍👧 and back")
 @example(" leading and trailing  ")
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufffd"), min_size=1, max_size=20))
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1, max_size=20))
 def test_streamed_text_never_splits_a_character(parts: tuple[Any, Any], text: str) -> None:
-    """Most characters outside ASCII are several tokens of this tokenizer, and arrive one token at a time.
-
-    NUL is left out: mlx-lm's byte decoder takes byte 0 for "no byte".
-    """
+    """Most characters outside ASCII are several tokens of this tokenizer, and arrive one token at a time."""
     tokenizer = parts[1]
     script = list(tokenizer.encode(text))
     waiting = iter([*script, 0, 0, 0])  # a step may be in flight behind the last one
@@ -127,7 +124,7 @@ def test_streamed_text_never_splits_a_character(parts: tuple[Any, Any], text: st
         events = serve(parts, ask(1, "say it", len(script)))
     pieces = [e.text for e in events if isinstance(e, Token)]
     assert tokens_of(events, 1) == script
-    assert "".join(pieces) == text.removeprefix(" ")  # mlx-lm's detokenizer drops one space before an answer
+    assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
 

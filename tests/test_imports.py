@@ -45,10 +45,10 @@ ONLY_IN: dict[str, set[str]] = {
     "paramiko": {"ssh", "ssh_connect", "ssh_login"},
     "huggingface_hub": {"hub"},
     "mlx": NODE | {"model"},
-    "mlx_lm": NODE | {"model"},
+    "mlx_lm": NODE | {"model", "chat_template"},
     "numpy": NODE | {"model"},
-    "transformers": {"demo.train"},
-    "tokenizers": {"demo.train"},
+    "transformers": {"demo.train", "chat_template"},
+    "tokenizers": {"demo.train", "tokenizer", "token_text", "chat_template", "measure"},
     "safetensors": {"layouts", "demo.train"},
     "matplotlib": {"plot"},
     "starlette": {"server"},
@@ -58,7 +58,13 @@ ONLY_IN: dict[str, set[str]] = {
     "packaging": {"wheelhouse"},
 }
 # Of those, the ones whose import waits until a function needs it.
-INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot")}
+INSIDE_FUNCTIONS = {
+    ("tqdm", "console"),
+    ("huggingface_hub", "hub"),
+    ("matplotlib", "plot"),
+    ("mlx_lm", "chat_template"),
+    ("transformers", "chat_template"),
+}
 
 # From the face down; a module imports only from rooms further down or from its own.
 ROOMS = (
@@ -102,6 +108,8 @@ ROOMS = (
     {"speculation"},
     {"answer"},
     {"sampling", "prompt", "prompt_cache", "admission", "stop_text", "lookup"},
+    {"tokenizer"},
+    {"chat_template", "token_text"},
     {"profile"},
     {"model", "quantize"},
     {"ssh", "shards"},

@@ -29,7 +29,7 @@ from moectl.request import Request
 from moectl.sampling import Sampler
 from moectl.shards import cut
 from moectl.speculation import is_foreseeable
-from moectl.worker import open_tokenizer
+from moectl.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.batch_rank import make_requests
 from tests.driven import Driven
@@ -51,7 +51,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 @pytest.fixture(scope="module")
 def quoting(parts: Parts) -> tuple[int, ...]:
     """A prompt whose answer stands in it already."""
-    question = tuple(parts[1].apply_chat_template([{"role": "user", "content": PROMPTS[1]}]))
+    question = tuple(parts[1].encode_chat([{"role": "user", "content": PROMPTS[1]}]))
     driven = Driven(parts)
     driven.ask(prompt_tokens=question, max_tokens=SAID, ignore_eos=True)
     driven.run()

@@ -7,10 +7,10 @@ import queue
 import struct
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+import tokenizers
 
 from moectl.engine import _CONTROL_WORDS, Engine
 from moectl.errors import RanksDisagree, UsageError
@@ -22,12 +22,15 @@ from moectl.model.witness import Witness, find_dissent
 from moectl.placement import make_placement
 from moectl.request import Request
 from moectl.session import Session
+from moectl.tokenizer import Tokenizer
 from moectl.worker import describe_failure
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_canary import damage
 from tests.test_lockstep import cut_case
 from tests.test_session import specs
 from tests.tiny import make_config, write_checkpoint
+
+NO_TOKENS = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()), eos_token_ids={1})
 
 
 def words(*pairs: tuple[int, float]) -> list[int]:
@@ -50,7 +53,7 @@ def test_who_is_alone_is_named() -> None:
 
 def test_the_engine_tells_who_it_is() -> None:
     model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
-    engine = Engine(model, SimpleNamespace(eos_token_ids={1}), max_seq_len=64)
+    engine = Engine(model, NO_TOKENS, max_seq_len=64)
     word = [0] * _CONTROL_WORDS
     with pytest.raises(RanksDisagree, match=r"^chose other experts than the others$") as caught:
         engine._read_word(mx.array([*word, *words((7, 0.5), (7, 0.5), (8, 0.5))], dtype=mx.int32))
@@ -109,7 +112,7 @@ def test_comparing_and_agreeing_change_no_answer(shards: Path) -> None:
 def test_what_is_seen_of_a_prompt_waits_for_no_later_step() -> None:
     """A chunk's last layer is of no use to the caches; its exchanges would come in no certain order beside others."""
     model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
-    engine = Engine(model, SimpleNamespace(eos_token_ids={1}, detokenizer=None), max_seq_len=64, prefill_step=8)
+    engine = Engine(model, NO_TOKENS, max_seq_len=64, prefill_step=8)
     engine._witness, engine._check_every = Witness(model), 1  # one rank alone has none
     inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
     inbox.put(Generate(Request(1, "", 4, prompt_tokens=tuple(range(30)))))

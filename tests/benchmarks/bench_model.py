@@ -28,7 +28,7 @@ from moectl.remote import LocalRemote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
 from moectl.shards import cut
-from moectl.worker import open_tokenizer
+from moectl.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import rank_env
 from tests.tiny import write_checkpoint

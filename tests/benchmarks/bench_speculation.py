@@ -29,7 +29,7 @@ from moectl.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.request import Request, Stats
 from moectl.shards import cut
-from moectl.worker import open_tokenizer
+from moectl.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.tiny import write_checkpoint
 
@@ -105,7 +105,7 @@ def main() -> None:
         placement = make_placement(checkpoint.geometry, "hidden", 1)
         cut(checkpoint, placement, quantization, out, name="speculation", quantise=quantizer)
         parts = load_rank(out, read_manifest(out), 0), open_tokenizer(out)
-        question = tuple(parts[1].apply_chat_template([{"role": "user", "content": QUESTION}]))
+        question = tuple(parts[1].encode_chat([{"role": "user", "content": QUESTION}]))
         said = answer(parts, question, args.generate, 0, 0.0).tokens
         print(f"{mx.default_device()}, {source.name}, {args.bits} bits, {args.generate} tokens, {args.trials} trials")
         for kind, prompt, temperature in (

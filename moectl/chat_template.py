@@ -1,0 +1,105 @@
+"""Render a conversation with the model's own template, and find what the template puts after an assistant's turn.
+
+transformers renders in its sandbox; mlx-lm says whether a model thinks first, and has templates that are no Jinja.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from tokenizers import Tokenizer
+
+Json = dict[str, Any]
+Refuse = Callable[[str, str], NoReturn]  # key, why
+
+_MARK = "moectl-answer"
+
+
+class ChatTemplate:
+    """A template and the special tokens that it may name."""
+
+    def __init__(self, tokens: Tokenizer, template: str | None, own: Callable[..., str] | None, named: Json) -> None:
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+        self._renderer = TokenizerWrapper(_Bare(tokens, template, named), lambda _: None, chat_template=own)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, ask: bool = True) -> str:
+        """Return a conversation as one text, up to where an answer begins if `ask`. Raises what the template raises."""
+        told = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return str(self._renderer.apply_chat_template(told, tokenize=False, add_generation_prompt=ask))
+
+    def find_turn_end(self) -> str:
+        """Return the text after an assistant's turn, the last or one that a turn follows; "" if there is none."""
+        turns = [{"role": "user", "content": "moectl"}, {"role": "assistant", "content": _MARK}]
+        for more in ([], turns[:1]):
+            try:
+                _, found, rest = self.render([*turns, *more], ask=False).rpartition(_MARK)
+            except Exception:  # the template is the model's own program; whoever asks with it is told how it fails
+                return ""
+            if found and rest.strip():
+                return rest.lstrip()
+        return ""
+
+
+def open_chat_template(
+    config: Json, file: str | None, defaults: Json, *, tokens: Tokenizer, named: Json, refuse: Refuse
+) -> ChatTemplate | None:
+    """Return the template of chat_template.jinja or of `config`, None where a model has none."""
+    template = _choose(config.get("chat_template"), refuse) if file is None else file
+    own = None
+    kind = config.get("chat_template_type", defaults.get("chat_template_type"))
+    if kind is not None:
+        from mlx_lm.chat_templates import deepseek_v32
+
+        # The second one says how an answer is taken apart, and has no template.
+        known = {"deepseek_v32": deepseek_v32.apply_chat_template, "muse_spark": None}
+        if not isinstance(kind, str) or kind not in known:
+            refuse("chat_template_type", f"is {kind!r}, and known are {' and '.join(known)}")
+        if "chat_template_type" in config or template is None:
+            own = known[kind]
+    return None if template is None and own is None else ChatTemplate(tokens, template, own, named)
+
+
+def find_defaults(model_type: Any) -> Json:
+    """Return what mlx-lm knows of the tokenizers of this type of model where their files say nothing."""
+    from mlx_lm.models import muse_spark  # the only one that says something
+
+    return muse_spark.TOKENIZER_DEFAULTS if model_type == "muse_spark" else {}
+
+
+def _choose(told: Any, refuse: Refuse) -> str | None:
+    """Return the template, of several the one named default."""
+    if told is None or isinstance(told, str):
+        return told
+    try:
+        by_name = told if isinstance(told, dict) else {each["name"]: each["template"] for each in told}
+    except (TypeError, KeyError):
+        refuse("chat_template", "is neither a text nor a list of templates with their names")
+    if not isinstance(template := by_name.get("default"), str):
+        refuse("chat_template", "has several templates, and none that is named default")
+    return template
+
+
+class _Bare:
+    """As much of a transformers tokenizer as mlx-lm needs to render."""
+
+    eos_token_id = None
+
+    def __init__(self, tokens: Tokenizer, template: str | None, named: Json) -> None:
+        self.chat_template = template
+        self._tokens = tokens
+        self._named = named
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._tokens.get_vocab()
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self._tokens.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def apply_chat_template(self, messages: list[Json], **options: Any) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        del options["tokenize"], options["return_dict"]
+        texts, _ = render_jinja_template([messages], chat_template=self.chat_template, **self._named, **options)
+        return str(texts[0])

@@ -1,0 +1,321 @@
+"""Open a model's tokenizer from the small files beside its weights: a text's tokens, their text, an answer's ends.
+
+Tokens are those of the tokenizers library for tokenizer.json, whatever class tokenizer_config.json names: transformers
+builds some classes anew and drops the file's own way to split. What the other files say that changes tokens is obeyed,
+or refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tokenizers
+
+from moectl.chat_template import ChatTemplate, Json, find_defaults, open_chat_template
+from moectl.errors import CheckpointError, UsageError
+from moectl.token_text import TextStream, find_context, has_byte_runs
+
+TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+ADDED, GENERATION, MODEL = "added_tokens.json", "generation_config.json", "config.json"
+# Of these, the first two mean something here; the others matter only where a text spells them.
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+_SWITCHES = ("add_bos_token", "add_eos_token", "split_special_tokens")
+_HINT = "correct that file in the checkpoint, then try again"
+_MISSING = "a tokenizer.json is needed beside the weights, for example from Xenova/dbrx-instruct-tokenizer"
+
+# Keys by which other libraries change what tokenizer.json says: key, section, kind of part, what the part says of it.
+_TOLD_TWICE: tuple[tuple[str, str, str, Callable[[Json], Any]], ...] = (
+    ("add_prefix_space", "pre_tokenizer", "ByteLevel", lambda part: part.get("add_prefix_space", True)),
+    ("add_prefix_space", "pre_tokenizer", "Metaspace", lambda part: part.get("prepend_scheme", "always") != "never"),
+    ("do_lower_case", "normalizer", "BertNormalizer", lambda part: part.get("lowercase")),
+    ("strip_accents", "normalizer", "BertNormalizer", lambda part: part.get("strip_accents")),
+    ("tokenize_chinese_chars", "normalizer", "BertNormalizer", lambda part: part.get("handle_chinese_chars")),
+)
+
+Read = Callable[[str], bytes | None]  # a file's bytes by its name, None where there is no such file
+
+
+class Tokenizer:
+    """A model's tokens. `eos_token_ids` are those that end an answer; a number without a token is empty text."""
+
+    def __init__(
+        self,
+        tokens: tokenizers.Tokenizer,
+        *,
+        eos_token_ids: set[int],
+        chat: ChatTemplate | None = None,
+        around: tuple[list[int], list[int]] | None = None,
+    ) -> None:
+        self.eos_token_ids = eos_token_ids
+        self._tokens = tokens
+        self._chat = chat
+        self._around = around  # a raw text's first and last tokens, where tokenizer.json says something else
+        self._context = find_context(tokens)
+        self._has_byte_runs = has_byte_runs(tokens)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Return a raw text's tokens, with those that the model wants before and after it."""
+        if self._around is None:
+            return self._encode(text, special=True)
+        before, after = self._around
+        return [*before, *self._encode(text, special=False), *after]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return a conversation's tokens up to where the answer begins. Raises what the template raises."""
+        assert self._chat is not None
+        return self._encode(self._chat.render(messages), special=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones included."""
+        return self._tokens.decode(tokens, skip_special_tokens=False)
+
+    def stream_text(self) -> TextStream:
+        """Begin to turn an answer's tokens into text as they come."""
+        return TextStream(self._tokens, self._context, has_byte_runs=self._has_byte_runs)
+
+    def tell(self, token: int) -> str:
+        """Return the text that a token has amid others: with its leading blank."""
+        stream = self.stream_text()
+        return stream.feed(token) + stream.finish()
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        try:
+            return self._tokens.encode(text, add_special_tokens=special).ids
+        except Exception as error:  # a lone surrogate, or a text that the vocabulary cannot spell
+            raise UsageError(f"the model's tokenizer cannot read this text: {error}") from None
+
+
+def open_tokenizer(directory: Path) -> Tokenizer:
+    """Open the tokenizer of a shard set or a checkpoint. Raises CheckpointError."""
+
+    def read(name: str) -> bytes | None:
+        path = directory / name
+        return path.read_bytes() if path.is_file() else None
+
+    return read_tokenizer(read, str(directory))
+
+
+def read_tokenizer(read: Read, where: str) -> Tokenizer:
+    """Open the tokenizer whose files `read` returns. Raises CheckpointError: it names `where`, the file and the key."""
+    return _Files(read, where).open()
+
+
+class _Files:
+    """The files of one tokenizer, and the errors that name them."""
+
+    def __init__(self, read: Read, where: str) -> None:
+        self._read = read
+        self._where = where
+        self._config = self._json(CONFIG)
+        self._special = self._json(SPECIAL)
+
+    def open(self) -> Tokenizer:
+        tokens = self._open_tokens()
+        self._compare(self._config)
+        self._add_tokens(tokens)
+        self._mark_special(tokens)
+        model = self._json(MODEL)
+        defaults = find_defaults(model.get("model_type"))
+        template = self._text("chat_template.jinja")
+        chat = open_chat_template(
+            {"chat_template": self._json("chat_template.json").get("chat_template"), **self._config},
+            None if template is None else template.replace("\r\n", "\n").replace("\r", "\n"),
+            defaults,
+            tokens=tokens,
+            named={name: token for name in _NAMED if (token := self._find_named(name)) is not None},
+            refuse=lambda key, why: self._refuse(CONFIG, key, why),
+        )
+        ends = self._find_ends(tokens, model) | set(defaults.get("eos_token_ids", ()))
+        if chat is not None and (end := _first_added(tokens, chat.find_turn_end())) is not None:
+            ends.add(end)
+        return Tokenizer(tokens, eos_token_ids=ends, chat=chat, around=self._find_around(tokens))
+
+    def _open_tokens(self) -> tokenizers.Tokenizer:
+        text = self._text(TOKENIZER)
+        if text is None:
+            raise CheckpointError(f"{self._where} has no {TOKENIZER}", hint=_MISSING)
+        self._file = self._json(TOKENIZER)
+        if isinstance(model := self._file.get("model"), dict) and model.get("dropout"):
+            why = f"is {model['dropout']!r}: the same text would get other tokens each time"
+            self._refuse(TOKENIZER, "model.dropout", why)
+        try:
+            tokens = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library has no class of its own for this
+            raise CheckpointError(f"{self._where}: {TOKENIZER} cannot be read: {error}", hint=_MISSING) from None
+        for added in self._file.get("added_tokens") or ():
+            if (number := tokens.token_to_id(added["content"])) != added["id"]:
+                why = f"gives {added['content']!r} the number {added['id']}, and the tokenizers library reads {number}"
+                self._refuse(TOKENIZER, "added_tokens", why)
+        tokens.no_truncation()
+        tokens.no_padding()
+        for key in _SWITCHES:
+            if not isinstance(self._config.get(key), bool | None):
+                self._refuse(CONFIG, key, f"is {self._config[key]!r}, neither true nor false")
+        tokens.encode_special_tokens = bool(self._config.get("split_special_tokens"))
+        return tokens
+
+    def _compare(self, config: Json) -> None:
+        """Refuse a key by which transformers would split texts in another way than tokenizer.json."""
+        for key, section, kind, said in _TOLD_TWICE:
+            for part in _parts(self._file.get(section)):
+                if part.get("type") == kind and config.get(key) is not None and config[key] != said(part):
+                    self._refuse(CONFIG, key, f"is {config[key]!r}, and the {section} of {TOKENIZER} says otherwise")
+        if config.get("fix_mistral_regex"):
+            self._refuse(CONFIG, "fix_mistral_regex", f"is not supported: {TOKENIZER} alone says how a text is split")
+        if config.get("tokenizer_class") == "NewlineTokenizer":
+            why = "is NewlineTokenizer, which rewrites line ends: that is not supported"
+            self._refuse(CONFIG, "tokenizer_class", why)
+
+    def _add_tokens(self, tokens: tokenizers.Tokenizer) -> None:
+        """Add the tokens that only the other files name; refuse a number that tokenizer.json does not give them."""
+        known = {token.content for token in tokens.get_added_tokens_decoder().values()}
+        listed = self._config.get("added_tokens_decoder") or {}
+        try:
+            wanted = sorted((int(number), _content(told), _flags(told)) for number, told in listed.items())
+            for number, content, flags in wanted:
+                if content not in known:
+                    tokens.add_tokens([tokenizers.AddedToken(**flags)])
+                self._check_number(tokens, CONFIG, "added_tokens_decoder", content, number)
+        except (TypeError, ValueError, AttributeError) as error:
+            self._refuse(CONFIG, "added_tokens_decoder", f"cannot be read: {error}")
+        for content, number in self._json(ADDED).items():
+            self._check_number(tokens, ADDED, repr(content), content, number)
+
+    def _mark_special(self, tokens: tokenizers.Tokenizer) -> None:
+        """Make the special tokens that only the other files name special here too."""
+        for name in _NAMED:
+            token = self._find_named(name)
+            if token is not None and tokens.token_to_id(token) is not None:
+                tokens.add_special_tokens([token])
+            elif token is not None and name in ("bos_token", "eos_token"):
+                self._refuse(CONFIG, name, f"is {token!r}, which is no token of {TOKENIZER}")
+        for file, where in ((CONFIG, self._config), (SPECIAL, self._special)):
+            for key in _LISTS:
+                for content in self._contents(file, key, where.get(key)):
+                    if tokens.token_to_id(content) is None:
+                        self._refuse(file, key, f"has {content!r}, which is no token of {TOKENIZER}")
+                    tokens.add_special_tokens([content])
+
+    def _check_number(self, tokens: tokenizers.Tokenizer, file: str, key: str, content: str, number: Any) -> None:
+        if tokens.token_to_id(content) != number or tokens.id_to_token(number) != content:
+            has = tokens.token_to_id(content)
+            why = f"gives {content!r} the number {number!r}, and {TOKENIZER} gives it {'none' if has is None else has}"
+            self._refuse(file, key, why)
+
+    def _find_ends(self, tokens: tokenizers.Tokenizer, model: Json) -> set[int]:
+        """Return every token by which one of the files says that an answer ends."""
+        text = model.get("text_config")
+        told = [
+            (GENERATION, "eos_token_id", self._json(GENERATION).get("eos_token_id")),
+            (MODEL, "eos_token_id", model.get("eos_token_id")),
+            (MODEL, "text_config.eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None),
+            (CONFIG, "eos_token", _content(self._config.get("eos_token"))),
+            (SPECIAL, "eos_token", _content(self._special.get("eos_token"))),
+        ]
+        ends: set[int] = set()
+        for file, key, value in told:
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str):
+                    number = None if item.isdigit() else tokens.token_to_id(item)
+                    if number is None:
+                        self._refuse(file, key, f"has {item!r}, which is no token of {TOKENIZER}")
+                    ends.add(number)
+                elif isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 31:
+                    ends.add(item)
+                elif item is not None:
+                    self._refuse(file, key, f"has {item!r}: it should be a token's number, its text, or a list of them")
+        return ends
+
+    def _find_around(self, tokens: tokenizers.Tokenizer) -> tuple[list[int], list[int]] | None:
+        """Return what add_bos_token and add_eos_token put around a raw text; None where tokenizer.json does that."""
+        own = tokens.encode("").ids
+        bos, eos = (self._number(tokens, name) for name in ("bos_token", "eos_token"))
+        starts = bos is not None and own[:1] == [bos]
+        ends = eos is not None and own[starts:][-1:] == [eos]
+        wished = [self._config.get(key) for key in ("add_bos_token", "add_eos_token")]
+        for key, wish, number in zip(("add_bos_token", "add_eos_token"), wished, (bos, eos), strict=True):
+            if wish and number is None:
+                self._refuse(CONFIG, key, f"is true, and there is no {key.removeprefix('add_')}")
+        before, after = (there if wish is None else wish for wish, there in zip(wished, (starts, ends), strict=True))
+        if (before, after) == (starts, ends):
+            return None
+        if len(own) != starts + ends:
+            key = "add_bos_token" if before != starts else "add_eos_token"
+            self._refuse(CONFIG, key, f"is {self._config[key]!r}, and the post_processor of {TOKENIZER} says otherwise")
+        return [bos] * before, [eos] * after  # type: ignore[list-item]
+
+    def _number(self, tokens: tokenizers.Tokenizer, name: str) -> int | None:
+        token = self._find_named(name)
+        return None if token is None else tokens.token_to_id(token)
+
+    def _find_named(self, name: str) -> str | None:
+        """Return the special token of this name, such as `bos_token`."""
+        told = [(file, _content(where.get(name))) for file, where in ((CONFIG, self._config), (SPECIAL, self._special))]
+        for file, token in told:
+            if not isinstance(token, str | None):
+                self._refuse(file, name, f"is {token!r}: it should be a token's text")
+        return next((token for _, token in told if token), None)
+
+    def _contents(self, file: str, key: str, value: Any) -> list[str]:
+        items = list(value.values()) if isinstance(value, dict) else value or []
+        told = [_content(item) for item in items] if isinstance(items, list) else [None]
+        contents = [content for content in told if isinstance(content, str)]
+        if len(contents) != len(told):
+            self._refuse(file, key, f"is {value!r}: it should be a list of tokens")
+        return contents
+
+    def _text(self, name: str) -> str | None:
+        try:
+            data = self._read(name)
+            return None if data is None else data.decode("utf-8-sig")  # some editors begin a file with a mark
+        except OSError as error:
+            raise CheckpointError(f"{self._where}: {name} cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self._where}: {name} is not UTF-8: {error}", hint=_HINT) from None
+
+    def _json(self, name: str) -> Json:
+        text = self._text(name)
+        try:
+            value = {} if text is None else json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self._where}: {name} is not valid JSON: {error}", hint=_HINT) from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self._where}: {name} is not a JSON object", hint=_HINT)
+        return value
+
+    def _refuse(self, file: str, key: str, why: str) -> NoReturn:
+        raise CheckpointError(f"{self._where}: {file}: {key} {why}", hint=_HINT)
+
+
+def _parts(node: Any) -> Iterator[Json]:
+    """Yield a section of tokenizer.json and the parts that it is a sequence of."""
+    if isinstance(node, dict):
+        yield node
+        for parts in node.values():
+            if isinstance(parts, list):
+                for part in parts:
+                    yield from _parts(part)
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a token, which may be told with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _flags(told: Json) -> Json:
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {name: told[name] for name in names if name in told}
+
+
+def _first_added(tokens: tokenizers.Tokenizer, text: str) -> int | None:
+    """Return the token at the beginning of a text, where it is one that no ordinary text has."""
+    first = tokens.encode(text, add_special_tokens=False).ids[:1]
+    return next((number for number in first if number in tokens.get_added_tokens_decoder()), None)
