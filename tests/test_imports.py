@@ -42,7 +42,7 @@ ONLY_IN: dict[str, set[str]] = {
         "manual",
     },
     "tqdm": {"console"},
-    "paramiko": {"ssh", "ssh_connect", "ssh_login"},
+    "paramiko": {"ssh", "ssh_connect", "ssh_login", "ssh_identity", "ssh_trust", "ssh_algorithms", "ssh_proxy"},
     "huggingface_hub": {"hub"},
     "mlx": NODE | {"model"},
     "mlx_lm": NODE | {"model"},
@@ -108,7 +108,8 @@ ROOMS = (
     {"pipeline"},
     {"sources", "stamp"},
     {"ssh_connect"},
-    {"ssh_login"},
+    {"ssh_login", "ssh_algorithms", "ssh_proxy"},
+    {"ssh_identity", "ssh_trust"},
     {
         "ssh_config",
         "remote",
