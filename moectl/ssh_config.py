@@ -64,7 +64,7 @@ def read_ssh_settings(
     options += ["-p", str(port)] if port else []
     options += ["-l", user] if user else []
     values = _ask_ssh(options, name)
-    _refuse(values, options, name)
+    _refuse(values, name)
     target = ["-F", config] if config else []
     target += ["-p", str(port)] if port else []
     command = shlex.join(["ssh", *target, f"{user}@{name}" if user else name])
@@ -91,7 +91,8 @@ def run_openssh(argv: Sequence[str], host: str) -> subprocess.CompletedProcess[s
 def _ask_ssh(options: Sequence[str], name: str) -> dict[str, list[str]]:
     done = run_openssh(["ssh", "-G", *options, "--", name], name)
     if done.returncode != 0:
-        raise _config_error(done.stderr, name)
+        config = options[options.index("-F") + 1] if "-F" in options else "~/.ssh/config"
+        raise _config_error(done.stderr, config, name)
     values: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():
         key, _, value = line.partition(" ")
@@ -99,27 +100,26 @@ def _ask_ssh(options: Sequence[str], name: str) -> dict[str, list[str]]:
     return values
 
 
-def _config_error(said: str, name: str) -> HostError:
-    """Quote the line that ssh stumbled over: its last line only counts them."""
-    lines = [line.strip() for line in said.strip().split("\n")]
-    bad = [found for line in lines if (found := re.match(r"(.+): line (\d+): Bad configuration option: (\S+)", line))]
+def _config_error(said: str, config: str, name: str) -> HostError:
+    """Quote the lines that ssh stumbled over: its last line only counts them."""
+    lines = [line.strip() for line in said.strip().split("\n") if "terminating," not in line]
+    bad = [found for line in lines if (found := re.search(r"line (\d+): Bad configuration option: (\S+)", line))]
     if not bad:
-        first = next((line for line in lines if "terminating," not in line), lines[-1])
-        return HostError(f"ssh refuses its configuration: {first}", host=name, hint="mend ~/.ssh/config")
-    path = bad[0][1]
+        reason = "; ".join(lines[-2:])
+        return HostError(f"ssh refuses its configuration: {reason}", host=name, hint=f"mend {config}")
     more = f" ({len(bad)} such lines)" if len(bad) > 1 else ""
-    text = _read_text(path)
-    ignored = dict.fromkeys([*_already_ignored(text), *(_as_written(found[3], text) for found in bad)])
+    text = _read_text(config)
+    ignored = dict.fromkeys([*_already_ignored(text), *(_as_written(found[2], text) for found in bad)])
     return HostError(
-        f"ssh refuses its configuration: {bad[0][0]}{more}",
+        f"ssh refuses its configuration: {bad[0].string}{more}",
         host=name,
-        hint=f"correct it, or put 'IgnoreUnknown {','.join(ignored)}' first in {path}: this ssh does not know it",
+        hint=f"this ssh does not know it: correct it, or put 'IgnoreUnknown {','.join(ignored)}' first in {config}",
     )
 
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+        return Path(_expand_home(path)).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
@@ -136,7 +136,7 @@ def _already_ignored(text: str) -> list[str]:
     return found[1].strip('"').split(",") if found else []
 
 
-def _refuse(values: Mapping[str, Sequence[str]], options: Sequence[str], name: str) -> None:
+def _refuse(values: Mapping[str, Sequence[str]], name: str) -> None:
     """Raise HostError for what is set and cannot be done; of a later ssh's keywords only their default can."""
     for row, value in find_set(Verdict.REFUSED, {key: found[0] for key, found in values.items()}):
         raise HostError(f"{row.name} {value} is set for it: {row.words}", host=name, hint=f"{row.hint} (~/.ssh/config)")

@@ -231,7 +231,8 @@ class _Line:
 
 def _start(transport: Transport, settings: SSHSettings, address: str | None) -> None:
     """Do the key exchange and check the host key. Raises HostKeyError, HostError, Unreachable."""
-    restrict(transport, find_known_keys(settings), settings)
+    known = find_known_keys(settings)
+    restrict(transport, known, settings)
     try:
         transport.start_client(timeout=settings.connect_timeout_s)
     except paramiko.SSHException:
@@ -242,4 +243,4 @@ def _start(transport: Transport, settings: SSHSettings, address: str | None) -> 
         raise TimeoutError
     key = transport.get_remote_server_key()
     blob = getattr(key, "public_blob", None)
-    check_host_key(Shown(key, blob.key_blob if blob else None), settings, address)
+    check_host_key(Shown(key, blob.key_blob if blob else None), known, settings, address)

@@ -72,7 +72,7 @@ class Identities:
         beside = {} if self.settings.certificate_files else {path: _read_text(Path(f"{path}-cert")) for path in files}
         blobs = {*files.values(), *beside.values()}
         named = [key for key in self.agent_keys if key.blob in blobs]
-        others = [] if self.settings.identities_only else [key for key in self.agent_keys if key not in named]
+        others = [] if self.settings.identities_only else [key for key in self.agent_keys if key.blob not in blobs]
         for path, blob in certificates:
             yield from self._certified(path.name, blob, named + others, files)
         yield from (Offer("agent", key) for key in (*named, *others))
@@ -284,8 +284,11 @@ def _describe(path: Path, data: bytes) -> tuple[str, str | None]:
             f"{path.name} is a key of PuTTY",
             f"puttygen {quoted} -O private-openssh -o {made}, and name {made} as IdentityFile",
         )
-    readable = subprocess.run(
+    read = subprocess.run(
         ["ssh-keygen", "-y", "-P", "", "-f", str(path)], stdin=subprocess.DEVNULL, capture_output=True
     )
-    hint = f"ssh-keygen -p -f {quoted}" if readable.returncode == 0 else None
-    return f"{path.name} holds no private key that moectl can read", hint
+    if b"passphrase" in read.stderr:
+        return f"{path.name} needs a passphrase and is not in an agent", f"ssh-add {quoted}"
+    if read.returncode == 0 and not read.stdout.startswith(b"ssh-dss"):
+        return f"{path.name} is in a format that moectl does not read", f"ssh-keygen -p -f {quoted}"
+    return f"{path.name} holds no private key that can be used", None

@@ -57,7 +57,7 @@ KEYWORDS: tuple[Keyword, ...] = (
         CanonicalizePermittedCNAMEs  8.0  ssh -G did it
         CanonicalDomains             8.0  ssh -G did it
         IgnoreUnknown                8.0  ssh -G did it
-        Tag                          9.5  ssh -G did it (Match tagged)
+        Tag                          9.4  ssh -G did it (Match tagged)
         ProxyJump                    8.0  hop by hop, with its tokens
         ProxyCommand                 8.0  run by $SHELL, with its tokens
         IdentityFile                 8.0  private keys and public keys of an agent, with tokens

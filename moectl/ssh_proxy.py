@@ -27,14 +27,18 @@ class Proxy:
         self.command = command
         self._said = b""
         self.sock, theirs = socket.socketpair()
-        with theirs:
-            self._child = subprocess.Popen(
-                [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {command}"],
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+        try:
+            with theirs:
+                self._child = subprocess.Popen(
+                    [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {command}"],
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,
+                )
+        except BaseException:
+            self.sock.close()
+            raise
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,9 +86,10 @@ def find_known_keys(settings: SSHSettings, shown: Shown | None = None) -> KnownK
     return found
 
 
-def check_host_key(shown: Shown, settings: SSHSettings, peer: str | None) -> None:
+def check_host_key(shown: Shown, known: KnownKeys, settings: SSHSettings, peer: str | None) -> None:
     """Say whether a host's key is trusted, by raising HostKeyError where it is not. `peer` is its address."""
-    known = find_known_keys(settings, shown)
+    if _has_command(settings):
+        known = find_known_keys(settings, shown)
     _check_size(shown, settings)
     _check_revoked(shown, known, settings)
     uncertified = _why_uncertified(shown, known, settings) if shown.certificate else None
@@ -102,6 +103,10 @@ def check_host_key(shown: Shown, settings: SSHSettings, peer: str | None) -> Non
     raise _unknown_error(shown, settings, uncertified)
 
 
+def _has_command(settings: SSHSettings) -> bool:
+    return settings.values.get("knownhostscommand", "none") != "none"
+
+
 def _look_up(name: str, settings: SSHSettings, shown: Shown | None = None, reason: str | None = None) -> KnownKeys:
     accepted: set[Key] = set()
     authorities: set[Key] = set()
@@ -109,7 +114,7 @@ def _look_up(name: str, settings: SSHSettings, shown: Shown | None = None, reaso
     files: list[Path] = []
     with contextlib.ExitStack() as opened:
         sources = [path for path in settings.known_hosts if path.is_file()]
-        if reason and settings.values.get("knownhostscommand", "none") != "none":
+        if reason and _has_command(settings):
             said = opened.enter_context(tempfile.NamedTemporaryFile())
             said.write(_run_command(name, settings, shown, reason))
             said.flush()
@@ -175,20 +180,14 @@ def _check_revoked(shown: Shown, known: KnownKeys, settings: SSHSettings) -> Non
     if shown.certificate:
         with contextlib.suppress(ValueError, UnsupportedAlgorithm):
             keys.add(_authority(_parse(shown.certificate)))
-    if keys & known.revoked:
-        raise HostKeyError("its host key was revoked in known_hosts.", host=settings.name)
-    for path in _revocation_files(settings):
-        reason = _find_revoked(shown, keys, path, settings)
-        if reason:
-            raise HostKeyError(f"its host key {reason} (RevokedHostKeys).", host=settings.name)
-
-
-def _revocation_files(settings: SSHSettings) -> Iterator[Path]:
-    text = settings.values.get("revokedhostkeys", "none")
-    if text == "none":
-        return
-    filled = expand_path(text, settings.tokens, settings.name, "RevokedHostKeys") if "${" in text else text
-    yield from split_paths(filled)
+    revoked_in = "known_hosts" if keys & known.revoked else None
+    reason = f"was revoked in {revoked_in}{_not_followed(settings)}" if revoked_in else None
+    for path in split_paths(settings.values.get("revokedhostkeys")):
+        if found := _find_revoked(shown, keys, path, settings):
+            reason, revoked_in = f"{found} (RevokedHostKeys)", str(path)
+    if reason:
+        hint = f"give the host a new key; if this one is right, correct {revoked_in}"
+        raise HostKeyError(f"its host key {reason}.", host=settings.name, hint=hint)
 
 
 def _find_revoked(shown: Shown, keys: set[Key], path: Path, settings: SSHSettings) -> str | None:
