@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import copy
 import io
 import os
 import shlex
@@ -107,8 +106,10 @@ class Identities:
     ) -> Iterator[Offer]:
         """Offer a certificate with the private key that it belongs to, of an agent or in a file."""
         plain = plain_blob(certificate)
-        key: paramiko.PKey | None = next((one for one in agent_keys if one.blob == plain), None)
-        if key is None:
+        key: paramiko.PKey | None = None
+        if held := [one for one in agent_keys if one.blob == plain]:
+            key = AgentKey(held[0].agent, plain, held[0].comment)  # its own, since it gets the certificate
+        else:
             for path, public in files.items():
                 found = self._load(path) if public in (plain, None) else None
                 if found and found.asbytes() == plain:
@@ -116,7 +117,6 @@ class Identities:
         if key is None:
             self.left.append(Left(f"{label} is a certificate without its key"))
             return
-        key = copy.copy(key)
         key.public_blob = paramiko.pkey.PublicBlob(paramiko.Message(certificate).get_text(), certificate)
         yield Offer(label, key)
 
@@ -144,7 +144,7 @@ class Identities:
             if not isinstance(error, FileNotFoundError):
                 self._leave(f"{path.name} cannot be read: {error.strerror}")
             return None
-        if status.st_uid == os.getuid() and status.st_mode & 0o077:
+        if status.st_uid == os.getuid() and status.st_mode & 0o077 and b"PRIVATE KEY" in data:
             # ssh does not use such a key either.
             self._leave(f"others may read {path.name}", f"chmod 600 {shlex.quote(str(path))}")
             return None

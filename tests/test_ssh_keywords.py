@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from moectl.errors import HostError
+from moectl.hosts import Host
+from moectl.ssh import SSHRemote
 from moectl.ssh_config import read_ssh_settings
 from moectl.ssh_keywords import KEYWORDS, TABLE, Verdict
-from tests.beside import ask_moectl, ask_ssh, both_get_in, both_refuse, compare
-from tests.sshd import Server, find_free_port
+from tests.beside import ask_moectl, ask_ssh, both_get_in, both_refuse
+from tests.sshd import Server, find_free_port, run_sshd
 
 # What each row is set to: other values than ssh's own. {known} is a file with the host's key, {new} none yet.
 SAMPLES: dict[str, tuple[str, ...]] = {
@@ -147,28 +149,52 @@ def test_the_table_has_every_keyword_that_this_ssh_prints() -> None:
     assert SAMPLES.keys() == {row.name for row in KEYWORDS}
 
 
-@pytest.mark.parametrize(("keyword", "value"), [(name, value) for name in SAMPLES for value in SAMPLES[name]])
-def test_ssh_and_moectl_come_to_the_same_verdict(sshd: Server, tmp_path: Path, keyword: str, value: str) -> None:
+def fill(sshd: Server, tmp_path: Path, text: str) -> list[str]:
+    """Return the lines of a sample, and put what it names in place."""
     (tmp_path / "relay.py").write_text(RELAY)
+    (tmp_path / "new").unlink(missing_ok=True)  # what the one writes is not there for the other
     places = {"known": sshd.known_hosts, "new": tmp_path / "new", "host_key": sshd.host_key, "free": find_free_port()}
-    filled = value.format(**places, python=sys.executable, relay=tmp_path / "relay.py")
-    for jump in ("jump", "jump-node0"):
-        sshd.add_alias(jump)
-    for trial in ("ssh", "moectl"):  # what the one writes is not there for the other
-        (tmp_path / "new").unlink(missing_ok=True)
-        sshd.add_alias("node0", *f"{keyword} {filled}".split("\n"))
-        got_in = ask_ssh(sshd.config, "node0") if trial == "ssh" else ask_moectl(sshd.config, "node0")
-        if trial == "ssh":
-            assert isinstance(got_in, subprocess.CompletedProcess)
-            theirs = got_in.returncode == 0
-    error = got_in
-    assert not isinstance(error, subprocess.CompletedProcess)
+    return text.format(**places, python=sys.executable, relay=tmp_path / "relay.py").split("\n")
+
+
+def come_to_the_same_verdict(sshd: Server, tmp_path: Path, keyword: str, value: str) -> None:
+    sshd.add_alias("jump")
+    sshd.add_alias("jump-node0")
+    start = sshd.config.read_text()
+    sshd.add_alias("node0", *fill(sshd, tmp_path, f"{keyword} {value}"))
+    theirs = ask_ssh(sshd.config, "node0").returncode == 0
+    sshd.config.write_text(start)
+    sshd.add_alias("node0", *fill(sshd, tmp_path, f"{keyword} {value}"))
+    error = ask_moectl(sshd.config, "node0")
     if error is None:
         assert theirs, "moectl gets in, ssh does not"
     elif theirs:
         assert keyword.lower() in f"{error} {error.hint}".lower(), f"ssh gets in: {error} ({error.hint})"
     if TABLE[keyword.lower()].verdict in (Verdict.HARMLESS, Verdict.LOGIN):
         assert (error is None) == theirs
+
+
+def samples(*verdicts: Verdict) -> list[tuple[str, str]]:
+    return [(row.name, value) for row in KEYWORDS if row.verdict in verdicts for value in SAMPLES[row.name]]
+
+
+@pytest.mark.parametrize(("keyword", "value"), samples(Verdict.HONOURED, Verdict.REFUSED, Verdict.LOGIN, Verdict.TRUST))
+def test_ssh_and_moectl_come_to_the_same_verdict(sshd: Server, tmp_path: Path, keyword: str, value: str) -> None:
+    come_to_the_same_verdict(sshd, tmp_path, keyword, value)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("keyword", "value"), samples(Verdict.HARMLESS))
+def test_what_is_harmless_changes_no_verdict(sshd: Server, tmp_path: Path, keyword: str, value: str) -> None:
+    come_to_the_same_verdict(sshd, tmp_path, keyword, value)
+
+
+def test_all_that_is_harmless_at_once_changes_no_verdict(sshd: Server, tmp_path: Path) -> None:
+    known = subprocess.run(["ssh", "-G", "-F", "none", "host"], capture_output=True, text=True, check=True).stdout
+    printed = {line.split()[0].lower() for line in known.splitlines()}
+    lines = [f"{name} {value}" for name, value in samples(Verdict.HARMLESS) if name.lower() in printed]
+    assert len(lines) > 30
+    both_get_in(sshd, sshd.add_alias("node0", *(line for text in lines for line in fill(sshd, tmp_path, text))))
 
 
 @pytest.mark.parametrize("name", [row.name for row in KEYWORDS if row.verdict is Verdict.REFUSED])
@@ -185,7 +211,8 @@ def test_what_is_refused_names_the_keyword_and_its_hint_mends_it(sshd: Server, n
     sshd.add_alias("node0", f"{name} {value}")
     error = ask_moectl(sshd.config, "node0")
     assert isinstance(error, HostError)
-    assert f"{name} {value} is set for it" in error.message
+    assert error.message.startswith(f"{name} ")
+    assert "is set for it" in error.message
     assert error.hint is not None
     assert line.split()[0] in error.hint
     sshd.config.write_text("")
@@ -276,9 +303,14 @@ def test_a_proxy_command_is_run_by_the_users_shell(
     both_get_in(sshd, sshd.add_alias("node0", "ProxyCommand go"))
 
 
-def test_what_set_env_and_send_env_send_arrives(sshd: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_set_env_and_send_env_send_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_SENT", "from here")
     monkeypatch.setenv("LC_ALL", "C")
-    sshd.add_alias("node0", "SetEnv MOE_SET=1=2 X=y", "SendEnv MOE_* LC_*")
-    assert read_ssh_settings("node0").environment == {"MOE_SENT": "from here", "MOE_SET": "1=2", "X": "y"}
-    assert compare(sshd, "node0") is None
+    with run_sshd(tmp_path / "server", "AcceptEnv MOE_* LC_*") as server:
+        server.add_alias("node0", "SetEnv MOE_SET=1=2", "SendEnv MOE_* LC_*")
+        show = 'echo "$MOE_SENT,$MOE_SET"'
+        theirs = subprocess.run(["ssh", "-F", str(server.config), "node0", show], capture_output=True, check=True)
+        remote = SSHRemote(Host("node0"), config=str(server.config))
+        assert remote.run(["sh", "-c", show]).stdout == theirs.stdout == b"from here,1=2\n"
+        assert remote.run(["sh", "-c", "echo $LC_ALL"]).stdout == b"\n"  # the language of this terminal stays here
+        remote.close()
