@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from moectl.errors import HostKeyError
-from moectl.ssh_config import NO_FILES, SSHSettings, expand_path, run_openssh, split_paths
+from moectl.ssh_config import NO_FILES, SSH_PORT, SSHSettings, expand_path, run_openssh, split_paths
 from moectl.ssh_keywords import Verdict, find_set
 
 COMMAND_S = 30.0
@@ -279,11 +279,11 @@ def _signed_with(blob: bytes) -> str:
 
 def _check_address(shown: Shown, settings: SSHSettings, peer: str | None) -> None:
     """With CheckHostIP: refuse a key where another is on file for the address, as ssh does. `peer` is the address."""
-    if settings.values.get("checkhostip") != "yes" or peer is None or peer == settings.hostname:
+    if settings.values.get("checkhostip") != "yes" or peer is None:
         return
-    if ipaddress.ip_address(peer.partition("%")[0]).is_loopback:
+    name = peer if settings.port == SSH_PORT else f"[{peer}]:{settings.port}"
+    if name == settings.hostname or ipaddress.ip_address(peer.partition("%")[0]).is_loopback:
         return
-    name = peer if settings.port == 22 else f"[{peer}]:{settings.port}"
     known = _look_up(name, settings, shown, "ADDRESS")
     if shown.plain in known.revoked:
         raise HostKeyError(f"its host key was revoked in known_hosts for {peer}.", host=settings.name)
@@ -292,7 +292,7 @@ def _check_address(shown: Shown, settings: SSHSettings, peer: str | None) -> Non
         raise HostKeyError(
             f"another host key is on file for its address {peer} (CheckHostIP).",
             host=settings.name,
-            hint=f"if that address was another host's before, run '{remove}'.",
+            hint=f"if that address belonged to another host before, run '{remove}'.",
         )
 
 

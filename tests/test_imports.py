@@ -122,7 +122,7 @@ ROOMS = (
         "relay",
         "links",
     },
-    {"node_logs", "node_workers", "node_clear", "node_platform", "throughput"},
+    {"node_logs", "node_workers", "node_clear", "node_platform", "throughput", "ssh_keywords"},
     {"checkpoint"},
     {"hub"},
     {"layouts"},

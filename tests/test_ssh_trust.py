@@ -245,7 +245,8 @@ def test_a_known_hosts_command_that_fails_is_named(sshd: Server, tmp_path: Path)
     script.chmod(0o755)
     error = refused(sshd, sshd.add_alias("node0", f"KnownHostsCommand {script}"))
     assert error.message == f"its KnownHostsCommand ({script}) failed: exit code 4: no ticket"
-    error = refused(sshd, sshd.add_alias("node1", "KnownHostsCommand /nowhere/at/all"))
+    error = compare(sshd, sshd.add_alias("node1", "KnownHostsCommand /nowhere/at/all"), "KnownHostsCommand")
+    assert isinstance(error, HostKeyError)  # ssh goes on with what the files say
     assert "/nowhere/at/all" in error.message
 
 
@@ -322,6 +323,10 @@ def test_check_host_ip_refuses_another_key_for_the_address(sshd: Server, tmp_pat
             server.add_alias("node0", *lines)
             server.add_alias("node1", "CheckHostIP yes", *lines)
             both_get_in(server, "node0")
-            compare(server, "node1")
+            error = refused(server, "node1")
+            assert error.message == "another host key is on file for its address 192.0.2.77 (CheckHostIP)."
+            assert error.hint is not None
+            subprocess.run(error.hint.split("'", 1)[1].rsplit("'", 1)[0], shell=True, check=True, capture_output=True)
+            both_get_in(server, "node1")
     finally:
         subprocess.run(["ip", "address", "del", "192.0.2.77/32", "dev", "lo"], check=True)
