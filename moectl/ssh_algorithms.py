@@ -125,7 +125,7 @@ def nothing_in_common(transport: Transport, settings: SSHSettings) -> Unreachabl
                 "on the host, run 'ssh-keygen -A', and let sshd use the ed25519 key (HostKey in /etc/ssh/sshd_config)"
             )
         return Unreachable(
-            f"no {keyword} in common: the host offers {', '.join(shown)}; moectl has {', '.join(ours)}",
+            f"no {keyword} in common: the host offers {', '.join(shown)}; this side has {', '.join(ours)}",
             host=settings.name,
             hint=hint,
         )

@@ -51,7 +51,7 @@ def test_nothing_in_common_names_both_sides_and_the_hint_mends_it(tmp_path: Path
     with run_sshd(tmp_path / "one", line) as server:
         error = compare(server, server.add_alias("node0"), keyword)
         assert isinstance(error, Unreachable)
-        assert f"no {keyword} in common: the host offers {offered}; moectl has " in error.message
+        assert f"no {keyword} in common: the host offers {offered}; this side has " in error.message
         assert error.hint is not None
         mended = error.hint.split("'")[1]
         assert mended.startswith(line)
@@ -64,7 +64,7 @@ def test_no_mac_in_common_names_both_sides_and_the_hint_mends_it(tmp_path: Path)
     with run_sshd(tmp_path / "one", *lines) as server:
         error = compare(server, server.add_alias("node0"), "MACs")
         assert error is not None
-        assert "no MACs in common: the host offers umac-64@openssh.com; moectl has" in error.message
+        assert "no MACs in common: the host offers umac-64@openssh.com; this side has" in error.message
         assert error.hint is not None
     with run_sshd(tmp_path / "two", lines[0], error.hint.split("'")[1]) as server:
         both_get_in(server, server.add_alias("node0"))
@@ -92,6 +92,6 @@ def test_a_configuration_that_leaves_nothing_names_the_keyword_and_the_hint_mend
 def test_what_the_configuration_leaves_out_is_not_used(tmp_path: Path) -> None:
     with run_sshd(tmp_path / "server", "Ciphers aes128-ctr") as server:
         error = both_refuse(server, server.add_alias("node0", "Ciphers aes256-ctr"))
-        assert "no Ciphers in common: the host offers aes128-ctr; moectl has aes256-ctr" in error.message
+        assert "no Ciphers in common: the host offers aes128-ctr; this side has aes256-ctr" in error.message
         assert error.hint == "add aes128-ctr to Ciphers in ~/.ssh/config"
         assert ask_moectl(server.config, server.add_alias("node1", "Ciphers aes256-ctr,aes128-ctr")) is None

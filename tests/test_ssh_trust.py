@@ -245,9 +245,9 @@ def test_a_known_hosts_command_that_fails_is_named(sshd: Server, tmp_path: Path)
     script.chmod(0o755)
     error = refused(sshd, sshd.add_alias("node0", f"KnownHostsCommand {script}"))
     assert error.message == f"its KnownHostsCommand ({script}) failed: exit code 4: no ticket"
-    error = compare(sshd, sshd.add_alias("node1", "KnownHostsCommand /nowhere/at/all"), "KnownHostsCommand")
-    assert isinstance(error, HostKeyError)  # ssh goes on with what the files say
-    assert "/nowhere/at/all" in error.message
+    missing = compare(sshd, sshd.add_alias("node1", "KnownHostsCommand /nowhere/at/all"), "KnownHostsCommand")
+    assert isinstance(missing, HostKeyError)  # ssh goes on with what the files say
+    assert "/nowhere/at/all" in missing.message
 
 
 # What the hints say, done.
