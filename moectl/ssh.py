@@ -50,6 +50,7 @@ class SSHRemote:
         self._host = host
         self._config = config
         self._transport: paramiko.Transport | None = None
+        self._environment: Mapping[str, str] = {}  # of SetEnv and SendEnv
         self._opened = contextlib.ExitStack()
         self._lock = threading.Lock()
         self._receiver: tuple[paramiko.Channel, _Answers] | None = None
@@ -115,6 +116,7 @@ class SSHRemote:
                 )
                 with contextlib.ExitStack() as opening:
                     self._transport = open_transport(settings, self._config, opening)
+                    self._environment = settings.environment
                     self._opened = opening.pop_all()
             return self._transport
 
@@ -123,6 +125,7 @@ class SSHRemote:
         transport = self._connected()
         try:
             channel = transport.open_session(window_size=WINDOW_BYTES, timeout=STALL_S)
+            channel.update_environment(self._environment)
             channel.exec_command(quote_command(argv, env))
         except paramiko.ChannelException as error:
             raise CommandFailed(f"sshd refused a session: {error.text}", host=self.name) from None

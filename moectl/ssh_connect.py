@@ -1,7 +1,7 @@
 """From a host's settings to a trusted connection: dial, jump, check the host key, notice when the host is gone.
 
 It behaves as `ssh HOST` would: same configuration, jumps and known_hosts. It never asks a question and never accepts a
-host key by itself. Which key opens the door is `ssh_login`'s; what the connection is for, `ssh`'s.
+host key by itself. Whom to trust is `ssh_trust`'s, which key opens the door `ssh_login`'s; what for, `ssh`'s.
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import shlex
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import paramiko
 
-from moectl.errors import HostError, HostKeyError, Unreachable
-from moectl.hosts import parse_host_string
-from moectl.ssh_config import SSHSettings, find_known_keys, read_ssh_settings
+from moectl.errors import HostError, HostsError, Unreachable
+from moectl.hosts import Host, parse_host_string
+from moectl.ssh_algorithms import Transport, nothing_in_common, restrict
+from moectl.ssh_config import SSHSettings, read_ssh_settings
 from moectl.ssh_login import log_in
+from moectl.ssh_proxy import Proxy
+from moectl.ssh_trust import Shown, check_host_key, find_known_keys
 
-FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # 3.6 times the default's speed in paramiko
 WINDOW_BYTES = 16 << 20
 KEEPALIVE_S = 5.0
 DEAD_AFTER_S = 15.0
@@ -41,15 +40,13 @@ def open_transport(
     `through` names the hosts to which this one is the jump. The transport ends by itself when nothing was heard of the
     host for DEAD_AFTER_S. Raises Unreachable, HostKeyError, AuthFailed, HostError.
     """
-    with _explain(settings, through):
-        line = _Line(_dial(settings, config, opened, through))
-        transport = paramiko.Transport(cast(paramiko.Channel, line))  # anything like a socket will do
+    with _explain(settings, through), contextlib.ExitStack() as explained:
+        line = _Line(_dial(settings, config, opened, through, explained))
+        transport = Transport(cast(paramiko.Channel, line))  # anything like a socket will do
         opened.callback(transport.close)
-        options = transport.get_security_options()
-        options.ciphers = (*FAST_CIPHERS, *(c for c in options.ciphers if c not in FAST_CIPHERS))
         transport.banner_timeout = 2 * settings.connect_timeout_s  # start_client's time is up first, see below
         transport.auth_timeout = 30.0
-        _check_host_key(transport, settings)
+        _start(transport, settings, line.address)
         log_in(transport, settings)
         line.watch(transport)
     return transport
@@ -85,15 +82,59 @@ def _explain(settings: SSHSettings, through: tuple[str, ...]) -> Iterator[None]:
         raise Unreachable(f"cannot connect: {reason}{way}", host=name, hint=f"try: {settings.command}") from None
 
 
-def _dial(settings: SSHSettings, config: str | None, opened: contextlib.ExitStack, through: tuple[str, ...]) -> Any:
+def _dial(
+    settings: SSHSettings,
+    config: str | None,
+    opened: contextlib.ExitStack,
+    through: tuple[str, ...],
+    explained: contextlib.ExitStack,
+) -> Any:
     """Return something like a socket to the host's sshd: direct, by ProxyJump or by ProxyCommand."""
     if settings.proxy_jump and settings.proxy_jump[-1] != settings.name:
         return _jump(settings, config, opened, through)
     if settings.proxy_command is not None:
-        return _run_proxy(settings.proxy_command, opened)
-    sock = socket.create_connection((settings.hostname, settings.port), settings.connect_timeout_s)
+        proxy = Proxy(settings.proxy_command)
+        opened.callback(proxy.close)
+        explained.enter_context(proxy.explain(settings))
+        return proxy.sock
+    sock = _connect(settings)
     opened.callback(sock.close)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _connect(settings: SSHSettings) -> socket.socket:
+    """Try each address of the host, again and again as ConnectionAttempts says."""
+    values = settings.values
+    family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(values.get("addressfamily", ""), socket.AF_UNSPEC)
+    attempts = int(values.get("connectionattempts", 1))
+    while True:
+        attempts -= 1
+        problem: OSError | None = None
+        for found in socket.getaddrinfo(settings.hostname, settings.port, family, socket.SOCK_STREAM):
+            try:
+                return _connect_to(found[0], found[4], settings)
+            except OSError as error:
+                problem = error
+        if attempts <= 0:
+            raise problem or TimeoutError()
+        time.sleep(1)
+
+
+def _connect_to(family: int, address: Any, settings: SSHSettings) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(settings.connect_timeout_s)
+        if bind := settings.values.get("bindaddress"):
+            try:
+                sock.bind(socket.getaddrinfo(bind, None, family, socket.SOCK_STREAM)[0][4])
+            except OSError as error:
+                hint = "correct BindAddress in ~/.ssh/config: it has to be an address of this machine"
+                raise HostError(f"BindAddress {bind}: {error.strerror}", host=settings.name, hint=hint) from None
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 
@@ -103,7 +144,7 @@ def _jump(
     if len(through) >= MAX_JUMPS:
         raise HostError(f"ProxyJump goes round in a circle: {' → '.join(through)}", host=settings.name)
     *earlier, last = settings.proxy_jump
-    hop = parse_host_string(last.removeprefix("ssh://").rstrip("/")).hosts[0]
+    hop = _parse_hop(last, settings)
     inner = read_ssh_settings(hop.name, user=hop.user, port=hop.port, config=config)
     if earlier:
         inner = replace(inner, proxy_jump=tuple(earlier))
@@ -119,26 +160,16 @@ def _jump(
     return channel
 
 
-def _run_proxy(command: str, opened: contextlib.ExitStack) -> socket.socket:
-    """Start a ProxyCommand with a socket as its stdin and stdout."""
-    ours, theirs = socket.socketpair()
-    opened.callback(ours.close)
-    with theirs:
-        child = subprocess.Popen(
-            ["/bin/sh", "-c", f"exec {command}"],
-            stdin=theirs.fileno(),
-            stdout=theirs.fileno(),
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    def end() -> None:
-        ours.close()
-        child.terminate()
-        child.wait()
-
-    opened.callback(end)
-    return ours
+def _parse_hop(text: str, settings: SSHSettings) -> Host:
+    """Read one hop of ProxyJump: [user@]host[:port], or the same as a URI."""
+    try:
+        return parse_host_string(text.removeprefix("ssh://").rstrip("/")).hosts[0]
+    except HostsError:
+        raise HostError(
+            f"ProxyJump {text}: it is no [user@]host[:port]",
+            host=settings.name,
+            hint="correct ProxyJump in ~/.ssh/config; it takes the tokens %%, %h, %n, %p and %r",
+        ) from None
 
 
 class _Line:
@@ -149,6 +180,8 @@ class _Line:
 
     def __init__(self, sock: Any) -> None:
         self._sock = sock
+        direct = isinstance(sock, socket.socket) and sock.family in (socket.AF_INET, socket.AF_INET6)
+        self.address = str(sock.getpeername()[0]) if direct else None
         self._heard = math.inf  # not watched yet: until the login, paramiko has timeouts
 
     def __getattr__(self, name: str) -> Any:
@@ -196,37 +229,18 @@ class _Line:
             raise ConnectionError(errno.EHOSTDOWN, f"nothing was heard for {DEAD_AFTER_S:g} s")
 
 
-def _check_host_key(transport: paramiko.Transport, settings: SSHSettings) -> None:
-    """Do the key exchange and compare the host key with the known ones. Raises HostKeyError."""
+def _start(transport: Transport, settings: SSHSettings, address: str | None) -> None:
+    """Do the key exchange and check the host key. Raises HostKeyError, HostError, Unreachable."""
     known = find_known_keys(settings)
-    options = transport.get_security_options()
-    types = {kind for kind, _ in known.accepted}
-    if "ssh-rsa" in types:
-        types |= {"rsa-sha2-512", "rsa-sha2-256"}
-    # Ask for a type that is on file, or a host with several keys would look like a changed one.
-    options.key_types = sorted(options.key_types, key=lambda kind: kind not in types)
-    transport.start_client(timeout=settings.connect_timeout_s)
+    restrict(transport, known, settings)
+    try:
+        transport.start_client(timeout=settings.connect_timeout_s)
+    except paramiko.SSHException:
+        if found := nothing_in_common(transport, settings):
+            raise found from None
+        raise
     if not transport.initial_kex_done:  # it returns when the time is up, and says nothing
         raise TimeoutError
     key = transport.get_remote_server_key()
-    found = (key.get_name(), key.get_base64())
-    if found in known.revoked:
-        raise HostKeyError("its host key was revoked in known_hosts.", host=settings.name)
-    if found in known.accepted:
-        return
-    if known.accepted:
-        remove = [["ssh-keygen", "-R", settings.host_key_name, "-f", str(f)] for f in known.files]
-        if known.files == (Path("~/.ssh/known_hosts").expanduser(),):
-            remove = [remove[0][:3]]
-        commands = " && ".join(map(shlex.join, remove))
-        raise HostKeyError(
-            "host key changed since you last connected.",
-            host=settings.name,
-            hint=f"if you reinstalled {settings.name}, run '{commands}', "
-            f"then '{settings.command}' once to accept the new key.",
-        )
-    raise HostKeyError(
-        f"its host key is not known here ({key.fingerprint}).",
-        host=settings.name,
-        hint=f"run '{settings.command}' once, compare the fingerprint and accept the key.",
-    )
+    blob = getattr(key, "public_blob", None)
+    check_host_key(Shown(key, blob.key_blob if blob else None), known, settings, address)

@@ -1,4 +1,4 @@
-"""Which key opens the door: the agent's keys, then those in files, in the order in which ssh tries them.
+"""Which key opens the door: what `ssh_identity` offers, in its order, and what to say when none does.
 
 It never asks for a passphrase or a password. The connection is `ssh_connect`'s.
 """
@@ -6,46 +6,30 @@ It never asks for a passphrase or a password. The connection is `ssh_connect`'s.
 from __future__ import annotations
 
 import contextlib
-import shlex
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import paramiko
-from paramiko.agent import AgentSSH
 
 from moectl.errors import AuthFailed
 from moectl.ssh_config import SSHSettings
-
-
-class _Agent(AgentSSH):
-    """The agent at a socket of our choice: IdentityAgent may name another than SSH_AUTH_SOCK."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.sock.settimeout(30.0)
-            self.sock.connect(path)
-            self._connect(self.sock)  # type: ignore[attr-defined]
-        except BaseException:
-            self.sock.close()
-            raise
+from moectl.ssh_identity import Left, open_identities
+from moectl.ssh_keywords import Verdict, find_set
 
 
 def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:
     """Offer the agent's keys, then those in files, in ssh's order. Raises AuthFailed."""
     with contextlib.ExitStack() as opened:
-        agent_keys = _list_agent_keys(settings, opened)
+        identities = open_identities(settings, opened)
         tried: list[str] = []
-        locked: list[Path] = []
-        for label, key in _list_keys(settings, agent_keys, locked):
-            if label not in tried:
-                tried.append(label)
+        for offer in identities.offers():
+            if offer.label not in tried:
+                tried.append(offer.label)
             try:
-                more = transport.auth_publickey(settings.user, key)
-            except paramiko.BadAuthenticationType:
-                raise _auth_error(settings, "the host takes no keys, and moectl gives no passwords") from None
+                more = transport.auth_publickey(settings.user, offer.key)
+            except paramiko.BadAuthenticationType as error:
+                reason = "the host takes no keys, and moectl gives no passwords"
+                raise _auth_error(settings, reason, methods=error.allowed_types) from None
             except paramiko.AuthenticationException:
                 if not transport.is_active():
                     raise _too_many(settings, tried) from None
@@ -53,56 +37,43 @@ def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:
             except (paramiko.SSHException, EOFError, OSError) as error:
                 if not transport.is_active():
                     raise _too_many(settings, tried) from None
-                raise _auth_error(settings, f"{label} cannot be used: {error or type(error).__name__}") from None
+                reason = f"{offer.label} cannot be used: {error or type(error).__name__}"
+                raise _auth_error(settings, reason) from None
             if more:
                 raise _auth_error(settings, f"the host asks for more than a key ({', '.join(more)})")
             return
-    raise _no_key_error(settings, tried, locked)
+        methods = _ask_methods(transport, settings)
+        if transport.is_authenticated():  # a host that lets everyone in, as ssh would have noticed first
+            return
+    raise _no_key_error(settings, tried, identities.left, methods)
 
 
-def _list_agent_keys(settings: SSHSettings, opened: contextlib.ExitStack) -> list[paramiko.AgentKey]:
-    if settings.agent is None:
-        return []
+def _ask_methods(transport: paramiko.Transport, settings: SSHSettings) -> Sequence[str]:
+    """Return by which methods the host lets one in, as far as it says so."""
     try:
-        agent = _Agent(settings.agent)
-    except (OSError, paramiko.SSHException):
-        return []
-    opened.callback(agent.sock.close)
-    return list(agent.get_keys())
+        transport.auth_none(settings.user)
+    except paramiko.BadAuthenticationType as error:
+        return tuple(error.allowed_types)
+    except (paramiko.SSHException, EOFError, OSError):
+        pass
+    return ()
 
 
-def _list_keys(
-    settings: SSHSettings, agent_keys: Sequence[paramiko.AgentKey], locked: list[Path]
-) -> Iterator[tuple[str, paramiko.PKey]]:
-    """Yield (label, key): agent keys that the configuration names, other agent keys, keys in files."""
-    public = {blob: path for path in settings.identity_files if (blob := _read_public(path))}
-    named = [key for key in agent_keys if key.asbytes() in public]
-    others = [] if settings.identities_only else [key for key in agent_keys if key not in named]
-    yield from (("agent", key) for key in (*named, *others))
-    in_agent = {public[key.asbytes()] for key in named}
-    for path in settings.identity_files:
-        if path in in_agent or not path.is_file():
-            continue
-        try:
-            yield path.name, paramiko.PKey.from_path(path)
-        except (TypeError, paramiko.PasswordRequiredException):
-            locked.append(path)
-        except Exception:
-            # Security keys, foreign formats, unreadable files: ssh skips them too.
-            continue
+def _list_unused(settings: SSHSettings, methods: Sequence[str]) -> list[str]:
+    """Name what ssh might have got in with. What comes with many systems counts only where it could have helped."""
+    needs = {"GSSAPIAuthentication": "gssapi-with-mic", "HostbasedAuthentication": "hostbased"}
+    return [
+        f"{row.name} is set, but {row.words}"
+        for row, value in find_set(Verdict.LOGIN, settings.values)
+        if not (methods and needs.get(row.name, methods[0]) not in methods)
+        and not (row.name == "ControlPath" and not Path(value).is_socket())
+    ]
 
 
-def _read_public(path: Path) -> bytes | None:
-    try:
-        words = Path(f"{path}.pub").read_text(encoding="utf-8").split()
-        return paramiko.pkey.PublicBlob.from_string(" ".join(words[:2])).key_blob
-    except (OSError, ValueError, IndexError, UnicodeDecodeError):
-        return None
-
-
-def _auth_error(settings: SSHSettings, reason: str, hint: str | None = None) -> AuthFailed:
+def _auth_error(settings: SSHSettings, reason: str, hint: str | None = None, methods: Sequence[str] = ()) -> AuthFailed:
     hint = hint or f"this has to work without a question: {settings.command}"
-    return AuthFailed(f"cannot log in as {settings.user}: {reason}.", host=settings.name, hint=hint)
+    message = f"cannot log in as {settings.user}: {'; '.join([reason, *_list_unused(settings, methods)])}."
+    return AuthFailed(message, host=settings.name, hint=hint)
 
 
 def _too_many(settings: SSHSettings, tried: Sequence[str]) -> AuthFailed:
@@ -110,14 +81,17 @@ def _too_many(settings: SSHSettings, tried: Sequence[str]) -> AuthFailed:
     return _auth_error(settings, f"the host hung up after too many keys (tried {', '.join(tried)})", hint)
 
 
-def _no_key_error(settings: SSHSettings, tried: Sequence[str], locked: Sequence[Path]) -> AuthFailed:
+def _no_key_error(
+    settings: SSHSettings, tried: Sequence[str], left: Sequence[Left], methods: Sequence[str]
+) -> AuthFailed:
     port = f"-p {settings.port} " if settings.port != 22 and settings.name == settings.hostname else ""
     copy = f"ssh-copy-id {port}{settings.user}@{settings.name}"
-    if locked:
-        names = ", ".join(path.name for path in locked)
-        also = f", tried {', '.join(tried)}" if tried else ""
-        reason = f"no key was accepted ({names} needs a passphrase and is not in an agent{also})"
-        return _auth_error(settings, reason, f"ssh-add {shlex.quote(str(locked[0]))}")
+    if left:
+        also = [f"tried {', '.join(tried)}"] if tried else []
+        reason = f"no key was accepted ({', '.join([*(one.reason for one in left), *also])})"
+        return _auth_error(
+            settings, reason, next((one.hint for one in left if one.hint), copy if tried else None), methods
+        )
     if not tried:
-        return _auth_error(settings, "there is no key to offer", f"ssh-keygen -t ed25519, then {copy}")
-    return _auth_error(settings, f"no key was accepted (tried {', '.join(tried)})", copy)
+        return _auth_error(settings, "there is no key to offer", f"ssh-keygen -t ed25519, then {copy}", methods)
+    return _auth_error(settings, f"no key was accepted (tried {', '.join(tried)})", copy, methods)

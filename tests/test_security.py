@@ -121,7 +121,7 @@ def test_who_may_load_fork_and_run_a_shell() -> None:
     users = {p.name for p in TREES if "import multiprocessing" in p.read_text()}
     assert users == {"fleet.py"}
     shells = {p.name for p in TREES if '"/bin/sh"' in p.read_text()}
-    assert shells == {"ssh_connect.py"}  # a ProxyCommand of the user's own configuration, as ssh runs it
+    assert shells == {"ssh_proxy.py"}  # a ProxyCommand of the user's own configuration, as ssh runs it
 
 
 EVIL = "from pathlib import Path\nPath({!r}).write_text('run')\n"
