@@ -102,6 +102,7 @@ ROOMS = (
     {"speculation"},
     {"answer"},
     {"sampling", "prompt", "prompt_cache", "admission", "stop_text", "lookup"},
+    {"isolation"},
     {"profile"},
     {"model", "quantize"},
     {"ssh", "shards"},
