@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from moectl.errors import UsageError
+from moectl.errors import MoectlError, UsageError
+from moectl.isolation import isolated
 from moectl.leash import Done, Event, Refused, Token
 from moectl.lookup import Lookup
 from moectl.request import Request, Stats
@@ -27,7 +28,7 @@ class Answer:
 
     request: Request
     prompt: list[int] = field(default_factory=list)  # as tokens
-    refusal: UsageError | None = None
+    refusal: MoectlError | None = None  # why it takes no row
     reach: int = 0  # up to how many tokens prompt and answer may get
     cached: int = 0  # of the prompt: not computed again
     uid: int = -1  # in mlx-lm's generator
@@ -35,6 +36,7 @@ class Answer:
     drafted: int = 0  # tokens proposed by it
     accepted: int = 0  # of those: right
     sampler: Sampler | None = None
+    failure: MoectlError | None = None  # an error that this answer alone has met, see `isolation`
     arrived_s: float = field(default_factory=time.perf_counter)
     admitted_s: float = 0.0
     first_s: float = 0.0
@@ -62,8 +64,41 @@ class Answer:
             self._length += len(piece)
             self._stop.feed(piece)
 
+    def fail(self, error: MoectlError) -> None:
+        """Note an error of this answer alone; it is told in the place of what would be told next."""
+        self.failure = self.failure or error
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its next token is the most probable one, and nothing else is told of the odds."""
+        return self.sampler is None or self.failure is not None or self.sampler.is_plain
+
+    def sample(self, logprobs: mx.array, best: mx.array) -> mx.array:
+        """Return the token (1,) chosen from log-probabilities (1, V): `best`, the most probable one, after an error."""
+        assert self.sampler is not None
+        with isolated(self.request.id, self.fail):
+            return self.sampler(logprobs)
+        return best
+
+    def adjust(self, context: mx.array, logits: mx.array) -> mx.array:
+        """Return what the sampler's hook makes of the logits (1, V): the same after an error."""
+        if self.failure is None and self.sampler is not None and self.sampler.hook is not None:
+            with isolated(self.request.id, self.fail):
+                return self.sampler.hook(context, logits)
+        return logits
+
     def tell(self, token: int, finish_reason: str | None) -> Iterator[Event]:
         """Tell one more token, and the end where it is one: by `finish_reason` or because a stop text is complete."""
+        yield from self._tell_or_fail(self._tell(token, finish_reason))
+
+    def _tell_or_fail(self, events: Iterator[Event]) -> Iterator[Event]:
+        if self.failure is None:
+            with isolated(self.request.id, self.fail):
+                yield from events
+        if self.failure is not None and not self.ended:
+            yield self._refuse(self.failure)
+
+    def _tell(self, token: int, finish_reason: str | None) -> Iterator[Event]:
         assert self.sampler is not None
         assert self._text is not None
         odds = self.sampler.take_odds()
@@ -90,6 +125,9 @@ class Answer:
 
     def end(self, finish_reason: str) -> Iterator[Event]:
         """Tell the end of an answer that is resumed with nothing left to generate, unless that has been told."""
+        yield from self._tell_or_fail(self._end(finish_reason))
+
+    def _end(self, finish_reason: str) -> Iterator[Event]:
         if self.ended:
             return
         assert self._text is not None
@@ -98,15 +136,25 @@ class Answer:
 
     def cancel(self) -> Iterator[Event]:
         """Tell that it ends here, unless that has been told."""
+        yield from self._tell_or_fail(self._cancel())
+
+    def _cancel(self) -> Iterator[Event]:
         if not self.ended:
             yield from self._tell_rest("")
             yield self._done("stop" if self._stop.found else "cancelled")
 
+    def refuse_for(self, reason: MoectlError) -> None:
+        """Note, on every rank, why it takes no row."""
+        self.refusal = reason
+
     def refuse(self) -> Iterator[Event]:
         """Tell why it cannot be answered."""
         assert self.refusal is not None
+        yield self._refuse(self.refusal)
+
+    def _refuse(self, error: MoectlError) -> Refused:
         self.ended = True
-        yield Refused(self.request.id, self.refusal.message, self.refusal.hint)
+        return Refused(self.request.id, error.message, error.hint, internal=not isinstance(error, UsageError))
 
     def _tell_rest(self, text: str) -> Iterator[Event]:
         if rest := text + self._stop.flush():

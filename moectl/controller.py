@@ -21,6 +21,7 @@ from typing import Any
 
 from moectl.deployment import Deployment
 from moectl.errors import LeashLost, MoectlError, QueueFull, RemoteError, StateError, Unreachable, UsageError
+from moectl.isolation import explain
 from moectl.keep_alive import KeepAlive
 from moectl.launch import Target, count_ranks, open_session
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
@@ -142,13 +143,14 @@ class Controller:
                 if downs != self._downs:  # it has failed meanwhile
                     return
                 if answer in self._unfinished and answer not in self._numbered.values():
-                    self._last_id += 1
-                    answer.number = self._last_id
+                    answer.number = self._last_id + 1
                     self._numbered[answer.number] = answer
                     try:
                         await asyncio.to_thread(self._in_use.submit, answer.remaining)
-                    except Exception as error:  # nobody else would hear of it
+                    except Exception as error:  # nobody else would hear of it; the number is the next one's
                         self._end(answer, _explain(error))
+                    else:
+                        self._last_id += downs == self._downs  # a session that came since counts anew
 
     @property
     def is_closed(self) -> bool:
@@ -280,9 +282,14 @@ class Controller:
         answer = self._numbered.get(event.id)
         if answer is None:
             return
+        try:
+            self._came_further |= answer.take(event)
+        except Exception as error:  # this answer's alone, and the loop would keep it to itself
+            answer.cancel()
+            self._end(answer, explain(event.id, error))
+            return
         if isinstance(event, Done | Refused):
             self._forget(answer)
-        self._came_further |= answer.take(event)
 
     def _forget(self, answer: ResumedAnswer) -> None:
         if self._numbered.get(answer.number) is answer:  # not if that was its number in a session before

@@ -31,6 +31,7 @@ from mlx_lm.generate import BatchGenerator, StopSequences
 from moectl.admission import Admission, held_tokens
 from moectl.answer import Answer
 from moectl.errors import RanksDisagree, UsageError
+from moectl.isolation import isolated
 from moectl.leash import Cancel, Event, Generate, Order, Prefilled, Profile
 from moectl.model.dbrx import Model
 from moectl.model.witness import WORDS, Witness, find_dissent
@@ -155,6 +156,13 @@ class Engine:
             case _:
                 pass
 
+    def fail(self, request_id: int) -> None:
+        """End an answer of which something could not be sent; on the leader, between two events."""
+        answer = self._running.get(request_id)
+        if answer is not None and not answer.ended:
+            answer.ended = True
+            self._admission.cancel(request_id)
+
     def _line_up(self, answer: Answer) -> Iterator[Event]:
         self._read(answer)
         if answer.refusal is not None:
@@ -163,15 +171,17 @@ class Engine:
             yield from answer.cancel()
 
     def _read(self, answer: Answer) -> None:
-        # The same on every rank, because tokens and refusals depend on the request and the engine's limits alone.
+        # The same on every rank, because tokens, refusals and errors depend on the request and the engine's limits
+        # alone. If one rank alone meets an error here, ranks wait for each other in vain: that ends the session.
         request, limit = answer.request, self._max_seq_len
         vocab_size = self._model.placement.geometry.vocab_size
-        try:
-            prompt = read_prompt(request, self._tokenizer, vocab_size=vocab_size, max_seq_len=limit)
-            answer.reach = measure_reach(request, len(prompt), max_seq_len=limit, kv_tokens=self._kv_tokens)
-            answer.prompt = prompt
-        except UsageError as refusal:
-            answer.refusal = refusal
+        with isolated(request.id, answer.refuse_for):
+            try:
+                prompt = read_prompt(request, self._tokenizer, vocab_size=vocab_size, max_seq_len=limit)
+                answer.reach = measure_reach(request, len(prompt), max_seq_len=limit, kv_tokens=self._kv_tokens)
+                answer.prompt = prompt
+            except UsageError as refusal:
+                answer.refuse_for(refusal)
 
     def _profile(self, order: Profile) -> Iterator[Event]:
         # No request is admitted past this order's id, so every rank is idle here, at the same place in the count.
@@ -202,7 +212,8 @@ class Engine:
                 yield from self._end_resumed(answer)
             elif answer.refusal is None:
                 self._insert(answer)
-                if answer.has_stop:  # told, but not its end: only the leader knows, so its row lives until all do
+                # Told, but not its end, or it cannot be told: only the leader knows, so its row lives until all do.
+                if answer.has_stop or answer.failure is not None:
                     self._admission.cancel(answer.request.id)
                     yield from answer.end("stop")
 
@@ -237,9 +248,11 @@ class Engine:
         self._prefilling.append(answer)
 
     def _lead(self, answer: Answer) -> list[Any]:
-        sampler = Sampler(answer.request, prompt_tokens=len(answer.prompt))
-        answer.lead(self._tokenizer, sampler)
-        return [] if sampler.hook is None else [sampler.hook]
+        with isolated(answer.request.id, answer.fail):
+            sampler = Sampler(answer.request, prompt_tokens=len(answer.prompt))
+            answer.lead(self._tokenizer, sampler)
+            return [] if sampler.hook is None else [answer.adjust]
+        return []
 
     def _leave(self, answer: Answer, tokens: list[int], layers: list[Any] | None) -> None:
         """Take an answer out of the count, and keep what it has computed: `layers` of these tokens."""
@@ -307,7 +320,7 @@ class Engine:
                 self._leave(answer, response.all_tokens, response.prompt_cache)
         if self._leads:
             yield from answer.tell(response.token, response.finish_reason)
-            if answer.ended and response.finish_reason is None:  # by a stop text, which only the leader sees
+            if answer.ended and response.finish_reason is None:  # by a stop text or an error: only the leader knows
                 self._admission.cancel(answer.request.id)
 
     def _foresees(self) -> bool:
@@ -388,7 +401,7 @@ class Engine:
             answers = self._decoding
             self._sampled_rows = True
         if self._leads:
-            tokens = _sample([a.sampler for a in answers if a.sampler is not None], logprobs).astype(mx.int32)
+            tokens = _sample(answers, logprobs).astype(mx.int32)
         else:
             tokens = mx.zeros((len(answers),), dtype=mx.int32)
         self._in_flight = list(answers), self._agree(tokens, logprobs)
@@ -422,9 +435,10 @@ class Engine:
         return mx.concatenate([rows[self._head_rank, :-seen], rows[:, -seen:].reshape(-1)])
 
 
-def _sample(samplers: list[Sampler], logprobs: mx.array) -> mx.array:
+def _sample(answers: list[Answer], logprobs: mx.array) -> mx.array:
     """Return each row's token (B,) from log-probabilities (B, V)."""
     best = mx.argmax(logprobs, axis=-1)
-    if all(sampler.is_plain for sampler in samplers):
+    if all(answer.is_plain for answer in answers):
         return best
-    return mx.concatenate([best[i : i + 1] if s.is_plain else s(logprobs[i : i + 1]) for i, s in enumerate(samplers)])
+    rows = [(answer, slice(i, i + 1)) for i, answer in enumerate(answers)]
+    return mx.concatenate([best[row] if a.is_plain else a.sample(logprobs[row], best[row]) for a, row in rows])

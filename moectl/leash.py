@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from moectl.errors import RemoteError
+from moectl.errors import MoectlError, RemoteError, UsageError
 from moectl.parsed import build
 from moectl.request import Request, Stats
 
@@ -205,11 +205,17 @@ class Profiled:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A request that cannot be answered; the worker goes on."""
+    """A request that cannot be answered, or whose answer an error in moectl has ended; the worker goes on."""
 
     id: int
     message: str
     hint: str | None = None
+    internal: bool = False  # the error is moectl's; else the request makes no sense
+
+    @property
+    def error(self) -> MoectlError:
+        """What its asker gets."""
+        return (MoectlError if self.internal else UsageError)(self.message, hint=self.hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,7 @@ _CODES = {
     7: "Bytes on disk are not those that were promised.",
     8: "Something has to be done first: nothing is sharded, deployed or running, or it is running already.",
     130: "Interrupted with Ctrl-C.",
+    141: "What read the output has closed it, as 'head' does; 0 where all was written before.",
     143: "Terminated.",
 }
 _HOST_KEYS = (

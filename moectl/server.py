@@ -362,6 +362,11 @@ def _too_large() -> Response:
     return _refuse(413, f"the body should have at most {MAX_BODY_BYTES} bytes", headers={"connection": "close"})
 
 
+def _explain(unknown: Exception) -> MoectlError:
+    _log.error("unexpected %s in an answer", type(unknown).__name__, exc_info=unknown)
+    return MoectlError(f"unexpected {type(unknown).__name__} (a bug in moectl)")
+
+
 class _Gone(Exception):
     """The client has closed the connection."""
 
@@ -426,9 +431,15 @@ class _Answering:
         except MoectlError as known:
             error = known
         except Exception as unknown:
-            _log.error("unexpected %s in an answer", type(unknown).__name__, exc_info=unknown)
-            error = MoectlError(f"unexpected {type(unknown).__name__} (a bug in moectl)")
+            error = _explain(unknown)
         self._inbox.put_nowait((index, error))
+
+    def _give_up(self, unknown: Exception) -> MoectlError:
+        self._cancel()
+        for _ in self._open:
+            self._metrics.count_end("failed")
+        self._open.clear()
+        return _explain(unknown)
 
     async def _watch(self, receive: Receive) -> None:
         # uvicorn lets one write to a client that has gone; only who listens hears of it.
@@ -483,6 +494,10 @@ class _Answering:
             await self._say_chunks(send, self._reply.end())
         except MoectlError as error:
             await self._say_chunks(send, iter([api.describe_error(error)[1]]))
+        except _Gone:
+            raise
+        except Exception as unknown:  # too late for a status: else the connection would break without a word
+            await self._say_chunks(send, iter([api.describe_error(self._give_up(unknown))[1]]))
         await send({"type": "http.response.body", "body": api.encode_event(None), "more_body": False})
 
     async def _send_entry(self, send: Send, entry: _Entry | None) -> None:

@@ -317,8 +317,9 @@ class Session:
     def generate(self, request: Request) -> Iterator[Token | Done]:
         """Yield an answer as it comes; the last item is Done.
 
-        Raises UsageError when the model refuses the request (the session goes on), any other MoectlError when a rank
-        failed or nothing came for `step_timeout_s` (the session is over, and says so again when asked again).
+        Raises UsageError when the model refuses the request and MoectlError itself when an error ended this answer
+        alone (the session goes on), any other when a rank failed or nothing came for `step_timeout_s` (the session is
+        over, and says so again when asked again).
         """
         self.submit(request)
         for event in self.events():
@@ -329,7 +330,7 @@ class Session:
                     yield event
                     return
                 case Refused(id=id_) if id_ == request.id:
-                    raise errors.UsageError(event.message, hint=event.hint)
+                    raise event.error
                 case _:
                     pass  # progress, or the tail of an answer that nobody waits for any more
 
@@ -338,7 +339,12 @@ class Session:
         self._deadline.expect(request.id, is_first=not self._unanswered, chars=request.chars)
         self._unanswered.add(request.id)
         self._events.put(_WAKE)  # whoever waits for ever may wait for so long only now
-        self._send_all(Generate(request))
+        try:
+            self._send_all(Generate(request))
+        except BaseException:  # it cannot be encoded, so no rank has got it, and the number is free
+            self._unanswered.discard(request.id)
+            self._deadline.forget(request.id)
+            raise
 
     def events(self) -> Iterator[Prefilled | Token | Done | Refused]:
         """Yield what comes of all requests, for ever; waiting has an end only while a request is unanswered.

@@ -62,7 +62,7 @@ class Tether:
         self._remote = remote
         self._events = events
         self._on_log = on_log
-        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()  # None: let go
+        self._orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # as they are sent; None: let go
         self._is_writing = False
         self._pieces = 0  # of orders that have gone out so far
         self._pieces_before = 0  # that was at the beat before
@@ -80,7 +80,7 @@ class Tether:
 
     def send(self, order: Order) -> None:
         """Hand it an order, in its turn; never waits."""
-        self._orders.put(order)
+        self._orders.put(encode(order))  # here, so that one that cannot be encoded is an error of who sends it
 
     def beat(self) -> bool:
         """Send a heartbeat; return whether an answer is due.
@@ -92,7 +92,7 @@ class Tether:
         moves, self._pieces_before = self._pieces != self._pieces_before, self._pieces
         if self._is_writing or not self._orders.empty():
             return not moves
-        self._orders.put(Beat())
+        self.send(Beat())
         return True
 
     def describe_silence(self) -> Ended:
@@ -144,9 +144,8 @@ class Tether:
 
     def _write_orders(self, process: Process) -> None:
         try:
-            while (order := self._orders.get()) is not None:
+            while (data := self._orders.get()) is not None:
                 self._is_writing = True
-                data = encode(order)
                 for begin in range(0, len(data), PIECE_BYTES):
                     process.stdin.write(data[begin : begin + PIECE_BYTES])
                     process.stdin.flush()

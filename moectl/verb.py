@@ -25,6 +25,7 @@ EXIT_CODES = {
     7: "damaged bytes",
     8: "not sharded, deployed or running",
     130: "interrupted",
+    141: "the reader of the output left",
     143: "terminated",
 }
 _EXAMPLES = re.compile(r"\n*\x08\nExamples?:\n((?: +.*\n?)+)")

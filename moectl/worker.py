@@ -29,6 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from moectl import __version__, errors
 from moectl.errors import MoectlError
+from moectl.isolation import BACKEND_ERRORS, isolated
 from moectl.leash import (
     BEAT_S,
     LEASH_LOST,
@@ -48,18 +49,21 @@ from moectl.leash import (
     Load,
     Loaded,
     Order,
+    Prefilled,
     Ready,
+    Refused,
     Start,
+    Token,
     decode,
     encode,
 )
 
 if TYPE_CHECKING:
+    from moectl.engine import Engine
     from moectl.manifest import Manifest
 
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
 _log = logging.getLogger("moectl.worker")
-_BACKEND_ERRORS = ("[ring]", "[jaccl]")  # how mlx begins what its data planes raise
 
 
 class Leash:
@@ -78,9 +82,10 @@ class Leash:
 
     def tell(self, event: Event) -> None:
         """Send an event up; the process ends if nobody listens."""
+        line = encode(event)
         try:
             with self._sending:
-                self._up.write(encode(event))
+                self._up.write(line)
                 self._up.flush()
         except OSError:
             os._exit(1)
@@ -171,7 +176,7 @@ def describe_failure(error: BaseException) -> Fatal:
     if isinstance(error, MoectlError):
         guilty = error.rank if isinstance(error, errors.RanksDisagree) else None
         return Fatal(type(error).__name__, error.message, error.hint, guilty)
-    if isinstance(error, RuntimeError) and str(error).startswith(_BACKEND_ERRORS):
+    if isinstance(error, RuntimeError) and str(error).startswith(BACKEND_ERRORS):
         return Fatal(errors.PeerLost.__name__, str(error))
     return Fatal(MoectlError.__name__, f"unexpected {type(error).__name__}: {error}")
 
@@ -241,7 +246,20 @@ def _serve(leash: Leash) -> None:
     for event in engine.serve(leash.orders):
         if isinstance(event, Done):
             _log.info("request %d: %s after %d tokens", event.id, event.finish_reason, event.stats.completion_tokens)
+        _tell(leash, engine, event)
+
+
+def _tell(leash: Leash, engine: Engine, event: Event) -> None:
+    """Send an event up; an answer of which something cannot be put on the wire ends with an error."""
+    if not isinstance(event, Prefilled | Token | Done | Refused):
         leash.tell(event)
+        return
+    failures: list[MoectlError] = []
+    with isolated(event.id, failures.append):
+        leash.tell(event)
+    for error in failures:
+        engine.fail(event.id)
+        leash.tell(Refused(event.id, error.message, error.hint, internal=True))
 
 
 def _check_results(ready: Ready, model: Any, manifest: Manifest, start: Start) -> Ready:

@@ -47,6 +47,7 @@ from moectl.paths import runtime_dir
 from moectl.report import stats_text
 from moectl.request import Request, Stats
 from moectl.restart import Restarts
+from moectl.resumed import ResumedAnswer
 from moectl.server import Grace
 from moectl.serving import Notice
 from moectl.sockets import beating, listen_unix
@@ -175,6 +176,30 @@ def test_a_refusal_is_the_askers_alone() -> None:
         with pytest.raises(UsageError, match="too long"):
             await collect(refused)
         assert await collect(other) == [Done(2, "stop", STATS)]
+
+    drive(test)
+
+
+def test_an_error_in_passing_an_event_on_is_that_answers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = ResumedAnswer.take
+
+    def poisoned(self: ResumedAnswer, event: Any) -> bool:
+        if isinstance(event, Token) and event.text == "poison":
+            raise TypeError("poison")
+        return take(self, event)
+
+    monkeypatch.setattr(ResumedAnswer, "take", poisoned)
+
+    async def test(controller: Controller, session: FakeSession) -> None:
+        bad, good = [await ask(controller, session, Request(0, text, 5)) for text in "ab"]
+        done = Done(2, "stop", STATS)
+        for event in (Token(1, 7, "poison"), Token(2, 7, "x"), Token(1, 8, "y"), Done(1, "stop", STATS), done):
+            session.heard.put(event)
+        with pytest.raises(MoectlError, match="internal error in this request: TypeError: poison"):
+            await collect(bad)
+        assert await collect(good) == [Token(2, 7, "x"), done]
+        assert await asyncio.to_thread(session.cancelled.get) == 1
+        assert controller.health().queued == controller.health().running == 0
 
     drive(test)
 

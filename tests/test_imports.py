@@ -110,6 +110,7 @@ ROOMS = (
     {"sampling", "prompt", "prompt_cache", "admission", "stop_text", "lookup"},
     {"tokenizer"},
     {"chat_template", "token_text"},
+    {"isolation"},
     {"profile"},
     {"model", "quantize"},
     {"ssh", "shards"},

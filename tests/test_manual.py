@@ -103,7 +103,7 @@ def test_both_tables_of_exit_codes_have_every_code_of_an_error() -> None:
         for below in kind.__subclasses__():
             yield from kinds(below)
 
-    assert {kind.exit_code for kind in kinds(MoectlError)} | {0, 130, 143} == set(EXIT_CODES) == set(_CODES)
+    assert {kind.exit_code for kind in kinds(MoectlError)} | {0, 130, 141, 143} == set(EXIT_CODES) == set(_CODES)
 
 
 def test_moectl_hosts_names_every_key() -> None:

@@ -23,6 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from moectl import api
+from moectl.leash import Token
 from moectl.server import MAX_BODY_BYTES, Grace, make_app, serve
 from moectl.sockets import listen_tcp, listen_unix
 from tests.fake_cluster import ENDS_AFTER, MODEL, FakeCluster
@@ -229,6 +231,38 @@ def test_an_error_in_a_stream_is_an_event_before_done(site: Site) -> None:
     assert lines[-2:] == ["data: [DONE]", ""]
     error = json.loads(lines[-3].removeprefix("data: "))["error"]
     assert (error["type"], error["kind"], error["hint"]) == ("server_error", "PeerLost", "moectl doctor")
+
+
+def test_an_error_in_writing_a_stream_is_its_last_event_and_no_others(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = api.Reply.take
+
+    def poisoned(self: api.Reply, index: int, event: Any) -> Any:
+        if isinstance(event, Token) and self._asked.requests[0].seed == 666:
+            raise TypeError("secret")
+        return take(self, index, event)
+
+    monkeypatch.setattr(api.Reply, "take", poisoned)
+
+    async def one(client: openai.AsyncOpenAI, seed: int) -> str:
+        try:
+            stream = await client.chat.completions.create(
+                model="tiny", messages=say("hello"), max_tokens=5, seed=seed, stream=True
+            )
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        except openai.APIError as error:
+            return error.message
+
+    async def many() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{site.url}/v1", api_key=KEY, max_retries=0) as client:
+            return await asyncio.gather(*(one(client, 666 if n == 3 else n) for n in range(8)))
+
+    answers = asyncio.run(many())
+    assert answers.pop(3) == "unexpected TypeError (a bug in moectl)"
+    assert answers == [expected(5, seed) for seed in (0, 1, 2, 4, 5, 6, 7)]
+    with site.client() as client, pytest.raises(openai.InternalServerError, match="unexpected TypeError"):
+        ask(client, seed=666)
 
 
 def test_async_streams_side_by_side(site: Site) -> None:
