@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from moectl.errors import UsageError
+from moectl.errors import BadField
 from moectl.leash import Done, Event, Refused, Token
 from moectl.lookup import Lookup
 from moectl.request import Request, Stats
@@ -27,7 +27,7 @@ class Answer:
 
     request: Request
     prompt: list[int] = field(default_factory=list)  # as tokens
-    refusal: UsageError | None = None
+    refusal: BadField | None = None
     reach: int = 0  # up to how many tokens prompt and answer may get
     cached: int = 0  # of the prompt: not computed again
     uid: int = -1  # in mlx-lm's generator
@@ -102,9 +102,10 @@ class Answer:
 
     def refuse(self) -> Iterator[Event]:
         """Tell why it cannot be answered."""
-        assert self.refusal is not None
+        error = self.refusal
+        assert error is not None
         self.ended = True
-        yield Refused(self.request.id, self.refusal.message, self.refusal.hint)
+        yield Refused(self.request.id, error.message, error.hint, error.param, error.code)
 
     def _tell_rest(self, text: str) -> Iterator[Event]:
         if rest := text + self._stop.flush():

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from moectl.errors import RemoteError
+from moectl.errors import BadField, RemoteError
 from moectl.parsed import build
 from moectl.request import Request, Stats
 
@@ -209,6 +209,12 @@ class Refused:
     id: int
     message: str
     hint: str | None = None
+    param: str | None = None  # the field of an API request that is at fault
+    code: str | None = None
+
+    def to_error(self) -> BadField:
+        """Return it as the error that it was."""
+        return BadField(self.message, hint=self.hint, param=self.param, code=self.code)
 
 
 @dataclass(frozen=True, slots=True)

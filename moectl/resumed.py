@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from moectl.errors import MoectlError, UsageError
+from moectl.errors import MoectlError
 from moectl.leash import Done, Prefilled, Refused, Token
 from moectl.request import Request, Stats
 from moectl.serving import Notice
@@ -70,7 +70,7 @@ class ResumedAnswer:
                     self._inbox.put_nowait(rest)
                 self._inbox.put_nowait(replace(event, stats=self._over_all(event.stats)))
             case Refused():
-                self.fail(UsageError(event.message, hint=event.hint))
+                self.fail(event.to_error())
             case Prefilled(tokens=tokens) if tokens > self._furthest_read:
                 self._furthest_read = tokens
                 return True
