@@ -54,11 +54,9 @@ def refuse_unsupported(fields: Fields) -> None:
 
 
 def read_typed(fields: Fields, name: str, kind: type[Any]) -> Any:
-    """Return a field of this type, or None; an empty list is an empty object, as PHP writes it."""
+    """Return a field of this type, or None."""
     value = fields.get(name)
-    if value is None or (kind is dict and value == []):
-        return None
-    if not isinstance(value, kind):
+    if value is not None and not isinstance(value, kind):
         refuse(name, f"should be {_KINDS[kind]}, it is {kind_of(value)}")
     return value
 

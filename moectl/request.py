@@ -105,7 +105,7 @@ class Request:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             _bad("temperature", f"should be 0 or more, it is {self.temperature}")
         if not 0 <= self.top_p <= 1:
-            _bad("top_p", f"should be between 0 and 1, it is {self.top_p}")
+            _bad("top_p", f"should be 0 or more and at most 1, it is {self.top_p}")
         if not 0 <= self.top_k < 2**31:
             _bad("top_k", f"should be between 0 (all) and 2^31-1, it is {self.top_k}")
         if not 0 <= self.min_p <= 1:
@@ -137,7 +137,7 @@ def _count_bytes(text: str, param: str, what: str) -> int:
     try:
         return len(text.encode())
     except UnicodeEncodeError:
-        raise BadField(f"{what} should be UTF-8 text, it has half of a surrogate pair", param=param) from None
+        raise BadField(f"{what} is not UTF-8 text", hint="send whole characters", param=param) from None
 
 
 @dataclass(frozen=True, slots=True)

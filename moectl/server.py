@@ -168,7 +168,7 @@ async def _answer_http_error(http: HttpRequest, error: HTTPException) -> Respons
         return no_such_path(http.url.path)
     headers = dict(error.headers) if error.headers else None
     if error.status_code == 405:
-        hint = f"send {error.headers['allow']}" if error.headers and "allow" in error.headers else None
+        hint = f"send {(headers or {}).get('Allow', 'another')}"
         return refuse(405, f"{http.method} is not allowed for {http.url.path}", hint=hint, headers=headers)
     return refuse(error.status_code, str(error.detail), headers=headers)
 

@@ -96,7 +96,7 @@ def test_no_command_prints_help_and_is_usage(call: Any) -> None:
         (("rnu",), "Did you mean 'run'?"),
         (("run", "--max-tokns", "3", "x"), "Did you mean '--max-tokens'?"),
         (("run", "-m", "0", "x"), "0 is not in the range"),
-        (("run", "--top-p", "0", "x"), "range"),
+        (("run", "--top-p", "1.1", "x"), "range"),
         (("run", "--temp", "2.5", "x"), "2.5 is not in the range"),  # before anything is loaded
         (("shard", "--q-bits", "5", "x"), "'5' is not one of"),
         (("run", "--shards", "a", "--model", "b", "x"), "exclude each other"),
