@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from moectl.errors import MoectlError, UsageError
+from moectl.errors import BadField, MoectlError
 from moectl.isolation import isolated
 from moectl.leash import Done, Event, Refused, Token
 from moectl.lookup import Lookup
@@ -154,7 +154,9 @@ class Answer:
 
     def _refuse(self, error: MoectlError) -> Refused:
         self.ended = True
-        return Refused(self.request.id, error.message, error.hint, internal=not isinstance(error, UsageError))
+        if isinstance(error, BadField):
+            return Refused(self.request.id, error.message, error.hint, error.param, error.code)
+        return Refused(self.request.id, error.message, error.hint, internal=True)
 
     def _tell_rest(self, text: str) -> Iterator[Event]:
         if rest := text + self._stop.flush():

@@ -1,32 +1,44 @@
 """OpenAI's JSON: from a body to requests, from tokens to a reply, from an error to its body and status.
 
 Pure: no HTTP library, no clock, no cluster. Fields and their limits are those of OpenAI's API reference, with the
-additions that vLLM and llama.cpp share (top_k, min_p, repetition_penalty, ignore_eos). Unknown fields are ignored;
-known ones that would change what an answer is, and that moectl does not have (tools, JSON mode), are refused.
+additions that vLLM and llama.cpp share (top_k, min_p, repetition_penalty, ignore_eos), and what those take that OpenAI
+does not: -1 for no limit and for any seed, empty stop texts, messages without content. Unknown fields are ignored;
+known ones that would change what an answer is, and that moectl does not have, are refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from moectl import __version__
 from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
+from moectl.fields import (
+    Fields,
+    kind_of,
+    read_boolean,
+    read_integer,
+    read_number,
+    read_typed,
+    refuse,
+    refuse_unsupported,
+    show,
+)
 from moectl.leash import Done, Ready, Token
-from moectl.request import MAX_LOGPROBS, Request, Stats
+from moectl.request import MAX_LOGPROBS, Request, Stats, too_long
 
 MAX_CHOICES = 64  # prompts × n of one HTTP request
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI
 _GREEDY_BELOW = 1e-3  # a temperature below this differs from 0 only in how it overflows
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-
-Fields = dict[str, Any]
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its text
+_NO_LIMITS = (-1, -2)  # LM Studio's and llama.cpp's; ollama's "what is left of the context"
+_ANY_SEED = -1  # llama.cpp's and vLLM's
+_BODY = 'send one JSON object, as {"messages": [{"role": "user", "content": "hello"}]}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +61,29 @@ def parse_body(body: bytes) -> Fields:
     try:
         fields = json.loads(body, parse_constant=_refuse_constant)
     except RecursionError:
-        raise UsageError("the body is not valid JSON: it is nested too deeply") from None
+        raise UsageError("the body is not valid JSON: it is nested too deeply", hint=_BODY) from None
     except ValueError as error:
-        raise UsageError(f"the body is not valid JSON: {error}") from None
+        raise UsageError(f"the body is not valid JSON: {error}", hint=_BODY) from None
     if not isinstance(fields, dict):
-        raise UsageError(f"the body should be a JSON object, it is {_kind(fields)}")
+        raise UsageError(f"the body should be a JSON object, it is {kind_of(fields)}", hint=_BODY)
     return fields
 
 
 def read_chat(fields: Fields, name: str, model: Ready) -> Asked:
     """Return what a body of /v1/chat/completions asks of the model of this name; raise UsageError."""
     _check_model(fields, name)
-    _refuse_what_is_not_there(fields)
+    refuse_unsupported(fields)
     messages = _read_messages(fields)
     logprobs = None
-    top_logprobs = _integer(fields, "top_logprobs", 0, MAX_LOGPROBS)
-    if _boolean(fields, "logprobs"):
+    top_logprobs = read_integer(fields, "top_logprobs", 0, MAX_LOGPROBS)
+    if fields.get("logprobs") != 0 and read_boolean(fields, "logprobs"):
         logprobs = top_logprobs or 0
-    elif top_logprobs is not None:
-        _bad("top_logprobs", "needs logprobs to be true")
-    asked_tokens = _integer(fields, "max_completion_tokens", 1) or _integer(fields, "max_tokens", 1)
+    elif top_logprobs:
+        refuse("top_logprobs", "needs logprobs to be true")
     request = Request(
         0,
         "",
-        min(asked_tokens or model.max_seq_len, model.max_seq_len),
+        _read_limit(fields, model, model.max_seq_len),
         messages=messages,
         logprobs=logprobs,
         **_read_parameters(fields, model),
@@ -83,35 +94,48 @@ def read_chat(fields: Fields, name: str, model: Ready) -> Asked:
 def read_completion(fields: Fields, name: str, model: Ready) -> Asked:
     """Return what a body of /v1/completions asks of the model of this name; raise UsageError."""
     _check_model(fields, name)
-    if _boolean(fields, "echo"):
-        _bad("echo", "is not supported: the prompt is not repeated")
-    if fields.get("suffix"):
-        _bad("suffix", "is not supported: this model only continues")
+    refuse_unsupported(fields)
     if fields.get("best_of") not in (None, fields.get("n") or 1):
-        _bad("best_of", "is not supported beyond n")
-    asked_tokens = _integer(fields, "max_tokens", 1) or COMPLETION_TOKENS
+        refuse("best_of", "is not supported beyond n", hint="leave it out")
     same = {
-        "max_tokens": min(asked_tokens, model.max_seq_len),
+        "max_tokens": _read_limit(fields, model, COMPLETION_TOKENS),
         "raw": True,
-        "logprobs": _integer(fields, "logprobs", 0, MAX_LOGPROBS),
+        "logprobs": None if fields.get("logprobs") is False else read_integer(fields, "logprobs", 0, MAX_LOGPROBS),
         **_read_parameters(fields, model),
     }
     return _ask(fields, False, [Request(0, **prompt, **same) for prompt in _read_prompts(fields, model)])
 
 
+def _read_limit(fields: Fields, model: Ready, default: int) -> int:
+    """Return the most tokens that an answer may have; what is beyond the context is cut to it by everybody."""
+    limit = None
+    for name in ("max_completion_tokens", "max_tokens", "n_predict"):
+        value = read_integer(fields, name, min(_NO_LIMITS))
+        if value == 0:
+            refuse(name, "should be 1 or more, or -1 for no limit, it is 0")
+        limit = value if limit is None else limit
+    if limit is None:
+        limit = default
+    return model.max_seq_len if limit in _NO_LIMITS else min(limit, model.max_seq_len)
+
+
 def _ask(fields: Fields, chat: bool, prompts: list[Request]) -> Asked:
-    n = _integer(fields, "n", 1, MAX_CHOICES) or 1
+    n = read_integer(fields, "n", 1, MAX_CHOICES) or 1
     if n * len(prompts) > MAX_CHOICES:
-        _bad("n", f"times the number of prompts should be at most {MAX_CHOICES}, it is {n * len(prompts)}")
-    options = _typed(fields, "stream_options", dict) or {}
+        refuse("n", f"times the number of prompts should be at most {MAX_CHOICES}, it is {n * len(prompts)}")
+    options = read_typed(fields, "stream_options", dict) or {}
     return Asked(
         chat,
         tuple(_reseed(request, i) for request in prompts for i in range(n)),
         n,
-        stream=_boolean(fields, "stream"),
-        include_usage=_boolean(options, "include_usage", "stream_options.include_usage"),
+        stream=read_boolean(fields, "stream"),
+        include_usage=read_boolean(options, "include_usage", "stream_options.include_usage"),
         logprobs=prompts[0].logprobs,
     )
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _reseed(request: Request, choice: int) -> Request:
@@ -122,108 +146,111 @@ def _reseed(request: Request, choice: int) -> Request:
 
 
 def _check_model(fields: Fields, name: str) -> None:
-    model = _typed(fields, "model", str)
-    if model not in (None, name):
-        raise BadField(f"model {_show(model)} is not served here, {name!r} is", param="model", code="model_not_found")
+    model = read_typed(fields, "model", str)
+    if model not in (None, "", name):
+        raise no_such_model(model, name)
 
 
-def _refuse_what_is_not_there(fields: Fields) -> None:
-    for field in ("tools", "functions"):
-        if fields.get(field) and fields.get("tool_choice") != "none" and fields.get("function_call") != "none":
-            _bad(field, "is not supported: this model calls no functions")
-    form = _typed(fields, "response_format", dict)
-    if form and form.get("type") != "text":
-        _bad("response_format", 'is not supported, except {"type": "text"}')
-    if fields.get("modalities") not in (None, ["text"]) or fields.get("audio"):
-        _bad("modalities", 'is not supported, except ["text"]')
+def no_such_model(asked: str, name: str) -> BadField:
+    """Return the error of a request for a model of another name than the one that is served."""
+    return BadField(
+        f"model {show(asked)} is not served here, {name!r} is",
+        hint=f"ask for {name!r}, or for no model",
+        param="model",
+        code="model_not_found",
+    )
 
 
 def _read_messages(fields: Fields) -> tuple[dict[str, str], ...]:
-    messages = _typed(fields, "messages", list)
+    messages = read_typed(fields, "messages", list)
     if not messages:
-        _bad("messages", "should be a list of at least one message")
+        refuse("messages", "should be a list of at least one message")
     read = tuple(_read_message(message, f"messages[{i}]") for i, message in enumerate(messages))
     if not any(message["content"] for message in read):
-        _bad("messages", "should say something, every content is empty")
+        refuse("messages", "should say something, every content is empty")
     return read
 
 
 def _read_message(message: Any, place: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        _bad(place, f"should be an object, it is {_kind(message)}")
+        refuse(place, f"should be an object, it is {kind_of(message)}")
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        _bad(f"{place}.role", f"should be one of {', '.join(_ROLES)}, it is {_show(role)}")
+        refuse(f"{place}.role", f"should be one of {', '.join(_ROLES)}, it is {show(role)}")
     return {"role": _ROLES[role], "content": _read_content(message.get("content"), f"{place}.content")}
 
 
 def _read_content(content: Any, place: str) -> str:
+    if content is None:  # a turn that said nothing, or called a tool
+        return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        _bad(place, f"should be a string or a list of text parts, it is {_kind(content)}")
-    texts = []
-    for i, part in enumerate(content):
-        if not isinstance(part, dict):
-            _bad(f"{place}[{i}]", f"should be an object, it is {_kind(part)}")
-        if part.get("type") != "text":
-            _bad(f"{place}[{i}].type", f'should be "text", it is {_show(part.get("type"))}: this model reads text only')
-        text = part.get("text")
-        if not isinstance(text, str):
-            _bad(f"{place}[{i}].text", f"should be a string, it is {_kind(text)}")
-        texts.append(text)
-    return "".join(texts)
+        refuse(place, f"should be a string or a list of text parts, it is {kind_of(content)}")
+    return "".join(_read_part(part, f"{place}[{i}]") for i, part in enumerate(content))
+
+
+def _read_part(part: Any, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        refuse(place, f"should be an object, it is {kind_of(part)}")
+    kind = part.get("type", "text")
+    field = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    if field is None:
+        refuse(f"{place}.type", f'should be "text", it is {show(kind)}: this model reads text only')
+    text = part.get(field)
+    if not isinstance(text, str):
+        refuse(f"{place}.{field}", f"should be a string, it is {kind_of(text)}")
+    return text
 
 
 def _read_prompts(fields: Fields, model: Ready) -> list[Fields]:
     """Return each prompt as keyword arguments of a Request."""
     prompt = fields.get("prompt")
     if not isinstance(prompt, str | list) or not prompt:
-        shown = "empty" if prompt in ("", []) else _kind(prompt)
-        _bad("prompt", f"should be a string, a list of strings, a list of tokens, or a list of those; it is {shown}")
+        shown = "empty" if prompt in ("", []) else kind_of(prompt)
+        refuse("prompt", f"should be a string, a list of strings, a list of tokens, or a list of those; it is {shown}")
     several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
     if several and len(prompt) > MAX_CHOICES:
-        _bad("prompt", f"may have {MAX_CHOICES} prompts, here are {len(prompt)}")
+        refuse("prompt", f"should be at most {MAX_CHOICES} prompts, here are {len(prompt)}")
     return [_read_prompt(one, model) for one in prompt] if several else [_read_prompt(prompt, model)]
 
 
 def _read_prompt(prompt: Any, model: Ready) -> Fields:
     if prompt in ("", []):
-        _bad("prompt", "should not be empty")
+        refuse("prompt", "should not be empty")
     if isinstance(prompt, str):
         return {"prompt": prompt}
     if not isinstance(prompt, list):
-        _bad("prompt", f"should have prompts of one kind, one of them is {_kind(prompt)}")
+        refuse("prompt", f"should have prompts of one kind, one of them is {kind_of(prompt)}")
     if not all(type(token) is int and 0 <= token < model.vocab_size for token in prompt):
-        _bad("prompt", f"should have tokens, whole numbers from 0 to {model.vocab_size - 1}")
+        refuse("prompt", f"should have tokens, whole numbers from 0 to {model.vocab_size - 1}")
     if len(prompt) >= model.max_seq_len:
-        raise BadField(
-            f"the prompt has {len(prompt)} tokens, the model's context is {model.max_seq_len}",
-            param="prompt",
-            code="context_length_exceeded",
-        )
+        raise too_long(f"the prompt has {len(prompt)} tokens, the model's context is {model.max_seq_len}", "prompt")
     return {"prompt": "", "prompt_tokens": tuple(prompt)}
 
 
 def _read_parameters(fields: Fields, model: Ready) -> Fields:
     """Return what both endpoints share, as keyword arguments of a Request."""
-    temperature = _number(fields, "temperature", 0, 2)
-    seed = _integer(fields, "seed", -(2**63), 2**64 - 1)
+    temperature = read_number(fields, "temperature", 0, 2)
+    seed = read_integer(fields, "seed", -(2**63), 2**64 - 1)
     read: Fields = {
         "temperature": 1.0 if temperature is None else temperature if temperature >= _GREEDY_BELOW else 0.0,
-        "seed": None if seed is None else seed % 2**64,
-        "ignore_eos": _boolean(fields, "ignore_eos"),
+        "seed": None if seed in (None, _ANY_SEED) else seed % 2**64,
+        "ignore_eos": read_boolean(fields, "ignore_eos"),
         "stop": _read_stop(fields),
         "logit_bias": _read_bias(fields, model),
     }
-    top_k = _integer(fields, "top_k", -1)
+    top_k = read_integer(fields, "top_k", -1)
+    repetition = read_number(fields, "repetition_penalty")
     optional = {
-        "top_p": _number(fields, "top_p"),
-        "top_k": None if top_k is None else max(top_k, 0),  # vLLM's -1 means all, too
-        "min_p": _number(fields, "min_p"),
-        "presence_penalty": _number(fields, "presence_penalty"),
-        "frequency_penalty": _number(fields, "frequency_penalty"),
-        "repetition_penalty": _number(fields, "repetition_penalty"),
+        "top_p": read_number(fields, "top_p"),
+        "top_k": None if top_k is None else min(max(top_k, 0), 2**31 - 1),  # vLLM's -1 means all, too
+        "min_p": read_number(fields, "min_p"),
+        "presence_penalty": read_number(fields, "presence_penalty"),
+        "frequency_penalty": read_number(fields, "frequency_penalty"),
+        "repetition_penalty": read_number(fields, "repeat_penalty") if repetition is None else repetition,
     }
     return {**read, **{name: value for name, value in optional.items() if value is not None}}
 
@@ -234,86 +261,17 @@ def _read_stop(fields: Fields) -> tuple[str, ...]:
         return ()
     texts = [stop] if isinstance(stop, str) else stop
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        _bad("stop", f"should be a string or a list of strings, it is {_kind(stop)}")
-    return tuple(texts)
+        refuse("stop", f"should be a string or a list of strings, it is {kind_of(stop)}")
+    return tuple(dict.fromkeys(text for text in texts if text))  # forms send "" for none
 
 
 def _read_bias(fields: Fields, model: Ready) -> tuple[tuple[int, float], ...]:
     read = []
-    for key in (bias := _typed(fields, "logit_bias", dict) or {}):
+    for key in (bias := read_typed(fields, "logit_bias", dict) or {}):
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < model.vocab_size):
-            _bad("logit_bias", f"should name tokens from 0 to {model.vocab_size - 1}, here is {_show(key)}")
-        read.append((int(key), _number(bias, key, -100, 100, f"logit_bias.{key}") or 0.0))
+            refuse("logit_bias", f"should name tokens from 0 to {model.vocab_size - 1}, here is {show(key)}")
+        read.append((int(key), read_number(bias, key, -100, 100, f"logit_bias.{key}") or 0.0))
     return tuple(read)
-
-
-# Fields by type. None is the same as absent.
-
-
-def _typed(fields: Fields, name: str, kind: type[Any]) -> Any:
-    value = fields.get(name)
-    if value is not None and not isinstance(value, kind):
-        _bad(name, f"should be {_KINDS[kind]}, it is {_kind(value)}")
-    return value
-
-
-def _boolean(fields: Fields, name: str, place: str | None = None) -> bool:
-    value = fields.get(name)
-    if value is not None and not isinstance(value, bool):
-        _bad(place or name, f"should be true or false, it is {_kind(value)}")
-    return bool(value)
-
-
-def _number(
-    fields: Fields, name: str, least: float = -math.inf, most: float = math.inf, place: str | None = None
-) -> float | None:
-    value = fields.get(name)
-    if value is None:
-        return None
-    place = place or name
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        _bad(place, f"should be a number, it is {_kind(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        _bad(place, "is too large a number")
-    if not least <= number <= most:
-        _bad(place, f"should be between {least:g} and {most:g}, it is {number:g}")
-    return number
-
-
-def _integer(fields: Fields, name: str, least: int, most: int | None = None) -> int | None:
-    value = fields.get(name)
-    if value is None:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        _bad(name, f"should be a whole number, it is {_show(value) if isinstance(value, float) else _kind(value)}")
-    if value < least or (most is not None and value > most):
-        allowed = f"{least} or more" if most is None else f"between {least} and {most}"
-        _bad(name, f"should be {allowed}, it is {_show(value)}")
-    return int(value)
-
-
-def _bad(param: str, reason: str) -> NoReturn:
-    raise BadField(f"{param} {reason}", param=param)
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else _KINDS[type(value)]
-
-
-def _show(value: Any) -> str:
-    """Return a value of the client's for a message, short."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:36]} …"
 
 
 # Writing.
@@ -459,13 +417,36 @@ _CODES = {"rate_limit_error": "rate_limit_exceeded"}
 
 
 def describe_error(error: MoectlError) -> tuple[int, Fields]:
-    """Return the HTTP status and the body of an error, in OpenAI's shape; kind, hint and host are moectl's own."""
+    """Return the HTTP status and the body of an error."""
     status, kind = next(entry for cls in type(error).__mro__ if (entry := _STATUS.get(cls)))
     param, code = (error.param, error.code) if isinstance(error, BadField) else (None, _CODES.get(kind))
     if code == "model_not_found":
         status = 404
-    own = {"kind": type(error).__name__, "hint": error.hint, "host": error.host}
-    return status, {"error": {"message": str(error), "type": kind, "param": param, "code": code, **own}}
+    own = type(error).__name__
+    return status, error_body(str(error), kind, param=param, code=code, kind=own, hint=error.hint, host=error.host)
+
+
+def error_body(
+    message: str,
+    type_: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    kind: str = MoectlError.__name__,
+    hint: str | None = None,
+    host: str | None = None,
+) -> Fields:
+    """Return the body of an error in OpenAI's shape; kind, hint and host are moectl's own.
+
+    The hint is in the message as well: that is all that most clients show.
+    """
+    own = {"kind": kind, "hint": hint, "host": host}
+    return {"error": {"message": message + hint_suffix(hint), "type": type_, "param": param, "code": code, **own}}
+
+
+def hint_suffix(hint: str | None) -> str:
+    """Return how an error's message ends where it has a hint."""
+    return f" (hint: {hint})" if hint else ""
 
 
 def encode_json(value: Fields) -> bytes:

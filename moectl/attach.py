@@ -111,6 +111,8 @@ def start(target: Target, settings: Settings, options: Mapping[str, Any], *, on_
             "tcp": settings.tcp,
             "api_key": settings.api_key,
             "restarts": settings.restarts,
+            "origins": settings.origins,
+            "hosts": settings.hosts,
         },
         "options": dict(options),
     }
@@ -125,7 +127,8 @@ def obey() -> None:
     order = background.take_order()
     raw = order["settings"]
     tcp = (raw["tcp"][0], raw["tcp"][1]) if raw["tcp"] else None
-    settings = Settings(Path(raw["socket_path"]), raw["keep_alive_s"], tcp, raw["api_key"], raw["restarts"])
+    socket, visitors = Path(raw["socket_path"]), (tuple(raw["origins"]), tuple(raw["hosts"]))
+    settings = Settings(socket, raw["keep_alive_s"], tcp, raw["api_key"], raw["restarts"], *visitors)
     try:
         run(
             decode_target(order["target"]),

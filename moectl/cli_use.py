@@ -47,7 +47,7 @@ def restart_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("-t", "--temp", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=click.FloatRange(0, 1),
     default=1.0,
     show_default=True,
     help="Sample from the likeliest tokens with so much probability together.",
@@ -220,6 +220,20 @@ def _write(text: str) -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
 @click.option("--api-key", metavar="KEY", help="What clients have to send as their bearer token.")
 @click.option("--api-key-file", type=FILE, metavar="FILE", help="The same, from the first line of a file.")
+@click.option(
+    "--allow-origin",
+    "--allowed-origins",
+    "allow_origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this origin in, as http://localhost:3000 (CORS; repeatable); '*', all of them, needs a key.",
+)
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="Another name of this server that clients may use without a key, as host.docker.internal (repeatable).",
+)
 @click.option("-d", "--detach", is_flag=True, help="Leave it running in the background.")
 @restart_options
 @target_options
@@ -234,14 +248,20 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
       moectl serve
       moectl serve --local 2 --port 9000 --detach
       moectl serve --host 0.0.0.0 --api-key-file key.txt
+      moectl serve --allow-origin http://localhost:3000 --allow-host host.docker.internal
     """
     from moectl import attach
     from moectl.controller import run as run_controller
     from moectl.serving import FOR_EVER, Settings
+    from moectl.visitors import read_host_names, read_origins
 
     key = _api_key(options["api_key"], options["api_key_file"])
+    origins = read_origins(options["allow_origin"], has_key=key is not None)
+    names = read_host_names(options["allow_host"])
     target = choose_target(common, options)
-    settings = Settings(attach.place_of(target), FOR_EVER, (host, port), api_key=key, restarts=count_restarts(options))
+    settings = Settings(
+        attach.place_of(target), FOR_EVER, (host, port), key, count_restarts(options), origins=origins, hosts=names
+    )
     attach.refuse_second(target)
 
     def on_ready(bound: int | None) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl import errors
+from moectl.api import hint_suffix
 from moectl.errors import MoectlError, RemoteError, StateError
 from moectl.leash import Done, Token
 from moectl.paths import runtime_dir
@@ -234,7 +235,7 @@ def _rebuild(error: Mapping[str, Any]) -> MoectlError:
     if not (isinstance(kind, type) and issubclass(kind, MoectlError)):
         kind = RemoteError
     host = error.get("host")
-    message = str(error.get("message", "the controller failed"))
+    message = str(error.get("message", "the controller failed")).removesuffix(hint_suffix(error.get("hint")))
     if host:
         message = message.removeprefix(f"{host}: ")  # the error puts it there again
     return kind(message, hint=error.get("hint"), host=host)

@@ -20,12 +20,12 @@ from socket import socket
 from typing import Any
 
 from moectl.deployment import Deployment
-from moectl.errors import LeashLost, MoectlError, QueueFull, RemoteError, StateError, Unreachable, UsageError
+from moectl.errors import LeashLost, MoectlError, QueueFull, RemoteError, StateError, Unreachable
 from moectl.isolation import explain
 from moectl.keep_alive import KeepAlive
 from moectl.launch import Target, count_ranks, open_session
 from moectl.leash import Done, Prefilled, Ready, Refused, Token
-from moectl.request import Request
+from moectl.request import Request, too_long
 from moectl.restart import Restarts
 from moectl.resumed import ResumedAnswer
 from moectl.server import Grace, make_app
@@ -119,7 +119,11 @@ class Controller:
             raise StateError("moectl is stopping", hint="ask again: that starts it anew")
         _refuse_too_long(request, self.model.max_seq_len)
         if sum(not answer.started for answer in self._unfinished) >= self._max_waiting:
-            raise QueueFull(f"{self._max_waiting} requests wait already", retry_after_s=_RETRY_S)
+            raise QueueFull(
+                f"{self._max_waiting} requests wait already",
+                hint=f"ask again in {_RETRY_S:g} s",
+                retry_after_s=_RETRY_S,
+            )
         if not self._unfinished:
             self._progress_s = time.monotonic()
         answer = ResumedAnswer(request, self._cancel)
@@ -356,7 +360,7 @@ def _explain(error: Exception) -> MoectlError:
 
 def _refuse_too_long(request: Request, max_seq_len: int) -> None:
     if request.chars > BYTES_PER_TOKEN * max_seq_len or len(request.prompt_tokens or ()) > max_seq_len:
-        raise UsageError(f"the prompt is longer than the model's context of {max_seq_len} tokens", hint="shorten it")
+        raise too_long(f"the prompt is longer than the model's context of {max_seq_len} tokens", request.source)
 
 
 def run(
@@ -406,7 +410,9 @@ async def _run(
     )
     # Whoever serves others does not leave because one of them has had enough.
     control = _Control(controller, describe_run(target, options), keep_alive, stays=settings.tcp is not None)
-    app = make_app(controller, api_key=settings.api_key, control=control)
+    app = make_app(
+        controller, api_key=settings.api_key, origins=settings.origins, hosts=settings.hosts, control=control
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, control.on_signal, number)

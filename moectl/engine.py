@@ -30,7 +30,7 @@ from mlx_lm.generate import BatchGenerator, StopSequences
 
 from moectl.admission import Admission, held_tokens
 from moectl.answer import Answer
-from moectl.errors import RanksDisagree, UsageError
+from moectl.errors import BadField, RanksDisagree
 from moectl.isolation import isolated
 from moectl.leash import Cancel, Event, Generate, Order, Prefilled, Profile
 from moectl.model.dbrx import Model
@@ -180,7 +180,7 @@ class Engine:
                 prompt = read_prompt(request, self._tokenizer, vocab_size=vocab_size, max_seq_len=limit)
                 answer.reach = measure_reach(request, len(prompt), max_seq_len=limit, kv_tokens=self._kv_tokens)
                 answer.prompt = prompt
-            except UsageError as refusal:
+            except BadField as refusal:
                 answer.refuse_for(refusal)
 
     def _profile(self, order: Profile) -> Iterator[Event]:

@@ -61,9 +61,12 @@ class Common:
             raise errors.HostsError("no hosts are given", hint="write hosts.txt, or use --hosts a,b or --hostfile FILE")
         return found
 
-    def print(self, text: str, document: dict[str, Any], quiet_text: str = "") -> None:
-        """Print a command's result on stdout in the form that was asked for. Raises StateError for a full disk."""
-        shown = json.dumps(document) if self.json else quiet_text if self.quiet else text
+    def print(self, text: str, document: dict[str, Any], quiet_text: str | None = None) -> None:
+        """Print a command's result on stdout in the form that was asked for. Raises StateError for a full disk.
+
+        `quiet_text` is its shorter form for --quiet, where it has one.
+        """
+        shown = json.dumps(document) if self.json else text if not self.quiet or quiet_text is None else quiet_text
         if not shown:
             return
         try:

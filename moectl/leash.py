@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from moectl.errors import MoectlError, RemoteError, UsageError
+from moectl.errors import BadField, MoectlError, RemoteError
 from moectl.parsed import build
 from moectl.request import Request, Stats
 
@@ -210,12 +210,16 @@ class Refused:
     id: int
     message: str
     hint: str | None = None
+    param: str | None = None  # the field of an API request that is at fault
+    code: str | None = None
     internal: bool = False  # the error is moectl's; else the request makes no sense
 
     @property
     def error(self) -> MoectlError:
-        """What its asker gets."""
-        return (MoectlError if self.internal else UsageError)(self.message, hint=self.hint)
+        """The error that it was, for its asker."""
+        if self.internal:
+            return MoectlError(self.message, hint=self.hint)
+        return BadField(self.message, hint=self.hint, param=self.param, code=self.code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
-from moectl.errors import UsageError
+from moectl.errors import BadField
 
 MAX_PROMPT_BYTES = 4 * 1024 * 1024
-MAX_STOPS = 4  # as OpenAI
+MAX_STOPS = 64  # OpenAI takes 4, editors send up to 14
 MAX_STOP_BYTES = 1024
 MAX_LOGPROBS = 20  # as OpenAI
 MAX_BIASES = 1024
+TOO_LONG = "context_length_exceeded"  # OpenAI's code; clients shorten a conversation when they meet it
+LEAST_TOP_P = 1e-6  # at most so much leaves the most probable token alone; less is none in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +58,27 @@ class Request:
     def _texts(self) -> list[str]:
         return [self.prompt, self.system or "", *(text for m in self.messages or () for text in m.values())]
 
+    @property
+    def source(self) -> str:
+        """The field of an API request that the prompt came from."""
+        return "prompt" if self.messages is None else "messages"
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is always the one to choose."""
+        return self.temperature == 0 or self.top_p <= LEAST_TOP_P
+
     def __post_init__(self) -> None:
         self._freeze()
         self._check_texts()
         self._check_sampling()
         self._check_penalties()
         if self.max_tokens < 1:
-            raise UsageError(f"max tokens should be 1 or more, it is {self.max_tokens}")
+            _bad("max_tokens", f"should be 1 or more, it is {self.max_tokens}")
         if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise UsageError(f"seed should be between 0 and 2^64-1, it is {self.seed}")
+            _bad("seed", f"should be between 0 and 2^64-1, it is {self.seed}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise UsageError(f"logprobs should be between 0 and {MAX_LOGPROBS}, it is {self.logprobs}")
+            _bad("logprobs", f"should be between 0 and {MAX_LOGPROBS}, it is {self.logprobs}")
 
     def _freeze(self) -> None:  # JSON has lists only
         if self.prompt_tokens is not None:
@@ -77,43 +90,54 @@ class Request:
         object.__setattr__(self, "answered", tuple(self.answered))
 
     def _check_texts(self) -> None:
-        size = sum(_count_bytes(text, "the prompt") for text in self._texts)
+        size = sum(_count_bytes(text, self.source, "the prompt") for text in self._texts)
         if size > MAX_PROMPT_BYTES:
-            raise UsageError(f"the prompt has {size} bytes, more than {MAX_PROMPT_BYTES}: no context holds it")
+            raise too_long(
+                f"the prompt has {size} bytes, more than {MAX_PROMPT_BYTES}: no context holds it", self.source
+            )
         if len(self.stop) > MAX_STOPS:
-            raise UsageError(f"there may be {MAX_STOPS} stop texts, here are {len(self.stop)}")
+            _bad("stop", f"should be at most {MAX_STOPS} texts, here are {len(self.stop)}")
         for text in self.stop:
-            if not 0 < _count_bytes(text, "a stop text") <= MAX_STOP_BYTES:
-                raise UsageError(f"a stop text should have 1 to {MAX_STOP_BYTES} bytes, one has {len(text.encode())}")
+            if not 0 < (size := _count_bytes(text, "stop", "a stop text")) <= MAX_STOP_BYTES:
+                _bad("stop", f"should be texts of 1 to {MAX_STOP_BYTES} bytes, one has {size}")
 
     def _check_sampling(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature should be 0 or more, it is {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p should be above 0 and at most 1, it is {self.top_p}")
+            _bad("temperature", f"should be 0 or more, it is {self.temperature}")
+        if not 0 <= self.top_p <= 1:
+            _bad("top_p", f"should be 0 or more and at most 1, it is {self.top_p}")
         if not 0 <= self.top_k < 2**31:
-            raise UsageError(f"top-k should be 0 (all) or more, it is {self.top_k}")
+            _bad("top_k", f"should be between 0 (all) and 2^31-1, it is {self.top_k}")
         if not 0 <= self.min_p <= 1:
-            raise UsageError(f"min-p should be between 0 and 1, it is {self.min_p}")
+            _bad("min_p", f"should be between 0 and 1, it is {self.min_p}")
 
     def _check_penalties(self) -> None:
-        for name, value in (("presence", self.presence_penalty), ("frequency", self.frequency_penalty)):
-            if not -2 <= value <= 2:
-                raise UsageError(f"the {name} penalty should be between -2 and 2, it is {value}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= (value := getattr(self, name)) <= 2:
+                _bad(name, f"should be between -2 and 2, it is {value}")
         if not 0.01 <= self.repetition_penalty <= 100:
-            raise UsageError(f"the repetition penalty should be between 0.01 and 100, it is {self.repetition_penalty}")
+            _bad("repetition_penalty", f"should be between 0.01 and 100, it is {self.repetition_penalty}")
         if len(self.logit_bias) > MAX_BIASES:
-            raise UsageError(f"logit bias may name {MAX_BIASES} tokens, here are {len(self.logit_bias)}")
+            _bad("logit_bias", f"should name at most {MAX_BIASES} tokens, here are {len(self.logit_bias)}")
         for token, value in self.logit_bias:
             if not (token >= 0 and -100 <= value <= 100):
-                raise UsageError(f"logit bias should be between -100 and 100, of token {token} it is {value}")
+                _bad("logit_bias", f"should be between -100 and 100, of token {token} it is {value}")
 
 
-def _count_bytes(text: str, what: str) -> int:
+def too_long(reason: str, param: str) -> BadField:
+    """Return the error of a prompt that the context cannot hold: of one form, wherever that is found."""
+    return BadField(reason, hint="shorten the prompt", param=param, code=TOO_LONG)
+
+
+def _bad(param: str, reason: str) -> NoReturn:
+    raise BadField(f"{param} {reason}", param=param)
+
+
+def _count_bytes(text: str, param: str, what: str) -> int:
     try:
         return len(text.encode())
     except UnicodeEncodeError:
-        raise UsageError(f"{what} is not UTF-8 text") from None
+        raise BadField(f"{what} is not UTF-8 text", hint="send whole characters", param=param) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class Sampler:
     @property
     def is_plain(self) -> bool:
         """Whether the most probable token is all there is to choose and to tell."""
-        return self._request.temperature == 0 and self._request.logprobs is None
+        return self._request.is_greedy and self._request.logprobs is None
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Return the token (1,) chosen from log-probabilities (1, V) that `hook` has been through."""
@@ -95,7 +95,7 @@ class Sampler:
 
     def _choose(self, logprobs: mx.array) -> mx.array:
         request = self._request
-        if request.temperature == 0:
+        if request.is_greedy:
             best: mx.array = mx.argmax(logprobs, axis=-1)
             return best
         if 0 < request.top_k < logprobs.shape[-1]:

@@ -1,21 +1,19 @@
-"""The HTTP server: routes, keys, streams and their ends, over a `serving.Cluster`.
+"""The HTTP server: routes, streams and their ends, over a `serving.Cluster`.
 
-It knows HTTP and nothing of sessions or models; what JSON means is api's. It logs no prompt and no answer. Starlette
-and uvicorn are imported here only.
+It knows HTTP and nothing of sessions or models; what JSON means is api's. It logs no prompt and no answer. uvicorn is
+imported here only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
-import ipaddress
 import logging
 import math
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from socket import socket
 from typing import Any
 
@@ -29,27 +27,36 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moectl import api
-from moectl.errors import BadField, MoectlError, QueueFull, StateError, UsageError
+from moectl.doors import CONTROL, Doors, no_such_path, refuse, write_json
+from moectl.errors import MoectlError, QueueFull, StateError, UsageError
 from moectl.leash import Done, Token
 from moectl.metrics import CONTENT_TYPE, Metrics
+from moectl.request import TOO_LONG
 from moectl.serving import NOTICE, SILENCE_S, Answer, Cluster, Control, Notice
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 BODY_S = 60.0  # a body that takes longer to arrive is given up
 _IDLE_CONNECTION_S = 75
 _LAST_WORDS_S = 2  # for replies to end by themselves once they were told to
-CONTROL = "/moectl"
+_REPORT = "the server's log says more; report it"
 _CLIENT_CLOSED = 499  # nginx' number; only ever counted, nobody is there to see it
 _log = logging.getLogger("moectl.server")
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what strangers send is no news
 
 
 def make_app(
-    cluster: Cluster, *, api_key: str | None = None, silence_s: float = SILENCE_S, control: Control | None = None
+    cluster: Cluster,
+    *,
+    api_key: str | None = None,
+    origins: Collection[str] = (),
+    hosts: Collection[str] = (),
+    silence_s: float = SILENCE_S,
+    control: Control | None = None,
 ) -> App:
     """Return the ASGI application that serves a cluster.
 
     With a key, everything but /health wants it as a bearer token, except over a Unix socket, whose mode is its key.
+    Pages of `origins` may ask; without a key, `hosts` are names of this server beside localhost and addresses.
     `control` is reached over the Unix socket alone.
     """
     metrics = Metrics(cluster.health)
@@ -67,21 +74,22 @@ def make_app(
     handlers = {HTTPException: _answer_http_error, MoectlError: _answer_error, Exception: _answer_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
     app.router.redirect_slashes = False
-    return App(app, service, metrics, {route.path for route in routes}, api_key)
+    doors = Doors(app, api_key=api_key, origins=origins, hosts=hosts)
+    return App(doors, service, metrics, {route.path for route in routes})
 
 
 def _control_routes(control: Control) -> list[Route]:
     async def describe(http: HttpRequest) -> Response:
-        return _json(control.describe())
+        return write_json(control.describe())
 
     async def keep_alive(http: HttpRequest) -> Response:
         control.keep_alive(float(http.query_params["seconds"]), asks=http.query_params["asks"] == "1")
-        return _json({})
+        return write_json({})
 
     async def stop(http: HttpRequest) -> Response:
         described = control.describe()
         control.stop(float(http.query_params["grace_s"]))
-        return _json(described)
+        return write_json(described)
 
     return [
         Route(CONTROL, describe),
@@ -155,44 +163,34 @@ async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event,
 # Errors that are HTTP's own, in OpenAI's shape.
 
 
-def _refuse(status: int, message: str, *, code: str | None = None, headers: dict[str, str] | None = None) -> Response:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": None, "code": code, "kind": "MoectlError", "hint": None}
-    return _json({"error": error}, status, headers)
-
-
-def _json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(api.encode_json(value), status, headers, "application/json")
-
-
 async def _answer_http_error(http: HttpRequest, error: HTTPException) -> Response:
-    headers = dict(error.headers) if error.headers else None
     if error.status_code == 404:
-        return _refuse(404, f"there is no {http.url.path} here", code="unknown_url", headers=headers)
+        return no_such_path(http.url.path)
+    headers = dict(error.headers) if error.headers else None
     if error.status_code == 405:
-        return _refuse(405, f"{http.method} is not allowed for {http.url.path}", headers=headers)
-    return _refuse(error.status_code, str(error.detail), headers=headers)
+        hint = f"send {(headers or {}).get('Allow', 'another')}"
+        return refuse(405, f"{http.method} is not allowed for {http.url.path}", hint=hint, headers=headers)
+    return refuse(error.status_code, str(error.detail), headers=headers)
 
 
 async def _answer_bug(http: HttpRequest, error: Exception) -> Response:
-    return _refuse(500, f"unexpected {type(error).__name__} (a bug in moectl)")
+    return refuse(500, f"unexpected {type(error).__name__} (a bug in moectl)", hint=_REPORT)
 
 
 async def _answer_error(http: HttpRequest, error: MoectlError) -> Response:
     status, body = api.describe_error(error)
     headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, QueueFull) else None
-    return _json(body, status, headers)
+    return write_json(body, status, headers)
 
 
 class App:
-    """What every request passes: who may come in, what came of it, and a last resort for bugs."""
+    """What came of every request, and a last resort for bugs; who may come in is the doors' to say."""
 
-    def __init__(self, app: ASGIApp, service: _Service, metrics: Metrics, paths: set[str], api_key: str | None) -> None:
+    def __init__(self, app: Doors, service: _Service, metrics: Metrics, paths: set[str]) -> None:
         self._app = app
         self._service = service
         self._metrics = metrics
         self._paths = paths
-        self._key = api_key.encode() if api_key is not None else None
 
     def end_answers(self, error: MoectlError) -> None:
         """End every answer in progress with this error."""
@@ -211,50 +209,13 @@ class App:
             await send(message)
 
         try:
-            await (self._refuse(scope) or self._app)(scope, receive, note)
+            await self._app(scope, receive, note)
         except Exception as error:
             _log.error("unexpected %s in %s", type(error).__name__, scope["path"], exc_info=error)
             if not complete:
                 raise  # too late for a reply: the connection breaks
         finally:
             self._metrics.count_http(scope["path"] if scope["path"] in self._paths else "other", status)
-
-    def _refuse(self, scope: Scope) -> Response | None:
-        server = scope.get("server")
-        if scope["path"] == "/health" or server is None or server[1] is None:  # no port: a Unix socket
-            return None
-        if scope["path"].startswith(CONTROL):
-            return _NOT_HERE
-        headers = dict(scope["headers"])
-        if self._key is None:
-            return None if _names_this_machine(headers.get(b"host", b"")) else _STRANGE_HOST
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key):
-            return None
-        return _WRONG_KEY if given else _NO_KEY
-
-
-_AUTHENTICATE = {"www-authenticate": "Bearer"}
-_NOT_HERE = _refuse(404, "there is no such path here", code="unknown_url")
-_NO_KEY = _refuse(
-    401, "this server wants an API key: Authorization: Bearer KEY", code="invalid_api_key", headers=_AUTHENTICATE
-)
-_WRONG_KEY = _refuse(401, "this is not the server's API key", code="invalid_api_key", headers=_AUTHENTICATE)
-_STRANGE_HOST = _refuse(
-    403, "without an API key, only localhost or an IP address is taken as this server's name", code="forbidden_host"
-)
-
-
-def _names_this_machine(host: bytes) -> bool:
-    # A page in a browser can bring its own name to point here (DNS rebinding), but not localhost nor a number.
-    name = host.decode("latin-1").strip().lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(name)
-        return True
-    return False
 
 
 class _Service:
@@ -273,13 +234,13 @@ class _Service:
         return await self._answer(http, api.read_completion)
 
     async def list_models(self, http: HttpRequest) -> Response:
-        return _json({"object": "list", "data": [self._model()]})
+        return write_json({"object": "list", "data": [self._model()]})
 
     async def show_model(self, http: HttpRequest) -> Response:
         name = http.path_params["name"]
         if name != self._cluster.name:
-            raise BadField(f"model {name!r} is not served here", param="model", code="model_not_found")
-        return _json(self._model())
+            raise api.no_such_model(name, self._cluster.name)
+        return write_json(self._model())
 
     async def show_health(self, http: HttpRequest) -> Response:
         health = self._cluster.health()
@@ -294,7 +255,7 @@ class _Service:
             "memory_bytes": list(health.memory_bytes),
             "restarts": health.restarts,
         }
-        return _json(body, 200 if health.healthy else 503)
+        return write_json(body, 200 if health.healthy else 503)
 
     async def show_metrics(self, http: HttpRequest) -> Response:
         return Response(self._metrics.write(), headers={"content-type": CONTENT_TYPE})
@@ -332,10 +293,14 @@ class _Service:
 
 def _check_headers(http: HttpRequest) -> Response | None:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        return _refuse(415, f"the content type should be application/json, it is {kind or 'not given'}")
+    # curl -d sends a form's type where none is given. From a page it stays refused: a browser sends forms unasked.
+    is_lax = kind in ("", "application/x-www-form-urlencoded") and "origin" not in http.headers
+    if kind != "application/json" and not is_lax:
+        shown = kind[:100] or "not given"
+        hint = "send the header Content-Type: application/json"
+        return refuse(415, f"the content type should be application/json, it is {shown}", hint=hint)
     if (coding := http.headers.get("content-encoding", "identity").strip().lower()) != "identity":
-        return _refuse(415, f"the content coding {coding} is not supported")
+        return refuse(415, f"the content coding {coding[:100]} is not supported", hint="send the body uncompressed")
     length = http.headers.get("content-length", "")
     if length.isdigit() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
         return _too_large()
@@ -351,20 +316,28 @@ async def _read_body(http: HttpRequest) -> bytes | Response:
                 if len(body) > MAX_BODY_BYTES:
                     return _too_large()
     except TimeoutError:
-        return _refuse(408, f"the body did not arrive within {BODY_S:g} s", headers={"connection": "close"})
+        return refuse(
+            408, f"the body did not arrive within {BODY_S:g} s", hint="send it again", headers={"connection": "close"}
+        )
     except ClientDisconnect:
-        return _refuse(_CLIENT_CLOSED, "the client closed the connection")
+        return refuse(_CLIENT_CLOSED, "the client closed the connection")
     return bytes(body)
 
 
 def _too_large() -> Response:
     # The rest of the body is still on its way, and nobody will read it.
-    return _refuse(413, f"the body should have at most {MAX_BODY_BYTES} bytes", headers={"connection": "close"})
+    return refuse(
+        413,
+        f"the body should have at most {MAX_BODY_BYTES} bytes: no context holds more",
+        code=TOO_LONG,
+        hint="shorten the prompt",
+        headers={"connection": "close"},
+    )
 
 
 def _explain(unknown: Exception) -> MoectlError:
     _log.error("unexpected %s in an answer", type(unknown).__name__, exc_info=unknown)
-    return MoectlError(f"unexpected {type(unknown).__name__} (a bug in moectl)")
+    return MoectlError(f"unexpected {type(unknown).__name__} (a bug in moectl)", hint=_REPORT)
 
 
 class _Gone(Exception):
@@ -427,7 +400,7 @@ class _Answering:
                 self._inbox.put_nowait((index, event))
                 if isinstance(event, Done):
                     return
-            error = MoectlError("the answer ended before it was done (a bug in moectl)")
+            error = MoectlError("the answer ended before it was done (a bug in moectl)", hint=_REPORT)
         except MoectlError as known:
             error = known
         except Exception as unknown:
@@ -479,7 +452,7 @@ class _Answering:
             elif not isinstance(entry[1], Notice):
                 for _ in self._reply.take(entry[0], entry[1]):
                     pass
-        await _json(self._reply.whole())(scope, receive, send)
+        await write_json(self._reply.whole())(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A refusal comes before the first token: it may still have a status of its own.

@@ -68,6 +68,8 @@ class Settings:
     tcp: tuple[str, int] | None = None  # host and port
     api_key: str | None = None
     restarts: int = 0  # of a failed cluster, within a while
+    origins: tuple[str, ...] = ()  # whose pages may ask, as `visitors` reads them
+    hosts: tuple[str, ...] = ()  # names of this server that are allowed without a key
 
 
 class Control(Protocol):

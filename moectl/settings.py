@@ -40,7 +40,7 @@ _PENALTY = _Number(float, -2, 2, "a number from -2 to 2")
 _NUMBERS = {
     "max_tokens": _Number(int, 1, 2**31 - 1, "a whole number, 1 or more"),
     "temperature": _Number(float, 0, math.inf, "a number, 0 (greedy) or more"),
-    "top_p": _Number(float, 0, 1, "a number above 0 and at most 1", above=True),
+    "top_p": _Number(float, 0, 1, "a number from 0 to 1"),
     "top_k": _Number(int, 0, 2**31 - 1, "a whole number, 0 (all) or more"),
     "min_p": _Number(float, 0, 1, "a number from 0 to 1"),
     "seed": _Number(int, 0, 2**64 - 1, "a whole number from 0 to 2^64-1, or none", optional=True),

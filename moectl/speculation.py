@@ -34,7 +34,7 @@ _Response = GenerationBatch.Response
 def is_foreseeable(request: Request) -> bool:
     """Return whether the most probable token by the model is all there is to choose and to tell of each token."""
     return (
-        request.temperature == 0
+        request.is_greedy
         and request.logprobs is None
         and request.presence_penalty == request.frequency_penalty == 0
         and request.repetition_penalty == 1

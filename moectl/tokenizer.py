@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import tokenizers
 
 from moectl.chat_template import ChatTemplate, Json, find_defaults, open_chat_template
-from moectl.errors import CheckpointError, UsageError
+from moectl.errors import BadField, CheckpointError
 from moectl.token_text import TextStream, find_context, has_byte_runs
 
 TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -90,7 +90,7 @@ class Tokenizer:
         try:
             return self._tokens.encode(text, add_special_tokens=special).ids
         except Exception as error:  # a lone surrogate, or a text that the vocabulary cannot spell
-            raise UsageError(f"the model's tokenizer cannot read this text: {error}") from None
+            raise BadField(f"the model's tokenizer cannot read this text: {error}") from None
 
 
 def open_tokenizer(directory: Path) -> Tokenizer:

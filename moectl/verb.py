@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from moectl.errors import UsageError
 
 SECTIONS = ("Prepare", "Use", "Observe", "Other")
 EXIT_CODES = {
@@ -28,6 +31,7 @@ EXIT_CODES = {
     141: "the reader of the output left",
     143: "terminated",
 }
+_MANY = 4  # verbs that know an option: too many to name one of them
 _EXAMPLES = re.compile(r"\n*\x08\nExamples?:\n((?: +.*\n?)+)")
 
 
@@ -61,6 +65,14 @@ class _WithExamples(click.Command):
             formatter.write(text.replace("\N{NO-BREAK SPACE}", " ") + "\n")
 
 
+def _reads(ctx: click.Context, verb: click.Command, words: list[str]) -> bool:
+    """Return whether these words are options of a verb, with their values, and nothing else."""
+    try:
+        return not verb.make_parser(ctx).parse_args(list(words))[1]
+    except click.UsageError:
+        return False
+
+
 class Verb(_WithExamples):
     """One verb, and the section of `moectl --help` in which it stands."""
 
@@ -74,6 +86,29 @@ class Verbs(_WithExamples, click.Group):
     """All verbs, listed by section in the order in which they were added."""
 
     command_class = Verb
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read what comes before the verb. Raises UsageError that says where an option of a verb's goes."""
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise self._misplaced(ctx, words, error.option_name) or error from None
+
+    def _misplaced(self, ctx: click.Context, words: list[str], option: str) -> UsageError | None:
+        """Return the error for a verb's option that stands before the verb; None where no verb knows it."""
+        verbs = {name: verb for name, verb in self.commands.items() if not verb.hidden}
+        at = next((i for i, word in enumerate(words) if word in verbs and _reads(ctx, verbs[word], words[:i])), None)
+        know = [name for name, verb in verbs.items() if any(option in param.opts for param in verb.params)]
+        if at is not None:
+            rest = " …" if words[at + 1 :] else ""
+            hint = f"put {option} after the verb: moectl {words[at]} {shlex.join(words[:at])}{rest}"
+        elif know:
+            which = "VERB" if len(know) > _MANY else know[0]
+            hint = f"put {option} after its verb: moectl {which} {option} …"
+        else:
+            return None
+        return UsageError(f"{option} stands before the verb, where only --help and --version may", hint=hint)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return all names in the order of their addition."""

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from moectl.errors import PeerLost, QueueFull, StateError, UsageError
+from moectl.errors import PeerLost, QueueFull, StateError
 from moectl.leash import Done, Ready, Token
-from moectl.request import Request, Stats
+from moectl.request import Request, Stats, too_long
 from moectl.serving import Health
 
 ENDS_AFTER = 20  # tokens, unless ignore_eos
@@ -40,7 +40,7 @@ class FakeAnswer:
     async def _events(self) -> AsyncIterator[Token | Done]:
         request, said = self._request, 0
         if "refuse" in self._text:
-            raise UsageError("the prompt has 300 tokens, the model's context is 256", hint="shorten the prompt")
+            raise too_long("the prompt has 300 tokens, the model's context is 256", request.source)
         room = MODEL.max_seq_len - 7
         most = room if request.ignore_eos else min(ENDS_AFTER, room)
         while said < min(request.max_tokens, most) or "endless" in self._text:
@@ -94,7 +94,7 @@ class FakeCluster:
     async def submit(self, request: Request) -> FakeAnswer:
         text = request.prompt + "".join(message["content"] for message in request.messages or ())
         if "full" in text:
-            raise QueueFull("16 requests wait already", retry_after_s=2.5)
+            raise QueueFull("16 requests wait already", hint="ask again in 3 s", retry_after_s=2.5)
         if "stopping" in text:
             raise StateError("moectl is stopping", hint="moectl serve")
         self.requests.append(request)

@@ -59,8 +59,8 @@ def fail_where(owner: Any, name: str, is_bad: Callable[..., bool], error: BaseEx
     setattr(owner, name, poisoned)
 
 
-class Detokenizer:
-    """A request's detokenizer that fails after some tokens, or at the end."""
+class PoisonedText:
+    """A request's stream of text that fails after some tokens, or at the end."""
 
     def __init__(self, real: Any, place: str) -> None:
         self._real, self._place, self._count = real, place, 0
@@ -68,16 +68,16 @@ class Detokenizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def add_token(self, token: int) -> None:
+    def feed(self, token: int) -> str:
         self._count += 1
         if self._count > AFTER and self._place != "end of text":
             raise Panic("poison") if self._place == "panic" else TypeError("poison")
-        self._real.add_token(token)
+        return str(self._real.feed(token))
 
-    def finalize(self) -> None:
+    def finish(self) -> str:
         if self._place == "end of text":
             raise TypeError("poison")
-        self._real.finalize()
+        return str(self._real.finish())
 
 
 def poison() -> None:
@@ -91,7 +91,7 @@ def poison() -> None:
         for place in PLACES:
             if is_poisoned(self.request, place):
                 places[self.request.id] = place
-                self._detokenizer = Detokenizer(self._detokenizer, place) if place in DETOKENIZER else self._detokenizer
+                self._text = PoisonedText(self._text, place) if place in TEXT else self._text  # type: ignore[assignment]
 
     Answer.lead = poisoned_lead  # type: ignore[assignment, method-assign]
     fail_where(engine_module, "read_prompt", lambda request, *_, **__: is_poisoned(request, "prompt"))
@@ -111,7 +111,7 @@ def poison() -> None:
     )
 
 
-DETOKENIZER = ("detokenizer", "panic", "end of text")
+TEXT = ("detokenizer", "panic", "end of text")
 
 
 def is_late(sampler: Sampler, place: str) -> bool:

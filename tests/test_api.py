@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -45,14 +46,14 @@ def test_every_field_reaches_the_request() -> None:
         "presence_penalty": 1,
         "frequency_penalty": -2,
         "repetition_penalty": 1.1,
-        "seed": -1,
+        "seed": -2,
         "stop": ["a", "b"],
         "ignore_eos": True,
         "logit_bias": {"7": -100, "8": 3.5},
     }
     expected = {
         **shared,
-        "seed": 2**64 - 1,
+        "seed": 2**64 - 2,
         "stop": ("a", "b"),
         "logit_bias": ((7, -100.0), (8, 3.5)),
     }
@@ -87,6 +88,119 @@ def test_null_is_the_same_as_absent(name: str) -> None:
     assert read_completion(**{name: None}) == read_completion()
 
 
+# What other servers take beside OpenAI's own, and clients that were written for those send.
+NOTHING_SAID: dict[str, Any] = {
+    "temperature": None,
+    "top_p": None,
+    "top_k": -1,
+    "min_p": 0,
+    "seed": -1,
+    "stop": [""],
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1,
+    "repeat_penalty": 1.0,
+    "logit_bias": {},
+    "n": None,
+    "best_of": None,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "stream": None,
+    "stream_options": None,
+    "model": "",
+    "user": "ada",
+    "store": True,
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "reasoning_effort": "low",
+    "verbosity": "medium",
+    "parallel_tool_calls": True,
+    "prompt_cache_key": "x",
+    "safety_identifier": "x",
+    "prediction": None,
+    "tools": [],
+    "tool_choice": "auto",
+    "functions": None,
+    "function_call": "none",
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "audio": None,
+    "echo": False,
+    "suffix": None,
+    "min_tokens": 0,
+    "mirostat": 0,
+    "typical_p": 1,
+    "tfs_z": 1.0,
+    "top_a": 0,
+    "dry_multiplier": 0,
+    "xtc_probability": 0.0,
+    "length_penalty": 1.0,
+    "use_beam_search": False,
+    "stop_token_ids": [],
+    "guided_json": None,
+    "grammar": "",
+    "cache_prompt": True,
+    "keep_alive": "5m",
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_SAID)
+def test_values_that_say_nothing_are_the_same_as_none(name: str) -> None:
+    for value in (NOTHING_SAID[name], None):
+        assert read_chat(**{name: value}) == read_chat()
+        assert read_completion(**{name: value}) == read_completion()
+
+
+@pytest.mark.parametrize("stop", ["", [""], ["", ""], [], None])
+def test_empty_stop_texts_are_none(stop: Any) -> None:
+    assert read_chat(stop=stop).requests[0].stop == ()
+    assert read_chat(stop=["", "a", "a"]).requests[0].stop == ("a",)
+
+
+def test_as_many_stop_texts_as_editors_send() -> None:
+    texts = [f"<|{i}|>" for i in range(64)]
+    assert read_chat(stop=texts).requests[0].stop == tuple(texts)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "n_predict"])
+def test_minus_one_is_no_limit_of_tokens(name: str) -> None:
+    for value in (-1, -1.0, -2, 128_000):
+        assert read_chat(**{name: value}).requests[0].max_tokens == MODEL.max_seq_len
+        assert read_completion(**{name: value}).requests[0].max_tokens == MODEL.max_seq_len
+    assert read_completion(**{name: 5}).requests[0].max_tokens == 5
+    assert read_chat(max_completion_tokens=None, max_tokens=5).requests[0].max_tokens == 5
+
+
+def test_names_and_numbers_of_other_servers() -> None:
+    assert read_chat(repeat_penalty=1.3).requests[0].repetition_penalty == 1.3
+    assert read_chat(repetition_penalty=1.2, repeat_penalty=1.3).requests[0].repetition_penalty == 1.2
+    assert read_chat(top_p=0).requests[0].is_greedy
+    assert read_chat(top_k=10**12).requests[0].top_k == 2**31 - 1
+    assert read_chat(logprobs=0).requests[0].logprobs is None
+    assert read_completion(logprobs=0).requests[0].logprobs == 0
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_a_message_without_content_is_an_empty_one(role: str) -> None:
+    for message in ({"role": role, "content": None}, {"role": role}, {"role": role, "content": []}):
+        said = read_chat(messages=[{"role": "user", "content": "hi"}, message]).requests[0].messages
+        assert said is not None
+        assert said[1]["content"] == ""
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "refusal": None, "name": None}
+    assert read_chat(messages=[{"role": "user", "content": "hi"}, called]).requests[0].messages == (
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": ""},
+    )
+
+
+def test_texts_under_other_types() -> None:
+    parts = ["a", {"text": "b"}, {"type": "input_text", "text": "c"}, {"type": "output_text", "text": "d"}]
+    parts.append({"type": "refusal", "refusal": "e"})
+    assert read_chat(messages=[{"role": "user", "content": parts}]).requests[0].messages == (
+        {"role": "user", "content": "abcde"},
+    )
+
+
 def test_messages_and_their_parts() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts, "name": "ada"}]
@@ -106,18 +220,20 @@ CHAT_REFUSALS: list[tuple[str, Any, str]] = [
     ("messages", "hello", "should be a list, it is a string"),
     ("messages", ["hello"], "should be an object"),
     ("messages", [{"role": "user", "content": ""}], "every content is empty"),
-    ("messages", [{"role": "user"}], "it is null"),
+    ("messages", [{"role": "user"}], "every content is empty"),
+    ("messages", [{"role": "user", "content": 5}], "it is a number"),
     ("messages", [{"role": "tool", "content": "x"}], "should be one of system, developer, user, assistant"),
     ("messages", [{"role": ["user"], "content": "x"}], "should be one of"),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "reads text only"),
     ("messages", [{"role": "user", "content": [{"type": "text"}]}], "should be a string"),
-    ("messages", [{"role": "user", "content": ["x"]}], "should be an object"),
+    ("messages", [{"role": "user", "content": [5]}], "should be an object"),
     ("tools", [{"type": "function"}], "calls no functions"),
     ("response_format", {"type": "json_object"}, "not supported"),
     ("modalities", ["audio"], "not supported"),
     ("logprobs", 5, "true or false"),
     ("top_logprobs", 5, "needs logprobs"),
-    ("max_completion_tokens", 0, "should be 1 or more"),
+    ("tool_choice", "required", "needs tools"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}, "needs tools"),
 ]
 SHARED_REFUSALS: list[tuple[str, Any, str]] = [
     ("model", "gpt-5", "'tiny' is"),
@@ -127,24 +243,25 @@ SHARED_REFUSALS: list[tuple[str, Any, str]] = [
     ("temperature", 2.1, "between 0 and 2"),
     ("temperature", 10**400, "too large"),
     ("temperature", math.inf, "too large"),
-    ("top_p", 0, "above 0"),
+    ("top_p", -0.1, "0 or more"),
     ("top_p", 1.1, "at most 1"),
     ("top_k", 1.5, "whole number, it is 1.5"),
     ("top_k", -2, "-1 or more"),
-    ("top_k", 2**31, "top-k"),
     ("min_p", -0.1, "between 0 and 1"),
     ("presence_penalty", 2.1, "between -2 and 2"),
     ("frequency_penalty", -2.1, "between -2 and 2"),
     ("repetition_penalty", 0, "between 0.01"),
     ("max_tokens", 0, "1 or more"),
+    ("max_tokens", -3, "-2 or more"),
+    ("max_completion_tokens", 0, "1 or more"),
+    ("n_predict", 0, "1 or more"),
     ("max_tokens", "5", "whole number, it is a string"),
     ("n", 0, "between 1 and"),
     ("n", 65, "between 1 and"),
     ("n", 10**300, "between 1 and"),
     ("seed", 2**64, "between"),
     ("seed", 1.5, "whole number"),
-    ("stop", ["a", "b", "c", "d", "e"], "4 stop texts"),
-    ("stop", [""], "1 to 1024 bytes"),
+    ("stop", [str(i) for i in range(65)], "at most 64 texts"),
     ("stop", ["x" * 1025], "1 to 1024 bytes"),
     ("stop", "\ud800", "not UTF-8"),
     ("stop", [1], "list of strings"),
@@ -160,6 +277,38 @@ SHARED_REFUSALS: list[tuple[str, Any, str]] = [
     ("logit_bias", {"²": 1}, "should name tokens"),
     ("logit_bias", {"1": 101}, "between -100 and 100"),
     ("logit_bias", {"1": "x"}, "should be a number"),
+    ("functions", [{"name": "f"}], "calls no functions"),
+    ("function_call", {"name": "f"}, "needs functions"),
+    *[
+        (name, value, "not supported")
+        for name, value in {
+            "echo": True,
+            "suffix": "x",
+            "audio": {"voice": "x"},
+            "web_search_options": {"a": 1},
+            "grammar": "root ::= x",
+            "json_schema": {"type": "object"},
+            "structured_outputs": {"json": {}},
+            "guided_json": {"type": "object"},
+            "guided_choice": ["a"],
+            "stop_token_ids": [5],
+            "bad_words": ["x"],
+            "min_tokens": 5,
+            "use_beam_search": True,
+            "length_penalty": 1.5,
+            "mirostat": 2,
+            "typical_p": 0.5,
+            "xtc_probability": 0.1,
+            "dry_multiplier": 0.8,
+            "top_n_sigma": 1,
+            "prompt_logprobs": 1,
+            "include_stop_str_in_output": True,
+            "truncate_prompt_tokens": 5,
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+            "chat_template": "{{ messages }}",
+        }.items()
+    ],
 ]
 COMPLETION_REFUSALS: list[tuple[str, Any, str]] = [
     ("prompt", None, "should be a string"),
@@ -178,8 +327,6 @@ COMPLETION_REFUSALS: list[tuple[str, Any, str]] = [
     ("prompt", ["a"] * 65, "64 prompts"),
     ("prompt", "\ud800", "not UTF-8"),
     ("prompt", "x" * (4 * 2**20 + 1), "no context holds it"),
-    ("echo", True, "not supported"),
-    ("suffix", "x", "not supported"),
     ("best_of", 2, "not supported"),
     ("logprobs", 21, "between 0 and 20"),
     ("logprobs", True, "whole number"),
@@ -188,15 +335,26 @@ COMPLETION_REFUSALS: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "value", "reason"), [*CHAT_REFUSALS, *SHARED_REFUSALS])
 def test_chat_refusals(name: str, value: Any, reason: str) -> None:
-    with pytest.raises(UsageError, match=reason) as caught:
+    with pytest.raises(BadField, match=reason) as caught:
         read_chat(**{name: value})
-    assert api.describe_error(caught.value)[0] == (404 if value == "gpt-5" else 400)
+    check_form(caught.value, name)
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), [*COMPLETION_REFUSALS, *SHARED_REFUSALS])
 def test_completion_refusals(name: str, value: Any, reason: str) -> None:
-    with pytest.raises(UsageError, match=reason):
+    with pytest.raises(BadField, match=reason) as caught:
         read_completion(**{name: value})
+    check_form(caught.value, name)
+
+
+def check_form(error: BadField, name: str) -> None:
+    """Check that an error has its form: the field by its name, and what would be right."""
+    status, body = api.describe_error(error)
+    told = body["error"]
+    assert (status, told["type"]) == (404 if told["code"] == "model_not_found" else 400, "invalid_request_error")
+    assert re.split(r"[.\[]", str(told["param"]))[0] == name
+    assert told["hint"] or "should" in told["message"] or "needs" in told["message"]
+    assert not told["hint"] or told["message"].endswith(f" (hint: {told['hint']})")
 
 
 def test_prompts_times_n_is_bounded() -> None:

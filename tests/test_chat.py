@@ -446,7 +446,7 @@ def test_a_system_message_of_several_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    ["temperature hot", "temperature -1", "temperature nan", "top_p 0", "max_tokens 0", "max_tokens 1.5", "seed -1",
+    ["temperature hot", "temperature -1", "temperature nan", "top_p -1", "max_tokens 0", "max_tokens 1.5", "seed -1",
      "top_q 1", "temperature", "system", 'stop "a', "repetition_penalty 0"],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_line(tmp_path: Path, wrong: str) -> None:
@@ -659,7 +659,7 @@ settings = st.builds(
     max_tokens=st.integers(1, 2**31 - 1),
     system=st.none() | st.text(st.characters(codec="utf-8"), min_size=1),
     temperature=st.floats(0, 1e6),
-    top_p=st.floats(0, 1, exclude_min=True),
+    top_p=st.floats(0, 1),
     top_k=st.integers(0, 10**6),
     min_p=st.floats(0, 1),
     seed=st.none() | st.integers(0, 2**64 - 1),

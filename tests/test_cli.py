@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from moectl import __main__, __version__, cli, errors
@@ -96,7 +97,7 @@ def test_no_command_prints_help_and_is_usage(call: Any) -> None:
         (("rnu",), "Did you mean 'run'?"),
         (("run", "--max-tokns", "3", "x"), "Did you mean '--max-tokens'?"),
         (("run", "-m", "0", "x"), "0 is not in the range"),
-        (("run", "--top-p", "0", "x"), "range"),
+        (("run", "--top-p", "1.1", "x"), "range"),
         (("run", "--temp", "2.5", "x"), "2.5 is not in the range"),  # before anything is loaded
         (("shard", "--q-bits", "5", "x"), "'5' is not one of"),
         (("run", "--shards", "a", "--model", "b", "x"), "exclude each other"),
@@ -109,6 +110,55 @@ def test_wrong_words_are_usage_errors(words: tuple[str, ...], message: str, call
     code, out, err = call(*words)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def misplaced() -> list[tuple[list[str], str, str]]:
+    """Return for every option of every verb: the words with it before the verb, the verb, the words moved."""
+    samples: dict[str, str] = {"choice": "auto", "integer range": "1", "float range": "0.5", "duration": "5m"}
+    cases = []
+    for name, verb in cli.cli.commands.items():
+        for param in verb.params:
+            if verb.hidden or not isinstance(param, click.Option):
+                continue
+            takes = not (param.is_flag or param.count)
+            for opt in param.opts:
+                cases.append(([opt, samples.get(param.type.name, "x")] if takes else [opt], name, opt))
+    return cases
+
+
+@pytest.mark.parametrize(("before", "verb", "option"), misplaced(), ids=lambda value: str(value)[:30])
+def test_an_option_before_the_verb_says_where_it_goes(before: list[str], verb: str, option: str, call: Any) -> None:
+    code, out, err = call(*before, verb, "x")
+    assert (code, out) == (2, "")
+    hint = f"put {option} after the verb: moectl {verb} {' '.join(before)} …"
+    if option == "--json":
+        assert json.loads(err)["error"]["hint"] == hint
+    else:
+        assert err == f"Error: {option} stands before the verb, where only --help and --version may\nHint: {hint}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("-vq", "plan"), "put -v after the verb: moectl plan -vq"),
+        (("-v", "-H", "run", "run", "hi"), "put -v after the verb: moectl run -v -H run …"),
+        (("--hosts=a,b", "deploy"), "put --hosts after the verb: moectl deploy --hosts=a,b"),
+        (("-m5", "run", "hi"), "put -m after the verb: moectl run -m5 …"),
+        (("--system", "be brief", "run"), "put --system after the verb: moectl run --system 'be brief'"),
+        (("-v",), "put -v after its verb: moectl VERB -v …"),
+        (("-v", "rnu"), "put -v after its verb: moectl VERB -v …"),
+        (("--prune", "plan"), "put --prune after its verb: moectl list --prune …"),
+    ],
+)
+def test_where_an_option_goes(words: tuple[str, ...], hint: str, call: Any) -> None:
+    code, _, err = call(*words)
+    assert (code, err.splitlines()[-1]) == (2, f"Hint: {hint}")
+
+
+def test_an_option_of_no_verb_is_as_unknown_as_ever(call: Any) -> None:
+    code, _, err = call("--bogus", "plan")
+    assert code == 2
+    assert "No such option" in err
 
 
 def test_a_prompt_is_needed(call: Any) -> None:

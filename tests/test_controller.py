@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
@@ -880,6 +881,43 @@ def test_a_detached_server() -> None:
     api = openai.OpenAI(base_url=found["url"], api_key="sesame", max_retries=0)
     assert api.models.list().data[0].id == found["model"]
     assert moectl("stop").stdout.startswith("Stopped 1 worker, ")
+
+
+@pytest.mark.usefixtures("_nothing_left")
+def test_a_detached_server_lets_in_what_its_flags_say() -> None:
+    page, other, name = "http://localhost:3000", "http://evil.example", "host.docker.internal"
+    words = ("serve", "--local", "1", "--port", "0", "-d", "--json", "--allow-origin", page, "--allow-host", name)
+    url = json.loads(moectl(*words).stdout)["url"]
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    with httpx2.Client() as http:
+        for origin, status in ((page, 200), (other, 403)):
+            assert (
+                http.options(f"{url}/chat/completions", headers={**preflight, "origin": origin}).status_code == status
+            )
+        found = http.get(f"{url}/models", headers={"host": f"{name}:8080", "origin": page})
+        assert (found.status_code, found.headers["access-control-allow-origin"]) == (200, page)
+        assert http.get(f"{url}/models", headers={"host": "other.example"}).status_code == 403
+        prompts: list[Any] = ["word " * 5000, "x" * 3_000_000, [5] * 3000]
+        asked = [({"prompt": prompt}, "completions", "prompt") for prompt in prompts]
+        asked += [({"messages": [{"role": "user", "content": p}]}, "chat/completions", "messages") for p in prompts[:2]]
+        for body, path, param in asked:
+            for stream in (False, True):
+                reply = http.post(f"{url}/{path}", json={**body, "stream": stream, "max_tokens": 32_000}, timeout=60)
+                error = reply.json()["error"]
+                assert (reply.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+        greedy, zero = (
+            http.post(f"{url}/completions", json={"prompt": "What is", "max_tokens": 8, **how}, timeout=60).json()
+            for how in ({"temperature": 0}, {"top_p": 0, "temperature": 1, "stop": [""]})
+        )
+        assert greedy["choices"][0]["text"] == zero["choices"][0]["text"] != ""
+    assert moectl("stop").stdout.startswith("Stopped 1 worker, ")
+
+
+@pytest.mark.parametrize("flag", ["--allow-origin", "--allowed-origins"])
+def test_all_origins_need_a_key(flag: str) -> None:
+    told = moectl("serve", "--local", "1", flag, "*", check=2).stderr
+    assert told.startswith("Error: --allow-origin '*' needs an API key")
+    assert "Hint: add --api-key-file FILE" in told
 
 
 # The client.

@@ -65,6 +65,11 @@ def test_a_top_k_of_everything_is_no_filter(logits: np.ndarray[Any, Any], top_k:
     assert frequencies(logits, 50, temperature=1.0, top_k=top_k) == frequencies(logits, 50, temperature=1.0)
 
 
+@pytest.mark.parametrize("top_p", [0, 1e-300, 1e-45, 1e-9])
+def test_a_top_p_of_nothing_leaves_the_likeliest_token(logits: np.ndarray[Any, Any], top_p: float) -> None:
+    assert set(frequencies(logits, 50, temperature=2.0, top_p=top_p)) == {int(np.argmax(logits))}
+
+
 def test_a_seed_depends_on_the_position_only(logits: np.ndarray[Any, Any]) -> None:
     request = ask(temperature=3.0, seed=9)
     whole = Sampler(request, prompt_tokens=4)

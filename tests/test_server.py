@@ -50,12 +50,12 @@ class Site:
         return httpx2.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"})
 
 
-def run_site(path: Path, api_key: str | None) -> Iterator[Site]:
+def run_site(path: Path, api_key: str | None, **visitors: Any) -> Iterator[Site]:
     cluster, loop, stopping = FakeCluster(), asyncio.new_event_loop(), asyncio.Event()
     with listen_unix(path) as unix:
         tcp = listen_tcp("127.0.0.1", 0, has_key=api_key is not None)
         port = tcp.getsockname()[1]
-        app = make_app(cluster, api_key=api_key, silence_s=0.1)
+        app = make_app(cluster, api_key=api_key, silence_s=0.1, **visitors)
         thread = threading.Thread(
             target=loop.run_until_complete, args=(serve(app, [unix, tcp], stopping=stopping, grace=Grace(0.2)),)
         )
@@ -194,8 +194,9 @@ def test_models(site: Site) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_refusals_have_their_status(site: Site, stream: bool) -> None:
     with site.client() as client:
-        with pytest.raises(openai.BadRequestError, match="context is 256"):
+        with pytest.raises(openai.BadRequestError, match="context is 256") as long:
             ask(client, "refuse", stream=stream)
+        assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
         with pytest.raises(openai.BadRequestError, match="between 0 and 2") as bad:
             ask(client, temperature=9, stream=stream)
         assert bad.value.param == "temperature"
@@ -461,12 +462,18 @@ def test_wrong_ways_in(site: Site) -> None:
         assert post(good).status_code == 200
         assert post(good, content_type="Application/JSON; charset=utf-8").status_code == 200
         assert post(good, content_type="text/plain").status_code == 415
-        assert post(good, content_type="").status_code == 415
+        for lax in ("", "application/x-www-form-urlencoded"):  # curl -d, with and without its own header
+            assert post(good, content_type=lax).status_code == 200
+            assert post(good, content_type=lax, origin="http://evil.example").status_code == 415  # a page's form
         assert post(good, content_encoding="gzip").status_code == 415
         assert http.get("/v1/chat/completions").headers["allow"] == "POST"
         assert http.get("/v1/chat/completions").json()["error"]["message"].startswith("GET is not allowed")
         assert http.post("/v1/models").status_code == 405
-        assert http.get("/v1/models/").status_code == 404
+        for path in ("/v1/models/", "/v1//models", "//v1/models/tiny/"):
+            assert http.get(f"{site.url}{path}").status_code == 200
+        assert http.head("/v1/models").status_code == 200
+        for path in ("//moectl", "/moectl/", "/moectl//stop"):
+            assert http.post(f"{site.url}{path}").status_code == 404
         assert http.get("/v2").json()["error"]["code"] == "unknown_url"
         assert post(good).status_code == 200
 

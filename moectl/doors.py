@@ -1,0 +1,148 @@
+"""What every request over TCP passes before an endpoint: the pages that may ask (CORS), this server's names, the key.
+
+And the form of the refusals that are HTTP's own. It knows no endpoint.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Collection
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from moectl import api
+from moectl.visitors import HOST_FLAG, KEY_FLAG, ORIGIN_FLAG, host_name, names_this_machine
+
+CONTROL = "/moectl"  # the owner's paths, over the Unix socket only
+_METHODS = ("GET", "HEAD", "POST")
+_AUTHENTICATE = {"www-authenticate": "Bearer"}
+_WHICH_KEY = "it is the one that 'moectl serve' was started with: --api-key or --api-key-file"
+
+
+def refuse(
+    status: int,
+    message: str,
+    *,
+    code: str | None = None,
+    hint: str | None = None,
+    param: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """Return a refusal in OpenAI's shape."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return write_json(api.error_body(message, kind, param=param, code=code, hint=hint), status, headers)
+
+
+def write_json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a reply of JSON."""
+    return Response(api.encode_json(value), status, headers, "application/json")
+
+
+class Doors:
+    """The application behind the checks; CORS is outermost, so that pages can read every reply, errors too."""
+
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, origins: Collection[str] = (), hosts: Collection[str] = ()
+    ) -> None:
+        self._app = app
+        self._key = api_key.encode() if api_key is not None else None
+        self._hosts = hosts
+        self._cors = _Pages(
+            self._check,
+            allow_origins=origins,
+            allow_methods=_METHODS,
+            allow_headers=("*",),  # those that are asked for: SDKs bring a dozen of their own
+            allow_private_network=True,
+            expose_headers=("retry-after",),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["path"] = re.sub("/{2,}", "/", scope["path"]).rstrip("/") or "/"
+        await (self._check if _is_unix(scope) else self._cors)(scope, receive, send)
+
+    async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self._refuse(scope) or self._app)(scope, receive, send)
+
+    def _refuse(self, scope: Scope) -> Response | None:
+        path = scope["path"]
+        if path == "/health" or _is_unix(scope):
+            return None
+        if path.startswith(CONTROL):
+            return no_such_path(path)
+        headers = Headers(scope=scope)
+        if self._key is None:
+            name = host_name(headers.get("host", ""))
+            return None if names_this_machine(name, self._hosts) else _strange_host(name)
+        given = _given_key(headers)
+        if given is None:
+            return refuse(
+                401,
+                "this server wants an API key: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                hint=_WHICH_KEY,
+                headers=_AUTHENTICATE,
+            )
+        if not hmac.compare_digest(given.encode("latin-1"), self._key):
+            return refuse(
+                401, "this is not the server's API key", code="invalid_api_key", hint=_WHICH_KEY, headers=_AUTHENTICATE
+            )
+        return None
+
+
+class _Pages(CORSMiddleware):
+    """starlette's CORS; its refusals of a browser's preflight are text, and would not say which flag allows it."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        origin, method = request_headers["origin"], request_headers["access-control-request-method"]
+        if not self.is_allowed_origin(origin):
+            return refuse(
+                403,
+                f"pages of {origin[:200]} should be allowed before they use this server",
+                code="forbidden_origin",
+                hint=f"start it with: moectl serve {ORIGIN_FLAG} {origin[:200]}",
+                headers={"vary": "Origin"},
+            )
+        allowed = super().preflight_response(request_headers)
+        if allowed.status_code == 200:
+            return allowed
+        headers = {name: value for name, value in allowed.headers.items() if name.startswith(("access-", "vary"))}
+        hint = f"it has {', '.join(_METHODS)}"
+        return refuse(405, f"{method[:20]} is not allowed here", hint=hint, headers=headers)
+
+
+def _is_unix(scope: Scope) -> bool:
+    server = scope.get("server")
+    return server is None or server[1] is None  # no port
+
+
+def _given_key(headers: Headers) -> str | None:
+    """Return the key that a request brings, as OpenAI's clients do or as Anthropic's."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and bearer.strip():
+        return bearer.strip()
+    return headers.get("x-api-key", "").strip() or None
+
+
+def no_such_path(path: str) -> Response:
+    """Return the refusal of a path that is none."""
+    return refuse(
+        404,
+        f"there is no {path[:200]} here",
+        code="unknown_url",
+        hint="the base URL ends in /v1; below it are chat/completions, completions and models",
+    )
+
+
+def _strange_host(name: str) -> Response:
+    shown = repr(name[:200]) if name else "a request without a name"
+    return refuse(
+        403,
+        f"without an API key, only localhost or an IP address is taken as this server's name, not {shown}",
+        code="forbidden_host",
+        hint=f"start it with: moectl serve {HOST_FLAG} {name[:200] or 'NAME'}, or with a key: {KEY_FLAG} FILE",
+    )

@@ -1,0 +1,121 @@
+"""The fields of a request's JSON object by type, each refused by its name; and the names that cannot be obeyed.
+
+It knows no endpoint and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+from moectl.errors import BadField
+
+Fields = dict[str, Any]
+
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+# What other servers have and moectl has not, with the values that change nothing beside _EMPTY. To pass over any other
+# value would be to give another answer than was asked for.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("echo", "use_beam_search", "include_stop_str_in_output", "continue_final_message"), (False,)),
+    **dict.fromkeys(("suffix", "audio", "web_search_options", "chat_template", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex"), ()),
+    **dict.fromkeys(("guided_choice", "guided_grammar", "stop_token_ids", "allowed_token_ids", "bad_words"), ()),
+    **dict.fromkeys(("min_tokens", "mirostat", "mirostat_mode", "dynatemp_range", "dry_multiplier"), (0,)),
+    **dict.fromkeys(("xtc_probability", "top_a", "no_repeat_ngram_size", "prompt_logprobs"), (0,)),
+    **dict.fromkeys(("typical_p", "tfs_z", "length_penalty"), (1,)),
+    "top_n_sigma": (-1, 0),
+    "add_generation_prompt": (True,),
+    "modalities": (["text"],),
+}
+
+
+def refuse_unsupported(fields: Fields) -> None:
+    """Raise BadField for a field that would change the answer and cannot be obeyed."""
+    for field, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        chosen = fields.get(choice)
+        if fields.get(field) not in _EMPTY and chosen != "none":
+            refuse(
+                field, "is not supported: this model calls no functions", hint=f'leave it out, or send {choice} "none"'
+            )
+        if chosen not in (None, "none", "auto"):
+            refuse(choice, f"needs {field}, and this model calls no functions", hint="leave it out")
+    form = read_typed(fields, "response_format", dict)
+    if form and form.get("type") != "text":
+        refuse("response_format", 'is not supported, except {"type": "text"}', hint="ask for the form in the prompt")
+    for name, harmless in _UNSUPPORTED.items():
+        if fields.get(name) not in (*_EMPTY, *harmless):
+            usual = f", except {show(harmless[0])}" if harmless else ""
+            refuse(name, f"is not supported{usual}: it would change the answer", hint="leave it out")
+
+
+# Fields by type. None is the same as absent.
+
+
+def read_typed(fields: Fields, name: str, kind: type[Any]) -> Any:
+    """Return a field of this type, or None."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, kind):
+        refuse(name, f"should be {_KINDS[kind]}, it is {kind_of(value)}")
+    return value
+
+
+def read_boolean(fields: Fields, name: str, place: str | None = None) -> bool:
+    """Return a field that is true or false; `place` is how an error names it."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        refuse(place or name, f"should be true or false, it is {kind_of(value)}")
+    return bool(value)
+
+
+def read_number(
+    fields: Fields, name: str, least: float = -math.inf, most: float = math.inf, place: str | None = None
+) -> float | None:
+    """Return a field that is a finite number in these bounds, or None."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    place = place or name
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        refuse(place, f"should be a number, it is {kind_of(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        refuse(place, "is too large a number: it should fit into 64 bits")
+    if not least <= number <= most:
+        refuse(place, f"should be between {least:g} and {most:g}, it is {number:g}")
+    return number
+
+
+def read_integer(fields: Fields, name: str, least: int, most: int | None = None) -> int | None:
+    """Return a field that is a whole number in these bounds, or None."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        refuse(name, f"should be a whole number, it is {show(value) if isinstance(value, float) else kind_of(value)}")
+    if value < least or (most is not None and value > most):
+        allowed = f"{least} or more" if most is None else f"between {least} and {most}"
+        refuse(name, f"should be {allowed}, it is {show(value)}")
+    return int(value)
+
+
+def refuse(param: str, reason: str, *, hint: str | None = None) -> NoReturn:
+    """Raise the error of one field, by its name."""
+    raise BadField(f"{param} {reason}", hint=hint, param=param)
+
+
+def kind_of(value: Any) -> str:
+    """Return a JSON value's type for a message."""
+    return "null" if value is None else _KINDS[type(value)]
+
+
+def show(value: Any) -> str:
+    """Return a value of the client's for a message, short."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:36]} …"
