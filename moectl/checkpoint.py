@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, Unreachable
 from moectl.geometry import Geometry, read_geometry
-from moectl.hub import MIRRORS, OnBytes, Repository, find_cached
+from moectl.hub import OnBytes, Repository, find_cached
+from moectl.hub_errors import MIRRORS
 from moectl.layouts import SourceTensor, StoredTensor, name_tensors, quantization_of, read_header, read_quantization
 from moectl.manifest import Quantization
 

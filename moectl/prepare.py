@@ -17,6 +17,7 @@ from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.copies import place_copies
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
 from moectl.geometry import Geometry
+from moectl.hub_environment import check_numbers
 from moectl.layouts import MODES
 from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import Manifest, Quantization, read_manifest
@@ -164,6 +165,7 @@ def shard(
     afresh. `cached` sets live in the cache, apart from those that a person made, and one of another source or with
     other settings is replaced.
     """
+    check_numbers()  # the canary loads huggingface_hub, when all is cut
     checkpoint = open_checkpoint(
         source,
         revision=revision,
