@@ -147,6 +147,9 @@ class Repository:
             with contextlib.suppress(OSError):
                 (self._root / file).unlink(missing_ok=True)
 
+    def refuse_pointers(self, files: Sequence[str]) -> None:
+        """Do nothing: the Hub sends the files that Git LFS keeps."""
+
     def close(self) -> None:
         """Stop downloads at their next bytes, without waiting for them."""
         self._closing.set()

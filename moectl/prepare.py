@@ -53,7 +53,6 @@ class Made:
     directory: Path
     placement: Placement
     bytes: int
-    warnings: tuple[str, ...] = ()
 
 
 Place = Callable[[Checkpoint, Wanted, Quantization | None], Placement]
@@ -149,6 +148,7 @@ def shard(
     force: bool = False,
     cached: bool = False,
     choose_place: Place | None = None,
+    choose_tokenizer: Callable[[Checkpoint], Checkpoint] | None = None,
     compute_canary: ComputeCanary | None = None,
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
     on_files: Callable[[str, Path, Placement, Mapping[str, int]], None] = lambda *_: None,
@@ -161,6 +161,7 @@ def shard(
     `on_plan(directory, output_bytes)` is told what will be made before anything is written; when it returns False
     nothing is. Before that, `on_files` is told the set's name, its directory, who holds what and the bytes of each
     weight file; `on_file` is `shards.cut`'s. `choose_place` decides who holds what (default: `place`) and may refuse;
+    `choose_tokenizer` returns the checkpoint with the tokenizer that it is to have, and may refuse it;
     `compute_canary` runs what was cut, so that every start can be compared with it (None: not done). `force` starts
     afresh. `cached` sets live in the cache, apart from those that a person made, and one of another source or with
     other settings is replaced.
@@ -174,6 +175,7 @@ def shard(
         on_bytes=on_download,
     )
     try:
+        checkpoint = choose_tokenizer(checkpoint) if choose_tokenizer else checkpoint
         quantization = choose_quantization(wanted, checkpoint)
         placement = (choose_place or place)(checkpoint, wanted, quantization)
         name = shard_set_name(checkpoint.source, placement, quantization)
@@ -204,18 +206,9 @@ def shard(
                 cut(force=True)
             # What a person named last is what `deploy` takes, also when it was there already.
             (directory / MANIFEST_NAME).touch()
-        return Made(directory, placement, output_bytes, _warnings(checkpoint))
+        return Made(directory, placement, output_bytes)
     finally:
         checkpoint.close()
-
-
-def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
-    if "tokenizer.json" in checkpoint.sidecars:
-        return ()
-    return (
-        f"{checkpoint.source} has no tokenizer.json: 'moectl run' will need one in the shard set "
-        "(for DBRX, Xenova/dbrx-instruct-tokenizer has it)",
-    )
 
 
 def describe_model(source: str) -> tuple[Model, Manifest | None]:
@@ -244,14 +237,16 @@ def find_shards(where: str | Path) -> tuple[Path, Manifest]:
     raise NotSharded(f"there is no shard set {str(where)!r}", hint="moectl shard MODEL")
 
 
-def newest_shards(world_size: int) -> tuple[Path, Manifest]:
-    """Return the newest finished shard set cut for this many hosts. Raises NotSharded."""
+def newest_shards(world_size: int | None) -> tuple[Path, Manifest]:
+    """Return the newest finished shard set cut for this many hosts (None: for any). Raises NotSharded."""
     root = data_dir() / "shards"
     found = sorted(root.glob("*/moectl.json"), key=lambda p: p.stat().st_mtime, reverse=True)
     for path in found:
         manifest = read_manifest(path.parent)
-        if manifest.world_size == world_size:
+        if world_size in (None, manifest.world_size):
             return path.parent, manifest
+    if world_size is None:
+        raise NotSharded(f"there is no shard set in {root}", hint="moectl shard MODEL")
     raise NotSharded(
         f"there is no shard set for {world_size} hosts in {root}", hint=f"moectl shard MODEL --nodes {world_size}"
     )

@@ -380,7 +380,7 @@ def open_tokenizer(directory: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
         raise errors.CheckpointError(
             f"{directory} has no tokenizer that transformers can read: {(str(error).splitlines() or [repr(error)])[0]}",
-            hint="a tokenizer.json is needed beside the weights, for example from Xenova/dbrx-instruct-tokenizer",
+            hint="moectl shard --add-tokenizer REPO|DIR (for DBRX: Xenova/dbrx-instruct-tokenizer), then moectl deploy",
         ) from None
 
 
