@@ -78,7 +78,8 @@ def choose_tokenizer(
 ) -> Callable[[Checkpoint], Checkpoint]:
     """Return what sees to it that a checkpoint has a tokenizer before anything is cut.
 
-    `model` is what a person calls the checkpoint, `asked` is where a person says that it is, `can_read` raises CheckpointError for files that a worker cannot read.
+    `model` is what a person calls the checkpoint, `asked` where the tokenizer is said to be; `can_read` raises
+    CheckpointError for files that a worker cannot read.
     """
 
     def choose(checkpoint: Checkpoint) -> Checkpoint:
