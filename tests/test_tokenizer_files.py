@@ -19,12 +19,11 @@ from moectl.errors import CheckpointError, IntegrityError
 from moectl.tokenizer_files import KNOWN, KNOWN_VOCABULARY
 from tests.hub import Hub
 from tests.sshd import Server
-from tests.tiny import write_checkpoint
+from tests.tiny import write_checkpoint, write_words
 
 DEMO = Path(__file__).parent.parent / "moectl/demo/moectl-demo"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 6796265\n"
-WORDS = {"<|endoftext|>": 0, "a": 1, "b": 2}
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +53,6 @@ def copy_demo(directory: Path, *without: str) -> Path:
     return directory
 
 
-def write_words(directory: Path, vocab: dict[str, int]) -> Path:
-    directory.mkdir(parents=True)
-    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<|endoftext|>"}
-    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
-    )
-    return directory
-
-
 def write_dbrx_as_it_came(directory: Path) -> Path:
     """Write a tiny DBRX with the real vocabulary's size, and a tokenizer that is code, as databricks published it."""
     write_checkpoint(
@@ -85,7 +74,7 @@ def test_dbrx_takes_its_known_tokenizer_and_says_so(hub: Hub, tmp_path: Path) ->
     assert f"{KNOWN} cannot be had: " in said
     assert f"Hint: moectl shard alpindale/dbrx-instruct --tokenizer {KNOWN}\n" in said
     assert not (tmp_path / "set").exists()
-    hub.add(KNOWN, write_words(tmp_path / "words", WORDS))
+    hub.add(KNOWN, write_words(tmp_path / "words"))
     said = moectl(tmp_path, *shard, hub=hub)
     assert f"alpindale/dbrx-instruct has no tokenizer.json: taking DBRX's from {KNOWN}" in said
     manifest = json.loads((tmp_path / "set/moectl.json").read_text())
@@ -108,7 +97,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused_before_anything_is_cut(tmp_
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    other = write_words(tmp_path / "other", {**WORDS, "c": 10**6})
+    other = write_words(tmp_path / "other", {"c": 10**6})
     shard = ("shard", str(DEMO), "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
     assert "its tokens go up to 1000000" in moectl(tmp_path, *shard, "--tokenizer", str(other), code=4)
     source = copy_demo(tmp_path / "source")
@@ -131,7 +120,7 @@ def test_an_added_tokenizer_is_deployed(sshd: Server, tmp_path: Path) -> None:
     shards, hosts = tmp_path / "set", tmp_path / "hosts.txt"
     hosts.write_text(f"{sshd.add_alias('node0')} ip=127.0.0.1 python={sys.executable} dir={tmp_path}/node\n")
     config = {"MOECTL_SSH_CONFIG": str(sshd.config), "MOECTL_HOSTFILE": str(hosts)}
-    words = write_words(tmp_path / "words", WORDS)
+    words = write_words(tmp_path / "words")
     moectl(tmp_path, "shard", str(DEMO), "--tokenizer", str(words), "-n", "1", "-o", str(shards), "--no-canary")
     assert (shards / "chat_template.jinja").is_file()  # the model's own: the other one has none
     shutil.copy(DEMO / "tokenizer.json", shards)  # by hand, as people do
