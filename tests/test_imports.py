@@ -43,7 +43,7 @@ ONLY_IN: dict[str, set[str]] = {
     },
     "tqdm": {"console"},
     "paramiko": {"ssh", "ssh_connect", "ssh_login"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"hub", "hub_errors"},
     "mlx": NODE | {"model"},
     "mlx_lm": NODE | {"model"},
     "numpy": NODE | {"model"},
@@ -58,7 +58,12 @@ ONLY_IN: dict[str, set[str]] = {
     "packaging": {"wheelhouse"},
 }
 # Of those, the ones whose import waits until a function needs it.
-INSIDE_FUNCTIONS = {("tqdm", "console"), ("huggingface_hub", "hub"), ("matplotlib", "plot")}
+INSIDE_FUNCTIONS = {
+    ("tqdm", "console"),
+    ("huggingface_hub", "hub"),
+    ("huggingface_hub", "hub_errors"),
+    ("matplotlib", "plot"),
+}
 
 # From the face down; a module imports only from rooms further down or from its own.
 ROOMS = (
@@ -104,7 +109,7 @@ ROOMS = (
     {"sampling", "prompt", "prompt_cache", "admission", "stop_text", "lookup"},
     {"profile"},
     {"model", "quantize"},
-    {"ssh", "shards"},
+    {"ssh", "shards", "tokenizer_files"},
     {"pipeline"},
     {"sources", "stamp"},
     {"ssh_connect"},
@@ -124,6 +129,7 @@ ROOMS = (
     {"node_logs", "node_workers", "node_clear", "node_platform", "throughput"},
     {"checkpoint"},
     {"hub"},
+    {"hub_errors"},
     {"layouts"},
     {"machine", "findings", "errnos"},
     {"budget"},
@@ -144,7 +150,7 @@ ROOMS = (
         "paths",
         "disk",
     },
-    {"geometry", "hardware", "thunderbolt"},
+    {"geometry", "hardware", "thunderbolt", "cache_layout", "hub_environment", "login_shell", "ring_file"},
     {"errors", "parsed"},
     {""},
 )
