@@ -1,6 +1,6 @@
 """Files of one commit of a Hugging Face Hub repository: headers by range request, downloads that resume and verify.
 
-huggingface_hub does all HTTP and is imported nowhere but here and in `hub_errors`, only when a repository is opened: it is slow to
+huggingface_hub does all HTTP and is imported only here and in `hub_errors`, when a repository is opened: it is slow to
 load. What the files mean is `checkpoint`'s business; nothing here decides which of them a model needs.
 """
 
