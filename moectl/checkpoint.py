@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+from moectl.cache_layout import find_snapshot, name_snapshot, refuse_pointers
 from moectl.config_keys import CONFIG, GENERATION, check_generation, list_ignored
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, Unreachable
 from moectl.geometry import Geometry, read_geometry
-from moectl.hub import MIRRORS, OnBytes, Repository, find_cached
+from moectl.hub import OnBytes, Repository, find_cached
+from moectl.hub_errors import MIRRORS
 from moectl.layouts import SourceTensor, StoredTensor, name_tensors, quantization_of, read_header, read_quantization
 from moectl.manifest import Quantization
 
@@ -61,6 +63,7 @@ class Checkpoint:
     sidecars: tuple[str, ...]  # small files to carry along: config, tokenizer, licence
     notes: tuple[str, ...]  # what its files ask for and moectl leaves to each request
     _store: _Store = field(repr=False, compare=False)
+    added: Mapping[str, Path] = field(default_factory=dict)  # those of them that come from elsewhere: name → path
 
     def quantization_of(self, name: str) -> Quantization | None:
         """Return how a canonical `….weight` is quantised in this checkpoint, None when it is not."""
@@ -72,7 +75,11 @@ class Checkpoint:
 
         Raises Unreachable, IntegrityError, CheckpointError, or StateError when the disk is full.
         """
-        return self._store.path(file)
+        return self.added[file] if file in self.added else self._store.path(file)
+
+    def with_files(self, kept: tuple[str, ...], added: Mapping[str, Path]) -> Checkpoint:
+        """Return this checkpoint with these of its small files, and others beside or instead of them."""
+        return replace(self, sidecars=tuple(sorted({*kept, *added})), added=dict(added))
 
     def prefetch(self, file: str) -> None:
         """Start to download a file in the background, one at a time; `path` waits and raises its errors."""
@@ -111,7 +118,7 @@ def open_checkpoint(
     """
     directory = _find_directory(source)
     if directory is not None:
-        return _read_checkpoint(_Directory(directory))
+        return _read_checkpoint(_open_directory(directory, revision))
     try:
         repository = Repository(source, revision, None if keep_source else work_dir, on_bytes)
     except (Unreachable, CheckpointError) as error:
@@ -121,6 +128,19 @@ def open_checkpoint(
     except BaseException:
         repository.close()
         raise
+
+
+def open_store(source: str) -> _Store:
+    """Open a directory or a Hub repository that need not be a checkpoint. Raises CheckpointError, Unreachable."""
+    directory = _find_directory(source)
+    return Repository(source, None, None, None) if directory is None else _open_directory(directory, None)
+
+
+def _open_directory(directory: Path, revision: str | None) -> _Directory:
+    """Open a directory; one of the Hugging Face cache goes by its repository's name."""
+    directory = find_snapshot(directory, revision)
+    name, commit = name_snapshot(directory) or (None, None)
+    return _Directory(directory, name=name, revision=commit)
 
 
 def pull(source: str, *, revision: str | None = None, on_bytes: OnBytes | None = None) -> Path:
@@ -138,6 +158,9 @@ def _read_checkpoint(store: _Store) -> Checkpoint:
     if CONFIG not in store.files:
         hint = "this is a shard set: moectl run --shards DIR" if "moectl.json" in store.files else None
         raise CheckpointError(f"{store.name} is not a checkpoint: it has no {CONFIG}", hint=hint)
+    store.refuse_pointers(
+        [f for f, size in store.files.items() if f.endswith(".safetensors") or is_plain_data(f, size)]
+    )
     config = _read_json(store.path(CONFIG), f"{store.name}: {CONFIG}")
     geometry = read_geometry(config)
     quantization = read_quantization(config)
@@ -169,9 +192,12 @@ def _read_generation(store: _Store) -> dict[str, Any]:
 
 
 def _is_sidecar(file: str, size: int) -> bool:
-    name = file.lower()
-    wanted = any(fnmatch(name, p.lower()) for p in _SIDECARS) and not any(fnmatch(name, p) for p in _NEVER)
-    return wanted and size <= _SIDECAR_LIMIT_BYTES
+    return any(fnmatch(file.lower(), p.lower()) for p in _SIDECARS) and is_plain_data(file, size)
+
+
+def is_plain_data(file: str, size: int) -> bool:
+    """Whether a file is small, and neither code nor anything that is read by running code."""
+    return size <= _SIDECAR_LIMIT_BYTES and not any(fnmatch(file.lower(), p) for p in _NEVER)
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
@@ -275,6 +301,7 @@ class _Store(Protocol):
     def path(self, file: str) -> Path: ...
     def prefetch(self, file: str) -> None: ...
     def release(self, file: str) -> None: ...
+    def refuse_pointers(self, files: Sequence[str]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -326,6 +353,9 @@ class _Directory:
         if not path.is_file() or path.stat().st_size != self.files.get(file):
             raise IntegrityError(f"{path} has changed or gone since the checkpoint was opened")
         return path
+
+    def refuse_pointers(self, files: Sequence[str]) -> None:
+        refuse_pointers(self._root, files)
 
     def prefetch(self, file: str) -> None:
         pass

@@ -151,6 +151,9 @@ _CUT = (
     click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's way to quantise."),
     click.option("--routing-stats", type=FILE, metavar="FILE", help="Place experts by what 'moectl bench' counted."),
     click.option("--revision", help="Branch, tag or commit on the Hub."),
+    click.option(
+        "--tokenizer", metavar="REPO|DIR", help="Take the tokenizer from here (default: the model's own, or DBRX's)."
+    ),
     click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache."),
     click.option("--no-canary", is_flag=True, help="Do not run the set once for later starts to be compared with."),
 )
@@ -178,8 +181,15 @@ def _cut_options(command: F) -> F:
     shell_complete=suggest.directories,
     help="Hash every file of a shard set instead.",
 )
+@click.option(
+    "--add-tokenizer",
+    metavar="REPO|DIR",
+    help="Give the shard set of --output (default: the newest) this tokenizer instead.",
+)
 @common
-def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **options: Any) -> None:
+def shard(
+    common: Common, model: str, verify: Path | None, add_tokenizer: str | None, dry_run: bool, **options: Any
+) -> None:
     """Cut a checkpoint into one shard per node.
 
     MODEL is a directory or a Hugging Face repository (default: databricks/dbrx-instruct, or a mirror of it when that is
@@ -189,10 +199,16 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
     Examples:
       moectl shard databricks/dbrx-instruct --nodes 4 --q-bits 4
       moectl shard ./my-dbrx --nodes 3 --split experts --shares 8,4,4
+      moectl shard --add-tokenizer Xenova/dbrx-instruct-tokenizer
       moectl shard --verify ~/.local/share/moectl/shards/dbrx-instruct-q4-hidden-4
     """
+    refuse_both({"--verify": verify}, {"--add-tokenizer": add_tokenizer, "--tokenizer": options["tokenizer"]})
+    refuse_both({"--add-tokenizer": add_tokenizer}, {"--tokenizer": options["tokenizer"], "--dry-run": dry_run})
     if verify:
         _verify(common, verify)
+        return
+    if add_tokenizer:
+        _add_tokenizer(common, add_tokenizer, options["output"])
         return
     from moectl import report
     from moectl.planning import Asked, place_on, refuse_early
@@ -215,6 +231,20 @@ def shard(common: Common, model: str, verify: Path | None, dry_run: bool, **opti
     common.print(
         report.shard_text(made, dry_run=dry_run), report.shard_json(made, dry_run=dry_run), str(made.directory)
     )
+
+
+def _add_tokenizer(common: Common, source: str, where: Path | None) -> None:
+    from moectl import prepare, tokenizer_files
+
+    if where is None:
+        hosts = common.host_list()
+        directory, _ = prepare.newest_shards(None if hosts is None else len(hosts.hosts))
+    else:
+        directory, _ = prepare.find_shards(where)
+    manifest = tokenizer_files.add_tokenizer(directory, source)
+    document = {"schema": "moectl.tokenizer/1", "directory": str(directory), "name": manifest.name, "source": source}
+    text = f"{manifest.name} in {directory} has the tokenizer of {source} now. Where it is deployed: moectl deploy"
+    common.print(text, document, str(directory))
 
 
 def _verify(common: Common, directory: Path) -> None:
@@ -323,7 +353,9 @@ def deploy(
     listed = common.host_list(required=True)
     assert listed is not None
     listed = recall_hosts(listed)
-    cut = {name: options.pop(name) for name in (*_WANTED, "output", "revision", "keep_source", "no_canary")}
+    cut = {
+        name: options.pop(name) for name in (*_WANTED, "output", "revision", "tokenizer", "keep_source", "no_canary")
+    }
     options |= {"backend": listed.backend, "envs": listed.envs}
     force = options["force"]
     _fill_wheelhouse(common, listed, wheelhouse_build, options)
@@ -390,9 +422,12 @@ def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: d
     from moectl import cluster, prepare
     from moectl.console import progress
     from moectl.planning import check_hosts
+    from moectl.tokenizer_files import find_stray
 
     directory, manifest = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
     common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
+    if stray := find_stray(directory, manifest):
+        common.say(f"Warning: {stray}")
     check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say, probe=True)
     with progress(quiet=common.quiet) as bars:
         on_event = _draw_deploy(common, bars)
@@ -421,6 +456,7 @@ def _deploy_growing(
             among=bars,
             directory=cut["output"],
             revision=cut["revision"],
+            tokenizer=cut["tokenizer"],
             keep_source=cut["keep_source"],
             no_canary=cut["no_canary"],
             choose_place=place_on(hosts, Asked(), force=force, say=common.say, probe=True),

@@ -161,12 +161,14 @@ def shard_model(
     *,
     dry_run: bool = False,
     no_canary: bool = False,
+    tokenizer: str | None = None,
     among: Progress | None = None,
     **options: Any,
 ) -> Made:
     """Cut a model with progress on the terminal, `among` other bars; `options` are `prepare.shard`'s."""
     from moectl import prepare
     from moectl.console import progress
+    from moectl.tokenizer_files import choose_tokenizer
 
     with contextlib.nullcontext(among) if among else progress(quiet=common.quiet) as bars:
         cutting: list[Bar] = []
@@ -179,6 +181,7 @@ def shard_model(
             model,
             wanted,
             quantise=_quantise,
+            choose_tokenizer=choose_tokenizer(model, tokenizer, _can_read, common.say),
             compute_canary=None if no_canary else _canary_drawer(bars),
             on_note=lambda note: common.say(f"Warning: {note}"),
             on_plan=on_plan,
@@ -186,9 +189,14 @@ def shard_model(
             on_bytes=lambda n: cutting[0].advance(n),
             **options,
         )
-    for warning in made.warnings:
-        common.say(f"Warning: {warning}")
     return made
+
+
+def _can_read(directory: Path) -> None:
+    """Raise CheckpointError unless a worker can read this tokenizer."""
+    from moectl.tokenizer import open_tokenizer
+
+    open_tokenizer(directory)
 
 
 def _canary_drawer(bars: Progress) -> Callable[[Path, Manifest], Canary]:

@@ -23,6 +23,7 @@ from moectl.disk import format_gb
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.findings import Finding, Level, at_host, fail, fail_with, ok, skip, warn, worst
 from moectl.hosts import Host
+from moectl.login_shell import describe_quiet
 from moectl.machine import CONTEXT
 from moectl.macos import check_mac
 from moectl.manifest import Manifest
@@ -97,13 +98,14 @@ def _reach(visit: Visit, expected: Expected) -> None:
         done = remote.run(["true"], timeout_s=PING_S)
     except CommandFailed as error:
         fix = f"{at_host(host, 'true')} should say nothing and end at once: look at its shell's startup files"
-        visit.findings.append(fail("shell", f"its login shell does not run a command: {error.message}", fix))
+        why = error.message.removeprefix("its login shell does not run commands: ")
+        visit.findings.append(fail("shell", f"its login shell does not run a command: {why}", fix))
         return
     except MoectlError as error:
         visit.findings.append(fail_with("ssh", error))
         return
     sessions = check_sessions(host, remote)
-    visit.findings += [*sessions, *check_noise(host, done.stdout, done.stderr)]
+    visit.findings += [*sessions, *check_noise(host, done.noise + done.stdout, done.stderr, _ask_shell(remote))]
     visit.is_reached = worst(sessions) is not Level.FAIL
     if visit.is_reached:
         visit.findings.append(check_clock(remote))
@@ -222,14 +224,19 @@ def _end(process: Process) -> None:
             close()
 
 
-def check_noise(host: Host, stdout: bytes, stderr: bytes) -> list[Finding]:
+def _ask_shell(remote: Remote) -> str:
+    """Return the path of the account's login shell, as sshd tells it; empty where it does not."""
+    return remote.run(["printenv", "SHELL"], timeout_s=PING_S, check=False).stdout.decode("utf-8", "replace").strip()
+
+
+def check_noise(host: Host, stdout: bytes, stderr: bytes, shell: str = "") -> list[Finding]:
     """Say what its login shell prints around a command that is silent."""
     said = (stdout + stderr).decode("utf-8", "replace").strip()
     if not said:
         return []
     line = said.split("\n")[0].strip()
     where = "stdout" if stdout.strip() else "stderr"
-    fix = "in its ~/.bashrc, before what prints: case $- in *i*) ;; *) return;; esac (zsh: from ~/.zshenv to ~/.zshrc)"
+    fix = describe_quiet(shell)
     if "locale" in line.lower():
         fix = _locale_fix(host)
     return [warn("noise", f"its shell prints on {where} without a terminal: {line[:60]!r}", fix)]

@@ -2,6 +2,7 @@
 
     file   = { [ host *( SP key "=" value ) ] [ "#" comment ] NL }
     host   = [ user "@" ] ( ssh-alias / dns-name / ipv4 / "[" ipv6 "]" ) [ ":" port ]
+           / [ user "@" ] ipv6                            ; where its end cannot be meant for a port
     key    = ip | rdma | memory | chip | price | python | dir
 
 '#' starts a comment at line start or after a space. Line order is rank order.
@@ -25,6 +26,7 @@ from typing import Any
 
 from moectl.errors import HostsError
 from moectl.paths import config_dir
+from moectl.ring_file import is_ring, read_ring
 
 KEYS = ("ip", "rdma", "memory", "chip", "price", "python", "dir")
 BACKENDS = ("", "any", "ring", "jaccl", "jaccl-ring", "mpi", "nccl")
@@ -113,7 +115,7 @@ def _read_stdin() -> bytes:
 
 
 def parse_hosts(text: str, source: str = "hosts.txt") -> HostList:
-    """Parse a hosts file's text; MLX JSON when it opens with `{` or with `[` and an object.
+    """Parse a hosts file's text; MLX JSON when it opens with `{`, or with `[` and an object, a list or a string.
 
     Raises HostsError with `source:line` in front.
     """
@@ -177,11 +179,19 @@ def parse_size(text: str) -> int:
     return size
 
 
-def to_mlx_json(hosts: HostList, *, resolve: Callable[[str], str] | None = None) -> str:
+def to_mlx_json(
+    hosts: HostList,
+    *,
+    resolve: Callable[[str], str] | None = None,
+    find_own: Callable[[str], str] | None = None,
+) -> str:
     """Return the list as an MLX hostfile (`mlx.launch --hostfile`); `resolve(name)` fills missing ips.
 
-    Raises HostsError for a host with a port (MLX passes the name to ssh as it is) and a name without address.
+    `find_own(address)` is that of this machine on the way to another host. Raises HostsError for a host with a port
+    (MLX passes the name to ssh as it is) and a name without address.
     """
+    resolve = resolve or resolve_address
+    others = [host for host in hosts.hosts if not host.is_local]
     rows: list[dict[str, Any]] = []
     for host in hosts.hosts:
         if host.port is not None:
@@ -191,7 +201,10 @@ def to_mlx_json(hosts: HostList, *, resolve: Callable[[str], str] | None = None)
                 hint=f"put 'Port {host.port}' under a 'Host' alias in ~/.ssh/config and name the alias",
             )
         ssh = "127.0.0.1" if host.is_local else f"{host.user}@{host.name}" if host.user else host.name
-        ips = list(host.ips) or [(resolve or resolve_address)("127.0.0.1" if host.is_local else host.name)]
+        ips = list(host.ips)
+        if not ips and host.is_local and others:  # they cannot come by 127.0.0.1
+            ips = [(find_own or find_own_address)(others[0].ips[0] if others[0].ips else resolve(others[0].name))]
+        ips = ips or [resolve("127.0.0.1" if host.is_local else host.name)]
         row: dict[str, Any] = {"ssh": ssh, "ips": ips, "rdma": [to_mlx_devices(entry) for entry in host.rdma]}
         extra = {"memory": host.memory_bytes, "python": host.python, "dir": host.dir}
         rows.append(row | {k: v for k, v in extra.items() if v is not None})
@@ -247,10 +260,26 @@ def resolve_address(name: str) -> str:
     return str(found[0][4][0])
 
 
+def find_own_address(other: str) -> str:
+    """Return this machine's address on the way to another one; nothing is sent. Raises HostsError."""
+    try:
+        kind, _, _, _, target = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0])
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HostsError(
+            f"the address by which {other} reaches this machine is not known: {reason}",
+            host="localhost",
+            hint="write 'localhost ip=10.0.0.1' with that address in the hosts file",
+        ) from None
+
+
 def _looks_like_json(text: str) -> bool:
     start = text.lstrip()
-    # A line may open with '[' as in '[::1]:22'; JSON's list opens with '[' and then '{', ']' or a blank.
-    return start.startswith("{") or bool(re.match(r"\[\s*([{\]]|$)", start))
+    # A line may open with '[' as in '[::1]:22'; JSON's list opens with '[' and then a value, ']' or a blank.
+    return start.startswith("{") or bool(re.match(r"\[\s*([{\[\"\]]|$)", start))
 
 
 def _parse_line(words: Sequence[str], where: str) -> Host:
@@ -336,12 +365,20 @@ def _parse_address(word: str, where: str) -> Host:
     # A ProxyCommand may hold them (%h, %n, %r), and ssh gives that to a shell: nothing that a shell reads gets in.
     if at and not re.fullmatch(r"\w[\w.+-]*", user):
         raise HostsError(f"{where}: {user!r} is not a user name", hint="write user@host")
+    address, _, end = rest.rpartition(":")
+    is_short = _is_ipv6(address) and bool(re.fullmatch("[0-9]{1,5}", end, re.ASCII))  # without its end it is one too
+    if _is_ipv6(rest) and not is_short:
+        return Host(rest, user=user or None)
     bracketed = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?", rest)
-    plain = re.fullmatch(r"(\w[\w.-]*)(?::(.*))?", rest)
+    plain = re.fullmatch(r"(\w[\w.-]*)(?::([^:]*))?", rest)
     match = bracketed or plain
     if match is None or (bracketed and not _is_ipv6(match[1])):
-        hint = f"write [{rest}]" if _is_ipv6(rest) else "write host, user@host, host:port or [ipv6]:port"
-        raise HostsError(f"{where}: {word!r} is not a host", hint=hint)
+        if is_short:
+            whole = f"{user}{at}[{rest}], or " if _is_ipv6(rest) else ""
+            what, hint = "may end in a port or not", f"write {whole}{user}{at}[{address}]:{end}"
+        else:
+            what, hint = "is not a host", "write host, user@host, host:port or [ipv6]:port"
+        raise HostsError(f"{where}: {word!r} {what}", hint=hint)
     return Host(match[1], user=user or None, port=_parse_port(match[2], where))
 
 
@@ -394,7 +431,7 @@ def _parse_json(text: str, source: str) -> HostList:
     except (ValueError, RecursionError) as error:
         raise HostsError(f"{source} is not valid JSON: {error}") from None
     if isinstance(data, list):
-        data = {"hosts": data}
+        data = {"hosts": read_ring(data, source) if is_ring(data) else data}
     rows = data.get("hosts") if isinstance(data, dict) else None
     if not isinstance(rows, list):
         raise HostsError(
@@ -417,7 +454,7 @@ def _parse_json(text: str, source: str) -> HostList:
 
 def _parse_row(row: object, where: str) -> Host:
     if not isinstance(row, dict) or not isinstance(row.get("ssh"), str):
-        raise HostsError(f"{where}: needs a string 'ssh'")
+        raise HostsError(f"{where}: needs a string 'ssh'", hint='write each host as {"ssh": "mac1", "ips": []}')
     host = _parse_address(_bracket(row["ssh"]), where)
     rdma = row.get("rdma") or []
     if not isinstance(rdma, list):

@@ -1,6 +1,6 @@
 """Files of one commit of a Hugging Face Hub repository: headers by range request, downloads that resume and verify.
 
-huggingface_hub does all HTTP and is imported nowhere else, here only when a repository is opened: it is slow to
+huggingface_hub does all HTTP and is imported only here and in `hub_errors`, when a repository is opened: it is slow to
 load. What the files mean is `checkpoint`'s business; nothing here decides which of them a model needs.
 """
 
@@ -9,30 +9,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from moectl.disk import explain_refusal, format_gb, free_bytes
-from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError, Unreachable
+from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError
+from moectl.hub_environment import check_environment
+from moectl.hub_errors import AGAIN, hub_error, may_pass, retry_after_s
 from moectl.layouts import StoredTensor, header_length, read_header
 
 OnBytes = Callable[[str, int, int], None]  # weight file, bytes done, bytes in all; from another thread
 
-MIRRORS = (
-    "alpindale/dbrx-instruct",
-    "SinclairSchneider/dbrx-instruct-quantization-fixed",
-    "mlx-community/dbrx-instruct-4bit",
-)
 _FIRST_READ_BYTES = 64 << 10
 _RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0)
-_LONGEST_WAIT_S = 60  # a server that asks for more is not waited for
 _TIMEOUT_S = 30
-_AGAIN = "run the same command again"
 # A file at the top, under a name that is harmless on a disk, in a terminal and as an argument.
 _PLAIN_NAME = re.compile(r"[\w(][\w()+=@, .~-]*")
 _T = TypeVar("_T")
@@ -46,7 +42,8 @@ class Repository:
     """One commit of a repository. Small files go to the Hugging Face cache, weights there or to `work_dir`."""
 
     def __init__(self, repo: str, revision: str | None, work_dir: Path | None, on_bytes: OnBytes | None) -> None:
-        """Ask the Hub what the commit holds. Raises CheckpointError or Unreachable."""
+        """Ask the Hub what the commit holds. Raises CheckpointError, Unreachable, or UsageError (the environment)."""
+        check_environment()
         from huggingface_hub import HfApi
         from huggingface_hub.utils import logging
 
@@ -62,17 +59,50 @@ class Repository:
             f"revision {self._asked}",
             lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S),
         )
-        self.revision = str(info.sha)
-        if not re.fullmatch("[0-9a-f]{40}", self.revision):  # a part of it names a directory
-            raise CheckpointError(f"the Hub says that {repo} is at {self.revision[:60]!r}, which is no commit")
         self.files: dict[str, int] = {}
         self._hashes: dict[str, tuple[str, str]] = {}  # file → algorithm, digest
+        self.revision = str(info.sha or self._find_commit(info.siblings or []))
+        if not re.fullmatch("[0-9a-f]{40}", self.revision):  # a part of it names a directory
+            raise CheckpointError(f"the Hub says that {repo} is at {self.revision[:60]!r}, which is no commit")
         for entry in info.siblings or []:
-            if _PLAIN_NAME.fullmatch(entry.rfilename) and entry.size is not None:
-                self.files[entry.rfilename] = entry.size
-                promised = ("sha256", entry.lfs.sha256) if entry.lfs else ("sha1", entry.blob_id or "")
-                self._hashes[entry.rfilename] = promised
+            if not _PLAIN_NAME.fullmatch(entry.rfilename):
+                continue
+            if entry.size is None:
+                self._ask_size(entry.rfilename)
+                continue
+            self.files[entry.rfilename] = entry.size
+            promised = ("sha256", entry.lfs.sha256) if entry.lfs else ("sha1", entry.blob_id or "")
+            self._hashes[entry.rfilename] = promised
         self._root = work_dir and work_dir / f"{repo.replace('/', '--')}-{self.revision[:12]}"
+
+    def _find_commit(self, entries: Sequence[Any]) -> str:
+        """Return the commit that a file is of, where the listing does not say it; mirrors may not."""
+        names = [entry.rfilename for entry in entries if _PLAIN_NAME.fullmatch(entry.rfilename)]
+        found = self._head(min(names, key=lambda name: name != "config.json"), self._asked) if names else None
+        if found is None or not found.commit_hash:
+            raise self._lacks(f"at which commit {self.name} is")
+        return str(found.commit_hash)
+
+    def _ask_size(self, file: str) -> None:
+        """Take a file's size and hash from its own headers, where the listing has none."""
+        found = self._head(file, self.revision)
+        if found.size is None:
+            raise self._lacks(f"how large {file} of {self.name} is")
+        etag = found.etag or ""
+        self.files[file] = found.size
+        self._hashes[file] = ("sha256", etag) if re.fullmatch("[0-9a-f]{64}", etag) else ("sha1", _git_hash(etag))
+
+    def _head(self, file: str, revision: str) -> Any:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        url = hf_hub_url(self.name, file, revision=revision)
+        return self._ask(file, lambda: get_hf_file_metadata(url, timeout=_TIMEOUT_S))
+
+    def _lacks(self, what: str) -> CheckpointError:
+        from huggingface_hub import constants
+
+        hint = "use another mirror, or unset HF_ENDPOINT" if "HF_ENDPOINT" in os.environ else AGAIN
+        return CheckpointError(f"the server at {constants.ENDPOINT} does not say {what}", hint=hint)
 
     def header(self, file: str) -> dict[str, StoredTensor]:
         """Read a header with one or two range requests, and no weights."""
@@ -117,6 +147,9 @@ class Repository:
             with contextlib.suppress(OSError):
                 (self._root / file).unlink(missing_ok=True)
 
+    def refuse_pointers(self, files: Sequence[str]) -> None:
+        """Do nothing: the Hub sends the files that Git LFS keeps."""
+
     def close(self) -> None:
         """Stop downloads at their next bytes, without waiting for them."""
         self._closing.set()
@@ -141,7 +174,7 @@ class Repository:
         except (MoectlError, _Stopped) as error:
             future.set_exception(error)
         except BaseException as error:
-            future.set_exception(_hub_error(error, self.name, file))
+            future.set_exception(hub_error(error, self.name, file))
 
     def _fetch(self, file: str) -> Path:
         if self._closing.is_set():
@@ -254,7 +287,7 @@ class Repository:
         return digest.hexdigest() == promised
 
     def _wrong_bytes(self, file: str) -> IntegrityError:
-        return IntegrityError(f"{file} of {self.name} came with the wrong size or hash, and was deleted", hint=_AGAIN)
+        return IntegrityError(f"{file} of {self.name} came with the wrong size or hash, and was deleted", hint=AGAIN)
 
     def _make_bar(self, file: str) -> Any:
         """Return a silent tqdm class that tells `on_bytes` instead of a terminal."""
@@ -288,10 +321,10 @@ class Repository:
             except (MoectlError, _Stopped):
                 raise
             except Exception as error:  # httpx, huggingface_hub, hf_xet: each has its own tree
-                wait_s = next(waits, None) if _may_pass(error) else None
+                wait_s = next(waits, None) if may_pass(error) else None
                 if wait_s is None:
-                    raise _hub_error(error, self.name, what) from None
-                if self._closing.wait(max(wait_s, _retry_after_s(error))):
+                    raise hub_error(error, self.name, what) from None
+                if self._closing.wait(max(wait_s, retry_after_s(error))):
                     raise _Stopped from None
 
 
@@ -304,6 +337,10 @@ def find_cached(repo: str, file: str, revision: str | None) -> Path | None:
     except (OSError, ValueError):  # unreadable, or no repository's name
         return None
     return Path(found) if isinstance(found, str) and Path(found).is_file() else None
+
+
+def _git_hash(etag: str) -> str:
+    return etag if re.fullmatch("[0-9a-f]{40}", etag) else ""
 
 
 def _drop(cached: Path) -> None:
@@ -356,79 +393,5 @@ def _require_space(directory: Path, nbytes: int, file: str) -> None:
     if free < nbytes:
         raise StateError(
             f"{file} needs {format_gb(nbytes)}, and {directory} has {format_gb(free)} free",
-            hint=f"free some space and {_AGAIN}: it resumes",
+            hint=f"free some space and {AGAIN}: it resumes",
         )
-
-
-# What can go wrong, as our errors.
-
-
-def _status(error: BaseException) -> int:
-    return int(getattr(getattr(error, "response", None), "status_code", 0))
-
-
-def _retry_after_s(error: BaseException) -> float:
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    try:
-        return max(0.0, float(headers.get("Retry-After", 0)))
-    except ValueError:
-        return 0.0
-
-
-def _may_pass(error: Exception) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, HfHubHTTPError):
-        return _status(error) in (408, 429, 500, 502, 503, 504) and _retry_after_s(error) <= _LONGEST_WAIT_S
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    # httpx has no public home here: its errors are what HfHubHTTPError is derived from.
-    cut_short = isinstance(error, OSError) and error.errno is None and not isinstance(error, FileNotFoundError)
-    return cut_short or isinstance(error, HfHubHTTPError.__bases__[0])
-
-
-def _hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
-    """Turn an error of huggingface_hub or of the disk into ours, saying what to do."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, errors.HFValidationError):
-        message = f"{repo!r} is neither a directory nor a repository's name"
-        return CheckpointError(message, hint="use OWNER/NAME or a path")
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        message = f"{what} of {repo} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set"
-        return Unreachable(message, hint="unset HF_HUB_OFFLINE, or give a directory")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return CheckpointError(f"{repo} has no {what}", hint=f"see https://huggingface.co/{repo}/commits/main")
-    if isinstance(error, errors.EntryNotFoundError):
-        return CheckpointError(f"{repo} has no file {what}")
-    if _status(error):
-        return _status_error(error, repo, what)
-    if isinstance(error, OSError) and error.errno is not None:
-        return explain_refusal(error, Path(error.filename or what))
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return Unreachable(
-        f"{what} of {repo} did not come from {constants.ENDPOINT}: {reason}",
-        hint=f"check the network, then {_AGAIN}: it resumes; if {repo} is a directory, there is none of that name here",
-    )
-
-
-def _status_error(error: BaseException, repo: str, what: str) -> MoectlError:
-    from huggingface_hub.errors import GatedRepoError
-
-    status = _status(error)
-    accept = f"accept its licence at https://huggingface.co/{repo}"
-    mirrors = ", ".join(m for m in MIRRORS if m != repo)
-    if status == 403 or isinstance(error, GatedRepoError):
-        message = f"{repo} may not be downloaded with this account (HTTP {status})"
-        return CheckpointError(message, hint=f"{accept} and set HF_TOKEN; or use a mirror: {mirrors}")
-    if status == 401:
-        message = f"{repo} does not exist, or is closed to you (HTTP 401)"
-        return CheckpointError(message, hint=f"{accept} and set a valid HF_TOKEN; or use a mirror: {mirrors}")
-    if status in (404, 410):
-        return CheckpointError(f"the Hub has no repository {repo} (HTTP {status})", hint=f"try a mirror: {mirrors}")
-    wait_s = _retry_after_s(error)
-    when = f" in {wait_s:.0f} s" if wait_s else ""
-    message = f"{what} of {repo} did not come: the Hub answered HTTP {status}"
-    return Unreachable(message, hint=f"{_AGAIN}{when}: it resumes")

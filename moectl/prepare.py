@@ -17,6 +17,7 @@ from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.copies import place_copies
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
 from moectl.geometry import Geometry
+from moectl.hub_environment import check_numbers
 from moectl.layouts import MODES
 from moectl.manifest import NAME as MANIFEST_NAME
 from moectl.manifest import Manifest, Quantization, read_manifest
@@ -53,7 +54,6 @@ class Made:
     directory: Path
     placement: Placement
     bytes: int
-    warnings: tuple[str, ...] = ()
 
 
 Place = Callable[[Checkpoint, Wanted, Quantization | None], Placement]
@@ -149,6 +149,7 @@ def shard(
     force: bool = False,
     cached: bool = False,
     choose_place: Place | None = None,
+    choose_tokenizer: Callable[[Checkpoint], Checkpoint] | None = None,
     compute_canary: ComputeCanary | None = None,
     on_note: Callable[[str], None] = lambda _: None,
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
@@ -163,10 +164,12 @@ def shard(
     output_bytes)` is told what will be made before anything is written; when it returns False
     nothing is. Before that, `on_files` is told the set's name, its directory, who holds what and the bytes of each
     weight file; `on_file` is `shards.cut`'s. `choose_place` decides who holds what (default: `place`) and may refuse;
+    `choose_tokenizer` returns the checkpoint with the tokenizer that it is to have, and may refuse it;
     `compute_canary` runs what was cut, so that every start can be compared with it (None: not done). `force` starts
     afresh. `cached` sets live in the cache, apart from those that a person made, and one of another source or with
     other settings is replaced.
     """
+    check_numbers()  # the canary loads huggingface_hub, when all is cut
     checkpoint = open_checkpoint(
         source,
         revision=revision,
@@ -177,6 +180,7 @@ def shard(
     try:
         for note in checkpoint.notes:
             on_note(note)
+        checkpoint = choose_tokenizer(checkpoint) if choose_tokenizer else checkpoint
         quantization = choose_quantization(wanted, checkpoint)
         placement = (choose_place or place)(checkpoint, wanted, quantization)
         name = shard_set_name(checkpoint.source, placement, quantization)
@@ -209,7 +213,7 @@ def shard(
                 cut(force=True)
             # What a person named last is what `deploy` takes, also when it was there already.
             (directory / MANIFEST_NAME).touch()
-        return Made(directory, placement, output_bytes, _warnings(checkpoint))
+        return Made(directory, placement, output_bytes)
     finally:
         checkpoint.close()
 
@@ -217,22 +221,13 @@ def shard(
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Open the tokenizer as each start will, before anything is written. Raises CheckpointError."""
     if _TOKENIZER not in checkpoint.sidecars:
-        return  # `_warnings` says so
+        return  # `choose_tokenizer` has said so
     from moectl.tokenizer import read_tokenizer
 
     def read(name: str) -> bytes | None:
         return checkpoint.path(name).read_bytes() if name in checkpoint.sidecars else None
 
     read_tokenizer(read, checkpoint.source)
-
-
-def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
-    if _TOKENIZER in checkpoint.sidecars:
-        return ()
-    return (
-        f"{checkpoint.source} has no tokenizer.json: 'moectl run' will need one in the shard set "
-        "(for DBRX, Xenova/dbrx-instruct-tokenizer has it)",
-    )
 
 
 def describe_model(source: str) -> tuple[Model, Manifest | None]:
@@ -261,14 +256,16 @@ def find_shards(where: str | Path) -> tuple[Path, Manifest]:
     raise NotSharded(f"there is no shard set {str(where)!r}", hint="moectl shard MODEL")
 
 
-def newest_shards(world_size: int) -> tuple[Path, Manifest]:
-    """Return the newest finished shard set cut for this many hosts. Raises NotSharded."""
+def newest_shards(world_size: int | None) -> tuple[Path, Manifest]:
+    """Return the newest finished shard set cut for this many hosts (None: for any). Raises NotSharded."""
     root = data_dir() / "shards"
     found = sorted(root.glob("*/moectl.json"), key=lambda p: p.stat().st_mtime, reverse=True)
     for path in found:
         manifest = read_manifest(path.parent)
-        if manifest.world_size == world_size:
+        if world_size in (None, manifest.world_size):
             return path.parent, manifest
+    if world_size is None:
+        raise NotSharded(f"there is no shard set in {root}", hint="moectl shard MODEL")
     raise NotSharded(
         f"there is no shard set for {world_size} hosts in {root}", hint=f"moectl shard MODEL --nodes {world_size}"
     )

@@ -35,6 +35,7 @@ class Completed:
     code: int
     stdout: bytes
     stderr: bytes
+    noise: bytes = b""  # what the login shell printed before the command began
 
 
 @dataclass(frozen=True, slots=True)

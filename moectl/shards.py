@@ -47,6 +47,8 @@ class Checkpoint(Source, sources.Supply, Protocol):
     def sizes(self) -> Mapping[str, int]: ...
     @property
     def sidecars(self) -> Sequence[str]: ...
+    @property
+    def added(self) -> Mapping[str, Path]: ...
 
 
 def default_jobs() -> int:
@@ -278,12 +280,13 @@ def _read_old(directory: Path) -> Manifest | None:
 def _is_current(checkpoint: Checkpoint, directory: Path, old: Manifest, plain: Manifest) -> bool:
     """Whether everything but the weights is as the source has it, and every file has its size."""
     small = set(_sidecars(checkpoint))
+    # A commit of the Hub never changes, a directory may, and so may what comes from elsewhere.
+    changing = small if checkpoint.revision is None else set(checkpoint.added)
     return (
         old.config == plain.config
         and small == {f for f in old.files if not _WEIGHTS.fullmatch(f)}
         and all(_size(directory / file) == entry.bytes for file, entry in old.files.items())
-        # A commit of the Hub never changes, a directory may.
-        and (checkpoint.revision is not None or all(_hash_sidecar(checkpoint, f) == old.files[f].sha256 for f in small))
+        and all(_hash_sidecar(checkpoint, f) == old.files[f].sha256 for f in changing)
     )
 
 

@@ -12,6 +12,7 @@ import logging
 import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -19,6 +20,7 @@ import paramiko
 
 from moectl.errors import CommandFailed, IntegrityError, Unreachable
 from moectl.hosts import Host
+from moectl.login_shell import ANNOUNCE, NOISE_BYTES, ShellError, encode_line, explain_shell, split_noise
 from moectl.node import parse_answer
 from moectl.remote import (
     Completed,
@@ -84,6 +86,10 @@ class SSHRemote:
             raise timeout_error(argv, timeout_s, self.name)
         if done.code == -1 and not cast(paramiko.Transport, channel.transport).is_active():
             raise Unreachable(f"the connection was lost while {shlex.quote(argv[0])} ran", host=self.name)
+        noise, stdout = split_noise(done.stdout)
+        if stdout is None:
+            raise explain_shell(noise, done.stderr, done.code, self.name)
+        done = replace(done, stdout=stdout, noise=noise)
         return check_completed(done, argv, self.name) if check else done
 
     def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> SSHProcess:
@@ -126,7 +132,7 @@ class SSHRemote:
         try:
             channel = transport.open_session(window_size=WINDOW_BYTES, timeout=STALL_S)
             channel.update_environment(self._environment)
-            channel.exec_command(quote_command(argv, env))
+            channel.exec_command(quote_command(argv, env, announce=True))
         except paramiko.ChannelException as error:
             raise CommandFailed(f"sshd refused a session: {error.text}", host=self.name) from None
         except (paramiko.SSHException, OSError, EOFError) as error:
@@ -182,7 +188,7 @@ class SSHProcess:
         self._host = host
         self._killed = False
         self.stdin: IO[bytes] = io.BufferedWriter(_ChannelWriter(channel))
-        self.stdout: IO[bytes] = io.BufferedReader(_ChannelReader(channel.recv), 1 << 16)
+        self.stdout: IO[bytes] = io.BufferedReader(_CommandReader(channel.recv, host), 1 << 16)
         self.stderr: IO[bytes] = io.BufferedReader(_ChannelReader(channel.recv_stderr), 1 << 16)
 
     def wait(self, timeout_s: float | None = None) -> int:
@@ -227,6 +233,30 @@ class _ChannelReader(io.RawIOBase):
         data = self._receive(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+class _CommandReader(_ChannelReader):
+    """A command's own output: what the login shell prints before it is left out, and told where no command comes."""
+
+    def __init__(self, receive: Callable[[int], bytes], host: str) -> None:
+        super().__init__(receive)
+        self._host = host
+        self._held: bytes | None = b""  # what the shell has said so far; None once the command has begun
+
+    def readinto(self, buffer: Any) -> int:
+        while self._held is not None:
+            data = self._receive(len(buffer))
+            noise, own = split_noise(self._held + data)
+            if own is None and (not data or len(noise) > NOISE_BYTES):
+                self._held = None
+                if noise.strip():  # without a word it is a connection that was lost, or a shell that says why on stderr
+                    raise ShellError(explain_shell(noise, b"", 0, self._host).message)
+                return 0
+            self._held = noise if own is None else None
+            if own:
+                buffer[: len(own)] = own
+                return len(own)
+        return super().readinto(buffer)
 
 
 class _ChannelWriter(io.RawIOBase):
@@ -283,26 +313,18 @@ class _Answers:
         raise CommandFailed(f"its python cannot receive files: {said or f'exit code {code}'}", host=self._host)
 
 
-def quote_command(argv: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+def quote_command(argv: Sequence[str], env: Mapping[str, str] | None = None, *, announce: bool = False) -> str:
     """Return argv as one line for the login shell of the host, in which nothing is interpreted.
 
-    Every word is quoted, plain ones too: zsh expands `=word`, and a leading `~/` of argv[0] becomes $HOME.
+    A leading `~/` of argv[0] becomes $HOME. `announce` has `BEGUN` printed before the command begins.
     """
-    program = f'"$HOME"/{_quote(argv[0][2:])}' if argv[0].startswith("~/") else _quote(argv[0])
-    words = [program, *map(_quote, argv[1:])]
+    program = f'"$HOME"/{shlex.quote(argv[0][2:])}' if argv[0].startswith("~/") else shlex.quote(argv[0])
+    words = [program, *map(shlex.quote, argv[1:])]
     if env:
         # sshd's AcceptEnv is not to be relied on. A path with `=` in it would be one more variable to env, not to sh.
-        variables = [_quote(f"{key}={value}") for key, value in env.items()]
+        variables = [shlex.quote(f"{key}={value}") for key, value in env.items()]
         words = ["env", *variables, "sh", "-c", """'exec "$0" "$@"'""", *words]
-    return " ".join(["exec", *words])
-
-
-# A backslash stands outside the quotes, where it means the same to sh, zsh and fish: inside, fish would read it.
-_QUOTED = str.maketrans({"'": "'\"'\"'", "\\": "'\\\\'"})
-
-
-def _quote(word: str) -> str:
-    return f"'{word.translate(_QUOTED)}'"
+    return encode_line((ANNOUNCE if announce else "") + " ".join(["exec", *words]))
 
 
 def _close(channel: paramiko.Channel) -> None:
@@ -328,12 +350,17 @@ def _communicate(channel: paramiko.Channel, stdin: bytes, leash: bool) -> Comple
     threads = [threading.Thread(target=feed, daemon=True), threading.Thread(target=drain, daemon=True)]
     for thread in threads:
         thread.start()
-    stdout = []
+    stdout = bytearray()
+    begun = False
     while block := channel.recv(1 << 16):
-        stdout.append(block)
+        stdout += block
+        begun = begun or split_noise(bytes(stdout))[1] is not None
+        if not begun and len(stdout) > NOISE_BYTES:
+            _close(channel)  # a shell that prints without end
+            break
     threads[1].join()
     code = channel.recv_exit_status()
-    return Completed(code, b"".join(stdout), b"".join(stderr))
+    return Completed(code, bytes(stdout), b"".join(stderr))
 
 
 def _offer(channel: paramiko.Channel, answers: _Answers, header: bytes) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _SWITCHES = ("add_bos_token", "add_eos_token", "split_special_tokens")
 _HINT = "correct that file in the checkpoint, then try again"
-_MISSING = "a tokenizer.json is needed beside the weights, for example from Xenova/dbrx-instruct-tokenizer"
+_MISSING = "moectl shard --add-tokenizer REPO|DIR (for DBRX: Xenova/dbrx-instruct-tokenizer), then moectl deploy"
 
 # Keys by which other libraries change what tokenizer.json says: key, section, kind of part, what the part says of it.
 _TOLD_TWICE: tuple[tuple[str, str, str, Callable[[Json], Any]], ...] = (

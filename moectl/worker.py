@@ -29,6 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from moectl import __version__, errors
 from moectl.errors import MoectlError
+from moectl.hub_environment import HUB_VARIABLES
 from moectl.isolation import BACKEND_ERRORS, isolated
 from moectl.leash import (
     BEAT_S,
@@ -160,6 +161,8 @@ def run(serve: Callable[[Leash], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to hear; it cancels, then lets go
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["HF_HUB_OFFLINE"] = "1"  # a worker reads its shard set and nothing else
+    for name in HUB_VARIABLES:  # huggingface_hub is loaded all the same, and stops at some values
+        os.environ.pop(name, None)
     leash = Leash(sys.stdin.buffer, up, on_end=lambda reason: _exit(reason, code=LEASH_LOST))
     try:
         serve(leash)

@@ -20,7 +20,7 @@ from moectl import __main__, __version__, cli, errors
 from moectl.console import colour_wanted, progress, size_text, table_text, time_text
 from moectl.flags import Failed
 from moectl.verb import SECTIONS, Verb
-from tests.tiny import write_checkpoint
+from tests.tiny import write_checkpoint, write_words
 
 MODULE = [sys.executable, "-m", "moectl"]
 
@@ -42,8 +42,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    write_checkpoint(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    return write_words(write_checkpoint(tmp_path / "tiny"))
 
 
 @pytest.mark.parametrize("command", sorted(cli.cli.commands))

@@ -18,7 +18,7 @@ import pytest
 from tests.crash import KILL, POWER, ROOT, TERM, Ended, Plan, Warm, clear_log, count_changes, lose
 from tests.hub import Hub
 from tests.sshd import Server
-from tests.tiny import write_checkpoint
+from tests.tiny import write_checkpoint, write_words
 
 ENDED = (-9, 143)  # what a moectl that was itself ended leaves: a signal, or its code for SIGTERM
 
@@ -153,7 +153,7 @@ def visible(directory: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "tiny"
-    return write_checkpoint(directory, files=3, n_experts=4, top_k=2, ffn_hidden=128)
+    return write_words(write_checkpoint(directory, files=3, n_experts=4, top_k=2, ffn_hidden=128))
 
 
 @pytest.fixture(scope="module")

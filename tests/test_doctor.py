@@ -21,7 +21,7 @@ from tests.netns import Cluster
 from tests.ring import rank_env
 from tests.running import processes
 from tests.sshd import Server, run_sshd
-from tests.tiny import write_checkpoint
+from tests.tiny import write_checkpoint, write_words
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_two_hosts_that_are_right(sshd: Server, python: str, tmp_path: Path) -> 
 
 
 def test_a_deployed_shard_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(tmp_path / "tiny")
+    write_words(write_checkpoint(tmp_path / "tiny"))
     hosts = tmp_path / "hosts.txt"
     hosts.write_text(f"localhost dir={tmp_path}/here\n")
     for words in (("shard", str(tmp_path / "tiny"), "--nodes", "1", "-q"), ("deploy", str(hosts), "-q")):

@@ -31,14 +31,14 @@ from tests.ring import process_env
 from tests.running import wait_for
 from tests.sshd import Server, find_free_port
 from tests.test_cluster import assert_holds, make_hosts
-from tests.tiny import write_checkpoint
+from tests.tiny import write_checkpoint, write_words
 
 MOECTL = (sys.executable, "-m", "moectl")
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "tiny", n_layers=3)
+    return write_words(write_checkpoint(tmp_path / "tiny", n_layers=3))
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_what_concerns_all_hosts_ends_the_cut(model: Path, hosts: list[Host], tm
 
 @pytest.mark.long
 def test_ctrl_c_ends_both_and_both_are_resumed(hosts: list[Host], tmp_path: Path) -> None:
-    model = write_checkpoint(tmp_path / "larger", n_layers=6, d_model=256, ffn_hidden=1536, files=6)
+    model = write_words(write_checkpoint(tmp_path / "larger", n_layers=6, d_model=256, ffn_hidden=1536, files=6))
     listed = write_hosts(hosts, tmp_path / "hosts.txt")
     words = ("deploy", listed, "--shard", str(model), "--q-bits", "4", "-o", str(tmp_path / "set"))
     with subprocess.Popen([*MOECTL, *words], stderr=subprocess.PIPE, env=process_env(), text=True) as child:

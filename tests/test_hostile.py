@@ -41,7 +41,7 @@ PIECES = [
 words = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=6).map("".join).filter(lambda w: "\0" not in w)
 encodable = words.filter(lambda w: not any(0xD800 <= ord(c) < 0xE000 for c in w))
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-SHELLS = [shell for shell in ("sh", "dash", "bash", "zsh", "fish") if shutil.which(shell)]
+SHELLS = [shell for shell in ("sh", "dash", "bash", "zsh", "fish", "csh", "tcsh") if shutil.which(shell)]
 # These print what they got, in a way that hides nothing: each word, or each variable, with a NUL behind it.
 PRINT, ENV = ("/usr/bin/printf", r"%s\0", "first"), ("/usr/bin/env", "-0")
 

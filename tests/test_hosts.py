@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import string
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from moectl.hosts import (
     Host,
     HostList,
     find_hosts,
+    find_own_address,
     format_hosts,
     parse_host_string,
     parse_hosts,
@@ -85,7 +87,9 @@ def test_reads_addresses(text: str, host: Host | None) -> None:
         ("mac1:0", "hosts.txt:1: port '0' is not between 1 and 65535"),
         ("mac1:ssh", "hosts.txt:1: port 'ssh' is not between 1 and 65535"),
         ("-oProxyCommand=x", "hosts.txt:1: '-oProxyCommand=x' is not a host"),
-        ("::1", "hosts.txt:1: '::1' is not a host"),
+        ("2001:db8::5:22", "hosts.txt:1: '2001:db8::5:22' may end in a port or not"),
+        ("fe80::1%en0:22", "hosts.txt:1: 'fe80::1%en0:22' may end in a port or not"),
+        ("mac1:22:23", "hosts.txt:1: 'mac1:22:23' is not a host"),
         ("[mac1]", "hosts.txt:1: '[mac1]' is not a host"),
         ("# nothing", "hosts.txt lists no host"),
         ("", "hosts.txt lists no host"),
@@ -186,15 +190,84 @@ def test_refuses_damaged_json(text: str) -> None:
 def test_writes_what_mlx_itself_reads(tmp_path: Path) -> None:
     hosts = parse_hosts("localhost rdma=-,en2\nada@mac2 ip=10.0.0.2,10.0.1.2 rdma=en2,- memory=1GiB")
     path = tmp_path / "hosts.json"
-    path.write_text(to_mlx_json(hosts, resolve=lambda name: {"127.0.0.1": "127.0.0.1"}[name]))
+    path.write_text(to_mlx_json(hosts, find_own={"10.0.0.2": "10.0.0.7"}.__getitem__))
     read = Hostfile.from_file(path).hosts
     assert [(h.ssh_hostname, h.ips, h.rdma) for h in read] == [
-        ("127.0.0.1", ["127.0.0.1"], [None, "en2"]),
+        ("127.0.0.1", ["10.0.0.7"], [None, "en2"]),
         ("ada@mac2", ["10.0.0.2", "10.0.1.2"], ["en2", None]),
     ]
     again = read_hosts(str(path))
     assert again.hosts[1].memory_bytes == 2**30
     assert again.hosts[0].is_local
+
+
+def test_mlx_gets_an_address_of_this_machine_that_others_can_reach() -> None:
+    alone = json.loads(to_mlx_json(parse_hosts("localhost")))
+    assert alone["hosts"][0]["ips"] == ["127.0.0.1"]
+    given = json.loads(to_mlx_json(parse_hosts("localhost ip=10.0.0.1\nmac2 ip=10.0.0.2")))
+    assert given["hosts"][0]["ips"] == ["10.0.0.1"]
+    near = json.loads(to_mlx_json(parse_hosts("localhost\nnode ip=127.0.0.2")))  # by the way that this machine knows
+    assert near["hosts"][0]["ips"] == [find_own_address("127.0.0.2")]
+    text = "localhost\nmac2 ip=2001:db8::1%nowhere"
+    with pytest.raises(HostsError, match="the address by which 2001:db8::1%nowhere reaches this machine") as caught:
+        to_mlx_json(parse_hosts(text))
+    hint = re.search("'(.*)'", caught.value.hint or "")
+    assert hint is not None
+    assert json.loads(to_mlx_json(parse_hosts(text.replace("localhost", hint[1]))))["hosts"][0]["ips"] == ["10.0.0.1"]
+
+
+@pytest.mark.parametrize("text", ["::1", "fe80::1", "2001:db8::5", "fe80::1%en0", "2001:db8:0:0:0:0:0:5", "fe80::a:b"])
+def test_reads_a_bare_ipv6_address_where_it_can_only_be_one(text: str) -> None:
+    for user in ("", "ada@"):
+        [host] = parse_hosts(user + text).hosts
+        assert host == Host(text, user=user[:-1] or None)
+        assert parse_host_string(user + text).hosts == (host,)
+        assert host.address == f"{user}[{text}]"
+
+
+@pytest.mark.parametrize("text", ["2001:db8::5:22", "ada@2001:db8::5:22", "fe80::1%en0:22", "2001:db8:0:0:0:0:0:5:22"])
+def test_an_address_that_may_end_in_a_port_has_a_hint_that_can_be_followed(text: str) -> None:
+    with pytest.raises(HostsError) as caught:
+        parse_hosts(text)
+    for written in (caught.value.hint or "").removeprefix("write ").split(", or "):
+        [host] = parse_hosts(written).hosts
+        assert (
+            f"{host.user or ''}{'@' * (host.user is not None)}{host.name}{f':{host.port}' * (host.port is not None)}"
+            == text
+        )
+
+
+def test_reads_the_file_of_mlxs_ring() -> None:
+    hosts = parse_hosts(
+        '[["10.0.0.1:5000", "10.0.1.1:5001"], ["10.0.0.2:5000"], ["mac3.local:5000"], ["[fe80::1]:5000"]]'
+    )
+    assert hosts.hosts == (
+        Host("10.0.0.1", ips=("10.0.0.1", "10.0.1.1")),
+        Host("10.0.0.2", ips=("10.0.0.2",)),
+        Host("mac3.local"),
+        Host("fe80::1", ips=("fe80::1",)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[["10.0.0.1:5000"], ["10.0.0.1:5001"]]', "hosts.txt: hosts[1]: 10.0.0.1 is listed twice, first on line 1"),
+        ('[["10.0.0.1:0"]]', "hosts.txt: rank 0: '10.0.0.1:0' is not address:port"),
+        ('[[null, "en2"], ["en2", null]]', "hosts.txt: rank 0: these are RDMA devices (MLX_IBV_DEVICES), not hosts"),
+        ("[[1]]", "hosts.txt: rank 0: [1] has no addresses with ports, as MLX's ring file has"),
+        ("[[]]", "hosts.txt: rank 0: needs a list of addresses, as every rank of MLX's ring file"),
+        ('["mac1", "mac2"]', "hosts.txt: hosts[0]: needs a string 'ssh'"),
+    ],
+)
+def test_names_what_is_wrong_with_a_list_of_mlx(text: str, message: str) -> None:
+    with pytest.raises(HostsError) as caught:
+        parse_hosts(text)
+    assert str(caught.value) == message
+    assert caught.value.hint
+    if "write each host as " in caught.value.hint:
+        row = caught.value.hint.removeprefix("write each host as ")
+        assert parse_hosts(f"[{row}]").hosts[0].name == "mac1"
 
 
 def test_mlx_hostfiles_cannot_hold_a_port() -> None:

@@ -150,6 +150,17 @@ def write_checkpoint(
     return directory
 
 
+def write_words(directory: Path, vocabulary: Mapping[str, int] | None = None) -> Path:
+    """Write a tokenizer of a few whole words, beside a checkpoint's weights or alone; return the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    words = {"<|endoftext|>": 0, "a": 1, "b": 2, **(vocabulary or {})}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<|endoftext|>"}
+    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
 def write_weights(directory: Path, weights: Mapping[str, mx.array], *, files: int = 1) -> None:
     """Write tensors in order to `files` safetensors files, with an index when there is more than one."""
     names = list(weights)

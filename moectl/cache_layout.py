@@ -1,0 +1,71 @@
+"""Directories that other programs left: snapshots of the Hugging Face cache, and clones whose large files never came.
+
+It looks at names and at the first bytes of files; nothing is read as a model.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from moectl.errors import CheckpointError, IntegrityError
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024  # what Git LFS itself takes for one at most
+
+
+def find_snapshot(directory: Path, revision: str | None = None) -> Path:
+    """Return the snapshot that a directory models--OWNER--NAME of the cache stands for; any other directory is itself.
+
+    Raises CheckpointError that names the snapshots when none is meant.
+    """
+    snapshots = directory / "snapshots"
+    if _repository_of(directory) is None or not snapshots.is_dir():
+        return directory
+    wanted = revision or "main"
+    ref = directory / "refs" / wanted
+    commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else wanted
+    if (snapshots / commit).is_dir():
+        return snapshots / commit
+    there = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    raise CheckpointError(
+        f"{directory} has no snapshot of {wanted}",
+        hint="give one of its snapshots: " + ", ".join(map(str, there)) if there else "download it again",
+    )
+
+
+def name_snapshot(directory: Path) -> tuple[str, str] | None:
+    """Return (repository, commit) of a snapshot's directory in the cache, None for any other directory."""
+    directory = directory.resolve()
+    repository = _repository_of(directory.parent.parent)
+    if directory.parent.name != "snapshots" or repository is None or not re.fullmatch("[0-9a-f]{40}", directory.name):
+        return None
+    return repository, directory.name
+
+
+def refuse_pointers(root: Path, files: Iterable[str]) -> None:
+    """Raise IntegrityError when one of a directory's files is what Git LFS leaves in its place."""
+    found = [file for file in files if _is_pointer(root / file)]
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise IntegrityError(
+            f"{found[0]} in {root} is a Git LFS pointer, not the file{more}",
+            hint=f"git -C {shlex.quote(str(root))} lfs pull",
+        )
+
+
+def _repository_of(directory: Path) -> str | None:
+    kind, _, name = directory.name.partition("--")
+    return name.replace("--", "/", 1) if kind == "models" and name else None
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        if path.stat().st_size > _POINTER_BYTES:
+            return False
+        with path.open("rb") as f:
+            return f.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False  # who reads it says why

@@ -1,0 +1,99 @@
+"""What can go wrong with the Hub, as our errors: its own words, and what to do.
+
+huggingface_hub is loaded only when something has gone wrong, by which time `hub` has loaded it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moectl.disk import explain_refusal
+from moectl.errors import CheckpointError, MoectlError, Unreachable
+from moectl.hub_environment import explain_certificates
+
+MIRRORS = (
+    "alpindale/dbrx-instruct",
+    "SinclairSchneider/dbrx-instruct-quantization-fixed",
+    "mlx-community/dbrx-instruct-4bit",
+)
+AGAIN = "run the same command again"
+_LONGEST_WAIT_S = 60  # a server that asks for more is not waited for
+
+
+def _status(error: BaseException) -> int:
+    return int(getattr(getattr(error, "response", None), "status_code", 0))
+
+
+def retry_after_s(error: BaseException) -> float:
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    try:
+        return max(0.0, float(headers.get("Retry-After", 0)))
+    except ValueError:
+        return 0.0
+
+
+def may_pass(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return _status(error) in (408, 429, 500, 502, 503, 504) and retry_after_s(error) <= _LONGEST_WAIT_S
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    # httpx has no public home here: its errors are what HfHubHTTPError is derived from.
+    cut_short = isinstance(error, OSError) and error.errno is None and not isinstance(error, FileNotFoundError)
+    return cut_short or isinstance(error, HfHubHTTPError.__bases__[0])
+
+
+def hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
+    """Turn an error of huggingface_hub or of the disk into ours, saying what to do."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, errors.HFValidationError):
+        message = f"{repo!r} is neither a directory nor a repository's name"
+        return CheckpointError(message, hint="use OWNER/NAME or a path")
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        message = f"{what} of {repo} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set"
+        return Unreachable(message, hint="unset HF_HUB_OFFLINE, or give a directory")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointError(f"{repo} has no {what}", hint=f"see https://huggingface.co/{repo}/commits/main")
+    if isinstance(error, errors.EntryNotFoundError):
+        return CheckpointError(f"{repo} has no file {what}")
+    if _status(error):
+        return _status_error(error, repo, what)
+    if isinstance(error, OSError) and error.errno is not None:
+        refused = explain_refusal(error, Path(error.filename or what))
+        if error.filename and Path(error.filename).is_relative_to(constants.HF_HOME):
+            refused.hint = "set HF_HOME to a directory that can be written to"
+        return refused
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return Unreachable(
+        f"{what} of {repo} did not come from {constants.ENDPOINT}: {reason}",
+        hint=explain_certificates(reason)
+        or f"check the network, then {AGAIN}: it resumes; if {repo} is a directory, there is none of that name here",
+    )
+
+
+def _status_error(error: BaseException, repo: str, what: str) -> MoectlError:
+    from huggingface_hub.errors import GatedRepoError
+
+    status = _status(error)
+    words = " ".join(str(getattr(error, "server_message", None) or "").split())[:300]
+    said = f": {words}" if words else ""  # the Hub's own
+    accept = f"accept its licence at https://huggingface.co/{repo}"
+    mirrors = ", ".join(m for m in MIRRORS if m != repo)
+    if status == 403 or isinstance(error, GatedRepoError):
+        message = f"{repo} may not be downloaded with this account (HTTP {status}){said}"
+        return CheckpointError(message, hint=f"{accept} and set HF_TOKEN; or use a mirror: {mirrors}")
+    if status == 401:
+        message = f"{repo} does not exist, or is closed to you (HTTP 401){said}"
+        return CheckpointError(message, hint=f"{accept} and set a valid HF_TOKEN; or use a mirror: {mirrors}")
+    if status in (404, 410):
+        return CheckpointError(
+            f"the Hub has no repository {repo} (HTTP {status}){said}", hint=f"try a mirror: {mirrors}"
+        )
+    wait_s = retry_after_s(error)
+    when = f" in {wait_s:.0f} s" if wait_s else ""
+    message = f"{what} of {repo} did not come: the Hub answered HTTP {status}{said}"
+    return Unreachable(message, hint=f"{AGAIN}{when}: it resumes")

@@ -1,0 +1,216 @@
+"""The tokenizer of a shard set: the checkpoint's own, or another repository's or directory's, and whether it fits.
+
+The files are copied and never run: a tokenizer that is Python code in its repository, as DBRX's first one is, cannot be
+used. Whether transformers can read what there is, the worker's own `open_tokenizer` says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from moectl import journal as journals
+from moectl.cache_layout import refuse_pointers
+from moectl.checkpoint import Checkpoint, is_plain_data, open_store
+from moectl.disk import explain_refusal, sync_directory
+from moectl.errors import CheckpointError, MoectlError
+from moectl.manifest import FileEntry, Manifest, read_manifest, refuse_links_outside, write_manifest
+from moectl.pipeline import hash_file, partial_path
+from moectl.stamp import write_stamps
+
+NAME = "tokenizer.json"
+# DBRX's tokenizer as data; the model's own repositories have it as Python code.
+KNOWN = "Xenova/dbrx-instruct-tokenizer"
+KNOWN_VOCABULARY = 100352
+_TEMPLATE = "chat_template*"
+_PATTERNS = (
+    *("tokenizer*", "*.tiktoken", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    _TEMPLATE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """A tokenizer's files at one place: name → local path."""
+
+    source: str
+    files: Mapping[str, Path]
+
+    @property
+    def has_template(self) -> bool:
+        config = self.files.get("tokenizer_config.json")
+        in_config = config is not None and "chat_template" in _read_object(config)
+        return in_config or any(fnmatch(file, _TEMPLATE) for file in self.files)
+
+
+def fetch_tokenizer(source: str, vocabulary: int) -> TokenizerFiles:
+    """Return the tokenizer of a directory or a Hub repository, for a model of so many tokens.
+
+    Raises CheckpointError when it has none or another model's, and what the Hub's errors are.
+    """
+    store = open_store(source)
+    try:
+        names = [file for file in store.files if is_tokenizer(file) and is_plain_data(file, store.files[file])]
+        if NAME not in names:
+            raise CheckpointError(f"{source} has no {NAME}", hint=f"take another one, such as {KNOWN} for DBRX")
+        found = TokenizerFiles(source, {name: store.path(name) for name in names})
+    finally:
+        store.close()
+    _check_vocabulary(found.files[NAME], source, vocabulary)
+    return found
+
+
+def with_tokenizer(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> Checkpoint:
+    """Return a checkpoint whose tokenizer is another one; its own chat template stays where that has none."""
+    kept = [file for file in checkpoint.sidecars if not _is_replaced(file, tokenizer)]
+    return checkpoint.with_files(tuple(kept), tokenizer.files)
+
+
+def choose_tokenizer(
+    model: str, asked: str | None, can_read: Callable[[Path], object], say: Callable[[str], None]
+) -> Callable[[Checkpoint], Checkpoint]:
+    """Return what sees to it that a checkpoint has a tokenizer before anything is cut.
+
+    `model` is what a person calls the checkpoint, `asked` where the tokenizer is said to be; `can_read` raises
+    CheckpointError for files that a worker cannot read.
+    """
+
+    def choose(checkpoint: Checkpoint) -> Checkpoint:
+        vocabulary = checkpoint.geometry.vocab_size
+        if asked is not None:
+            return with_tokenizer(checkpoint, fetch_tokenizer(asked, vocabulary))
+        if NAME in checkpoint.sidecars:
+            _check_vocabulary(checkpoint.path(NAME), checkpoint.source, vocabulary)
+            return checkpoint
+        if _is_readable(checkpoint, can_read):
+            return checkpoint
+        return _replace_missing(checkpoint, model, say)
+
+    return choose
+
+
+def add_tokenizer(directory: Path, source: str) -> Manifest:
+    """Give a finished shard set another tokenizer; its manifest says so last. Return the manifest.
+
+    Raises NotSharded, IntegrityError, StateError (the disk, or another one at work), and what `fetch_tokenizer` raises.
+    """
+    manifest = read_manifest(directory)
+    refuse_links_outside(directory)
+    tokenizer = fetch_tokenizer(source, manifest.geometry.vocab_size)
+    try:
+        with journals.lock_directory(directory):
+            manifest = read_manifest(directory)
+            old = [file for file in manifest.files if "/" not in file and _is_replaced(file, tokenizer)]
+            new = {name: _write(directory / name, path.read_bytes()) for name, path in tokenizer.files.items()}
+            for name in new:
+                partial_path(directory / name).replace(directory / name)
+            files = {file: entry for file, entry in manifest.files.items() if file not in old}
+            manifest = replace(manifest, files=dict(sorted((files | new).items())))
+            write_manifest(directory, manifest)
+            for name in set(old) - set(new):
+                (directory / name).unlink(missing_ok=True)
+            write_stamps(directory, {})
+            sync_directory(directory)
+    except OSError as error:
+        raise explain_refusal(error, directory) from error
+    return manifest
+
+
+def find_stray(directory: Path, manifest: Manifest) -> str | None:
+    """Return what to do about a tokenizer that lies in a shard set and is not of it, None when there is none."""
+    path = directory / NAME
+    if not path.is_file():
+        return None
+    entry = manifest.files.get(NAME)
+    if entry is not None and hash_file(path, lambda _: None) == entry.sha256:
+        return None
+    where = shlex.quote(str(directory))
+    return f"{path} is not in the set's manifest and is not sent: moectl shard --add-tokenizer {where} -o {where}"
+
+
+def is_tokenizer(file: str) -> bool:
+    """Whether a file at the top of a repository is a part of its tokenizer."""
+    return any(fnmatch(file.lower(), pattern) for pattern in _PATTERNS)
+
+
+def _replace_missing(checkpoint: Checkpoint, model: str, say: Callable[[str], None]) -> Checkpoint:
+    vocabulary, source = checkpoint.geometry.vocab_size, checkpoint.source
+    lacks = f"{source} has no {NAME}, and no other tokenizer that can be read without running its code"
+    other = KNOWN if vocabulary == KNOWN_VOCABULARY else "REPO|DIR"
+    hint = f"moectl shard {shlex.quote(model)} --tokenizer {other}"
+    if vocabulary != KNOWN_VOCABULARY:
+        raise CheckpointError(lacks, hint=hint)
+    try:
+        taken = fetch_tokenizer(KNOWN, vocabulary)
+    except MoectlError as error:
+        raise CheckpointError(f"{lacks}; {KNOWN} cannot be had: {error.message}", hint=hint) from None
+    say(f"{source} has no {NAME}: taking DBRX's from {KNOWN} (--tokenizer REPO|DIR takes another).")
+    return with_tokenizer(checkpoint, taken)
+
+
+def _is_readable(checkpoint: Checkpoint, can_read: Callable[[Path], object]) -> bool:
+    files = [file for file in checkpoint.sidecars if is_tokenizer(file) or file == "config.json"]
+    if not any(file.startswith("tokenizer") for file in files):
+        return False
+    with tempfile.TemporaryDirectory(prefix="moectl-") as directory:
+        for file in files:
+            (Path(directory) / file).symlink_to(checkpoint.path(file).resolve())
+        try:
+            can_read(Path(directory))
+        except CheckpointError:
+            return False
+    return True
+
+
+def _is_replaced(file: str, by: TokenizerFiles) -> bool:
+    if fnmatch(file.lower(), _TEMPLATE):
+        return by.has_template
+    return is_tokenizer(file)
+
+
+def _check_vocabulary(path: Path, source: str, vocabulary: int) -> None:
+    refuse_pointers(path.parent, [path.name])
+    read = _read_object(path)
+    model, added = read.get("model"), read.get("added_tokens") or []
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict):
+        numbers: Sequence[object] = list(vocab.values())
+    elif isinstance(vocab, list):
+        numbers = range(len(vocab))
+    else:
+        raise CheckpointError(f"{NAME} of {source} has no vocabulary")
+    numbers = [*numbers, *(token.get("id") for token in added if isinstance(token, dict))]
+    highest = max((number for number in numbers if isinstance(number, int)), default=-1)
+    if not 0 <= highest < vocabulary:
+        raise CheckpointError(
+            f"the tokenizer of {source} is another model's: its tokens go up to {highest}, the model has {vocabulary}",
+            hint="--tokenizer REPO|DIR takes this model's own",
+        )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not valid JSON: {error}", hint="download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object", hint="download it again")
+    return value
+
+
+def _write(path: Path, data: bytes) -> FileEntry:
+    """Write a file beside its place; return what the manifest is to say of it."""
+    with partial_path(path).open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    return FileEntry(len(data), hash_file(partial_path(path), lambda _: None))
