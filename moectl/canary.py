@@ -105,6 +105,18 @@ def decode_points(text: str) -> list[tuple[float, ...]]:
     return [flat[i : i + WIDTH] for i in range(0, len(flat), WIDTH)]
 
 
+def describe_unmet(canary: Canary) -> str | None:
+    """Return what a person is told of experts that the prompts did not reach; None where they reached all."""
+    if not canary.unmet:
+        return None
+    layers: dict[int, list[str]] = {}
+    for layer, expert in canary.unmet:
+        layers.setdefault(layer, []).append(str(expert))
+    named = [f"layer {layer}: {', '.join(experts)}" for layer, experts in layers.items()]
+    more = f", and {len(named) - 3} more layers" if len(named) > 3 else ""
+    return f"the canary's prompts do not reach every expert, so it does not check these: {'; '.join(named[:3])}{more}"
+
+
 def judge(
     expected: Sequence[Sequence[float]],
     found: Sequence[Sequence[float]],

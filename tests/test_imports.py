@@ -101,7 +101,7 @@ ROOMS = (
     {"engine"},
     {"speculation"},
     {"answer"},
-    {"sampling", "prompt", "prompt_cache", "admission", "stop_text", "lookup"},
+    {"sampling", "prompt", "prompt_cache", "admission", "stop_text", "lookup", "unseen"},
     {"profile"},
     {"model", "quantize"},
     {"ssh", "shards"},

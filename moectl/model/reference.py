@@ -49,7 +49,8 @@ class _Reference:
         self._placement = manifest.placement
         self._dtype = compute_dtype()
         geometry = self._placement.geometry
-        self._chunks = [cut_chunks(tokens) for tokens in make_prompts(geometry.vocab_size, geometry.max_seq_len)]
+        prompts = make_prompts(geometry.vocab_size, geometry.max_seq_len, CHUNK)
+        self._chunks = [cut_chunks(tokens, CHUNK) for tokens in prompts]
         self._unmet: list[tuple[int, int]] = []
         # By rank, prompt and exchange.
         self._points: list[list[list[mx.array]]] = [[[] for _ in self._chunks] for _ in self._ranks]

@@ -175,10 +175,9 @@ class StoredMatrix(nn.Module):
 
     def _unpack(self, codes: np.ndarray[Any, Any], scales: _Floats, out: _Floats) -> None:
         """Take codes (count, bytes) apart, plane by plane, one code of each byte at a time: faster than in order."""
-        count, width = codes.shape
+        width = codes.shape[1]
         bits = 8 // self._planes
-        spread = self._reader.room("spread", 4 * codes.size).view(np.float32).reshape(codes.shape)
-        np.copyto(spread.reshape(count, scales.shape[1], -1), scales[..., None])
+        spread = np.repeat(scales, width // scales.shape[1], axis=1)
         one = self._reader.room("plane", codes.size).reshape(codes.shape)
         for plane in range(self._planes):
             np.right_shift(codes, plane * bits, out=one)
