@@ -92,12 +92,12 @@ def test_a_prompt_that_was_seen_before_is_no_measurement(alone: Path, monkeypatc
     def bench_alone() -> Benchmark:
         return bench(session, "tiny", prompt_tokens=PROMPT, generation_tokens=GENERATED, trials=2)
 
-    with Session(specs(alone)) as session:
+    with Session(specs(alone)[:1]) as session:
         generate = session.generate
         session.generate = look  # type: ignore[method-assign]
         bench_alone()
     monkeypatch.setattr(Prompts, "draw", lambda _, count: tuple(range(count)))
-    with Session(specs(alone)) as session:
+    with Session(specs(alone)[:1]) as session:
         generate = session.generate
         session.generate = look  # type: ignore[method-assign]
         with pytest.raises(StateError, match=f"{PROMPT - 1} of a prompt's {PROMPT} tokens came from the prompt cache"):

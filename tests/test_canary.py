@@ -163,6 +163,20 @@ def test_an_older_one_is_checked_as_it_was_made(
         assert session.model.deviation < TOLERANCE / 10
 
 
+@pytest.mark.parametrize("split", ["hidden", "layers", "tensor"])
+def test_weights_on_disk_and_in_memory_give_the_same(sets: dict[str, Path], split: str) -> None:
+    """A GPU has a rank's part of a layer in memory, a CPU reads it piece by piece."""
+    manifest = read_manifest(sets[split])
+    in_memory = reference._Reference(sets[split], manifest, None).compute(lambda *_: None)
+    assert manifest.canary is not None
+    for prompt, top in enumerate(in_memory.top):
+        assert judge_logits(manifest.canary, prompt, [logit for _, logit in top]) < TOLERANCE / 10
+    for ours, theirs in zip(in_memory.points, manifest.canary.points, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            verdict = judge(decode_points(other), decode_points(one), tolerance=TOLERANCE / 10)
+            assert verdict.wrong_at is None
+
+
 @pytest.mark.parametrize("model", ["demo", "random"])
 def test_a_few_dozen_tokens_reach_every_expert(sets: dict[str, Path], tmp_path: Path, model: str) -> None:
     directory = cut_case(demo_dir(), tmp_path / "demo", "hidden", (1,), 16) if model == "demo" else sets["hidden"]

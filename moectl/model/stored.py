@@ -118,22 +118,24 @@ class StoredMatrix(nn.Module):
 
     def times(self, x: _Floats, item: int = 0) -> _Floats:
         """Return x (T, in) times the transpose of matrix number `item` of the stack: (T, out)."""
-        out = np.empty((x.shape[0], self._rows), np.float32)
+        out = np.empty((self._rows, x.shape[0]), np.float32)
         sums = self._sum_groups(x)
-        step = max(1, _PIECE_BYTES // (4 * self._columns))
         if self._planes:
             x = x.reshape(x.shape[0], -1, self._planes).swapaxes(1, 2).reshape(x.shape)
+        turned = np.ascontiguousarray(x.T)  # this way round a product with few rows of `x` is fastest
+        step = max(1, _PIECE_BYTES // (4 * self._columns))
+        step = max(step // 16 * 16, min(step, 16))
 
         def work(first: int) -> None:
             count = min(step, self._rows - first)
             piece, biases = self._read(item * self._rows + first, count)
-            part = out[:, first : first + count]
-            np.matmul(x, piece.T, out=part)
+            part = out[first : first + count]
+            np.matmul(piece, turned, out=part)
             if sums is not None and biases is not None:
-                part += sums @ biases.T
+                part += biases @ sums.T
 
         self._reader.share_out(work, range(0, self._rows, step))
-        return out
+        return np.ascontiguousarray(out.T)
 
     def read_rows(self, numbers: list[int]) -> _Floats:
         """Return these rows, (n, in)."""
