@@ -1,14 +1,14 @@
 """Measure a running session: speeds in trials as a user would see them, then where the time of a token goes.
 
-Prompts are random tokens, the same in every trial and on every machine, and answers go on to their full length, so that
-numbers compare. Routing counts therefore are those of random text and of what the model makes of it. The parts of a
+Prompts are random tokens, others in every trial so that no cache has seen them, the same on every machine so that
+numbers compare; answers go on to their full length. Routing counts therefore are those of random text and of what the
+model makes of it, in the first trial. The parts of a
 token's time come from `moectl.profile`, which says what each of them contains; speeds come from the trials alone.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from moectl.placement import Placement
 from moectl.request import Request
 from moectl.routing import Routing
 from moectl.session import Session
+from moectl.unseen import Prompts, check_unseen
 
 PROFILED_STEPS = 16
 MIN_GENERATION = 2  # a speed needs the time between two tokens
@@ -142,13 +143,14 @@ def bench(
             f"{model.max_seq_len}",
             hint=f"use -p {max(1, model.max_seq_len - generation_tokens)}, or less",
         )
-    source = random.Random(seed)
-    prompt = tuple(source.randrange(model.vocab_size) for _ in range(prompt_tokens))
-    _answer(session, Request(1, "", _WARM_UP, prompt_tokens=prompt, ignore_eos=True, cache_prompt=False))
+    prompts = Prompts(model.vocab_size, seed)
+    warm_up = prompts.draw(prompt_tokens)
+    _answer(session, Request(1, "", _WARM_UP, prompt_tokens=warm_up, ignore_eos=True, cache_prompt=False))
     done: list[Trial] = []
     profiles: list[list[Profiled]] = []
     steps = min(PROFILED_STEPS, generation_tokens - 1)
     for number in range(1, trials + 1):
+        prompt = prompts.draw(prompt_tokens)
         request = Request(2 * number, "", generation_tokens, prompt_tokens=prompt, ignore_eos=True, cache_prompt=False)
         tokens, trial = _answer(session, request)
         # After each trial, so that both see the same weather.
@@ -176,6 +178,7 @@ def _answer(session: Session, request: Request) -> tuple[list[int], Trial]:
             case Token(token=token) if token >= 0:
                 tokens.append(token)
             case Done(stats=stats):
+                check_unseen(stats)
                 decode_s = stats.decode_s / max(1, stats.completion_tokens - 1)
                 trial = Trial(stats.prompt_tokens / stats.prompt_s, 1 / decode_s, stats.ttft_s)
     return tokens, trial
@@ -188,7 +191,7 @@ def _step_s(trials: Iterable[Trial]) -> float:
 def _rank_time(rank: int, host: str, profiles: Sequence[Profiled], step_s: float) -> RankTime:
     compute_s = statistics.fmean(profile.compute_s for profile in profiles)
     all_reduce_s = statistics.fmean(profile.all_reduce_s for profile in profiles)
-    first = profiles[0]  # its peaks are from before it; the choices of equal tokens are equal in all
+    first = profiles[0]  # its peaks are from before it; its choices are those that are counted
     return RankTime(
         rank,
         host,

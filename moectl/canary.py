@@ -22,7 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CHUNK = 512  # tokens that are read at a time, here and there: copies of experts share out a chunk's work
+# Tokens that are read at a time, here and there: copies of experts share out a chunk's work. With them a prompt is long
+# enough to meet every expert of DBRX and to be grouped by expert, and short enough that the weights cost more than it.
+CHUNK = 32
+_CHUNK_BEFORE = 512  # in sets whose canary does not say
 SHORT = 5
 TOP = 16  # logits that are kept
 WIDTH = 4  # numbers for each exchange
@@ -42,11 +45,14 @@ class Canary:
     points: tuple[tuple[str, ...], ...]  # by rank and prompt: WIDTH float32 numbers for each exchange, in base64
     top: tuple[tuple[tuple[int, float], ...], ...]  # by prompt: tokens and their logits, largest first
     spread: tuple[float, ...]  # by prompt: the standard deviation of all logits
+    chunk: int = _CHUNK_BEFORE  # tokens that were read at a time
+    unmet: tuple[tuple[int, int], ...] = ()  # (layer, expert) that no token of the prompts was routed to
 
     def __post_init__(self) -> None:  # JSON has lists only
         object.__setattr__(self, "points", tuple(tuple(prompts) for prompts in self.points))
         object.__setattr__(self, "top", tuple(tuple((token, logit) for token, logit in one) for one in self.top))
         object.__setattr__(self, "spread", tuple(self.spread))
+        object.__setattr__(self, "unmet", tuple((layer, expert) for layer, expert in self.unmet))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +71,28 @@ def build_canary(raw: dict[str, Any]) -> Canary:
     canary = Canary(**raw)
     texts = [text for prompts in canary.points for text in prompts]
     numbers = [number for one in canary.top for number in one] + [(0, spread) for spread in canary.spread]
+    numbers += [(canary.chunk, 0), *canary.unmet]
     if not isinstance(canary.dtype, str) or not all(isinstance(text, str) for text in texts):
         raise TypeError("its canary cannot be read")
     if not all(isinstance(token, int) and isinstance(value, int | float) for token, value in numbers):
         raise TypeError("its canary cannot be read")
+    if not 0 < canary.chunk <= _CHUNK_BEFORE:
+        raise ValueError("its canary cannot be read")
     for text in texts:
         decode_points(text)
     return canary
 
 
-def make_prompts(vocab_size: int, max_seq_len: int) -> list[list[int]]:
+def make_prompts(vocab_size: int, max_seq_len: int, chunk: int = CHUNK) -> list[list[int]]:
     """Return the prompts as tokens; the same for every model with these sizes, as long as the schema is."""
-    lengths = [min(length, max_seq_len) for length in (SHORT, CHUNK + 9)]
+    lengths = [min(length, max_seq_len) for length in (SHORT, chunk + 9)]
     return [[(7919 * (i + 31 * n) + 13 * i * i) % vocab_size for i in range(n)] for n in lengths]
 
 
-def cut_chunks(tokens: Sequence[int]) -> list[list[int]]:
+def cut_chunks(tokens: Sequence[int], chunk: int = CHUNK) -> list[list[int]]:
     """Return a prompt as it is read: chunk by chunk, the last token by itself, as in decode."""
     body = list(tokens[:-1])
-    return [*(body[i : i + CHUNK] for i in range(0, len(body), CHUNK)), [tokens[-1]]]
+    return [*(body[i : i + chunk] for i in range(0, len(body), chunk)), [tokens[-1]]]
 
 
 def encode_points(points: Sequence[Sequence[float]]) -> str:
@@ -99,6 +108,18 @@ def decode_points(text: str) -> list[tuple[float, ...]]:
         raise ValueError("its canary cannot be read")
     flat = struct.unpack(f"<{len(data) // 4}f", data)
     return [flat[i : i + WIDTH] for i in range(0, len(flat), WIDTH)]
+
+
+def describe_unmet(canary: Canary) -> str | None:
+    """Return what a person is told of experts that the prompts did not reach; None where they reached all."""
+    if not canary.unmet:
+        return None
+    layers: dict[int, list[str]] = {}
+    for layer, expert in canary.unmet:
+        layers.setdefault(layer, []).append(str(expert))
+    named = [f"layer {layer}: {', '.join(experts)}" for layer, experts in layers.items()]
+    more = f", and {len(named) - 3} more layers" if len(named) > 3 else ""
+    return f"the canary's prompts do not reach every expert, so it does not check these: {'; '.join(named[:3])}{more}"
 
 
 def judge(

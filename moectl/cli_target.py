@@ -167,11 +167,13 @@ def shard_model(
 ) -> Made:
     """Cut a model with progress on the terminal, `among` other bars; `options` are `prepare.shard`'s."""
     from moectl import prepare
+    from moectl.canary import describe_unmet
     from moectl.console import progress
     from moectl.tokenizer_files import choose_tokenizer
 
     with contextlib.nullcontext(among) if among else progress(quiet=common.quiet) as bars:
         cutting: list[Bar] = []
+        canaries: list[Canary] = []
 
         def on_plan(directory: Path, output_bytes: int) -> bool:
             cutting.append(bars.bar(directory.name, output_bytes))
@@ -182,13 +184,15 @@ def shard_model(
             wanted,
             quantise=_quantise,
             choose_tokenizer=choose_tokenizer(model, tokenizer, _can_read, common.say),
-            compute_canary=None if no_canary else _canary_drawer(bars),
+            compute_canary=None if no_canary else _canary_drawer(bars, canaries.append),
             on_note=lambda note: common.say(f"Warning: {note}"),
             on_plan=on_plan,
             on_download=download_bars(bars),
             on_bytes=lambda n: cutting[0].advance(n),
             **options,
         )
+    for warning in filter(None, map(describe_unmet, canaries)):
+        common.say(f"Warning: {warning}")
     return made
 
 
@@ -199,8 +203,8 @@ def _can_read(directory: Path) -> None:
     open_tokenizer(directory)
 
 
-def _canary_drawer(bars: Progress) -> Callable[[Path, Manifest], Canary]:
-    """Return what runs a finished set once, with a bar over its layers."""
+def _canary_drawer(bars: Progress, on_canary: Callable[[Canary], None]) -> Callable[[Path, Manifest], Canary]:
+    """Return what runs a finished set once, with a bar over its layers; `on_canary` is told what came of it."""
 
     def compute(directory: Path, manifest: Manifest) -> Canary:
         from moectl.model.reference import compute_canary
@@ -211,7 +215,9 @@ def _canary_drawer(bars: Progress) -> Callable[[Path, Manifest], Canary]:
         def on_layer(done: int, of: int) -> None:
             bar.advance(weights * done // of - weights * (done - 1) // of)
 
-        return compute_canary(directory, manifest, on_layer=on_layer)
+        canary = compute_canary(directory, manifest, on_layer=on_layer)
+        on_canary(canary)
+        return canary
 
     return compute
 

@@ -45,6 +45,7 @@ from moectl.model.reduce import sum_over_ranks
 from moectl.placement import Placement
 from moectl.request import Request, Stats
 from moectl.tokenizer import Tokenizer
+from moectl.unseen import Prompts, check_unseen
 from moectl.worker import Leash, open_group, run
 
 DEEP = 6  # layers of the longer model, at most
@@ -280,6 +281,8 @@ class _Passes:
         self._models = models
         self._job = job
         self._group = group
+        vocab_size = next(iter(models.values())).placement.geometry.vocab_size
+        self._prompts = Prompts(vocab_size)  # the same ones on every rank
         self._first: dict[int, list[float]] = {depth: [] for depth in models}  # seconds of the prompt
         self._step: dict[int, list[float]] = {depth: [] for depth in models}  # seconds per generated token
 
@@ -308,17 +311,17 @@ class _Passes:
     def _answer(self, depth: int, prompt: int, count: int) -> tuple[float, float]:
         """Return the seconds (to the first token, per further token) of one answer, the same on every rank."""
         model = self._models[depth]
-        characters = _Characters(model.placement.geometry.vocab_size)
         engine = Engine(
             model,
-            characters,
+            _NoText(),
             rank=self._group.rank,
             head_rank=model.placement.head_rank,
             group=self._group.group,
             max_seq_len=1 << 20,
         )
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        inbox.put(Generate(Request(1, "x" * prompt, count, raw=True)))
+        tokens = self._prompts.draw(prompt)
+        inbox.put(Generate(Request(1, "", count, prompt_tokens=tokens, cache_prompt=False)))
         inbox.put(None)
         stats: Stats | None = None
         for event in engine.serve(inbox):
@@ -326,6 +329,7 @@ class _Passes:
                 self._tell(event.token)
             if isinstance(event, Done):
                 stats = event.stats
+                check_unseen(stats)
         first, step = (stats.prompt_s, stats.decode_s / (count - 1)) if stats else (0.0, 0.0)
         told = self._group.share(first, step)
         return max(row[0] for row in told), max(row[1] for row in told)
@@ -496,15 +500,11 @@ class _Parts:
         return statistics.median(seconds)
 
 
-class _Characters(Tokenizer):
-    """A tokenizer for prompts that only have a length; it knows no end, and no text."""
+class _NoText(Tokenizer):
+    """A tokenizer for prompts that are tokens already; it knows no end, and no text."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self) -> None:
         super().__init__(tokenizers.Tokenizer(tokenizers.models.BPE()), eos_token_ids=set())
-        self._vocab_size = vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        return [7 * i % self._vocab_size for i in range(len(text))]
 
 
 def with_depth(placement: Placement, depth: int) -> Placement:

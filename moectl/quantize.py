@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -39,21 +40,33 @@ def quantizer(memory_bytes: int) -> Iterator[Quantise]:
     works on the one before.
     """
     mx.set_cache_limit(_CACHE_BYTES)
+    with thread_stream() as stream:
+        buffers = _Buffers(stream)
+        try:
+            yield partial(_stream_matrix, buffers=buffers, stream=stream, memory_bytes=memory_bytes)
+        finally:
+            mx.synchronize(stream)
+            buffers.clear()
+
+
+def _stream_matrix(
+    matrix: Matrix, read: Read, write: Write, *, buffers: _Buffers, stream: mx.Stream, memory_bytes: int
+) -> None:
+    task = _Task(matrix, read, write, buffers, stream)
+    if matrix.transposed:
+        _stream_transposed(task, memory_bytes)
+    else:
+        _stream_rows(task)
+
+
+@contextmanager
+def thread_stream() -> Iterator[mx.Stream]:
+    """Give a stream that only the calling thread uses meanwhile."""
     stream = _take_stream()
-    buffers = _Buffers(stream)
-
-    def stream_matrix(matrix: Matrix, read: Read, write: Write) -> None:
-        task = _Task(matrix, read, write, buffers, stream)
-        if matrix.transposed:
-            _stream_transposed(task, memory_bytes)
-        else:
-            _stream_rows(task)
-
     try:
-        yield stream_matrix
+        yield stream
     finally:
         mx.synchronize(stream)
-        buffers.clear()
         _IDLE.append(stream)
 
 

@@ -35,6 +35,7 @@ from moectl.request import Request
 from moectl.routing import Routing, read_routing, write_routing
 from moectl.session import Session
 from moectl.tokenizer import open_tokenizer
+from moectl.unseen import Prompts
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env
 from tests.test_lockstep import cut_case
@@ -78,8 +79,37 @@ def measured(request: pytest.FixtureRequest, source: Path) -> tuple[Benchmark, l
 
         session.generate = listen  # type: ignore[method-assign]
         result = bench(session, "tiny", prompt_tokens=PROMPT, generation_tokens=GENERATED, trials=2)
-    assert tokens[2] == tokens[4]  # both trials
+    assert len({tokens[number][0] for number in (1, 2, 4)}) == 3  # no prompt begins as one before
     return result, tokens[2]
+
+
+def test_a_prompt_that_was_seen_before_is_no_measurement(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompt again, where the cache is asked: the benchmark refuses its own figures."""
+
+    def look(request: Request) -> Iterator[Token | Done]:
+        return generate(replace(request, cache_prompt=True))
+
+    def bench_alone() -> Benchmark:
+        return bench(session, "tiny", prompt_tokens=PROMPT, generation_tokens=GENERATED, trials=2)
+
+    with Session(specs(alone)[:1]) as session:
+        generate = session.generate
+        session.generate = look  # type: ignore[method-assign]
+        bench_alone()
+    monkeypatch.setattr(Prompts, "draw", lambda _, count: tuple(range(count)))
+    with Session(specs(alone)[:1]) as session:
+        generate = session.generate
+        session.generate = look  # type: ignore[method-assign]
+        with pytest.raises(StateError, match=f"{PROMPT - 1} of a prompt's {PROMPT} tokens came from the prompt cache"):
+            bench_alone()
+
+
+def test_prompts_are_the_same_everywhere_and_begin_each_in_its_own_way() -> None:
+    one, other = Prompts(50, seed=3), Prompts(50, seed=3)
+    drawn = [one.draw(20) for _ in range(50)]
+    assert drawn == [other.draw(20) for _ in range(50)]
+    assert len({prompt[0] for prompt in drawn}) == 50
+    assert {token for prompt in drawn for token in prompt} == set(range(50))
 
 
 def test_trials_have_exactly_the_tokens_asked_for(measured: tuple[Benchmark, list[int]]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,18 @@ from moectl.canary import (
     choose_tolerance,
     cut_chunks,
     decode_points,
+    describe_unmet,
     encode_points,
     judge,
     judge_logits,
     make_prompts,
 )
 from moectl.checkpoint import open_checkpoint
+from moectl.demo import demo_dir
 from moectl.errors import IntegrityError
 from moectl.leash import Done
 from moectl.manifest import FileEntry, parse_manifest, read_manifest, write_manifest
+from moectl.model import reference
 from moectl.model.reference import compute_canary
 from moectl.node import RECORD
 from moectl.pipeline import hash_file
@@ -39,6 +44,7 @@ from moectl.request import Request
 from moectl.session import Session
 from moectl.shards import cut
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.ring import process_env
 from tests.test_lockstep import cut_case
 from tests.test_session import specs
 from tests.tiny import write_checkpoint
@@ -136,6 +142,91 @@ def test_a_damaged_one_is_refused(sets: dict[str, Path], change: str) -> None:
         raw["canary"][change] = value
         with pytest.raises(IntegrityError, match="damaged"):
             parse_manifest(json.dumps(raw), Path("moectl.json"))
+
+
+def test_an_older_one_is_checked_as_it_was_made(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets of before this field say nothing of the chunk; it was 512 tokens."""
+    old = tmp_path / "old"
+    shutil.copytree(sets["hidden"], old)
+    monkeypatch.setattr(reference, "CHUNK", 512)
+    raw = json.loads(replace(read_manifest(old), canary=compute_canary(old, read_manifest(old))).to_json())
+    (old / RECORD).unlink(missing_ok=True)
+    del raw["canary"]["chunk"], raw["canary"]["unmet"]
+    manifest = parse_manifest(json.dumps(raw), Path("moectl.json"))
+    assert manifest.canary is not None
+    assert manifest.canary.chunk == 512
+    write_manifest(old, manifest)
+    with Session(specs(old)) as session:
+        assert session.model.checked
+        assert session.model.deviation < TOLERANCE / 10
+
+
+@pytest.mark.parametrize("split", ["hidden", "layers", "tensor"])
+def test_weights_on_disk_and_in_memory_give_the_same(sets: dict[str, Path], split: str) -> None:
+    """A GPU has a rank's part of a layer in memory, a CPU reads it piece by piece."""
+    manifest = read_manifest(sets[split])
+    in_memory = reference._Reference(sets[split], manifest, None).compute(lambda *_: None)
+    assert manifest.canary is not None
+    for prompt, top in enumerate(in_memory.top):
+        assert judge_logits(manifest.canary, prompt, [logit for _, logit in top]) < TOLERANCE / 10
+    for ours, theirs in zip(in_memory.points, manifest.canary.points, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            verdict = judge(decode_points(other), decode_points(one), tolerance=TOLERANCE / 10)
+            assert verdict.wrong_at is None
+
+
+@pytest.mark.parametrize("model", ["demo", "random"])
+def test_a_few_dozen_tokens_reach_every_expert(sets: dict[str, Path], tmp_path: Path, model: str) -> None:
+    directory = cut_case(demo_dir(), tmp_path / "demo", "hidden", (1,), 16) if model == "demo" else sets["hidden"]
+    canary = compute_canary(directory, read_manifest(directory))
+    assert sum(map(len, make_prompts(VOCAB_SIZE, 2048, canary.chunk))) < 60
+    assert canary.unmet == ()
+    assert describe_unmet(canary) is None
+
+
+def test_experts_that_no_token_reached_are_told(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "set"
+    write_checkpoint(source, n_experts=256, top_k=1, ffn_hidden=32, d_model=32, n_layers=1)
+    command = [sys.executable, "-m", "moectl", "shard", str(source), "-o", str(out), "--nodes", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=process_env(), check=True)
+    canary = read_manifest(out).canary
+    assert canary is not None
+    assert len(canary.unmet) >= 256 - 46
+    assert "the canary's prompts do not reach every expert, so it does not check these: layer 0: " in done.stderr
+
+
+_MEASURE = """
+import os, sys
+from pathlib import Path
+import mlx.core as mx, numpy
+from moectl.manifest import read_manifest
+from moectl.model import reference
+
+def peak():
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+read, preadv = [], os.preadv
+os.preadv = lambda *args: read.append(preadv(*args)) or read[-1]
+before = peak()
+reference.compute_canary(Path(sys.argv[1]), read_manifest(Path(sys.argv[1])))
+print(peak() - before, sum(read))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_it_reads_each_weight_once_and_holds_little(tmp_path: Path) -> None:
+    sizes = {"d_model": 1024, "ffn_hidden": 2048, "n_layers": 1, "n_heads": 8, "kv_n_heads": 2, "n_experts": 10}
+    source = write_checkpoint(tmp_path / "source", **sizes)  # type: ignore[arg-type]
+    directory = cut_case(source, tmp_path / "set", "hidden", (16, 16), 16)
+    weights = sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
+    assert weights > 120e6
+    command = [sys.executable, "-c", _MEASURE, str(directory)]
+    found = subprocess.run(command, capture_output=True, text=True, env=process_env(), check=True)
+    over, read = map(int, found.stdout.split())
+    assert over < 64 << 20  # one rank's part of the experts in float32 would be 126 MB
+    assert 0.95 * weights < read < 1.05 * weights
 
 
 def damage(directory: Path, out: Path, file: str) -> Path:

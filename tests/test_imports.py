@@ -110,7 +110,7 @@ ROOMS = (
     {"engine"},
     {"speculation"},
     {"answer"},
-    {"sampling", "prompt", "prompt_cache", "admission", "stop_text", "lookup"},
+    {"sampling", "prompt", "prompt_cache", "admission", "stop_text", "lookup", "unseen"},
     {"tokenizer"},
     {"chat_template", "token_text"},
     {"isolation"},

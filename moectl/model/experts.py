@@ -22,6 +22,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from moectl.balance import Shares, share_out
+from moectl.model.stored import StoredMatrix
 from moectl.placement import Placement
 
 # Fewer (token, expert) pairs than this are gathered one by one on the CPU; more are grouped by expert.
@@ -76,7 +77,7 @@ class Experts(nn.Module):
         # MLX's CPU gather_mm knows float32 only; gather_qmm knows all.
         return "scales" not in self.mlp.gate_proj and self.mlp.gate_proj.weight.dtype != mx.float32
 
-    def _own(self, indices: mx.array) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def find_places(self, indices: mx.array) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return for each pair (T, K) the place of its expert in the stack, -1 where other ranks compute it."""
         chosen = np.array(indices).astype(np.int64)
         places = self._place[chosen]
@@ -92,7 +93,7 @@ class Experts(nn.Module):
         return places
 
     def _owned_only(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
-        local = self._own(indices)
+        local = self.find_places(indices)
         token, slot = np.nonzero(local >= 0)
         if token.size == 0:
             return mx.zeros_like(x)
@@ -104,25 +105,41 @@ class Experts(nn.Module):
     def _grouped_on_cpu(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         mx.eval(x, indices, weights)
         xs, ws = _to_numpy(x), _to_numpy(weights)
-        local = self._own(indices)
-        out = np.zeros(xs.shape, dtype=np.float32)
+        return mx.array(self.add_up(xs, self.find_places(indices), ws)).astype(x.dtype)
+
+    def add_up(
+        self,
+        x: np.ndarray[Any, np.dtype[np.float32]],
+        places: np.ndarray[Any, np.dtype[np.int64]],
+        weights: np.ndarray[Any, np.dtype[np.float32]],
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Return what a call does, expert by expert: x (T, D); weights (T, K); places (T, K) of `find_places`."""
+        out = np.zeros(x.shape, dtype=np.float32)
         for expert in range(self._count):
-            token, slot = np.nonzero(local == expert)
+            token, slot = np.nonzero(places == expert)
             if token.size == 0:
                 continue
-            rows = xs[token]
-            gate = rows @ _matrix(self.mlp.gate_proj, expert).T
-            up = rows @ _matrix(self.mlp.up_proj, expert).T
+            rows = x[token]
+            gate, up = _times(rows, self.mlp.gate_proj, expert), _times(rows, self.mlp.up_proj, expert)
             with np.errstate(over="ignore"):
                 hidden = gate / (1.0 + np.exp(-gate)) * up
             # Top-k experts of one token differ, so `token` holds no row twice.
-            out[token] += (hidden @ _matrix(self.mlp.down_proj, expert).T) * ws[token, slot, None]
-        return mx.array(out).astype(x.dtype)
+            out[token] += _times(hidden, self.mlp.down_proj, expert) * weights[token, slot, None]
+        return out
 
 
 @lru_cache(maxsize=4096)  # one token has 1820 choices of 4 experts of 16, and each would take 70 µs per layer
 def _share_out(counts: tuple[tuple[int, int], ...], owners: tuple[tuple[int, ...], ...]) -> Shares:
     return share_out(dict(counts), owners)
+
+
+def _times(
+    rows: np.ndarray[Any, np.dtype[np.float32]], linear: Any, expert: int
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    if isinstance(linear, StoredMatrix):
+        return linear.times(rows, expert)
+    found: np.ndarray[Any, np.dtype[np.float32]] = rows @ _matrix(linear, expert).T
+    return found
 
 
 def _matrix(linear: Any, expert: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from moectl.errors import IntegrityError
-from moectl.layouts import quantization_table
-from moectl.manifest import Manifest, refuse_links_outside
+from moectl.layouts import StoredTensor, quantization_table
+from moectl.manifest import Manifest, Quantization, is_for, refuse_links_outside
 from moectl.model.dbrx import Model
+from moectl.model.stored import Parts, Reader, StoredEmbedding, StoredMatrix
+from moectl.placement import Placement
 
 _HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
 
@@ -65,10 +68,19 @@ def load_rank(
     return model
 
 
-def load_part(directory: Path, manifest: Manifest, rank: int, layer: int | None, *, dtype: mx.Dtype) -> Model:
+def load_part(
+    directory: Path,
+    manifest: Manifest,
+    rank: int,
+    layer: int | None,
+    *,
+    dtype: mx.Dtype,
+    reader: Reader | None = None,
+) -> Model:
     """Build a model of which a rank's part of one layer is there, as `layers[0]`; None: all but the layers.
 
-    The layer counts from the model's first one. Nothing else is read. Raises IntegrityError as `load_rank`.
+    The layer counts from the model's first one. Nothing else is read; with a `reader` matrices stay on disk, and it
+    reads them when they are used. Raises IntegrityError as `load_rank`.
     """
     mine = "transformer.blocks." if layer is None else f"transformer.blocks.{layer}."
     files = {
@@ -78,17 +90,47 @@ def load_part(directory: Path, manifest: Manifest, rank: int, layer: int | None,
         for file in places
     }
     weights = _open_weights(directory, manifest, rank, files)
-    model = Model(manifest.placement, rank)
+    model = Model(_only(manifest.placement, rank, layer), rank)
     if layer is not None:
-        own = layer - manifest.placement.layers(rank)[0]
         weights = {_BLOCK.sub("transformer.blocks.0.", name): array for name, array in weights.items()}
-        model.transformer.blocks = [model.layers[own]]
     _quantise_like(model, manifest, rank, weights, first=layer)
     wanted = [n for n, _ in tree_flatten(model.parameters()) if n.startswith("transformer.blocks.") != (layer is None)]
     _check(model, wanted, weights, directory, rank)
     model.eval()
+    if reader is not None:
+        stored = {
+            name: tensor
+            for file in files
+            if is_for(file, rank)
+            for name, tensor in reader.open(directory / file).items()
+        }
+        stored = {_module_name(name, 0 if layer is None else layer): tensor for name, tensor in stored.items()}
+        wanted = _leave_on_disk(model, wanted, stored, reader)
     _materialise(model, wanted, weights, dtype)
     return model
+
+
+def _only(placement: Placement, rank: int, layer: int | None) -> Placement:
+    """Return a placement of a model that has one layer, on this rank; None: no layer."""
+    count = 0 if layer is None else 1
+    shorter = replace(placement, geometry=replace(placement.geometry, n_layers=count))
+    if placement.split != "layers":
+        return shorter
+    return replace(shorter, shares=tuple(count * (other == rank) for other in range(placement.world_size)))
+
+
+def _leave_on_disk(model: Model, wanted: list[str], stored: Mapping[str, StoredTensor], reader: Reader) -> list[str]:
+    """Let `reader` read the model's matrices when they are used; return what of `wanted` they are not."""
+    matrices: list[tuple[str, nn.Module]] = []
+    for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
+        if f"{path}.weight" in wanted and module.weight.ndim > 1:
+            scales, biases = stored.get(f"{path}.scales"), stored.get(f"{path}.biases")
+            quantization = Quantization(module.bits, module.group_size, module.mode) if scales else None
+            kind = StoredEmbedding if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) else StoredMatrix
+            matrices.append((path, kind(Parts(stored[f"{path}.weight"], scales, biases, quantization), reader)))
+    model.update_modules(tree_unflatten(matrices))
+    paths = {path for path, _ in matrices}
+    return [name for name in wanted if name.rpartition(".")[0] not in paths]
 
 
 def _check(model: Model, wanted: list[str], weights: dict[str, mx.array], directory: Path, rank: int) -> None:

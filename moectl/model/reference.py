@@ -1,25 +1,29 @@
-"""Compute the canary of a shard set on one machine, layer by layer: at any time one rank's part of a layer is there.
+"""Compute the canary of a shard set on one machine, layer by layer.
 
 The ranks' parts are read from the set and added up here; nothing is exchanged. So a model that no machine holds can be
-run once, slowly, on the machine that cut it. It is the network of the ranks, built from
+run once on the machine that cut it. On a GPU one rank's part of a layer is there at a time. On a CPU matrices stay on
+disk, and each is read once for all tokens of both prompts. It is the network of the ranks, built from
 the same config.json: it finds what differs between machines, and no misread config.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
-from moectl.canary import TOP, Canary, cut_chunks, encode_points, make_prompts
+from moectl.canary import CHUNK, TOP, Canary, cut_chunks, encode_points, make_prompts
 from moectl.manifest import Manifest
-from moectl.model.dbrx import DecoderLayer
+from moectl.model.dbrx import DecoderLayer, Model
 from moectl.model.fingerprint import take_fingerprint
 from moectl.model.load import compute_dtype, load_part
+from moectl.model.stored import Reader, StoredMatrix
 
 _States = list[list[mx.array]]  # by prompt and chunk, (1, L, D)
 
@@ -29,19 +33,26 @@ def compute_canary(
 ) -> Canary:
     """Run the canary's prompts through a finished shard set.
 
-    `on_layer(done, of)` is told how far it is. Takes the memory of one rank's part of a layer. Raises IntegrityError.
+    `on_layer(done, of)` is told how far it is. Raises IntegrityError.
     """
-    return _Reference(directory, manifest).compute(on_layer)
+    mx.clear_cache()
+    if mx.default_device() != mx.Device(mx.cpu):
+        return _Reference(directory, manifest, None).compute(on_layer)
+    with Reader() as reader:
+        return _Reference(directory, manifest, reader).compute(on_layer)
 
 
 class _Reference:
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, reader: Reader | None) -> None:
         self._directory = directory
         self._manifest = manifest
+        self._reader = reader
         self._placement = manifest.placement
         self._dtype = compute_dtype()
         geometry = self._placement.geometry
-        self._chunks = [cut_chunks(tokens) for tokens in make_prompts(geometry.vocab_size, geometry.max_seq_len)]
+        prompts = make_prompts(geometry.vocab_size, geometry.max_seq_len, CHUNK)
+        self._chunks = [cut_chunks(tokens, CHUNK) for tokens in prompts]
+        self._unmet: list[tuple[int, int]] = []
         # By rank, prompt and exchange.
         self._points: list[list[list[mx.array]]] = [[[] for _ in self._chunks] for _ in self._ranks]
 
@@ -59,18 +70,19 @@ class _Reference:
         points = tuple(
             tuple(encode_points([_numbers(point) for point in prompt]) for prompt in rank) for rank in self._points
         )
-        return Canary(str(self._dtype).rpartition(".")[2], points, top, spread)
+        dtype = str(self._dtype).rpartition(".")[2]
+        return Canary(dtype, points, top, spread, chunk=CHUNK, unmet=tuple(self._unmet))
 
     def _embed(self) -> _States:
         holder = next(rank for rank in self._ranks if self._placement.holds_embedding(rank))
-        wte = load_part(self._directory, self._manifest, holder, None, dtype=self._dtype).transformer.wte
+        wte = self._load(holder, None).transformer.wte
         states = [[wte(mx.array([chunk])) for chunk in chunks] for chunks in self._chunks]
         mx.eval(states)
         return states
 
     def _read_head(self, states: _States) -> tuple[tuple[tuple[tuple[int, float], ...], ...], tuple[float, ...]]:
         holder = next(rank for rank in self._ranks if self._placement.holds_head(rank))
-        model = load_part(self._directory, self._manifest, holder, None, dtype=self._dtype)
+        model = self._load(holder, None)
         top, spread = [], []
         for chunks in states:
             logits = model.lm_head(model.transformer.norm_f(chunks[-1]))[0, -1].astype(mx.float32)
@@ -87,26 +99,33 @@ class _Reference:
         attention = self._add_parts(layer, holders if divided else holders[:1], states, _attend, told=divided)
         states = _map(lambda x, y: x + y, states, attention)
         summed = self._placement.split in ("tensor", "hidden", "experts") and len(holders) > 1
-        experts = self._add_parts(layer, holders, states, _feed, told=summed)
+        met: set[int] = set()
+        experts = self._add_parts(layer, holders, states, partial(_feed, met=met), told=summed)
+        self._unmet += [(layer, expert) for expert in range(self._placement.geometry.n_experts) if expert not in met]
         states = _map(lambda x, y: x + y, states, experts)
         mx.eval(states)
         self._note_hand_over(layer, holders[0], states)
         return states
 
     def _add_parts(
-        self, layer: int, ranks: Iterable[int], states: _States, run: Callable[..., list[mx.array]], *, told: bool
+        self, layer: int, ranks: Iterable[int], states: _States, run: Callable[..., _States], *, told: bool
     ) -> _States:
         """Return the sum of these ranks' parts, as `model.reduce` adds them up; note each where it is `told`."""
         total: _States | None = None
         for rank in ranks:
-            block = load_part(self._directory, self._manifest, rank, layer, dtype=self._dtype).layers[0]
-            parts = [[y.astype(mx.float32) for y in run(block, chunks)] for chunks in states]
+            block = self._load(rank, layer).layers[0]
+            parts = [[y.astype(mx.float32) for y in chunks] for chunks in run(block, states)]
             if told:
                 self._note(rank, parts)
             total = parts if total is None else _map(lambda x, y: x + y, total, parts)
             mx.eval(total)
+            if self._reader is not None:
+                self._reader.close_files()
         assert total is not None
         return [[y.astype(self._dtype) for y in chunks] for chunks in total]
+
+    def _load(self, rank: int, layer: int | None) -> Model:
+        return load_part(self._directory, self._manifest, rank, layer, dtype=self._dtype, reader=self._reader)
 
     def _note(self, rank: int, parts: _States) -> None:
         for prompt, chunks in enumerate(parts):
@@ -123,19 +142,57 @@ class _Reference:
             self._note(rank, states)
 
 
-def _attend(block: DecoderLayer, chunks: list[mx.array]) -> list[mx.array]:
-    part, cache = block.norm_attn_norm, KVCache()
+def _attend(block: DecoderLayer, states: _States) -> _States:
+    part, attention = block.norm_attn_norm, block.norm_attn_norm.attn
+    projected = _apply(attention.Wqkv, [[part.norm_1(x) for x in chunks] for chunks in states])
+    leave = attention.out_proj
+    attention.Wqkv = attention.out_proj = _pass_on  # only what is between them depends on a token's place
     found = []
-    for x in chunks:
-        found.append(part.attn(part.norm_1(x), create_attention_mask(x, cache), cache))
-        mx.eval(found[-1], cache.state)
+    for chunks in projected:
+        cache, attended = KVCache(), []
+        for x in chunks:
+            attended.append(attention(x, create_attention_mask(x, cache), cache))
+            mx.eval(attended[-1], cache.state)
+        found.append(attended)
+    return _apply(leave, found)
+
+
+def _feed(block: DecoderLayer, states: _States, *, met: set[int]) -> _States:
+    """Return the experts' part for each chunk; note in `met` which experts its tokens were routed to."""
+    experts = block.ffn.experts
+    rows = [[block.norm_attn_norm.norm_2(x)[0] for x in chunks] for chunks in states]
+    routed = [[block.ffn.router(x) for x in chunks] for chunks in rows]
+    mx.eval(routed)
+    flat = [route for routes in routed for route in routes]
+    met.update(*(np.unique(np.array(indices)).tolist() for indices, _ in flat))
+    if not isinstance(experts.mlp.gate_proj, StoredMatrix):
+        pairs = zip(rows, routed, strict=True)
+        return [[experts(x, *route)[None] for x, route in zip(*pair, strict=True)] for pair in pairs]
+    # Chunk by chunk: copies of experts share out a chunk's work.
+    places = np.concatenate([experts.find_places(indices) for indices, _ in flat])
+    weights = np.concatenate([np.array(weight.astype(mx.float32)) for _, weight in flat])
+    x = np.concatenate([np.array(x.astype(mx.float32)) for chunks in rows for x in chunks])
+    return _cut_like(states, mx.array(experts.add_up(x, places, weights)))
+
+
+def _apply(linear: Any, states: _States) -> _States:
+    """Run a linear layer on all chunks: one that is on disk at once, one that is there on each by itself."""
+    if not isinstance(linear, StoredMatrix):
+        return [[linear(x) for x in chunks] for chunks in states]
+    return _cut_like(states, linear(mx.concatenate([x[0] for chunks in states for x in chunks])))
+
+
+def _cut_like(states: _States, rows: mx.array) -> _States:
+    """Return rows (T, …) of all tokens as prompts' chunks."""
+    lengths = iter(np.cumsum([x.shape[1] for chunks in states for x in chunks]).tolist())
+    found, first = [], 0
+    for chunks in states:
+        found.append([rows[first : (first := next(lengths))][None] for _ in chunks])
     return found
 
 
-def _feed(block: DecoderLayer, chunks: list[mx.array]) -> list[mx.array]:
-    found = [block.ffn(block.norm_attn_norm.norm_2(x)) for x in chunks]
-    mx.eval(found)
-    return found
+def _pass_on(x: mx.array) -> mx.array:
+    return x
 
 
 def _numbers(x: mx.array) -> list[float]:

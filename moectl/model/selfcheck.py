@@ -42,8 +42,8 @@ def check(model: Model, canary: Canary, *, rank: int) -> Checked:
     dtype = str(model.layers[0].norm_attn_norm.norm_1.weight.dtype).rpartition(".")[2]
     tolerance = choose_tolerance(canary, dtype)
     worst, wrong_at, token_s, step_s = 0.0, None, 0.0, 0.0
-    for number, tokens in enumerate(make_prompts(geometry.vocab_size, geometry.max_seq_len)):
-        run = _Run(model)
+    for number, tokens in enumerate(make_prompts(geometry.vocab_size, geometry.max_seq_len, canary.chunk)):
+        run = _Run(model, canary.chunk)
         token_s, step_s = run.read(tokens)
         expected = decode_points(canary.points[rank][number])
         verdict = judge(expected, run.points, tolerance=tolerance)
@@ -62,8 +62,9 @@ def check(model: Model, canary: Canary, *, rank: int) -> Checked:
 class _Run:
     """One prompt, chunk by chunk."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, chunk: int) -> None:
         self._model = model
+        self._chunk = chunk
         self._sums: list[mx.array] = []  # by exchange
         self._first = 0
         self._number = 0
@@ -73,7 +74,7 @@ class _Run:
         """Read a prompt; return the seconds per token of what comes before its last one, and for that."""
         cache = make_prompt_cache(self._model)
         times = []
-        for chunk in cut_chunks(tokens):
+        for chunk in cut_chunks(tokens, self._chunk):
             begin = time.perf_counter()
             self._number = 0
             with observed(self._see):

@@ -20,7 +20,7 @@ import mlx.core as mx
 from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.engine import Engine
-from moectl.leash import Generate, Token
+from moectl.leash import Done, Generate, Token
 from moectl.manifest import Quantization, read_manifest
 from moectl.model.load import load_rank
 from moectl.placement import make_placement
@@ -28,18 +28,26 @@ from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.shards import cut
 from moectl.tokenizer import open_tokenizer
+from moectl.unseen import Prompts, check_unseen
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.tiny import write_checkpoint
 
+PROMPT = 17
 
-def time_batch(model: Any, tokenizer: Any, rows: int, tokens: int) -> float:
+
+def time_batch(model: Any, tokenizer: Any, prompts: Prompts, rows: int, tokens: int) -> float:
     """Return the tokens per second of all rows together, from the first token told to the last."""
     engine = Engine(model, tokenizer, max_seq_len=2048)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for number in range(1, rows + 1):
-        inbox.put(Generate(Request(number, f"Tell me story {number}", tokens, raw=True, ignore_eos=True)))
+        inbox.put(Generate(Request(number, "", tokens, prompt_tokens=prompts.draw(PROMPT), ignore_eos=True)))
     inbox.put(None)
-    times = [time.perf_counter() for event in engine.serve(inbox) if isinstance(event, Token) and event.token >= 0]
+    times = []
+    for event in engine.serve(inbox):
+        if isinstance(event, Token) and event.token >= 0:
+            times.append(time.perf_counter())
+        if isinstance(event, Done):
+            check_unseen(event.stats)
     return (len(times) - 1) / (times[-1] - times[0])
 
 
@@ -63,12 +71,13 @@ def main() -> None:
         placement = make_placement(checkpoint.geometry, "hidden", 1)
         cut(checkpoint, placement, quantization, out, name="batch", quantise=quantizer)
         model, tokenizer = load_rank(out, read_manifest(out), 0), open_tokenizer(out)
-        time_batch(model, tokenizer, 8, 20)
+        prompts = Prompts(checkpoint.geometry.vocab_size)
+        time_batch(model, tokenizer, prompts, 8, 20)
         # Turn by turn, so that both see the same weather.
         speeds = {rows: list[float]() for rows in (1, 8)}
         for _ in range(args.trials):
             for rows, measured in speeds.items():
-                measured.append(time_batch(model, tokenizer, rows, args.generate))
+                measured.append(time_batch(model, tokenizer, prompts, rows, args.generate))
     one, eight = (statistics.median(speeds[rows]) for rows in (1, 8))
     print(f"{mx.default_device()}, {source.name}, {args.bits} bits, median of {args.trials}")
     print(f"1 request {one:.0f} tok/s, 8 requests {eight:.0f} tok/s in all: {eight / one:.2f} times")

@@ -22,12 +22,13 @@ from moectl.demo import demo_dir
 from moectl.leash import Done
 from moectl.request import Request
 from moectl.session import Session
+from moectl.unseen import Prompts, check_unseen
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_lockstep import cut_case
 from tests.test_session import specs
 from tests.tiny import write_checkpoint
 
-TOKENS = 256
+PROMPT, TOKENS = 6, 256
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "--paranoia": {"paranoia": PARANOIA},
@@ -54,12 +55,15 @@ def measure(name: str, directory: Path, rounds: int) -> None:
         sessions = {way: held.enter_context(Session(specs(directory), **options)) for way, options in WAYS.items()}
         wall: dict[str, list[float]] = {way: [] for way in WAYS}
         cpu: dict[str, list[float]] = {way: [] for way in WAYS}
+        prompts = Prompts(VOCAB_SIZE)
         for number in range(1, rounds + 2):
+            prompt = prompts.draw(PROMPT)
             for way, session in sessions.items():
-                request = Request(number, "Expert", TOKENS, raw=True, ignore_eos=True, cache_prompt=False)
+                request = Request(number, "", TOKENS, prompt_tokens=prompt, ignore_eos=True, cache_prompt=False)
                 begin_s = cpu_s(session)
                 done = list(session.generate(request))[-1]
                 assert isinstance(done, Done)
+                check_unseen(done.stats)
                 if number > 1:  # the first one warms up
                     wall[way].append(done.stats.decode_s / (TOKENS - 1))
                     cpu[way].append((cpu_s(session) - begin_s) / TOKENS)

@@ -1,7 +1,7 @@
 """Decode and prefill speed of moectl's DBRX beside mlx-lm's own, in one run: `python -m tests.benchmarks.bench_model`.
 
 A random model with DBRX's proportions on this machine's device. moectl runs as real workers on the ring, mlx-lm through
-its own generator. Ratios matter; absolutes are this machine's.
+its own generator. No prompt is measured twice: a cache would know it. Ratios matter; absolutes are this machine's.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from moectl.request import Request
 from moectl.session import RankSpec, Session
 from moectl.shards import cut
 from moectl.tokenizer import open_tokenizer
+from moectl.unseen import Prompts, check_unseen
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import rank_env
 from tests.tiny import write_checkpoint
 
 
-def time_mlx_lm(source: Path, bits: int, prompt: str, count: int) -> tuple[float, float]:
+def time_mlx_lm(source: Path, bits: int, length: int, count: int) -> tuple[float, float]:
     """Return mlx-lm's (prefill, decode) in tokens per second, float32 activations as in moectl on a CPU."""
     checkpoint = open_checkpoint(str(source))
     model = Model(ModelArgs.from_dict(checkpoint.config))
@@ -48,22 +49,27 @@ def time_mlx_lm(source: Path, bits: int, prompt: str, count: int) -> tuple[float
     model.eval()
     mx.eval(model.parameters())
     tokenizer = open_tokenizer(source)
-    tokens = tokenizer.encode(prompt)
+    tokenizer.eos_token_ids = set()  # all tokens, as moectl is asked for them
+    prompts = Prompts(VOCAB_SIZE)
     for _ in range(2):  # the first warms up
+        tokens = list(prompts.draw(length))
         begin = time.perf_counter()
         times = [time.perf_counter() for _ in stream_generate(model, tokenizer, tokens, max_tokens=count)]
     return len(tokens) / (times[0] - begin), (len(times) - 1) / (times[-1] - times[0])
 
 
-def time_moectl(shards: Path, ranks: int, prompt: str, count: int) -> tuple[float, float]:
+def time_moectl(shards: Path, ranks: int, length: int, count: int) -> tuple[float, float]:
     """Return moectl's (prefill, decode) in tokens per second on this many local ranks."""
     worker = (sys.executable, "-m", "moectl", "worker")
     spec = RankSpec(Host("localhost"), LocalRemote(), worker, str(shards), ("127.0.0.1",), rank_env())
+    prompts = Prompts(VOCAB_SIZE)
     with Session([spec] * ranks, start_timeout_s=120) as session:
         for number in (1, 2):
-            done = list(session.generate(Request(number, prompt, count, raw=True)))[-1]
-    assert isinstance(done, Done)
-    stats = done.stats
+            request = Request(number, "", count, prompt_tokens=prompts.draw(length), ignore_eos=True)
+            done = list(session.generate(request))[-1]
+            assert isinstance(done, Done)
+            stats = done.stats
+            check_unseen(stats)
     return stats.prompt_tokens / stats.prompt_s, (stats.completion_tokens - 1) / stats.decode_s
 
 
@@ -77,12 +83,10 @@ def main() -> None:
         sizes: dict[str, Any] = {"n_layers": 4, "d_model": 512, "n_heads": 8, "kv_n_heads": 2, "ffn_hidden": 896}
         write_checkpoint(source, vocab_size=VOCAB_SIZE, max_seq_len=2048, **sizes)
         write_tokenizer(source)
-        prompt = "mixture of experts " * (args.prompt // 19 + 1)
-        prompt = prompt[: args.prompt]
         print("tokens per second, and the ratio to mlx-lm's")
         print(f"{'bits':>4} {'what':<22} {'prefill':>9} {'ratio':>6} {'decode':>9} {'ratio':>6}")
         for bits in (16, 8, 4):
-            reference = time_mlx_lm(source, bits, prompt, args.generate)
+            reference = time_mlx_lm(source, bits, args.prompt, args.generate)
             show(bits, "mlx-lm, 1 process", reference, reference)
             for split, ranks in (("hidden", 1), ("hidden", 2), ("experts", 2)):
                 shards = Path(scratch) / f"{bits}-{split}-{ranks}"
@@ -90,7 +94,7 @@ def main() -> None:
                 placement = make_placement(checkpoint.geometry, split, ranks, group_size=64)
                 quantization = None if bits == 16 else Quantization(bits, 64)
                 cut(checkpoint, placement, quantization, shards, name="bench", quantise=quantizer)
-                measured = time_moectl(shards, ranks, prompt, args.generate)
+                measured = time_moectl(shards, ranks, args.prompt, args.generate)
                 show(bits, f"moectl {split}, {ranks} rank{'s' * (ranks > 1)}", measured, reference)
 
 

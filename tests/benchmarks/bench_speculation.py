@@ -30,6 +30,7 @@ from moectl.quantize import quantizer
 from moectl.request import Request, Stats
 from moectl.shards import cut
 from moectl.tokenizer import open_tokenizer
+from moectl.unseen import check_unseen
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.tiny import write_checkpoint
 
@@ -61,6 +62,7 @@ def answer(parts: tuple[Any, Any], prompt: tuple[int, ...], count: int, speculat
             cpu.append(time.process_time())
         if isinstance(event, Done):
             stats = event.stats
+            check_unseen(stats)  # each answer has an engine, and so a cache, of its own
     return Answered(tuple(tokens), wall[-1] - wall[0], cpu[-1] - cpu[0], stats)
 
 

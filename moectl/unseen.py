@@ -1,0 +1,35 @@
+"""Prompts for measurements: random tokens that no cache has seen, and the check that none has.
+
+A prompt that was answered before is not computed again, so its time says nothing of the model's.
+"""
+
+from __future__ import annotations
+
+import random
+
+from moectl.errors import StateError
+from moectl.request import Stats
+
+
+class Prompts:
+    """Draws prompts, the same ones for the same seed on every machine; no two begin alike."""
+
+    def __init__(self, vocab_size: int, seed: int = 0) -> None:
+        self._source = random.Random(seed)
+        self._vocab_size = vocab_size
+        self._next = self._source.randrange(vocab_size)
+
+    def draw(self, count: int) -> tuple[int, ...]:
+        """Return a prompt of so many tokens."""
+        first, self._next = self._next, (self._next + 1) % self._vocab_size
+        return (first, *(self._source.randrange(self._vocab_size) for _ in range(count - 1)))
+
+
+def check_unseen(stats: Stats) -> None:
+    """Raise StateError when a part of a measured prompt was not computed."""
+    if stats.cached_tokens:
+        raise StateError(
+            f"{stats.cached_tokens} of a prompt's {stats.prompt_tokens} tokens came from the prompt cache, so its time "
+            "is not the model's",
+            hint="measure a session that nobody else uses",
+        )
