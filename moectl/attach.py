@@ -120,8 +120,8 @@ def start(target: Target, settings: Settings, options: Mapping[str, Any], *, on_
     return background.start(order, name=name, on_log=on_log, sign=lambda: last_beat(settings.socket_path))
 
 
-def obey() -> None:
-    """Be the controller that `start` started, until it is over."""
+def obey(advise: Callable[[Target, MoectlError], str | None]) -> None:
+    """Be the controller that `start` started, until it is over; `advise` is `controller.run`'s."""
     from moectl.controller import run
 
     order = background.take_order()
@@ -136,6 +136,7 @@ def obey() -> None:
             on_ready=lambda sockets: background.tell_ready(sockets[1].getsockname()[1] if settings.tcp else None),
             on_log=background.tell_log,
             say=background.note,
+            advise=advise,
             **order["options"],
         )
     except MoectlError as error:

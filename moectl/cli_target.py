@@ -248,3 +248,16 @@ def read_shares(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise errors.UsageError(f"--shares should be whole numbers like 8,4,4, it is {text!r}") from None
+
+
+def advise(target: Target, failure: errors.MoectlError) -> str | None:
+    """Return what else than mending could help, when a host is away for good."""
+    from moectl.deployment import Deployment
+
+    # A worker that ended or is silent is a plain RemoteError; a host that says what is wrong is there.
+    is_away = isinstance(failure, errors.Unreachable) or type(failure) is errors.RemoteError
+    if not (isinstance(target, Deployment) and failure.host and is_away):
+        return None
+    from moectl.remedy import find_remedy
+
+    return find_remedy(target, failure.host)

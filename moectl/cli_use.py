@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
-from moectl.cli_target import choose_target, session_options, target_options
+from moectl.cli_target import advise, choose_target, session_options, target_options
 from moectl.flags import FILE, Common, Duration, common
 from moectl.verb import verb
 
@@ -279,6 +279,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
         settings,
         on_ready=lambda sockets: on_ready(sockets[1].getsockname()[1]),
         say=common.say,
+        advise=advise,
         on_log=_log_printer(common),
         **wanted,
     )
@@ -427,4 +428,4 @@ def controller() -> None:
     """Run a controller in the background; started by moectl itself."""
     from moectl import attach
 
-    attach.obey()
+    attach.obey(advise)

@@ -20,7 +20,7 @@ from socket import socket
 from typing import Any
 
 from moectl.deployment import Deployment
-from moectl.errors import LeashLost, MoectlError, QueueFull, RemoteError, StateError, Unreachable
+from moectl.errors import LeashLost, MoectlError, QueueFull, RemoteError, StateError
 from moectl.isolation import explain
 from moectl.keep_alive import KeepAlive
 from moectl.launch import Target, count_ranks, open_session
@@ -369,11 +369,12 @@ def run(
     *,
     on_ready: Callable[[Sequence[socket]], None] = lambda sockets: None,
     say: Callable[[str], None] = lambda text: None,
+    advise: Callable[[Target, MoectlError], str | None] = lambda target, failure: None,
     **options: Any,
 ) -> None:
     """Run a session behind its sockets until it is over; `options` are `launch.open_session`'s.
 
-    `say` is told of failures that a restart mends.
+    `say` is told of failures that a restart mends; `advise` returns what else than mending could help, when none does.
 
     Raises what starting raises, the session's failure, and KeyboardInterrupt after SIGINT.
     """
@@ -385,7 +386,7 @@ def run(
             session = held.enter_context(open_session(target, **options))
         # Not asyncio.run: its handler for SIGINT would cancel what ends by itself.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(_run(target, session, settings, sockets, on_ready, options, say))
+            runner.run(_run(target, session, settings, sockets, on_ready, options, say, advise))
 
 
 async def _run(
@@ -396,6 +397,7 @@ async def _run(
     on_ready: Callable[[Sequence[socket]], None],
     options: dict[str, Any],
     say: Callable[[str], None],
+    advise: Callable[[Target, MoectlError], str | None],
 ) -> None:
     keep_alive = KeepAlive(settings.keep_alive_s)
     controller = Controller(
@@ -405,7 +407,7 @@ async def _run(
         keep_alive=keep_alive,
         open_=open_like(session, target, options),
         restarts=Restarts(settings.restarts),
-        advise=lambda failure: _advise(target, failure),
+        advise=lambda failure: advise(target, failure),
         say=say,
     )
     # Whoever serves others does not leave because one of them has had enough.
@@ -443,17 +445,6 @@ def open_like(first: Session, target: Target, options: Mapping[str, Any]) -> Ope
     return lambda patience, on_made: open_session(
         target, on_made=on_made, patience=patience, **{**options, "kv_tokens": first.kv_tokens}
     )
-
-
-def _advise(target: Target, failure: MoectlError) -> str | None:
-    """Return what else than mending could help, when a host is away for good."""
-    # A worker that ended or is silent is a plain RemoteError; who says what is wrong is there.
-    is_away = isinstance(failure, Unreachable) or type(failure) is RemoteError
-    if not (isinstance(target, Deployment) and failure.host and is_away):
-        return None
-    from moectl.remedy import find_remedy
-
-    return find_remedy(target, failure.host)
 
 
 def describe_run(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:

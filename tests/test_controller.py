@@ -22,6 +22,7 @@ import pytest
 
 from moectl import background, client, launch
 from moectl import controller as controller_module
+from moectl.cli_target import advise
 from moectl.client import Client, find_running, is_running
 from moectl.controller import MAX_FAILURES, Controller
 from moectl.demo import demo_dir
@@ -401,8 +402,8 @@ def test_going_on_without_a_host_is_advised_when_it_is_away(
 ) -> None:
     monkeypatch.setattr("moectl.remedy.find_remedy", lambda target, lost: f"without {lost}")
     target: Any = object.__new__(Deployment)
-    assert controller_module._advise(target, kind("gone", host="mac2")) == "without mac2"
-    assert controller_module._advise(target, kind("gone")) is None
+    assert advise(target, kind("gone", host="mac2")) == "without mac2"
+    assert advise(target, kind("gone")) is None
 
 
 @pytest.mark.parametrize(
@@ -411,7 +412,7 @@ def test_going_on_without_a_host_is_advised_when_it_is_away(
 def test_a_host_that_is_there_is_not_advised_away(monkeypatch: pytest.MonkeyPatch, kind: type[MoectlError]) -> None:
     monkeypatch.setattr("moectl.remedy.find_remedy", lambda target, lost: f"without {lost}")
     target: Any = object.__new__(Deployment)
-    assert controller_module._advise(target, kind("wrong", host="mac2")) is None
+    assert advise(target, kind("wrong", host="mac2")) is None
 
 
 def test_sleeping_often_ends_no_answer() -> None:
