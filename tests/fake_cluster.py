@@ -23,6 +23,7 @@ class FakeAnswer:
         self._request = request
         self._text = text
         self._wish = asyncio.Event()
+        self._length = 0  # characters told
 
     def cancel(self) -> None:
         self._wish.set()
@@ -47,7 +48,8 @@ class FakeAnswer:
             if await self._wait():
                 yield self._done("cancelled", said)
                 return
-            yield self._token(said)
+            yield (token := self._token(said))
+            self._length += len(token.text)
             said += 1
             if said == 3 and "lose" in self._text:
                 raise PeerLost("rank 1 was lost: connection reset", host="mac2", hint="moectl doctor")
@@ -71,7 +73,7 @@ class FakeAnswer:
             return Token(self._request.id, number, text)
         top = [(number + i, f"{self._request.seed or 0}:{number + i} ", -0.5 - i) for i in range(3)]
         top[2] = (999, "\ufffd", float("-inf"))
-        return Token(self._request.id, number, text, -0.5, top[: max(1, self._request.logprobs)])
+        return Token(self._request.id, number, text, -0.5, top[: max(1, self._request.logprobs)], self._length)
 
     def _done(self, reason: str, said: int) -> Done:
         return Done(self._request.id, reason, Stats(7, said, 0.1, 0.2, 0.1, 1000, cached_tokens=3, drafted_tokens=2))
