@@ -289,6 +289,4 @@ def _describe(path: Path, data: bytes) -> tuple[str, str | None]:
     )
     if b"passphrase" in read.stderr:
         return f"{path.name} needs a passphrase and is not in an agent", f"ssh-add {quoted}"
-    if read.returncode == 0 and not read.stdout.startswith(b"ssh-dss"):
-        return f"{path.name} is in a format that moectl does not read", f"ssh-keygen -p -f {quoted}"
     return f"{path.name} holds no private key that can be used", None
