@@ -53,14 +53,10 @@ def help_(ctx: click.Context, common: Common, topic: str | None) -> None:
     if topic is None:
         _list(common, [read_guide(name) for name in TOPICS])
     elif topic in TOPICS:
-        _show(common, read_guide(topic), color=bool(ctx.color))
+        _show(ctx, common, read_guide(topic))
     elif topic in verbs.commands:
         command = verbs.commands[topic]
-        text = command.get_help(
-            click.Context(
-                command, info_name=topic, parent=ctx.find_root(), terminal_width=ctx.terminal_width, color=ctx.color
-            )
-        )
+        text = command.get_help(click.Context(command, info_name=topic, parent=ctx.find_root()))
         common.print(text, {"schema": SCHEMA, "topic": topic, "text": text}, text)
     else:
         shown = [name for section in verbs.by_section().values() for name in section]
@@ -82,10 +78,13 @@ def _list(common: Common, guides: list[Guide]) -> None:
     common.print(formatter.getvalue().rstrip("\n"), {"schema": SCHEMA, "topics": topics}, names)
 
 
-def _show(common: Common, guide: Guide, *, color: bool) -> None:
+def _show(ctx: click.Context, common: Common, guide: Guide) -> None:
     text = f"# {guide.title}\n\n{guide.text(_REFERENCE)}"
     if sys.stdout.isatty() and not common.json:
-        click.echo_via_pager(_render(text, color=color), color=color)
+        rendered = _render(text, color=bool(ctx.color))
+        if common.color == "auto" and ctx.color:
+            ctx.color = None  # then click looks whether the pager shows bold letters or their escape sequences
+        click.echo_via_pager(rendered)
     else:
         text = text.rstrip("\n")
         common.print(text, {"schema": SCHEMA, "topic": guide.topic, "text": text}, text)

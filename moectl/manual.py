@@ -142,7 +142,10 @@ def _main_page(cli: Verbs) -> str:
     page.section("SYNOPSIS")
     page.line(r"\fBmoectl\fR \fIVERB\fR [\fIOPTION\fR]... [\fIARGUMENT\fR]...")
     page.section("DESCRIPTION")
-    page.paragraphs(f"{cli.help}\n\nEach verb has a page of its own, such as moectl-run(1), and answers to --help.")
+    page.paragraphs(
+        f"{cli.help}\n\nEach verb has a page of its own, such as moectl-run(1), and answers to --help. "
+        "Guides are pages of section 7, such as moectl-daily(7); 'moectl help' lists them."
+    )
     for section, verbs in cli.by_section().items():
         page.subsection(section)
         for name, verb in verbs.items():

@@ -207,7 +207,7 @@ def test_every_flag_of_pytest_exists() -> None:
 
 def test_every_file_exists() -> None:
     found = {path for line in code_lines() for path in re.findall(r"(?<![\w/.])(?:moectl|tests)/[\w./-]+\.\w+", line)}
-    assert len(found) > 10
+    assert len(found) > 5
     assert [path for path in sorted(found) if not (ROOT / path).exists()] == []
     modules = {name for line in code_lines() for name in re.findall(r"python -m ((?:tests|moectl)\.[\w.]+\w)", line)}
     assert modules
