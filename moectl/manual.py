@@ -16,7 +16,7 @@ from moectl import __date__, __version__
 from moectl.disk import write_whole
 from moectl.errors import StateError
 from moectl.guides import TOPICS, Guide, read_guide
-from moectl.markdown import NEEDS_TBL, to_roff
+from moectl.markdown import NEEDS_TBL, RAGGED, to_roff
 from moectl.roff import bold, escape, line, sentences
 from moectl.verb import EXIT_CODES, Verb, Verbs
 
@@ -268,6 +268,7 @@ class _Page:
         lines = to_roff(text)
         if ".TS" in lines:
             self._lines.insert(0, NEEDS_TBL)
+            self._lines += RAGGED
         self._lines += lines
 
     def item(self, tag: str, text: str) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from markdown_it.tree import SyntaxTreeNode
 
 NEEDS_TBL = "'\\\" t"
+RAGGED = (".ad l", ".nh")  # groff would stretch and hyphenate narrow columns
 _NARROW = 16  # letters; what is longer than that in a table may wrap
 _FONTS = {"strong": "B", "em": "I"}
 
