@@ -51,6 +51,7 @@ def cli() -> None:
     Examples:
       moectl run "What is expert parallelism?"
       moectl shard databricks/dbrx-instruct -n 4 && moectl deploy hosts.txt && moectl run
+      moectl help troubleshooting
     """
 
 

@@ -85,6 +85,13 @@ def test_the_readme_says_that_no_mac_was_used() -> None:
     assert "has never been run on a Mac" in PAGES[README]
 
 
+def test_the_glossary_is_short() -> None:
+    table = PAGES[DIRECTORY / "contributing.md"].partition("## Glossary\n\n")[2].partition("\n\n")[0]
+    words = [word for row in table.splitlines()[2:] for word in row.split(" | ")[0].strip("| ").split(", ")]
+    assert 20 <= len(words) <= 25
+    assert len(words) == len(set(words))
+
+
 def test_a_file_is_the_same_on_every_page() -> None:
     shown = [(mark, text) for mark, text in blocks("text") if mark.startswith("file: ")]
     assert len({mark for mark, _ in shown}) == len(set(shown))
