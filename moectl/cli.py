@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from moectl import __version__, cli_check, cli_observe, cli_prepare, cli_setup, cli_use
+from moectl import __version__, cli_check, cli_help, cli_observe, cli_prepare, cli_setup, cli_use
 from moectl.flags import Common, common
 from moectl.verb import Verbs, verb
 
@@ -51,6 +51,7 @@ def cli() -> None:
     Examples:
       moectl run "What is expert parallelism?"
       moectl shard databricks/dbrx-instruct -n 4 && moectl deploy hosts.txt && moectl run
+      moectl help troubleshooting
     """
 
 
@@ -150,6 +151,7 @@ for _verb in (
     cli_observe.uninstall,
     cli_use.controller,
     cli_check.doctor,
+    cli_help.help_,
     hosts,
     worker,
     completion,

@@ -6,7 +6,6 @@ arguments, environment, files and the exit status, and lists nothing by section.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,9 @@ import click
 from moectl import __date__, __version__
 from moectl.disk import write_whole
 from moectl.errors import StateError
+from moectl.guides import TOPICS, Guide, read_guide
+from moectl.markdown import NEEDS_TBL, RAGGED, to_roff
+from moectl.roff import bold, escape, line, sentences
 from moectl.verb import EXIT_CODES, Verb, Verbs
 
 
@@ -116,14 +118,14 @@ mac4  ip=10.0.0.4  dir=/Volumes/fast/moectl
 
 
 def pages(cli: Verbs) -> dict[str, str]:
-    """Return every page's source by its path: moectl(1), one per visible verb, its aliases', moectl-hosts(5)."""
+    """Return every page's source by its path: moectl(1), visible verbs and aliases, moectl-hosts(5), guides."""
     verbs = [verb for section in cli.by_section().values() for verb in section.values()]
     found = {"man1/moectl.1": _main_page(cli), "man5/moectl-hosts.5": _hosts_page()}
     for verb in verbs:
         found[f"man1/moectl-{verb.name}.1"] = _verb_page(cli, verb)
         for alias in cli.aliases(verb):
             found[f"man1/moectl-{alias}.1"] = f".so man1/moectl-{verb.name}.1\n"
-    return found
+    return found | {f"man7/moectl-{topic}.7": _guide_page(read_guide(topic)) for topic in TOPICS}
 
 
 def write_files(directory: Path, files: dict[str, str]) -> None:
@@ -141,12 +143,15 @@ def _main_page(cli: Verbs) -> str:
     page.section("SYNOPSIS")
     page.line(r"\fBmoectl\fR \fIVERB\fR [\fIOPTION\fR]... [\fIARGUMENT\fR]...")
     page.section("DESCRIPTION")
-    page.paragraphs(f"{cli.help}\n\nEach verb has a page of its own, such as moectl-run(1), and answers to --help.")
+    page.paragraphs(
+        f"{cli.help}\n\nEach verb has a page of its own, such as moectl-run(1), and answers to --help. "
+        "Guides are pages of section 7, such as moectl-daily(7); 'moectl help' lists them."
+    )
     for section, verbs in cli.by_section().items():
         page.subsection(section)
         for name, verb in verbs.items():
             also = "".join(f", {alias}" for alias in cli.aliases(verb))
-            page.item(_bold(f"moectl {name}") + _text(also), verb.summary)
+            page.item(bold(f"moectl {name}") + escape(also), verb.summary)
     page.section("OPTIONS")
     page.options(cli, _context(cli))
     page.section("CONFIGURATION")
@@ -156,7 +161,7 @@ def _main_page(cli: Verbs) -> str:
     page.paragraphs(OUTPUT[0])
     page.ending(cli.examples, ENVIRONMENT, FILES)
     others = [f"moectl-{name}(1)" for verbs in cli.by_section().values() for name in verbs]
-    page.see_also([*others, "moectl-hosts(5)", "ssh_config(5)"])
+    page.see_also([*others, "moectl-hosts(5)", *(f"moectl-{topic}(7)" for topic in TOPICS), "ssh_config(5)"])
     return page.text
 
 
@@ -165,7 +170,7 @@ def _verb_page(cli: Verbs, verb: Verb) -> str:
     page = _Page(f"moectl-{verb.name}", 1, verb.summary)
     page.section("SYNOPSIS")
     arguments = " ".join(_argument(p) for p in verb.params if isinstance(p, click.Argument))
-    page.line(rf"{_bold(f'moectl {verb.name}')} [\fIOPTION\fR]... {arguments}".rstrip())
+    page.line(rf"{bold(f'moectl {verb.name}')} [\fIOPTION\fR]... {arguments}".rstrip())
     page.section("DESCRIPTION")
     page.paragraphs(verb.help or "")
     page.section("OPTIONS")
@@ -199,7 +204,7 @@ def _hosts_page() -> str:
     page.section("OPTIONS")
     page.paragraphs("Any other key is an error.")
     for key in _HOST_KEYS:
-        page.item(_bold(key.name), key.text)
+        page.item(bold(key.name), key.text)
     page.section("EXAMPLES")
     page.literal(_HOSTS_EXAMPLE)
     page.entries("ENVIRONMENT", ENVIRONMENT[:1])
@@ -207,6 +212,14 @@ def _hosts_page() -> str:
     page.section("EXIT STATUS")
     page.paragraphs("Every verb exits with 4 when the hosts file in force is wrong, and names file and line.")
     page.see_also(["moectl(1)", "moectl-hosts(1)", "ssh_config(5)"])
+    return page.text
+
+
+def _guide_page(guide: Guide) -> str:
+    page = _Page(f"moectl-{guide.topic}", 7, guide.summary)
+    page.section("DESCRIPTION")
+    page.markdown(guide.text("moectl-{}(7)"))
+    page.see_also(["moectl(1)", *(f"moectl-{topic}(7)" for topic in TOPICS if topic != guide.topic)])
     return page.text
 
 
@@ -218,7 +231,7 @@ class _Page:
         self._lines = [title.replace(__date__.replace("-", r"\-"), __date__)]
         self.section("NAME")
         summary = summary.rstrip(".")
-        self.line(rf"{_text(name, code=True)} \- {_text(summary[:1].lower() + summary[1:])}")
+        self.line(rf"{escape(name, code=True)} \- {escape(summary[:1].lower() + summary[1:])}")
 
     @property
     def text(self) -> str:
@@ -226,7 +239,7 @@ class _Page:
 
     def line(self, source: str) -> None:
         """Add a line of source; no text of others becomes a macro."""
-        self._lines.append(rf"\&{source}" if source.startswith((".", "'")) else source)
+        self._lines.append(line(source))
 
     def section(self, title: str) -> None:
         self._lines.append(f".SH {title}")
@@ -249,9 +262,17 @@ class _Page:
         if not self._lines[-1].startswith((".S", ".PP")):
             self._lines.append(".PP")
         self._lines += [".RS 4", ".EX"]
-        for line in text.splitlines():
-            self.line(_text(line, code=True))
+        for source in text.splitlines():
+            self.line(escape(source, code=True))
         self._lines += [".EE", ".RE"]
+
+    def markdown(self, text: str) -> None:
+        """Add a text in Markdown."""
+        lines = to_roff(text)
+        if ".TS" in lines:
+            self._lines.insert(0, NEEDS_TBL)
+            self._lines += RAGGED
+        self._lines += lines
 
     def item(self, tag: str, text: str) -> None:
         """Add a tagged paragraph; the tag is source, the text is not."""
@@ -269,7 +290,7 @@ class _Page:
         """Add a section of variables or files."""
         self.section(title)
         for entry in entries:
-            self.item(", ".join(_bold(name) for name in entry.name.split(", ")), entry.text)
+            self.item(", ".join(bold(name) for name in entry.name.split(", ")), entry.text)
 
     def ending(self, examples: Iterable[str], environment: Sequence[Entry], files: Sequence[Entry]) -> None:
         """Add what stands at the end of every verb's page."""
@@ -279,19 +300,17 @@ class _Page:
         self.entries("FILES", files)
         self.section("EXIT STATUS")
         for code in EXIT_CODES:
-            self.item(_bold(str(code)), _CODES[code])
+            self.item(bold(str(code)), _CODES[code])
 
     def see_also(self, names: Sequence[str]) -> None:
         self.section("SEE ALSO")
         for number, name in enumerate(names, 1):
             base, _, section = name.rstrip(")").partition("(")
             comma = "," if number < len(names) else ""
-            self.line(rf"{_bold(base)}({section}){comma}")
+            self.line(rf"{bold(base)}({section}){comma}")
 
     def _prose(self, text: str) -> None:
-        # One sentence per line, as is the habit in man pages: a change is then a change of one line.
-        for sentence in re.split(r"(?<=[.:;!?]) (?=[A-Z'])", text):
-            self.line(_text(sentence))
+        self._lines += sentences(escape(text))
 
 
 def _context(cli: Verbs) -> click.Context:
@@ -302,23 +321,9 @@ def _of(entries: Sequence[Entry], parameters: set[str]) -> list[Entry]:
     return [entry for entry in entries if not entry.parameters or entry.parameters & parameters]
 
 
-def _text(text: str, *, code: bool = False) -> str:
-    r"""Return a text as roff source. In code every hyphen is a minus, as typed; in prose those of options are."""
-    text = text.replace("\\", r"\e")
-    for letter, source in (("'", r"\(aq"), ("`", r"\(ga"), ("^", r"\(ha"), ("~", r"\(ti")):
-        text = text.replace(letter, source)
-    words = r"-" if code else r"(?<![\w(])-+[\w-]*|moectl-\w+(?=\()|\S+[./_=]\S*"
-    text = re.sub(words, lambda match: match[0].replace("-", r"\-"), text)
-    return "".join(letter if letter.isascii() else rf"\[u{ord(letter):04X}]" for letter in text)
-
-
-def _bold(text: str) -> str:
-    return rf"\fB{_text(text, code=True)}\fR"
-
-
 def _argument(argument: click.Argument) -> str:
     name = (argument.metavar or argument.name or "").strip("[]_").upper()
-    source = rf"\fI{_text(name, code=True)}\fR"
+    source = rf"\fI{escape(name, code=True)}\fR"
     if not argument.required:
         source = f"[{source}]"
     return f"{source}..." if argument.nargs == -1 else source
@@ -326,9 +331,9 @@ def _argument(argument: click.Argument) -> str:
 
 def _option(option: click.Option) -> str:
     # By length: before click 8.5 those of --help come in any order.
-    spellings = ", ".join(map(_bold, sorted((*option.opts, *option.secondary_opts), key=len)))
+    spellings = ", ".join(map(bold, sorted((*option.opts, *option.secondary_opts), key=len)))
     value = _value_name(option)
-    return rf"{spellings} \fI{_text(value, code=True)}\fR" if value else spellings
+    return rf"{spellings} \fI{escape(value, code=True)}\fR" if value else spellings
 
 
 def _value_name(option: click.Option) -> str:

@@ -54,6 +54,15 @@ def host_list(ctx: click.Context, param: click.Parameter, incomplete: str) -> Of
     return _matching((f"{done}{comma}{address}" for address in found if address not in taken), incomplete)
 
 
+def topics(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
+    """Offer the guides, then the verbs."""
+    from moectl.guides import TOPICS
+
+    verbs = ctx.find_root().command
+    shown = verbs.commands.items() if isinstance(verbs, click.Group) else ()
+    return _matching([*TOPICS, *(name for name, verb in shown if not verb.hidden)], incomplete)
+
+
 def shard_sets(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
     """Offer the shard sets by name, with the one deployed, or directories where none is called so."""
     return _matching(_shard_set_names(), incomplete) or directories(ctx, param, incomplete)

@@ -112,6 +112,8 @@ def test_a_script_as_json() -> None:
         ("shard --verify ", ["<dir>"]),
         ("shard -o ", ["<dir>"]),
         ("completion ", ["bash", "zsh", "fish"]),
+        ("help s", ["scripting", "security", "setup", "shard", "serve", "stop", "status"]),
+        ("help wor", []),  # hidden
         ("run 'an open quotation", []),
     ],
 )

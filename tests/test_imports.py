@@ -30,6 +30,7 @@ ONLY_IN: dict[str, set[str]] = {
         "__main__",
         "cli",
         "cli_check",
+        "cli_help",
         "cli_observe",
         "cli_prepare",
         "cli_setup",
@@ -55,6 +56,8 @@ ONLY_IN: dict[str, set[str]] = {
     "uvicorn": {"server"},
     "prometheus_client": {"metrics"},
     "prompt_toolkit": {"lineedit"},
+    "rich": {"cli_help"},
+    "markdown_it": {"markdown"},
     "packaging": {"wheelhouse"},
 }
 # Of those, the ones whose import waits until a function needs it.
@@ -65,16 +68,20 @@ INSIDE_FUNCTIONS = {
     ("matplotlib", "plot"),
     ("mlx_lm", "chat_template"),
     ("transformers", "chat_template"),
+    ("matplotlib", "plot"),
+    ("rich", "cli_help"),
+    ("markdown_it", "markdown"),
 }
 
 # From the face down; a module imports only from rooms further down or from its own.
 ROOMS = (
     {"__main__"},
     {"cli"},
-    {"cli_check", "cli_observe", "cli_prepare", "cli_setup", "cli_use"},
+    {"cli_check", "cli_help", "cli_observe", "cli_prepare", "cli_setup", "cli_use"},
     {"cli_target"},
     {"flags", "manual", "completion"},
-    {"verb", "suggest"},
+    {"verb", "suggest", "markdown"},
+    {"guides", "roff"},
     {"answerer"},
     {"chat"},
     {"report", "doctor_report", "setup_report", "report_observe", "lineedit", "transcript"},

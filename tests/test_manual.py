@@ -21,10 +21,13 @@ from moectl.cli import cli
 from moectl.completion import FILES
 from moectl.errors import MoectlError
 from moectl.flags import common
+from moectl.guides import TOPICS
 from moectl.manual import _CODES, _HOST_KEYS, pages, write_files
+from moectl.markdown import NEEDS_TBL, to_roff
 from moectl.verb import EXIT_CODES, Verb, Verbs, verb
 
 ROOT = Path(__file__).parent.parent
+GUIDE_SECTIONS = ["NAME", "DESCRIPTION", "SEE ALSO"]
 SECTIONS = ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXAMPLES", "ENVIRONMENT", "FILES", "EXIT STATUS", "SEE ALSO"]
 REGENERATE = "run: python -m moectl generate --man man --completions completions"
 
@@ -65,6 +68,7 @@ def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 def test_every_visible_verb_has_a_page_and_no_other_has_one() -> None:
     names = {f"man1/moectl-{name}.1" for name, command in cli.commands.items() if not command.hidden}
+    names |= {f"man7/moectl-{topic}.7" for topic in TOPICS}
     assert set(pages(cli)) == names | {"man1/moectl.1", "man5/moectl-hosts.5"}
 
 
@@ -75,9 +79,11 @@ def test_a_page_has_its_sections_and_is_clean(name: str) -> None:
         assert text.split()[1] in pages(cli)
         return
     found = re.findall(r"^\.SH (.*)$", text, re.MULTILINE)
-    assert [section for section in found if section in SECTIONS] == SECTIONS
-    assert text.startswith(".TH ")
-    assert f' {moectl.__date__} "moectl {moectl.__version__}"' in text.splitlines()[0]
+    sections = GUIDE_SECTIONS if name.startswith("man7/") else SECTIONS
+    assert [section for section in found if section in sections] == sections
+    title = text.removeprefix(f"{NEEDS_TBL}\n").splitlines()[0]
+    assert title.startswith(".TH ")
+    assert f' {moectl.__date__} "moectl {moectl.__version__}"' in title
     assert mandoc("-Tlint", "-Wwarning", str(ROOT / "man" / name)) == ""
 
 
@@ -161,6 +167,54 @@ def test_odd_letters_and_aliases_come_out_right() -> None:
     assert "moectl show, ps" in main
     help_ = CliRunner().invoke(tree, ["--help"]).output
     assert "  show  Show a \\backslash, an em—dash and well-known words. (alias: ps)\n" in help_
+
+
+GUIDE = """\
+Two *odd* letters: `'a'` and `b\\\\c`.
+.dots begin a line. **So does `-x`.**
+
+- one, at <https://example.org/a-b>
+- `two`
+
+1. first
+2. second
+
+```sh
+  .kept --as "it is"   # well
+```
+
+### Part two
+
+| short | a column of long texts |
+|---|---|
+| `-a` | .one cell that is wider than all others, so that it has to wrap at the end of the line |
+| | the 'end' |
+"""
+
+
+def test_a_guide_in_markdown_comes_out_right() -> None:
+    head = [NEEDS_TBL, f'.TH X 7 {moectl.__date__} "x" "x"', ".SH NAME", r"x \- y", ".SH A"]
+    source = "\n".join([*head, *to_roff(GUIDE)]) + "\n"
+    assert all(letter.isascii() for letter in source)
+    assert mandoc("-Tlint", "-Wwarning", source=source) == ""
+    shown = mandoc("-Tutf8", source=source)
+    words = " ".join(shown.split())
+    for text in (
+        "Two odd letters: 'a' and b\\\\c. .dots begin a line. So does -x.",
+        "one, at https://example.org/a-b",
+        "2. second",
+        "Part two",
+        "-a .one cell that is wider",
+        "the 'end'",
+    ):
+        assert text in words
+    assert '  .kept --as "it is"   # well\n' in shown
+
+
+@pytest.mark.parametrize("text", ["> quoted", "![picture](x.png)", "<b>html</b>", "- a\n\n  > b", "- a\n\n      b"])
+def test_what_no_page_can_show_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="no guide may hold"):
+        to_roff(text)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ SHARE = {  # in the tree → below the prefix, where man and the shells look
 
 def shared_files() -> dict[str, bytes]:
     """Return what is installed below the prefix: path → content."""
-    pages = {f"share/{page.relative_to(ROOT)}": page.read_bytes() for page in (ROOT / "man").rglob("*.[15]")}
+    pages = {f"share/{page.relative_to(ROOT)}": page.read_bytes() for page in (ROOT / "man").rglob("*.[157]")}
     return pages | {target: (ROOT / source).read_bytes() for source, target in SHARE.items()}
 
 

@@ -1,4 +1,4 @@
-"""The README against what is there: its marked transcripts are run, all that it names is looked up.
+"""README and guides against what is there: their marked transcripts are run, all that they name is looked up.
 
 A fenced block after `<!-- run -->` is run as a person types it, in an empty home and directory; after
 `<!-- run with NAME -->` beside the file that a block after `<!-- file: NAME -->` shows; after
@@ -25,11 +25,13 @@ from click.testing import CliRunner
 
 from moectl.cli import cli
 from moectl.errnos import explain, find_error
+from moectl.guides import DIRECTORY, TOPICS
 from tests.ring import process_env
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moectl"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = {path: path.read_text(encoding="utf-8") for path in (README, *(DIRECTORY / f"{topic}.md" for topic in TOPICS))}
 _FENCE = re.compile(r"^(?:<!-- (?P<mark>[^\n]*) -->\n)?(?P<pad> *)```(?P<kind>\w*)\n(?P<text>.*?)^ *```$", re.M | re.S)
 _MARK = "---8<---"
 # As typed: with this interpreter, without what the current directory holds, both streams as at a terminal.
@@ -38,16 +40,17 @@ _PREAMBLE = 'moectl() { "$PYTHON" -P -m moectl "$@"; }\nexec 2>&1 < /dev/null\n'
 
 def blocks(kind: str) -> list[tuple[str, str]]:
     """Return the mark and the text of each fenced block of a kind."""
-    return [(found["mark"] or "", found["text"]) for found in _FENCE.finditer(README) if found["kind"] == kind]
+    found = [block for text in PAGES.values() for block in _FENCE.finditer(text)]
+    return [(block["mark"] or "", block["text"]) for block in found if block["kind"] == kind]
 
 
-def prose() -> str:
-    """Return the README without its fenced blocks."""
-    return _FENCE.sub("", README)
+def prose(*pages: Path) -> str:
+    """Return pages, or all of them, without their fenced blocks."""
+    return "\n".join(_FENCE.sub("", PAGES[page]) for page in pages or PAGES)
 
 
 def code_lines() -> Iterator[str]:
-    """Yield what the README shows as typed: spans, lines of sh blocks, commands of transcripts."""
+    """Yield what the pages show as typed: spans, lines of sh blocks, commands of transcripts."""
     yield from re.findall(r"`([^`\n]+)`", prose())
     for _, text in blocks("sh"):
         yield from (line.partition(" #")[0].strip() for line in text.splitlines())
@@ -57,6 +60,41 @@ def code_lines() -> Iterator[str]:
 
 TRANSCRIPTS = [(mark, text) for mark, text in blocks("console") if mark.startswith("run")]
 FILES = {mark.removeprefix("file: "): text for mark, text in blocks("text") if mark.startswith("file: ")}
+
+
+# --- What is where.
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES[README].splitlines()) <= 200
+
+
+def test_every_topic_has_a_guide_and_the_readme_leads_to_it() -> None:
+    assert sorted(path.stem for path in DIRECTORY.iterdir()) == sorted(TOPICS)
+    assert re.findall(r"^\| \[`(\w+)`\]\(moectl/guide/\1\.md\) \|", PAGES[README], re.M) == list(TOPICS)
+
+
+def test_the_two_commands_are_those_of_the_ci() -> None:
+    [text] = [text for _, text in blocks("sh") if text.startswith("pip install . ")]
+    first, second = (line.partition("  ")[0] for line in text.splitlines())
+    assert first == 'pip install . && moectl run "What is expert parallelism?"'
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == second
+
+
+def test_the_readme_says_that_no_mac_was_used() -> None:
+    assert "has never been run on a Mac" in PAGES[README]
+
+
+def test_the_glossary_is_short() -> None:
+    table = PAGES[DIRECTORY / "contributing.md"].partition("## Glossary\n\n")[2].partition("\n\n")[0]
+    words = [word for row in table.splitlines()[2:] for word in row.split(" | ")[0].strip("| ").split(", ")]
+    assert 20 <= len(words) <= 25
+    assert len(words) == len(set(words))
+
+
+def test_a_file_is_the_same_on_every_page() -> None:
+    shown = [(mark, text) for mark, text in blocks("text") if mark.startswith("file: ")]
+    assert len({mark for mark, _ in shown}) == len(set(shown))
 
 
 # --- Transcripts.
@@ -142,7 +180,7 @@ def test_every_verb_exists() -> None:
     named = {words[0] for line in code_lines() for words in _commands(line) if words}
     assert {name for name in named if name[0].islower()} - set(VERBS) == set()
     shown = {name for name, command in VERBS.items() if not command.hidden}
-    assert shown - named == set(), "verbs that the README does not name"
+    assert shown - named == set(), "verbs that no page names"
 
 
 def test_every_flag_of_a_command_exists() -> None:
@@ -174,19 +212,9 @@ def test_every_flag_of_pytest_exists() -> None:
 # --- Files, links, schemas.
 
 
-def test_the_tree_is_the_package() -> None:
-    [tree] = [text for _, text in blocks("") if text.startswith("moectl/\n")]
-    named = re.findall(r"^  (\S+)", tree, re.M)
-    there = [path.name for path in PACKAGE.iterdir() if path.suffix == ".py"]
-    there += [f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
-    assert sorted(named) == sorted(there)
-    above = re.findall(r"^(\S+/) ", tree, re.M)
-    assert above == [name for name in above if (ROOT / name).is_dir()]
-
-
 def test_every_file_exists() -> None:
     found = {path for line in code_lines() for path in re.findall(r"(?<![\w/.])(?:moectl|tests)/[\w./-]+\.\w+", line)}
-    assert len(found) > 10
+    assert len(found) > 5
     assert [path for path in sorted(found) if not (ROOT / path).exists()] == []
     modules = {name for line in code_lines() for name in re.findall(r"python -m ((?:tests|moectl)\.[\w.]+\w)", line)}
     assert modules
@@ -198,13 +226,28 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
 
 
-def test_every_internal_link_leads_somewhere() -> None:
-    headings = [_anchor(text) for text in re.findall(r"^#{1,6} (.*)$", prose(), re.M)]
+def _headings(page: Path) -> list[str]:
+    return [_anchor(text) for text in re.findall(r"^#{1,6} (.*)$", prose(page), re.M)]
+
+
+def _links(page: Path) -> list[str]:
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if "://" not in target]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_internal_link_leads_somewhere(page: Path) -> None:
+    headings = _headings(page)
     assert len(headings) == len(set(headings)), "two headings of one name"
-    links = [target for target in re.findall(r"\]\(([^)\s]+)\)", prose()) if "://" not in target]
-    assert len(links) > 20
-    assert [link for link in links if link.startswith("#") and link[1:] not in headings] == []
-    assert [link for link in links if not link.startswith("#") and not (ROOT / link).exists()] == []
+    for link in _links(page):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in _headings(target), link
+        assert page == README or target in PAGES, f"{link}: a guide that is a man page can lead to guides only"
+
+
+def test_there_are_links() -> None:
+    assert sum(len(_links(page)) for page in PAGES) > 20
 
 
 @cache
@@ -223,7 +266,8 @@ def _texts() -> tuple[str, ...]:
 
 def _rows(mark: str) -> list[list[str]]:
     """Return the cells of the table after a mark, without its head."""
-    table = README.partition(f"<!-- {mark} -->\n")[2].partition("\n\n")[0]
+    [text] = [text for text in PAGES.values() if f"<!-- {mark} -->\n" in text]
+    table = text.partition(f"<!-- {mark} -->\n")[2].partition("\n\n")[0]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
 
 
