@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def _leave_now(number: int, _: object) -> None:
@@ -31,7 +35,6 @@ import atexit
 import contextlib
 import io
 import threading
-from collections.abc import Callable
 from typing import NoReturn
 
 INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143
@@ -196,8 +199,8 @@ def _print_error(error: Exception, *, as_json: bool, color: str = "auto") -> int
 
     import click
 
-    from moectl.console import colour_wanted
     from moectl.errors import MoectlError
+    from moectl.text import colour_wanted
 
     if isinstance(error, MoectlError):
         code, text, message, hint, host = error.exit_code, str(error), error.message, error.hint, error.host

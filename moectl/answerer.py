@@ -13,7 +13,7 @@ from moectl.chat import Finished, Piece
 from moectl.client import Client
 from moectl.leash import Done
 from moectl.serving import Notice
-from moectl.settings import Settings
+from moectl.settings import ChatSettings
 from moectl.transcript import Message
 
 
@@ -27,7 +27,7 @@ class ControllerAnswerer:
     over: bool = False  # a controller that fails is replaced at the next question
     say: Callable[[str], None] = lambda text: None  # what a person should know while the answer waits
 
-    def chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
+    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[Piece | Finished, None, None]:
         """Yield an answer as it comes; see `chat.Answerer`."""
         fields = {name: value for name, value in asdict(settings).items() if name != "system" and value is not None}
         fields["messages"] = [{"role": message.role, "content": message.content} for message in messages]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from moectl import errors
-from moectl.disk import make_private_directory
 from moectl.errors import MoectlError, RemoteError, StateError
+from moectl.files import make_private_directory
 from moectl.paths import state_dir
 
 VERB = "controller"

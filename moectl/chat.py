@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from moectl.console import colour_wanted, printable
 from moectl.errors import MoectlError, RemoteError, UsageError
 from moectl.report import stats_text
 from moectl.request import Stats
-from moectl.settings import ALIASES, Settings, change_setting, settings_table, split_words, value_text
+from moectl.settings import ALIASES, ChatSettings, change_setting, settings_table, split_words, value_text
+from moectl.text import colour_wanted, printable
 from moectl.transcript import Message, Transcript, load_transcript, save_transcript
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Answerer(Protocol):
     def over(self) -> bool:
         """Whether no further question can be answered; after an error the chat ends with it then."""
 
-    def chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
+    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[Piece | Finished, None, None]:
         """Yield an answer as it comes; the last item is Finished.
 
         `messages` is the whole conversation, the system message first where there is one (`settings.system` is the
@@ -107,7 +107,7 @@ class Answerer(Protocol):
 
 
 def chat(
-    answerer: Answerer, settings: Settings, *, history: Path | None, stats: bool = False, color: str = "auto"
+    answerer: Answerer, settings: ChatSettings, *, history: Path | None, stats: bool = False, color: str = "auto"
 ) -> None:
     """Talk with the person at the terminal until they leave; call it in the main thread, which gets the signals.
 
@@ -156,7 +156,7 @@ class _Leave(Exception):
 
 class _Chat:
     def __init__(
-        self, answerer: Answerer, settings: Settings, out: TextIO, screen: TextIO, *, stats: bool, coloured: bool
+        self, answerer: Answerer, settings: ChatSettings, out: TextIO, screen: TextIO, *, stats: bool, coloured: bool
     ) -> None:
         self._answerer = answerer
         self._settings = settings

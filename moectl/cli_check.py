@@ -30,9 +30,9 @@ def doctor(common: Common, hostfile_: str | None, fast: bool) -> None:
       moectl doctor --json | jq '.hosts[].checks[] | select(.level == "fail")'
     """
     from moectl import doctor_report
-    from moectl.console import columns
     from moectl.doctor import choose_hosts, diagnose
     from moectl.findings import Level
+    from moectl.text import columns
 
     if hostfile_:
         common.hostfile = hostfile_

@@ -66,7 +66,7 @@ def help_(ctx: click.Context, common: Common, topic: str | None) -> None:
 
 
 def _list(common: Common, guides: list[Guide]) -> None:
-    from moectl.console import columns
+    from moectl.text import columns
 
     formatter = click.HelpFormatter(width=min(columns(), _WIDEST))
     with formatter.section("Guides, shown by 'moectl help TOPIC'"):
@@ -97,7 +97,7 @@ def _render(text: str, *, color: bool) -> str:
     from rich.text import Text
     from rich.theme import Theme
 
-    from moectl.console import columns
+    from moectl.text import columns
 
     class Typed(CodeBlock):
         def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

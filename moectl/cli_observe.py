@@ -111,13 +111,13 @@ def _looks(observer: Observer) -> Iterator[Status]:
 
 
 def _pictures(common: Common, observer: Observer) -> Iterator[str]:
-    from moectl import report_observe
-    from moectl.console import colour_wanted
+    from moectl import report_observe, text as text_
+    from moectl.text import colour_wanted
 
     coloured = colour_wanted(common.color, sys.stdout)
     yield "Asking the hosts…"
     for found in _looks(observer):
-        text = f"{report_observe.status_text(found)}\n\n{report_observe.time_text(found.time_s)}  Ctrl-C leaves."
+        text = f"{report_observe.status_text(found)}\n\n{text_.clock_text(found.time_s)}  Ctrl-C leaves."
         yield text if coloured else click.unstyle(text)
 
 
@@ -220,7 +220,7 @@ def list_(common: Common, prune: bool, dry_run: bool, yes: bool) -> None:
 
 def _prune(common: Common, found: Listing, *, dry_run: bool, yes: bool) -> None:
     from moectl import listing, report_observe
-    from moectl.console import size_text
+    from moectl.text import size_text
 
     old = listing.choose_old(found)
     total = size_text(sum(one.bytes for one in old))
@@ -272,9 +272,9 @@ def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -
       moectl uninstall hosts.txt --yes
     """
     from moectl import cluster, report_observe
-    from moectl.console import size_text
     from moectl.deployment import recall_hosts
     from moectl.live import on_ctrl_t
+    from moectl.text import size_text
     from moectl.uninstall import clear_hosts
 
     if hostfile_:

@@ -249,8 +249,9 @@ def _add_tokenizer(common: Common, source: str, where: Path | None) -> None:
 
 def _verify(common: Common, directory: Path) -> None:
     from moectl import shards
-    from moectl.console import progress, size_text
+    from moectl.console import progress
     from moectl.manifest import read_manifest
+    from moectl.text import size_text
 
     total = sum(f.bytes for f in read_manifest(directory).files.values())
     with progress(quiet=common.quiet) as bars:

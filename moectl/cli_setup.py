@@ -147,7 +147,7 @@ def _needs(world_size: int) -> tuple[int, ...]:
 
 def _check_output(output: Path, *, force: bool) -> None:
     """Raise UsageError for a file that is there, or cannot be made."""
-    from moectl.disk import check_destination
+    from moectl.files import check_destination
 
     check_destination(output)
     if output.exists() and not force:
@@ -155,7 +155,7 @@ def _check_output(output: Path, *, force: bool) -> None:
 
 
 def _write(output: Path, content: str, *, force: bool) -> None:
-    from moectl.disk import write_whole
+    from moectl.files import write_whole
 
     _check_output(output, force=force)
     write_whole(output, content.encode())

@@ -127,9 +127,9 @@ def _chat(common: Common, options: dict[str, Any], connect: Callable[[], Attache
     from moectl.answerer import ControllerAnswerer
     from moectl.chat import chat
     from moectl.paths import state_dir
-    from moectl.settings import Settings
+    from moectl.settings import ChatSettings
 
-    settings = Settings(
+    settings = ChatSettings(
         temperature=options["temp"], **{k: options[k] for k in ("max_tokens", "system", "top_p", "seed")}
     )
     history = None if options["no_history"] else state_dir() / "history"
@@ -157,7 +157,7 @@ def _prompt_text(words: tuple[str, ...], common: Common) -> str:
 def _log_printer(common: Common) -> Callable[[str, str], None]:
     if not common.verbose:
         return lambda host, line: None
-    from moectl.console import printable
+    from moectl.text import printable
 
     return lambda host, line: click.echo(f"[{host}] {printable(line)}", err=True)
 
@@ -202,7 +202,7 @@ def _say_between(common: Common, text: str, pieces: list[str]) -> None:
 
 
 def _write(text: str) -> None:
-    from moectl.console import printable
+    from moectl.text import printable
 
     try:
         sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
@@ -311,8 +311,8 @@ def stop(common: Common, timeout: float, now: bool) -> None:
       moectl stop --now
     """
     from moectl import client
-    from moectl.console import size_text
     from moectl.live import on_ctrl_t
+    from moectl.text import size_text
 
     stopped: list[dict[str, Any] | None] = []
     failures: list[errors.MoectlError] = []
@@ -356,9 +356,7 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
       moectl bench --local 2 -p 128 -g 32 --json > two.json
       moectl bench --local 4 --plot ranks.svg --compare two.json
     """
-    from moectl import bench as benchmark
-    from moectl import disk, launch, report, routing
-    from moectl import plot as plotting
+    from moectl import bench as benchmark, files as disk, launch, plot as plotting, report, routing
 
     if options["routing_stats"]:
         disk.check_destination(options["routing_stats"])

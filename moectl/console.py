@@ -1,86 +1,18 @@
-"""What people see: tables and hints in words, progress on stderr, colour where it is wanted. It decides nothing.
-
-stdout carries the answer or the table, stderr everything else. tqdm is loaded only while a bar is drawn.
-"""
+"""New: moectl.text"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TextIO
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from moectl.text import size_text
 
 QUIET_S = 1.0  # what is done by then needs no progress
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _BAR = "{desc} {percentage:3.0f}% {bar:24} {n_fmt}/{total_fmt}B  {rate_fmt}  eta {remaining}"
-# What a model or another machine says is not trusted with the terminal: escape sequences could retitle it, move its
-# cursor over what was said, or make it type answers of its own. ESC and CSI (U+009B) begin them: C0, DEL and C1 are
-# shown as signs.
-_SIGNS: dict[int, int | None] = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
-_SIGNS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-_SIGNS[ord("\r")] = None  # of a Windows line end; alone it would overwrite the line
-
-
-def printable(text: str) -> str:
-    """Return a text that does nothing to a terminal but appear on it."""
-    return text.translate(_SIGNS)
-
-
-def size_text(size_bytes: float) -> str:
-    """Return a size in powers of 1000 with one decimal: "72.9 GB", "12 B"."""
-    value, unit = float(size_bytes), 0
-    while value >= 999.95 and unit < len(_UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
-
-
-def time_text(seconds: float) -> str:
-    """Return a duration as "0.4 s", "41.0 s" or "10m51s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
-
-
-def colour_wanted(choice: str, stream: TextIO) -> bool:
-    """Return whether to colour a stream: --color, then NO_COLOR, then FORCE_COLOR, then whether it is a terminal."""
-    if choice != "auto":
-        return choice == "always"
-    if os.environ.get("NO_COLOR"):
-        return False
-    return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
-
-
-def columns() -> int:
-    """Return how many letters a line may have: the terminal's width, 100 where there is none."""
-    return shutil.get_terminal_size((100, 24)).columns
-
-
-def table_text(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "", width: int | None = None
-) -> str:
-    """Return an aligned table; columns named in `right` (by their letter, a = first) are right-aligned.
-
-    Columns that do not fit the width are dropped from the right; nothing wraps.
-    """
-    width = width or columns()
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    shown, used = 0, -2
-    for column in widths:
-        if used + 2 + column > width and shown:
-            break
-        used, shown = used + 2 + column, shown + 1
-    lines = []
-    for row in (header, *rows):
-        cells = [
-            cell.rjust(widths[i]) if chr(ord("a") + i) in right else cell.ljust(widths[i])
-            for i, cell in enumerate(row[:shown])
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 class Bar(Protocol):

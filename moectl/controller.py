@@ -28,8 +28,7 @@ from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.request import Request, too_long
 from moectl.restart import Restarts
 from moectl.resumed import ResumedAnswer
-from moectl.server import Grace, make_app
-from moectl.server import serve as serve_http
+from moectl.server import Grace, make_app, serve as serve_http
 from moectl.serving import SILENCE_S, Health, Settings
 from moectl.session import Session
 from moectl.sockets import beating, listen_tcp, listen_unix

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from moectl.disk import make_private_directory, sync_directory
 from moectl.errors import HostsError, NotDeployed, StateError
+from moectl.files import make_private_directory, sync_directory
 from moectl.hosts import NAMES_ONLY, Host, HostList, check_envs, check_host
-from moectl.parsed import build
 from moectl.paths import state_dir
+from moectl.records import build
 
 SCHEMA = "moectl.deployment/1"
 HINT = "moectl deploy hosts.txt"

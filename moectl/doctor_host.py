@@ -19,7 +19,6 @@ from typing import Any
 
 from moectl.budget import Verdict, judge, rank_need
 from moectl.chips import find_chip
-from moectl.disk import format_gb
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.findings import Finding, Level, at_host, fail, fail_with, ok, skip, warn, worst
 from moectl.hosts import Host
@@ -32,6 +31,7 @@ from moectl.provision import PACKAGES, survey_environment
 from moectl.remote import Process, Remote, room_text
 from moectl.ssh_config import SSHSettings, read_ssh_settings
 from moectl.survey import Survey, parse_sshd, survey_host
+from moectl.text import format_gb
 
 PING_S = 15.0  # for a login shell to run `true`
 PINGS = 5

@@ -33,6 +33,7 @@ place that turns them into text and a process exit.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 # C0, C1, the line separators, and what turns the direction of writing round.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
@@ -176,3 +177,11 @@ class QueueFull(StateError):
     ) -> None:
         super().__init__(message, hint=hint, host=host)
         self.retry_after_s = retry_after_s
+
+
+def error_json(error: MoectlError | None) -> dict[str, Any] | None:
+    """Return an error as a part of a document."""
+    if error is None:
+        return None
+    kind = type(error).__name__
+    return {"code": error.exit_code, "kind": kind, "message": error.message, "hint": error.hint}

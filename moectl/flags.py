@@ -98,7 +98,7 @@ def common(command: F) -> F:
 
     @click.pass_context
     def wrapped(ctx: click.Context, /, *args: Any, **kw: Any) -> Any:
-        from moectl.console import colour_wanted
+        from moectl.text import colour_wanted
 
         flags = Common(**{k: kw.pop(k) for k in ("hosts", "hostfile", "json", "quiet", "verbose", "color")})
         ctx.color = colour_wanted(flags.color, sys.stdout)

@@ -17,7 +17,7 @@ from typing import Any
 from moectl.errors import CommandFailed
 from moectl.thunderbolt import find_generation, read_ports
 
-MARK = "moectl-probe "  # in front of each section's name, see `probe.SCRIPT`
+MARK = "moectl-probe "  # in front of each section's name, see `probe.HARDWARE_SCRIPT`
 _MIB = 1 << 20
 _MOST = 1 << 60  # no machine has more of anything; such a number is noise
 _APPLE = re.compile(r"Apple (M\d{1,2})(?: (Pro|Max|Ultra))?")
@@ -40,7 +40,7 @@ class Hardware:
 
 
 def parse_probe(text: str) -> Hardware:
-    """Return the hardware told by one run of `probe.SCRIPT`: sections, each behind a line "moectl-probe NAME".
+    """Return the hardware told by one run of `probe.HARDWARE_SCRIPT`: sections, each behind a line "moectl-probe NAME".
 
     Raises CommandFailed when there is no section that names a known system.
     """

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moectl.disk import explain_refusal
 from moectl.errors import CheckpointError, MoectlError, Unreachable
+from moectl.files import explain_refusal
 from moectl.hub_environment import explain_certificates
 
 MIRRORS = (

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moectl.disk import sync_directory
 from moectl.errors import StateError
+from moectl.files import sync_directory
 from moectl.manifest import FileEntry, is_count, is_entry, is_inside
 
 NAME = ".moectl-journal.jsonl"

@@ -17,12 +17,16 @@ from typing import Any
 
 from moectl.backend import choose_backend
 from moectl.demo import demo_dir
-from moectl.deployment import Deployment, decode_deployment, encode_deployment, read_deployment
-from moectl.deployment import find_deployment as find_recorded
+from moectl.deployment import (
+    Deployment,
+    decode_deployment,
+    encode_deployment,
+    find_deployment as find_recorded,
+    read_deployment,
+)
 from moectl.errors import HostsError, NotDeployed
 from moectl.hosts import NAMES_ONLY, Host, HostList
-from moectl.manifest import NAME as MANIFEST_NAME
-from moectl.manifest import Manifest, read_manifest
+from moectl.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import state_dir
 from moectl.prepare import Wanted
 from moectl.remote import LocalRemote, Remote

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from moectl.errors import BadField, MoectlError, RemoteError
-from moectl.parsed import build
+from moectl.records import build
 from moectl.request import Request, Stats
 
 BEAT_S = 1.0  # the controller sends a line at least this often

@@ -26,8 +26,8 @@ from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.utils import is_dumb_terminal
 
-from moectl.disk import make_private_directory
 from moectl.errors import UsageError
+from moectl.files import make_private_directory
 
 T = TypeVar("T")
 

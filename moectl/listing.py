@@ -14,11 +14,10 @@ from pathlib import Path
 
 from moectl.client import Client, find_running
 from moectl.deployment import find_deployment
-from moectl.disk import explain_refusal
 from moectl.errors import MoectlError, NotSharded, StateError
+from moectl.files import explain_refusal
 from moectl.journal import lock_directory
-from moectl.manifest import NAME as MANIFEST_NAME
-from moectl.manifest import Manifest, read_manifest
+from moectl.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import cache_dir, data_dir
 
 DEPLOYED, RUNNING = "deployed", "running"

@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 
 from moectl import __date__, __version__
-from moectl.disk import write_whole
 from moectl.errors import StateError
+from moectl.files import write_whole
 from moectl.guides import TOPICS, Guide, read_guide
 from moectl.markdown import NEEDS_TBL, RAGGED, to_roff
 from moectl.roff import bold, escape, line, sentences

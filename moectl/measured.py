@@ -17,8 +17,8 @@ from moectl.errors import CommandFailed
 from moectl.geometry import Geometry
 from moectl.hardware import Hardware
 from moectl.manifest import Quantization
-from moectl.parsed import build
 from moectl.placement import Placement
+from moectl.records import build
 
 Matrix = tuple[tuple[float, ...], ...]
 

@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from queue import SimpleQueue
 
-from moectl.disk import sync_directory
 from moectl.errors import CheckpointError, IntegrityError
+from moectl.files import sync_directory
 from moectl.layouts import item_bytes
 from moectl.manifest import FileEntry
 from moectl.recipe import OutputFile, Piece, Quantise

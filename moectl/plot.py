@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moectl.disk import check_destination, write_whole
 from moectl.errors import UsageError
+from moectl.files import check_destination, write_whole
 
 SCHEMA = "moectl.bench/1"
 _SPEEDS = (("prefill_tok_s", "prompt"), ("decode_tok_s", "generate"))

@@ -19,8 +19,7 @@ from moectl.errors import NotSharded, PlanError, ShardsDiffer
 from moectl.geometry import Geometry
 from moectl.hub_environment import check_numbers
 from moectl.layouts import MODES
-from moectl.manifest import NAME as MANIFEST_NAME
-from moectl.manifest import Manifest, Quantization, read_manifest
+from moectl.manifest import NAME as MANIFEST_NAME, Manifest, Quantization, read_manifest
 from moectl.paths import cache_dir, data_dir
 from moectl.pipeline import OnHashed, OpenQuantise
 from moectl.placement import Placement, make_placement

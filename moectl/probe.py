@@ -21,7 +21,7 @@ from moectl.hosts import Host
 from moectl.leash import Token
 from moectl.links import ANSWER
 from moectl.measured import Job, Matrix, Speed, read_speeds
-from moectl.parsed import build
+from moectl.records import build
 from moectl.remote import Process, Remote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
@@ -36,7 +36,7 @@ MEMORY_PART = 0.10  # of what is free, for a measurement's weights
 LEAST_MEMORY_BYTES = 1 << 28
 
 # Both systems' own tools, in one run; whatever is missing leaves its section empty.
-SCRIPT = f"""
+HARDWARE_SCRIPT = f"""
 export LC_ALL=C PATH="$PATH:/usr/bin:/bin:/usr/sbin:/sbin"
 say() {{ printf '\\n{MARK}%s\\n' "$1"; }}
 say system; uname -s
@@ -71,7 +71,7 @@ class Site:
 
 def read_hardware(remote: Remote) -> Hardware:
     """Return what a host is made of, in one command; needs no python there. Raises HostError, CommandFailed."""
-    done = remote.run(["sh", "-c", SCRIPT], timeout_s=HARDWARE_S)
+    done = remote.run(["sh", "-c", HARDWARE_SCRIPT], timeout_s=HARDWARE_S)
     try:
         return parse_probe(done.stdout.decode("utf-8", "replace"))
     except CommandFailed as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
 
-from moectl import disk, probe
+from moectl import files as disk, probe
 from moectl.backend import choose_backend
 from moectl.budget import Verdict
 from moectl.calibration import Calibration, Link

@@ -20,8 +20,8 @@ from moectl.handover import FLOOR_BYTES_S, More, Up
 from moectl.hosts import Host
 from moectl.manifest import FileEntry
 from moectl.node import parse_answer
-from moectl.parsed import build
 from moectl.push import Found, Link, Push, record
+from moectl.records import build
 from moectl.remote import Failure, LocalRemote, Remote, node_text, put_error, read_failure, room_text
 
 ROOT = "~/.moectl"

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from moectl import cluster
 from moectl.deployment import Deployment
-from moectl.disk import format_gb
 from moectl.errors import MoectlError, PlanError
 from moectl.hosts import Host
-from moectl.manifest import NAME as MANIFEST_NAME
-from moectl.manifest import Manifest, read_manifest
+from moectl.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import data_dir
 from moectl.planning import check_hosts
+from moectl.text import format_gb
 
 
 def find_remedy(target: Deployment, lost: str) -> str | None:

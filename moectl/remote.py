@@ -22,7 +22,8 @@ from typing import IO, Any, Protocol, cast
 
 from moectl import node
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, Unreachable
-from moectl.parsed import build
+from moectl.records import build
+from moectl.text import _size_text
 
 NOT_FOUND = 127
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
@@ -348,10 +349,6 @@ def _mismatch_error(found: str, source: Path, destination: str, sha256: str, hos
 def room_text(free: int, needed: int) -> str:
     """Return what is missing on a disk, in words."""
     return f"disk full: {_size_text(free)} free, {_size_text(needed)} needed"
-
-
-def _size_text(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _feed(pipe: IO[bytes], data: bytes) -> None:

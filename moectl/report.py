@@ -9,11 +9,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moectl.budget import Verdict
-from moectl.console import columns, size_text, table_text, time_text
+from moectl.text import columns, size_text, table_text, time_text
 
 if TYPE_CHECKING:
-    from moectl.bench import Benchmark
-    from moectl.bench import Measured as Sample
+    from moectl.bench import Benchmark, Measured as Sample
     from moectl.catalog import Model
     from moectl.cluster import DeployResult
     from moectl.hosts import HostList

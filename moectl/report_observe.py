@@ -5,10 +5,9 @@ As in `report`: sizes in bytes, times in seconds, snake_case; fields may be adde
 
 from __future__ import annotations
 
-import datetime
 from typing import TYPE_CHECKING, Any
 
-from moectl.console import columns, size_text, table_text
+from moectl.text import columns, size_text, table_text
 
 if TYPE_CHECKING:
     from moectl.errors import MoectlError
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from moectl.logs import Line
     from moectl.status import Row, Status
     from moectl.uninstall import Cleared
+from moectl.errors import error_json
+from moectl.text import clock_text
 
 NOTHING = "Nothing is running."
 _COLOURS = {"running": "32", "down": "31", "unknown": "33"}
@@ -103,14 +104,6 @@ def _row_json(row: Row) -> dict[str, Any]:
     return {**{name: getattr(row, name) for name in fields}, "error": error_json(row.error)}
 
 
-def error_json(error: MoectlError | None) -> dict[str, Any] | None:
-    """Return an error as a part of a document."""
-    if error is None:
-        return None
-    kind = type(error).__name__
-    return {"code": error.exit_code, "kind": kind, "message": error.message, "hint": error.hint}
-
-
 def changed_lines(status: Status, before: Status | None) -> list[str]:
     """Return a line for each row that is not as it was at the look before; all of them the first time."""
     old = {(row.host, row.rank, row.model): row for row in before.rows} if before else {}
@@ -120,17 +113,10 @@ def changed_lines(status: Status, before: Status | None) -> list[str]:
         same = last is not None and (last.state, last.tokens) == (row.state, row.tokens)
         if not same:
             words = [cell for cell in _status_row(row) if cell not in ("", "-")]
-            lines.append(" ".join([time_text(status.time_s), *words, *([row.error.message] if row.error else [])]))
+            lines.append(" ".join([clock_text(status.time_s), *words, *([row.error.message] if row.error else [])]))
     if not status.rows and (before is None or before.rows):
-        lines.append(f"{time_text(status.time_s)} {NOTHING}")
+        lines.append(f"{clock_text(status.time_s)} {NOTHING}")
     return lines
-
-
-def time_text(time_s: float | None) -> str:
-    """Return a moment in UTC, to the second; dashes where it is not known."""
-    if time_s is None:
-        return "-" * 20
-    return datetime.datetime.fromtimestamp(time_s, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 # Logs.
@@ -139,7 +125,7 @@ def time_text(time_s: float | None) -> str:
 def line_text(line: Line, *, prefix: bool, timestamps: bool) -> str:
     """Return one line of a log; control characters are shown, not sent to the terminal."""
     text = "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line.text)
-    when = f"{time_text(line.time_s)} " if timestamps else ""
+    when = f"{clock_text(line.time_s)} " if timestamps else ""
     return f"{f'[{line.source.label}] ' if prefix else ''}{when}{text}"
 
 
@@ -182,7 +168,7 @@ def list_text(listing: Listing, *, width: int | None = None) -> str:
 def _set_row(one: ShardSet) -> tuple[str, ...]:
     use = one.use or ("" if one.state == "complete" else one.state)
     ranks = "" if one.ranks is None else str(one.ranks)
-    changed = time_text(one.changed_s)[:10]
+    changed = clock_text(one.changed_s)[:10]
     return (one.name, ranks, one.split or "", size_text(one.bytes), changed, use, str(one.directory))
 
 

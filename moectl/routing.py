@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moectl.disk import write_whole
 from moectl.errors import UsageError
+from moectl.files import write_whole
 
 SCHEMA = "moectl.routing/1"
 

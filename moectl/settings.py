@@ -52,7 +52,7 @@ _TEXTS = {"system": 'a text, or "" for none', "stop": 'texts that end an answer,
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ChatSettings:
     """The parameters of a chat's answers, named as in `moectl.request.Request`. Raises UsageError."""
 
     max_tokens: int
@@ -80,10 +80,10 @@ class Settings:
             raise UsageError(f"stop should be {_TEXTS['stop']}: it is {self.stop!r}")
 
 
-def change_setting(settings: Settings, name: str, value: str) -> Settings:
+def change_setting(settings: ChatSettings, name: str, value: str) -> ChatSettings:
     """Return the settings with one of them read from what was typed after its name. Raises UsageError in one line."""
     name = ALIASES.get(name, name)
-    if name not in (field.name for field in fields(Settings)):
+    if name not in (field.name for field in fields(ChatSettings)):
         raise UsageError(f"there is no setting '{name}': /set lists them")
     if not value:
         raise UsageError(f"no value is given: {name} should be {_allowed_text(name)}")
@@ -95,9 +95,9 @@ def change_setting(settings: Settings, name: str, value: str) -> Settings:
     return replace(settings, **{name: number})
 
 
-def settings_table(settings: Settings) -> list[tuple[str, str, str]]:
+def settings_table(settings: ChatSettings) -> list[tuple[str, str, str]]:
     """Return (name, value, what it may be) for each setting; of a long value the beginning."""
-    values = ((f.name, " ".join(value_text(getattr(settings, f.name)).split())) for f in fields(Settings))
+    values = ((f.name, " ".join(value_text(getattr(settings, f.name)).split())) for f in fields(ChatSettings))
     return [(name, textwrap.shorten(value, 40, placeholder=" …"), _allowed_text(name)) for name, value in values]
 
 

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moectl.disk import sync_directory
 from moectl.errors import StateError
+from moectl.files import sync_directory
 from moectl.paths import state_dir
 
 SCHEMA = "moectl.setup-record/1"

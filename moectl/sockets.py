@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from moectl.disk import make_private_directory
 from moectl.errors import AlreadyRunning, StateError, UsageError
+from moectl.files import make_private_directory
 
 _BACKLOG = 128
 _ATTEMPTS, _ATTEMPT_S = 5, 0.1  # to get the lock

@@ -40,7 +40,7 @@ else
 fi
 exit 0
 """
-SCRIPT = _BEFORE + probe.SCRIPT.removesuffix("exit 0\n") + _MORE
+SCRIPT = _BEFORE + probe.HARDWARE_SCRIPT.removesuffix("exit 0\n") + _MORE
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl.errors import MoectlError, UsageError
-from moectl.settings import Settings
+from moectl.settings import ChatSettings
 
 SCHEMA = "moectl.chat/1"
 ROLES = ("user", "assistant")  # in turns; the system message is one of the settings
@@ -33,7 +33,7 @@ class Transcript:
     """Complete exchanges (a user's message and its answer, in turns) and how they were asked for."""
 
     model: str
-    settings: Settings
+    settings: ChatSettings
     messages: tuple[Message, ...]
 
 
@@ -64,14 +64,14 @@ def save_transcript(path: Path, transcript: Transcript) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _check_replaceable(path: Path, settings: Settings) -> None:
+def _check_replaceable(path: Path, settings: ChatSettings) -> None:
     try:
         load_transcript(path, settings)
     except MoectlError:
         raise UsageError(f"{path} exists and is not a saved chat: choose another name") from None
 
 
-def load_transcript(path: Path, settings: Settings) -> Transcript:
+def load_transcript(path: Path, settings: ChatSettings) -> Transcript:
     """Read a saved chat; settings that it does not name are those given. Raises UsageError in one line."""
     try:
         if path.exists() and not path.is_file():  # a device or a pipe may never end
@@ -88,17 +88,17 @@ def load_transcript(path: Path, settings: Settings) -> Transcript:
         raise UsageError(f"{path} is not a saved chat: {error}") from None
 
 
-def _read_document(raw: Any, settings: Settings) -> Transcript:
+def _read_document(raw: Any, settings: ChatSettings) -> Transcript:
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         raise ValueError(f"its schema is not {SCHEMA}")
     model, said, given = raw.get("model", ""), raw.get("messages"), raw.get("settings", {})
     if not (isinstance(model, str) and isinstance(said, list) and isinstance(given, dict)):
         raise ValueError("model should be a text, messages a list and settings an object")
-    known = asdict(settings) | {f.name: given[f.name] for f in fields(Settings) if f.name in given}
+    known = asdict(settings) | {f.name: given[f.name] for f in fields(ChatSettings) if f.name in given}
     messages = tuple(_read_message(number, message) for number, message in enumerate(said))
     if len(messages) % len(ROLES):
         raise ValueError("its last message has no answer")
-    return Transcript(model, Settings(**known), messages)
+    return Transcript(model, ChatSettings(**known), messages)
 
 
 def _read_message(number: int, raw: Any) -> Message:

@@ -24,8 +24,8 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from moectl.disk import explain_refusal, write_whole
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
+from moectl.files import explain_refusal, write_whole
 from moectl.hosts import Host
 from moectl.node import hash_file
 from moectl.programs import ask, on_each

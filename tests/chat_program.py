@@ -21,7 +21,7 @@ from moectl.__main__ import TERMINATED, Terminated
 from moectl.chat import Finished, Piece, chat
 from moectl.errors import MoectlError, PeerLost, UsageError
 from moectl.request import Stats
-from moectl.settings import Settings
+from moectl.settings import ChatSettings
 from moectl.transcript import Message
 
 HOSTILE = "a\x1b]0;owned\x07b\x1b[2Jc\x9b2Jd\re\x08\x7ff\tg\nh"
@@ -37,12 +37,12 @@ class Ruled:
         self._log = log
         self.over = False
 
-    def chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
+    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[Piece | Finished, None, None]:
         """Return an answer and hold on to it, so that it ends when it is closed and not when it is forgotten."""
         self._held = self._stream(messages, settings)
         return self._held
 
-    def _stream(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece | Finished, None, None]:
+    def _stream(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[Piece | Finished, None, None]:
         word, *rest = messages[-1].content.split()
         ended = False
         try:
@@ -114,7 +114,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, on_sigterm)
     if rest[1:]:
         lineedit.PATIENCE_S = float(rest[1])
-    settings = Settings(**{"max_tokens": 256, **json.loads(rest[0] if rest else "{}")})
+    settings = ChatSettings(**{"max_tokens": 256, **json.loads(rest[0] if rest else "{}")})
     try:
         chat(Ruled(Path(log)), settings, history=None if history == "-" else Path(history), color="never")
     except MoectlError as error:

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moectl import answer as answer_module
-from moectl import engine as engine_module
-from moectl import worker
+from moectl import answer as answer_module, engine as engine_module, worker
 from moectl.answer import Answer
 from moectl.leash import Done, Prefilled, Token
 from moectl.sampling import Sampler

@@ -6,8 +6,7 @@ import random
 from collections import deque
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moectl.admission import Admission, held_tokens
 

@@ -8,13 +8,11 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moectl import api, errors
 from moectl.errors import BadField, MoectlError, PeerLost, QueueFull, UsageError
-from moectl.leash import Done, Token, decode, encode
-from moectl.leash import Generate as GenerateOrder
+from moectl.leash import Done, Generate as GenerateOrder, Token, decode, encode
 from moectl.request import MAX_BIASES, Request, Stats
 from tests.fake_cluster import MODEL
 

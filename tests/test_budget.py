@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moectl.budget import COMFORTABLE, Memory, Need, Verdict, judge, rank_need, weight_bytes
 from moectl.chips import default_working_set_bytes

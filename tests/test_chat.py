@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moectl.chat import is_command, is_open, read_block
-from moectl.console import printable
 from moectl.errors import UsageError
-from moectl.settings import ALIASES, Settings, change_setting, settings_table, value_text
+from moectl.settings import ALIASES, ChatSettings, change_setting, settings_table, value_text
+from moectl.text import printable
 from moectl.transcript import Message, Transcript, load_transcript, save_transcript
 from tests.terminal import Terminal
 
@@ -423,7 +422,7 @@ def test_settings_change_what_is_asked(tmp_path: Path) -> None:
         ]  # fmt: skip
         assert talk.events("asked")[-1] == [["system", "Be brief."], ["user", "hello"]]
         listed = talk.enter("/set")
-        assert [line.split()[0] for line in listed] == [name for name, _, _ in settings_table(Settings(1))]
+        assert [line.split()[0] for line in listed] == [name for name, _, _ in settings_table(ChatSettings(1))]
         assert listed[2].split()[:2] == ["temperature", "0.7"]
         assert talk.enter("/show parameters") == listed
         assert talk.enter("/show system") == ["Be brief."]
@@ -452,7 +451,7 @@ def test_a_system_message_of_several_lines(tmp_path: Path) -> None:
 def test_a_wrong_setting_is_one_line(tmp_path: Path, wrong: str) -> None:
     name, _, value = wrong.partition(" ")
     with pytest.raises(UsageError) as caught:
-        change_setting(Settings(256), name, value)
+        change_setting(ChatSettings(256), name, value)
     assert "\n" not in str(caught.value)
     assert caught.value.hint is None
 
@@ -655,7 +654,7 @@ def test_what_is_shown_has_no_control_characters(text: str) -> None:
 
 
 settings = st.builds(
-    Settings,
+    ChatSettings,
     max_tokens=st.integers(1, 2**31 - 1),
     system=st.none() | st.text(st.characters(codec="utf-8"), min_size=1),
     temperature=st.floats(0, 1e6),
@@ -684,7 +683,7 @@ transcripts = st.builds(
 def test_a_transcript_survives_its_file(tmp_path_factory: pytest.TempPathFactory, transcript: Transcript) -> None:
     path = tmp_path_factory.mktemp("chat") / "chat.json"
     save_transcript(path, transcript)
-    assert load_transcript(path, Settings(1)) == transcript
+    assert load_transcript(path, ChatSettings(1)) == transcript
     assert [p.name for p in path.parent.iterdir()] == ["chat.json"]
 
 
@@ -711,7 +710,7 @@ def test_any_other_file_is_refused_in_one_line(tmp_path_factory: pytest.TempPath
     path = tmp_path_factory.mktemp("chat") / "chat.json"
     path.write_bytes(data)
     try:
-        loaded = load_transcript(path, Settings(1))
+        loaded = load_transcript(path, ChatSettings(1))
     except UsageError as error:
         refusal = error
     else:
@@ -731,26 +730,26 @@ def test_any_other_file_is_refused_in_one_line(tmp_path_factory: pytest.TempPath
 def test_damaged_chats(tmp_path: Path, text: str) -> None:
     (tmp_path / "chat").write_text(text)
     with pytest.raises(UsageError, match="is not a saved chat"):
-        load_transcript(tmp_path / "chat", Settings(1))
+        load_transcript(tmp_path / "chat", ChatSettings(1))
 
 
 def test_settings_of_a_chat_are_those_it_names(tmp_path: Path) -> None:
     text = '{"schema": "moectl.chat/1", "messages": [], "settings": {"seed": 3, "later": 1}, "later": 2}'
     (tmp_path / "chat").write_text(text)
-    assert load_transcript(tmp_path / "chat", Settings(99, temperature=0.5)).settings == Settings(
+    assert load_transcript(tmp_path / "chat", ChatSettings(99, temperature=0.5)).settings == ChatSettings(
         99, temperature=0.5, seed=3
     )
 
 
-@given(settings, st.sampled_from([name for name, _, _ in settings_table(Settings(1))]))
-def test_what_is_listed_can_be_typed(settings: Settings, name: str) -> None:
+@given(settings, st.sampled_from([name for name, _, _ in settings_table(ChatSettings(1))]))
+def test_what_is_listed_can_be_typed(settings: ChatSettings, name: str) -> None:
     value = getattr(settings, name)
     if name == "system" or value == ():
         return
-    assert getattr(change_setting(Settings(1), name, value_text(value)), name) == value
+    assert getattr(change_setting(ChatSettings(1), name, value_text(value)), name) == value
 
 
-@given(st.sampled_from([*ALIASES, "system", *(name for name, _, _ in settings_table(Settings(1)))]), st.text())
+@given(st.sampled_from([*ALIASES, "system", *(name for name, _, _ in settings_table(ChatSettings(1)))]), st.text())
 def test_any_value_is_read_or_refused(name: str, value: str) -> None:
     with contextlib.suppress(UsageError):
-        assert isinstance(change_setting(Settings(1), name, value), Settings)
+        assert isinstance(change_setting(ChatSettings(1), name, value), ChatSettings)

@@ -18,8 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moectl.checkpoint import Checkpoint, open_checkpoint, pull
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError, Unreachable

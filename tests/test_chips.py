@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moectl.chips import CHIPS, Chip, default_working_set_bytes, find_chip, installed_bytes
 from moectl.errors import HostsError

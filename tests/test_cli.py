@@ -17,8 +17,9 @@ import click
 import pytest
 
 from moectl import __main__, __version__, cli, errors
-from moectl.console import colour_wanted, progress, size_text, table_text, time_text
+from moectl.console import progress
 from moectl.flags import Failed
+from moectl.text import colour_wanted, size_text, table_text, time_text
 from moectl.verb import SECTIONS, Verb
 from tests.tiny import write_checkpoint, write_words
 

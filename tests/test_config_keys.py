@@ -15,8 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
 from moectl import __main__, prepare

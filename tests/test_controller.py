@@ -20,8 +20,7 @@ import httpx2
 import openai
 import pytest
 
-from moectl import background, client, launch
-from moectl import controller as controller_module
+from moectl import background, client, controller as controller_module, launch
 from moectl.cli_target import advise
 from moectl.client import Client, find_running, is_running
 from moectl.controller import MAX_FAILURES, Controller

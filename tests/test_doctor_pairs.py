@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moectl import probe
 from moectl.doctor_pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective

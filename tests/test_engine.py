@@ -7,8 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from moectl import engine as engine_module
 from moectl.checkpoint import open_checkpoint

@@ -7,8 +7,7 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moectl.errors import CommandFailed
 from moectl.findings import Finding, Level

@@ -6,8 +6,7 @@ import statistics
 
 import mlx.core as mx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from mlx.utils import tree_flatten
 
 from moectl.geometry import read_geometry

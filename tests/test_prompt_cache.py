@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from mlx_lm.models.cache import KVCache
 
 from moectl.prompt_cache import MIN_PREFIX, PromptCache

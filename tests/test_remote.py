@@ -19,8 +19,7 @@ from pathlib import Path
 
 import paramiko
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import moectl.ssh
 import moectl.ssh_connect

@@ -23,8 +23,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import safetensors
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moectl import journal, pipeline, quantize, recipe, shards
 from moectl.checkpoint import Checkpoint, open_checkpoint
@@ -693,7 +692,7 @@ def fatal(call):
 for name in ("pwrite", "fsync", "replace", "rename", "unlink", "open"):
     setattr(os, name, fatal(getattr(os, name)))
 Path.replace = fatal(Path.replace)
-from moectl import quantize, shards
+from moectl import quantize; from moectl import shards
 from moectl.checkpoint import open_checkpoint
 from moectl.manifest import Quantization
 from moectl.placement import make_placement
@@ -1252,7 +1251,7 @@ _RSS_SCRIPT = """
 import sys
 from pathlib import Path
 import mlx.core as mx
-from moectl import quantize, shards
+from moectl import quantize; from moectl import shards
 from moectl.checkpoint import open_checkpoint
 from moectl.manifest import Quantization
 from moectl.placement import make_placement

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from moectl import cluster, node_workers, report_observe, traffic
-from moectl import status as status_module
+from moectl import cluster, node_workers, report_observe, status as status_module, traffic
 from moectl.deployment import DeployedRank, Deployment, find_deployment, forget_hosts, write_deployment
 from moectl.errors import NotDeployed, PartialFailure, StateError, Unreachable, VersionMismatch
 from moectl.geometry import read_geometry

@@ -10,8 +10,7 @@ from typing import Any
 import mlx_lm.models
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moectl import prepare
 from moectl.errors import CheckpointError, UsageError

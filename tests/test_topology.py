@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import combinations, permutations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moectl.thunderbolt import Cable, Port, parse_ports
 from moectl.topology import Topology, find_topology, ring_pairs

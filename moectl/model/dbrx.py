@@ -16,8 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.dbrx import Attention, ModelArgs, NormAttnNorm
-from mlx_lm.models.dbrx import Router as RouterLogits
+from mlx_lm.models.dbrx import Attention, ModelArgs, NormAttnNorm, Router as RouterLogits
 from mlx_lm.models.rope_utils import initialize_rope
 
 from moectl.geometry import Geometry

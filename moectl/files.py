@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from moectl.errors import MoectlError, StateError, UsageError
+from moectl.text import format_gb
 
 _AGAIN = "run the same command again: it continues"
 
@@ -79,8 +80,3 @@ def sync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def format_gb(nbytes: int) -> str:
-    """Return bytes as GB, small ones as MB."""
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

@@ -15,18 +15,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from moectl import journal as journals
-from moectl import sources
+from moectl import journal as journals, sources
 from moectl.canary import Canary
-from moectl.disk import explain_refusal, format_gb, free_bytes, make_directory, sync_directory
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
+from moectl.files import explain_refusal, free_bytes, make_directory, sync_directory
 from moectl.geometry import Geometry
-from moectl.manifest import NAME as MANIFEST_NAME
-from moectl.manifest import FileEntry, Manifest, Quantization, read_manifest, refuse_links_outside, write_manifest
+from moectl.manifest import (
+    NAME as MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    Quantization,
+    read_manifest,
+    refuse_links_outside,
+    write_manifest,
+)
 from moectl.pipeline import OnBytes, OnHashed, OpenQuantise, hash_file, make_files, partial_path
 from moectl.placement import Placement
 from moectl.recipe import OutputFile, Source, describe, plan_files
 from moectl.stamp import is_manifest_recorded, sweep, take_stamp, write_stamps
+from moectl.text import format_gb
 
 MAX_JOBS = 16
 ComputeCanary = Callable[[Path, Manifest], Canary]
