@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 
 from moectl.errors import HostsError
-from moectl.hosts import Host, to_mlx_devices
+from moectl.hosts.hostfile import Host, to_mlx_devices
 from moectl.leash import Connect
 
 BACKENDS = ("auto", "ring", "jaccl", "jaccl-ring")

@@ -16,7 +16,7 @@ from moectl.verb import verb
 
 if TYPE_CHECKING:
     from moectl.deployment import Deployment
-    from moectl.hosts import Host
+    from moectl.hosts.hostfile import Host
     from moectl.listing import Listing, ShardSet
     from moectl.logs import Reader
     from moectl.status import Observer, Status
@@ -74,12 +74,13 @@ def _find_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
 
 
 def _print_status(common: Common, found: Status, asked: bool) -> None:
-    from moectl import cluster, report_observe
+    from moectl import report_observe
+    from moectl.hosts import connect
 
     if not (found.rows or asked or found.silent):
         raise errors.NotDeployed("nothing is running, and no model is deployed.", hint="moectl deploy hosts.txt")
     common.print(report_observe.status_text(found), report_observe.status_json(found))
-    cluster.raise_failures(found.errors, then=".")
+    connect.raise_failures(found.errors, then=".")
 
 
 def _mute(text: str) -> None:
@@ -168,7 +169,8 @@ def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
 
 
 def _print_logs(common: Common, reader: Reader, labels: set[str], options: dict[str, Any]) -> None:
-    from moectl import cluster, report_observe
+    from moectl import report_observe
+    from moectl.hosts import connect
     from moectl.logs import Line
 
     failed: dict[str, errors.MoectlError] = {}
@@ -186,7 +188,7 @@ def _print_logs(common: Common, reader: Reader, labels: set[str], options: dict[
             kept.append(item)
     if common.json and not options["follow"]:
         click.echo(json.dumps(report_observe.logs_json(kept, failed)))
-    cluster.raise_failures({**dict.fromkeys(reader.hosts), **failed}, then=".")
+    connect.raise_failures({**dict.fromkeys(reader.hosts), **failed}, then=".")
 
 
 @verb("Observe", name="list")
@@ -271,8 +273,9 @@ def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -
       moectl uninstall hosts.txt --dry-run
       moectl uninstall hosts.txt --yes
     """
-    from moectl import cluster, report_observe
+    from moectl import report_observe
     from moectl.deployment import recall_hosts
+    from moectl.hosts import connect
     from moectl.live import on_ctrl_t
     from moectl.text import size_text
     from moectl.uninstall import clear_hosts
@@ -295,4 +298,4 @@ def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -
     common.print(
         report_observe.uninstall_text(results, dry_run=dry_run), report_observe.uninstall_json(results, dry_run=dry_run)
     )
-    cluster.raise_failures({one.host: one.error for one in results}, then=".")
+    connect.raise_failures({one.host: one.error for one in results}, then=".")

@@ -16,7 +16,7 @@ from moectl.verb import verb
 
 if TYPE_CHECKING:
     from moectl.console import Bar, Progress
-    from moectl.hosts import HostList
+    from moectl.hosts.hostfile import HostList
     from moectl.planning import Asked
     from moectl.prepare import Wanted
 
@@ -105,7 +105,7 @@ def _was_given(name: str) -> bool:
 
 def _where(common: Common, local: int | None) -> HostList:
     """Return the hosts of a plan: those in force, or so many ranks on this machine."""
-    from moectl.hosts import Host, HostList
+    from moectl.hosts.hostfile import Host, HostList
 
     if local is None:
         hosts = common.host_list(required=True)

@@ -19,8 +19,8 @@ from moectl.flags import Common, common
 from moectl.verb import verb
 
 if TYPE_CHECKING:
-    from moectl.hosts import Host, HostList
-    from moectl.remote import Remote
+    from moectl.hosts.hostfile import Host, HostList
+    from moectl.hosts.remote import Remote
     from moectl.setup_plan import SetupPlan, Wish
     from moectl.setup_run import OnCommand, Sudo
 
@@ -120,7 +120,7 @@ def _set_up(common: Common, options: dict[str, Any]) -> None:
 
 
 def _wish(options: dict[str, Any], world_size: int) -> Wish:
-    from moectl.hosts import parse_size
+    from moectl.hosts.hostfile import parse_size
     from moectl.setup_plan import Wish
 
     limit = options["wired_limit"]

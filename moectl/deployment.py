@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moectl.errors import HostsError, NotDeployed, StateError
 from moectl.files import make_private_directory, sync_directory
-from moectl.hosts import NAMES_ONLY, Host, HostList, check_envs, check_host
+from moectl.hosts.hostfile import NAMES_ONLY, Host, HostList, check_envs, check_host
 from moectl.paths import state_dir
 from moectl.records import build
 

@@ -21,13 +21,13 @@ from moectl.doctor_host import Expected, Visit, visit_host
 from moectl.doctor_pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
 from moectl.errors import HostsError, MoectlError, VersionMismatch
 from moectl.findings import Finding, Level, at_host, fail, fail_with, skip, worst
-from moectl.hosts import Host, HostList
+from moectl.hosts.connect import make_remote
+from moectl.hosts.hostfile import Host, HostList
+from moectl.hosts.thunderbolt import parse_ifconfig
 from moectl.launch import find_addresses, split_envs
 from moectl.manifest import Manifest, read_manifest
 from moectl.prepare import newest_shards
 from moectl.probe import Site, is_next, try_links
-from moectl.provision import make_remote
-from moectl.thunderbolt import parse_ifconfig
 from moectl.wheel import hash_code
 
 HOST_S = 90.0  # for the whole ladder of a host; its rungs have limits of their own

@@ -11,8 +11,8 @@ from moectl.backend import choose_backend
 from moectl.doctor_host import Visit
 from moectl.errors import HostsError
 from moectl.findings import Finding, fail, fail_with, ok, warn
-from moectl.hosts import HostList, split_devices
-from moectl.thunderbolt import Cable, find_cables
+from moectl.hosts.hostfile import HostList, split_devices
+from moectl.hosts.thunderbolt import Cable, find_cables
 
 
 def check_cluster(where: HostList, visits: Sequence[Visit]) -> list[Finding]:

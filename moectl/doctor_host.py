@@ -21,16 +21,16 @@ from moectl.budget import Verdict, judge, rank_need
 from moectl.chips import find_chip
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.findings import Finding, Level, at_host, fail, fail_with, ok, skip, warn, worst
-from moectl.hosts import Host
-from moectl.login_shell import describe_quiet
+from moectl.hosts.hostfile import Host
+from moectl.hosts.login_shell import describe_quiet
+from moectl.hosts.remote import Process, Remote, room_text
+from moectl.hosts.ssh.config import SSHSettings, read_ssh_settings
+from moectl.hosts.survey import Survey, parse_sshd, survey_host
 from moectl.machine import CONTEXT
 from moectl.macos import check_mac
 from moectl.manifest import Manifest
 from moectl.planning import Asked, known_node
 from moectl.provision import PACKAGES, survey_environment
-from moectl.remote import Process, Remote, room_text
-from moectl.ssh_config import SSHSettings, read_ssh_settings
-from moectl.survey import Survey, parse_sshd, survey_host
 from moectl.text import format_gb
 
 PING_S = 15.0  # for a login shell to run `true`

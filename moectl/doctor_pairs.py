@@ -15,10 +15,10 @@ from moectl.backend import choose_backend
 from moectl.errors import HostsError, MoectlError
 from moectl.findings import Finding, fail, ok, skip, warn
 from moectl.geometry import Geometry
+from moectl.hosts.thunderbolt import Interface
 from moectl.measured import Job
 from moectl.placement import make_placement
 from moectl.probe import Site, Tried
-from moectl.thunderbolt import Interface
 
 COLLECTIVE_START_S = 45.0
 BUDGET_S = 1.0  # a busy machine needs a second for what takes an idle one some milliseconds

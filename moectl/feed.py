@@ -15,7 +15,7 @@ from typing import Any
 
 from moectl.cluster import DeployResult, Growing, deploy, manifest_entry
 from moectl.fleet import Feed
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
 from moectl.manifest import NAME, FileEntry, read_manifest
 from moectl.placement import Placement
 from moectl.prepare import Made

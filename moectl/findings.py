@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moectl.errors import MoectlError
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
 
 
 class Level(enum.IntEnum):

@@ -14,7 +14,7 @@ import click
 from moectl import errors, suggest
 
 if TYPE_CHECKING:
-    from moectl.hosts import HostList
+    from moectl.hosts.hostfile import HostList
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,7 +54,7 @@ class Common:
 
     def host_list(self, *, required: bool = False) -> HostList | None:
         """Return the hosts in force, or None."""
-        from moectl.hosts import find_hosts
+        from moectl.hosts.hostfile import find_hosts
 
         found = find_hosts(self.hosts, self.hostfile)
         if found is None and required:

@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import connection
@@ -25,7 +24,7 @@ from moectl import manifest as manifest_file
 from moectl.chain import Chain
 from moectl.errors import MoectlError
 from moectl.handover import Admit, Down, Joined, More, Opened, TakeFrom, Up, Wants
-from moectl.hosts import Host
+from moectl.hosts.connect import as_ours
 from moectl.manifest import FileEntry
 from moectl.provision import (
     Advanced,
@@ -287,15 +286,6 @@ def _end_process(pipe: Pipe, process: Any, grace_s: float = END_GRACE_S) -> None
     process.kill()
     process.join()
     process.close()
-
-
-def as_ours(error: Exception, host: Host) -> MoectlError:
-    """Return the error as one of ours; a bug met on one host must not hide what became of the others."""
-    if isinstance(error, MoectlError):
-        return error
-    if os.environ.get("MOECTL_DEBUG"):
-        traceback.print_exception(error)
-    return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)", host=host.address)
 
 
 # In a host's process.

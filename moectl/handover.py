@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moectl.errors import MoectlError, Unreachable
+from moectl.hosts.onhost.files import parse_answer
+from moectl.hosts.onhost.relay import BEAT_S, Address
+from moectl.hosts.remote import Process, Remote
 from moectl.manifest import FileEntry
-from moectl.node import parse_answer
-from moectl.relay import BEAT_S, Address
-from moectl.remote import Process, Remote
 
 ANSWER_S = 30.0  # for a program to start and answer
 SILENCE_S = 60.0
@@ -91,7 +91,7 @@ class Leashed:
         self._host = remote.name
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._process: Process = remote.start([remote.python, "-m", "moectl.relay", command])
+        self._process: Process = remote.start([remote.python, "-m", "moectl.hosts.onhost.relay", command])
         threading.Thread(target=self._beat, daemon=True).start()
 
     def say(self, order: Mapping[str, Any]) -> None:

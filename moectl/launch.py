@@ -25,11 +25,11 @@ from moectl.deployment import (
     read_deployment,
 )
 from moectl.errors import HostsError, NotDeployed
-from moectl.hosts import NAMES_ONLY, Host, HostList
+from moectl.hosts.hostfile import NAMES_ONLY, Host, HostList
+from moectl.hosts.remote import LocalRemote, Remote
 from moectl.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import state_dir
 from moectl.prepare import Wanted
-from moectl.remote import LocalRemote, Remote
 from moectl.session import RankSpec, Session
 
 LOOPBACK = "127.0.0.1"
@@ -162,7 +162,7 @@ def share_cores(ranks: int) -> dict[str, str]:
 
 
 def _deployed_ranks(target: Deployment, held: contextlib.ExitStack) -> list[RankSpec]:
-    from moectl.cluster import connect
+    from moectl.hosts.connect import connect
 
     hosts = [rank.host for rank in target.ranks]
     remotes = connect(hosts)

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moectl import programs
 from moectl.background import log_path
 from moectl.client import find_running
 from moectl.deployment import Deployment
 from moectl.errors import MoectlError, UsageError
-from moectl.hosts import Host
+from moectl.hosts import connect, programs
+from moectl.hosts.connect import make_remote
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost.files import parse_answer
+from moectl.hosts.remote import Process, Remote
 from moectl.launch import target_key
-from moectl.node import parse_answer
 from moectl.paths import state_dir
-from moectl.provision import make_remote
-from moectl.remote import Process, Remote
 
 CONTROLLER = "controller"
 END_S = 5.0  # for a reader to go once its leash is let go
@@ -165,7 +165,7 @@ class Reader:
                 process.wait(END_S)
             with contextlib.suppress(OSError, MoectlError):
                 process.close()
-        programs.close_all(self._remotes)
+        connect.close_all(self._remotes)
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -242,7 +242,7 @@ class Reader:
             if self._closed:
                 return
             self._remotes.append(remote)
-        process = programs.start(remote, pythons, "node_logs", request)
+        process = programs.start(remote, pythons, "logs", request)
         with self._closing:
             self._processes.append(process)
             if self._closed:

@@ -156,7 +156,7 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
 
 def refuse_links_outside(directory: Path) -> None:
     """Raise IntegrityError when a symbolic link in a shard set leads out of it: nothing there is read or written."""
-    from moectl import node  # Tab reads manifests, and needs to be quick
+    from moectl.hosts.onhost import files as node  # Tab reads manifests, and needs to be quick
 
     try:
         node.refuse_links_outside(str(directory))

@@ -15,7 +15,7 @@ from typing import Any
 from moectl.copies import Held
 from moectl.errors import CommandFailed
 from moectl.geometry import Geometry
-from moectl.hardware import Hardware
+from moectl.hosts.hardware import Hardware
 from moectl.manifest import Quantization
 from moectl.placement import Placement
 from moectl.records import build

@@ -12,8 +12,8 @@ from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES, Memory
 from moectl.calibration import Calibration
 from moectl.chips import Chip, default_working_set_bytes, find_chip, installed_bytes, sizes_sold
 from moectl.errors import HostsError
-from moectl.hardware import Hardware
-from moectl.hosts import Host
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host
 from moectl.plan import Node
 from moectl.speed import Rates
 

@@ -17,8 +17,8 @@ from moectl.calibration import CALIBRATIONS, find_link
 from moectl.catalog import MODELS, Model
 from moectl.checkpoint import Checkpoint
 from moectl.errors import HostsError, MoectlError, PlanError
-from moectl.hardware import Hardware
-from moectl.hosts import Host, parse_size
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host, parse_size
 from moectl.machine import CONTEXT, own_dtype_bytes, own_memory
 from moectl.manifest import Manifest, Quantization
 from moectl.nodes import Defaults, default_link, make_node
@@ -284,8 +284,8 @@ def ask_hosts(hosts: Sequence[Host], nodes: Sequence[Node | None]) -> list[Node 
 
 def ask_host(host: Host) -> Node | None:
     """Ask a host over SSH what it is made of; None when it does not say."""
-    from moectl.probe import read_hardware
-    from moectl.provision import make_remote
+    from moectl.hosts.connect import make_remote
+    from moectl.hosts.survey import read_hardware
 
     remote = make_remote(host)
     try:

@@ -13,49 +13,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import TypeVar
 
 from moectl.errors import CommandFailed, MoectlError, Unreachable
-from moectl.hardware import MARK, Hardware, parse_probe
-from moectl.hosts import Host
+from moectl.hosts.connect import _at_once
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost.links import ANSWER
+from moectl.hosts.remote import Process, Remote
 from moectl.leash import Token
-from moectl.links import ANSWER
 from moectl.measured import Job, Matrix, Speed, read_speeds
 from moectl.records import build
-from moectl.remote import Process, Remote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
 
 MEASURE = ("-m", "moectl.measure")
-HARDWARE_S = 20.0
 LISTEN_S = 10.0
 LINK_BUDGET_S = 0.4  # for the round trips of one pair, and half as much for its bandwidth
 START_S = 60.0
 SPEED_S = 120.0
 MEMORY_PART = 0.10  # of what is free, for a measurement's weights
 LEAST_MEMORY_BYTES = 1 << 28
-
-# Both systems' own tools, in one run; whatever is missing leaves its section empty.
-HARDWARE_SCRIPT = f"""
-export LC_ALL=C PATH="$PATH:/usr/bin:/bin:/usr/sbin:/sbin"
-say() {{ printf '\\n{MARK}%s\\n' "$1"; }}
-say system; uname -s
-if [ "$(uname -s)" = Darwin ]; then
-  say sysctl; sysctl hw.memsize hw.ncpu machdep.cpu.brand_string iogpu.wired_limit_mb
-  say vm_stat; vm_stat
-  say sw_vers; sw_vers
-  say system_profiler; system_profiler -json SPHardwareDataType SPDisplaysDataType SPThunderboltDataType
-else
-  say meminfo; cat /proc/meminfo
-  say cpuinfo; cat /proc/cpuinfo
-  say os-release; cat /etc/os-release
-  say nvidia-smi; timeout 5 nvidia-smi --query-gpu=name,memory.total,memory.used --format=csv,noheader,nounits
-fi
-exit 0
-"""
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +44,6 @@ class Site:
     python: str
     addresses: tuple[str, ...]  # IPv4, for tensor traffic; the first one is measured
     env: Mapping[str, str] = field(default_factory=dict)  # of the worker
-
-
-def read_hardware(remote: Remote) -> Hardware:
-    """Return what a host is made of, in one command; needs no python there. Raises HostError, CommandFailed."""
-    done = remote.run(["sh", "-c", HARDWARE_SCRIPT], timeout_s=HARDWARE_S)
-    try:
-        return parse_probe(done.stdout.decode("utf-8", "replace"))
-    except CommandFailed as error:
-        raise CommandFailed(error.message, host=remote.name) from None
-
-
-def read_all_hardware(remotes: Sequence[Remote]) -> tuple[Hardware, ...]:
-    """Return the hardware of all hosts, asked at once. Raises the first host's error."""
-    return tuple(_at_once(read_hardware, remotes))
 
 
 def memory_to_use(hardware: Sequence[Hardware]) -> int:
@@ -233,7 +196,7 @@ def plan_rounds(count: int) -> list[list[tuple[int, int]]]:
 
 
 def _program() -> str:
-    return resources.files("moectl").joinpath("links.py").read_text(encoding="utf-8")
+    return resources.files("moectl.hosts.onhost").joinpath("links.py").read_text(encoding="utf-8")
 
 
 @contextmanager
@@ -332,25 +295,3 @@ def _end(process: Process) -> None:
             close()
         except (OSError, TimeoutError, MoectlError):
             continue
-
-
-def _at_once(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """Return work(item) of every item, each in a thread of its own; raise the first error in their order."""
-    results: list[_R | None] = [None] * len(items)
-    errors: list[BaseException | None] = [None] * len(items)
-
-    def run(index: int) -> None:
-        try:
-            results[index] = work(items[index])
-        except BaseException as error:
-            errors[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(items))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in errors:
-        if error is not None:
-            raise error
-    return results  # type: ignore[return-value]

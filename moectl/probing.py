@@ -19,10 +19,12 @@ from moectl.backend import choose_backend
 from moectl.budget import Verdict
 from moectl.calibration import Calibration, Link
 from moectl.chips import find_chip
-from moectl.cluster import connect
 from moectl.errors import HostsError, MoectlError, RemoteError
-from moectl.hardware import Hardware
-from moectl.hosts import Host, HostList
+from moectl.hosts import survey
+from moectl.hosts.connect import ROOT, connect
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host, HostList
+from moectl.hosts.remote import Remote
 from moectl.launch import find_addresses, share_cores, split_envs
 from moectl.manifest import Quantization
 from moectl.measured import Job, Matrix, Measured, Speed, read_speeds
@@ -32,8 +34,6 @@ from moectl.plan import Question, candidates
 from moectl.planning import Answer, Asked, Task, set_task
 from moectl.prepare import Wanted
 from moectl.probe import Site
-from moectl.provision import ROOT
-from moectl.remote import Remote
 from moectl.speed import Prediction, Rates, Work, predict_measured
 
 BUDGET_S = 3.0  # for whole passes, in all
@@ -61,7 +61,7 @@ def probe_cluster(
     if asked.chip is not None:
         find_chip(asked.chip)
     with _open_sites(where) as (sites, missing):
-        hardware = probe.read_all_hardware([site.remote for site in sites])
+        hardware = survey.read_all_hardware([site.remote for site in sites])
         found = {host.name: own for host, own in zip(where.hosts, hardware, strict=True)}
         task = set_task(source, wanted, replace(asked, found=found), where.hosts)
         task.solve()  # what cannot be placed need not be measured

@@ -17,30 +17,20 @@ from typing import Any, Protocol
 from moectl import manifest as manifest_file
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.handover import FLOOR_BYTES_S, More, Up
-from moectl.hosts import Host
+from moectl.hosts.connect import ROOT, make_remote
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost.files import parse_answer
+from moectl.hosts.programs import CANDIDATES, NO_PYTHON, OLDEST_PYTHON
+from moectl.hosts.remote import Failure, Remote, node_text, put_error, read_failure, room_text
 from moectl.manifest import FileEntry
-from moectl.node import parse_answer
 from moectl.push import Found, Link, Push, record
 from moectl.records import build
-from moectl.remote import Failure, LocalRemote, Remote, node_text, put_error, read_failure, room_text
 
-ROOT = "~/.moectl"
 MANIFEST = manifest_file.NAME
 PACKAGES = ("moectl", "mlx", "mlx-lm")  # what has to be equal on every rank, or the ranks disagree
-OLDEST_PYTHON = (3, 11)
 STAMP = "env/moectl-env.json"
 PIP_S = 3600.0
 SURVEY_S = 3600.0  # --verify reads every byte
-
-# A shell that sshd starts has a short PATH, on a Mac without Homebrew: look where python usually is.
-CANDIDATES = (
-    "python3",
-    *(f"python3.{minor}" for minor in range(14, 10, -1)),
-    "/opt/homebrew/bin/python3",
-    "/usr/local/bin/python3",
-    *(f"/Library/Frameworks/Python.framework/Versions/3.{minor}/bin/python3" for minor in range(14, 10, -1)),
-)
-NO_PYTHON = 9
 CHECK = """
 import json, sys
 from importlib.metadata import version
@@ -163,15 +153,6 @@ class Task:
         """What the environment's stamp says when there is nothing to install."""
         ours = next(iter(self.wheels.values()))
         return json.dumps({"versions": self.versions, "wheel": ours.sha256}, sort_keys=True)
-
-
-def make_remote(host: Host) -> Remote:
-    """Return the way to a host; it connects when first used."""
-    if host.is_local:
-        return LocalRemote(host.name, python=host.python)
-    from moectl.ssh import SSHRemote
-
-    return SSHRemote(host)
 
 
 @dataclass(frozen=True, slots=True)

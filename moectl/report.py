@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moectl.bench import Benchmark, Measured as Sample
     from moectl.catalog import Model
     from moectl.cluster import DeployResult
-    from moectl.hosts import HostList
+    from moectl.hosts.hostfile import HostList
     from moectl.leash import Done
     from moectl.measured import Measured
     from moectl.plan import NodePlan, Plan, Question

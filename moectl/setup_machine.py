@@ -9,9 +9,9 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
-from moectl.hosts import Host
-from moectl.survey import Survey
-from moectl.thunderbolt import Interface, Port, find_generation, parse_ifconfig
+from moectl.hosts.hostfile import Host
+from moectl.hosts.survey import Survey
+from moectl.hosts.thunderbolt import Interface, Port, find_generation, parse_ifconfig
 
 _FIRST = ("en0", "en1")  # where mlx.distributed_config looks for a Mac's address, in this order
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moectl import node
 from moectl.errors import IntegrityError
+from moectl.hosts.onhost import files as node
 from moectl.manifest import NAME, FileEntry, Manifest
 
 _HINT = "moectl deploy (on this machine: moectl shard --verify DIR)"

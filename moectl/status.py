@@ -18,11 +18,11 @@ from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES
 from moectl.client import Client, find_running
 from moectl.deployment import DeployedRank, Deployment
 from moectl.errors import HostError, MoectlError, NotDeployed, Unreachable
-from moectl.hosts import Host
+from moectl.hosts.connect import ROOT, close_all, make_remote, on_each
+from moectl.hosts.hostfile import Host
+from moectl.hosts.programs import ask, list_pythons
+from moectl.hosts.remote import Remote
 from moectl.manifest import read_manifest
-from moectl.programs import ask, close_all, list_pythons, on_each
-from moectl.provision import ROOT, make_remote
-from moectl.remote import Remote
 from moectl.traffic import count_token_bytes
 
 LOOK_S = 15.0  # for a host to answer; one that does not is down
@@ -116,7 +116,7 @@ class Observer:
         own = self._ranks[rank]
         request = {"root": own.root or host.dir or ROOT, "directory": own.directory}
         pythons = list_pythons(host, own.python)
-        answer = ask(self._remotes[rank], pythons, "node_workers", request, timeout_s=self._limit_s)
+        answer = ask(self._remotes[rank], pythons, "workers", request, timeout_s=self._limit_s)
         return _Seen(answer["system"], answer["deployed"], answer["root"], tuple(answer["workers"]))
 
     def _row(self, rank: int, seen: _Seen | MoectlError) -> Row:

@@ -15,7 +15,7 @@ import click
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from moectl.hosts import Host
+    from moectl.hosts.hostfile import Host
 
 Offers = list["CompletionItem"]
 
@@ -98,7 +98,7 @@ def _matching(names: Iterable[str], incomplete: str) -> Offers:
 
 def _hosts(ctx: click.Context, *, typed: bool = True) -> list[Host]:
     from moectl.deployment import find_deployment
-    from moectl.hosts import find_hosts
+    from moectl.hosts.hostfile import find_hosts
 
     hostfile = _hostfile_argument(ctx) or ctx.params.get("hostfile")
     with contextlib.suppress(Exception):

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moectl.errors import MoectlError
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import Process, Remote
 from moectl.leash import BEAT_S, Alive, Beat, Event, Order, encode, read_messages
-from moectl.remote import Process, Remote
 from moectl.vigil import Pulse
 
 LOG_LINES = 20

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, permutations
 
-from moectl.thunderbolt import Cable, Port, find_cables
+from moectl.hosts.thunderbolt import Cable, Port, find_cables
 
 _MOST_TRIED = 8  # hosts for which every order is tried when a ring is short of cables
 

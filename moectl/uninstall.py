@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from moectl.client import find_running
 from moectl.deployment import forget_hosts
 from moectl.errors import CommandFailed, MoectlError, StateError
-from moectl.hosts import Host
+from moectl.hosts.connect import ROOT, make_remote, on_each
+from moectl.hosts.hostfile import Host
+from moectl.hosts.programs import ask, list_pythons
+from moectl.hosts.remote import Remote
 from moectl.paths import cache_dir, data_dir
-from moectl.programs import ask, list_pythons, on_each
-from moectl.provision import ROOT, make_remote
-from moectl.remote import Remote
 
 LOOK_S = 60.0
 ENDING_S = 1.5
@@ -80,7 +80,7 @@ def _clear(host: Host, keep: Sequence[str], dry_run: bool) -> Cleared:
             hint = "moectl stop" if find_running() else f"stop it where it was started, or end {pids} there"
             raise StateError(f"a worker runs there (process {pids})", host=host.address, hint=hint)
         request = {"root": root, "keep": list(keep) if host.is_local else [], "dry_run": dry_run}
-        answer = ask(remote, pythons, "node_clear", request, timeout_s=CLEAR_S)
+        answer = ask(remote, pythons, "clear", request, timeout_s=CLEAR_S)
     finally:
         remote.close()
     if answer["busy"]:
@@ -92,7 +92,7 @@ def _clear(host: Host, keep: Sequence[str], dry_run: bool) -> Cleared:
 
 
 def _find_running(remote: Remote, pythons: Sequence[str], root: str) -> list[int]:
-    seen = ask(remote, pythons, "node_workers", {"root": root, "directory": ""}, timeout_s=LOOK_S)
+    seen = ask(remote, pythons, "workers", {"root": root, "directory": ""}, timeout_s=LOOK_S)
     return [worker["pid"] for worker in seen["workers"] if _is_under(worker, seen["root"], pythons)]
 
 

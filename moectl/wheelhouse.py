@@ -26,11 +26,12 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
 from moectl.files import explain_refusal, write_whole
-from moectl.hosts import Host
-from moectl.node import hash_file
-from moectl.programs import ask, on_each
-from moectl.provision import CANDIDATES, OLDEST_PYTHON, PIP_S, ROOT, make_remote
-from moectl.remote import LocalRemote
+from moectl.hosts.connect import ROOT, make_remote, on_each
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost.files import hash_file
+from moectl.hosts.programs import CANDIDATES, OLDEST_PYTHON, ask
+from moectl.hosts.remote import LocalRemote
+from moectl.provision import PIP_S
 
 LIST = "requirements.txt"
 HEADER = "# moectl wheelhouse: each wheel here and its hash; pip takes no other bytes"
@@ -73,7 +74,7 @@ def _ask_platform(host: Host) -> Platform:
     # The interpreter that `provision` will make the environment of.
     pythons = (host.python,) if host.python else (f"{host.dir or ROOT}/env/bin/python", *CANDIDATES)
     try:
-        answer = ask(remote, pythons, "node_platform", {}, timeout_s=ASK_S, oldest=OLDEST_PYTHON)
+        answer = ask(remote, pythons, "platform", {}, timeout_s=ASK_S, oldest=OLDEST_PYTHON)
     finally:
         remote.close()
     try:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moectl.errors import MoectlError
-from moectl.hosts import Host
-from moectl.ssh import SSHRemote
+from moectl.hosts.hostfile import Host
+from moectl.hosts.ssh.remote import SSHRemote
 from tests.sshd import Server
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
 from tests.netns import Cluster, run_cluster
 from tests.sshd import SSHD, Server, run_sshd
 

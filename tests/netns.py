@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
 from tests.sshd import SSHD, known_host, make_key, server_config, wait_for_banner
 
 

@@ -12,7 +12,7 @@ from mlx._distributed_utils import common, launch
 
 from moectl.backend import choose_backend, make_connect
 from moectl.errors import HostsError
-from moectl.hosts import Host, parse_hosts
+from moectl.hosts.hostfile import Host, parse_hosts
 from moectl.launch import split_envs
 
 PORT = 32323

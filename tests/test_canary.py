@@ -31,11 +31,11 @@ from moectl.canary import (
 from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.errors import IntegrityError
+from moectl.hosts.onhost.files import RECORD
 from moectl.leash import Done
 from moectl.manifest import FileEntry, parse_manifest, read_manifest, write_manifest
 from moectl.model import reference
 from moectl.model.reference import compute_canary
-from moectl.node import RECORD
 from moectl.pipeline import hash_file
 from moectl.placement import make_placement
 from moectl.quantize import quantizer

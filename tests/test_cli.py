@@ -223,7 +223,7 @@ def test_a_result_that_cannot_be_written_is_no_bug(call: Any, monkeypatch: pytes
 
 
 def test_bugs_say_what_to_do(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.hosts.find_hosts", lambda *_: dict[str, int]()["rope_theta"])
+    monkeypatch.setattr("moectl.hosts.hostfile.find_hosts", lambda *_: dict[str, int]()["rope_theta"])
     code, _, err = call("hosts")
     assert code == 1
     assert err.startswith("Error: unexpected KeyError: 'rope_theta' (a bug in moectl)")

@@ -23,7 +23,7 @@ import pytest
 
 import moectl
 import moectl.cluster
-from moectl.cluster import DeployResult, connect, deploy, raise_failures
+from moectl.cluster import DeployResult, deploy
 from moectl.deployment import deployment_path, find_deployment, read_deployment
 from moectl.errors import (
     AuthFailed,
@@ -38,10 +38,11 @@ from moectl.errors import (
     UsageError,
     VersionMismatch,
 )
-from moectl.hosts import Host
+from moectl.hosts.connect import connect, make_remote, raise_failures
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost.files import RECORD, hash_file, make_stamp, read_record, write_record
 from moectl.manifest import NAME, FileEntry, Manifest, write_manifest
-from moectl.node import RECORD, hash_file, make_stamp, read_record, write_record
-from moectl.provision import Advanced, Event, HostResult, Planned, Working, make_remote
+from moectl.provision import Advanced, Event, HostResult, Planned, Working
 from moectl.session import RankSpec, Session
 from moectl.stamp import check_files
 from moectl.wheel import pack_wheel, write_wheel
@@ -474,7 +475,11 @@ def test_an_environment_is_made_once_from_a_wheelhouse(
     ]
     # What runs there is this moectl, not a stub.
     said = subprocess.run(
-        [str(python), "-c", "import moectl.node, sys; print(moectl.__version__, moectl.node.__file__)"],
+        [
+            str(python),
+            "-c",
+            "import moectl.hosts.onhost.files, sys; print(moectl.__version__, moectl.hosts.onhost.files.__file__)",
+        ],
         cwd="/",
         capture_output=True,
         text=True,
@@ -566,7 +571,7 @@ def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(sshd: Server, tmp_pa
         f"sys.path.insert(0, {str(Path(moectl.__file__).parent.parent)!r})\n"
         "from pathlib import Path\n"
         "from moectl.cluster import deploy\n"
-        "from moectl.hosts import parse_hosts\n"
+        "from moectl.hosts.hostfile import parse_hosts\n"
         "from moectl.manifest import read_manifest\n"
         "from moectl.provision import Advanced\n"
         "def main():\n"
@@ -630,7 +635,7 @@ def test_ctrl_c_ends_an_install_on_this_machine_too(tmp_path: Path, shards: Path
         f"sys.path.insert(0, {str(Path(moectl.__file__).parent.parent)!r})\n"
         "from pathlib import Path\n"
         "from moectl import cluster\n"
-        "from moectl.hosts import Host\n"
+        "from moectl.hosts.hostfile import Host\n"
         "from moectl.manifest import read_manifest\n"
         "def main():\n"
         "    cluster.hash_code = lambda: 'of no interpreter here'\n"
@@ -683,8 +688,8 @@ def test_ctrl_c_does_not_wait_for_a_silent_host(sshd: Server, tmp_path: Path) ->
     script.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(Path(moectl.__file__).parent.parent)!r})\n"
-        "from moectl.cluster import connect\n"
-        "from moectl.hosts import Host\n"
+        "from moectl.hosts.connect import connect\n"
+        "from moectl.hosts.hostfile import Host\n"
         "try: connect([Host('silent')])\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
     )

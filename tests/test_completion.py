@@ -19,7 +19,7 @@ from moectl.chips import CHIPS
 from moectl.cli import cli
 from moectl.completion import FILES, SHELLS, script
 from moectl.deployment import DeployedRank, Deployment, write_deployment
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
 from moectl.paths import config_dir, data_dir
 from tests.terminal import Terminal
 

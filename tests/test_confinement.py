@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import cluster, node, shards
+from moectl import cluster, shards
 from moectl.checkpoint import open_checkpoint
 from moectl.errors import CommandFailed, IntegrityError, MoectlError
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost import files as node
+from moectl.hosts.remote import LocalRemote, node_text
+from moectl.hosts.ssh.remote import SSHRemote
 from moectl.manifest import NAME, is_inside, parse_manifest, read_manifest
 from moectl.placement import make_placement
 from moectl.prepare import shard_set_name
 from moectl.provision import Task
 from moectl.quantize import quantizer
-from moectl.remote import LocalRemote, node_text
 from moectl.session import RankSpec, Session
-from moectl.ssh import SSHRemote
 from tests.lone_host import deploy_host
 from tests.test_manifest import PATH, RAW
 from tests.tiny import write_checkpoint

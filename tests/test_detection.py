@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moectl.errors import PeerLost, Stalled, Unreachable
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
 from moectl.leash import Done
 from moectl.request import Request
 from moectl.session import RankSpec, Session

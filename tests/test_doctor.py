@@ -15,7 +15,7 @@ from moectl import doctor, doctor_host
 from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.doctor import choose_hosts, diagnose, run_limited
 from moectl.findings import Level
-from moectl.hosts import Host, HostList
+from moectl.hosts.hostfile import Host, HostList
 from tests.interpreter import make_interpreter
 from tests.netns import Cluster
 from tests.ring import rank_env

@@ -17,10 +17,10 @@ from moectl.doctor_cluster import (
 )
 from moectl.doctor_host import Visit
 from moectl.findings import Finding, Level
-from moectl.hardware import Hardware
-from moectl.hosts import Host, HostList
-from moectl.remote import LocalRemote
-from moectl.survey import Survey
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host, HostList
+from moectl.hosts.remote import LocalRemote
+from moectl.hosts.survey import Survey
 from tests import cabling
 
 INTERFACES = {1: "en2", 2: "en3", 3: "en4", 4: "en5"}

@@ -31,14 +31,14 @@ from moectl.doctor_host import (
 )
 from moectl.findings import Finding, Level, at_host
 from moectl.geometry import read_geometry
-from moectl.hardware import Hardware
-from moectl.hosts import Host
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import LocalRemote
+from moectl.hosts.ssh.config import read_ssh_settings
+from moectl.hosts.ssh.remote import SSHRemote
+from moectl.hosts.survey import Survey
 from moectl.manifest import FileEntry, Manifest
 from moectl.placement import make_placement
-from moectl.remote import LocalRemote
-from moectl.ssh import SSHRemote
-from moectl.ssh_config import read_ssh_settings
-from moectl.survey import Survey
 from tests.sshd import Server, find_free_port, make_key, run_sshd
 from tests.tiny import make_config
 

@@ -10,10 +10,10 @@ from hypothesis import given, strategies as st
 from moectl import probe
 from moectl.doctor_pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
 from moectl.findings import Level
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import LocalRemote
+from moectl.hosts.thunderbolt import parse_ifconfig
 from moectl.probe import Site, Tried, try_links
-from moectl.remote import LocalRemote
-from moectl.thunderbolt import parse_ifconfig
 from tests.fake_mac import ifconfig_text
 from tests.ring import rank_env
 

@@ -21,9 +21,9 @@ from moectl.cli import cli
 from moectl.errors import CheckpointError, PartialFailure, UsageError
 from moectl.feed import shard_and_deploy
 from moectl.flags import Failed
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost.files import RECORD, hash_file
 from moectl.manifest import NAME, read_manifest
-from moectl.node import RECORD, hash_file
 from moectl.prepare import Made, Wanted
 from moectl.provision import Event, HostResult
 from moectl.quantize import quantizer

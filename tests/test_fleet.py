@@ -24,10 +24,10 @@ from moectl import chain, fleet
 from moectl.cluster import DeployResult, deploy, manifest_entry
 from moectl.errors import Unreachable
 from moectl.handover import Admit, More, TakeFrom, Wants
+from moectl.hosts.remote import LocalRemote
 from moectl.manifest import NAME, Manifest, is_shared
 from moectl.provision import Advanced, Event, Task, Working
 from moectl.push import Found, Link, Push
-from moectl.remote import LocalRemote
 from tests.netns import Cluster
 from tests.running import wait_for
 from tests.sshd import Server
@@ -52,7 +52,7 @@ def assert_arrived(cluster: Cluster, shards: Path, manifest: Manifest, result: D
 
 def relays(cluster: Cluster) -> list[str]:
     found = [line for rank in range(len(cluster.nodes)) for line in cluster.processes(rank).values()]
-    return [line for line in found if "moectl.relay" in line and not line.startswith("sshd")]
+    return [line for line in found if "moectl.hosts.onhost.relay" in line and not line.startswith("sshd")]
 
 
 def refusals(events: list[Event]) -> list[tuple[str, str]]:
@@ -96,8 +96,8 @@ def test_every_byte_leaves_this_machine_once_and_no_token_is_seen(
     assert_arrived(netns, shards, manifest, result)
     assert sent <= SLACK * once_bytes(manifest) + CHATTER_BYTES
     assert [r.relayed_bytes for r in result.results] == [0] + 3 * [shared_bytes(manifest)]
-    assert any("moectl.relay serve" in line for line in seen)
-    assert any("moectl.relay take" in line for line in seen)
+    assert any("moectl.hosts.onhost.relay serve" in line for line in seen)
+    assert any("moectl.hosts.onhost.relay take" in line for line in seen)
     assert len(tokens) == 3
     said = [*capfd.readouterr(), *(p.read_text() for p in netns.config.parent.glob("*.log"))]
     for token in tokens:
@@ -179,7 +179,7 @@ def test_a_source_that_dies_in_the_middle_is_replaced(netns: Cluster, shards: Pa
             return False  # nobody has taken anything yet
         for rank in range(4):
             for pid, line in netns.processes(rank).items():
-                if line.endswith("moectl.relay serve"):
+                if line.endswith("moectl.hosts.onhost.relay serve"):
                     os.kill(pid, signal.SIGKILL)
         return True
 
@@ -208,7 +208,7 @@ def test_after_kill_9_nothing_is_left_and_the_next_run_goes_on(netns: Cluster, s
         f"sys.path.insert(0, {str(Path(moectl.__file__).parent.parent)!r})\n"
         "from pathlib import Path\n"
         "from moectl.cluster import deploy\n"
-        "from moectl.hosts import parse_hosts\n"
+        "from moectl.hosts.hostfile import parse_hosts\n"
         "from moectl.manifest import read_manifest\n"
         "from moectl.provision import Advanced\n"
         "def main():\n"

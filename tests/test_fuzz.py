@@ -19,18 +19,19 @@ from typing import Any, cast
 
 import pytest
 
-from moectl import journal, leash, node, probing
+from moectl import journal, leash, probing
 from moectl.checkpoint import open_checkpoint
 from moectl.deployment import DeployedRank, Deployment, deployment_path, find_deployment, write_deployment
 from moectl.errors import MoectlError, RemoteError
-from moectl.hosts import Host, HostList, parse_host_string, parse_hosts, read_hosts, to_mlx_json
+from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts, read_hosts, to_mlx_json
+from moectl.hosts.onhost import files as node
+from moectl.hosts.remote import Completed, LocalRemote, Process, Remote
 from moectl.manifest import FileEntry, parse_manifest
 from moectl.measured import Pass, RankSpeed, Speed, read_speeds
 from moectl.paths import state_dir
 from moectl.placement import make_placement
 from moectl.probe import Site, measure_links
 from moectl.provision import Task, inspect_host
-from moectl.remote import Completed, LocalRemote, Process, Remote
 from moectl.request import Request, Stats
 from moectl.session import RankSpec, Session
 from moectl.speed import Prediction
@@ -351,7 +352,7 @@ def test_what_a_host_answers_to_deploy(
 
     def read(data: bytes) -> None:
         host = FakeHost(b"motd\n" + node.ANSWER + data + b"\n")
-        monkeypatch.setattr("moectl.provision.make_remote", lambda _: cast(Remote, host))
+        monkeypatch.setattr("moectl.hosts.connect.make_remote", lambda _: cast(Remote, host))
         try:
             inspect_host(task)
             deploy_host(task)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from moectl.errors import CommandFailed
-from moectl.hardware import (
+from moectl.hosts.hardware import (
     MARK,
     Hardware,
     apple_chip,

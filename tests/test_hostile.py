@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from moectl import provision
 from moectl.deployment import DeployedRank, Deployment, decode_deployment, encode_deployment
 from moectl.errors import CheckpointError, CommandFailed, HostError, HostsError, MoectlError
-from moectl.hosts import Host, parse_host_string, parse_hosts
+from moectl.hosts.hostfile import Host, parse_host_string, parse_hosts
+from moectl.hosts.remote import LocalRemote
+from moectl.hosts.ssh.remote import SSHRemote, quote_command
 from moectl.manifest import FileEntry
 from moectl.provision import Task, inspect_host
-from moectl.remote import LocalRemote
-from moectl.ssh import SSHRemote, quote_command
 from tests import hub_client
 from tests.hub import Hub
 from tests.mutation import refuse_or_accept

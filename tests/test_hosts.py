@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from mlx._distributed_utils.common import Hostfile
 
 from moectl.errors import HostsError
-from moectl.hosts import (
+from moectl.hosts.hostfile import (
     Host,
     HostList,
     find_hosts,

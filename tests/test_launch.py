@@ -10,9 +10,9 @@ import pytest
 
 from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.errors import HostsError, NotDeployed
-from moectl.hosts import Host, parse_host_string, parse_hosts
+from moectl.hosts.hostfile import Host, parse_host_string, parse_hosts
+from moectl.hosts.remote import Completed
 from moectl.launch import find_addresses, find_deployment, split_envs
-from moectl.remote import Completed
 
 
 @pytest.fixture

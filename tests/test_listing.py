@@ -15,7 +15,7 @@ from moectl import client, report_observe
 from moectl.client import socket_path
 from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.errors import StateError
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
 from moectl.journal import lock_directory
 from moectl.listing import choose_old, delete_set, make_listing
 from moectl.manifest import NAME

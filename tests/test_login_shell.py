@@ -13,9 +13,9 @@ import pytest
 from moectl.doctor_host import Expected, Visit, visit_host
 from moectl.errors import CommandFailed
 from moectl.findings import Finding, Level
-from moectl.hosts import Host
-from moectl.login_shell import NOISE_BYTES
-from moectl.ssh import SSHRemote
+from moectl.hosts.hostfile import Host
+from moectl.hosts.login_shell import NOISE_BYTES
+from moectl.hosts.ssh.remote import SSHRemote
 from tests.sshd import SSHD, run_sshd
 
 pytestmark = pytest.mark.skipif(SSHD is None, reason="OpenSSH (sshd) is not installed")

@@ -23,10 +23,10 @@ from hypothesis import given, settings, strategies as st
 from moectl import logs, report_observe
 from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.errors import UsageError
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost.logs import Log, parse_line, pick
 from moectl.launch import target_key
 from moectl.logs import LOCAL, Asked, Line, Reader, Source, Trouble, find_sources, in_order
-from moectl.node_logs import Log, parse_line, pick
 from moectl.paths import state_dir
 from tests.ring import process_env
 from tests.running import wait_for

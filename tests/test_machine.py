@@ -11,12 +11,12 @@ from moectl import machine
 from moectl.budget import Memory
 from moectl.demo import demo_dir
 from moectl.errors import PlanError
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import LocalRemote
 from moectl.leash import Done
 from moectl.manifest import Manifest
 from moectl.prepare import Wanted, shard
 from moectl.quantize import quantizer
-from moectl.remote import LocalRemote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
 

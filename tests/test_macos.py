@@ -11,8 +11,10 @@ from hypothesis import given, strategies as st
 
 from moectl.errors import CommandFailed
 from moectl.findings import Finding, Level
-from moectl.hardware import Hardware
-from moectl.hosts import Host
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host
+from moectl.hosts.survey import Survey, parse_ip, parse_sshd, read_survey
+from moectl.hosts.thunderbolt import Interface, Port, parse_ports
 from moectl.macos import (
     check_bridge,
     check_devices,
@@ -25,8 +27,6 @@ from moectl.macos import (
     check_version,
     check_wired_limit,
 )
-from moectl.survey import Survey, parse_ip, parse_sshd, read_survey
-from moectl.thunderbolt import Interface, Port, parse_ports
 from tests import cabling
 
 RECORDINGS = Path(__file__).parent / "recordings" / "doctor"

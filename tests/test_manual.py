@@ -16,12 +16,12 @@ import pytest
 from click.testing import CliRunner
 
 import moectl
-from moectl import hosts
 from moectl.cli import cli
 from moectl.completion import FILES
 from moectl.errors import MoectlError
 from moectl.flags import common
 from moectl.guides import TOPICS
+from moectl.hosts import hostfile
 from moectl.manual import _CODES, _HOST_KEYS, pages, write_files
 from moectl.markdown import NEEDS_TBL, to_roff
 from moectl.verb import EXIT_CODES, Verb, Verbs, verb
@@ -113,13 +113,13 @@ def test_both_tables_of_exit_codes_have_every_code_of_an_error() -> None:
 
 
 def test_moectl_hosts_names_every_key() -> None:
-    assert {entry.name.partition("=")[0] for entry in _HOST_KEYS} == set(hosts.KEYS)
+    assert {entry.name.partition("=")[0] for entry in _HOST_KEYS} == set(hostfile.KEYS)
 
 
 def test_the_example_of_moectl_hosts_is_a_hosts_file() -> None:
     page = mandoc("-Tascii", source=pages(cli)["man5/moectl-hosts.5"])
     example = page.split("EXAMPLES\n")[1].split("\nENVIRONMENT")[0]
-    found = hosts.parse_hosts(example).hosts
+    found = hostfile.parse_hosts(example).hosts
     assert [host.address for host in found] == ["mac1", "mac2", "ada@mac3.local:2222", "mac4"]
 
 

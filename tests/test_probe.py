@@ -15,12 +15,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import links, probe
+from moectl import probe
 from moectl.demo import demo_dir
 from moectl.errors import CommandFailed, MoectlError, PlanError, RemoteError, Unreachable
 from moectl.geometry import Geometry, read_geometry
-from moectl.hardware import Hardware
-from moectl.hosts import Host
+from moectl.hosts import survey
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost import links
+from moectl.hosts.remote import LocalRemote, Remote
+from moectl.hosts.ssh.remote import SSHRemote
+from moectl.hosts.survey import read_all_hardware, read_hardware
 from moectl.manifest import Quantization
 from moectl.measured import Job, Pass, RankSpeed, Speed, read_job, read_speeds
 from moectl.placement import make_placement
@@ -33,12 +38,8 @@ from moectl.probe import (
     measure_speed,
     memory_to_use,
     plan_rounds,
-    read_all_hardware,
-    read_hardware,
     try_links,
 )
-from moectl.remote import LocalRemote, Remote
-from moectl.ssh import SSHRemote
 from tests.netns import Cluster
 from tests.ring import rank_env
 from tests.running import processes
@@ -81,7 +82,7 @@ def test_a_system_that_is_neither_is_named_with_its_host(monkeypatch: pytest.Mon
 
 def test_a_system_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "SCRIPT", "sleep 1000")
-    monkeypatch.setattr(probe, "HARDWARE_S", 0.2)
+    monkeypatch.setattr(survey, "HARDWARE_S", 0.2)
     with pytest.raises(CommandFailed, match=r"did not finish within 0\.2 s"):
         read_hardware(LocalRemote())
 

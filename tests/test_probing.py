@@ -14,7 +14,7 @@ from moectl import probe, probing
 from moectl.cli import cli
 from moectl.demo import demo_dir
 from moectl.errors import CommandFailed
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
 from moectl.measured import Measured, Pass, RankSpeed, Speed
 from moectl.paths import state_dir
 from moectl.plan import Question, make_plan

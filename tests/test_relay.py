@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from moectl import relay
-from moectl.node import Mismatch, parse_answer
-from moectl.relay import GO, NONCE_BYTES, WAIT, Peer, Refused, Server, prove, receive_exactly, take_file
+from moectl.hosts.onhost import relay
+from moectl.hosts.onhost.files import Mismatch, parse_answer
+from moectl.hosts.onhost.relay import GO, NONCE_BYTES, WAIT, Peer, Refused, Server, prove, receive_exactly, take_file
 
 TOKEN = secrets.token_bytes(32)
 DATA = os.urandom(3_000_000)
@@ -301,7 +301,7 @@ def test_only_addresses_of_its_own_are_listened_at() -> None:
 
 @contextlib.contextmanager
 def program(command: str, code: str = "pass") -> Iterator[subprocess.Popen[bytes]]:
-    text = f"from moectl import relay; {code}; relay._main({command!r})"
+    text = f"from moectl.hosts.onhost import relay; {code}; relay._main({command!r})"
     with subprocess.Popen([sys.executable, "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         try:
             yield child

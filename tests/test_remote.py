@@ -21,9 +21,8 @@ import paramiko
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-import moectl.ssh
-import moectl.ssh_connect
-from moectl import node
+import moectl.hosts.ssh.connect
+import moectl.hosts.ssh.remote
 from moectl.errors import (
     AuthFailed,
     CommandFailed,
@@ -33,9 +32,10 @@ from moectl.errors import (
     MoectlError,
     Unreachable,
 )
-from moectl.hosts import Host
-from moectl.remote import LocalRemote, Remote, node_text
-from moectl.ssh import SSHRemote
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost import files as node
+from moectl.hosts.remote import LocalRemote, Remote, node_text
+from moectl.hosts.ssh.remote import SSHRemote
 from tests.netns import Cluster
 from tests.sshd import Server, find_free_port, known_host, make_key
 
@@ -748,7 +748,7 @@ def test_a_source_that_breaks_on_the_way_is_not_blamed_on_the_host(ssh: SSHRemot
     Path(f"{target}.partial").unlink(missing_ok=True)
     # Reading /proc/self/mem at its start fails with EIO, as a damaged disk would.
     with pytest.raises(IntegrityError, match=r"/proc/self/mem cannot be read: Input/output error"):
-        moectl.ssh._stream_file(Path("/proc/self/mem"), 0, 100, ssh._execute(["cat"]), lambda n: None)
+        moectl.hosts.ssh.remote._stream_file(Path("/proc/self/mem"), 0, 100, ssh._execute(["cat"]), lambda n: None)
 
 
 def test_a_host_without_python_says_so(ssh: SSHRemote, tmp_path: Path) -> None:
@@ -765,8 +765,8 @@ def test_the_fast_cipher_is_agreed(ssh: SSHRemote) -> None:
 
 @pytest.mark.netns
 def test_a_host_that_falls_silent_is_noticed(netns: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moectl.ssh_connect, "KEEPALIVE_S", 0.5)
-    monkeypatch.setattr(moectl.ssh_connect, "DEAD_AFTER_S", 2)
+    monkeypatch.setattr(moectl.hosts.ssh.connect, "KEEPALIVE_S", 0.5)
+    monkeypatch.setattr(moectl.hosts.ssh.connect, "DEAD_AFTER_S", 2)
     remote = SSHRemote(netns.hosts()[0])
     process = remote.start(["cat"])
     netns.cut(0)
@@ -785,8 +785,8 @@ def test_a_host_that_falls_silent_is_noticed(netns: Cluster, monkeypatch: pytest
 def test_a_host_that_falls_silent_behind_a_jump_host_is_noticed(
     netns: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moectl.ssh_connect, "KEEPALIVE_S", 0.5)
-    monkeypatch.setattr(moectl.ssh_connect, "DEAD_AFTER_S", 2)
+    monkeypatch.setattr(moectl.hosts.ssh.connect, "KEEPALIVE_S", 0.5)
+    monkeypatch.setattr(moectl.hosts.ssh.connect, "DEAD_AFTER_S", 2)
     config = tmp_path / "config"
     config.write_text("Host node1\n  ProxyJump node0\n" + netns.config.read_text())
     monkeypatch.setenv("MOECTL_SSH_CONFIG", str(config))

@@ -22,9 +22,9 @@ import pytest
 from moectl import cli_use
 from moectl.errors import MoectlError, UsageError
 from moectl.flags import Common
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import LocalRemote
 from moectl.prompt import read_prompt
-from moectl.remote import LocalRemote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
 from moectl.tokenizer import open_tokenizer

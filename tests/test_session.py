@@ -24,9 +24,9 @@ from moectl.errors import (
     UsageError,
     VersionMismatch,
 )
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import LocalProcess, LocalRemote
 from moectl.leash import LEASH_LOST, SILENCE_S, AllGather, Done, Gathered, Prefilled, Token, decode, encode
-from moectl.remote import LocalProcess, LocalRemote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
 from moectl.worker import Leash, own_versions, side_channel

@@ -14,12 +14,12 @@ from hypothesis import given, settings, strategies as st
 
 from moectl.backend import choose_backend
 from moectl.errors import HostsError, PlanError
-from moectl.hardware import Hardware
-from moectl.hosts import Host, HostList, format_hosts, parse_hosts, to_mlx_json
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host, HostList, format_hosts, parse_hosts, to_mlx_json
+from moectl.hosts.survey import Survey, read_survey
 from moectl.setup_machine import Machine, read_machine
 from moectl.setup_plan import SetupPlan, Wish, plan_setup
 from moectl.setup_report import file_text, plan_json
-from moectl.survey import Survey, read_survey
 from tests import cabling
 from tests.cabling import End
 from tests.fake_mac import PORTS, ifconfig_text, interfaces, read, record

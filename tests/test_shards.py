@@ -29,8 +29,8 @@ from moectl import journal, pipeline, quantize, recipe, shards
 from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, PlanError, ShardsDiffer, StateError, UsageError
 from moectl.geometry import PROJECTIONS, expert_name, stacked_name
+from moectl.hosts.onhost.files import RECORD
 from moectl.manifest import Manifest, Quantization, read_manifest
-from moectl.node import RECORD
 from moectl.placement import Placement, make_placement
 from moectl.sources import Sources, peak_bytes
 from tests import tiny

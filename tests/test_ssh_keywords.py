@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from moectl.errors import HostError
-from moectl.hosts import Host
-from moectl.ssh import SSHRemote
-from moectl.ssh_config import read_ssh_settings
-from moectl.ssh_keywords import KEYWORDS, TABLE, Verdict
+from moectl.hosts.hostfile import Host
+from moectl.hosts.ssh.config import read_ssh_settings
+from moectl.hosts.ssh.keywords import KEYWORDS, TABLE, Verdict
+from moectl.hosts.ssh.remote import SSHRemote
 from tests.beside import ask_moectl, ask_ssh, both_get_in, both_refuse
 from tests.sshd import Server, find_free_port, run_sshd
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from moectl import node, quantize, shards
+from moectl import quantize, shards
 from moectl.checkpoint import open_checkpoint
 from moectl.errors import IntegrityError, MoectlError
+from moectl.hosts.onhost import files as node
+from moectl.hosts.onhost.files import RECORD
 from moectl.manifest import NAME, Manifest, Quantization, read_manifest
-from moectl.node import RECORD
 from moectl.placement import make_placement
 from moectl.session import Session
 from moectl.stamp import check_files

@@ -16,16 +16,19 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import cluster, node_workers, report_observe, status as status_module, traffic
+from moectl import report_observe, status as status_module, traffic
 from moectl.deployment import DeployedRank, Deployment, find_deployment, forget_hosts, write_deployment
 from moectl.errors import NotDeployed, PartialFailure, StateError, Unreachable, VersionMismatch
 from moectl.geometry import read_geometry
-from moectl.hosts import Host
+from moectl.hosts import connect
+from moectl.hosts.connect import close_all, on_each
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost import workers
+from moectl.hosts.programs import ask, list_pythons
+from moectl.hosts.remote import LocalRemote
 from moectl.live import cut_line, on_ctrl_t
 from moectl.model.reduce import GATHER_BELOW_BYTES
 from moectl.placement import make_placement
-from moectl.programs import ask, close_all, list_pythons, on_each
-from moectl.remote import LocalRemote
 from moectl.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
 from moectl.throughput import WINDOW_S, Throughput
 from tests.running import wait_for
@@ -101,9 +104,9 @@ def test_hosts_that_cannot_be_reached_are_down(sshd: Server, tmp_path: Path) -> 
             ("dead", None, DOWN, None),
         ]
     with pytest.raises(PartialFailure, match="1 of 2 hosts failed: dead"):
-        cluster.raise_failures(found.errors, then=".")
+        connect.raise_failures(found.errors, then=".")
     with Observer(None, [dead]) as observer, pytest.raises(Unreachable):  # all alike: their own code, 5
-        cluster.raise_failures(observer.look().errors, then=".")
+        connect.raise_failures(observer.look().errors, then=".")
 
 
 def test_a_host_without_python_is_unknown() -> None:
@@ -111,7 +114,7 @@ def test_a_host_without_python_is_unknown() -> None:
     with Observer(None, [Host("a")]) as observer:
         assert observer._row(0, error).state == UNKNOWN
     with pytest.raises(VersionMismatch, match=r"no python 3\.9"):
-        ask(LocalRemote(), ["/no/python"], "node_workers", {"root": "~", "directory": ""}, timeout_s=20)
+        ask(LocalRemote(), ["/no/python"], "workers", {"root": "~", "directory": ""}, timeout_s=20)
     assert list_pythons(Host("a", python="p"), "q", "")[:2] == ("q", "p")
 
 
@@ -280,7 +283,7 @@ PS = """\
 
 
 def test_workers_in_what_ps_prints() -> None:
-    assert node_workers.parse_ps(PS) == [
+    assert workers.parse_ps(PS) == [
         {
             "pid": 2210,
             "memory_bytes": 73600000 * 1024,
@@ -289,10 +292,10 @@ def test_workers_in_what_ps_prints() -> None:
             "logs": [],
         }
     ]
-    assert node_workers.parse_elapsed("03-02:14:07") == 3 * 86400 + 8047
-    assert node_workers.pick_logs(["/a/x-rank-0.log", "/a/x-rank-0.log", "/a/log", "/dev/null"]) == ["/a/x-rank-0.log"]
+    assert workers.parse_elapsed("03-02:14:07") == 3 * 86400 + 8047
+    assert workers.pick_logs(["/a/x-rank-0.log", "/a/x-rank-0.log", "/a/log", "/dev/null"]) == ["/a/x-rank-0.log"]
     # Of a worker whose log is gone it is known still under which root it works.
-    assert node_workers.pick_logs(["/a/x-rank-0.log (deleted)"]) == ["/a/x-rank-0.log"]
+    assert workers.pick_logs(["/a/x-rank-0.log (deleted)"]) == ["/a/x-rank-0.log"]
 
 
 def interrupted(_: str) -> None:
@@ -332,4 +335,4 @@ def test_what_was_removed_is_not_deployed_any_more(tmp_path: Path) -> None:
     forget_hosts({"b": str(tmp_path / "b")})
     assert find_deployment() is None
     with pytest.raises(StateError):
-        cluster.raise_failures({"a": StateError("x")}, then=".")
+        connect.raise_failures({"a": StateError("x")}, then=".")

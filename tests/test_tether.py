@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import Completed, LocalRemote
 from moectl.leash import Cancel, Generate, Load, Order
-from moectl.remote import Completed, LocalRemote
 from moectl.request import Request
 from moectl.tether import _KILL, Ended, Heard, Tether, end_all
 from tests.running import wait_for

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl.thunderbolt import (
+from moectl.hosts.thunderbolt import (
     Port,
     find_cables,
     find_generation,

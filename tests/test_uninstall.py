@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from moectl import node_workers
 from moectl.cluster import deploy
 from moectl.deployment import DeployedRank, Deployment, find_deployment, write_deployment
 from moectl.errors import StateError
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost import workers
+from moectl.hosts.onhost.clear import MADE, Plan, is_our_env, remove
+from moectl.hosts.onhost.files import RECORD
 from moectl.manifest import NAME as MANIFEST_NAME
-from moectl.node import RECORD
-from moectl.node_clear import MADE, Plan, is_our_env, remove
 from moectl.paths import data_dir
 from moectl.uninstall import _is_under, clear_hosts
 from tests.running import make_python
@@ -241,11 +241,11 @@ def test_whose_worker_it_is(python: str, logs: list[str], own: bool, is_ours: bo
 @pytest.mark.skipif(os.getuid() != 0, reason="needs two users")
 def test_another_users_worker_is_no_own_one(tmp_path: Path) -> None:
     with run_worker(tmp_path / "logs" / "x-rank-0.log") as pid:
-        assert node_workers._is_own(pid)
+        assert workers._is_own(pid)
         with subprocess.Popen(["sleep", "60"], user=65534) as other:
-            assert not node_workers._is_own(other.pid)
+            assert not workers._is_own(other.pid)
             other.kill()
-    assert node_workers._is_own(1 << 22)  # it has ended
+    assert workers._is_own(1 << 22)  # it has ended
 
 
 @pytest.mark.parametrize("locked", ["env.lock", "shards/tiny-experts-1/config.json.partial"])

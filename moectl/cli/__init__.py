@@ -71,7 +71,7 @@ def hosts(common: Common, mlx: bool) -> None:
     found = common.host_list(required=True)
     assert found is not None
     if mlx:
-        from moectl.hosts import to_mlx_json
+        from moectl.hosts.hostfile import to_mlx_json
 
         if not found.backend and any(host.rdma for host in found.hosts):
             from moectl.backend import choose_backend

@@ -25,12 +25,13 @@ from moectl.errors import (
     UsageError,
     VersionMismatch,
 )
-from moectl.fleet import Feed, as_ours, run_tasks
-from moectl.hosts import Host
+from moectl.fleet import Feed, run_tasks
+from moectl.hosts.connect import as_ours, make_remote, raise_failures
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost.files import hash_file
+from moectl.hosts.remote import Remote
 from moectl.manifest import FileEntry, Manifest
-from moectl.node import hash_file
-from moectl.provision import PACKAGES, HostResult, OnEvent, Task, make_remote
-from moectl.remote import Remote
+from moectl.provision import PACKAGES, HostResult, OnEvent, Task
 from moectl.wheel import download_command, hash_code, is_ours, pack_wheel
 
 
@@ -51,54 +52,6 @@ class DeployResult:
     def raise_failures(self) -> None:
         """Raise PartialFailure naming the failed hosts; the error itself when all failed alike."""
         raise_failures({r.host.address: r.error for r in self.results})
-
-
-def raise_failures(
-    errors: Mapping[str, MoectlError | None], *, then: str = "; then run it again: the other hosts will be skipped."
-) -> None:
-    """Raise for hosts that failed: their own error when all failed alike, PartialFailure otherwise."""
-    failed = {name: error for name, error in errors.items() if error is not None}
-    if not failed:
-        return
-    first = next(iter(failed.values()))
-    if len(failed) == len(errors) and len({type(e) for e in failed.values()}) == 1:
-        if len(failed) == 1:
-            raise first
-        raise type(first)(f"all {len(failed)} hosts failed; first {first}", hint=first.hint)
-    names = ", ".join(failed)
-    raise PartialFailure(
-        f"{len(failed)} of {len(errors)} hosts failed: {names}.",
-        hint=f"{first.hint or f'mend {names}'}{then}",
-    )
-
-
-def connect(hosts: Sequence[Host]) -> list[Remote]:
-    """Connect to all hosts at once, for work that needs every one; raise the first host's error when any fails."""
-    remotes = [make_remote(host) for host in hosts]
-
-    found: list[MoectlError | None] = [None] * len(remotes)
-
-    def probe(rank: int, remote: Remote) -> None:
-        try:
-            remote.run(["true"])
-        except Exception as error:
-            found[rank] = as_ours(error, hosts[rank])
-
-    # Daemons, not a pool: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
-    threads = [threading.Thread(target=probe, args=a, daemon=True) for a in enumerate(remotes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    failed = [error for error in found if error is not None]
-    if not failed:
-        return remotes
-    for remote in remotes:
-        remote.close()
-    if len(failed) > 1:
-        others = ", ".join(str(error.host) for error in failed[1:])
-        failed[0].message += f" (and {others} cannot be used either)"
-    raise failed[0]
 
 
 @dataclass(frozen=True, slots=True)

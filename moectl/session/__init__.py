@@ -19,7 +19,8 @@ from typing import Any
 from moectl import errors
 from moectl.backend import make_connect
 from moectl.errors import LeashLost, MoectlError, PeerLost, RemoteError, Stalled, Unreachable
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import Remote
 from moectl.leash import (
     BEAT_S,
     LEASH_LOST,
@@ -46,7 +47,6 @@ from moectl.leash import (
     Start,
     Token,
 )
-from moectl.remote import Remote
 from moectl.request import Request
 from moectl.tether import Ended, Heard, Tether, end_all
 from moectl.vigil import LOADING_MISSES, MISSES, Sleep, StepDeadline

@@ -19,12 +19,12 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.models.dbrx import Model, ModelArgs
 
 from moectl.checkpoint import open_checkpoint
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import LocalRemote
 from moectl.leash import Done
 from moectl.manifest import Quantization
 from moectl.placement import make_placement
 from moectl.quantize import quantizer
-from moectl.remote import LocalRemote
 from moectl.request import Request
 from moectl.session import RankSpec, Session
 from moectl.shards import cut

@@ -14,16 +14,16 @@ from pathlib import Path
 from moectl.bench import bench
 from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
-from moectl.hosts import Host
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import LocalRemote, Remote
+from moectl.hosts.ssh.remote import SSHRemote
 from moectl.measured import Job
 from moectl.placement import Placement, make_placement
 from moectl.probe import Site, measure_speed
 from moectl.quantize import quantizer
-from moectl.remote import LocalRemote, Remote
 from moectl.session import RankSpec, Session
 from moectl.shards import cut
 from moectl.speed import Work, predict_measured
-from moectl.ssh import SSHRemote
 from tests.netns import run_cluster
 from tests.ring import rank_env
 

@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from moectl.hosts import Host
-from moectl.ssh import SSHRemote
+from moectl.hosts.hostfile import Host
+from moectl.hosts.ssh.remote import SSHRemote
 from tests.sshd import Server, run_sshd
 
 

@@ -6,22 +6,28 @@ from it their askers'.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 
-from moectl.errors import CommandFailed, MoectlError, Unreachable, VersionMismatch
-from moectl.hosts import Host
-from moectl.node import parse_answer
-from moectl.provision import CANDIDATES, NO_PYTHON
-from moectl.remote import Process, Remote
+from moectl.errors import CommandFailed, MoectlError, VersionMismatch
+from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost.files import parse_answer
+from moectl.hosts.remote import Process, Remote
+
+OLDEST_PYTHON = (3, 11)
+# A shell that sshd starts has a short PATH, on a Mac without Homebrew: look where python usually is.
+CANDIDATES = (
+    "python3",
+    *(f"python3.{minor}" for minor in range(14, 10, -1)),
+    "/opt/homebrew/bin/python3",
+    "/usr/local/bin/python3",
+    *(f"/Library/Frameworks/Python.framework/Versions/3.{minor}/bin/python3" for minor in range(14, 10, -1)),
+)
+NO_PYTHON = 9
+
 
 FIND = f"""
 text=$1 oldest=$2; shift 2
@@ -32,11 +38,7 @@ for p in "$@"; do
 done
 exit {NO_PYTHON}
 """
-
-CLOSE_S = 0.5
 OLDEST = (3, 9)  # what the programs are written for
-
-_R = TypeVar("_R")
 
 
 def list_pythons(host: Host, *deployed: str) -> tuple[str, ...]:
@@ -76,20 +78,6 @@ def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping
     return process
 
 
-def close_all(remotes: Sequence[Remote]) -> None:
-    """Close connections; one that is still being made, to a host that may be silent, is left to the process's end."""
-
-    def close(remote: Remote) -> None:
-        with contextlib.suppress(MoectlError, OSError):
-            remote.close()
-
-    threads = [threading.Thread(target=close, args=(remote,), daemon=True) for remote in remotes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(CLOSE_S)
-
-
 def explain_silence(host: str, code: int, stderr: bytes, oldest: tuple[int, int] = OLDEST) -> MoectlError:
     """Return why a program ended without an answer."""
     if code == NO_PYTHON:
@@ -103,42 +91,10 @@ def explain_silence(host: str, code: int, stderr: bytes, oldest: tuple[int, int]
     return CommandFailed(f"its python gave no answer: {said or f'exit code {code}'}", host=host)
 
 
-def on_each(
-    hosts: Sequence[Host], work: Callable[[int, Host], _R], *, limit_s: float | None = None
-) -> list[_R | MoectlError]:
-    """Return work(index, host) of every host, done at once, or the error that it met.
-
-    A host that has not answered after `limit_s` is Unreachable; its thread is left behind.
-    """
-    results: list[_R | MoectlError] = [
-        Unreachable(f"no answer within {limit_s or 0:g} s", host=host.address) for host in hosts
-    ]
-
-    def run(index: int) -> None:
-        try:
-            results[index] = work(index, hosts[index])
-        except MoectlError as error:
-            results[index] = error
-        except Exception as error:  # a bug met on one host must not hide what became of the others
-            if os.environ.get("MOECTL_DEBUG"):
-                traceback.print_exception(error)
-            message = f"unexpected {type(error).__name__}: {error} (a bug in moectl)"
-            results[index] = MoectlError(message, host=hosts[index].address)
-
-    # Daemons: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(hosts))]
-    for thread in threads:
-        thread.start()
-    deadline = None if limit_s is None else time.monotonic() + limit_s
-    for thread in threads:
-        thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-    return list(results)
-
-
 def _command(program: str, pythons: Sequence[str], oldest: tuple[int, int]) -> list[str]:
     return ["sh", "-c", FIND, "moectl", read_program(program), ".".join(map(str, oldest)), *pythons]
 
 
 def read_program(name: str) -> str:
     """Return the text of one of moectl's modules that run on hosts."""
-    return resources.files("moectl").joinpath(f"{name}.py").read_text(encoding="utf-8")
+    return resources.files("moectl.hosts.onhost").joinpath(f"{name}.py").read_text(encoding="utf-8")

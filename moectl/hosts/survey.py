@@ -7,15 +7,36 @@ It is `probe`'s script with more sections. A tool that is missing leaves its sec
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface
 
-from moectl import probe
 from moectl.errors import CommandFailed
-from moectl.hardware import Hardware, parse_probe, split_sections
-from moectl.remote import Remote
-from moectl.thunderbolt import Port, parse_ifconfig, parse_ports
+from moectl.hosts.connect import _at_once
+from moectl.hosts.hardware import MARK, Hardware, parse_probe, split_sections
+from moectl.hosts.remote import Remote
+from moectl.hosts.thunderbolt import Port, parse_ifconfig, parse_ports
+
+HARDWARE_S = 20.0
+# Both systems' own tools, in one run; whatever is missing leaves its section empty.
+HARDWARE_SCRIPT = f"""
+export LC_ALL=C PATH="$PATH:/usr/bin:/bin:/usr/sbin:/sbin"
+say() {{ printf '\\n{MARK}%s\\n' "$1"; }}
+say system; uname -s
+if [ "$(uname -s)" = Darwin ]; then
+  say sysctl; sysctl hw.memsize hw.ncpu machdep.cpu.brand_string iogpu.wired_limit_mb
+  say vm_stat; vm_stat
+  say sw_vers; sw_vers
+  say system_profiler; system_profiler -json SPHardwareDataType SPDisplaysDataType SPThunderboltDataType
+else
+  say meminfo; cat /proc/meminfo
+  say cpuinfo; cat /proc/cpuinfo
+  say os-release; cat /etc/os-release
+  say nvidia-smi; timeout 5 nvidia-smi --query-gpu=name,memory.total,memory.used --format=csv,noheader,nounits
+fi
+exit 0
+"""
+
 
 SURVEY_S = 30.0
 _BEFORE = """
@@ -40,7 +61,7 @@ else
 fi
 exit 0
 """
-SCRIPT = _BEFORE + probe.HARDWARE_SCRIPT.removesuffix("exit 0\n") + _MORE
+SCRIPT = _BEFORE + HARDWARE_SCRIPT.removesuffix("exit 0\n") + _MORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +138,17 @@ def _is_ipv4(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def read_hardware(remote: Remote) -> Hardware:
+    """Return what a host is made of, in one command; needs no python there. Raises HostError, CommandFailed."""
+    done = remote.run(["sh", "-c", HARDWARE_SCRIPT], timeout_s=HARDWARE_S)
+    try:
+        return parse_probe(done.stdout.decode("utf-8", "replace"))
+    except CommandFailed as error:
+        raise CommandFailed(error.message, host=remote.name) from None
+
+
+def read_all_hardware(remotes: Sequence[Remote]) -> tuple[Hardware, ...]:
+    """Return the hardware of all hosts, asked at once. Raises the first host's error."""
+    return tuple(_at_once(read_hardware, remotes))

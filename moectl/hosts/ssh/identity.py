@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from paramiko.agent import AgentSSH
 
-from moectl.ssh_config import SSHSettings
+from moectl.hosts.ssh.config import SSHSettings
 
 AGENT_S = 30.0
 CERT_SUFFIX = "-cert-v01@openssh.com"

@@ -12,8 +12,8 @@ import paramiko
 from paramiko.kex_curve25519 import KexCurve25519
 
 from moectl.errors import HostError, Unreachable
-from moectl.ssh_config import SSHSettings
-from moectl.ssh_trust import CERT_SUFFIX, KnownKeys
+from moectl.hosts.ssh.config import SSHSettings
+from moectl.hosts.ssh.trust import CERT_SUFFIX, KnownKeys
 
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # 3.6 times the default's speed in paramiko
 ANY_MAC = "hmac-sha2-256"

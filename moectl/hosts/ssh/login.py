@@ -12,9 +12,9 @@ from pathlib import Path
 import paramiko
 
 from moectl.errors import AuthFailed
-from moectl.ssh_config import SSHSettings
-from moectl.ssh_identity import Left, open_identities
-from moectl.ssh_keywords import Verdict, find_set
+from moectl.hosts.ssh.config import SSHSettings
+from moectl.hosts.ssh.identity import Left, open_identities
+from moectl.hosts.ssh.keywords import Verdict, find_set
 
 
 def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:

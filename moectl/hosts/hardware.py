@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moectl.errors import CommandFailed
-from moectl.thunderbolt import find_generation, read_ports
+from moectl.hosts.thunderbolt import find_generation, read_ports
 
 MARK = "moectl-probe "  # in front of each section's name, see `probe.HARDWARE_SCRIPT`
 _MIB = 1 << 20

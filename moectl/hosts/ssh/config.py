@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moectl.errors import HostError
-from moectl.ssh_keywords import TABLE, Verdict, find_set
+from moectl.hosts.ssh.keywords import TABLE, Verdict, find_set
 
 TIMEOUT_S = 10.0
 SSH_PORT = 22

@@ -20,8 +20,8 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from moectl import node
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, Unreachable
+from moectl.hosts.onhost import files as node
 from moectl.records import build
 from moectl.text import _size_text
 
@@ -244,7 +244,7 @@ class LocalRemote:
 
 def node_text() -> str:
     """Return the program that runs on a host for us, as text for `python -c`."""
-    return resources.files("moectl").joinpath("node.py").read_text(encoding="utf-8")
+    return resources.files("moectl.hosts.onhost").joinpath("files.py").read_text(encoding="utf-8")
 
 
 def describe_command(argv: Sequence[str]) -> str:

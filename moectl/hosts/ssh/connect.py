@@ -19,12 +19,12 @@ from typing import Any, cast
 import paramiko
 
 from moectl.errors import HostError, HostsError, Unreachable
-from moectl.hosts import Host, parse_host_string
-from moectl.ssh_algorithms import Transport, nothing_in_common, restrict
-from moectl.ssh_config import SSHSettings, read_ssh_settings
-from moectl.ssh_login import log_in
-from moectl.ssh_proxy import Proxy
-from moectl.ssh_trust import Shown, check_host_key, find_known_keys
+from moectl.hosts.hostfile import Host, parse_host_string
+from moectl.hosts.ssh.algorithms import Transport, nothing_in_common, restrict
+from moectl.hosts.ssh.config import SSHSettings, read_ssh_settings
+from moectl.hosts.ssh.login import log_in
+from moectl.hosts.ssh.proxy import Proxy
+from moectl.hosts.ssh.trust import Shown, check_host_key, find_known_keys
 
 WINDOW_BYTES = 16 << 20
 KEEPALIVE_S = 5.0

@@ -3,10 +3,10 @@
 Both programs run on hosts, on a leash: orders and signs of life are lines on stdin, and with stdin's end, or with its
 silence, they end. They know no models and decide nothing; whom to take from is told to them.
 
-    python -m moectl.relay serve        {"bind": [addresses]} first; answers {"at": [[address, port]]}
+    python -m moectl.hosts.onhost.relay serve        {"bind": [addresses]} first; answers {"at": [[address, port]]}
                                         {"admit": token} lets one connection in; answers {"admitted": true}
                                         {"offer": {sha256: [path, bytes]}} adds files that are whole and verified
-    python -m moectl.relay take         {"at": …, "token": …, "floor": bytes per second} first
+    python -m moectl.hosts.onhost.relay take         {"at": …, "token": …, "floor": bytes per second} first
                                         {"path": …, "bytes": …, "sha256": …} asks for a file; answers {"kept": n},
                                         {"more": n} …, {"done": sha256}
     An empty line is a sign of life; answers {"alive": true}. What failed is {"error": …}, and the end.
@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from moectl import node
+from moectl.hosts.onhost import files as node
 
 BEAT_S = 5.0  # whoever holds the leash sends a line at least this often
 SILENCE_S = 30.0  # hearing nothing for this long, we end: the operator's machine may have gone without a word

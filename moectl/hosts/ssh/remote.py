@@ -19,10 +19,10 @@ from typing import IO, Any, cast
 import paramiko
 
 from moectl.errors import CommandFailed, IntegrityError, Unreachable
-from moectl.hosts import Host
-from moectl.login_shell import ANNOUNCE, NOISE_BYTES, ShellError, encode_line, explain_shell, split_noise
-from moectl.node import parse_answer
-from moectl.remote import (
+from moectl.hosts.hostfile import Host
+from moectl.hosts.login_shell import ANNOUNCE, NOISE_BYTES, ShellError, encode_line, explain_shell, split_noise
+from moectl.hosts.onhost.files import parse_answer
+from moectl.hosts.remote import (
     Completed,
     check_completed,
     node_text,
@@ -32,8 +32,8 @@ from moectl.remote import (
     source_size,
     timeout_error,
 )
-from moectl.ssh_config import read_ssh_settings
-from moectl.ssh_connect import WINDOW_BYTES, open_transport
+from moectl.hosts.ssh.config import read_ssh_settings
+from moectl.hosts.ssh.connect import WINDOW_BYTES, open_transport
 
 BLOCK_BYTES = 1 << 20
 STALL_S = 120.0

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import paramiko
 
 from moectl.errors import Unreachable
-from moectl.ssh_config import SSHSettings
+from moectl.hosts.ssh.config import SSHSettings
 
 GRACE_S = 2.0  # for a program that hung up to end, and to say why
 

@@ -28,8 +28,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from moectl.errors import HostKeyError
-from moectl.ssh_config import NO_FILES, SSH_PORT, SSHSettings, expand_path, run_openssh, split_paths
-from moectl.ssh_keywords import Verdict, find_set
+from moectl.hosts.ssh.config import NO_FILES, SSH_PORT, SSHSettings, expand_path, run_openssh, split_paths
+from moectl.hosts.ssh.keywords import Verdict, find_set
 
 COMMAND_S = 30.0
 CERT_SUFFIX = "-cert-v01@openssh.com"

@@ -1,0 +1,154 @@
+"""Connections to all hosts at once: one login for each, work done on each of them, and the failures told together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from moectl.errors import MoectlError, PartialFailure, Unreachable
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import LocalRemote, Remote
+
+ROOT = "~/.moectl"
+CLOSE_S = 0.5
+_R = TypeVar("_R")
+_T = TypeVar("_T")
+
+
+def raise_failures(
+    errors: Mapping[str, MoectlError | None], *, then: str = "; then run it again: the other hosts will be skipped."
+) -> None:
+    """Raise for hosts that failed: their own error when all failed alike, PartialFailure otherwise."""
+    failed = {name: error for name, error in errors.items() if error is not None}
+    if not failed:
+        return
+    first = next(iter(failed.values()))
+    if len(failed) == len(errors) and len({type(e) for e in failed.values()}) == 1:
+        if len(failed) == 1:
+            raise first
+        raise type(first)(f"all {len(failed)} hosts failed; first {first}", hint=first.hint)
+    names = ", ".join(failed)
+    raise PartialFailure(
+        f"{len(failed)} of {len(errors)} hosts failed: {names}.",
+        hint=f"{first.hint or f'mend {names}'}{then}",
+    )
+
+
+def connect(hosts: Sequence[Host]) -> list[Remote]:
+    """Connect to all hosts at once, for work that needs every one; raise the first host's error when any fails."""
+    remotes = [make_remote(host) for host in hosts]
+
+    found: list[MoectlError | None] = [None] * len(remotes)
+
+    def probe(rank: int, remote: Remote) -> None:
+        try:
+            remote.run(["true"])
+        except Exception as error:
+            found[rank] = as_ours(error, hosts[rank])
+
+    # Daemons, not a pool: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
+    threads = [threading.Thread(target=probe, args=a, daemon=True) for a in enumerate(remotes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    failed = [error for error in found if error is not None]
+    if not failed:
+        return remotes
+    for remote in remotes:
+        remote.close()
+    if len(failed) > 1:
+        others = ", ".join(str(error.host) for error in failed[1:])
+        failed[0].message += f" (and {others} cannot be used either)"
+    raise failed[0]
+
+
+def make_remote(host: Host) -> Remote:
+    """Return the way to a host; it connects when first used."""
+    if host.is_local:
+        return LocalRemote(host.name, python=host.python)
+    from moectl.hosts.ssh.remote import SSHRemote
+
+    return SSHRemote(host)
+
+
+def close_all(remotes: Sequence[Remote]) -> None:
+    """Close connections; one that is still being made, to a host that may be silent, is left to the process's end."""
+
+    def close(remote: Remote) -> None:
+        with contextlib.suppress(MoectlError, OSError):
+            remote.close()
+
+    threads = [threading.Thread(target=close, args=(remote,), daemon=True) for remote in remotes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(CLOSE_S)
+
+
+def on_each(
+    hosts: Sequence[Host], work: Callable[[int, Host], _R], *, limit_s: float | None = None
+) -> list[_R | MoectlError]:
+    """Return work(index, host) of every host, done at once, or the error that it met.
+
+    A host that has not answered after `limit_s` is Unreachable; its thread is left behind.
+    """
+    results: list[_R | MoectlError] = [
+        Unreachable(f"no answer within {limit_s or 0:g} s", host=host.address) for host in hosts
+    ]
+
+    def run(index: int) -> None:
+        try:
+            results[index] = work(index, hosts[index])
+        except MoectlError as error:
+            results[index] = error
+        except Exception as error:  # a bug met on one host must not hide what became of the others
+            if os.environ.get("MOECTL_DEBUG"):
+                traceback.print_exception(error)
+            message = f"unexpected {type(error).__name__}: {error} (a bug in moectl)"
+            results[index] = MoectlError(message, host=hosts[index].address)
+
+    # Daemons: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(hosts))]
+    for thread in threads:
+        thread.start()
+    deadline = None if limit_s is None else time.monotonic() + limit_s
+    for thread in threads:
+        thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    return list(results)
+
+
+def as_ours(error: Exception, host: Host) -> MoectlError:
+    """Return the error as one of ours; a bug met on one host must not hide what became of the others."""
+    if isinstance(error, MoectlError):
+        return error
+    if os.environ.get("MOECTL_DEBUG"):
+        traceback.print_exception(error)
+    return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)", host=host.address)
+
+
+def _at_once(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """Return work(item) of every item, each in a thread of its own; raise the first error in their order."""
+    results: list[_R | None] = [None] * len(items)
+    errors: list[BaseException | None] = [None] * len(items)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = work(items[index])
+        except BaseException as error:
+            errors[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(items))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        if error is not None:
+            raise error
+    return results  # type: ignore[return-value]
