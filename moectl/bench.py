@@ -16,9 +16,9 @@ from pathlib import Path
 
 from moectl.errors import UsageError
 from moectl.leash import Done, Profile, Profiled, Ready, Token
-from moectl.placement import Placement
+from moectl.model.placement import Placement
+from moectl.model.routing import Routing
 from moectl.request import Request
-from moectl.routing import Routing
 from moectl.session import Session
 from moectl.unseen import Prompts, check_unseen
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from moectl.geometry import Geometry
-from moectl.manifest import Quantization
-from moectl.placement import Placement
+from moectl.model.geometry import Geometry
+from moectl.model.manifest import Quantization
+from moectl.model.placement import Placement
 
 COMFORTABLE = 0.9
 PREFILL_TOKENS = 512  # the engine's chunk

@@ -124,8 +124,8 @@ def _asked(options: dict[str, Any]) -> Asked:
 
 
 def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
+    from moectl.model.routing import read_routing
     from moectl.prepare import Wanted
-    from moectl.routing import read_routing
 
     bits, stats = options["q_bits"], options["routing_stats"]
     return Wanted(
@@ -250,7 +250,7 @@ def _add_tokenizer(common: Common, source: str, where: Path | None) -> None:
 def _verify(common: Common, directory: Path) -> None:
     from moectl import shards
     from moectl.console import progress
-    from moectl.manifest import read_manifest
+    from moectl.model.manifest import read_manifest
     from moectl.text import size_text
 
     total = sum(f.bytes for f in read_manifest(directory).files.values())
@@ -376,7 +376,7 @@ def deploy(
 def _check_results(common: Common, *, force: bool) -> None:
     """Start what was just deployed, and end it; raises when a rank computes something else."""
     from moectl import attach, launch
-    from moectl.manifest import read_manifest
+    from moectl.model.manifest import read_manifest
 
     target = launch.find_deployment(None)
     if target is None or read_manifest(Path(target.shards)).canary is None:

@@ -13,10 +13,10 @@ from moectl import errors, suggest
 from moectl.flags import Q_BITS, SPLIT, Common
 
 if TYPE_CHECKING:
-    from moectl.canary import Canary
     from moectl.console import Bar, Progress
     from moectl.launch import Target
-    from moectl.manifest import Manifest
+    from moectl.model.canary import Canary
+    from moectl.model.manifest import Manifest
     from moectl.prepare import Made, Wanted
 
 MAX_START_S = 86400.0
@@ -105,7 +105,7 @@ def session_options(common: Common, options: dict[str, Any]) -> dict[str, Any]:
 def choose_target(common: Common, options: dict[str, Any]) -> Target:
     """Return what to run: a shard set on this machine, or a deployment on hosts."""
     from moectl import launch
-    from moectl.manifest import read_manifest
+    from moectl.model.manifest import read_manifest
     from moectl.planning import check_here, check_hosts, place_here
     from moectl.prepare import Wanted, find_shards
 
@@ -167,8 +167,8 @@ def shard_model(
 ) -> Made:
     """Cut a model with progress on the terminal, `among` other bars; `options` are `prepare.shard`'s."""
     from moectl import prepare
-    from moectl.canary import describe_unmet
     from moectl.console import progress
+    from moectl.model.canary import describe_unmet
     from moectl.tokenizer_files import choose_tokenizer
 
     with contextlib.nullcontext(among) if among else progress(quiet=common.quiet) as bars:

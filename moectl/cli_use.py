@@ -356,7 +356,8 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
       moectl bench --local 2 -p 128 -g 32 --json > two.json
       moectl bench --local 4 --plot ranks.svg --compare two.json
     """
-    from moectl import bench as benchmark, files as disk, launch, plot as plotting, report, routing
+    from moectl import bench as benchmark, files as disk, launch, plot as plotting, report
+    from moectl.model import routing
 
     if options["routing_stats"]:
         disk.check_destination(options["routing_stats"])
@@ -389,7 +390,7 @@ def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Pr
     """Return what a plan, or the last `plan --probe` of these hosts, expects of these trials, if there is one."""
     from moectl import launch, probing
     from moectl.bench import Predicted, read_prediction
-    from moectl.manifest import read_manifest
+    from moectl.model.manifest import read_manifest
 
     manifest = None
     hosts = ["localhost"] * launch.count_ranks(target)

@@ -25,7 +25,7 @@ from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.thunderbolt import parse_ifconfig
 from moectl.launch import find_addresses, split_envs
-from moectl.manifest import Manifest, read_manifest
+from moectl.model.manifest import Manifest, read_manifest
 from moectl.prepare import newest_shards
 from moectl.probe import Site, is_next, try_links
 from moectl.wheel import hash_code

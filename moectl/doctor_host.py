@@ -28,7 +28,7 @@ from moectl.hosts.ssh.config import SSHSettings, read_ssh_settings
 from moectl.hosts.survey import Survey, parse_sshd, survey_host
 from moectl.machine import CONTEXT
 from moectl.macos import check_mac
-from moectl.manifest import Manifest
+from moectl.model.manifest import Manifest
 from moectl.planning import Asked, known_node
 from moectl.provision import PACKAGES, survey_environment
 from moectl.text import format_gb

@@ -14,10 +14,10 @@ from moectl import errnos, probe
 from moectl.backend import choose_backend
 from moectl.errors import HostsError, MoectlError
 from moectl.findings import Finding, fail, ok, skip, warn
-from moectl.geometry import Geometry
 from moectl.hosts.thunderbolt import Interface
 from moectl.measured import Job
-from moectl.placement import make_placement
+from moectl.model.geometry import Geometry
+from moectl.model.placement import make_placement
 from moectl.probe import Site, Tried
 
 COLLECTIVE_START_S = 45.0

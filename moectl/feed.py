@@ -16,8 +16,8 @@ from typing import Any
 from moectl.cluster import DeployResult, Growing, deploy, manifest_entry
 from moectl.fleet import Feed
 from moectl.hosts.hostfile import Host
-from moectl.manifest import NAME, FileEntry, read_manifest
-from moectl.placement import Placement
+from moectl.model.manifest import NAME, FileEntry, read_manifest
+from moectl.model.placement import Placement
 from moectl.prepare import Made
 
 

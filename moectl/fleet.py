@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import Any
 
-from moectl import manifest as manifest_file
 from moectl.chain import Chain
 from moectl.errors import MoectlError
 from moectl.handover import Admit, Down, Joined, More, Opened, TakeFrom, Up, Wants
 from moectl.hosts.connect import as_ours
-from moectl.manifest import FileEntry
+from moectl.model import manifest as manifest_file
+from moectl.model.manifest import FileEntry
 from moectl.provision import (
     Advanced,
     Event,

@@ -18,7 +18,7 @@ from moectl.errors import MoectlError, Unreachable
 from moectl.hosts.onhost.files import parse_answer
 from moectl.hosts.onhost.relay import BEAT_S, Address
 from moectl.hosts.remote import Process, Remote
-from moectl.manifest import FileEntry
+from moectl.model.manifest import FileEntry
 
 ANSWER_S = 30.0  # for a program to start and answer
 SILENCE_S = 60.0

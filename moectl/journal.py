@@ -16,7 +16,7 @@ from typing import Any
 
 from moectl.errors import StateError
 from moectl.files import sync_directory
-from moectl.manifest import FileEntry, is_count, is_entry, is_inside
+from moectl.model.manifest import FileEntry, is_count, is_entry, is_inside
 
 NAME = ".moectl-journal.jsonl"
 LOCK_NAME = ".moectl-lock"

@@ -27,7 +27,7 @@ from moectl.deployment import (
 from moectl.errors import HostsError, NotDeployed
 from moectl.hosts.hostfile import NAMES_ONLY, Host, HostList
 from moectl.hosts.remote import LocalRemote, Remote
-from moectl.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
+from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import state_dir
 from moectl.prepare import Wanted
 from moectl.session import RankSpec, Session

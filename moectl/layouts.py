@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moectl.config_keys import CORRECT, show
 from moectl.errors import CheckpointError, IntegrityError
-from moectl.geometry import PROJECTIONS, Geometry, block, expert_name
-from moectl.manifest import Quantization
+from moectl.model.config_keys import CORRECT, show
+from moectl.model.geometry import PROJECTIONS, Geometry, block, expert_name
+from moectl.model.manifest import Quantization
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit
 FLOATS = ("BF16", "F16", "F32")  # what weights may be stored as

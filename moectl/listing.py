@@ -17,7 +17,7 @@ from moectl.deployment import find_deployment
 from moectl.errors import MoectlError, NotSharded, StateError
 from moectl.files import explain_refusal
 from moectl.journal import lock_directory
-from moectl.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
+from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import cache_dir, data_dir
 
 DEPLOYED, RUNNING = "deployed", "running"

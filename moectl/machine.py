@@ -27,7 +27,7 @@ from moectl.budget import (
 )
 from moectl.chips import default_working_set_bytes
 from moectl.errors import PlanError
-from moectl.manifest import Manifest
+from moectl.model.manifest import Manifest
 
 CONTEXT = 4096  # tokens that a rank has to have room for
 MOST_ANSWERS = 8  # of full length: the engine runs no more at once

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moectl.copies import Held
 from moectl.errors import CommandFailed
-from moectl.geometry import Geometry
 from moectl.hosts.hardware import Hardware
-from moectl.manifest import Quantization
-from moectl.placement import Placement
+from moectl.model.geometry import Geometry
+from moectl.model.manifest import Quantization
+from moectl.model.placement import Held, Placement
 from moectl.records import build
 
 Matrix = tuple[tuple[float, ...], ...]

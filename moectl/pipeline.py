@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from moectl.errors import CheckpointError, IntegrityError
 from moectl.files import sync_directory
 from moectl.layouts import item_bytes
-from moectl.manifest import FileEntry
+from moectl.model.manifest import FileEntry
 from moectl.recipe import OutputFile, Piece, Quantise
 from moectl.sources import Cancelled, Sources, Supply, explain_unreadable
 

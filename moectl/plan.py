@@ -15,10 +15,10 @@ from functools import partial
 from moectl.budget import COMFORTABLE, KV_STEP, Memory, Need, Verdict, judge, rank_need
 from moectl.calibration import Calibration, Link
 from moectl.errors import PlanError
-from moectl.geometry import Geometry
-from moectl.manifest import Quantization
 from moectl.measured import Speed
-from moectl.placement import Placement, make_placement
+from moectl.model.geometry import Geometry
+from moectl.model.manifest import Quantization
+from moectl.model.placement import Placement, make_placement
 from moectl.speed import Prediction, Rates, Work, expected_busiest, predict, predict_measured
 
 MOST_ADVISED = 16  # hosts

@@ -14,15 +14,15 @@ from pathlib import Path
 from moectl import prepare
 from moectl.budget import METAL_DTYPE_BYTES, Verdict, judge, rank_need
 from moectl.calibration import CALIBRATIONS, find_link
-from moectl.catalog import MODELS, Model
 from moectl.checkpoint import Checkpoint
 from moectl.errors import HostsError, MoectlError, PlanError
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, parse_size
 from moectl.machine import CONTEXT, own_dtype_bytes, own_memory
-from moectl.manifest import Manifest, Quantization
+from moectl.model.catalog import MODELS, Model
+from moectl.model.manifest import Manifest, Quantization
+from moectl.model.placement import Placement
 from moectl.nodes import Defaults, default_link, make_node
-from moectl.placement import Placement
 from moectl.plan import Node, Plan, Question, make_plan, refusal
 from moectl.prepare import Wanted, choose_quantization, describe_model, find_frequencies
 from moectl.whatif import Row, what_if

@@ -12,19 +12,18 @@ from functools import partial
 from pathlib import Path
 
 from moectl import shards
-from moectl.catalog import MODELS, Model
 from moectl.checkpoint import Checkpoint, open_checkpoint
-from moectl.copies import place_copies
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
-from moectl.geometry import Geometry
 from moectl.hub_environment import check_numbers
 from moectl.layouts import MODES
-from moectl.manifest import NAME as MANIFEST_NAME, Manifest, Quantization, read_manifest
+from moectl.model.catalog import MODELS, Model
+from moectl.model.geometry import Geometry
+from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, Quantization, read_manifest
+from moectl.model.placement import Placement, make_placement, place_copies
+from moectl.model.routing import Routing
 from moectl.paths import cache_dir, data_dir
 from moectl.pipeline import OnHashed, OpenQuantise
-from moectl.placement import Placement, make_placement
 from moectl.recipe import Described, check_quantization, plan_files
-from moectl.routing import Routing
 from moectl.shards import ComputeCanary
 
 PLAIN_BITS = 16

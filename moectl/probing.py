@@ -26,10 +26,10 @@ from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.remote import Remote
 from moectl.launch import find_addresses, share_cores, split_envs
-from moectl.manifest import Quantization
 from moectl.measured import Job, Matrix, Measured, Speed, read_speeds
+from moectl.model.manifest import Quantization
+from moectl.model.placement import Placement
 from moectl.paths import state_dir
-from moectl.placement import Placement
 from moectl.plan import Question, candidates
 from moectl.planning import Answer, Asked, Task, set_task
 from moectl.prepare import Wanted

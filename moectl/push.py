@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moectl import manifest as manifest_file
 from moectl.errors import MoectlError, Unreachable
 from moectl.handover import Admit, Giver, Joined, More, Opened, TakeFrom, Taker, Up, Wants
 from moectl.hosts.remote import Remote, node_text
-from moectl.manifest import FileEntry
+from moectl.model import manifest as manifest_file
+from moectl.model.manifest import FileEntry
 
 LOOK_S = 5.0  # how often a silent host is looked for
 

@@ -14,7 +14,7 @@ from moectl import cluster
 from moectl.deployment import Deployment
 from moectl.errors import MoectlError, PlanError
 from moectl.hosts.hostfile import Host
-from moectl.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
+from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import data_dir
 from moectl.planning import check_hosts
 from moectl.text import format_gb

@@ -13,11 +13,11 @@ from moectl.text import columns, size_text, table_text, time_text
 
 if TYPE_CHECKING:
     from moectl.bench import Benchmark, Measured as Sample
-    from moectl.catalog import Model
     from moectl.cluster import DeployResult
     from moectl.hosts.hostfile import HostList
     from moectl.leash import Done
     from moectl.measured import Measured
+    from moectl.model.catalog import Model
     from moectl.plan import NodePlan, Plan, Question
     from moectl.prepare import Made
     from moectl.provision import HostResult

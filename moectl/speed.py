@@ -27,13 +27,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 
-from moectl.balance import share_out
 from moectl.budget import METAL_DTYPE_BYTES, PREFILL_TOKENS, LayerBytes, head_bytes, layer_bytes
 from moectl.calibration import DEFAULT, Calibration, Link
-from moectl.geometry import Geometry
-from moectl.manifest import Quantization
 from moectl.measured import Speed
-from moectl.placement import Placement
+from moectl.model.balance import share_out
+from moectl.model.geometry import Geometry
+from moectl.model.manifest import Quantization
+from moectl.model.placement import Placement
 
 TOKEN_BYTES = 12  # the agreed vector: a token and two control words
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from moectl.errors import IntegrityError
 from moectl.hosts.onhost import files as node
-from moectl.manifest import NAME, FileEntry, Manifest
+from moectl.model.manifest import NAME, FileEntry, Manifest
 
 _HINT = "moectl deploy (on this machine: moectl shard --verify DIR)"
 _SHOWN = 3

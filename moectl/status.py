@@ -22,7 +22,7 @@ from moectl.hosts.connect import ROOT, close_all, make_remote, on_each
 from moectl.hosts.hostfile import Host
 from moectl.hosts.programs import ask, list_pythons
 from moectl.hosts.remote import Remote
-from moectl.manifest import read_manifest
+from moectl.model.manifest import read_manifest
 from moectl.traffic import count_token_bytes
 
 LOOK_S = 15.0  # for a host to answer; one that does not is down

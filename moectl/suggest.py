@@ -70,7 +70,7 @@ def shard_sets(ctx: click.Context, param: click.Parameter, incomplete: str) -> O
 
 def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
     """Offer the models that moectl knows by name, or directories where none has that name."""
-    from moectl.catalog import MODELS
+    from moectl.model.catalog import MODELS
 
     return _matching(MODELS, incomplete) or directories(ctx, param, incomplete)
 

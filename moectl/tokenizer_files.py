@@ -21,7 +21,7 @@ from moectl.cache_layout import refuse_pointers
 from moectl.checkpoint import Checkpoint, is_plain_data, open_store
 from moectl.errors import CheckpointError, MoectlError
 from moectl.files import explain_refusal, sync_directory
-from moectl.manifest import FileEntry, Manifest, read_manifest, refuse_links_outside, write_manifest
+from moectl.model.manifest import FileEntry, Manifest, read_manifest, refuse_links_outside, write_manifest
 from moectl.pipeline import hash_file, partial_path
 from moectl.stamp import write_stamps
 

@@ -5,7 +5,7 @@ It is what `model.reduce` does over a ring, counted and not measured; prompts ar
 
 from __future__ import annotations
 
-from moectl.placement import Placement
+from moectl.model.placement import Placement
 
 GATHER_BELOW_BYTES = 64 * 1024  # as in `model.reduce`, which cannot be imported here: it needs mlx
 

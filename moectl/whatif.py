@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moectl.calibration import LINKS, Calibration, find_link
-from moectl.catalog import Model
 from moectl.chips import CHIPS, Chip, find_chip
 from moectl.errors import HostsError, PlanError
 from moectl.hosts.hostfile import Host
-from moectl.manifest import Quantization
+from moectl.model.catalog import Model
+from moectl.model.manifest import Quantization
 from moectl.nodes import Defaults, make_node
 from moectl.plan import Plan, Question, make_plan
 

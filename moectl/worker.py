@@ -61,7 +61,7 @@ from moectl.leash import (
 
 if TYPE_CHECKING:
     from moectl.engine import Engine
-    from moectl.manifest import Manifest
+    from moectl.model.manifest import Manifest
 
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
 _log = logging.getLogger("moectl.worker")
@@ -190,7 +190,7 @@ def _serve(leash: Leash) -> None:
         _log_to(Path(start.log).expanduser())
     _log.info("rank %d of %d starts on %s", start.rank, start.world_size, start.shards)
     from moectl.machine import check_own_memory, count_kv_tokens
-    from moectl.manifest import read_manifest, refuse_links_outside
+    from moectl.model.manifest import read_manifest, refuse_links_outside
 
     directory = Path(start.shards).expanduser()
     manifest = read_manifest(directory)

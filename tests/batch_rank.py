@@ -22,8 +22,8 @@ import mlx.core as mx
 
 from moectl.engine import Engine
 from moectl.leash import Cancel, Done, Generate, Token
-from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
+from moectl.model.manifest import read_manifest
 from moectl.request import Request
 from moectl.tokenizer import open_tokenizer
 

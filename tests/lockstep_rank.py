@@ -19,8 +19,8 @@ import numpy as np
 
 from moectl.engine import Engine
 from moectl.leash import Done, Generate, Token
-from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
+from moectl.model.manifest import read_manifest
 from moectl.model.selfcheck import check
 from moectl.request import Request
 from moectl.tokenizer import open_tokenizer

@@ -8,9 +8,9 @@ from itertools import combinations
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl.balance import share_out
-from moectl.geometry import read_geometry
-from moectl.placement import make_placement
+from moectl.model.balance import share_out
+from moectl.model.geometry import read_geometry
+from moectl.model.placement import make_placement
 from tests.tiny import make_config
 
 GEOMETRY = read_geometry(make_config())  # 16 experts, as DBRX

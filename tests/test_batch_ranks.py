@@ -16,7 +16,7 @@ import pytest
 from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.leash import Beat, Done, Generate, Load, Order, Prefilled, Refused, Start, encode, read_messages
-from moectl.placement import make_placement
+from moectl.model.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.shards import cut

@@ -16,9 +16,9 @@ from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.engine import MAX_BATCH
 from moectl.leash import Done, Prefilled, Token
-from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
-from moectl.placement import make_placement
+from moectl.model.manifest import read_manifest
+from moectl.model.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.shards import cut
 from moectl.tokenizer import open_tokenizer

@@ -22,16 +22,16 @@ from moectl import plot, report
 from moectl.bench import Benchmark, Predicted, RankTime, Trial, bench, read_prediction
 from moectl.engine import Engine
 from moectl.errors import StateError, UsageError
-from moectl.geometry import DBRX
 from moectl.leash import Done, Generate, Prefilled, Profile, Profiled, Ready, Refused, Token
-from moectl.manifest import read_manifest
 from moectl.model import reduce
 from moectl.model.experts import Experts
+from moectl.model.geometry import DBRX
 from moectl.model.load import load_rank
-from moectl.placement import make_placement
+from moectl.model.manifest import read_manifest
+from moectl.model.placement import make_placement
+from moectl.model.routing import Routing, read_routing, write_routing
 from moectl.profile import _share_copies
 from moectl.request import Request
-from moectl.routing import Routing, read_routing, write_routing
 from moectl.session import Session
 from moectl.tokenizer import open_tokenizer
 from moectl.unseen import Prompts

@@ -10,10 +10,10 @@ from hypothesis import given, strategies as st
 
 from moectl.budget import COMFORTABLE, Memory, Need, Verdict, judge, rank_need, weight_bytes
 from moectl.chips import default_working_set_bytes
-from moectl.geometry import DBRX, Geometry
 from moectl.layouts import SourceTensor
-from moectl.manifest import Quantization
-from moectl.placement import make_placement
+from moectl.model.geometry import DBRX, Geometry
+from moectl.model.manifest import Quantization
+from moectl.model.placement import make_placement
 from moectl.recipe import plan_files
 
 GIB = 1 << 30

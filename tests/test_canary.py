@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl.canary import (
+from moectl.checkpoint import open_checkpoint
+from moectl.demo import demo_dir
+from moectl.errors import IntegrityError
+from moectl.hosts.onhost.files import RECORD
+from moectl.leash import Done
+from moectl.model import reference
+from moectl.model.canary import (
     CHUNK,
     TOLERANCE,
     TOLERANCE_LOW_PRECISION,
@@ -28,16 +34,10 @@ from moectl.canary import (
     judge_logits,
     make_prompts,
 )
-from moectl.checkpoint import open_checkpoint
-from moectl.demo import demo_dir
-from moectl.errors import IntegrityError
-from moectl.hosts.onhost.files import RECORD
-from moectl.leash import Done
-from moectl.manifest import FileEntry, parse_manifest, read_manifest, write_manifest
-from moectl.model import reference
+from moectl.model.manifest import FileEntry, parse_manifest, read_manifest, write_manifest
+from moectl.model.placement import make_placement
 from moectl.model.reference import compute_canary
 from moectl.pipeline import hash_file
-from moectl.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.session import Session
@@ -200,7 +200,7 @@ _MEASURE = """
 import os, sys
 from pathlib import Path
 import mlx.core as mx, numpy
-from moectl.manifest import read_manifest
+from moectl.model.manifest import read_manifest
 from moectl.model import reference
 
 def peak():

@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moectl.checkpoint import Checkpoint, open_checkpoint, pull
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError, Unreachable
-from moectl.geometry import read_geometry
 from moectl.hub import _require_space
-from moectl.manifest import Quantization
+from moectl.model.geometry import read_geometry
+from moectl.model.manifest import Quantization
 from tests import hub_client
 from tests.hub import Fault, Hub
 from tests.tiny import (

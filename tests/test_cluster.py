@@ -41,7 +41,7 @@ from moectl.errors import (
 from moectl.hosts.connect import connect, make_remote, raise_failures
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import RECORD, hash_file, make_stamp, read_record, write_record
-from moectl.manifest import NAME, FileEntry, Manifest, write_manifest
+from moectl.model.manifest import NAME, FileEntry, Manifest, write_manifest
 from moectl.provision import Advanced, Event, HostResult, Planned, Working
 from moectl.session import RankSpec, Session
 from moectl.stamp import check_files
@@ -572,7 +572,7 @@ def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(sshd: Server, tmp_pa
         "from pathlib import Path\n"
         "from moectl.cluster import deploy\n"
         "from moectl.hosts.hostfile import parse_hosts\n"
-        "from moectl.manifest import read_manifest\n"
+        "from moectl.model.manifest import read_manifest\n"
         "from moectl.provision import Advanced\n"
         "def main():\n"
         "    hosts = parse_hosts(Path(sys.argv[1]).read_text()).hosts\n"
@@ -636,7 +636,7 @@ def test_ctrl_c_ends_an_install_on_this_machine_too(tmp_path: Path, shards: Path
         "from pathlib import Path\n"
         "from moectl import cluster\n"
         "from moectl.hosts.hostfile import Host\n"
-        "from moectl.manifest import read_manifest\n"
+        "from moectl.model.manifest import read_manifest\n"
         "def main():\n"
         "    cluster.hash_code = lambda: 'of no interpreter here'\n"
         f"    host = Host('localhost', dir={str(root)!r})\n"

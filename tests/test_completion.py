@@ -14,12 +14,12 @@ from pathlib import Path
 import click
 import pytest
 
-from moectl.catalog import MODELS
 from moectl.chips import CHIPS
 from moectl.cli import cli
 from moectl.completion import FILES, SHELLS, script
 from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.hosts.hostfile import Host
+from moectl.model.catalog import MODELS
 from moectl.paths import config_dir, data_dir
 from tests.terminal import Terminal
 

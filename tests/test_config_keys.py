@@ -20,13 +20,13 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from moectl import __main__, prepare
 from moectl.checkpoint import open_checkpoint
-from moectl.config_keys import check_generation, list_ignored
 from moectl.demo import demo_dir
 from moectl.errors import CheckpointError
-from moectl.geometry import DBRX, Geometry, read_geometry
 from moectl.layouts import read_quantization
-from moectl.manifest import read_manifest
+from moectl.model.config_keys import check_generation, list_ignored
+from moectl.model.geometry import DBRX, Geometry, read_geometry
 from moectl.model.load import load_rank
+from moectl.model.manifest import read_manifest
 from moectl.model.reference import compute_canary
 from moectl.prepare import Wanted
 from moectl.quantize import quantizer

@@ -20,8 +20,8 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import files as node
 from moectl.hosts.remote import LocalRemote, node_text
 from moectl.hosts.ssh.remote import SSHRemote
-from moectl.manifest import NAME, is_inside, parse_manifest, read_manifest
-from moectl.placement import make_placement
+from moectl.model.manifest import NAME, is_inside, parse_manifest, read_manifest
+from moectl.model.placement import make_placement
 from moectl.prepare import shard_set_name
 from moectl.provision import Task
 from moectl.quantize import quantizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from moectl.copies import place_copies
+from moectl.model.placement import place_copies
 
 
 @st.composite

@@ -35,7 +35,7 @@ from moectl.demo.train import (
     read_corpus,
     write_checkpoint,
 )
-from moectl.geometry import block, read_geometry
+from moectl.model.geometry import block, read_geometry
 
 LESSONS = read_corpus(demo_dir().parent / "corpus.txt")
 ANSWERS = {question: lesson.answer for lesson in LESSONS for question in lesson.questions}

@@ -30,15 +30,15 @@ from moectl.doctor_host import (
     visit_host,
 )
 from moectl.findings import Finding, Level, at_host
-from moectl.geometry import read_geometry
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.hosts.ssh.config import read_ssh_settings
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.hosts.survey import Survey
-from moectl.manifest import FileEntry, Manifest
-from moectl.placement import make_placement
+from moectl.model.geometry import read_geometry
+from moectl.model.manifest import FileEntry, Manifest
+from moectl.model.placement import make_placement
 from tests.sshd import Server, find_free_port, make_key, run_sshd
 from tests.tiny import make_config
 

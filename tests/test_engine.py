@@ -13,9 +13,9 @@ from moectl import engine as engine_module
 from moectl.checkpoint import open_checkpoint
 from moectl.engine import Engine
 from moectl.leash import Cancel, Done, Generate, Prefilled, Refused, Token
-from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
-from moectl.placement import make_placement
+from moectl.model.manifest import read_manifest
+from moectl.model.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.shards import cut

@@ -23,7 +23,7 @@ from moectl.feed import shard_and_deploy
 from moectl.flags import Failed
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import RECORD, hash_file
-from moectl.manifest import NAME, read_manifest
+from moectl.model.manifest import NAME, read_manifest
 from moectl.prepare import Made, Wanted
 from moectl.provision import Event, HostResult
 from moectl.quantize import quantizer

@@ -25,7 +25,7 @@ from moectl.cluster import DeployResult, deploy, manifest_entry
 from moectl.errors import Unreachable
 from moectl.handover import Admit, More, TakeFrom, Wants
 from moectl.hosts.remote import LocalRemote
-from moectl.manifest import NAME, Manifest, is_shared
+from moectl.model.manifest import NAME, Manifest, is_shared
 from moectl.provision import Advanced, Event, Task, Working
 from moectl.push import Found, Link, Push
 from tests.netns import Cluster
@@ -209,7 +209,7 @@ def test_after_kill_9_nothing_is_left_and_the_next_run_goes_on(netns: Cluster, s
         "from pathlib import Path\n"
         "from moectl.cluster import deploy\n"
         "from moectl.hosts.hostfile import parse_hosts\n"
-        "from moectl.manifest import read_manifest\n"
+        "from moectl.model.manifest import read_manifest\n"
         "from moectl.provision import Advanced\n"
         "def main():\n"
         "    hosts = parse_hosts(Path(sys.argv[1]).read_text()).hosts\n"

@@ -26,10 +26,10 @@ from moectl.errors import MoectlError, RemoteError
 from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts, read_hosts, to_mlx_json
 from moectl.hosts.onhost import files as node
 from moectl.hosts.remote import Completed, LocalRemote, Process, Remote
-from moectl.manifest import FileEntry, parse_manifest
 from moectl.measured import Pass, RankSpeed, Speed, read_speeds
+from moectl.model.manifest import FileEntry, parse_manifest
+from moectl.model.placement import make_placement
 from moectl.paths import state_dir
-from moectl.placement import make_placement
 from moectl.probe import Site, measure_links
 from moectl.provision import Task, inspect_host
 from moectl.request import Request, Stats
@@ -105,7 +105,7 @@ def test_mlx_hostfiles(tmp_path: Path, seconds: float) -> None:
 def test_manifests(tmp_path: Path, seconds: float) -> None:
     def read(data: bytes) -> None:
         (tmp_path / "moectl.json").write_bytes(data)
-        from moectl.manifest import read_manifest
+        from moectl.model.manifest import read_manifest
 
         manifest = read_manifest(tmp_path)
         for name in manifest.files:

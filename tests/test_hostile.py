@@ -23,7 +23,7 @@ from moectl.errors import CheckpointError, CommandFailed, HostError, HostsError,
 from moectl.hosts.hostfile import Host, parse_host_string, parse_hosts
 from moectl.hosts.remote import LocalRemote
 from moectl.hosts.ssh.remote import SSHRemote, quote_command
-from moectl.manifest import FileEntry
+from moectl.model.manifest import FileEntry
 from moectl.provision import Task, inspect_host
 from tests import hub_client
 from tests.hub import Hub

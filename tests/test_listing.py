@@ -18,7 +18,7 @@ from moectl.errors import StateError
 from moectl.hosts.hostfile import Host
 from moectl.journal import lock_directory
 from moectl.listing import choose_old, delete_set, make_listing
-from moectl.manifest import NAME
+from moectl.model.manifest import NAME
 from moectl.paths import cache_dir, data_dir
 from moectl.sockets import listen_unix
 from tests.test_cli import run

@@ -19,9 +19,9 @@ import pytest
 
 from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
-from moectl.manifest import Quantization
+from moectl.model.manifest import Quantization
+from moectl.model.placement import make_placement
 from moectl.model.reference import compute_canary
-from moectl.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.shards import cut
 from tests.alphabet import VOCAB_SIZE, write_tokenizer

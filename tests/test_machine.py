@@ -14,7 +14,7 @@ from moectl.errors import PlanError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.leash import Done
-from moectl.manifest import Manifest
+from moectl.model.manifest import Manifest
 from moectl.prepare import Wanted, shard
 from moectl.quantize import quantizer
 from moectl.request import Request
@@ -34,7 +34,7 @@ runpy.run_module("moectl", run_name="__main__")
 @pytest.fixture
 def manifest(tmp_path: Path) -> tuple[Path, Manifest]:
     made = shard(str(demo_dir()), Wanted(nodes=1), quantise=quantizer, directory=tmp_path / "set")
-    from moectl.manifest import read_manifest
+    from moectl.model.manifest import read_manifest
 
     return made.directory, read_manifest(made.directory)
 

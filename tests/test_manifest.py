@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from moectl.errors import IntegrityError
-from moectl.geometry import read_geometry
-from moectl.manifest import FileEntry, Manifest, Quantization, parse_manifest
-from moectl.placement import make_placement
+from moectl.model.geometry import read_geometry
+from moectl.model.manifest import FileEntry, Manifest, Quantization, parse_manifest
+from moectl.model.placement import make_placement
 from tests.tiny import json_values, make_config
 
 CONFIG = make_config()

@@ -10,7 +10,7 @@ from moectl import launch, prepare
 from moectl.budget import CPU_DTYPE_BYTES, rank_need
 from moectl.demo import demo_dir
 from moectl.leash import Done
-from moectl.manifest import read_manifest
+from moectl.model.manifest import read_manifest
 from moectl.prepare import Wanted
 from moectl.quantize import quantizer
 from moectl.request import Request

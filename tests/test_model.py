@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl.geometry import read_geometry
 from moectl.model.dbrx import Model
 from moectl.model.experts import GROUP_FROM_PAIRS, Experts
-from moectl.placement import make_placement
+from moectl.model.geometry import read_geometry
+from moectl.model.placement import make_placement
 from tests import oracle
 from tests.ring import process_env
 

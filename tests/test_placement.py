@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from moectl.errors import PlanError
-from moectl.geometry import DBRX, Geometry, read_geometry
-from moectl.placement import SPLITS, Placement, make_placement
+from moectl.model.geometry import DBRX, Geometry, read_geometry
+from moectl.model.placement import SPLITS, Placement, make_placement
 from tests.tiny import make_config
 
 

@@ -18,8 +18,8 @@ from moectl.cli import cli
 from moectl.demo import demo_dir
 from moectl.errors import PlanError
 from moectl.flags import Failed
-from moectl.geometry import DBRX
-from moectl.manifest import Quantization
+from moectl.model.geometry import DBRX
+from moectl.model.manifest import Quantization
 from moectl.paths import data_dir
 from moectl.plan import Node, Question, make_plan, refusal, spread
 from moectl.speed import Rates

@@ -9,11 +9,11 @@ import pytest
 
 from moectl import prepare
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
-from moectl.manifest import Quantization, read_manifest
+from moectl.model.manifest import Quantization, read_manifest
+from moectl.model.routing import Routing
 from moectl.paths import cache_dir, data_dir
 from moectl.prepare import Wanted
 from moectl.quantize import quantizer
-from moectl.routing import Routing
 from tests.tiny import write_checkpoint
 
 

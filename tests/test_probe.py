@@ -18,7 +18,6 @@ from hypothesis import given, strategies as st
 from moectl import probe
 from moectl.demo import demo_dir
 from moectl.errors import CommandFailed, MoectlError, PlanError, RemoteError, Unreachable
-from moectl.geometry import Geometry, read_geometry
 from moectl.hosts import survey
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
@@ -26,9 +25,10 @@ from moectl.hosts.onhost import links
 from moectl.hosts.remote import LocalRemote, Remote
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.hosts.survey import read_all_hardware, read_hardware
-from moectl.manifest import Quantization
 from moectl.measured import Job, Pass, RankSpeed, Speed, read_job, read_speeds
-from moectl.placement import make_placement
+from moectl.model.geometry import Geometry, read_geometry
+from moectl.model.manifest import Quantization
+from moectl.model.placement import make_placement
 from moectl.probe import (
     LEAST_MEMORY_BYTES,
     Site,

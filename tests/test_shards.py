@@ -28,10 +28,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from moectl import journal, pipeline, quantize, recipe, shards
 from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, PlanError, ShardsDiffer, StateError, UsageError
-from moectl.geometry import PROJECTIONS, expert_name, stacked_name
 from moectl.hosts.onhost.files import RECORD
-from moectl.manifest import Manifest, Quantization, read_manifest
-from moectl.placement import Placement, make_placement
+from moectl.model.geometry import PROJECTIONS, expert_name, stacked_name
+from moectl.model.manifest import Manifest, Quantization, read_manifest
+from moectl.model.placement import Placement, make_placement
 from moectl.sources import Sources, peak_bytes
 from tests import tiny
 
@@ -694,8 +694,8 @@ for name in ("pwrite", "fsync", "replace", "rename", "unlink", "open"):
 Path.replace = fatal(Path.replace)
 from moectl import quantize; from moectl import shards
 from moectl.checkpoint import open_checkpoint
-from moectl.manifest import Quantization
-from moectl.placement import make_placement
+from moectl.model.manifest import Quantization
+from moectl.model.placement import make_placement
 checkpoint = open_checkpoint(sys.argv[1])
 placement = make_placement(checkpoint.geometry, "hidden", 2, shares=(1, 5), group_size=64)
 countdown = int(sys.argv[3])
@@ -1253,8 +1253,8 @@ from pathlib import Path
 import mlx.core as mx
 from moectl import quantize; from moectl import shards
 from moectl.checkpoint import open_checkpoint
-from moectl.manifest import Quantization
-from moectl.placement import make_placement
+from moectl.model.manifest import Quantization
+from moectl.model.placement import make_placement
 def peak():
     status = Path("/proc/self/status")
     if status.exists():

@@ -20,9 +20,9 @@ from mlx_lm.models.cache import KVCache
 from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.leash import Done, Generate, Load, Order, Start, Token, encode, read_messages
-from moectl.manifest import read_manifest
 from moectl.model.load import load_rank
-from moectl.placement import make_placement
+from moectl.model.manifest import read_manifest
+from moectl.model.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.sampling import Sampler

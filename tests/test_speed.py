@@ -10,9 +10,9 @@ import pytest
 from moectl.calibration import DEFAULT, PAPER, PAPER_NAIVE, Calibration, find_link
 from moectl.chips import find_chip
 from moectl.errors import UsageError
-from moectl.geometry import DBRX
-from moectl.manifest import Quantization
-from moectl.placement import make_placement
+from moectl.model.geometry import DBRX
+from moectl.model.manifest import Quantization
+from moectl.model.placement import make_placement
 from moectl.speed import Prediction, Rates, Work, expected_busiest, expected_busiest_of_copies, predict
 
 

@@ -15,8 +15,8 @@ from moectl.checkpoint import open_checkpoint
 from moectl.errors import IntegrityError, MoectlError
 from moectl.hosts.onhost import files as node
 from moectl.hosts.onhost.files import RECORD
-from moectl.manifest import NAME, Manifest, Quantization, read_manifest
-from moectl.placement import make_placement
+from moectl.model.manifest import NAME, Manifest, Quantization, read_manifest
+from moectl.model.placement import make_placement
 from moectl.session import Session
 from moectl.stamp import check_files
 from tests.alphabet import VOCAB_SIZE, write_tokenizer

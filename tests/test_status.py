@@ -19,7 +19,6 @@ from hypothesis import given, strategies as st
 from moectl import report_observe, status as status_module, traffic
 from moectl.deployment import DeployedRank, Deployment, find_deployment, forget_hosts, write_deployment
 from moectl.errors import NotDeployed, PartialFailure, StateError, Unreachable, VersionMismatch
-from moectl.geometry import read_geometry
 from moectl.hosts import connect
 from moectl.hosts.connect import close_all, on_each
 from moectl.hosts.hostfile import Host
@@ -27,8 +26,9 @@ from moectl.hosts.onhost import workers
 from moectl.hosts.programs import ask, list_pythons
 from moectl.hosts.remote import LocalRemote
 from moectl.live import cut_line, on_ctrl_t
+from moectl.model.geometry import read_geometry
+from moectl.model.placement import make_placement
 from moectl.model.reduce import GATHER_BELOW_BYTES
-from moectl.placement import make_placement
 from moectl.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
 from moectl.throughput import WINDOW_S, Throughput
 from tests.running import wait_for

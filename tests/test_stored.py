@@ -11,8 +11,8 @@ import pytest
 
 from moectl.errors import IntegrityError
 from moectl.layouts import MODES
-from moectl.manifest import Quantization
 from moectl.model import stored
+from moectl.model.manifest import Quantization
 from moectl.model.stored import Parts, Reader, StoredEmbedding, StoredMatrix
 
 STACK, ROWS, COLUMNS = 3, 40, 256

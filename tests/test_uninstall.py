@@ -20,7 +20,7 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import workers
 from moectl.hosts.onhost.clear import MADE, Plan, is_our_env, remove
 from moectl.hosts.onhost.files import RECORD
-from moectl.manifest import NAME as MANIFEST_NAME
+from moectl.model.manifest import NAME as MANIFEST_NAME
 from moectl.paths import data_dir
 from moectl.uninstall import _is_under, clear_hosts
 from tests.running import make_python

@@ -14,12 +14,12 @@ import tokenizers
 
 from moectl.engine import _CONTROL_WORDS, Engine
 from moectl.errors import RanksDisagree, UsageError
-from moectl.geometry import read_geometry
 from moectl.leash import Fatal, Generate, Order, Prefilled, Token
 from moectl.model.dbrx import Model
 from moectl.model.fingerprint import take_fingerprint
+from moectl.model.geometry import read_geometry
+from moectl.model.placement import make_placement
 from moectl.model.witness import Witness, find_dissent
-from moectl.placement import make_placement
 from moectl.request import Request
 from moectl.session import Session
 from moectl.tokenizer import Tokenizer

@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 import moectl
-from moectl import manifest as manifest_file
 from moectl.deployment import DeployedRank, Deployment, check_writable, find_deployment, write_deployment
 from moectl.errors import (
     IntegrityError,
@@ -30,7 +29,8 @@ from moectl.hosts.connect import as_ours, make_remote, raise_failures
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import hash_file
 from moectl.hosts.remote import Remote
-from moectl.manifest import FileEntry, Manifest
+from moectl.model import manifest as manifest_file
+from moectl.model.manifest import FileEntry, Manifest
 from moectl.provision import PACKAGES, HostResult, OnEvent, Task
 from moectl.wheel import download_command, hash_code, is_ours, pack_wheel
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from moectl.canary import WIDTH
+from moectl.model.canary import WIDTH
 
 _TOKENS = 4096  # have signs of their own; then these come again
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from moectl.model.placement import Placement
 from moectl.model.reduce import run_exchange
-from moectl.placement import Placement
 
 
 class Pipeline:

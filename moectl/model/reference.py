@@ -18,11 +18,11 @@ import numpy as np
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
-from moectl.canary import CHUNK, TOP, Canary, cut_chunks, encode_points, make_prompts
-from moectl.manifest import Manifest
+from moectl.model.canary import CHUNK, TOP, Canary, cut_chunks, encode_points, make_prompts
 from moectl.model.dbrx import DecoderLayer, Model
 from moectl.model.fingerprint import take_fingerprint
 from moectl.model.load import compute_dtype, load_part
+from moectl.model.manifest import Manifest
 from moectl.model.stored import Reader, StoredMatrix
 
 _States = list[list[mx.array]]  # by prompt and chunk, (1, L, D)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl.canary import (
+from moectl.model.canary import (
     Canary,
     Verdict,
     choose_tolerance,

@@ -23,7 +23,7 @@ import numpy as np
 
 from moectl.errors import IntegrityError
 from moectl.layouts import ITEM_BYTES, StoredTensor, read_header
-from moectl.manifest import Quantization
+from moectl.model.manifest import Quantization
 from moectl.quantize import thread_stream
 
 _PIECE_BYTES = 2 << 20  # in float32

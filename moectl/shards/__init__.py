@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moectl import journal as journals, sources
-from moectl.canary import Canary
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
 from moectl.files import explain_refusal, free_bytes, make_directory, sync_directory
-from moectl.geometry import Geometry
-from moectl.manifest import (
+from moectl.model.canary import Canary
+from moectl.model.geometry import Geometry
+from moectl.model.manifest import (
     NAME as MANIFEST_NAME,
     FileEntry,
     Manifest,
@@ -29,8 +29,8 @@ from moectl.manifest import (
     refuse_links_outside,
     write_manifest,
 )
+from moectl.model.placement import Placement
 from moectl.pipeline import OnBytes, OnHashed, OpenQuantise, hash_file, make_files, partial_path
-from moectl.placement import Placement
 from moectl.recipe import OutputFile, Source, describe, plan_files
 from moectl.stamp import is_manifest_recorded, sweep, take_stamp, write_stamps
 from moectl.text import format_gb

@@ -21,9 +21,9 @@ from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.engine import Engine
 from moectl.leash import Done, Generate, Token
-from moectl.manifest import Quantization, read_manifest
 from moectl.model.load import load_rank
-from moectl.placement import make_placement
+from moectl.model.manifest import Quantization, read_manifest
+from moectl.model.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.shards import cut

@@ -21,7 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from moectl.hosts.onhost.files import hash_file
-from moectl.manifest import read_manifest
+from moectl.model.manifest import read_manifest
 from tests.benchmarks.bench_shard import write_file
 from tests.netns import Cluster, run_cluster
 from tests.tiny import make_config

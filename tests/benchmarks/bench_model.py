@@ -22,8 +22,8 @@ from moectl.checkpoint import open_checkpoint
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.leash import Done
-from moectl.manifest import Quantization
-from moectl.placement import make_placement
+from moectl.model.manifest import Quantization
+from moectl.model.placement import make_placement
 from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.session import RankSpec, Session

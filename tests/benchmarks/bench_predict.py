@@ -18,7 +18,7 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote, Remote
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.measured import Job
-from moectl.placement import Placement, make_placement
+from moectl.model.placement import Placement, make_placement
 from moectl.probe import Site, measure_speed
 from moectl.quantize import quantizer
 from moectl.session import RankSpec, Session

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moectl.cluster import deploy
 from moectl.hosts.onhost.files import hash_file
-from moectl.manifest import NAME, FileEntry, Manifest, write_manifest
+from moectl.model.manifest import NAME, FileEntry, Manifest, write_manifest
 from tests.netns import Cluster, run_cluster
 from tests.tiny import make_config
 

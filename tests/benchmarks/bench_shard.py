@@ -154,8 +154,8 @@ def cut_here(source: Path, target: Path, nodes: int, jobs: int, ballast: Path | 
     """Cut in this process and print the figures as JSON; a subprocess, since peak memory is a process's own."""
     from moectl import quantize, shards
     from moectl.checkpoint import open_checkpoint
-    from moectl.manifest import Quantization
-    from moectl.placement import make_placement
+    from moectl.model.manifest import Quantization
+    from moectl.model.placement import make_placement
 
     baseline = peak_bytes()
     began, cpu = time.perf_counter(), time.process_time()

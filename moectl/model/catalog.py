@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moectl.geometry import DBRX, Geometry
-from moectl.manifest import Quantization
+from moectl.model.geometry import DBRX, Geometry
+from moectl.model.manifest import Quantization
 
 
 @dataclass(frozen=True, slots=True)

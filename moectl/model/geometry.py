@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moectl.config_keys import CONFIG, CORRECT, check_config, show
 from moectl.errors import CheckpointError
-from moectl.rope import Scaling, read_rope
+from moectl.model.config_keys import CONFIG, CORRECT, check_config, show
+from moectl.model.rope import Scaling, read_rope
 
 PROJECTIONS = ("w1", "v1", "w2")  # gate, up, down: y = (silu(x w1ᵀ) ⊙ (x v1ᵀ)) w2ᵀ
 

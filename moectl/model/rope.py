@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moectl.config_keys import CONFIG, CORRECT, show
 from moectl.errors import CheckpointError
+from moectl.model.config_keys import CONFIG, CORRECT, show
 
 # Keys and numbers of mlx-lm's scaling_config; empty: no scaling.
 Scaling = tuple[tuple[str, str | int | float], ...]

@@ -21,11 +21,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moectl.canary import Canary, build_canary
-from moectl.copies import Held
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, NotSharded
-from moectl.geometry import Geometry, read_geometry
-from moectl.placement import Placement, make_placement, place_experts
+from moectl.model.canary import Canary, build_canary
+from moectl.model.geometry import Geometry, read_geometry
+from moectl.model.placement import Held, Placement, make_placement, place_experts
 
 NAME = "moectl.json"
 SCHEMA = "moectl.shards/1"
