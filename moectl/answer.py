@@ -17,9 +17,9 @@ from moectl.leash import Done, Event, Refused, Token
 from moectl.lookup import Lookup
 from moectl.request import Request, Stats
 from moectl.sampling import Odds, Sampler
+from moectl.shards.token_text import TextStream
+from moectl.shards.tokenizer import Tokenizer
 from moectl.stop_text import StopText
-from moectl.token_text import TextStream
-from moectl.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moectl.console import Bar, Progress
     from moectl.hosts.hostfile import HostList
     from moectl.planning import Asked
-    from moectl.prepare import Wanted
+    from moectl.shards.prepare import Wanted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -125,7 +125,7 @@ def _asked(options: dict[str, Any]) -> Asked:
 
 def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
     from moectl.model.routing import read_routing
-    from moectl.prepare import Wanted
+    from moectl.shards.prepare import Wanted
 
     bits, stats = options["q_bits"], options["routing_stats"]
     return Wanted(
@@ -234,7 +234,7 @@ def shard(
 
 
 def _add_tokenizer(common: Common, source: str, where: Path | None) -> None:
-    from moectl import prepare, tokenizer_files
+    from moectl.shards import prepare, tokenizer_files
 
     if where is None:
         hosts = common.host_list()
@@ -248,14 +248,14 @@ def _add_tokenizer(common: Common, source: str, where: Path | None) -> None:
 
 
 def _verify(common: Common, directory: Path) -> None:
-    from moectl import shards
     from moectl.console import progress
     from moectl.model.manifest import read_manifest
+    from moectl.shards import build
     from moectl.text import size_text
 
     total = sum(f.bytes for f in read_manifest(directory).files.values())
     with progress(quiet=common.quiet) as bars:
-        manifest = shards.verify(directory, on_bytes=bars.bar(directory.name, total).advance)
+        manifest = build.verify(directory, on_bytes=bars.bar(directory.name, total).advance)
     count = len(manifest.files)
     document = {"schema": "moectl.verify/1", "files": count, "bytes": total}
     common.print(f"{count} files, {size_text(total)}: every hash is right.", document)
@@ -274,8 +274,8 @@ def pull(common: Common, model: str, revision: str | None) -> None:
     Example:
       moectl pull mlx-community/dbrx-instruct-4bit
     """
-    from moectl import checkpoint
     from moectl.console import progress
+    from moectl.shards import checkpoint
 
     with progress(quiet=common.quiet) as bars:
         directory = checkpoint.pull(model, revision=revision, on_bytes=download_bars(bars))
@@ -420,10 +420,11 @@ def _refuse_alone(cut: dict[str, Any]) -> None:
 
 def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: dict[str, Any]) -> tuple[str, Any]:
     """Deploy a shard set that is there; return its name and what came of it."""
-    from moectl import cluster, prepare
+    from moectl import cluster
     from moectl.console import progress
     from moectl.planning import check_hosts
-    from moectl.tokenizer_files import find_stray
+    from moectl.shards import prepare
+    from moectl.shards.tokenizer_files import find_stray
 
     directory, manifest = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
     common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")

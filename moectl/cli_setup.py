@@ -136,7 +136,7 @@ def _needs(world_size: int) -> tuple[int, ...]:
     """Return the bytes that each rank of the newest shard set needs at the context that plans assume."""
     from moectl.budget import rank_need
     from moectl.machine import CONTEXT
-    from moectl.prepare import newest_shards
+    from moectl.shards.prepare import newest_shards
 
     _, manifest = newest_shards(world_size)
     context = min(CONTEXT, manifest.geometry.max_seq_len)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moectl.launch import Target
     from moectl.model.canary import Canary
     from moectl.model.manifest import Manifest
-    from moectl.prepare import Made, Wanted
+    from moectl.shards.prepare import Made, Wanted
 
 MAX_START_S = 86400.0
 PARANOIA = (
@@ -107,7 +107,7 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
     from moectl import launch
     from moectl.model.manifest import read_manifest
     from moectl.planning import check_here, check_hosts, place_here
-    from moectl.prepare import Wanted, find_shards
+    from moectl.shards.prepare import Wanted, find_shards
 
     local, shards, model = options["local"], options["shards"], options["model"]
     here = {"--local": local, "--shards": shards, "--model": model}
@@ -166,10 +166,10 @@ def shard_model(
     **options: Any,
 ) -> Made:
     """Cut a model with progress on the terminal, `among` other bars; `options` are `prepare.shard`'s."""
-    from moectl import prepare
     from moectl.console import progress
     from moectl.model.canary import describe_unmet
-    from moectl.tokenizer_files import choose_tokenizer
+    from moectl.shards import prepare
+    from moectl.shards.tokenizer_files import choose_tokenizer
 
     with contextlib.nullcontext(among) if among else progress(quiet=common.quiet) as bars:
         cutting: list[Bar] = []
@@ -198,7 +198,7 @@ def shard_model(
 
 def _can_read(directory: Path) -> None:
     """Raise CheckpointError unless a worker can read this tokenizer."""
-    from moectl.tokenizer import open_tokenizer
+    from moectl.shards.tokenizer import open_tokenizer
 
     open_tokenizer(directory)
 
@@ -235,7 +235,7 @@ def download_bars(bars: Progress) -> Callable[[str, int, int], None]:
 
 
 def _quantise(memory_bytes: int) -> Any:
-    from moectl.quantize import quantizer
+    from moectl.shards.quantize import quantizer
 
     return quantizer(memory_bytes)
 

@@ -26,8 +26,8 @@ from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.thunderbolt import parse_ifconfig
 from moectl.launch import find_addresses, split_envs
 from moectl.model.manifest import Manifest, read_manifest
-from moectl.prepare import newest_shards
 from moectl.probe import Site, is_next, try_links
+from moectl.shards.prepare import newest_shards
 from moectl.wheel import hash_code
 
 HOST_S = 90.0  # for the whole ladder of a host; its rungs have limits of their own

@@ -18,7 +18,7 @@ from moectl.fleet import Feed
 from moectl.hosts.hostfile import Host
 from moectl.model.manifest import NAME, FileEntry, read_manifest
 from moectl.model.placement import Placement
-from moectl.prepare import Made
+from moectl.shards.prepare import Made
 
 
 class _NoHostLeft(Exception):

@@ -29,8 +29,8 @@ from moectl.hosts.hostfile import NAMES_ONLY, Host, HostList
 from moectl.hosts.remote import LocalRemote, Remote
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import state_dir
-from moectl.prepare import Wanted
 from moectl.session import RankSpec, Session
+from moectl.shards.prepare import Wanted
 
 LOOPBACK = "127.0.0.1"
 WORKER = ("-m", "moectl", "worker")

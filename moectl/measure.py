@@ -44,7 +44,7 @@ from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
 from moectl.model.reduce import sum_over_ranks
 from moectl.request import Request, Stats
-from moectl.tokenizer import Tokenizer
+from moectl.shards.tokenizer import Tokenizer
 from moectl.unseen import Prompts, check_unseen
 from moectl.worker import Leash, open_group, run
 

@@ -11,10 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moectl import prepare
 from moectl.budget import METAL_DTYPE_BYTES, Verdict, judge, rank_need
 from moectl.calibration import CALIBRATIONS, find_link
-from moectl.checkpoint import Checkpoint
 from moectl.errors import HostsError, MoectlError, PlanError
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, parse_size
@@ -24,7 +22,9 @@ from moectl.model.manifest import Manifest, Quantization
 from moectl.model.placement import Placement
 from moectl.nodes import Defaults, default_link, make_node
 from moectl.plan import Node, Plan, Question, make_plan, refusal
-from moectl.prepare import Wanted, choose_quantization, describe_model, find_frequencies
+from moectl.shards import prepare
+from moectl.shards.checkpoint import Checkpoint
+from moectl.shards.prepare import Wanted, choose_quantization, describe_model, find_frequencies
 from moectl.whatif import Row, what_if
 
 PROMPT = 512  # tokens

@@ -32,8 +32,8 @@ from moectl.model.placement import Placement
 from moectl.paths import state_dir
 from moectl.plan import Question, candidates
 from moectl.planning import Answer, Asked, Task, set_task
-from moectl.prepare import Wanted
 from moectl.probe import Site
+from moectl.shards.prepare import Wanted
 from moectl.speed import Prediction, Rates, Work, predict_measured
 
 BUDGET_S = 3.0  # for whole passes, in all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moectl.errors import BadField
 from moectl.request import Request, too_long
-from moectl.tokenizer import Tokenizer
+from moectl.shards.tokenizer import Tokenizer
 
 _WITHOUT_TEMPLATE = "send the text as it is: moectl run --raw, or /v1/completions"
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from moectl.measured import Measured
     from moectl.model.catalog import Model
     from moectl.plan import NodePlan, Plan, Question
-    from moectl.prepare import Made
     from moectl.provision import HostResult
     from moectl.request import Stats
+    from moectl.shards.prepare import Made
     from moectl.whatif import Row
 
 # Barriers always cost something; parts that exceed an ordinary step by more than this say little about it.

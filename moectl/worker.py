@@ -29,7 +29,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from moectl import __version__, errors
 from moectl.errors import MoectlError
-from moectl.hub_environment import HUB_VARIABLES
 from moectl.isolation import BACKEND_ERRORS, isolated
 from moectl.leash import (
     BEAT_S,
@@ -58,6 +57,7 @@ from moectl.leash import (
     decode,
     encode,
 )
+from moectl.shards.hub_environment import HUB_VARIABLES
 
 if TYPE_CHECKING:
     from moectl.engine import Engine
@@ -216,8 +216,8 @@ def _serve(leash: Leash) -> None:
     begin = time.perf_counter()
     from moectl.engine import PREFILL_STEP, Engine
     from moectl.model.load import load_rank
-    from moectl.stamp import check_files
-    from moectl.tokenizer import open_tokenizer
+    from moectl.shards.tokenizer import open_tokenizer
+    from moectl.shards.verified import check_files
 
     check_files(directory, manifest, start.rank)  # in the phase that may take long: some files may have to be hashed
     dtype = getattr(mx, start.dtype) if start.dtype else None

@@ -25,7 +25,7 @@ from moectl.leash import Cancel, Done, Generate, Token
 from moectl.model.load import load_rank
 from moectl.model.manifest import read_manifest
 from moectl.request import Request
-from moectl.tokenizer import open_tokenizer
+from moectl.shards.tokenizer import open_tokenizer
 
 
 def make_requests(job: dict[str, Any]) -> list[Request]:

@@ -446,7 +446,14 @@ def serve(imports: Sequence[str]) -> None:
     """Fork a moectl for each request on stdin; answer its process id, then its exit code."""
     import importlib
 
-    for name in ("moectl.__main__", "moectl.prepare", "moectl.shards", "moectl.text", "moectl.report", *imports):
+    for name in (
+        "moectl.__main__",
+        "moectl.shards.prepare",
+        "moectl.shards.build",
+        "moectl.text",
+        "moectl.report",
+        *imports,
+    ):
         importlib.import_module(name)
     if "moectl.cluster" in imports:
         _pack_once()

@@ -23,7 +23,7 @@ from moectl.model.load import load_rank
 from moectl.model.manifest import read_manifest
 from moectl.model.selfcheck import check
 from moectl.request import Request
-from moectl.tokenizer import open_tokenizer
+from moectl.shards.tokenizer import open_tokenizer
 
 
 def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:

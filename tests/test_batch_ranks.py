@@ -13,13 +13,13 @@ from typing import IO, Any
 
 import pytest
 
-from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.leash import Beat, Done, Generate, Load, Order, Prefilled, Refused, Start, encode, read_messages
 from moectl.model.placement import make_placement
-from moectl.quantize import quantizer
 from moectl.request import Request
-from moectl.shards import cut
+from moectl.shards.build import cut
+from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.quantize import quantizer
 from tests.ring import process_env
 from tests.test_batching import PROMPTS, answer_alone, load_demo
 

@@ -12,16 +12,16 @@ import pytest
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache
 
-from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.engine import MAX_BATCH
 from moectl.leash import Done, Prefilled, Token
 from moectl.model.load import load_rank
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
-from moectl.quantize import quantizer
-from moectl.shards import cut
-from moectl.tokenizer import open_tokenizer
+from moectl.shards.build import cut
+from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.quantize import quantizer
+from moectl.shards.tokenizer import open_tokenizer
 from tests.driven import Driven
 
 PROMPTS = (

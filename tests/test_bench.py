@@ -33,7 +33,7 @@ from moectl.model.routing import Routing, read_routing, write_routing
 from moectl.profile import _share_copies
 from moectl.request import Request
 from moectl.session import Session
-from moectl.tokenizer import open_tokenizer
+from moectl.shards.tokenizer import open_tokenizer
 from moectl.unseen import Prompts
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env

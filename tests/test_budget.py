@@ -10,11 +10,11 @@ from hypothesis import given, strategies as st
 
 from moectl.budget import COMFORTABLE, Memory, Need, Verdict, judge, rank_need, weight_bytes
 from moectl.chips import default_working_set_bytes
-from moectl.layouts import SourceTensor
 from moectl.model.geometry import DBRX, Geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
-from moectl.recipe import plan_files
+from moectl.shards.recipe import plan_files
+from moectl.shards.tensors import SourceTensor
 
 GIB = 1 << 30
 Q4 = Quantization(4, 64)

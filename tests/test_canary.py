@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.errors import IntegrityError
 from moectl.hosts.onhost.files import RECORD
@@ -37,11 +36,12 @@ from moectl.model.canary import (
 from moectl.model.manifest import FileEntry, parse_manifest, read_manifest, write_manifest
 from moectl.model.placement import make_placement
 from moectl.model.reference import compute_canary
-from moectl.pipeline import hash_file
-from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.session import Session
-from moectl.shards import cut
+from moectl.shards.build import cut
+from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.quantize import quantizer
+from moectl.shards.writer import hash_file
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env
 from tests.test_lockstep import cut_case

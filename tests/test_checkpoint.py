@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl.checkpoint import Checkpoint, open_checkpoint, pull
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError, Unreachable
-from moectl.hub import _require_space
 from moectl.model.geometry import read_geometry
 from moectl.model.manifest import Quantization
+from moectl.shards.checkpoint import Checkpoint, open_checkpoint, pull
+from moectl.shards.hub import _require_space
 from tests import hub_client
 from tests.hub import Fault, Hub
 from tests.tiny import (
@@ -632,7 +632,7 @@ def test_ctrl_c_is_heard_while_headers_are_read(hub: Hub, home: Path, repo: str)
     hub.faults += [Fault(file, cut_after=10, stall=True) for file in files[:2]]
     hub.faults += [Fault(file, status=503, times=100) for file in files[2:]]
     script = (
-        "import sys; from tests import hub_client; from moectl import hub\n"
+        "import sys; from tests import hub_client; from moectl.shards import hub\n"
         "hub_client.enter({'HF_ENDPOINT': sys.argv[1], 'HF_HOME': sys.argv[2]})\n"
         "hub._RETRY_WAITS_S = (60.0,) * 4\n"
         "try: hub_client.only_open(sys.argv[3])\n"

@@ -44,7 +44,7 @@ from moectl.hosts.onhost.files import RECORD, hash_file, make_stamp, read_record
 from moectl.model.manifest import NAME, FileEntry, Manifest, write_manifest
 from moectl.provision import Advanced, Event, HostResult, Planned, Working
 from moectl.session import RankSpec, Session
-from moectl.stamp import check_files
+from moectl.shards.verified import check_files
 from moectl.wheel import pack_wheel, write_wheel
 from tests.netns import Cluster
 from tests.sshd import Server, find_free_port

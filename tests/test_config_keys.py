@@ -18,18 +18,19 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl import __main__, prepare
-from moectl.checkpoint import open_checkpoint
+from moectl import __main__
 from moectl.demo import demo_dir
 from moectl.errors import CheckpointError
-from moectl.layouts import read_quantization
 from moectl.model.config_keys import check_generation, list_ignored
 from moectl.model.geometry import DBRX, Geometry, read_geometry
 from moectl.model.load import load_rank
 from moectl.model.manifest import read_manifest
 from moectl.model.reference import compute_canary
-from moectl.prepare import Wanted
-from moectl.quantize import quantizer
+from moectl.shards import prepare
+from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.prepare import Wanted
+from moectl.shards.quantize import quantizer
+from moectl.shards.tensors import read_quantization
 from tests import published
 from tests.tiny import make_weights, to_layout, write_checkpoint, write_weights
 

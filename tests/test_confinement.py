@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import cluster, shards
-from moectl.checkpoint import open_checkpoint
+from moectl import cluster
 from moectl.errors import CommandFailed, IntegrityError, MoectlError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import files as node
@@ -22,10 +21,12 @@ from moectl.hosts.remote import LocalRemote, node_text
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.model.manifest import NAME, is_inside, parse_manifest, read_manifest
 from moectl.model.placement import make_placement
-from moectl.prepare import shard_set_name
 from moectl.provision import Task
-from moectl.quantize import quantizer
 from moectl.session import RankSpec, Session
+from moectl.shards import build
+from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.prepare import shard_set_name
+from moectl.shards.quantize import quantizer
 from tests.lone_host import deploy_host
 from tests.test_manifest import PATH, RAW
 from tests.tiny import write_checkpoint
@@ -44,7 +45,7 @@ def cut(source: Path, directory: Path, *, force: bool = False) -> None:
     with open_checkpoint(str(source)) as opened:
         placement = make_placement(opened.geometry, "hidden", 2)
         name = shard_set_name(opened.source, placement, None)
-        shards.cut(opened, placement, None, directory, name=name, quantise=quantizer, force=force)
+        build.cut(opened, placement, None, directory, name=name, quantise=quantizer, force=force)
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_nothing_is_read_or_sent_through_a_link_out(made: Path, precious: Path, 
     lead_out(made, name, precious)
     manifest = read_manifest(made)
     reads: list[Callable[[], Any]] = [
-        lambda: shards.verify(made),
+        lambda: build.verify(made),
         lambda: load_rank(made, manifest, 0),
         lambda: cluster.deploy([Host("a"), Host("b")], made, manifest),
     ]
@@ -148,7 +149,7 @@ def test_links_within_a_set_and_to_a_whole_set_are_fine(source: Path, made: Path
     (made / "rank-0").rename(made / "really")
     (made / "rank-0").symlink_to("really")
     (tmp_path / "link").symlink_to(made)
-    assert shards.verify(tmp_path / "link").files
+    assert build.verify(tmp_path / "link").files
     cut(source, tmp_path / "link")
 
 

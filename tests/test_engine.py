@@ -10,16 +10,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from moectl import engine as engine_module
-from moectl.checkpoint import open_checkpoint
 from moectl.engine import Engine
 from moectl.leash import Cancel, Done, Generate, Prefilled, Refused, Token
 from moectl.model.load import load_rank
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
-from moectl.quantize import quantizer
 from moectl.request import Request
-from moectl.shards import cut
-from moectl.tokenizer import open_tokenizer
+from moectl.shards.build import cut
+from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.quantize import quantizer
+from moectl.shards.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.tiny import write_checkpoint
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from moectl import prepare
 from moectl.cli import cli
 from moectl.errors import CheckpointError, PartialFailure, UsageError
 from moectl.feed import shard_and_deploy
@@ -24,9 +23,10 @@ from moectl.flags import Failed
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import RECORD, hash_file
 from moectl.model.manifest import NAME, read_manifest
-from moectl.prepare import Made, Wanted
 from moectl.provision import Event, HostResult
-from moectl.quantize import quantizer
+from moectl.shards import prepare
+from moectl.shards.prepare import Made, Wanted
+from moectl.shards.quantize import quantizer
 from tests.ring import process_env
 from tests.running import wait_for
 from tests.sshd import Server, find_free_port

@@ -19,8 +19,7 @@ from typing import Any, cast
 
 import pytest
 
-from moectl import journal, leash, probing
-from moectl.checkpoint import open_checkpoint
+from moectl import leash, probing
 from moectl.deployment import DeployedRank, Deployment, deployment_path, find_deployment, write_deployment
 from moectl.errors import MoectlError, RemoteError
 from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts, read_hosts, to_mlx_json
@@ -34,6 +33,8 @@ from moectl.probe import Site, measure_links
 from moectl.provision import Task, inspect_host
 from moectl.request import Request, Stats
 from moectl.session import RankSpec, Session
+from moectl.shards import journal
+from moectl.shards.checkpoint import open_checkpoint
 from moectl.speed import Prediction
 from moectl.worker import Leash
 from tests.lone_host import deploy_host

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from moectl.hub_environment import explain_certificates
-from moectl.hub_errors import hub_error
+from moectl.shards.hub_environment import explain_certificates
+from moectl.shards.hub_errors import hub_error
 from tests.hub import Fault, Hub, _Handler
 
 DEMO = Path(__file__).parent.parent / "moectl/demo/moectl-demo"

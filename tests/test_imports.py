@@ -295,7 +295,9 @@ def test_a_chat_loads_the_line_editor_only_when_it_begins() -> None:
     assert not loaded_by("import moectl.chat") & HEAVY
 
 
-@pytest.mark.parametrize("module", ["moectl.session", "moectl.launch", "moectl.prepare", "moectl.hosts.hostfile"])
+@pytest.mark.parametrize(
+    "module", ["moectl.session", "moectl.launch", "moectl.shards.prepare", "moectl.hosts.hostfile"]
+)
 def test_the_operators_side_never_loads_mlx(module: str) -> None:
     assert not loaded_by(f"import {module}") & {"mlx", "mlx_lm", "numpy", "transformers", "torch"}
 

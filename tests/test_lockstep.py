@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
 from moectl.model.reference import compute_canary
-from moectl.quantize import quantizer
-from moectl.shards import cut
+from moectl.shards.build import cut
+from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.quantize import quantizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env
 from tests.tiny import write_checkpoint

@@ -15,10 +15,10 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.leash import Done
 from moectl.model.manifest import Manifest
-from moectl.prepare import Wanted, shard
-from moectl.quantize import quantizer
 from moectl.request import Request
 from moectl.session import RankSpec, Session
+from moectl.shards.prepare import Wanted, shard
+from moectl.shards.quantize import quantizer
 
 # A worker on a machine of 300 MB.
 SMALL = """

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from moectl import launch, prepare
+from moectl import launch
 from moectl.budget import CPU_DTYPE_BYTES, rank_need
 from moectl.demo import demo_dir
 from moectl.leash import Done
 from moectl.model.manifest import read_manifest
-from moectl.prepare import Wanted
-from moectl.quantize import quantizer
 from moectl.request import Request
+from moectl.shards import prepare
+from moectl.shards.prepare import Wanted
+from moectl.shards.quantize import quantizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import rank_env
 from tests.tiny import write_checkpoint

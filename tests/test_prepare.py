@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from moectl import prepare
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
 from moectl.model.manifest import Quantization, read_manifest
 from moectl.model.routing import Routing
 from moectl.paths import cache_dir, data_dir
-from moectl.prepare import Wanted
-from moectl.quantize import quantizer
+from moectl.shards import prepare
+from moectl.shards.prepare import Wanted
+from moectl.shards.quantize import quantizer
 from tests.tiny import write_checkpoint
 
 

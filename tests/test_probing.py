@@ -19,7 +19,7 @@ from moectl.measured import Measured, Pass, RankSpeed, Speed
 from moectl.paths import state_dir
 from moectl.plan import Question, make_plan
 from moectl.planning import Asked, set_task
-from moectl.prepare import Wanted
+from moectl.shards.prepare import Wanted
 from tests.ring import rank_env
 
 DEMO = str(demo_dir())

@@ -27,7 +27,7 @@ from moectl.hosts.remote import LocalRemote
 from moectl.prompt import read_prompt
 from moectl.request import Request
 from moectl.session import RankSpec, Session
-from moectl.tokenizer import open_tokenizer
+from moectl.shards.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env, rank_env
 from tests.running import processes, wait_for

@@ -25,14 +25,14 @@ import pytest
 import safetensors
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl import journal, pipeline, quantize, recipe, shards
-from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, PlanError, ShardsDiffer, StateError, UsageError
 from moectl.hosts.onhost.files import RECORD
 from moectl.model.geometry import PROJECTIONS, expert_name, stacked_name
 from moectl.model.manifest import Manifest, Quantization, read_manifest
 from moectl.model.placement import Placement, make_placement
-from moectl.sources import Sources, peak_bytes
+from moectl.shards import build, journal, quantize, recipe, writer
+from moectl.shards.checkpoint import Checkpoint, open_checkpoint
+from moectl.shards.sources import Sources, peak_bytes
 from tests import tiny
 
 SHAPE: dict[str, Any] = dict(n_layers=2, d_model=128, ffn_hidden=384, n_experts=4, vocab_size=96)
@@ -88,7 +88,7 @@ def cut(
     **options: Any,
 ) -> Manifest:
     options = {"name": "tiny", "quantise": quantize.quantizer, **options}
-    return shards.cut(checkpoint, placement or place(checkpoint), quantization, directory, **options)
+    return build.cut(checkpoint, placement or place(checkpoint), quantization, directory, **options)
 
 
 def expected(
@@ -210,8 +210,8 @@ def test_output_equals_whole_tensor_quantisation(
     assert_equal(tmp_path / "a" / "b", files)
     planned = recipe.plan_files(checkpoint, placement, quantization)
     assert {f.path: f.bytes for f in planned}.items() <= {p: e.bytes for p, e in manifest.files.items()}.items()
-    assert sum(told) == shards.output_bytes(planned)
-    assert shards.verify(tmp_path / "a" / "b") == manifest == read_manifest(tmp_path / "a" / "b")
+    assert sum(told) == build.output_bytes(planned)
+    assert build.verify(tmp_path / "a" / "b") == manifest == read_manifest(tmp_path / "a" / "b")
     held = {name: [f for f in files if name in files[f]] for tensors in files.values() for name in tensors}
     assert manifest.tensors == held
     assert not [p for p in tree(tmp_path / "a" / "b") if "/." in p or p.startswith(".")]
@@ -349,10 +349,10 @@ def test_any_shares_and_block_sizes_give_the_same_bits(
     size = st.integers(3_000, 200_000)  # an expert's matrix has 98 304 bytes
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
         patch.setattr(quantize, "_BLOCK_BYTES", data.draw(size, "block"))
-        patch.setattr(pipeline, "_MEMORY_BYTES", data.draw(size, "memory"))
-        patch.setattr(pipeline, "_COPY_BYTES", data.draw(size, "copy"))
+        patch.setattr(writer, "_MEMORY_BYTES", data.draw(size, "memory"))
+        patch.setattr(writer, "_COPY_BYTES", data.draw(size, "copy"))
         patch.setattr(recipe, "_PIECE_BYTES", data.draw(size, "piece"))
-        patch.setattr(pipeline, "_FLUSH_BYTES", 50_000)
+        patch.setattr(writer, "_FLUSH_BYTES", 50_000)
         jobs = data.draw(st.integers(1, 3), "jobs")
         cut(checkpoint, Path(directory), placement=placement, quantization=quantization, jobs=jobs)
         assert_equal(Path(directory), expected(weights, placement, quantization))
@@ -462,7 +462,7 @@ def test_quantised_source_cannot_be_requantised(
 
 
 def test_jobs_are_bounded(sources: dict[str, Path], tmp_path: Path) -> None:
-    for jobs in (0, shards.MAX_JOBS + 1):
+    for jobs in (0, build.MAX_JOBS + 1):
         with pytest.raises(UsageError, match=f"{jobs} jobs"):
             cut(open_checkpoint(str(sources["fused"])), tmp_path / "out", jobs=jobs)
 
@@ -477,7 +477,7 @@ def test_finished_set_is_left_alone(sources: dict[str, Path], tmp_path: Path) ->
     told: list[int] = []
     assert cut(checkpoint, tmp_path / "out", on_bytes=told.append) == first
     assert _stamps(tmp_path / "out") == before
-    assert sum(told) == shards.output_bytes(recipe.plan_files(checkpoint, place(checkpoint), Q4))
+    assert sum(told) == build.output_bytes(recipe.plan_files(checkpoint, place(checkpoint), Q4))
     assert cut(checkpoint, tmp_path / "out", name="other") == replace(first, name="other")
     assert read_manifest(tmp_path / "out").name == "other"
 
@@ -597,7 +597,7 @@ def test_changed_small_files_are_copied_again_and_weights_are_not(sources: dict[
     assert (out / "tokenizer_config.json").read_text() == same_size
     assert (out / "chat_template.jinja").exists()
     assert not (out / "merges.txt").exists()
-    assert shards.verify(out) == made
+    assert build.verify(out) == made
     after = _stamps(out)
     assert {f: s for f, s in after.items() if f.endswith(".safetensors")} == {
         f: s for f, s in before.items() if f.endswith(".safetensors")
@@ -692,8 +692,8 @@ def fatal(call):
 for name in ("pwrite", "fsync", "replace", "rename", "unlink", "open"):
     setattr(os, name, fatal(getattr(os, name)))
 Path.replace = fatal(Path.replace)
-from moectl import quantize; from moectl import shards
-from moectl.checkpoint import open_checkpoint
+from moectl.shards import quantize; from moectl.shards import build as shards
+from moectl.shards.checkpoint import open_checkpoint
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
 checkpoint = open_checkpoint(sys.argv[1])
@@ -708,7 +708,7 @@ print(int(sys.argv[3]) - countdown)
 def _cut_and_kill(source: Path, directory: Path, after: int, *options: str) -> tuple[int, int]:
     """Cut in a process that kills itself at the n-th call that touches the disk; return (code, calls)."""
     command = [sys.executable, "-c", _SCRIPT, str(source), str(directory), str(after), *options]
-    root = Path(shards.__file__).parent.parent
+    root = Path(build.__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=120)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode, int(done.stdout) if done.returncode == 0 else after
@@ -759,11 +759,11 @@ def test_resume_keeps_what_is_finished(
     """At most one file that was begun is made again, finished ones are not even read again."""
     checkpoint = open_checkpoint(str(sources["fused"]))
     cut(checkpoint, tmp_path / "whole")
-    total = shards.output_bytes(recipe.plan_files(checkpoint, place(checkpoint), Q4))
+    total = build.output_bytes(recipe.plan_files(checkpoint, place(checkpoint), Q4))
     hashed: list[str] = []
     opened: list[str] = []
     begun: list[Any] = []
-    hash_file, output = pipeline.hash_file, pipeline._Output
+    hash_file, output = writer.hash_file, writer._Output
 
     def count(path: Path, on_bytes: Any) -> str:
         hashed.append(path.relative_to(path.parent.parent).as_posix())
@@ -775,8 +775,8 @@ def test_resume_keeps_what_is_finished(
         begun.append(output(file, *args))
         return begun[-1]
 
-    monkeypatch.setattr(pipeline, "hash_file", count)
-    monkeypatch.setattr(pipeline, "_Output", make)
+    monkeypatch.setattr(writer, "hash_file", count)
+    monkeypatch.setattr(writer, "_Output", make)
     for fraction in (0.1, 0.2, 0.5, 0.8):
         directory = tmp_path / str(fraction)
         opened.clear()
@@ -808,19 +808,19 @@ def test_an_interrupted_run_leaves_no_lock_taken(
             takers.add(threading.current_thread().name)
             return super().__enter__()
 
-    class Run(pipeline._Run):
+    class Run(writer._Run):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self._turn = Watched()
 
-    monkeypatch.setattr(pipeline, "_Run", Run)
+    monkeypatch.setattr(writer, "_Run", Run)
     with pytest.raises(KeyboardInterrupt):
         cut(open_checkpoint(str(sources["fused"])), tmp_path, quantise=_interrupting(10_000), jobs=2)
     assert takers >= {"cut 0", "cut 1", "stop"}
     assert threading.main_thread().name not in takers
 
 
-def _interrupting(after_bytes: int) -> pipeline.OpenQuantise:
+def _interrupting(after_bytes: int) -> writer.OpenQuantise:
     """Return a quantiser that sends this process a real SIGINT once so many bytes are written."""
     left = after_bytes
     once = threading.Lock()  # taken by the one thread that sends it: a second signal would cut the cleaning up short
@@ -891,7 +891,7 @@ def test_unfinished_set_with_other_settings_is_refused(sources: dict[str, Path],
 
 def test_space_is_checked_first(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(str(sources["fused"]))
-    needed = shards.output_bytes(recipe.plan_files(checkpoint, place(checkpoint), Q4))
+    needed = build.output_bytes(recipe.plan_files(checkpoint, place(checkpoint), Q4))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(StateError, match=rf"has 0\.\d MB free, {needed / 1e6:.1f} MB are needed"):
@@ -947,7 +947,7 @@ def test_a_disk_that_fills_up_meanwhile(sources: dict[str, Path], tmp_path: Path
         assert not [f for f in tree(disk / "out") if f.endswith(".partial") and "safetensors" in f]
         (disk / "ballast").unlink()
         cut(checkpoint, disk / "out")
-        shards.verify(disk / "out")
+        build.verify(disk / "out")
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -1055,7 +1055,7 @@ def test_a_small_file_that_cannot_be_read_is_named(tmp_path: Path, sources: dict
             cut(checkpoint, tmp_path / "out")
 
 
-def _at_first_matrix(act: Callable[[], object]) -> pipeline.OpenQuantise:
+def _at_first_matrix(act: Callable[[], object]) -> writer.OpenQuantise:
     pending = [act]
 
     @contextmanager
@@ -1079,7 +1079,7 @@ def test_verify_names_what_is_damaged(sources: dict[str, Path], tmp_path: Path) 
     out = tmp_path / "out"
     manifest = cut(open_checkpoint(str(sources["fused"])), out)
     told: list[int] = []
-    assert shards.verify(out, on_bytes=told.append) == manifest
+    assert build.verify(out, on_bytes=told.append) == manifest
     assert sum(told) == sum(e.bytes for e in manifest.files.values())
     victim = out / "rank-0/layer-001.safetensors"
     data = victim.read_bytes()
@@ -1088,17 +1088,17 @@ def test_verify_names_what_is_damaged(sources: dict[str, Path], tmp_path: Path) 
         flipped[position] ^= 1
         victim.write_bytes(flipped)
         with pytest.raises(IntegrityError, match=r"1 of \d+ files .*rank-0/layer-001.safetensors has other"):
-            shards.verify(out)
+            build.verify(out)
     victim.write_bytes(data[:-1])
     (out / "common/head.safetensors").unlink()
     (out / "LICENSE").write_bytes(b"")
     with pytest.raises(IntegrityError) as caught:
-        shards.verify(out)
+        build.verify(out)
     assert "3 of " in caught.value.message
     assert f"rank-0/layer-001.safetensors has {len(data) - 1} bytes instead of {len(data)}" in str(caught.value)
     assert "common/head.safetensors is missing" in str(caught.value)
     with pytest.raises(MoectlError, match="not a shard set"):
-        shards.verify(tmp_path)
+        build.verify(tmp_path)
 
 
 # From afar, and large.
@@ -1223,7 +1223,7 @@ def test_resume_fetches_only_what_is_still_needed(tmp_path: Path) -> None:
 def test_space_for_downloads_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny.write_checkpoint(tmp_path / "source", files=6, **SHAPE)
     remote = Remote(source, tmp_path / "work")
-    needed = shards.output_bytes(recipe.plan_files(remote, place(remote._inner), Q4))
+    needed = build.output_bytes(recipe.plan_files(remote, place(remote._inner), Q4))
     needed += peak_bytes(recipe.plan_files(remote, place(remote._inner), Q4), remote.sizes)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
@@ -1251,8 +1251,8 @@ _RSS_SCRIPT = """
 import sys
 from pathlib import Path
 import mlx.core as mx
-from moectl import quantize; from moectl import shards
-from moectl.checkpoint import open_checkpoint
+from moectl.shards import quantize; from moectl.shards import build as shards
+from moectl.shards.checkpoint import open_checkpoint
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
 def peak():
@@ -1292,7 +1292,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, bits: int, jobs: in
         f.write(len(text).to_bytes(8, "little") + text)
         f.truncate(8 + len(text) + end)
     command = [sys.executable, "-c", _RSS_SCRIPT, str(source), str(tmp_path / "out"), str(bits), str(jobs)]
-    root = Path(shards.__file__).parent.parent
+    root = Path(build.__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=300)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert done.returncode == 0, done.stderr

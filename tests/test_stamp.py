@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from moectl import quantize, shards
-from moectl.checkpoint import open_checkpoint
 from moectl.errors import IntegrityError, MoectlError
 from moectl.hosts.onhost import files as node
 from moectl.hosts.onhost.files import RECORD
 from moectl.model.manifest import NAME, Manifest, Quantization, read_manifest
 from moectl.model.placement import make_placement
 from moectl.session import Session
-from moectl.stamp import check_files
+from moectl.shards import build, quantize
+from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.verified import check_files
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_session import specs
 from tests.tiny import write_checkpoint
@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cut(source: Path, directory: Path) -> Manifest:
     checkpoint = open_checkpoint(str(source))
     placement = make_placement(checkpoint.geometry, "hidden", 2, shares=(1, 1), group_size=64)
-    return shards.cut(checkpoint, placement, Quantization(4, 64), directory, name="tiny", quantise=quantize.quantizer)
+    return build.cut(checkpoint, placement, Quantization(4, 64), directory, name="tiny", quantise=quantize.quantizer)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_small_files_and_the_manifest_count_too(copy: Path) -> None:
     with pytest.raises(IntegrityError, match=r"moectl\.json has other bytes"):
         check_files(copy, read_manifest(copy), 0)
     with pytest.raises(IntegrityError, match="is not as it was written"):
-        shards.verify(copy)
+        build.verify(copy)
     (copy / NAME).write_text(text)
     check_files(copy, manifest, 0)
     _flip(copy / "config.json")

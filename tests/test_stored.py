@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from moectl.errors import IntegrityError
-from moectl.layouts import MODES
 from moectl.model import stored
 from moectl.model.manifest import Quantization
 from moectl.model.stored import Parts, Reader, StoredEmbedding, StoredMatrix
+from moectl.shards.tensors import MODES
 
 STACK, ROWS, COLUMNS = 3, 40, 256
 _WAYS = [

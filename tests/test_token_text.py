@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders
 from moectl.answer import Answer
 from moectl.leash import Done, Event, Token
 from moectl.request import Request
-from moectl.tokenizer import Tokenizer as Reader
+from moectl.shards.tokenizer import Tokenizer as Reader
 from tests import vocabularies
 
 DEMO = Path(__file__).parent.parent / "moectl/demo/moectl-demo/tokenizer.json"

@@ -12,11 +12,11 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl import prepare
 from moectl.errors import CheckpointError, UsageError
 from moectl.prompt import read_prompt
 from moectl.request import Request
-from moectl.tokenizer import Tokenizer, open_tokenizer
+from moectl.shards import prepare
+from moectl.shards.tokenizer import Tokenizer, open_tokenizer
 from tests import vocabularies
 from tests.tiny import write_checkpoint
 from tests.vocabularies import TEXTS

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from moectl.checkpoint import open_checkpoint
 from moectl.errors import CheckpointError, IntegrityError
-from moectl.tokenizer_files import KNOWN, KNOWN_VOCABULARY
+from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.tokenizer_files import KNOWN, KNOWN_VOCABULARY
 from tests.hub import Hub
 from tests.sshd import Server
 from tests.tiny import write_checkpoint, write_words

@@ -22,7 +22,7 @@ from moectl.model.placement import make_placement
 from moectl.model.witness import Witness, find_dissent
 from moectl.request import Request
 from moectl.session import Session
-from moectl.tokenizer import Tokenizer
+from moectl.shards.tokenizer import Tokenizer
 from moectl.worker import describe_failure
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_canary import damage

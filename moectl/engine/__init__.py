@@ -39,8 +39,8 @@ from moectl.profile import profile
 from moectl.prompt import measure_reach, read_prompt
 from moectl.prompt_cache import PromptCache
 from moectl.sampling import Sampler
+from moectl.shards.tokenizer import Tokenizer
 from moectl.speculation import Speculation
-from moectl.tokenizer import Tokenizer
 
 PREFILL_STEP = 512
 MAX_BATCH = 8

@@ -22,9 +22,9 @@ import mlx.nn as nn
 import numpy as np
 
 from moectl.errors import IntegrityError
-from moectl.layouts import ITEM_BYTES, StoredTensor, read_header
 from moectl.model.manifest import Quantization
-from moectl.quantize import thread_stream
+from moectl.shards.quantize import thread_stream
+from moectl.shards.tensors import ITEM_BYTES, StoredTensor, read_header
 
 _PIECE_BYTES = 2 << 20  # in float32
 _DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32, "U8": np.uint8}

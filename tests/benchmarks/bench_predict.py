@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 from moectl.bench import bench
-from moectl.checkpoint import open_checkpoint
 from moectl.demo import demo_dir
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote, Remote
@@ -20,9 +19,10 @@ from moectl.hosts.ssh.remote import SSHRemote
 from moectl.measured import Job
 from moectl.model.placement import Placement, make_placement
 from moectl.probe import Site, measure_speed
-from moectl.quantize import quantizer
 from moectl.session import RankSpec, Session
-from moectl.shards import cut
+from moectl.shards.build import cut
+from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.quantize import quantizer
 from moectl.speed import Work, predict_measured
 from tests.netns import run_cluster
 from tests.ring import rank_env

@@ -152,17 +152,17 @@ def peak_bytes() -> int:
 
 def cut_here(source: Path, target: Path, nodes: int, jobs: int, ballast: Path | None = None) -> None:
     """Cut in this process and print the figures as JSON; a subprocess, since peak memory is a process's own."""
-    from moectl import quantize, shards
-    from moectl.checkpoint import open_checkpoint
     from moectl.model.manifest import Quantization
     from moectl.model.placement import make_placement
+    from moectl.shards import build, quantize
+    from moectl.shards.checkpoint import open_checkpoint
 
     baseline = peak_bytes()
     began, cpu = time.perf_counter(), time.process_time()
     with open_checkpoint(str(source)) as checkpoint:
         placement = make_placement(checkpoint.geometry, "hidden", nodes, group_size=GROUP)
         quantization = Quantization(BITS, GROUP)
-        shards.cut(
+        build.cut(
             checkpoint,
             placement,
             quantization,

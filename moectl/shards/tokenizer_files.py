@@ -16,14 +16,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moectl import journal as journals
-from moectl.cache_layout import refuse_pointers
-from moectl.checkpoint import Checkpoint, is_plain_data, open_store
 from moectl.errors import CheckpointError, MoectlError
 from moectl.files import explain_refusal, sync_directory
 from moectl.model.manifest import FileEntry, Manifest, read_manifest, refuse_links_outside, write_manifest
-from moectl.pipeline import hash_file, partial_path
-from moectl.stamp import write_stamps
+from moectl.shards import journal as journals
+from moectl.shards.cache_layout import refuse_pointers
+from moectl.shards.checkpoint import Checkpoint, is_plain_data, open_store
+from moectl.shards.verified import write_stamps
+from moectl.shards.writer import hash_file, partial_path
 
 NAME = "tokenizer.json"
 # DBRX's tokenizer as data; the model's own repositories have it as Python code.

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 import tokenizers
 
-from moectl.chat_template import ChatTemplate, Json, find_defaults, open_chat_template
 from moectl.errors import BadField, CheckpointError
-from moectl.token_text import TextStream, find_context, has_byte_runs
+from moectl.shards.chat_template import ChatTemplate, Json, find_defaults, open_chat_template
+from moectl.shards.token_text import TextStream, find_context, has_byte_runs
 
 TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ADDED, GENERATION, MODEL = "added_tokens.json", "generation_config.json", "config.json"

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from moectl.model.manifest import Quantization
-from moectl.recipe import Matrix, Quantise, Read, Write
+from moectl.shards.recipe import Matrix, Quantise, Read, Write
 
 _BLOCK_BYTES = 2 << 20  # read at a time: stays in a core's cache while it is turned and quantised
 _CACHE_BYTES = 32 << 20

@@ -16,14 +16,21 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from moectl.cache_layout import find_snapshot, name_snapshot, refuse_pointers
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, Unreachable
-from moectl.hub import OnBytes, Repository, find_cached
-from moectl.hub_errors import MIRRORS
-from moectl.layouts import SourceTensor, StoredTensor, name_tensors, quantization_of, read_header, read_quantization
 from moectl.model.config_keys import CONFIG, GENERATION, check_generation, list_ignored
 from moectl.model.geometry import Geometry, read_geometry
 from moectl.model.manifest import Quantization
+from moectl.shards.cache_layout import find_snapshot, name_snapshot, refuse_pointers
+from moectl.shards.hub import OnBytes, Repository, find_cached
+from moectl.shards.hub_errors import MIRRORS
+from moectl.shards.tensors import (
+    SourceTensor,
+    StoredTensor,
+    name_tensors,
+    quantization_of,
+    read_header,
+    read_quantization,
+)
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SIDECARS = (

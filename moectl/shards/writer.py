@@ -18,10 +18,10 @@ from queue import SimpleQueue
 
 from moectl.errors import CheckpointError, IntegrityError
 from moectl.files import sync_directory
-from moectl.layouts import item_bytes
 from moectl.model.manifest import FileEntry
-from moectl.recipe import OutputFile, Piece, Quantise
-from moectl.sources import Cancelled, Sources, Supply, explain_unreadable
+from moectl.shards.recipe import OutputFile, Piece, Quantise
+from moectl.shards.sources import Cancelled, Sources, Supply, explain_unreadable
+from moectl.shards.tensors import item_bytes
 
 _MEMORY_BYTES = 96 << 20  # for results under construction, shared by all jobs
 _COPY_BYTES = 4 << 20

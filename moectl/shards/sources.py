@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from moectl.errors import CheckpointError
-from moectl.recipe import OutputFile
+from moectl.shards.recipe import OutputFile
 
 
 class Supply(Protocol):

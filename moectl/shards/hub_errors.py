@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moectl.errors import CheckpointError, MoectlError, Unreachable
 from moectl.files import explain_refusal
-from moectl.hub_environment import explain_certificates
+from moectl.shards.hub_environment import explain_certificates
 
 MIRRORS = (
     "alpindale/dbrx-instruct",

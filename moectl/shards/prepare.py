@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from moectl import shards
-from moectl.checkpoint import Checkpoint, open_checkpoint
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
-from moectl.hub_environment import check_numbers
-from moectl.layouts import MODES
 from moectl.model.catalog import MODELS, Model
 from moectl.model.geometry import Geometry
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, Quantization, read_manifest
 from moectl.model.placement import Placement, make_placement, place_copies
 from moectl.model.routing import Routing
 from moectl.paths import cache_dir, data_dir
-from moectl.pipeline import OnHashed, OpenQuantise
-from moectl.recipe import Described, check_quantization, plan_files
-from moectl.shards import ComputeCanary
+from moectl.shards import build
+from moectl.shards.build import ComputeCanary
+from moectl.shards.checkpoint import Checkpoint, open_checkpoint
+from moectl.shards.hub_environment import check_numbers
+from moectl.shards.recipe import Described, check_quantization, plan_files
+from moectl.shards.tensors import MODES
+from moectl.shards.writer import OnHashed, OpenQuantise
 
 PLAIN_BITS = 16
 _TOKENIZER = "tokenizer.json"
@@ -184,20 +184,20 @@ def shard(
         name = shard_set_name(checkpoint.source, placement, quantization)
         directory = directory or (cache_dir() if cached else data_dir()) / "shards" / name
         files = plan_files(checkpoint, placement, quantization)
-        output_bytes = shards.output_bytes(files)
+        output_bytes = build.output_bytes(files)
         if force or not (directory / MANIFEST_NAME).exists():
             _check_tokenizer(checkpoint)
         on_files(name, directory, placement, {f.path: f.bytes for f in files})
         if on_plan(directory, output_bytes):
             cut = partial(
-                shards.cut,
+                build.cut,
                 checkpoint,
                 placement,
                 quantization,
                 directory,
                 name=name,
                 quantise=quantise,
-                jobs=jobs or shards.default_jobs(),
+                jobs=jobs or build.default_jobs(),
                 on_bytes=on_bytes,
                 on_file=on_file,
                 compute_canary=compute_canary,
@@ -220,7 +220,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Open the tokenizer as each start will, before anything is written. Raises CheckpointError."""
     if _TOKENIZER not in checkpoint.sidecars:
         return  # `choose_tokenizer` has said so
-    from moectl.tokenizer import read_tokenizer
+    from moectl.shards.tokenizer import read_tokenizer
 
     def read(name: str) -> bytes | None:
         return checkpoint.path(name).read_bytes() if name in checkpoint.sidecars else None
