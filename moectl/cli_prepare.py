@@ -17,7 +17,7 @@ from moectl.verb import verb
 if TYPE_CHECKING:
     from moectl.console import Bar, Progress
     from moectl.hosts.hostfile import HostList
-    from moectl.planning import Asked
+    from moectl.planner.questions import Asked
     from moectl.shards.prepare import Wanted
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,8 +69,8 @@ def plan(common: Common, model: str, **options: Any) -> None:
       moectl plan --what-if
     """
     from moectl import report
-    from moectl.plan import refusal
-    from moectl.planning import plan_cluster, plan_purchase
+    from moectl.planner.plan import refusal
+    from moectl.planner.questions import plan_cluster, plan_purchase
 
     asked, wanted = _asked(options), _wanted(options)
     if options["what_if"]:
@@ -116,7 +116,7 @@ def _where(common: Common, local: int | None) -> HostList:
 
 
 def _asked(options: dict[str, Any]) -> Asked:
-    from moectl.planning import Asked
+    from moectl.planner.questions import Asked
 
     return Asked(
         **{k: options[k] for k in ("ctx", "concurrency", "prompt_tokens", "chip", "memory", "link", "calibration")}
@@ -211,7 +211,7 @@ def shard(
         _add_tokenizer(common, add_tokenizer, options["output"])
         return
     from moectl import report
-    from moectl.planning import Asked, place_on, refuse_early
+    from moectl.planner.questions import Asked, place_on, refuse_early
 
     nodes = options.pop("nodes")
     hosts = common.host_list()
@@ -422,7 +422,7 @@ def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: d
     """Deploy a shard set that is there; return its name and what came of it."""
     from moectl import cluster
     from moectl.console import progress
-    from moectl.planning import check_hosts
+    from moectl.planner.questions import check_hosts
     from moectl.shards import prepare
     from moectl.shards.tokenizer_files import find_stray
 
@@ -442,7 +442,7 @@ def _deploy_growing(
     """Cut a model and deploy it meanwhile; return the set's name and what came of the hosts."""
     from moectl.console import progress
     from moectl.feed import shard_and_deploy
-    from moectl.planning import Asked, place_on, refuse_early
+    from moectl.planner.questions import Asked, place_on, refuse_early
 
     hosts, force = listed.hosts, options.pop("force")
     wanted = _wanted(cut, len(hosts))

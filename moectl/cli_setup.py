@@ -134,8 +134,8 @@ def _wish(options: dict[str, Any], world_size: int) -> Wish:
 
 def _needs(world_size: int) -> tuple[int, ...]:
     """Return the bytes that each rank of the newest shard set needs at the context that plans assume."""
-    from moectl.budget import rank_need
-    from moectl.machine import CONTEXT
+    from moectl.planner.memory import rank_need
+    from moectl.planner.this_machine import CONTEXT
     from moectl.shards.prepare import newest_shards
 
     _, manifest = newest_shards(world_size)

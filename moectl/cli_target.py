@@ -106,7 +106,7 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
     """Return what to run: a shard set on this machine, or a deployment on hosts."""
     from moectl import launch
     from moectl.model.manifest import read_manifest
-    from moectl.planning import check_here, check_hosts, place_here
+    from moectl.planner.questions import check_here, check_hosts, place_here
     from moectl.shards.prepare import Wanted, find_shards
 
     local, shards, model = options["local"], options["shards"], options["model"]

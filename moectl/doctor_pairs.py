@@ -15,9 +15,9 @@ from moectl.backend import choose_backend
 from moectl.errors import HostsError, MoectlError
 from moectl.findings import Finding, fail, ok, skip, warn
 from moectl.hosts.thunderbolt import Interface
-from moectl.measured import Job
 from moectl.model.geometry import Geometry
 from moectl.model.placement import make_placement
+from moectl.planner.measured import Job
 from moectl.probe import Site, Tried
 
 COLLECTIVE_START_S = 45.0

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from moectl.chips import default_working_set_bytes
 from moectl.findings import Finding, at_host, fail, ok, warn
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, split_devices
 from moectl.hosts.survey import Survey
 from moectl.hosts.thunderbolt import Interface, Port, find_generation, parse_ibv_devinfo, parse_ifconfig
+from moectl.planner.chips import default_working_set_bytes
 
 RDMA_MACOS = (26, 2)
 _SETUP = "moectl setup shows the commands that mend it"

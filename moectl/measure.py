@@ -36,13 +36,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from moectl.engine import Engine
 from moectl.errors import PlanError
 from moectl.leash import Done, Generate, Load, Loaded, Ready, Start, Token
-from moectl.measured import Job, Pass, RankSpeed, Speed, read_job
 from moectl.model.balance import share_out
 from moectl.model.dbrx import Model
 from moectl.model.load import compute_dtype
 from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
 from moectl.model.reduce import sum_over_ranks
+from moectl.planner.measured import Job, Pass, RankSpeed, Speed, read_job
 from moectl.request import Request, Stats
 from moectl.shards.tokenizer import Tokenizer
 from moectl.unseen import Prompts, check_unseen

@@ -21,7 +21,7 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.links import ANSWER
 from moectl.hosts.remote import Process, Remote
 from moectl.leash import Token
-from moectl.measured import Job, Matrix, Speed, read_speeds
+from moectl.planner.measured import Job, Matrix, Speed, read_speeds
 from moectl.records import build
 from moectl.request import Request
 from moectl.session import RankSpec, Session

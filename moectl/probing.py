@@ -16,9 +16,6 @@ from statistics import fmean
 
 from moectl import files as disk, probe
 from moectl.backend import choose_backend
-from moectl.budget import Verdict
-from moectl.calibration import Calibration, Link
-from moectl.chips import find_chip
 from moectl.errors import HostsError, MoectlError, RemoteError
 from moectl.hosts import survey
 from moectl.hosts.connect import ROOT, connect
@@ -26,15 +23,18 @@ from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.remote import Remote
 from moectl.launch import find_addresses, share_cores, split_envs
-from moectl.measured import Job, Matrix, Measured, Speed, read_speeds
 from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
 from moectl.paths import state_dir
-from moectl.plan import Question, candidates
-from moectl.planning import Answer, Asked, Task, set_task
+from moectl.planner.calibration import Calibration, Link
+from moectl.planner.chips import find_chip
+from moectl.planner.measured import Job, Matrix, Measured, Speed, read_speeds
+from moectl.planner.memory import Verdict
+from moectl.planner.plan import Question, candidates
+from moectl.planner.questions import Answer, Asked, Task, set_task
+from moectl.planner.speed import Prediction, Rates, Work, predict_measured
 from moectl.probe import Site
 from moectl.shards.prepare import Wanted
-from moectl.speed import Prediction, Rates, Work, predict_measured
 
 BUDGET_S = 3.0  # for whole passes, in all
 LEAST_BUDGET_S = 0.6  # for one placement

@@ -16,7 +16,7 @@ from moectl.errors import MoectlError, PlanError
 from moectl.hosts.hostfile import Host
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import data_dir
-from moectl.planning import check_hosts
+from moectl.planner.questions import check_hosts
 from moectl.text import format_gb
 
 

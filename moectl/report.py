@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from moectl.budget import Verdict
+from moectl.planner.memory import Verdict
 from moectl.text import columns, size_text, table_text, time_text
 
 if TYPE_CHECKING:
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from moectl.cluster import DeployResult
     from moectl.hosts.hostfile import HostList
     from moectl.leash import Done
-    from moectl.measured import Measured
     from moectl.model.catalog import Model
-    from moectl.plan import NodePlan, Plan, Question
+    from moectl.planner.measured import Measured
+    from moectl.planner.plan import NodePlan, Plan, Question
+    from moectl.planner.what_if import Row
     from moectl.provision import HostResult
     from moectl.request import Stats
     from moectl.shards.prepare import Made
-    from moectl.whatif import Row
 
 # Barriers always cost something; parts that exceed an ordinary step by more than this say little about it.
 DOUBTFUL_EXCESS = 0.1

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from moectl.budget import COMFORTABLE, SYSTEM_BYTES
-from moectl.chips import default_working_set_bytes
 from moectl.errors import PlanError
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.thunderbolt import THUNDERBOLT_5_BIT_S, Cable, Interface, Port
+from moectl.planner.chips import default_working_set_bytes
+from moectl.planner.memory import COMFORTABLE, SYSTEM_BYTES
 from moectl.setup_machine import Machine
 from moectl.topology import Pair, Topology, find_topology, ring_pairs
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES
 from moectl.client import Client, find_running
 from moectl.deployment import DeployedRank, Deployment
 from moectl.errors import HostError, MoectlError, NotDeployed, Unreachable
@@ -23,7 +22,8 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.programs import ask, list_pythons
 from moectl.hosts.remote import Remote
 from moectl.model.manifest import read_manifest
-from moectl.traffic import count_token_bytes
+from moectl.planner.memory import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES
+from moectl.planner.speed import count_token_bytes
 
 LOOK_S = 15.0  # for a host to answer; one that does not is down
 DESCRIBE_S = 2.0  # a controller that takes longer loads, or hangs

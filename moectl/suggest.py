@@ -77,14 +77,14 @@ def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offer
 
 def chips(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
     """Offer the chips that the planner knows."""
-    from moectl.chips import CHIPS
+    from moectl.planner.chips import CHIPS
 
     return _matching(CHIPS, incomplete)
 
 
 def links(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
     """Offer the links that the planner knows."""
-    from moectl.calibration import LINKS
+    from moectl.planner.calibration import LINKS
 
     return _matching(LINKS, incomplete)
 

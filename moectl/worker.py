@@ -189,8 +189,8 @@ def _serve(leash: Leash) -> None:
     if start.log:
         _log_to(Path(start.log).expanduser())
     _log.info("rank %d of %d starts on %s", start.rank, start.world_size, start.shards)
-    from moectl.machine import check_own_memory, count_kv_tokens
     from moectl.model.manifest import read_manifest, refuse_links_outside
+    from moectl.planner.this_machine import check_own_memory, count_kv_tokens
 
     directory = Path(start.shards).expanduser()
     manifest = read_manifest(directory)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl.budget import COMFORTABLE, Memory, Need, Verdict, judge, rank_need, weight_bytes
-from moectl.chips import default_working_set_bytes
 from moectl.model.geometry import DBRX, Geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
+from moectl.planner.chips import default_working_set_bytes
+from moectl.planner.memory import COMFORTABLE, Memory, Need, Verdict, judge, rank_need, weight_bytes
 from moectl.shards.recipe import plan_files
 from moectl.shards.tensors import SourceTensor
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl.chips import CHIPS, Chip, default_working_set_bytes, find_chip, installed_bytes
 from moectl.errors import HostsError
+from moectl.planner.chips import CHIPS, Chip, default_working_set_bytes, find_chip, installed_bytes
 
 GIB = 1 << 30
 

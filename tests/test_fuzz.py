@@ -25,17 +25,17 @@ from moectl.errors import MoectlError, RemoteError
 from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts, read_hosts, to_mlx_json
 from moectl.hosts.onhost import files as node
 from moectl.hosts.remote import Completed, LocalRemote, Process, Remote
-from moectl.measured import Pass, RankSpeed, Speed, read_speeds
 from moectl.model.manifest import FileEntry, parse_manifest
 from moectl.model.placement import make_placement
 from moectl.paths import state_dir
+from moectl.planner.measured import Pass, RankSpeed, Speed, read_speeds
+from moectl.planner.speed import Prediction
 from moectl.probe import Site, measure_links
 from moectl.provision import Task, inspect_host
 from moectl.request import Request, Stats
 from moectl.session import RankSpec, Session
 from moectl.shards import journal
 from moectl.shards.checkpoint import open_checkpoint
-from moectl.speed import Prediction
 from moectl.worker import Leash
 from tests.lone_host import deploy_host
 from tests.mutation import edit, fuzz

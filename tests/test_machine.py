@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from moectl import machine
-from moectl.budget import Memory
 from moectl.demo import demo_dir
 from moectl.errors import PlanError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.leash import Done
 from moectl.model.manifest import Manifest
+from moectl.planner import this_machine
+from moectl.planner.memory import Memory
 from moectl.request import Request
 from moectl.session import RankSpec, Session
 from moectl.shards.prepare import Wanted, shard
@@ -23,8 +23,8 @@ from moectl.shards.quantize import quantizer
 # A worker on a machine of 300 MB.
 SMALL = """
 import runpy, sys
-from moectl import machine
-from moectl.budget import Memory
+from moectl.planner import this_machine as machine
+from moectl.planner.memory import Memory
 machine.own_memory = lambda: Memory(300_000_000)
 sys.argv = ["moectl", "worker"]
 runpy.run_module("moectl", run_name="__main__")
@@ -40,22 +40,22 @@ def manifest(tmp_path: Path) -> tuple[Path, Manifest]:
 
 
 def test_this_machine_has_memory() -> None:
-    memory = machine.own_memory()
+    memory = this_machine.own_memory()
     assert memory is not None
     assert 0 <= memory.in_use < memory.total
 
 
 def test_a_rank_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, manifest: tuple[Path, Manifest]) -> None:
-    machine.check_own_memory(manifest[1], 0)
-    monkeypatch.setattr(machine, "own_memory", lambda: Memory(300_000_000))
+    this_machine.check_own_memory(manifest[1], 0)
+    monkeypatch.setattr(this_machine, "own_memory", lambda: Memory(300_000_000))
     with pytest.raises(PlanError, match=r"does not fit: 0\.4 GB are needed, 0\.2 GB usable \(0\.2 GB too little\)"):
-        machine.check_own_memory(manifest[1], 0)
-    monkeypatch.setattr(machine, "own_memory", lambda: Memory(64 << 30))
-    machine.check_own_memory(manifest[1], 0)
+        this_machine.check_own_memory(manifest[1], 0)
+    monkeypatch.setattr(this_machine, "own_memory", lambda: Memory(64 << 30))
+    this_machine.check_own_memory(manifest[1], 0)
     with pytest.raises(PlanError, match="does not fit"):  # what the GPU says of itself counts as well
-        machine.check_own_memory(manifest[1], 0, working_set_bytes=1 << 20)
-    monkeypatch.setattr(machine, "own_memory", lambda: None)
-    machine.check_own_memory(manifest[1], 0, working_set_bytes=1)
+        this_machine.check_own_memory(manifest[1], 0, working_set_bytes=1 << 20)
+    monkeypatch.setattr(this_machine, "own_memory", lambda: None)
+    this_machine.check_own_memory(manifest[1], 0, working_set_bytes=1)
 
 
 def test_a_worker_refuses_what_its_host_cannot_hold(manifest: tuple[Path, Manifest]) -> None:

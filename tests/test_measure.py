@@ -10,10 +10,10 @@ from hypothesis import given, strategies as st
 from mlx.utils import tree_flatten
 
 from moectl.measure import Weights, fit_pass, scale_up, shrink, weigh_layers, with_depth
-from moectl.measured import Pass, RankSpeed
 from moectl.model.geometry import read_geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
+from moectl.planner.measured import Pass, RankSpeed
 from tests.tiny import make_config
 
 TINY = read_geometry(make_config(n_layers=3))

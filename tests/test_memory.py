@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from moectl import launch
-from moectl.budget import CPU_DTYPE_BYTES, rank_need
 from moectl.demo import demo_dir
 from moectl.leash import Done
 from moectl.model.manifest import read_manifest
+from moectl.planner.memory import CPU_DTYPE_BYTES, rank_need
 from moectl.request import Request
 from moectl.shards import prepare
 from moectl.shards.prepare import Wanted

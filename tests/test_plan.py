@@ -11,9 +11,6 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, strategies as st
 
-from moectl.budget import Memory, Verdict
-from moectl.calibration import DEFAULT, PAPER
-from moectl.chips import default_working_set_bytes
 from moectl.cli import cli
 from moectl.demo import demo_dir
 from moectl.errors import PlanError
@@ -21,8 +18,11 @@ from moectl.flags import Failed
 from moectl.model.geometry import DBRX
 from moectl.model.manifest import Quantization
 from moectl.paths import data_dir
-from moectl.plan import Node, Question, make_plan, refusal, spread
-from moectl.speed import Rates
+from moectl.planner.calibration import DEFAULT, PAPER
+from moectl.planner.chips import default_working_set_bytes
+from moectl.planner.memory import Memory, Verdict
+from moectl.planner.plan import Node, Question, make_plan, refusal, spread
+from moectl.planner.speed import Rates
 
 GIB = 1 << 30
 
@@ -282,7 +282,7 @@ def test_shard_deploy_and_run_refuse_by_the_same_sums(tmp_path: Path, monkeypatc
     assert isinstance(deployed.exception, Failed)
     assert "does not fit: a needs 0.4 GB" in str(deployed.exception.error)
     tiny = Node("this machine", Memory(400_000_000), None, 4, None, is_mac=False)
-    monkeypatch.setattr("moectl.planning.own_node", lambda: tiny)
+    monkeypatch.setattr("moectl.planner.questions.own_node", lambda: tiny)
     ran = CliRunner().invoke(cli, ["run", "--local", "2", "--model", str(demo_dir()), "Hello"])
     assert isinstance(ran.exception, Failed)
     assert "does not fit: this machine needs 0.9 GB" in str(ran.exception.error)

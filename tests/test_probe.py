@@ -25,10 +25,10 @@ from moectl.hosts.onhost import links
 from moectl.hosts.remote import LocalRemote, Remote
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.hosts.survey import read_all_hardware, read_hardware
-from moectl.measured import Job, Pass, RankSpeed, Speed, read_job, read_speeds
 from moectl.model.geometry import Geometry, read_geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
+from moectl.planner.measured import Job, Pass, RankSpeed, Speed, read_job, read_speeds
 from moectl.probe import (
     LEAST_MEMORY_BYTES,
     Site,

@@ -15,10 +15,10 @@ from moectl.cli import cli
 from moectl.demo import demo_dir
 from moectl.errors import CommandFailed
 from moectl.hosts.hostfile import Host
-from moectl.measured import Measured, Pass, RankSpeed, Speed
 from moectl.paths import state_dir
-from moectl.plan import Question, make_plan
-from moectl.planning import Asked, set_task
+from moectl.planner.measured import Measured, Pass, RankSpeed, Speed
+from moectl.planner.plan import Question, make_plan
+from moectl.planner.questions import Asked, set_task
 from moectl.shards.prepare import Wanted
 from tests.ring import rank_env
 

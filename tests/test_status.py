@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import report_observe, status as status_module, traffic
+from moectl import report_observe, status as status_module
 from moectl.deployment import DeployedRank, Deployment, find_deployment, forget_hosts, write_deployment
 from moectl.errors import NotDeployed, PartialFailure, StateError, Unreachable, VersionMismatch
 from moectl.hosts import connect
@@ -29,6 +29,7 @@ from moectl.live import cut_line, on_ctrl_t
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
 from moectl.model.reduce import GATHER_BELOW_BYTES
+from moectl.planner import speed
 from moectl.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
 from moectl.throughput import WINDOW_S, Throughput
 from tests.running import wait_for
@@ -258,18 +259,18 @@ def test_throughput_of_a_steady_stream() -> None:
 
 
 def test_bytes_per_token_follow_the_exchange() -> None:
-    assert traffic.GATHER_BELOW_BYTES == GATHER_BELOW_BYTES
+    assert speed.GATHER_BELOW_BYTES == GATHER_BELOW_BYTES
     geometry = read_geometry(make_config())
     row, layers = 4 * geometry.d_model, geometry.n_layers
     counted = {
-        split: traffic.count_token_bytes(make_placement(geometry, split, 2), 4)
+        split: speed.count_token_bytes(make_placement(geometry, split, 2), 4)
         for split in ("hidden", "tensor", "layers")
     }
     assert counted == {"hidden": layers * row, "tensor": 2 * layers * row, "layers": row}
-    assert traffic.count_token_bytes(make_placement(geometry, "experts", 4), 4) == 3 * layers * row
-    assert traffic.count_token_bytes(make_placement(geometry, "hidden", 1), 4) == 0
+    assert speed.count_token_bytes(make_placement(geometry, "experts", 4), 4) == 3 * layers * row
+    assert speed.count_token_bytes(make_placement(geometry, "hidden", 1), 4) == 0
     wide = replace(geometry, d_model=1 << 16)
-    assert traffic.count_token_bytes(replace(make_placement(geometry, "experts", 4), geometry=wide), 2) == (
+    assert speed.count_token_bytes(replace(make_placement(geometry, "experts", 4), geometry=wide), 2) == (
         layers * 2 * 3 * (2 << 16) // 4
     )
 

@@ -16,14 +16,14 @@ from moectl.demo import demo_dir
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote, Remote
 from moectl.hosts.ssh.remote import SSHRemote
-from moectl.measured import Job
 from moectl.model.placement import Placement, make_placement
+from moectl.planner.measured import Job
+from moectl.planner.speed import Work, predict_measured
 from moectl.probe import Site, measure_speed
 from moectl.session import RankSpec, Session
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer
-from moectl.speed import Work, predict_measured
 from tests.netns import run_cluster
 from tests.ring import rank_env
 

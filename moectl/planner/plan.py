@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from moectl.budget import COMFORTABLE, KV_STEP, Memory, Need, Verdict, judge, rank_need
-from moectl.calibration import Calibration, Link
 from moectl.errors import PlanError
-from moectl.measured import Speed
 from moectl.model.geometry import Geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement, make_placement
-from moectl.speed import Prediction, Rates, Work, expected_busiest, predict, predict_measured
+from moectl.planner.calibration import Calibration, Link
+from moectl.planner.measured import Speed
+from moectl.planner.memory import COMFORTABLE, KV_STEP, Memory, Need, Verdict, judge, rank_need
+from moectl.planner.speed import Prediction, Rates, Work, expected_busiest, predict, predict_measured
 
 MOST_ADVISED = 16  # hosts
 LOWER_BITS = (8, 6, 4, 3, 2)

@@ -14,7 +14,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from moectl.budget import (
+from moectl.errors import PlanError
+from moectl.model.manifest import Manifest
+from moectl.planner.chips import default_working_set_bytes
+from moectl.planner.memory import (
     COMFORTABLE,
     CPU_DTYPE_BYTES,
     KV_STEP,
@@ -25,9 +28,6 @@ from moectl.budget import (
     kv_bytes,
     rank_need,
 )
-from moectl.chips import default_working_set_bytes
-from moectl.errors import PlanError
-from moectl.model.manifest import Manifest
 
 CONTEXT = 4096  # tokens that a rank has to have room for
 MOST_ANSWERS = 8  # of full length: the engine runs no more at once

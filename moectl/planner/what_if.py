@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moectl.calibration import LINKS, Calibration, find_link
-from moectl.chips import CHIPS, Chip, find_chip
 from moectl.errors import HostsError, PlanError
 from moectl.hosts.hostfile import Host
 from moectl.model.catalog import Model
 from moectl.model.manifest import Quantization
-from moectl.nodes import Defaults, make_node
-from moectl.plan import Plan, Question, make_plan
+from moectl.planner.calibration import LINKS, Calibration, find_link
+from moectl.planner.chips import CHIPS, Chip, find_chip
+from moectl.planner.nodes import Defaults, make_node
+from moectl.planner.plan import Plan, Question, make_plan
 
 COUNTS = (1, 2, 3, 4, 8)
 BITS = (4, 8, 16)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from moectl.budget import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES, Memory
-from moectl.calibration import Calibration
-from moectl.chips import Chip, default_working_set_bytes, find_chip, installed_bytes, sizes_sold
 from moectl.errors import HostsError
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
-from moectl.plan import Node
-from moectl.speed import Rates
+from moectl.planner.calibration import Calibration
+from moectl.planner.chips import Chip, default_working_set_bytes, find_chip, installed_bytes, sizes_sold
+from moectl.planner.memory import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES, Memory
+from moectl.planner.plan import Node
+from moectl.planner.speed import Rates
 
 
 @dataclass(frozen=True, slots=True)

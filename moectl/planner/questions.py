@@ -11,21 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moectl.budget import METAL_DTYPE_BYTES, Verdict, judge, rank_need
-from moectl.calibration import CALIBRATIONS, find_link
 from moectl.errors import HostsError, MoectlError, PlanError
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, parse_size
-from moectl.machine import CONTEXT, own_dtype_bytes, own_memory
 from moectl.model.catalog import MODELS, Model
 from moectl.model.manifest import Manifest, Quantization
 from moectl.model.placement import Placement
-from moectl.nodes import Defaults, default_link, make_node
-from moectl.plan import Node, Plan, Question, make_plan, refusal
+from moectl.planner.calibration import CALIBRATIONS, find_link
+from moectl.planner.memory import METAL_DTYPE_BYTES, Verdict, judge, rank_need
+from moectl.planner.nodes import Defaults, default_link, make_node
+from moectl.planner.plan import Node, Plan, Question, make_plan, refusal
+from moectl.planner.this_machine import CONTEXT, own_dtype_bytes, own_memory
+from moectl.planner.what_if import Row, what_if
 from moectl.shards import prepare
 from moectl.shards.checkpoint import Checkpoint
 from moectl.shards.prepare import Wanted, choose_quantization, describe_model, find_frequencies
-from moectl.whatif import Row, what_if
 
 PROMPT = 512  # tokens
 

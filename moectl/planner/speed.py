@@ -27,13 +27,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 
-from moectl.budget import METAL_DTYPE_BYTES, PREFILL_TOKENS, LayerBytes, head_bytes, layer_bytes
-from moectl.calibration import DEFAULT, Calibration, Link
-from moectl.measured import Speed
 from moectl.model.balance import share_out
 from moectl.model.geometry import Geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
+from moectl.planner.calibration import DEFAULT, Calibration, Link
+from moectl.planner.measured import Speed
+from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, LayerBytes, head_bytes, layer_bytes
+
+GATHER_BELOW_BYTES = 64 * 1024  # as in `model.reduce`, which cannot be imported here: it needs mlx
+
 
 TOKEN_BYTES = 12  # the agreed vector: a token and two control words
 
@@ -264,3 +267,16 @@ def _exchange_time(link: Link, nodes: int, message_bytes: int) -> float:
     if nodes == 1:
         return 0.0
     return link.latency_s + (nodes - 2) * link.per_node_s + (nodes - 1) * message_bytes / link.bytes_s
+
+
+def count_token_bytes(placement: Placement, dtype_bytes: int) -> int:
+    """Return what one rank sends per token: the exchanges of all layers, without the step's few agreement words."""
+    ranks = placement.world_size
+    if ranks == 1:
+        return 0
+    row = placement.geometry.d_model * dtype_bytes
+    if placement.split == "layers":
+        return row  # one hand-over to the next rank
+    # Small rows are gathered: each goes round to all others; large ones are reduced and spread in N parts.
+    each = (ranks - 1) * row if row <= GATHER_BELOW_BYTES else 2 * (ranks - 1) * row // ranks
+    return each * placement.geometry.n_layers * (2 if placement.split == "tensor" else 1)
