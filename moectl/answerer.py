@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from moectl.chat import Finished, Piece
 from moectl.client import Client
-from moectl.leash import Done
+from moectl.engine.protocol import Done
 from moectl.serving import Notice
 from moectl.settings import ChatSettings
 from moectl.transcript import Message

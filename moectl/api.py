@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from moectl import __version__
+from moectl.engine.protocol import Done, Ready, Token
+from moectl.engine.request import MAX_LOGPROBS, Request, Stats, too_long
 from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
 from moectl.fields import (
     Fields,
@@ -27,8 +29,6 @@ from moectl.fields import (
     refuse_unsupported,
     show,
 )
-from moectl.leash import Done, Ready, Token
-from moectl.request import MAX_LOGPROBS, Request, Stats, too_long
 
 MAX_CHOICES = 64  # prompts × n of one HTTP request
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI

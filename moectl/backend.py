@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from moectl.engine.protocol import Connect
 from moectl.errors import HostsError
 from moectl.hosts.hostfile import Host, to_mlx_devices
-from moectl.leash import Connect
 
 BACKENDS = ("auto", "ring", "jaccl", "jaccl-ring")
 

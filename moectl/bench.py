@@ -3,7 +3,8 @@
 Prompts are random tokens, others in every trial so that no cache has seen them, the same on every machine so that
 numbers compare; answers go on to their full length. Routing counts therefore are those of random text and of what the
 model makes of it, in the first trial. The parts of a
-token's time come from `moectl.profile`, which says what each of them contains; speeds come from the trials alone.
+token's time come from `moectl.engine.profile`, which says what each of them contains; speeds come from the trials
+alone.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moectl.engine.protocol import Done, Profile, Profiled, Ready, Token
+from moectl.engine.request import Request
+from moectl.engine.unseen import Prompts, check_unseen
 from moectl.errors import UsageError
-from moectl.leash import Done, Profile, Profiled, Ready, Token
 from moectl.model.placement import Placement
 from moectl.model.routing import Routing
-from moectl.request import Request
 from moectl.session import Session
-from moectl.unseen import Prompts, check_unseen
 
 PROFILED_STEPS = 16
 MIN_GENERATION = 2  # a speed needs the time between two tokens

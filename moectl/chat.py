@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from moectl.engine.request import Stats
 from moectl.errors import MoectlError, RemoteError, UsageError
 from moectl.report import stats_text
-from moectl.request import Stats
 from moectl.settings import ALIASES, ChatSettings, change_setting, settings_table, split_words, value_text
 from moectl.text import colour_wanted, printable
 from moectl.transcript import Message, Transcript, load_transcript, save_transcript

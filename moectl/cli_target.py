@@ -207,7 +207,7 @@ def _canary_drawer(bars: Progress, on_canary: Callable[[Canary], None]) -> Calla
     """Return what runs a finished set once, with a bar over its layers; `on_canary` is told what came of it."""
 
     def compute(directory: Path, manifest: Manifest) -> Canary:
-        from moectl.model.reference import compute_canary
+        from moectl.engine.network.canary_run import compute_canary
 
         weights = sum(entry.bytes for entry in manifest.files.values())
         bar = bars.bar("canary", weights)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from moectl.attach import Attached
     from moectl.bench import Predicted
     from moectl.client import Client
+    from moectl.engine.protocol import Done, Token
     from moectl.launch import Target
-    from moectl.leash import Done, Token
     from moectl.serving import Notice
 
 _END_S = 15.0  # for a controller that nobody needs any more
@@ -165,7 +165,7 @@ def _log_printer(common: Common) -> Callable[[str, str], None]:
 def _answer(common: Common, events: Generator[Token | Done | Notice, None, None], stats: bool) -> None:
     """Print an answer as it comes; Ctrl-C cancels it."""
     from moectl import report
-    from moectl.leash import Done
+    from moectl.engine.protocol import Done
     from moectl.serving import Notice
 
     pieces: list[str] = []

@@ -22,10 +22,10 @@ from typing import Any
 
 from moectl import errors
 from moectl.api import hint_suffix
+from moectl.engine.protocol import Done, Token
+from moectl.engine.request import Stats
 from moectl.errors import MoectlError, RemoteError, StateError
-from moectl.leash import Done, Token
 from moectl.paths import runtime_dir
-from moectl.request import Stats
 from moectl.serving import NOTICE, SILENCE_S, Notice
 
 SUFFIX = ".sock"

@@ -20,12 +20,12 @@ from socket import socket
 from typing import Any
 
 from moectl.deployment import Deployment
+from moectl.engine.isolation import explain
+from moectl.engine.protocol import Done, Prefilled, Ready, Refused, Token
+from moectl.engine.request import Request, too_long
 from moectl.errors import LeashLost, MoectlError, QueueFull, RemoteError, StateError
-from moectl.isolation import explain
 from moectl.keep_alive import KeepAlive
 from moectl.launch import Target, count_ranks, open_session
-from moectl.leash import Done, Prefilled, Ready, Refused, Token
-from moectl.request import Request, too_long
 from moectl.restart import Restarts
 from moectl.resumed import ResumedAnswer
 from moectl.server import Grace, make_app, serve as serve_http

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from moectl.request import Stats
+from moectl.engine.request import Stats
 from moectl.serving import Health
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -14,19 +14,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 
+from moectl.engine.protocol import Token
+from moectl.engine.request import Request
 from moectl.errors import CommandFailed, MoectlError, Unreachable
 from moectl.hosts.connect import _at_once
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.links import ANSWER
 from moectl.hosts.remote import Process, Remote
-from moectl.leash import Token
 from moectl.planner.measured import Job, Matrix, Speed, read_speeds
 from moectl.records import build
-from moectl.request import Request
 from moectl.session import RankSpec, Session
 
-MEASURE = ("-m", "moectl.measure")
+MEASURE = ("-m", "moectl.engine.measure")
 LISTEN_S = 10.0
 LINK_BUDGET_S = 0.4  # for the round trips of one pair, and half as much for its bandwidth
 START_S = 60.0

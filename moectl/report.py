@@ -14,14 +14,14 @@ from moectl.text import columns, size_text, table_text, time_text
 if TYPE_CHECKING:
     from moectl.bench import Benchmark, Measured as Sample
     from moectl.cluster import DeployResult
+    from moectl.engine.protocol import Done
+    from moectl.engine.request import Stats
     from moectl.hosts.hostfile import HostList
-    from moectl.leash import Done
     from moectl.model.catalog import Model
     from moectl.planner.measured import Measured
     from moectl.planner.plan import NodePlan, Plan, Question
     from moectl.planner.what_if import Row
     from moectl.provision import HostResult
-    from moectl.request import Stats
     from moectl.shards.prepare import Made
 
 # Barriers always cost something; parts that exceed an ordinary step by more than this say little about it.

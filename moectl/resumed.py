@@ -10,9 +10,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
+from moectl.engine.protocol import Done, Prefilled, Refused, Token
+from moectl.engine.request import Request, Stats
 from moectl.errors import MoectlError
-from moectl.leash import Done, Prefilled, Refused, Token
-from moectl.request import Request, Stats
 from moectl.serving import Notice
 
 

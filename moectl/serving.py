@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from moectl.leash import Done, Ready, Token
-from moectl.request import Request
+from moectl.engine.protocol import Done, Ready, Token
+from moectl.engine.request import Request
 
 NOTICE = "moectl: "  # how a comment in a stream begins that is meant for people
 SILENCE_S = 5.0  # a stream that has nothing to say for so long says a comment: who reads it knows that somebody lives

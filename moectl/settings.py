@@ -53,7 +53,7 @@ _TEXTS = {"system": 'a text, or "" for none', "stop": 'texts that end an answer,
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """The parameters of a chat's answers, named as in `moectl.request.Request`. Raises UsageError."""
+    """The parameters of a chat's answers, named as in `moectl.engine.request.Request`. Raises UsageError."""
 
     max_tokens: int
     system: str | None = None

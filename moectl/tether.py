@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from moectl.engine.protocol import BEAT_S, Alive, Beat, Event, Order, encode, read_messages
 from moectl.errors import MoectlError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import Process, Remote
-from moectl.leash import BEAT_S, Alive, Beat, Event, Order, encode, read_messages
 from moectl.vigil import Pulse
 
 LOG_LINES = 20

@@ -20,11 +20,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from moectl.engine import Engine
-from moectl.leash import Cancel, Done, Generate, Token
-from moectl.model.load import load_rank
+from moectl.engine.engine import Engine
+from moectl.engine.network.load import load_rank
+from moectl.engine.protocol import Cancel, Done, Generate, Token
+from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
-from moectl.request import Request
 from moectl.shards.tokenizer import open_tokenizer
 
 

@@ -19,8 +19,8 @@ from typing import Any
 from moectl import lineedit
 from moectl.__main__ import TERMINATED, Terminated
 from moectl.chat import Finished, Piece, chat
+from moectl.engine.request import Stats
 from moectl.errors import MoectlError, PeerLost, UsageError
-from moectl.request import Stats
 from moectl.settings import ChatSettings
 from moectl.transcript import Message
 

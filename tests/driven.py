@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from moectl.engine import Engine
-from moectl.leash import Cancel, Done, Event, Generate, Refused, Token
-from moectl.request import Request, Stats
+from moectl.engine.engine import Engine
+from moectl.engine.protocol import Cancel, Done, Event, Generate, Refused, Token
+from moectl.engine.request import Request, Stats
 
 
 class Driven:

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from moectl.engine.protocol import Done, Ready, Token
+from moectl.engine.request import Request, Stats, too_long
 from moectl.errors import PeerLost, QueueFull, StateError
-from moectl.leash import Done, Ready, Token
-from moectl.request import Request, Stats, too_long
 from moectl.serving import Health
 
 ENDS_AFTER = 20  # tokens, unless ignore_eos

@@ -17,12 +17,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from moectl.engine import Engine
-from moectl.leash import Done, Generate, Token
-from moectl.model.load import load_rank
+from moectl.engine.engine import Engine
+from moectl.engine.network.canary_run import check
+from moectl.engine.network.load import load_rank
+from moectl.engine.protocol import Done, Generate, Token
+from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
-from moectl.model.selfcheck import check
-from moectl.request import Request
 from moectl.shards.tokenizer import open_tokenizer
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moectl import answer as answer_module, engine as engine_module, worker
-from moectl.answer import Answer
-from moectl.leash import Done, Prefilled, Token
-from moectl.sampling import Sampler
+from moectl.engine import answer as answer_module, engine as engine_module, worker
+from moectl.engine.answer import Answer
+from moectl.engine.protocol import Done, Prefilled, Token
+from moectl.engine.sampling import Sampler
 
 PLACES = (
     "prompt",

@@ -8,7 +8,7 @@ from collections import deque
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moectl.admission import Admission, held_tokens
+from moectl.engine.admission import Admission, held_tokens
 
 ROWS = 3
 CANCELS = 2

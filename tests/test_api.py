@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from moectl import api, errors
+from moectl.engine.protocol import Done, Generate as GenerateOrder, Token, decode, encode
+from moectl.engine.request import MAX_BIASES, Request, Stats
 from moectl.errors import BadField, MoectlError, PeerLost, QueueFull, UsageError
-from moectl.leash import Done, Generate as GenerateOrder, Token, decode, encode
-from moectl.request import MAX_BIASES, Request, Stats
 from tests.fake_cluster import MODEL
 
 SAY_HELLO = {"messages": [{"role": "user", "content": "hello"}]}

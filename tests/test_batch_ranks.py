@@ -14,9 +14,9 @@ from typing import IO, Any
 import pytest
 
 from moectl.demo import demo_dir
-from moectl.leash import Beat, Done, Generate, Load, Order, Prefilled, Refused, Start, encode, read_messages
+from moectl.engine.protocol import Beat, Done, Generate, Load, Order, Prefilled, Refused, Start, encode, read_messages
+from moectl.engine.request import Request
 from moectl.model.placement import make_placement
-from moectl.request import Request
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer

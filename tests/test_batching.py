@@ -13,9 +13,9 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache
 
 from moectl.demo import demo_dir
-from moectl.engine import MAX_BATCH
-from moectl.leash import Done, Prefilled, Token
-from moectl.model.load import load_rank
+from moectl.engine.engine import MAX_BATCH
+from moectl.engine.network.load import load_rank
+from moectl.engine.protocol import Done, Prefilled, Token
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
 from moectl.shards.build import cut

@@ -20,21 +20,21 @@ from hypothesis import given, strategies as st
 
 from moectl import plot, report
 from moectl.bench import Benchmark, Predicted, RankTime, Trial, bench, read_prediction
-from moectl.engine import Engine
+from moectl.engine.engine import Engine
+from moectl.engine.network import exchange
+from moectl.engine.network.experts import Experts
+from moectl.engine.network.load import load_rank
+from moectl.engine.profile import _share_copies
+from moectl.engine.protocol import Done, Generate, Prefilled, Profile, Profiled, Ready, Refused, Token
+from moectl.engine.request import Request
+from moectl.engine.unseen import Prompts
 from moectl.errors import StateError, UsageError
-from moectl.leash import Done, Generate, Prefilled, Profile, Profiled, Ready, Refused, Token
-from moectl.model import reduce
-from moectl.model.experts import Experts
 from moectl.model.geometry import DBRX
-from moectl.model.load import load_rank
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
 from moectl.model.routing import Routing, read_routing, write_routing
-from moectl.profile import _share_copies
-from moectl.request import Request
 from moectl.session import Session
 from moectl.shards.tokenizer import open_tokenizer
-from moectl.unseen import Prompts
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env
 from tests.test_lockstep import cut_case
@@ -223,7 +223,7 @@ def test_a_profile_waits_its_turn_and_leaves_nothing_behind(alone: Path) -> None
     assert 0 < told.compute_s <= told.step_s
     assert [e.tokens for e in events if isinstance(e, Prefilled) and e.id == 2] == [16, 32, 48, 64, 80, 92]
     assert all(type(layer.ffn.experts) is Experts for layer in model.layers)
-    assert reduce._observer is None
+    assert exchange._observer is None
 
 
 def test_orders_that_reach_ranks_at_different_times(source: Path) -> None:

@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given, strategies as st
 
 from moectl.demo import demo_dir
+from moectl.engine.network import canary_run
+from moectl.engine.network.canary_run import compute_canary
+from moectl.engine.protocol import Done
+from moectl.engine.request import Request
 from moectl.errors import IntegrityError
 from moectl.hosts.onhost.files import RECORD
-from moectl.leash import Done
-from moectl.model import reference
 from moectl.model.canary import (
     CHUNK,
     TOLERANCE,
@@ -35,8 +37,6 @@ from moectl.model.canary import (
 )
 from moectl.model.manifest import FileEntry, parse_manifest, read_manifest, write_manifest
 from moectl.model.placement import make_placement
-from moectl.model.reference import compute_canary
-from moectl.request import Request
 from moectl.session import Session
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
@@ -149,7 +149,7 @@ def test_an_older_one_is_checked_as_it_was_made(
     """Sets of before this field say nothing of the chunk; it was 512 tokens."""
     old = tmp_path / "old"
     shutil.copytree(sets["hidden"], old)
-    monkeypatch.setattr(reference, "CHUNK", 512)
+    monkeypatch.setattr(canary_run, "CHUNK", 512)
     raw = json.loads(replace(read_manifest(old), canary=compute_canary(old, read_manifest(old))).to_json())
     (old / RECORD).unlink(missing_ok=True)
     del raw["canary"]["chunk"], raw["canary"]["unmet"]
@@ -166,7 +166,7 @@ def test_an_older_one_is_checked_as_it_was_made(
 def test_weights_on_disk_and_in_memory_give_the_same(sets: dict[str, Path], split: str) -> None:
     """A GPU has a rank's part of a layer in memory, a CPU reads it piece by piece."""
     manifest = read_manifest(sets[split])
-    in_memory = reference._Reference(sets[split], manifest, None).compute(lambda *_: None)
+    in_memory = canary_run._Reference(sets[split], manifest, None).compute(lambda *_: None)
     assert manifest.canary is not None
     for prompt, top in enumerate(in_memory.top):
         assert judge_logits(manifest.canary, prompt, [logit for _, logit in top]) < TOLERANCE / 10

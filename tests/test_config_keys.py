@@ -20,12 +20,12 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from moectl import __main__
 from moectl.demo import demo_dir
+from moectl.engine.network.canary_run import compute_canary
+from moectl.engine.network.load import load_rank
 from moectl.errors import CheckpointError
 from moectl.model.config_keys import check_generation, list_ignored
 from moectl.model.geometry import DBRX, Geometry, read_geometry
-from moectl.model.load import load_rank
 from moectl.model.manifest import read_manifest
-from moectl.model.reference import compute_canary
 from moectl.shards import prepare
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.prepare import Wanted

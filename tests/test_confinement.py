@@ -123,7 +123,7 @@ def test_cutting_follows_no_link_out(
 
 @pytest.mark.parametrize("name", LEADING[:4])
 def test_nothing_is_read_or_sent_through_a_link_out(made: Path, precious: Path, name: str) -> None:
-    from moectl.model.load import load_rank
+    from moectl.engine.network.load import load_rank
 
     lead_out(made, name, precious)
     manifest = read_manifest(made)

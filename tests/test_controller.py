@@ -26,6 +26,8 @@ from moectl.client import Client, find_running, is_running
 from moectl.controller import MAX_FAILURES, Controller
 from moectl.demo import demo_dir
 from moectl.deployment import Deployment
+from moectl.engine.protocol import Done, Prefilled, Ready, Refused, Token
+from moectl.engine.request import Request, Stats
 from moectl.errors import (
     CommandFailed,
     IntegrityError,
@@ -43,10 +45,8 @@ from moectl.errors import (
     VersionMismatch,
 )
 from moectl.keep_alive import KeepAlive
-from moectl.leash import Done, Prefilled, Ready, Refused, Token
 from moectl.paths import runtime_dir
 from moectl.report import stats_text
-from moectl.request import Request, Stats
 from moectl.restart import Restarts
 from moectl.resumed import ResumedAnswer
 from moectl.server import Grace

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from moectl.engine.protocol import Done
+from moectl.engine.request import Request
 from moectl.errors import PeerLost, Stalled, Unreachable
 from moectl.hosts.hostfile import Host
-from moectl.leash import Done
-from moectl.request import Request
 from moectl.session import RankSpec, Session
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env
@@ -33,7 +33,7 @@ mx.distributed.init = lambda *a, **k: ctypes.PyDLL(None).sleep(1000)
 # One that waits for ever in a step: heartbeats are answered all the time.
 BLOCKED_STEP = """
 import time
-import moectl.model.reduce as reduce
+import moectl.engine.network.exchange as reduce
 real, count = reduce.run_exchange, [0]
 def block(x, exchange):
     count[0] += 1
@@ -43,7 +43,7 @@ def block(x, exchange):
 reduce.run_exchange = block
 """
 STRANGER = """
-import moectl.worker as worker
+import moectl.engine.worker as worker
 real = worker._check_peers
 worker._check_peers = lambda group, start, nonce: real(group, start, nonce ^ 1)
 """
@@ -51,7 +51,7 @@ worker._check_peers = lambda group, start, nonce: real(group, start, nonce ^ 1)
 
 def program(patch: str) -> tuple[str, ...]:
     """Return the argv of a worker with something changed in it."""
-    return (sys.executable, "-c", f"{patch}\nfrom moectl.worker import main\nmain()  # moectl worker")
+    return (sys.executable, "-c", f"{patch}\nfrom moectl.engine.worker import main\nmain()  # moectl worker")
 
 
 @pytest.fixture(scope="module")

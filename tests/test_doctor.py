@@ -76,7 +76,7 @@ def test_two_hosts_that_are_right(sshd: Server, python: str, tmp_path: Path) -> 
     assert [check["check"] for check in pair["checks"]] == ["tcp", "collective"]
     assert pair["checks"][0]["values"]["out_bytes_s"] > 0
     assert pair["checks"][1]["values"]["backend"] == "ring"
-    assert not processes("moectl.measure")
+    assert not processes("moectl.engine.measure")
 
 
 def test_a_deployed_shard_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,13 @@ import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from moectl import engine as engine_module
-from moectl.engine import Engine
-from moectl.leash import Cancel, Done, Generate, Prefilled, Refused, Token
-from moectl.model.load import load_rank
+from moectl.engine import engine as engine_module
+from moectl.engine.engine import Engine
+from moectl.engine.network.load import load_rank
+from moectl.engine.protocol import Cancel, Done, Generate, Prefilled, Refused, Token
+from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
-from moectl.request import Request
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer

@@ -19,8 +19,11 @@ from typing import Any, cast
 
 import pytest
 
-from moectl import leash, probing
+from moectl import probing
 from moectl.deployment import DeployedRank, Deployment, deployment_path, find_deployment, write_deployment
+from moectl.engine import protocol
+from moectl.engine.request import Request, Stats
+from moectl.engine.worker import Leash
 from moectl.errors import MoectlError, RemoteError
 from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts, read_hosts, to_mlx_json
 from moectl.hosts.onhost import files as node
@@ -32,11 +35,9 @@ from moectl.planner.measured import Pass, RankSpeed, Speed, read_speeds
 from moectl.planner.speed import Prediction
 from moectl.probe import Site, measure_links
 from moectl.provision import Task, inspect_host
-from moectl.request import Request, Stats
 from moectl.session import RankSpec, Session
 from moectl.shards import journal
 from moectl.shards.checkpoint import open_checkpoint
-from moectl.worker import Leash
 from tests.lone_host import deploy_host
 from tests.mutation import edit, fuzz
 from tests.test_manifest import PATH, PLACEMENT, WHOLE
@@ -225,43 +226,43 @@ def test_journals(tmp_path: Path, seconds: float) -> None:
 
 # The leash, both ends.
 
-ORDERS: list[leash.Order] = [
-    leash.Start(0, 2, "/shards", ["127.0.0.1"], 30.0, log="/log"),
-    leash.Connect("ring", {"MLX_RANK": "0"}, {"MLX_HOSTFILE": "[]"}),
-    leash.Load(4096),
-    leash.Beat(),
-    leash.Generate(
+ORDERS: list[protocol.Order] = [
+    protocol.Start(0, 2, "/shards", ["127.0.0.1"], 30.0, log="/log"),
+    protocol.Connect("ring", {"MLX_RANK": "0"}, {"MLX_HOSTFILE": "[]"}),
+    protocol.Load(4096),
+    protocol.Beat(),
+    protocol.Generate(
         Request(1, "hello", 12, system="be brief", seed=7, stop=("x",), logit_bias=((5, 1.5),), prompt_tokens=(1, 2))
     ),
-    leash.Generate(Request(2, "", 1, messages=({"role": "user", "content": "hi"},))),
-    leash.Profile(3, [1, 2, 3], 2),
-    leash.Cancel(1),
-    leash.Gathered("00ff"),
+    protocol.Generate(Request(2, "", 1, messages=({"role": "user", "content": "hi"},))),
+    protocol.Profile(3, [1, 2, 3], 2),
+    protocol.Cancel(1),
+    protocol.Gathered("00ff"),
 ]
-EVENTS: list[leash.Event] = [
-    leash.Listening({"moectl": "1", "mlx": "2"}, [5000], 4096),
-    leash.Connecting(),
-    leash.Connected(0, 2),
-    leash.Loaded(),
-    leash.Ready("hidden", 4, 256, 512, 4),
-    leash.Alive(123),
-    leash.Prefilled(1, 5),
-    leash.Token(1, 65, "A", -0.5, [(65, "A", -0.5), (66, "B", -1.5)]),
-    leash.Done(1, "stop", Stats(1, 2, 0.25, 0.5, 0.25, 1 << 30)),
-    leash.Refused(2, "no", "hint"),
-    leash.Fatal("PeerLost", "gone"),
-    leash.AllGather("00ff"),
+EVENTS: list[protocol.Event] = [
+    protocol.Listening({"moectl": "1", "mlx": "2"}, [5000], 4096),
+    protocol.Connecting(),
+    protocol.Connected(0, 2),
+    protocol.Loaded(),
+    protocol.Ready("hidden", 4, 256, 512, 4),
+    protocol.Alive(123),
+    protocol.Prefilled(1, 5),
+    protocol.Token(1, 65, "A", -0.5, [(65, "A", -0.5), (66, "B", -1.5)]),
+    protocol.Done(1, "stop", Stats(1, 2, 0.25, 0.5, 0.25, 1 << 30)),
+    protocol.Refused(2, "no", "hint"),
+    protocol.Fatal("PeerLost", "gone"),
+    protocol.AllGather("00ff"),
 ]
 
 
 def test_leash_messages(seconds: float) -> None:
     def read(data: bytes) -> None:
-        for message in leash.read_messages(io.BytesIO(data)):
+        for message in protocol.read_messages(io.BytesIO(data)):
             # Right types all through: it can be written, and is the same when it is read again.
-            again = leash.decode(leash.encode(message))
+            again = protocol.decode(protocol.encode(message))
             assert again == message or "NaN" in str(asdict(message)).replace("nan", "NaN")
 
-    valid = [leash.encode(m) for m in (*ORDERS, *EVENTS)]
+    valid = [protocol.encode(m) for m in (*ORDERS, *EVENTS)]
     fuzz("leash", [*valid, b"".join(valid)], read, seconds=seconds)
 
 
@@ -279,9 +280,9 @@ def test_a_workers_end_of_the_leash(seconds: float) -> None:
         assert len(reasons) == 1
         assert "\n" not in reasons[0]
         while not held.orders.empty():
-            assert isinstance(held.orders.get(), leash.Order)
+            assert isinstance(held.orders.get(), protocol.Order)
 
-    valid = b"".join(map(leash.encode, ORDERS))
+    valid = b"".join(map(protocol.encode, ORDERS))
     fuzz("worker's leash", [valid], read, seconds=seconds)
 
 
@@ -445,13 +446,13 @@ class _Said:
 NONSENSE = {
     "noise": b"Welcome to mac1!\n",
     "bytes": bytes(range(256)) * 4,
-    "half a line": leash.encode(ORDERS[0])[:40],
+    "half a line": protocol.encode(ORDERS[0])[:40],
     "an order of wrong types": b'{"type": "Start", "rank": "0", "world_size": {}}\n',
-    "another order first": leash.encode(leash.Load()),
-    "an event": leash.encode(leash.Connecting()),
+    "another order first": protocol.encode(protocol.Load()),
+    "an event": protocol.encode(protocol.Connecting()),
     "deep": b"[" * 200_000 + b"\n",
-    "a shard set that is none": leash.encode(leash.Start(0, 1, "/nowhere\n$(id)", ["127.0.0.1"], 5.0)),
-    "an address that is none": leash.encode(leash.Start(0, 1, "\0", ["x\n"], 5.0)),
+    "a shard set that is none": protocol.encode(protocol.Start(0, 1, "/nowhere\n$(id)", ["127.0.0.1"], 5.0)),
+    "an address that is none": protocol.encode(protocol.Start(0, 1, "\0", ["x\n"], 5.0)),
 }
 
 
@@ -479,7 +480,7 @@ def _check_worker(done: subprocess.CompletedProcess[bytes]) -> None:
     assert b"ends: " in done.stderr
     assert done.stderr.count(b"\n") <= 3, done.stderr.decode()
     for line in done.stdout.splitlines(keepends=True):
-        leash.decode(line)
+        protocol.decode(line)
 
 
 WORKERS_NONSENSE = {
@@ -517,10 +518,10 @@ def test_a_session_that_hears_nonsense_names_the_host(said: str, monkeypatch: py
 
 @pytest.mark.parametrize("cut", [2, 20, 60])
 def test_no_part_of_a_prompt_is_told(cut: int) -> None:
-    line = leash.encode(leash.Generate(Request(1, "my secret prompt", 5)))
+    line = protocol.encode(protocol.Generate(Request(1, "my secret prompt", 5)))
     for part in (line[:-cut], line[cut:]):
         with pytest.raises(RemoteError) as caught:
-            leash.decode(part)
+            protocol.decode(part)
         assert "secret" not in caught.value.message
 
 

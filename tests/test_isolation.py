@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from moectl.controller import Controller
+from moectl.engine.protocol import Done, Refused, Token
+from moectl.engine.request import Request
 from moectl.errors import MoectlError
 from moectl.keep_alive import KeepAlive
-from moectl.leash import Done, Refused, Token
-from moectl.request import Request
 from moectl.restart import Restarts
 from moectl.serving import Notice
 from moectl.session import Session

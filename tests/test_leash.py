@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import leash
+from moectl.engine import protocol
+from moectl.engine.request import Request, Stats
 from moectl.errors import MoectlError, RemoteError, UsageError
-from moectl.request import Request, Stats
 
 numbers = st.integers(0, 2**53)
 stats = st.builds(Stats, numbers, numbers, st.just(0.25), st.just(1.5), st.just(0.5), numbers)
@@ -30,25 +30,25 @@ requests = st.builds(
 texts = st.text()
 messages = st.one_of(
     st.builds(
-        leash.Start, numbers, numbers, texts, st.lists(texts), st.just(30.0), st.none() | texts, st.none() | texts
+        protocol.Start, numbers, numbers, texts, st.lists(texts), st.just(30.0), st.none() | texts, st.none() | texts
     ),
-    st.builds(leash.Connect, texts, st.dictionaries(texts, texts), st.dictionaries(texts, texts)),
-    st.builds(leash.Load),
-    st.builds(leash.Generate, requests),
-    st.builds(leash.Profile, numbers, st.lists(numbers), numbers),
-    st.builds(leash.Cancel, numbers),
-    st.builds(leash.Beat),
-    st.builds(leash.Gathered, texts),
-    st.builds(leash.Listening, st.dictionaries(texts, texts), st.lists(numbers)),
-    st.builds(leash.Connecting),
-    st.builds(leash.Connected, numbers, numbers),
-    st.builds(leash.Loaded),
-    st.builds(leash.Ready, texts, st.none() | numbers, numbers, numbers, numbers),
-    st.builds(leash.Prefilled, numbers, numbers),
-    st.builds(leash.Token, numbers, numbers, texts),
-    st.builds(leash.Done, numbers, texts, stats),
+    st.builds(protocol.Connect, texts, st.dictionaries(texts, texts), st.dictionaries(texts, texts)),
+    st.builds(protocol.Load),
+    st.builds(protocol.Generate, requests),
+    st.builds(protocol.Profile, numbers, st.lists(numbers), numbers),
+    st.builds(protocol.Cancel, numbers),
+    st.builds(protocol.Beat),
+    st.builds(protocol.Gathered, texts),
+    st.builds(protocol.Listening, st.dictionaries(texts, texts), st.lists(numbers)),
+    st.builds(protocol.Connecting),
+    st.builds(protocol.Connected, numbers, numbers),
+    st.builds(protocol.Loaded),
+    st.builds(protocol.Ready, texts, st.none() | numbers, numbers, numbers, numbers),
+    st.builds(protocol.Prefilled, numbers, numbers),
+    st.builds(protocol.Token, numbers, numbers, texts),
+    st.builds(protocol.Done, numbers, texts, stats),
     st.builds(
-        leash.Profiled,
+        protocol.Profiled,
         id=numbers,
         compute_s=st.just(0.5),
         all_reduce_s=st.just(0.25),
@@ -61,21 +61,21 @@ messages = st.one_of(
         own_experts=st.floats(0, 16),
         busiest_experts=st.floats(0, 16),
     ),
-    st.builds(leash.Refused, numbers, texts, st.none() | texts),
-    st.builds(leash.Fatal, texts, texts, st.none() | texts, st.none() | numbers),
-    st.builds(leash.AllGather, texts),
+    st.builds(protocol.Refused, numbers, texts, st.none() | texts),
+    st.builds(protocol.Fatal, texts, texts, st.none() | texts, st.none() | numbers),
+    st.builds(protocol.AllGather, texts),
 )
 
 
 @given(st.lists(messages, max_size=5))
 def test_messages_survive_the_wire(sent: list[Any]) -> None:
-    stream = io.BytesIO(b"".join(leash.encode(message) for message in sent))
-    assert list(leash.read_messages(stream)) == sent
+    stream = io.BytesIO(b"".join(protocol.encode(message) for message in sent))
+    assert list(protocol.read_messages(stream)) == sent
 
 
 @given(messages)
 def test_a_message_is_one_line(message: Any) -> None:
-    line = leash.encode(message)
+    line = protocol.encode(message)
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
 
@@ -83,7 +83,7 @@ def test_a_message_is_one_line(message: Any) -> None:
 @given(st.binary(max_size=200))
 def test_garbage_is_an_error_of_ours(line: bytes) -> None:
     try:
-        leash.decode(line)
+        protocol.decode(line)
     except MoectlError:
         return
     raise AssertionError(f"{line!r} was taken for a message")
@@ -102,7 +102,7 @@ def test_garbage_is_an_error_of_ours(line: bytes) -> None:
 )
 def test_nearly_right_messages_are_refused(line: bytes) -> None:
     with pytest.raises(RemoteError, match="not a message"):
-        leash.decode(line)
+        protocol.decode(line)
 
 
 @pytest.mark.parametrize(

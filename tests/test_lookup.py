@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from moectl.lookup import Lookup
+from moectl.engine.lookup import Lookup
 
 # Few different tokens, or nothing would ever occur twice.
 texts = st.lists(st.integers(0, 3), max_size=60) | st.lists(st.integers(0, 1), max_size=60)

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from moectl.demo import demo_dir
+from moectl.engine.protocol import Done
+from moectl.engine.request import Request
 from moectl.errors import PlanError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
-from moectl.leash import Done
 from moectl.model.manifest import Manifest
 from moectl.planner import this_machine
 from moectl.planner.memory import Memory
-from moectl.request import Request
 from moectl.session import RankSpec, Session
 from moectl.shards.prepare import Wanted, shard
 from moectl.shards.quantize import quantizer

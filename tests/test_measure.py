@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 from mlx.utils import tree_flatten
 
-from moectl.measure import Weights, fit_pass, scale_up, shrink, weigh_layers, with_depth
+from moectl.engine.measure import Weights, fit_pass, scale_up, shrink, weigh_layers, with_depth
 from moectl.model.geometry import read_geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement

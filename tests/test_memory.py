@@ -8,10 +8,10 @@ import pytest
 
 from moectl import launch
 from moectl.demo import demo_dir
-from moectl.leash import Done
+from moectl.engine.protocol import Done
+from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
 from moectl.planner.memory import CPU_DTYPE_BYTES, rank_need
-from moectl.request import Request
 from moectl.shards import prepare
 from moectl.shards.prepare import Wanted
 from moectl.shards.quantize import quantizer

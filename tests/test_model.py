@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl.model.dbrx import Model
-from moectl.model.experts import GROUP_FROM_PAIRS, Experts
+from moectl.engine.network.dbrx import Model
+from moectl.engine.network.experts import GROUP_FROM_PAIRS, Experts
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
 from tests import oracle
@@ -75,7 +75,7 @@ def test_a_batch_of_large_experts_is_grouped_and_agrees(monkeypatch: pytest.Monk
     weights = mx.random.uniform(shape=indices.shape, key=mx.random.key(2))
     gathered = np.array(experts(x, indices, weights))
     assert not experts.waits_for_host(indices)
-    monkeypatch.setattr("moectl.model.experts.LARGE_ELEMENTS", 1)
+    monkeypatch.setattr("moectl.engine.network.experts.LARGE_ELEMENTS", 1)
     assert experts.waits_for_host(indices)
     assert not experts.waits_for_host(indices[:1])
     np.testing.assert_allclose(np.array(experts(x, indices, weights)), gathered, atol=1e-5, rtol=0)

@@ -294,7 +294,7 @@ def test_every_split_is_measured(split: str) -> None:
     check_speed(speed, split, 2, geometry)
     assert speed.scale == 1
     assert speed.is_of(placement)
-    assert not processes("moectl.measure")
+    assert not processes("moectl.engine.measure")
 
 
 def test_copies_of_experts_are_measured_as_they_are_shared_out() -> None:

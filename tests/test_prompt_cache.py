@@ -6,7 +6,7 @@ import mlx.core as mx
 from hypothesis import given, settings, strategies as st
 from mlx_lm.models.cache import KVCache
 
-from moectl.prompt_cache import MIN_PREFIX, PromptCache
+from moectl.engine.prompt_cache import MIN_PREFIX, PromptCache
 
 
 def make_layers(tokens: list[int], layers: int = 2) -> list[KVCache]:

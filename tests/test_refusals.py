@@ -13,9 +13,9 @@ import pytest
 
 from moectl import api
 from moectl.client import _rebuild
+from moectl.engine.protocol import Refused, decode, encode
+from moectl.engine.request import MAX_PROMPT_BYTES, TOO_LONG, Request
 from moectl.errors import BadField, QueueFull, UsageError
-from moectl.leash import Refused, decode, encode
-from moectl.request import MAX_PROMPT_BYTES, TOO_LONG, Request
 from moectl.server import MAX_BODY_BYTES, make_app
 from tests.fake_cluster import MODEL, FakeCluster
 from tests.test_api import CHAT_REFUSALS, COMPLETION_REFUSALS, SHARED_REFUSALS

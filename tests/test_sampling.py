@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moectl.request import Request
-from moectl.sampling import Sampler
+from moectl.engine.request import Request
+from moectl.engine.sampling import Sampler
 
 VOCAB = 50
 

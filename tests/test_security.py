@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 
 from moectl import cli_use
+from moectl.engine.answer import read_prompt
+from moectl.engine.request import Request
 from moectl.errors import MoectlError, UsageError
 from moectl.flags import Common
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
-from moectl.prompt import read_prompt
-from moectl.request import Request
 from moectl.session import RankSpec, Session
 from moectl.shards.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from moectl import api
-from moectl.leash import Token
+from moectl.engine.protocol import Token
 from moectl.server import MAX_BODY_BYTES, Grace, make_app, serve
 from moectl.sockets import listen_tcp, listen_unix
 from tests.fake_cluster import ENDS_AFTER, MODEL, FakeCluster

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from moectl.engine.protocol import LEASH_LOST, SILENCE_S, AllGather, Done, Gathered, Prefilled, Token, decode, encode
+from moectl.engine.request import Request
+from moectl.engine.worker import Leash, own_versions, side_channel
 from moectl.errors import (
     MoectlError,
     NotDeployed,
@@ -26,10 +29,7 @@ from moectl.errors import (
 )
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalProcess, LocalRemote
-from moectl.leash import LEASH_LOST, SILENCE_S, AllGather, Done, Gathered, Prefilled, Token, decode, encode
-from moectl.request import Request
 from moectl.session import RankSpec, Session
-from moectl.worker import Leash, own_versions, side_channel
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import rank_env
 from tests.running import wait_for

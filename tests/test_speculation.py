@@ -18,17 +18,17 @@ from hypothesis import given, strategies as st
 from mlx_lm.models.cache import KVCache
 
 from moectl.demo import demo_dir
-from moectl.leash import Done, Generate, Load, Order, Start, Token, encode, read_messages
-from moectl.model.load import load_rank
+from moectl.engine.network.load import load_rank
+from moectl.engine.protocol import Done, Generate, Load, Order, Start, Token, encode, read_messages
+from moectl.engine.request import Request
+from moectl.engine.sampling import Sampler
+from moectl.engine.speculation import is_foreseeable
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
-from moectl.request import Request
-from moectl.sampling import Sampler
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer import open_tokenizer
-from moectl.speculation import is_foreseeable
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.batch_rank import make_requests
 from tests.driven import Driven

@@ -18,6 +18,7 @@ from hypothesis import given, strategies as st
 
 from moectl import report_observe, status as status_module
 from moectl.deployment import DeployedRank, Deployment, find_deployment, forget_hosts, write_deployment
+from moectl.engine.network.exchange import GATHER_BELOW_BYTES
 from moectl.errors import NotDeployed, PartialFailure, StateError, Unreachable, VersionMismatch
 from moectl.hosts import connect
 from moectl.hosts.connect import close_all, on_each
@@ -28,7 +29,6 @@ from moectl.hosts.remote import LocalRemote
 from moectl.live import cut_line, on_ctrl_t
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
-from moectl.model.reduce import GATHER_BELOW_BYTES
 from moectl.planner import speed
 from moectl.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
 from moectl.throughput import WINDOW_S, Throughput

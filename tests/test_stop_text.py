@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from moectl.stop_text import StopText
+from moectl.engine.answer import StopText
 
 texts = st.text("ab\n", max_size=24)
 stops = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)

@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from moectl.engine.network import stored
+from moectl.engine.network.stored import Parts, Reader, StoredEmbedding, StoredMatrix
 from moectl.errors import IntegrityError
-from moectl.model import stored
 from moectl.model.manifest import Quantization
-from moectl.model.stored import Parts, Reader, StoredEmbedding, StoredMatrix
 from moectl.shards.tensors import MODES
 
 STACK, ROWS, COLUMNS = 3, 40, 256

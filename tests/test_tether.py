@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from moectl.engine.protocol import Cancel, Generate, Load, Order
+from moectl.engine.request import Request
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import Completed, LocalRemote
-from moectl.leash import Cancel, Generate, Load, Order
-from moectl.request import Request
 from moectl.tether import _KILL, Ended, Heard, Tether, end_all
 from tests.running import wait_for
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders
 
-from moectl.answer import Answer
-from moectl.leash import Done, Event, Token
-from moectl.request import Request
+from moectl.engine.answer import Answer
+from moectl.engine.protocol import Done, Event, Token
+from moectl.engine.request import Request
 from moectl.shards.tokenizer import Tokenizer as Reader
 from tests import vocabularies
 

@@ -12,9 +12,9 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from moectl.engine.answer import read_prompt
+from moectl.engine.request import Request
 from moectl.errors import CheckpointError, UsageError
-from moectl.prompt import read_prompt
-from moectl.request import Request
 from moectl.shards import prepare
 from moectl.shards.tokenizer import Tokenizer, open_tokenizer
 from tests import vocabularies

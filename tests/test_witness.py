@@ -12,18 +12,18 @@ import mlx.core as mx
 import pytest
 import tokenizers
 
-from moectl.engine import _CONTROL_WORDS, Engine
+from moectl.engine.engine import _CONTROL_WORDS, Engine
+from moectl.engine.network.dbrx import Model
+from moectl.engine.network.fingerprint import take_fingerprint
+from moectl.engine.network.witness import Witness, find_dissent
+from moectl.engine.protocol import Fatal, Generate, Order, Prefilled, Token
+from moectl.engine.request import Request
+from moectl.engine.worker import describe_failure
 from moectl.errors import RanksDisagree, UsageError
-from moectl.leash import Fatal, Generate, Order, Prefilled, Token
-from moectl.model.dbrx import Model
-from moectl.model.fingerprint import take_fingerprint
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
-from moectl.model.witness import Witness, find_dissent
-from moectl.request import Request
 from moectl.session import Session
 from moectl.shards.tokenizer import Tokenizer
-from moectl.worker import describe_failure
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_canary import damage
 from tests.test_lockstep import cut_case

@@ -89,7 +89,7 @@ def hosts(common: Common, mlx: bool) -> None:
 @verb(hidden=True)
 def worker() -> None:
     """Serve one rank on a leash (stdin and stdout); started by moectl itself."""
-    from moectl import worker as process
+    from moectl.engine import worker as process
 
     process.main()
 

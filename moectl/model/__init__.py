@@ -1,2 +1,1 @@
-"""DBRX for MLX: the network (`dbrx`), its stacked experts (`experts`), the sum over ranks (`reduce`), and loading a
-rank's part of a shard set (`load`). It knows nothing of sampling, prompts or processes."""
+"""What a model is and which rank holds what. Nothing here imports MLX."""

@@ -27,10 +27,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moectl import api
 from moectl.doors import CONTROL, Doors, no_such_path, refuse, write_json
+from moectl.engine.protocol import Done, Token
+from moectl.engine.request import TOO_LONG
 from moectl.errors import MoectlError, QueueFull, StateError, UsageError
-from moectl.leash import Done, Token
 from moectl.metrics import CONTENT_TYPE, Metrics
-from moectl.request import TOO_LONG
 from moectl.serving import NOTICE, SILENCE_S, Answer, Cluster, Control, Notice
 
 MAX_BODY_BYTES = 16 * 1024 * 1024

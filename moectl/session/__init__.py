@@ -18,10 +18,7 @@ from typing import Any
 
 from moectl import errors
 from moectl.backend import make_connect
-from moectl.errors import LeashLost, MoectlError, PeerLost, RemoteError, Stalled, Unreachable
-from moectl.hosts.hostfile import Host
-from moectl.hosts.remote import Remote
-from moectl.leash import (
+from moectl.engine.protocol import (
     BEAT_S,
     LEASH_LOST,
     NONCE_BITS,
@@ -47,7 +44,10 @@ from moectl.leash import (
     Start,
     Token,
 )
-from moectl.request import Request
+from moectl.engine.request import Request
+from moectl.errors import LeashLost, MoectlError, PeerLost, RemoteError, Stalled, Unreachable
+from moectl.hosts.hostfile import Host
+from moectl.hosts.remote import Remote
 from moectl.tether import Ended, Heard, Tether, end_all
 from moectl.vigil import LOADING_MISSES, MISSES, Sleep, StepDeadline
 

@@ -18,17 +18,17 @@ from typing import Any
 import mlx.core as mx
 
 from moectl.demo import demo_dir
-from moectl.engine import Engine
-from moectl.leash import Done, Generate, Token
-from moectl.model.load import load_rank
+from moectl.engine.engine import Engine
+from moectl.engine.network.load import load_rank
+from moectl.engine.protocol import Done, Generate, Token
+from moectl.engine.request import Request
+from moectl.engine.unseen import Prompts, check_unseen
 from moectl.model.manifest import Quantization, read_manifest
 from moectl.model.placement import make_placement
-from moectl.request import Request
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer import open_tokenizer
-from moectl.unseen import Prompts, check_unseen
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.tiny import write_checkpoint
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from moectl.cli_target import PARANOIA
 from moectl.demo import demo_dir
-from moectl.leash import Done
-from moectl.request import Request
+from moectl.engine.protocol import Done
+from moectl.engine.request import Request
+from moectl.engine.unseen import Prompts, check_unseen
 from moectl.session import Session
-from moectl.unseen import Prompts, check_unseen
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_lockstep import cut_case
 from tests.test_session import specs

@@ -18,18 +18,18 @@ import mlx.nn as nn
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.dbrx import Model, ModelArgs
 
+from moectl.engine.protocol import Done
+from moectl.engine.request import Request
+from moectl.engine.unseen import Prompts, check_unseen
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
-from moectl.leash import Done
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
-from moectl.request import Request
 from moectl.session import RankSpec, Session
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer import open_tokenizer
-from moectl.unseen import Prompts, check_unseen
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import rank_env
 from tests.tiny import write_checkpoint

@@ -1,6 +1,7 @@
 """The one exchange per layer: sum an array over all ranks. It knows nothing of what is summed.
 
-Whoever wants to see exchanges happen (`moectl.profile`) observes them here; without an observer nothing is added.
+Whoever wants to see exchanges happen (`moectl.engine.profile`) observes them here; without an observer nothing is
+added.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
+
+from moectl.model.placement import Placement
 
 Exchange = Callable[[mx.array], mx.array]
 Observer = Callable[[mx.array, Exchange], mx.array]
@@ -61,3 +65,27 @@ def _sum(x: mx.array, group: mx.distributed.Group) -> mx.array:
         return mx.distributed.all_sum(x, group=group)
     parts = mx.distributed.all_gather(x[None], group=group)
     return parts.astype(mx.float32).sum(axis=0).astype(x.dtype)
+
+
+class Pipeline:
+    """A rank's place among the ranks that a token passes through; with all layers on each rank, there is one place."""
+
+    def __init__(self, placement: Placement, rank: int, group: mx.distributed.Group | None) -> None:
+        self.is_last = placement.split != "layers" or rank == placement.world_size - 1
+        self._rank = rank
+        self._group = group
+
+    def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """Return what the rank before sends, of this shape and dtype."""
+        source, group = self._rank - 1, self._group
+        return run_exchange(mx.zeros((0,)), lambda _: mx.distributed.recv(shape, dtype, source, group=group))
+
+    def send(self, h: mx.array, cache: Any) -> mx.array:
+        """Send `h` to the next rank and return it.
+
+        Whoever evaluates the result or `cache` has sent it: at prefill only caches are evaluated.
+        """
+        sent = run_exchange(h, lambda x: mx.distributed.send(x, self._rank + 1, group=self._group))
+        if cache is not None:
+            cache.keys = mx.depends([cache.keys], [sent])[0]
+        return sent

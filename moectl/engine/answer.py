@@ -6,20 +6,21 @@ It turns tokens into text and text into events; it decides nothing about the bat
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from moectl.engine.isolation import isolated
+from moectl.engine.lookup import Lookup
+from moectl.engine.protocol import Done, Event, Refused, Token
+from moectl.engine.request import Request, Stats, too_long
+from moectl.engine.sampling import Odds, Sampler
 from moectl.errors import BadField, MoectlError
-from moectl.isolation import isolated
-from moectl.leash import Done, Event, Refused, Token
-from moectl.lookup import Lookup
-from moectl.request import Request, Stats
-from moectl.sampling import Odds, Sampler
 from moectl.shards.token_text import TextStream
 from moectl.shards.tokenizer import Tokenizer
-from moectl.stop_text import StopText
+
+_WITHOUT_TEMPLATE = "send the text as it is: moectl run --raw, or /v1/completions"
 
 
 @dataclass(slots=True)
@@ -191,3 +192,93 @@ class Answer:
             accepted_tokens=self.accepted,
         )
         return Done(self.request.id, finish_reason, stats)
+
+
+class StopText:
+    """One answer's watch for its stop texts; the first to be complete wins, however the stream is cut into pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def feed(self, piece: str) -> str:
+        """Return what has become final: never a stop text, nor what may be the beginning of one, nor what follows."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        # (end, start): of two that end together the longer one, so that no part of it is told.
+        matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if matches:
+            self.found = True
+            self._held = ""
+            return text[: min(matches)[1]]
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """Return what was held back, once nothing follows any more."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def read_prompt(request: Request, tokenizer: Tokenizer, *, vocab_size: int, max_seq_len: int) -> list[int]:
+    """Return a request's prompt as tokens, without those of its answer so far.
+
+    Raises BadField where there are none or too many, or where a token is none of the model's.
+    """
+    tokens = _tokenize(request, tokenizer)
+    if not tokens:
+        raise BadField(
+            "the prompt is empty: this model adds no start token", hint="give some text", param=request.source
+        )
+    for what, param, ids in (
+        ("a prompt token", request.source, tokens),
+        ("a token of the answer", None, request.answered),
+        ("a token of the logit bias", "logit_bias", [token for token, _ in request.logit_bias]),
+    ):
+        if not all(0 <= token < vocab_size for token in ids):
+            raise BadField(f"{what} should be in the model's vocabulary of {vocab_size}, it is outside", param=param)
+    if len(tokens) >= max_seq_len:  # an answer that is resumed may fill the context: it ends there, as any other does
+        raise too_long(f"the prompt has {len(tokens)} tokens, the model's context is {max_seq_len}", request.source)
+    return tokens
+
+
+def measure_reach(request: Request, prompt_tokens: int, *, max_seq_len: int, kv_tokens: int | None) -> int:
+    """Return up to how many tokens prompt and answer may get: what is asked for, as far as context and memory allow.
+
+    Raises BadField when there is no memory for the prompt and one more token.
+    """
+    if kv_tokens is not None and prompt_tokens >= kv_tokens:
+        raise too_long(f"the prompt has {prompt_tokens} tokens, and there is memory for {kv_tokens}", request.source)
+    return min(prompt_tokens + request.max_tokens, max_seq_len, kv_tokens or max_seq_len)
+
+
+def _tokenize(request: Request, tokenizer: Tokenizer) -> list[int]:
+    if request.prompt_tokens is not None:
+        return list(request.prompt_tokens)
+    if request.raw:
+        return tokenizer.encode(request.prompt)
+    if not tokenizer.has_chat_template:
+        raise BadField("this model has no chat template", hint=_WITHOUT_TEMPLATE, param=request.source)
+    if request.messages is not None:
+        messages = list(request.messages)
+    else:
+        messages = [{"role": "system", "content": request.system}] if request.system is not None else []
+        messages.append({"role": "user", "content": request.prompt})
+    try:
+        return tokenizer.encode_chat(messages)
+    except BadField:
+        raise
+    except Exception as error:  # the template is the model's own program
+        reason = " ".join(str(error).split())
+        raise BadField(
+            f"the model's chat template fails: {reason}", hint=_WITHOUT_TEMPLATE, param=request.source
+        ) from None

@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from moectl.model.dbrx import Model
-from moectl.model.fingerprint import take_fingerprint
+from moectl.engine.network.dbrx import Model
+from moectl.engine.network.fingerprint import take_fingerprint
 
 WORDS = 2  # int32, of each rank
 # Between chips that round differently the states differ by some percent of their size, and errors by all of it.

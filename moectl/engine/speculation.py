@@ -18,10 +18,10 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationBatch
 from mlx_lm.models.cache import trim_prompt_cache
 
-from moectl.answer import Answer
-from moectl.lookup import Lookup
-from moectl.model.dbrx import Model
-from moectl.request import Request
+from moectl.engine.answer import Answer
+from moectl.engine.lookup import Lookup
+from moectl.engine.network.dbrx import Model
+from moectl.engine.request import Request
 
 # Rightly foretold in a row before a row is taken out of the generator: that and the way back copy its keys and values.
 _ENTER_AFTER = 2

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import random
 
+from moectl.engine.request import Stats
 from moectl.errors import StateError
-from moectl.request import Stats
 
 
 class Prompts:

@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from moectl import __version__, errors
-from moectl.errors import MoectlError
-from moectl.isolation import BACKEND_ERRORS, isolated
-from moectl.leash import (
+from moectl.engine.isolation import BACKEND_ERRORS, isolated
+from moectl.engine.protocol import (
     BEAT_S,
     LEASH_LOST,
     MAX_LINE_BYTES,
@@ -57,10 +56,11 @@ from moectl.leash import (
     decode,
     encode,
 )
+from moectl.errors import MoectlError
 from moectl.shards.hub_environment import HUB_VARIABLES
 
 if TYPE_CHECKING:
-    from moectl.engine import Engine
+    from moectl.engine.engine import Engine
     from moectl.model.manifest import Manifest
 
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
@@ -214,8 +214,8 @@ def _serve(leash: Leash) -> None:
         gpu = int(mx.device_info()["max_recommended_working_set_size"])
         check_own_memory(manifest, start.rank, ranks_here=start.ranks_here, working_set_bytes=gpu)
     begin = time.perf_counter()
-    from moectl.engine import PREFILL_STEP, Engine
-    from moectl.model.load import load_rank
+    from moectl.engine.engine import PREFILL_STEP, Engine
+    from moectl.engine.network.load import load_rank
     from moectl.shards.tokenizer import open_tokenizer
     from moectl.shards.verified import check_files
 
@@ -269,7 +269,7 @@ def _check_results(ready: Ready, model: Any, manifest: Manifest, start: Start) -
     """Return `ready` with what came of the canary, where there is one."""
     if manifest.canary is None or not start.canary:
         return ready
-    from moectl.model.selfcheck import check
+    from moectl.engine.network.canary_run import check
 
     found = check(model, manifest.canary, rank=start.rank)
     _log.info("canary: off by %.2g at most", found.verdict.worst)

@@ -1,6 +1,7 @@
 """Measure a group of nodes with a shortened model: the real layers, engine and exchanges, with random weights.
 
-`python -m moectl.measure` is a worker whose only request is a `measured.Job` (the prompt, as JSON); rank 0 answers with
+`python -m moectl.engine.measure` is a worker whose only request is a `measured.Job` (the prompt, as JSON); rank 0
+answers with
 the text of a list of `measured.Speed`. It loads no shard and writes nothing; the controller holds it by the same leash.
 
 Whole passes: an engine answers with a model of few layers and with one of more. The slope over depth is one layer as it
@@ -33,20 +34,20 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl.engine import Engine
+from moectl.engine.engine import Engine
+from moectl.engine.network.dbrx import Model
+from moectl.engine.network.exchange import sum_over_ranks
+from moectl.engine.network.load import compute_dtype
+from moectl.engine.protocol import Done, Generate, Load, Loaded, Ready, Start, Token
+from moectl.engine.request import Request, Stats
+from moectl.engine.unseen import Prompts, check_unseen
+from moectl.engine.worker import Leash, open_group, run
 from moectl.errors import PlanError
-from moectl.leash import Done, Generate, Load, Loaded, Ready, Start, Token
 from moectl.model.balance import share_out
-from moectl.model.dbrx import Model
-from moectl.model.load import compute_dtype
 from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
-from moectl.model.reduce import sum_over_ranks
 from moectl.planner.measured import Job, Pass, RankSpeed, Speed, read_job
-from moectl.request import Request, Stats
 from moectl.shards.tokenizer import Tokenizer
-from moectl.unseen import Prompts, check_unseen
-from moectl.worker import Leash, open_group, run
 
 DEEP = 6  # layers of the longer model, at most
 SHALLOW_PART = 3  # the shorter one has this part of them

@@ -21,9 +21,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from moectl.engine.network.stored import StoredMatrix
 from moectl.model.balance import Shares, share_out
 from moectl.model.placement import Placement
-from moectl.model.stored import StoredMatrix
 
 # Fewer (token, expert) pairs than this are gathered one by one on the CPU; more are grouped by expert.
 GROUP_FROM_PAIRS = 64

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
-from moectl.request import Request
+from moectl.engine.request import Request
 
 _WHOLE_ANSWER = 1 << 30  # mlx-lm's penalties look back so far; these look at everything
 

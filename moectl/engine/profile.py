@@ -30,11 +30,11 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl.leash import Prefilled, Profile, Profiled
+from moectl.engine.network.dbrx import Model
+from moectl.engine.network.exchange import Exchange, observed
+from moectl.engine.protocol import Prefilled, Profile, Profiled
 from moectl.model.balance import share_out
-from moectl.model.dbrx import Model
 from moectl.model.placement import Placement
-from moectl.model.reduce import Exchange, observed
 
 
 def profile(

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from moectl.engine.request import Request, Stats
 from moectl.errors import BadField, MoectlError, RemoteError
 from moectl.records import build
-from moectl.request import Request, Stats
 
 BEAT_S = 1.0  # the controller sends a line at least this often
 SILENCE_S = 3.0  # a worker that hears nothing for this long exits
@@ -185,7 +185,8 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """Where a rank's time goes in one decode step, and what its router chose; see `moectl.profile` for each figure.
+    """Where a rank's time goes in one decode step, and what its router chose; see `moectl.engine.profile` for each
+    figure.
 
     Times are means over the steps, `compute_s` and `all_reduce_s` also sums over a step's layers.
     """

@@ -19,11 +19,10 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.dbrx import Attention, ModelArgs, NormAttnNorm, Router as RouterLogits
 from mlx_lm.models.rope_utils import initialize_rope
 
-from moectl.model.experts import Experts
+from moectl.engine.network.exchange import Pipeline, sum_over_ranks, take_first
+from moectl.engine.network.experts import Experts
 from moectl.model.geometry import Geometry
-from moectl.model.pipeline import Pipeline
 from moectl.model.placement import Placement
-from moectl.model.reduce import sum_over_ranks, take_first
 
 
 class Router(RouterLogits):

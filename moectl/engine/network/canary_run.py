@@ -8,7 +8,9 @@ the same config.json: it finds what differs between machines, and no misread con
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,27 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from moectl.model.canary import CHUNK, TOP, Canary, cut_chunks, encode_points, make_prompts
-from moectl.model.dbrx import DecoderLayer, Model
-from moectl.model.fingerprint import take_fingerprint
-from moectl.model.load import compute_dtype, load_part
+from moectl.engine.network.dbrx import DecoderLayer, Model
+from moectl.engine.network.exchange import Exchange, observed
+from moectl.engine.network.fingerprint import take_fingerprint
+from moectl.engine.network.load import compute_dtype, load_part
+from moectl.engine.network.stored import Reader, StoredMatrix
+from moectl.model.canary import (
+    CHUNK,
+    TOP,
+    Canary,
+    Verdict,
+    choose_tolerance,
+    cut_chunks,
+    decode_points,
+    encode_points,
+    judge,
+    judge_logits,
+    make_prompts,
+)
 from moectl.model.manifest import Manifest
-from moectl.model.stored import Reader, StoredMatrix
 
 _States = list[list[mx.array]]  # by prompt and chunk, (1, L, D)
 
@@ -202,3 +217,81 @@ def _numbers(x: mx.array) -> list[float]:
 
 def _map(function: Callable[[Any, Any], Any], one: _States, other: _States) -> _States:
     return [[function(x, y) for x, y in zip(*pair, strict=True)] for pair in zip(one, other, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A rank's verdict, and how long it took: seconds per token of the long prompt, and for a single token."""
+
+    verdict: Verdict
+    token_s: float
+    step_s: float
+
+
+def check(model: Model, canary: Canary, *, rank: int) -> Checked:
+    """Return what comes of the prompts on this rank; caches are thrown away."""
+    geometry = model.placement.geometry
+    dtype = str(model.layers[0].norm_attn_norm.norm_1.weight.dtype).rpartition(".")[2]
+    tolerance = choose_tolerance(canary, dtype)
+    worst, wrong_at, token_s, step_s = 0.0, None, 0.0, 0.0
+    for number, tokens in enumerate(make_prompts(geometry.vocab_size, geometry.max_seq_len, canary.chunk)):
+        run = _Run(model, canary.chunk)
+        token_s, step_s = run.read(tokens)
+        expected = decode_points(canary.points[rank][number])
+        verdict = judge(expected, run.points, tolerance=tolerance)
+        if model.placement.holds_head(rank):
+            off = judge_logits(canary, number, run.logits_of([token for token, _ in canary.top[number]]))
+            after_all = len(expected) if off > tolerance else None
+            verdict = Verdict(max(off, verdict.worst), after_all if verdict.wrong_at is None else verdict.wrong_at)
+        worst = max(worst, verdict.worst)
+        if verdict.wrong_at is not None and (wrong_at is None or verdict.wrong_at < wrong_at):
+            wrong_at = verdict.wrong_at
+    if wrong_at is not None and model.placement.split == "layers":
+        wrong_at += rank  # a rank of a pipeline has one exchange, and they are in its order
+    return Checked(Verdict(worst, wrong_at), token_s, step_s)
+
+
+class _Run:
+    """One prompt, chunk by chunk."""
+
+    def __init__(self, model: Model, chunk: int) -> None:
+        self._model = model
+        self._chunk = chunk
+        self._sums: list[mx.array] = []  # by exchange
+        self._first = 0
+        self._number = 0
+        self._logits = mx.array([])
+
+    def read(self, tokens: list[int]) -> tuple[float, float]:
+        """Read a prompt; return the seconds per token of what comes before its last one, and for that."""
+        cache = make_prompt_cache(self._model)
+        times = []
+        for chunk in cut_chunks(tokens, self._chunk):
+            begin = time.perf_counter()
+            self._number = 0
+            with observed(self._see):
+                self._logits = self._model(mx.array([chunk]), cache=cache)
+            # Of a chunk only what the cache needs is computed, as in prefill: no head.
+            last = [self._logits] if len(chunk) == 1 else []
+            mx.eval([c.state for c in cache], self._sums, last)
+            self._first += len(chunk)
+            times.append(time.perf_counter() - begin)
+        return sum(times[:-1]) / max(1, len(tokens) - 1), times[-1]
+
+    @property
+    def points(self) -> list[list[float]]:
+        return [point.tolist() for point in self._sums]  # type: ignore[misc]
+
+    def logits_of(self, tokens: list[int]) -> list[float]:
+        found: list[float] = self._logits[0, -1, mx.array(tokens)].astype(mx.float32).tolist()  # type: ignore[assignment]
+        return found
+
+    def _see(self, x: mx.array, exchange: Exchange) -> mx.array:
+        if x.size:  # what is only received is not this rank's
+            point = take_fingerprint(x, self._first)
+            if self._number == len(self._sums):
+                self._sums.append(point)
+            else:
+                self._sums[self._number] = self._sums[self._number] + point
+            self._number += 1
+        return exchange(x)

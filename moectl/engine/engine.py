@@ -1,0 +1,443 @@
+"""Generate in lockstep: every rank runs this over the same requests and ends with the same tokens, bit for bit.
+
+mlx-lm's BatchGenerator does prefill, caches and the step in flight. Each of its steps ends in one tiny exchange, of
+which only the leader's part counts (the rank that has the head: rank 0, or the last of a pipeline): the sampled tokens
+and a control word (admit requests up to k; cancel requests c…). So followers need no head, no sampler and no clock, and
+every decision falls at the same step on every rank. A control word is obeyed once its step has been computed, one step
+after it was spoken, because reading the newest would stall the step in flight.
+
+What the word says is `admission`'s, what an answer tells is `answer`'s, which tokens are chosen is `sampling`'s; what
+is kept of past answers follows from the words, so every rank keeps the same.
+
+A row's answer does not depend on the others but for rounding: attention over padding and, on a CPU, grouped experts add
+up in another order, so tokens are the same except where two logits tie within float32's (or bfloat16's) last places.
+
+A row that is alone, greedy and repeats what came before may go on outside the generator, several tokens at a time: how
+is `speculation`'s. There the newest control word is obeyed, because the tokens are waited for anyway.
+
+An idle engine waits for a message, never inside a collective. This file knows no process, socket or file.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator, StopSequences
+
+from moectl.engine.admission import Admission, held_tokens
+from moectl.engine.answer import Answer, measure_reach, read_prompt
+from moectl.engine.isolation import isolated
+from moectl.engine.network.dbrx import Model
+from moectl.engine.network.witness import WORDS, Witness, find_dissent
+from moectl.engine.profile import profile
+from moectl.engine.prompt_cache import PromptCache
+from moectl.engine.protocol import Cancel, Event, Generate, Order, Prefilled, Profile
+from moectl.engine.sampling import Sampler
+from moectl.engine.speculation import Speculation
+from moectl.errors import BadField, RanksDisagree
+from moectl.shards.tokenizer import Tokenizer
+
+PREFILL_STEP = 512
+MAX_BATCH = 8
+_CANCELS = MAX_BATCH  # in one control word: all that run may be cancelled at once
+_CONTROL_WORDS = 1 + _CANCELS  # admit up to, cancel
+_NOBODY = 0  # request ids start at 1
+_DISAGREE = "if it comes back at once, the chips round differently: --agree-routing; if not, one of them errs"
+
+
+class Engine:
+    """One rank's side of the lockstep.
+
+    `kv_tokens` is for how many tokens' keys and values there is memory (None: nobody counted), `cache_tokens` how many
+    of those past answers may hold (None: what the running ones leave, or one context), `speculate` how many tokens may
+    be proposed at once (0: none), `check_every` after how many steps all ranks compare what they computed (0: never).
+    Equal on all ranks, like `max_seq_len` and `prefill_step`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        rank: int = 0,
+        head_rank: int = 0,
+        group: mx.distributed.Group | None = None,
+        max_seq_len: int,
+        prefill_step: int = PREFILL_STEP,
+        kv_tokens: int | None = None,
+        cache_tokens: int | None = None,
+        speculate: int = 0,
+        check_every: int = 0,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._rank = rank
+        self._leads = rank == head_rank
+        self._head_rank = head_rank
+        self._group = group if group is not None and group.size() > 1 else None
+        self._witness = Witness(model) if check_every and self._group is not None else None
+        self._check_every = check_every
+        self._steps = 0
+        self._max_seq_len = max_seq_len
+        self._prefill_step = prefill_step
+        self._kv_tokens = kv_tokens
+        if cache_tokens is None:
+            cache_tokens = max_seq_len if kv_tokens is None else kv_tokens
+        self._cache_tokens = cache_tokens
+        # One prompt at a time: rows then join in admission order, so that this file can name each row's request.
+        self._generator = BatchGenerator(
+            model,
+            sampler=self._agree_on_tokens,
+            prefill_batch_size=1,
+            completion_batch_size=MAX_BATCH,
+            prefill_step_size=prefill_step,
+        )
+        self._stop = StopSequences([[t] for t in sorted(tokenizer.eos_token_ids)])
+        self._speculation = Speculation(
+            model,
+            most=speculate,
+            leads=self._leads,
+            stop_tokens=frozenset(tokenizer.eos_token_ids),
+            agree=self._agree,
+        )
+        self._cache = PromptCache()
+        self._admission = Admission(max_rows=MAX_BATCH, kv_tokens=kv_tokens, max_cancels=_CANCELS)  # leader
+        self._arrived: dict[int, Answer] = {}  # by request id, not yet admitted
+        self._withdrawn: set[int] = set()  # cancelled while they waited: passed by when the count gets there
+        self._profiles: dict[int, Profile] = {}  # by id, waiting for their turn and for idleness
+        self._running: dict[int, Answer] = {}  # by request id, in the generator
+        self._prefilling: deque[Answer] = deque()
+        self._decoding: list[Answer] = []  # in the order of the batch's rows
+        self._spoken: deque[mx.array] = deque()  # control words, oldest first, not yet obeyed
+        self._in_flight: tuple[list[Answer], mx.array] = ([], mx.array([]))  # rows, and their tokens last sampled
+        self._sampled_rows = False  # whether this step's running rows have been sampled
+        self._admitted = 0  # highest request id so far
+        self._closing = False
+
+    def serve(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        """Obey orders from `inbox`; yield what the leader has to tell (followers: nothing).
+
+        Returns once None has arrived there and every request before it is answered.
+        """
+        while True:
+            if self._running:
+                while not inbox.empty():
+                    yield from self._note(inbox.get())
+                yield from self._step(inbox)
+            elif self._admitted + 1 in self._arrived:
+                yield from self._admit(self._admitted + 1, inbox)
+            elif self._admitted + 1 in self._profiles:
+                yield from self._profile(self._profiles.pop(self._admitted + 1))
+            elif self._closing:
+                return
+            else:
+                yield from self._note(inbox.get())
+
+    # Orders: the leader looks at them as they come, the others when all get there.
+
+    def _note(self, order: Order | None) -> Iterator[Event]:
+        match order:
+            case None:
+                self._closing = True
+            case Generate(request=request):
+                self._arrived[request.id] = answer = Answer(request)
+                if self._leads:
+                    yield from self._line_up(answer)
+            case Profile(id=profile_id):
+                self._profiles[profile_id] = order
+            case Cancel(id=request_id) if self._leads:
+                if self._admission.cancel(request_id):
+                    yield from self._arrived[request_id].cancel()
+            case _:
+                pass
+
+    def fail(self, request_id: int) -> None:
+        """End an answer of which something could not be sent; on the leader, between two events."""
+        answer = self._running.get(request_id)
+        if answer is not None and not answer.ended:
+            answer.ended = True
+            self._admission.cancel(request_id)
+
+    def _line_up(self, answer: Answer) -> Iterator[Event]:
+        self._read(answer)
+        if answer.refusal is not None:
+            yield from answer.refuse()
+        if self._admission.arrive(answer.request.id, answer.reach):
+            yield from answer.cancel()
+
+    def _read(self, answer: Answer) -> None:
+        # The same on every rank, because tokens, refusals and errors depend on the request and the engine's limits
+        # alone. If one rank alone meets an error here, ranks wait for each other in vain: that ends the session.
+        request, limit = answer.request, self._max_seq_len
+        vocab_size = self._model.placement.geometry.vocab_size
+        with isolated(request.id, answer.refuse_for):
+            try:
+                prompt = read_prompt(request, self._tokenizer, vocab_size=vocab_size, max_seq_len=limit)
+                answer.reach = measure_reach(request, len(prompt), max_seq_len=limit, kv_tokens=self._kv_tokens)
+                answer.prompt = prompt
+            except BadField as refusal:
+                answer.refuse_for(refusal)
+
+    def _profile(self, order: Profile) -> Iterator[Event]:
+        # No request is admitted past this order's id, so every rank is idle here, at the same place in the count.
+        self._admitted = order.id
+        if self._leads:
+            self._admission.admit(order.id)
+        stream = self._generator.stream
+        yield from profile(
+            self._model, order, rank=self._rank, leads=self._leads, prefill_step=self._prefill_step, stream=stream
+        )
+
+    # Joining and leaving: at the same step and in the same order on every rank.
+
+    def _admit(self, up_to: int, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        while self._admitted < up_to:
+            while self._admitted + 1 not in self._arrived:  # the leader has it already; ours is on its way
+                yield from self._note(inbox.get())
+            self._admitted += 1
+            answer = self._arrived.pop(self._admitted)
+            if self._leads:
+                self._admission.admit(self._admitted)
+            if self._admitted in self._withdrawn:
+                self._withdrawn.remove(self._admitted)
+                continue
+            if not self._leads:
+                self._read(answer)
+            if answer.refusal is None and len(answer.tokens) >= answer.reach:
+                yield from self._end_resumed(answer)
+            elif answer.refusal is None:
+                self._insert(answer)
+                # Told, but not its end, or it cannot be told: only the leader knows, so its row lives until all do.
+                if answer.has_stop or answer.failure is not None:
+                    self._admission.cancel(answer.request.id)
+                    yield from answer.end("stop")
+
+    def _end_resumed(self, answer: Answer) -> Iterator[Event]:
+        # It broke off between its last token and its end.
+        if self._leads:
+            self._lead(answer)
+            self._admission.end(answer.request.id)
+            yield from answer.end("length")
+
+    def _insert(self, answer: Answer) -> None:
+        layers = None
+        if answer.request.cache_prompt:
+            answer.cached, layers = self._cache.find(answer.tokens)
+        self._running[answer.request.id] = answer
+        self._cache.shrink(self._cache_room())
+        self._speculation.watch(answer)
+        self._line_up_row(answer, answer.tokens, answer.cached, layers, self._lead(answer) if self._leads else [])
+
+    def _line_up_row(
+        self, answer: Answer, tokens: list[int], computed: int, layers: list[Any] | None, hooks: list[Any]
+    ) -> None:
+        """Give the generator a row, the first `computed` of whose tokens are in `layers`."""
+        [answer.uid] = self._generator.insert(
+            [tokens[computed:]],
+            max_tokens=[max(1, answer.reach - len(tokens))],
+            caches=[layers],
+            all_tokens=[tokens[:computed]],
+            logits_processors=[hooks],
+            stop_sequences=[StopSequences() if answer.request.ignore_eos else self._stop],
+        )
+        self._prefilling.append(answer)
+
+    def _lead(self, answer: Answer) -> list[Any]:
+        with isolated(answer.request.id, answer.fail):
+            sampler = Sampler(answer.request, prompt_tokens=len(answer.prompt))
+            answer.lead(self._tokenizer, sampler)
+            return [] if sampler.hook is None else [answer.adjust]
+        return []
+
+    def _leave(self, answer: Answer, tokens: list[int], layers: list[Any] | None) -> None:
+        """Take an answer out of the count, and keep what it has computed: `layers` of these tokens."""
+        del self._running[answer.request.id]
+        if self._leads:
+            self._admission.end(answer.request.id)
+        if answer.request.cache_prompt and layers is not None:
+            for layer in layers:  # without the room to grow that a row has outside the generator
+                layer.keys, layer.values = map(mx.contiguous, layer.keys_and_values())
+            self._cache.keep(tokens, layers, self._cache_room())
+            # Else they would hold the whole batch's arrays until somebody reads them.
+            mx.async_eval([(layer.keys, layer.values) for layer in layers])  # type: ignore[no-untyped-call]
+
+    def _cache_room(self) -> int:
+        if self._kv_tokens is None:
+            return self._cache_tokens
+        left = self._kv_tokens - held_tokens([answer.reach for answer in self._running.values()])
+        return max(0, min(self._cache_tokens, left))
+
+    # One step: compute, tell, obey.
+
+    def _step(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        self._steps += 1
+        if self._witness is not None:
+            self._witness.looks = self._steps % self._check_every == 0
+        if self._speculation.has_row or self._foresees():
+            yield from self._speculate(inbox)
+        else:
+            yield from self._generate(inbox)
+
+    def _generate(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        earlier = len(self._spoken)
+        self._sampled_rows = not self._decoding
+        rows = {answer.uid: answer for answer in self._decoding}
+        prompts, responses = self._generator.next()
+        if self._witness is not None:
+            self._witness.settle()
+        if self._leads:
+            # Without the one that has just joined, and without those whose end has been told.
+            reading = {answer.uid: answer for answer in self._prefilling if not answer.ended}
+            for part in (p for p in prompts if p.uid in reading):
+                answer = reading[part.uid]
+                yield Prefilled(answer.request.id, answer.cached + part.progress[0], answer.cached)
+        for response in responses:
+            yield from self._hear(rows[response.uid], response)
+        if len(self._spoken) == 0:  # only prefill so far: nothing was sampled, so speak by itself
+            self._speak()
+            earlier = 1
+        while earlier:
+            for _ in range(earlier):
+                yield from self._obey(self._read_word(self._spoken.popleft()), inbox)
+            if self._running:
+                return
+            # Idle means nothing in flight and nothing unheard, or the leader would wait for what it has already said.
+            mx.synchronize(self._generator.stream)
+            earlier = len(self._spoken)
+
+    def _hear(self, answer: Answer, response: Any) -> Iterator[Event]:
+        """Take one more token of a row."""
+        if answer.lookup is not None:
+            answer.lookup.add(response.token)
+        if response.finish_reason is not None:
+            self._decoding.remove(answer)
+            with mx.stream(self._generator.stream):
+                self._leave(answer, response.all_tokens, response.prompt_cache)
+        if self._leads:
+            yield from answer.tell(response.token, response.finish_reason)
+            if answer.ended and response.finish_reason is None:  # by a stop text or an error: only the leader knows
+                self._admission.cancel(answer.request.id)
+
+    def _foresees(self) -> bool:
+        rows, _ = self._in_flight
+        alone = len(self._running) == len(self._decoding) == 1 and rows == self._decoding  # and it has a step in flight
+        return alone and self._speculation.wants(rows[0])
+
+    def _speculate(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        """Take one step of the only row outside the generator, and what it was told to do with it."""
+        [answer] = self._decoding
+        with mx.stream(self._generator.stream):
+            responses = self._speculation.verify() if self._speculation.has_row else self._take_out(answer)
+        for response in responses:
+            yield from self._hear(answer, response)
+        words = [self._read_word(self._spoken.popleft()) for _ in range(len(self._spoken))]
+        if self._speculation.has_row and (self._speculation.is_stuck or any(map(self._is_news, words))):
+            self._put_back()
+        for word in words:
+            yield from self._obey(word, inbox)
+        if not self._running:
+            mx.synchronize(self._generator.stream)
+
+    def _take_out(self, answer: Answer) -> list[Any]:
+        _, tokens = self._in_flight
+        agreed: list[int] = tokens.tolist()  # type: ignore[assignment]
+        layers, _ = self._generator.remove([answer.uid], return_prompt_caches=True)[answer.uid]
+        return self._speculation.take(answer, layers, agreed[0])
+
+    def _put_back(self) -> None:
+        answer, tokens, layers = self._speculation.give_back()
+        self._decoding.remove(answer)
+        self._line_up_row(answer, tokens, len(tokens) - 1, layers, [])
+
+    def _speak(self) -> None:
+        with mx.stream(self._generator.stream):
+            word = self._from_leader(mx.array([], dtype=mx.int32), mx.array(0))
+            mx.eval(word)
+        self._spoken.append(word)
+
+    def _read_word(self, word: mx.array) -> list[int]:
+        with mx.stream(self._generator.stream):
+            said: list[int] = word.tolist()  # type: ignore[assignment]
+        if (dissent := find_dissent(said[_CONTROL_WORDS:])) is not None:
+            said_of = f"the ranks {dissent.what}" if dissent.rank is None else dissent.what
+            raise RanksDisagree(f"{said_of} than the others", hint=_DISAGREE, rank=dissent.rank)
+        return said[:_CONTROL_WORDS]
+
+    def _is_news(self, word: list[int]) -> bool:
+        return word[0] > self._admitted or any(word[1:])
+
+    def _obey(self, word: list[int], inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
+        admit, *cancels = word
+        for request_id in cancels:
+            if request_id > self._admitted:
+                self._withdrawn.add(request_id)
+            elif request_id in self._running:  # or it has ended in the meantime, or nobody is meant
+                yield from self._cancel(self._running[request_id])
+        yield from self._admit(admit, inbox)
+
+    def _cancel(self, answer: Answer) -> Iterator[Event]:
+        with mx.stream(self._generator.stream):
+            removed = self._generator.remove([answer.uid], return_prompt_caches=True)
+            layers, tokens = removed[answer.uid]
+            computed = answer in self._decoding or len(tokens) > answer.cached
+            (self._decoding if answer in self._decoding else self._prefilling).remove(answer)
+            self._leave(answer, tokens, layers if computed else None)
+        if self._leads:
+            yield from answer.cancel()
+
+    # Sampling and agreement; called by the generator while it builds a step's graph.
+
+    def _agree_on_tokens(self, logprobs: mx.array) -> mx.array:
+        """Return the tokens (B,) that the leader samples from its logprobs (B, V), on every rank."""
+        if self._sampled_rows:  # the running rows are served first, then a prompt that just ended joins
+            answers = [self._prefilling.popleft()]
+            self._decoding.extend(answers)
+        else:
+            answers = self._decoding
+            self._sampled_rows = True
+        if self._leads:
+            tokens = _sample(answers, logprobs).astype(mx.int32)
+        else:
+            tokens = mx.zeros((len(answers),), dtype=mx.int32)
+        self._in_flight = list(answers), self._agree(tokens, logprobs)
+        return self._in_flight[1]
+
+    def _agree(self, tokens: mx.array, after: mx.array) -> mx.array:
+        """Return the leader's tokens (n,) on every rank, and keep its control word to be obeyed."""
+        agreed = self._from_leader(tokens, after)
+        self._spoken.append(agreed[tokens.size :])
+        return agreed[: tokens.size].astype(mx.uint32)
+
+    def _from_leader(self, tokens: mx.array, after: mx.array) -> mx.array:
+        """Return the leader's [tokens…, admit, cancels…] on every rank, exchanged after `after` was computed.
+
+        Where ranks are compared, what each of them saw follows.
+        """
+        admit, cancels = self._admission.make_word() if self._leads else (_NOBODY, [])
+        word = [admit, *cancels, *[_NOBODY] * (_CANCELS - len(cancels))]
+        vector = mx.concatenate([tokens, mx.array(word, dtype=mx.int32)])
+        if self._group is None:
+            return vector
+        seen = 0
+        if self._witness is not None:
+            vector = mx.concatenate([vector, self._witness.take()])
+            seen = WORDS
+        # Followers' vector must not overtake the last layer's sum, or ranks would add up different things.
+        vector = mx.depends([vector], [after])[0]
+        rows = mx.distributed.all_gather(vector[None], group=self._group)
+        if not seen:
+            return rows[self._head_rank]
+        return mx.concatenate([rows[self._head_rank, :-seen], rows[:, -seen:].reshape(-1)])
+
+
+def _sample(answers: list[Answer], logprobs: mx.array) -> mx.array:
+    """Return each row's token (B,) from log-probabilities (B, V)."""
+    best = mx.argmax(logprobs, axis=-1)
+    if all(answer.is_plain for answer in answers):
+        return best
+    rows = [(answer, slice(i, i + 1)) for i, answer in enumerate(answers)]
+    return mx.concatenate([best[row] if a.is_plain else a.sample(logprobs[row], best[row]) for a, row in rows])
