@@ -14,8 +14,8 @@ from typing import Any
 from moectl import background
 from moectl.client import Client, is_running, last_beat, socket_path
 from moectl.errors import AlreadyRunning, MoectlError, RemoteError, StateError
-from moectl.launch import Local, Target, count_ranks, decode_target, encode_target, target_key
 from moectl.serving import Settings
+from moectl.session.target import Local, Target, count_ranks, decode_target, encode_target, target_key
 
 OnLog = Callable[[str, str], None]
 _OPEN = (None, "auto", 0, False)

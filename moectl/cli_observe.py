@@ -15,10 +15,10 @@ from moectl.flags import Common, Duration, common
 from moectl.verb import verb
 
 if TYPE_CHECKING:
-    from moectl.deployment import Deployment
     from moectl.hosts.hostfile import Host
     from moectl.listing import Listing, ShardSet
     from moectl.logs import Reader
+    from moectl.session.deployment import Deployment
     from moectl.status import Observer, Status
 
 WATCH_S = 2.0
@@ -61,7 +61,7 @@ def status(common: Common, watch: bool) -> None:
 
 def _find_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
     """Return the deployment to look at; or hosts that are named and are not its own."""
-    from moectl.deployment import find_deployment
+    from moectl.session.deployment import find_deployment
 
     deployment = find_deployment()
     named = common.hosts is not None or common.hostfile is not None
@@ -274,9 +274,9 @@ def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -
       moectl uninstall hosts.txt --yes
     """
     from moectl import report_observe
-    from moectl.deployment import recall_hosts
     from moectl.hosts import connect
     from moectl.live import on_ctrl_t
+    from moectl.session.deployment import recall_hosts
     from moectl.text import size_text
     from moectl.uninstall import clear_hosts
 

@@ -347,7 +347,7 @@ def deploy(
       moectl deploy --wheelhouse wheels
     """
     from moectl import report
-    from moectl.deployment import recall_hosts
+    from moectl.session.deployment import recall_hosts
 
     if hostfile_:
         common.hostfile = hostfile_
@@ -375,8 +375,9 @@ def deploy(
 
 def _check_results(common: Common, *, force: bool) -> None:
     """Start what was just deployed, and end it; raises when a rank computes something else."""
-    from moectl import attach, launch
+    from moectl import attach
     from moectl.model.manifest import read_manifest
+    from moectl.session import target as launch
 
     target = launch.find_deployment(None)
     if target is None or read_manifest(Path(target.shards)).canary is None:

@@ -14,9 +14,9 @@ from moectl.flags import Q_BITS, SPLIT, Common
 
 if TYPE_CHECKING:
     from moectl.console import Bar, Progress
-    from moectl.launch import Target
     from moectl.model.canary import Canary
     from moectl.model.manifest import Manifest
+    from moectl.session.target import Target
     from moectl.shards.prepare import Made, Wanted
 
 MAX_START_S = 86400.0
@@ -107,6 +107,7 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
     from moectl import launch
     from moectl.model.manifest import read_manifest
     from moectl.planner.questions import check_here, check_hosts, place_here
+    from moectl.session import target as target_
     from moectl.shards.prepare import Wanted, find_shards
 
     local, shards, model = options["local"], options["shards"], options["model"]
@@ -123,9 +124,9 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
                 hint=f"use --local {manifest.world_size}",
             )
         check_here(manifest, force=force, say=common.say)
-        return launch.Local(directory, manifest)
+        return target_.Local(directory, manifest)
     if not (local or model):
-        deployment = launch.find_deployment(common.host_list())
+        deployment = target_.find_deployment(common.host_list())
         if deployment is not None:
             refuse_both({f"the deployment {deployment.name}": True}, cutting)
             hosts = [rank.host for rank in deployment.ranks]
@@ -252,7 +253,7 @@ def read_shares(text: str | None) -> tuple[int, ...] | None:
 
 def advise(target: Target, failure: errors.MoectlError) -> str | None:
     """Return what else than mending could help, when a host is away for good."""
-    from moectl.deployment import Deployment
+    from moectl.session.deployment import Deployment
 
     # A worker that ended or is silent is a plain RemoteError; a host that says what is wrong is there.
     is_away = isinstance(failure, errors.Unreachable) or type(failure) is errors.RemoteError

@@ -18,11 +18,11 @@ from moectl.verb import verb
 
 if TYPE_CHECKING:
     from moectl.attach import Attached
-    from moectl.bench import Predicted
     from moectl.client import Client
     from moectl.engine.protocol import Done, Token
-    from moectl.launch import Target
     from moectl.serving import Notice
+    from moectl.session.bench import Predicted
+    from moectl.session.target import Target
 
 _END_S = 15.0  # for a controller that nobody needs any more
 
@@ -356,8 +356,9 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
       moectl bench --local 2 -p 128 -g 32 --json > two.json
       moectl bench --local 4 --plot ranks.svg --compare two.json
     """
-    from moectl import bench as benchmark, files as disk, launch, plot as plotting, report
+    from moectl import files as disk, plot as plotting, report
     from moectl.model import routing
+    from moectl.session import bench as benchmark, target as launch
 
     if options["routing_stats"]:
         disk.check_destination(options["routing_stats"])
@@ -388,9 +389,10 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
 
 def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Predicted | None:
     """Return what a plan, or the last `plan --probe` of these hosts, expects of these trials, if there is one."""
-    from moectl import launch, probing
-    from moectl.bench import Predicted, read_prediction
+    from moectl import probing
     from moectl.model.manifest import read_manifest
+    from moectl.session import target as launch
+    from moectl.session.bench import Predicted, read_prediction
 
     manifest = None
     hosts = ["localhost"] * launch.count_ranks(target)

@@ -19,18 +19,18 @@ from contextlib import AbstractContextManager
 from socket import socket
 from typing import Any
 
-from moectl.deployment import Deployment
 from moectl.engine.isolation import explain
 from moectl.engine.protocol import Done, Prefilled, Ready, Refused, Token
 from moectl.engine.request import Request, too_long
 from moectl.errors import LeashLost, MoectlError, QueueFull, RemoteError, StateError
 from moectl.keep_alive import KeepAlive
-from moectl.launch import Target, count_ranks, open_session
 from moectl.restart import Restarts
 from moectl.resumed import ResumedAnswer
 from moectl.server import Grace, make_app, serve as serve_http
 from moectl.serving import SILENCE_S, Health, Settings
-from moectl.session import Session
+from moectl.session.deployment import Deployment
+from moectl.session.session import Session
+from moectl.session.target import Target, count_ranks, open_session
 from moectl.sockets import beating, listen_tcp, listen_unix
 from moectl.throughput import Throughput
 

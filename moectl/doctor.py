@@ -13,9 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moectl.backend import choose_backend
 from moectl.cluster import wanted_versions
-from moectl.deployment import Deployment, find_deployment
 from moectl.doctor_cluster import check_cluster
 from moectl.doctor_host import Expected, Visit, visit_host
 from moectl.doctor_pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
@@ -24,9 +22,11 @@ from moectl.findings import Finding, Level, at_host, fail, fail_with, skip, wors
 from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.thunderbolt import parse_ifconfig
-from moectl.launch import find_addresses, split_envs
 from moectl.model.manifest import Manifest, read_manifest
 from moectl.probe import Site, is_next, try_links
+from moectl.session.backend import choose_backend
+from moectl.session.deployment import Deployment, find_deployment
+from moectl.session.target import find_addresses, split_envs
 from moectl.shards.prepare import newest_shards
 from moectl.wheel import hash_code
 

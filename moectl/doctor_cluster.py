@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moectl.backend import choose_backend
 from moectl.doctor_host import Visit
 from moectl.errors import HostsError
 from moectl.findings import Finding, fail, fail_with, ok, warn
 from moectl.hosts.hostfile import HostList, split_devices
 from moectl.hosts.thunderbolt import Cable, find_cables
+from moectl.session.backend import choose_backend
 
 
 def check_cluster(where: HostList, visits: Sequence[Visit]) -> list[Finding]:

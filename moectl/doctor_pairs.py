@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 
 from moectl import errnos, probe
-from moectl.backend import choose_backend
 from moectl.errors import HostsError, MoectlError
 from moectl.findings import Finding, fail, ok, skip, warn
 from moectl.hosts.thunderbolt import Interface
@@ -19,6 +18,7 @@ from moectl.model.geometry import Geometry
 from moectl.model.placement import make_placement
 from moectl.planner.measured import Job
 from moectl.probe import Site, Tried
+from moectl.session.backend import choose_backend
 
 COLLECTIVE_START_S = 45.0
 BUDGET_S = 1.0  # a busy machine needs a second for what takes an idle one some milliseconds

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moectl.client import Client, find_running
-from moectl.deployment import find_deployment
 from moectl.errors import MoectlError, NotSharded, StateError
 from moectl.files import explain_refusal
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import cache_dir, data_dir
+from moectl.session.deployment import find_deployment
 from moectl.shards.journal import lock_directory
 
 DEPLOYED, RUNNING = "deployed", "running"

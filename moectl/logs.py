@@ -17,15 +17,15 @@ from typing import Any
 
 from moectl.background import log_path
 from moectl.client import find_running
-from moectl.deployment import Deployment
 from moectl.errors import MoectlError, UsageError
 from moectl.hosts import connect, programs
 from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import parse_answer
 from moectl.hosts.remote import Process, Remote
-from moectl.launch import target_key
 from moectl.paths import state_dir
+from moectl.session.deployment import Deployment
+from moectl.session.target import target_key
 
 CONTROLLER = "controller"
 END_S = 5.0  # for a reader to go once its leash is let go

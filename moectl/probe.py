@@ -24,7 +24,7 @@ from moectl.hosts.onhost.links import ANSWER
 from moectl.hosts.remote import Process, Remote
 from moectl.planner.measured import Job, Matrix, Speed, read_speeds
 from moectl.records import build
-from moectl.session import RankSpec, Session
+from moectl.session.session import RankSpec, Session
 
 MEASURE = ("-m", "moectl.engine.measure")
 LISTEN_S = 10.0

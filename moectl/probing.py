@@ -15,14 +15,12 @@ from dataclasses import asdict, replace
 from statistics import fmean
 
 from moectl import files as disk, probe
-from moectl.backend import choose_backend
 from moectl.errors import HostsError, MoectlError, RemoteError
 from moectl.hosts import survey
 from moectl.hosts.connect import ROOT, connect
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.remote import Remote
-from moectl.launch import find_addresses, share_cores, split_envs
 from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
 from moectl.paths import state_dir
@@ -34,6 +32,8 @@ from moectl.planner.plan import Question, candidates
 from moectl.planner.questions import Answer, Asked, Task, set_task
 from moectl.planner.speed import Prediction, Rates, Work, predict_measured
 from moectl.probe import Site
+from moectl.session.backend import choose_backend
+from moectl.session.target import find_addresses, share_cores, split_envs
 from moectl.shards.prepare import Wanted
 
 BUDGET_S = 3.0  # for whole passes, in all

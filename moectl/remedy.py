@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moectl import cluster
-from moectl.deployment import Deployment
 from moectl.errors import MoectlError, PlanError
 from moectl.hosts.hostfile import Host
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import data_dir
 from moectl.planner.questions import check_hosts
+from moectl.session.deployment import Deployment
 from moectl.text import format_gb
 
 

@@ -12,7 +12,6 @@ from moectl.planner.memory import Verdict
 from moectl.text import columns, size_text, table_text, time_text
 
 if TYPE_CHECKING:
-    from moectl.bench import Benchmark, Measured as Sample
     from moectl.cluster import DeployResult
     from moectl.engine.protocol import Done
     from moectl.engine.request import Stats
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from moectl.planner.plan import NodePlan, Plan, Question
     from moectl.planner.what_if import Row
     from moectl.provision import HostResult
+    from moectl.session.bench import Benchmark, Measured as Sample
     from moectl.shards.prepare import Made
 
 # Barriers always cost something; parts that exceed an ordinary step by more than this say little about it.

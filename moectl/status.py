@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from moectl.client import Client, find_running
-from moectl.deployment import DeployedRank, Deployment
 from moectl.errors import HostError, MoectlError, NotDeployed, Unreachable
 from moectl.hosts.connect import ROOT, close_all, make_remote, on_each
 from moectl.hosts.hostfile import Host
@@ -24,6 +23,7 @@ from moectl.hosts.remote import Remote
 from moectl.model.manifest import read_manifest
 from moectl.planner.memory import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES
 from moectl.planner.speed import count_token_bytes
+from moectl.session.deployment import DeployedRank, Deployment
 
 LOOK_S = 15.0  # for a host to answer; one that does not is down
 DESCRIBE_S = 2.0  # a controller that takes longer loads, or hangs

@@ -97,8 +97,8 @@ def _matching(names: Iterable[str], incomplete: str) -> Offers:
 
 
 def _hosts(ctx: click.Context, *, typed: bool = True) -> list[Host]:
-    from moectl.deployment import find_deployment
     from moectl.hosts.hostfile import find_hosts
+    from moectl.session.deployment import find_deployment
 
     hostfile = _hostfile_argument(ctx) or ctx.params.get("hostfile")
     with contextlib.suppress(Exception):
@@ -123,8 +123,8 @@ def _hostfile_argument(ctx: click.Context) -> str | None:
 
 
 def _shard_set_names() -> list[str]:
-    from moectl.deployment import find_deployment
     from moectl.paths import data_dir
+    from moectl.session.deployment import find_deployment
 
     root, names = data_dir() / "shards", []
     with contextlib.suppress(OSError):

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from mlx._distributed_utils import common, launch
 
-from moectl.backend import choose_backend, make_connect
 from moectl.errors import HostsError
 from moectl.hosts.hostfile import Host, parse_hosts
-from moectl.launch import split_envs
+from moectl.session.backend import choose_backend, make_connect
+from moectl.session.target import split_envs
 
 PORT = 32323
 

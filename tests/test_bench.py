@@ -19,7 +19,6 @@ import pytest
 from hypothesis import given, strategies as st
 
 from moectl import plot, report
-from moectl.bench import Benchmark, Predicted, RankTime, Trial, bench, read_prediction
 from moectl.engine.engine import Engine
 from moectl.engine.network import exchange
 from moectl.engine.network.experts import Experts
@@ -33,7 +32,8 @@ from moectl.model.geometry import DBRX
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
 from moectl.model.routing import Routing, read_routing, write_routing
-from moectl.session import Session
+from moectl.session.bench import Benchmark, Predicted, RankTime, Trial, bench, read_prediction
+from moectl.session.session import Session
 from moectl.shards.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env

@@ -37,7 +37,7 @@ from moectl.model.canary import (
 )
 from moectl.model.manifest import FileEntry, parse_manifest, read_manifest, write_manifest
 from moectl.model.placement import make_placement
-from moectl.session import Session
+from moectl.session.session import Session
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer

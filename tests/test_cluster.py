@@ -24,7 +24,6 @@ import pytest
 import moectl
 import moectl.cluster
 from moectl.cluster import DeployResult, deploy
-from moectl.deployment import deployment_path, find_deployment, read_deployment
 from moectl.errors import (
     AuthFailed,
     CommandFailed,
@@ -43,7 +42,8 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import RECORD, hash_file, make_stamp, read_record, write_record
 from moectl.model.manifest import NAME, FileEntry, Manifest, write_manifest
 from moectl.provision import Advanced, Event, HostResult, Planned, Working
-from moectl.session import RankSpec, Session
+from moectl.session.deployment import deployment_path, find_deployment, read_deployment
+from moectl.session.session import RankSpec, Session
 from moectl.shards.verified import check_files
 from moectl.wheel import pack_wheel, write_wheel
 from tests.netns import Cluster

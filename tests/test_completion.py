@@ -16,11 +16,11 @@ import pytest
 
 from moectl.cli import cli
 from moectl.completion import FILES, SHELLS, script
-from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.hosts.hostfile import Host
 from moectl.model.catalog import MODELS
 from moectl.paths import config_dir, data_dir
 from moectl.planner.chips import CHIPS
+from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from tests.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from moectl.hosts.ssh.remote import SSHRemote
 from moectl.model.manifest import NAME, is_inside, parse_manifest, read_manifest
 from moectl.model.placement import make_placement
 from moectl.provision import Task
-from moectl.session import RankSpec, Session
+from moectl.session.session import RankSpec, Session
 from moectl.shards import build
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.prepare import shard_set_name

@@ -20,12 +20,11 @@ import httpx2
 import openai
 import pytest
 
-from moectl import background, client, controller as controller_module, launch
+from moectl import background, client, controller as controller_module
 from moectl.cli_target import advise
 from moectl.client import Client, find_running, is_running
 from moectl.controller import MAX_FAILURES, Controller
 from moectl.demo import demo_dir
-from moectl.deployment import Deployment
 from moectl.engine.protocol import Done, Prefilled, Ready, Refused, Token
 from moectl.engine.request import Request, Stats
 from moectl.errors import (
@@ -51,6 +50,8 @@ from moectl.restart import Restarts
 from moectl.resumed import ResumedAnswer
 from moectl.server import Grace
 from moectl.serving import Notice
+from moectl.session import target as launch
+from moectl.session.deployment import Deployment
 from moectl.sockets import beating, listen_unix
 from tests.ring import process_env, rank_env
 from tests.running import wait_for, workers

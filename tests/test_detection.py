@@ -16,7 +16,7 @@ from moectl.engine.protocol import Done
 from moectl.engine.request import Request
 from moectl.errors import PeerLost, Stalled, Unreachable
 from moectl.hosts.hostfile import Host
-from moectl.session import RankSpec, Session
+from moectl.session.session import RankSpec, Session
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env
 from tests.running import wait_for, workers
@@ -80,7 +80,7 @@ import sys
 from tests.test_detection import BLOCKED_INIT, program
 from tests.test_session import specs
 from pathlib import Path
-from moectl.session import Session
+from moectl.session.session import Session
 Session(specs(Path(sys.argv[1]), program(BLOCKED_INIT)), start_timeout_s=60).start()
 """
 

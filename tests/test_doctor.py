@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from moectl import doctor, doctor_host
-from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.doctor import choose_hosts, diagnose, run_limited
 from moectl.findings import Level
 from moectl.hosts.hostfile import Host, HostList
+from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from tests.interpreter import make_interpreter
 from tests.netns import Cluster
 from tests.ring import rank_env

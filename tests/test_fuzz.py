@@ -20,7 +20,6 @@ from typing import Any, cast
 import pytest
 
 from moectl import probing
-from moectl.deployment import DeployedRank, Deployment, deployment_path, find_deployment, write_deployment
 from moectl.engine import protocol
 from moectl.engine.request import Request, Stats
 from moectl.engine.worker import Leash
@@ -35,7 +34,8 @@ from moectl.planner.measured import Pass, RankSpeed, Speed, read_speeds
 from moectl.planner.speed import Prediction
 from moectl.probe import Site, measure_links
 from moectl.provision import Task, inspect_host
-from moectl.session import RankSpec, Session
+from moectl.session.deployment import DeployedRank, Deployment, deployment_path, find_deployment, write_deployment
+from moectl.session.session import RankSpec, Session
 from moectl.shards import journal
 from moectl.shards.checkpoint import open_checkpoint
 from tests.lone_host import deploy_host
@@ -498,7 +498,9 @@ WORKERS_NONSENSE = {
 
 @pytest.mark.parametrize("said", WORKERS_NONSENSE.values(), ids=WORKERS_NONSENSE.keys())
 def test_a_session_that_hears_nonsense_names_the_host(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.tether.EXIT_GRACE_S", 0.5)  # nobody here ends by the leash when its output is full
+    monkeypatch.setattr(
+        "moectl.session.worker_link.EXIT_GRACE_S", 0.5
+    )  # nobody here ends by the leash when its output is full
     program = f"import sys, time\ntry:\n    {said}\n    sys.stdout.flush()\nexcept OSError:\n    pass\nsys.stdin.read()"
     good = 'import sys\nprint(\'{"type": "Listening", "versions": {}, "ports": [5000]}\', flush=True)\nsys.stdin.read()'
     ranks = [

@@ -296,7 +296,7 @@ def test_a_chat_loads_the_line_editor_only_when_it_begins() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["moectl.session", "moectl.launch", "moectl.shards.prepare", "moectl.hosts.hostfile"]
+    "module", ["moectl.session.session", "moectl.session.target", "moectl.shards.prepare", "moectl.hosts.hostfile"]
 )
 def test_the_operators_side_never_loads_mlx(module: str) -> None:
     assert not loaded_by(f"import {module}") & {"mlx", "mlx_lm", "numpy", "transformers", "torch"}

@@ -21,7 +21,7 @@ from moectl.errors import MoectlError
 from moectl.keep_alive import KeepAlive
 from moectl.restart import Restarts
 from moectl.serving import Notice
-from moectl.session import Session
+from moectl.session.session import Session
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.poisoned_worker import PLACES, seed_of
 from tests.test_lockstep import cut_case

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.errors import HostsError, NotDeployed
 from moectl.hosts.hostfile import Host, parse_host_string, parse_hosts
 from moectl.hosts.remote import Completed
-from moectl.launch import find_addresses, find_deployment, split_envs
+from moectl.session.deployment import DeployedRank, Deployment, write_deployment
+from moectl.session.target import find_addresses, find_deployment, split_envs
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import pytest
 
 from moectl import client, report_observe
 from moectl.client import socket_path
-from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.errors import StateError
 from moectl.hosts.hostfile import Host
 from moectl.listing import choose_old, delete_set, make_listing
 from moectl.model.manifest import NAME
 from moectl.paths import cache_dir, data_dir
+from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from moectl.shards.journal import lock_directory
 from moectl.sockets import listen_unix
 from tests.test_cli import run

@@ -21,13 +21,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from moectl import logs, report_observe
-from moectl.deployment import DeployedRank, Deployment, write_deployment
 from moectl.errors import UsageError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.logs import Log, parse_line, pick
-from moectl.launch import target_key
 from moectl.logs import LOCAL, Asked, Line, Reader, Source, Trouble, find_sources, in_order
 from moectl.paths import state_dir
+from moectl.session.deployment import DeployedRank, Deployment, write_deployment
+from moectl.session.target import target_key
 from tests.ring import process_env
 from tests.running import wait_for
 from tests.sshd import Server, find_free_port

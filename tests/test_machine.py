@@ -16,7 +16,7 @@ from moectl.hosts.remote import LocalRemote
 from moectl.model.manifest import Manifest
 from moectl.planner import this_machine
 from moectl.planner.memory import Memory
-from moectl.session import RankSpec, Session
+from moectl.session.session import RankSpec, Session
 from moectl.shards.prepare import Wanted, shard
 from moectl.shards.quantize import quantizer
 

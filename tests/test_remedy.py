@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from moectl.cluster import deploy
-from moectl.deployment import DeployedRank, Deployment, read_deployment, recall_hosts, write_deployment
 from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts
 from moectl.model.manifest import read_manifest
 from moectl.paths import data_dir
 from moectl.remedy import find_remedy
+from moectl.session.deployment import DeployedRank, Deployment, read_deployment, recall_hosts, write_deployment
 from tests.sshd import Server
 from tests.test_cli import run
 from tests.test_lockstep import cut_case

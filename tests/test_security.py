@@ -26,7 +26,7 @@ from moectl.errors import MoectlError, UsageError
 from moectl.flags import Common
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
-from moectl.session import RankSpec, Session
+from moectl.session.session import RankSpec, Session
 from moectl.shards.tokenizer import open_tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import process_env, rank_env

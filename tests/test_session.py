@@ -29,7 +29,7 @@ from moectl.errors import (
 )
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalProcess, LocalRemote
-from moectl.session import RankSpec, Session
+from moectl.session.session import RankSpec, Session
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.ring import rank_env
 from tests.running import wait_for
@@ -232,7 +232,7 @@ def start_closed(session: Session, said: list[str]) -> threading.Thread:
 
 
 def test_every_closer_waits_until_the_workers_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.tether.EXIT_GRACE_S", 0.5)
+    monkeypatch.setattr("moectl.session.worker_link.EXIT_GRACE_S", 0.5)
     remote, said = Watched(), list[str]()
     remote.gate.set()
     session = deaf(remote)
@@ -254,7 +254,7 @@ def test_every_closer_waits_until_the_workers_are_gone(monkeypatch: pytest.Monke
 
 
 def test_what_starts_while_it_is_closed_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.tether.EXIT_GRACE_S", 0.1)
+    monkeypatch.setattr("moectl.session.worker_link.EXIT_GRACE_S", 0.1)
     remote, said = Watched(), list[str]()
     session = deaf(remote)
     starting = start_closed(session, said)
@@ -406,7 +406,7 @@ def test_who_reads_nothing_keeps_nothing_from_the_others() -> None:
 
 def test_who_does_not_answer_is_named_and_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a long order is on its way, so that it is not long enough to take it for dead."""
-    monkeypatch.setattr("moectl.session.BEAT_S", 0.1)
+    monkeypatch.setattr("moectl.session.session.BEAT_S", 0.1)
     with Session(stand_ins("freezes", "quick"), step_timeout_s=1) as session:
         submit_much(session)
         events = session.events()
@@ -434,7 +434,7 @@ class Slept:
     ],
 )
 def test_a_sleep_explains_no_other_death(script: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.session.Sleep", Slept)
+    monkeypatch.setattr("moectl.session.session.Sleep", Slept)
     with pytest.raises(RemoteError, match=said):
         Session(specs(Path("/nowhere"), ("sh", "-c", script), count=1)).__enter__()
 

@@ -15,7 +15,7 @@ from moectl.hosts.onhost import files as node
 from moectl.hosts.onhost.files import RECORD
 from moectl.model.manifest import NAME, Manifest, Quantization, read_manifest
 from moectl.model.placement import make_placement
-from moectl.session import Session
+from moectl.session.session import Session
 from moectl.shards import build, quantize
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.verified import check_files

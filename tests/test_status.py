@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, strategies as st
 
 from moectl import report_observe, status as status_module
-from moectl.deployment import DeployedRank, Deployment, find_deployment, forget_hosts, write_deployment
 from moectl.engine.network.exchange import GATHER_BELOW_BYTES
 from moectl.errors import NotDeployed, PartialFailure, StateError, Unreachable, VersionMismatch
 from moectl.hosts import connect
@@ -30,6 +29,7 @@ from moectl.live import cut_line, on_ctrl_t
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
 from moectl.planner import speed
+from moectl.session.deployment import DeployedRank, Deployment, find_deployment, forget_hosts, write_deployment
 from moectl.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
 from moectl.throughput import WINDOW_S, Throughput
 from tests.running import wait_for

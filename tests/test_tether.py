@@ -12,7 +12,7 @@ from moectl.engine.protocol import Cancel, Generate, Load, Order
 from moectl.engine.request import Request
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import Completed, LocalRemote
-from moectl.tether import _KILL, Ended, Heard, Tether, end_all
+from moectl.session.worker_link import _KILL, Ended, Heard, Tether, end_all
 from tests.running import wait_for
 
 
@@ -58,7 +58,7 @@ def test_all_orders_go_out_before_it_is_let_go() -> None:
 
 
 def test_an_order_on_its_way_is_as_good_as_a_beat_while_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.tether.STUCK_S", 0.1)
+    monkeypatch.setattr("moectl.session.worker_link.STUCK_S", 0.1)
     tether, _ = tie("sleep", "1000")
     assert tether.beat()
     tether.send(Generate(Request(1, "x" * 1_000_000, 4)))
@@ -76,7 +76,7 @@ def test_what_was_never_started_has_no_end() -> None:
 
 @pytest.mark.parametrize("silent", [True, False])
 def test_who_does_not_mind_its_leash_is_ended_on_its_host(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.tether.EXIT_GRACE_S", 0.3)
+    monkeypatch.setattr("moectl.session.worker_link.EXIT_GRACE_S", 0.3)
     remote = Noted()
     tethers = [tie("sleep", "1000", host=host, remote=remote)[0] for host in ("mac1", "mac2")]
     for pid, tether in enumerate(tethers, 41):

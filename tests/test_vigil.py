@@ -6,17 +6,17 @@ import time
 
 import pytest
 
-from moectl import vigil
-from moectl.vigil import FACTOR, LEAST_S, Pulse, Sleep, StepDeadline
+from moectl.session import liveness
+from moectl.session.liveness import FACTOR, LEAST_S, Pulse, Sleep, StepDeadline
 
 
 class Clock:
-    """Stands in for the clocks of `moectl.vigil`."""
+    """Stands in for the clocks of `moectl.session.liveness`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
-        monkeypatch.setattr(vigil, "_now_s", lambda: self.now_s)
+        monkeypatch.setattr(liveness, "_now_s", lambda: self.now_s)
 
 
 @pytest.fixture

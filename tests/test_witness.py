@@ -22,7 +22,7 @@ from moectl.engine.worker import describe_failure
 from moectl.errors import RanksDisagree, UsageError
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
-from moectl.session import Session
+from moectl.session.session import Session
 from moectl.shards.tokenizer import Tokenizer
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_canary import damage

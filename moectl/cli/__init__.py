@@ -74,7 +74,7 @@ def hosts(common: Common, mlx: bool) -> None:
         from moectl.hosts.hostfile import to_mlx_json
 
         if not found.backend and any(host.rdma for host in found.hosts):
-            from moectl.backend import choose_backend
+            from moectl.session.backend import choose_backend
 
             # mlx.launch takes the TCP ring where the file does not say; hosts.txt says it by its rdma= only.
             found = replace(found, backend=choose_backend("auto", found.hosts))

@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 import moectl
-from moectl.deployment import DeployedRank, Deployment, check_writable, find_deployment, write_deployment
 from moectl.errors import (
     IntegrityError,
     MoectlError,
@@ -32,6 +31,7 @@ from moectl.hosts.remote import Remote
 from moectl.model import manifest as manifest_file
 from moectl.model.manifest import FileEntry, Manifest
 from moectl.provision import PACKAGES, HostResult, OnEvent, Task
+from moectl.session.deployment import DeployedRank, Deployment, check_writable, find_deployment, write_deployment
 from moectl.wheel import download_command, hash_code, is_ours, pack_wheel
 
 

@@ -22,7 +22,7 @@ from moectl.demo import demo_dir
 from moectl.engine.protocol import Done
 from moectl.engine.request import Request
 from moectl.engine.unseen import Prompts, check_unseen
-from moectl.session import Session
+from moectl.session.session import Session
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.test_lockstep import cut_case
 from tests.test_session import specs

@@ -25,7 +25,7 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
-from moectl.session import RankSpec, Session
+from moectl.session.session import RankSpec, Session
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from moectl.bench import bench
 from moectl.demo import demo_dir
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote, Remote
@@ -20,7 +19,8 @@ from moectl.model.placement import Placement, make_placement
 from moectl.planner.measured import Job
 from moectl.planner.speed import Work, predict_measured
 from moectl.probe import Site, measure_speed
-from moectl.session import RankSpec, Session
+from moectl.session.bench import bench
+from moectl.session.session import RankSpec, Session
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer

@@ -21,7 +21,7 @@ from moectl.engine.unseen import Prompts, check_unseen
 from moectl.errors import UsageError
 from moectl.model.placement import Placement
 from moectl.model.routing import Routing
-from moectl.session import Session
+from moectl.session.session import Session
 
 PROFILED_STEPS = 16
 MIN_GENERATION = 2  # a speed needs the time between two tokens

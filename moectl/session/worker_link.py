@@ -18,7 +18,7 @@ from moectl.engine.protocol import BEAT_S, Alive, Beat, Event, Order, encode, re
 from moectl.errors import MoectlError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import Process, Remote
-from moectl.vigil import Pulse
+from moectl.session.liveness import Pulse
 
 LOG_LINES = 20
 EXIT_GRACE_S = 5.0

@@ -1,0 +1,213 @@
+"""From a shard set or a deployment to a running session: which process, where, reading what, reachable how.
+
+It decides nothing about the model; it turns what is on disk or deployed into one RankSpec per rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import ipaddress
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moectl.errors import HostsError, NotDeployed
+from moectl.hosts.hostfile import NAMES_ONLY, Host, HostList
+from moectl.hosts.remote import LocalRemote, Remote
+from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
+from moectl.paths import state_dir
+from moectl.session.backend import choose_backend
+from moectl.session.deployment import (
+    Deployment,
+    decode_deployment,
+    encode_deployment,
+    find_deployment as find_recorded,
+    read_deployment,
+)
+from moectl.session.session import RankSpec, Session
+
+LOOPBACK = "127.0.0.1"
+WORKER = ("-m", "moectl", "worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A shard set on this machine, all ranks here."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+
+Target = Local | Deployment
+
+
+def encode_target(target: Target) -> str:
+    """Return a target as text that another process of this machine can read."""
+    return f"local {target.directory.resolve()}" if isinstance(target, Local) else encode_deployment(target)
+
+
+def decode_target(text: str) -> Target:
+    """Return the target of `encode_target`. Raises NotSharded when its directory has gone."""
+    kind, _, directory = text.partition(" ")
+    if kind != "local":
+        return decode_deployment(text)
+    return Local(Path(directory), read_manifest(Path(directory)))
+
+
+def target_key(target: Target) -> str:
+    """Return the same short name for the same ranks on the same hosts, however they were asked for."""
+    where = [str(target.directory.resolve())] if isinstance(target, Local) else [target.name]
+    if isinstance(target, Deployment):
+        where += [f"{rank.host.address} {rank.directory}" for rank in target.ranks]
+    shards = target.directory if isinstance(target, Local) else Path(target.shards)
+    with contextlib.suppress(OSError):  # a set that was cut anew in its place is another one
+        where.append(hashlib.sha256((shards / MANIFEST_NAME).read_bytes()).hexdigest())
+    return hashlib.sha256("\n".join(where).encode()).hexdigest()[:12]
+
+
+def count_ranks(target: Target) -> int:
+    """Return the world size."""
+    return target.manifest.world_size if isinstance(target, Local) else len(target.ranks)
+
+
+def find_deployment(hosts: HostList | None) -> Deployment | None:
+    """Return the current deployment; None when there is none and no hosts are wanted either.
+
+    Raises NotDeployed when hosts are in force and the current deployment is not on exactly these.
+    """
+    recorded = find_recorded()
+    if hosts is None:
+        return None if recorded is None else read_deployment()
+    names = [host.address for host in hosts.hosts]
+    hint = f"moectl deploy {hosts.source}" if hosts.source.endswith(".txt") else "moectl deploy"
+    if recorded is None:
+        raise NotDeployed(f"no model is deployed on {', '.join(names)}.", hint=hint)
+    deployed = [rank.host.address for rank in recorded.ranks]
+    if deployed != names:
+        raise NotDeployed(
+            f"{recorded.name} is deployed on {', '.join(deployed)}, not on {', '.join(names)}.", hint=hint
+        )
+    complete = read_deployment()
+    for rank, host in zip(complete.ranks, hosts.hosts, strict=True):
+        if hosts.source != NAMES_ONLY and rank.host.dir != host.dir:
+            where = host.dir or "its home"
+            raise NotDeployed(f"{complete.name} is deployed in {rank.root}, not in {where}.", host=host.name, hint=hint)
+        if hosts.source != NAMES_ONLY and rank.host.python != host.python:
+            wanted = f"python={host.python}" if host.python else "the python that moectl finds"
+            raise NotDeployed(
+                f"{complete.name} is deployed for {rank.python}, not for {wanted}.", host=host.name, hint=hint
+            )
+    if hosts.source == NAMES_ONLY:
+        return complete
+    # What the file says now (addresses, devices) counts, not what it said when the shards were deployed.
+    ranks = tuple(replace(rank, host=host) for rank, host in zip(complete.ranks, hosts.hosts, strict=True))
+    return replace(complete, ranks=ranks, backend=hosts.backend, envs=hosts.envs)
+
+
+@contextlib.contextmanager
+def open_session(
+    target: Target,
+    *,
+    backend: str = "auto",
+    on_made: Callable[[Session], None] = lambda session: None,
+    **options: Any,
+) -> Iterator[Session]:
+    """Start the target's workers and yield their session; `options` are Session's. Everything ends with the block.
+
+    `on_made` gets the session before it starts: closing it ends the start.
+    """
+    with contextlib.ExitStack() as held:
+        ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held)
+        wanted = backend
+        if isinstance(target, Deployment) and backend == "auto" and target.backend:
+            wanted = target.backend
+        chosen = choose_backend(wanted, [spec.host for spec in ranks])
+        session = Session(ranks, backend=chosen, **options)
+        on_made(session)
+        yield held.enter_context(session)
+
+
+def _local_ranks(target: Local) -> list[RankSpec]:
+    remote = LocalRemote()
+    argv = (sys.executable, *WORKER)
+    directory = target.directory.resolve()
+    spec = RankSpec(
+        Host("localhost"), remote, argv, str(directory), (LOOPBACK,), share_cores(target.manifest.world_size)
+    )
+    logs = [state_dir() / "logs" / f"{directory.name}-rank-{rank}.log" for rank in range(target.manifest.world_size)]
+    return [replace(spec, log=str(log)) for log in logs]
+
+
+def share_cores(ranks: int) -> dict[str, str]:
+    """Return what keeps the BLAS threads of ranks on one machine out of each other's way: its cores, divided."""
+    if ranks == 1 or "OPENBLAS_NUM_THREADS" in os.environ:
+        return {}
+    return {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+
+
+def _deployed_ranks(target: Deployment, held: contextlib.ExitStack) -> list[RankSpec]:
+    from moectl.hosts.connect import connect
+
+    hosts = [rank.host for rank in target.ranks]
+    remotes = connect(hosts)
+    for remote in remotes:
+        held.callback(remote.close)
+    env = split_envs(target.envs)
+    addresses = find_addresses(hosts, remotes)
+    return [
+        RankSpec(
+            rank.host,
+            remote,
+            (rank.python, *WORKER),
+            rank.directory,
+            address,
+            env,
+            log=f"{rank.root}/logs/{target.name}-rank-{number}.log",
+        )
+        for number, (rank, remote, address) in enumerate(zip(target.ranks, remotes, addresses, strict=True))
+    ]
+
+
+def split_envs(envs: Sequence[str]) -> dict[str, str]:
+    """Return an MLX hostfile's NAME=VALUE strings as variables; a bare NAME is an empty one, as for mlx.launch."""
+    return {name: value for name, _, value in (e.partition("=") for e in envs)}
+
+
+def find_addresses(hosts: list[Host], remotes: list[Remote]) -> list[tuple[str, ...]]:
+    """Return each host's IPv4 addresses for tensor traffic: `ip=`, else the one that SSH reached it by.
+
+    sshd tells both ends of the connection in SSH_CONNECTION, so aliases and jump hosts need no guess, and this machine
+    (`localhost`) learns under which address the others see it. Raises HostsError where there is no IPv4 address.
+    """
+    # A localhost among remote hosts has to know how those see it, even where they all have ip=.
+    need_ours = any(h.is_local and not h.ips for h in hosts) and not all(h.is_local for h in hosts)
+    seen = {
+        h.address: _ssh_connection(r)
+        for h, r in zip(hosts, remotes, strict=True)
+        if not h.is_local and (need_ours or not h.ips)
+    }
+    ours = next(iter(seen.values()))[0] if need_ours else LOOPBACK
+    found = [h.ips or ((ours,) if h.is_local else (seen[h.address][1],)) for h in hosts]
+    for host, addresses in zip(hosts, found, strict=True):
+        for address in addresses:
+            if not address or ipaddress.ip_address(address).version != 4:
+                raise HostsError(
+                    f"the ring needs an IPv4 address, and {address or 'none'} is what is known",
+                    host=host.name,
+                    hint=f"write '{host.name} ip=10.0.0.1' with its own address in the hosts file",
+                )
+    return found
+
+
+def _ssh_connection(remote: Remote) -> tuple[str, str]:
+    """Return (this machine's address, the host's address) as the host's sshd sees them; empty when it does not say."""
+    words = remote.run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode().split()
+    return (words[0], words[2]) if len(words) == 4 else ("", "")
