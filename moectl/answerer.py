@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 
 from moectl.chat import Finished, Piece
-from moectl.client import Client
 from moectl.engine.protocol import Done
-from moectl.serving import Notice
+from moectl.server.client import Client
+from moectl.server.contracts import Notice
 from moectl.settings import ChatSettings
 from moectl.transcript import Message
 

@@ -375,8 +375,8 @@ def deploy(
 
 def _check_results(common: Common, *, force: bool) -> None:
     """Start what was just deployed, and end it; raises when a rank computes something else."""
-    from moectl import attach
     from moectl.model.manifest import read_manifest
+    from moectl.server import attach
     from moectl.session import target as launch
 
     target = launch.find_deployment(None)

@@ -17,10 +17,10 @@ from moectl.flags import FILE, Common, Duration, common
 from moectl.verb import verb
 
 if TYPE_CHECKING:
-    from moectl.attach import Attached
-    from moectl.client import Client
     from moectl.engine.protocol import Done, Token
-    from moectl.serving import Notice
+    from moectl.server.attach import Attached
+    from moectl.server.client import Client
+    from moectl.server.contracts import Notice
     from moectl.session.bench import Predicted
     from moectl.session.target import Target
 
@@ -79,8 +79,8 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
       git diff | moectl run "Write a commit message for this diff."
       moectl run --local 2 --model ./my-dbrx "Hello"
     """
-    from moectl import attach
-    from moectl.serving import Settings
+    from moectl.server import attach
+    from moectl.server.contracts import Settings
 
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and _at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
@@ -166,7 +166,7 @@ def _answer(common: Common, events: Generator[Token | Done | Notice, None, None]
     """Print an answer as it comes; Ctrl-C cancels it."""
     from moectl import report
     from moectl.engine.protocol import Done
-    from moectl.serving import Notice
+    from moectl.server.contracts import Notice
 
     pieces: list[str] = []
     done: Done | None = None
@@ -250,10 +250,10 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
       moectl serve --host 0.0.0.0 --api-key-file key.txt
       moectl serve --allow-origin http://localhost:3000 --allow-host host.docker.internal
     """
-    from moectl import attach
-    from moectl.controller import run as run_controller
-    from moectl.serving import FOR_EVER, Settings
-    from moectl.visitors import read_host_names, read_origins
+    from moectl.server import attach
+    from moectl.server.contracts import FOR_EVER, Settings
+    from moectl.server.run import run as run_controller
+    from moectl.server.visitors import read_host_names, read_origins
 
     key = _api_key(options["api_key"], options["api_key_file"])
     origins = read_origins(options["allow_origin"], has_key=key is not None)
@@ -310,8 +310,8 @@ def stop(common: Common, timeout: float, now: bool) -> None:
       moectl stop
       moectl stop --now
     """
-    from moectl import client
     from moectl.live import on_ctrl_t
+    from moectl.server import client
     from moectl.text import size_text
 
     stopped: list[dict[str, Any] | None] = []
@@ -416,7 +416,7 @@ def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Pr
 
 
 def _refuse_beside_controller(target: Target) -> None:
-    from moectl import attach
+    from moectl.server import attach
 
     if attach.is_loaded(target):
         raise errors.StateError(
@@ -427,6 +427,6 @@ def _refuse_beside_controller(target: Target) -> None:
 @verb(hidden=True)
 def controller() -> None:
     """Run a controller in the background; started by moectl itself."""
-    from moectl import attach
+    from moectl.server import attach
 
     attach.obey(advise)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moectl.client import Client, find_running
 from moectl.errors import MoectlError, NotSharded, StateError
 from moectl.files import explain_refusal
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import cache_dir, data_dir
+from moectl.server.client import Client, find_running
 from moectl.session.deployment import find_deployment
 from moectl.shards.journal import lock_directory
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moectl.background import log_path
-from moectl.client import find_running
 from moectl.errors import MoectlError, UsageError
 from moectl.hosts import connect, programs
 from moectl.hosts.connect import make_remote
@@ -24,6 +22,8 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import parse_answer
 from moectl.hosts.remote import Process, Remote
 from moectl.paths import state_dir
+from moectl.server.background import log_path
+from moectl.server.client import find_running
 from moectl.session.deployment import Deployment
 from moectl.session.target import target_key
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moectl.client import Client, find_running
 from moectl.errors import HostError, MoectlError, NotDeployed, Unreachable
 from moectl.hosts.connect import ROOT, close_all, make_remote, on_each
 from moectl.hosts.hostfile import Host
@@ -23,6 +22,7 @@ from moectl.hosts.remote import Remote
 from moectl.model.manifest import read_manifest
 from moectl.planner.memory import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES
 from moectl.planner.speed import count_token_bytes
+from moectl.server.client import Client, find_running
 from moectl.session.deployment import DeployedRank, Deployment
 
 LOOK_S = 15.0  # for a host to answer; one that does not is down

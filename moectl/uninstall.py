@@ -10,13 +10,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moectl.client import find_running
 from moectl.errors import CommandFailed, MoectlError, StateError
 from moectl.hosts.connect import ROOT, make_remote, on_each
 from moectl.hosts.hostfile import Host
 from moectl.hosts.programs import ask, list_pythons
 from moectl.hosts.remote import Remote
 from moectl.paths import cache_dir, data_dir
+from moectl.server.client import find_running
 from moectl.session.deployment import forget_hosts
 
 LOOK_S = 60.0

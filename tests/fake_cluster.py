@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.engine.request import Request, Stats, too_long
 from moectl.errors import PeerLost, QueueFull, StateError
-from moectl.serving import Health
+from moectl.server.contracts import Health
 
 ENDS_AFTER = 20  # tokens, unless ignore_eos
 MODEL = Ready("hidden", 4, vocab_size=1000, max_seq_len=256, top_k=4)

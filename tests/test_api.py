@@ -10,26 +10,27 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import api, errors
+from moectl import errors
 from moectl.engine.protocol import Done, Generate as GenerateOrder, Token, decode, encode
 from moectl.engine.request import MAX_BIASES, Request, Stats
 from moectl.errors import BadField, MoectlError, PeerLost, QueueFull, UsageError
+from moectl.server import openai
 from tests.fake_cluster import MODEL
 
 SAY_HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
-def read_chat(**fields: Any) -> api.Asked:
-    return api.read_chat({**SAY_HELLO, **fields}, "tiny", MODEL)
+def read_chat(**fields: Any) -> openai.Asked:
+    return openai.read_chat({**SAY_HELLO, **fields}, "tiny", MODEL)
 
 
-def read_completion(**fields: Any) -> api.Asked:
-    return api.read_completion({"prompt": "hello", **fields}, "tiny", MODEL)
+def read_completion(**fields: Any) -> openai.Asked:
+    return openai.read_completion({"prompt": "hello", **fields}, "tiny", MODEL)
 
 
 def test_defaults_are_openais() -> None:
     asked = read_chat()
-    assert asked == api.Asked(True, asked.requests, 1, False, False, None)
+    assert asked == openai.Asked(True, asked.requests, 1, False, False, None)
     messages = ({"role": "user", "content": "hello"},)
     assert asked.requests == (Request(0, "", MODEL.max_seq_len, temperature=1.0, messages=messages),)
     assert read_completion().requests == (Request(0, "hello", 16, temperature=1.0, raw=True),)
@@ -347,7 +348,7 @@ def test_completion_refusals(name: str, value: Any, reason: str) -> None:
 
 def check_form(error: BadField, name: str) -> None:
     """Check that an error has its form: the field by its name, and what would be right."""
-    status, body = api.describe_error(error)
+    status, body = openai.describe_error(error)
     told = body["error"]
     assert (status, told["type"]) == (404 if told["code"] == "model_not_found" else 400, "invalid_request_error")
     assert re.split(r"[.\[]", str(told["param"]))[0] == name
@@ -379,7 +380,7 @@ def test_prompts_times_n_is_bounded() -> None:
 )
 def test_bodies_that_are_no_json(body: bytes, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
-        api.parse_body(body)
+        openai.parse_body(body)
 
 
 def test_a_request_travels_down_the_leash_whole() -> None:
@@ -393,8 +394,8 @@ def test_a_request_travels_down_the_leash_whole() -> None:
 STATS = Stats(7, 2, 0.1, 0.2, 0.1, 1000, cached_tokens=3)
 
 
-def make_reply(asked: api.Asked) -> api.Reply:
-    return api.Reply(asked, reply_id="1", created=5, name="tiny", model=MODEL)
+def make_reply(asked: openai.Asked) -> openai.Reply:
+    return openai.Reply(asked, reply_id="1", created=5, name="tiny", model=MODEL)
 
 
 def test_a_stream_and_a_whole_say_the_same() -> None:
@@ -441,15 +442,15 @@ def test_logprobs_in_both_shapes() -> None:
         "top_logprobs": [{"a": -0.25}, {}],
         "text_offset": [0, 0],
     }
-    json.loads(api.encode_json(chat.whole()))
+    json.loads(openai.encode_json(chat.whole()))
 
 
 def test_events_are_ascii_lines() -> None:
-    event = api.encode_event({"text": "é\u2028\n\ud800"})
+    event = openai.encode_event({"text": "é\u2028\n\ud800"})
     assert event.startswith(b"data: ")
     assert event.count(b"\n") == 2
     assert event.isascii()
-    assert api.encode_event(None) == b"data: [DONE]\n\n"
+    assert openai.encode_event(None) == b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize(
@@ -466,6 +467,6 @@ def test_events_are_ascii_lines() -> None:
     ],
 )
 def test_errors_have_openais_shape(error: MoectlError, status: int, kind: str) -> None:
-    found, body = api.describe_error(error)
+    found, body = openai.describe_error(error)
     assert (found, body["error"]["type"], body["error"]["kind"]) == (status, kind, type(error).__name__)
     assert set(body["error"]) == {"message", "type", "param", "code", "kind", "hint", "host"}

@@ -20,10 +20,7 @@ import httpx2
 import openai
 import pytest
 
-from moectl import background, client, controller as controller_module
 from moectl.cli_target import advise
-from moectl.client import Client, find_running, is_running
-from moectl.controller import MAX_FAILURES, Controller
 from moectl.demo import demo_dir
 from moectl.engine.protocol import Done, Prefilled, Ready, Refused, Token
 from moectl.engine.request import Request, Stats
@@ -43,16 +40,17 @@ from moectl.errors import (
     UsageError,
     VersionMismatch,
 )
-from moectl.keep_alive import KeepAlive
 from moectl.paths import runtime_dir
 from moectl.report import stats_text
-from moectl.restart import Restarts
-from moectl.resumed import ResumedAnswer
-from moectl.server import Grace
-from moectl.serving import Notice
+from moectl.server import background, client, controller, run
+from moectl.server.client import Client, find_running, is_running
+from moectl.server.contracts import Notice
+from moectl.server.controller import MAX_FAILURES, Controller, KeepAlive
+from moectl.server.http import Grace
+from moectl.server.restarts import Restarts, ResumedAnswer
+from moectl.server.sockets import beating, listen_unix
 from moectl.session import target as launch
 from moectl.session.deployment import Deployment
-from moectl.sockets import beating, listen_unix
 from tests.ring import process_env, rank_env
 from tests.running import wait_for, workers
 from tests.terminal import Terminal
@@ -471,11 +469,11 @@ def test_whoever_waits_while_others_come_further_is_not_to_blame_for_naps() -> N
 
 def test_a_restart_keeps_the_room_that_the_first_start_found(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[dict[str, Any]] = []
-    monkeypatch.setattr(controller_module, "open_session", lambda target, **options: opened.append(options))
+    monkeypatch.setattr(controller, "open_session", lambda target, **options: opened.append(options))
     first: Any = FakeSession()
     target: Any = None
     made: Any = None
-    controller_module.open_like(first, target, {"dtype": "float32"})(2.0, made)
+    run.open_like(first, target, {"dtype": "float32"})(2.0, made)
     assert opened == [{"dtype": "float32", "kv_tokens": 5000, "patience": 2.0, "on_made": None}]
 
 
@@ -608,7 +606,7 @@ def test_an_idle_controller_leaves_and_a_busy_one_stays() -> None:
 
 def test_a_controller_that_leaves_promises_to_stay_to_nobody() -> None:
     async def test(controller: Controller, session: FakeSession) -> None:
-        control = controller_module._Control(controller, {}, controller._keep_alive, stays=False)
+        control = run._Control(controller, {}, controller._keep_alive, stays=False)
         control.keep_alive(5, asks=True)
         control.keep_alive(0, asks=False)
         await controller.wait_until_over()
@@ -989,7 +987,7 @@ def test_a_controller_that_freezes_while_it_starts_is_found(monkeypatch: pytest.
 FROZEN = """
 import signal, sys, time
 from pathlib import Path
-from moectl.sockets import listen_unix
+from moectl.server.sockets import listen_unix
 if sys.argv[2] == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with listen_unix(Path(sys.argv[1])):

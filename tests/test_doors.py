@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
-from moectl import visitors
 from moectl.errors import UsageError
+from moectl.server import visitors
 from tests.test_server import KEY, Site, run_site, say
 
 PAGE, OTHER = "http://localhost:3000", "http://evil.example"

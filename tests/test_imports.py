@@ -302,6 +302,6 @@ def test_the_operators_side_never_loads_mlx(module: str) -> None:
     assert not loaded_by(f"import {module}") & {"mlx", "mlx_lm", "numpy", "transformers", "torch"}
 
 
-@pytest.mark.parametrize("module", ["moectl.api", "moectl.serving", "moectl.sockets"])
+@pytest.mark.parametrize("module", ["moectl.server.openai", "moectl.server.contracts", "moectl.server.sockets"])
 def test_what_is_pure_of_serving_loads_no_http_library(module: str) -> None:
     assert not loaded_by(f"import {module}") & {"starlette", "uvicorn", "prometheus_client", "asyncio"}

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from moectl.controller import Controller
 from moectl.engine.protocol import Done, Refused, Token
 from moectl.engine.request import Request
 from moectl.errors import MoectlError
-from moectl.keep_alive import KeepAlive
-from moectl.restart import Restarts
-from moectl.serving import Notice
+from moectl.server.contracts import Notice
+from moectl.server.controller import Controller, KeepAlive
+from moectl.server.restarts import Restarts
 from moectl.session.session import Session
 from tests.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.poisoned_worker import PLACES, seed_of

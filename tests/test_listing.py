@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 
-from moectl import client, report_observe
-from moectl.client import socket_path
+from moectl import report_observe
 from moectl.errors import StateError
 from moectl.hosts.hostfile import Host
 from moectl.listing import choose_old, delete_set, make_listing
 from moectl.model.manifest import NAME
 from moectl.paths import cache_dir, data_dir
+from moectl.server import client
+from moectl.server.client import socket_path
+from moectl.server.sockets import listen_unix
 from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from moectl.shards.journal import lock_directory
-from moectl.sockets import listen_unix
 from tests.test_cli import run
 from tests.test_cluster import make_shards
 

@@ -11,12 +11,12 @@ from typing import Any
 import openai
 import pytest
 
-from moectl import api
-from moectl.client import _rebuild
 from moectl.engine.protocol import Refused, decode, encode
 from moectl.engine.request import MAX_PROMPT_BYTES, TOO_LONG, Request
 from moectl.errors import BadField, QueueFull, UsageError
-from moectl.server import MAX_BODY_BYTES, make_app
+from moectl.server import openai as api
+from moectl.server.client import _rebuild
+from moectl.server.http import MAX_BODY_BYTES, make_app
 from tests.fake_cluster import MODEL, FakeCluster
 from tests.test_api import CHAT_REFUSALS, COMPLETION_REFUSALS, SHARED_REFUSALS
 from tests.test_server import GOOD, KEY, Site, run_site, say

@@ -19,7 +19,7 @@ from moectl.errors import (
     Unreachable,
     VersionMismatch,
 )
-from moectl.restart import FIRST_S, MOST_S, WITHIN_S, Restarts
+from moectl.server.restarts import FIRST_S, MOST_S, WITHIN_S, Restarts
 
 
 def test_the_waits_double_and_the_tries_end() -> None:

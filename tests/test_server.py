@@ -22,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from moectl import api
 from moectl.engine.protocol import Token
-from moectl.server import MAX_BODY_BYTES, Grace, make_app, serve
-from moectl.sockets import listen_tcp, listen_unix
+from moectl.server import openai as api
+from moectl.server.http import MAX_BODY_BYTES, Grace, make_app, serve
+from moectl.server.sockets import listen_tcp, listen_unix
 from tests.fake_cluster import ENDS_AFTER, MODEL, FakeCluster
 
 KEY = "sesame"
@@ -656,7 +656,7 @@ def test_every_byte_of_a_good_request_may_be_missing() -> None:
 
 
 def test_bodies_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.server.BODY_S", 0.05)
+    monkeypatch.setattr("moectl.server.http.BODY_S", 0.05)
     cluster = FakeCluster()
     app = make_app(cluster)
     assert asyncio.run(call(app, "/v1/completions", b"{", after=...))[0] == 408

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moectl.errors import StateError, UsageError
-from moectl.sockets import listen_tcp, listen_unix
+from moectl.server.sockets import listen_tcp, listen_unix
 
 
 def test_a_unix_socket_is_its_users_only(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_second_controller_is_told(tmp_path: Path) -> None:
 def test_a_dead_controllers_socket_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "run" / "moectl.sock"
     program = (
-        "import os, sys; from pathlib import Path; from moectl.sockets import listen_unix\n"
+        "import os, sys; from pathlib import Path; from moectl.server.sockets import listen_unix\n"
         "with listen_unix(Path(sys.argv[1])): os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", program, str(path)], check=True)

@@ -29,9 +29,9 @@ from moectl.live import cut_line, on_ctrl_t
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
 from moectl.planner import speed
+from moectl.server.metrics import WINDOW_S, Throughput
 from moectl.session.deployment import DeployedRank, Deployment, find_deployment, forget_hosts, write_deployment
 from moectl.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
-from moectl.throughput import WINDOW_S, Throughput
 from tests.running import wait_for
 from tests.sshd import Server, find_free_port
 from tests.tiny import make_config

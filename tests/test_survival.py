@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from moectl.client import Client, find_running
+from moectl.server.client import Client, find_running
 from tests.ring import process_env
 from tests.running import wait_for, workers
 

@@ -5,6 +5,7 @@ Counts and times of answers are kept here; the cluster's own state is asked for 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -12,7 +13,10 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from moectl.engine.request import Stats
-from moectl.serving import Health
+from moectl.server.contracts import Health
+
+WINDOW_S = 10  # "of late"
+
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
@@ -81,3 +85,31 @@ class _ClusterCollector(Collector):
             memory.add_metric([str(rank)], in_use_bytes)
         yield memory
         yield CounterMetricFamily("moectl_restarts", "Restarts of the cluster.", health.restarts)
+
+
+class Throughput:
+    """A counter of tokens; made at the time when counting begins."""
+
+    def __init__(self, now_s: float) -> None:
+        self.began_s = now_s
+        self.tokens = 0
+        self._recent: deque[tuple[int, int]] = deque()  # (second, tokens in it), none older than the window
+
+    def add(self, now_s: float, tokens: int = 1) -> None:
+        """Count tokens that came now."""
+        self.tokens += tokens
+        second = int(now_s)
+        before = self._recent.pop()[1] if self._recent and self._recent[-1][0] == second else 0
+        self._recent.append((second, before + tokens))
+        self._forget(now_s)
+
+    def rate(self, now_s: float) -> float:
+        """Return tokens per second since the first one within the window; 0 when none came for so long."""
+        self._forget(now_s)
+        if not self._recent:
+            return 0.0
+        return sum(tokens for _, tokens in self._recent) / max(1.0, now_s - self._recent[0][0])
+
+    def _forget(self, now_s: float) -> None:
+        while self._recent and self._recent[0][0] <= now_s - WINDOW_S:
+            self._recent.popleft()

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from moectl import errors
-from moectl.api import hint_suffix
 from moectl.engine.protocol import Done, Token
 from moectl.engine.request import Stats
 from moectl.errors import MoectlError, RemoteError, StateError
 from moectl.paths import runtime_dir
-from moectl.serving import NOTICE, SILENCE_S, Notice
+from moectl.server.contracts import NOTICE, SILENCE_S, Notice
+from moectl.server.openai import hint_suffix
 
 SUFFIX = ".sock"
 _NOTICE = f": {NOTICE}".encode()

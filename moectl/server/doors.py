@@ -15,8 +15,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from moectl import api
-from moectl.visitors import HOST_FLAG, KEY_FLAG, ORIGIN_FLAG, host_name, names_this_machine
+from moectl.server import openai
+from moectl.server.visitors import HOST_FLAG, KEY_FLAG, ORIGIN_FLAG, host_name, names_this_machine
 
 CONTROL = "/moectl"  # the owner's paths, over the Unix socket only
 _METHODS = ("GET", "HEAD", "POST")
@@ -35,12 +35,12 @@ def refuse(
 ) -> Response:
     """Return a refusal in OpenAI's shape."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return write_json(api.error_body(message, kind, param=param, code=code, hint=hint), status, headers)
+    return write_json(openai.error_body(message, kind, param=param, code=code, hint=hint), status, headers)
 
 
 def write_json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return a reply of JSON."""
-    return Response(api.encode_json(value), status, headers, "application/json")
+    return Response(openai.encode_json(value), status, headers, "application/json")
 
 
 class Doors:

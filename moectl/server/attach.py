@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moectl import background
-from moectl.client import Client, is_running, last_beat, socket_path
 from moectl.errors import AlreadyRunning, MoectlError, RemoteError, StateError
-from moectl.serving import Settings
+from moectl.server import background
+from moectl.server.client import Client, is_running, last_beat, socket_path
+from moectl.server.contracts import Settings
 from moectl.session.target import Local, Target, count_ranks, decode_target, encode_target, target_key
 
 OnLog = Callable[[str, str], None]
@@ -122,7 +122,7 @@ def start(target: Target, settings: Settings, options: Mapping[str, Any], *, on_
 
 def obey(advise: Callable[[Target, MoectlError], str | None]) -> None:
     """Be the controller that `start` started, until it is over; `advise` is `controller.run`'s."""
-    from moectl.controller import run
+    from moectl.server.run import run
 
     order = background.take_order()
     raw = order["settings"]

@@ -18,7 +18,7 @@ from moectl import __version__
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.engine.request import MAX_LOGPROBS, Request, Stats, too_long
 from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
-from moectl.fields import (
+from moectl.server.fields import (
     Fields,
     kind_of,
     read_boolean,

@@ -1,0 +1,169 @@
+"""The controller as a process: opened, served, told about, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from socket import socket
+from typing import Any
+
+from moectl.errors import MoectlError, RemoteError
+from moectl.server.contracts import SILENCE_S, Settings
+from moectl.server.controller import GRACE_S, READING_S, SAME, Controller, KeepAlive, Open
+from moectl.server.http import Grace, make_app, serve as serve_http
+from moectl.server.restarts import Restarts
+from moectl.server.sockets import beating, listen_tcp, listen_unix
+from moectl.session.deployment import Deployment
+from moectl.session.session import Session
+from moectl.session.target import Target, count_ranks, open_session
+
+
+def run(
+    target: Target,
+    settings: Settings,
+    *,
+    on_ready: Callable[[Sequence[socket]], None] = lambda sockets: None,
+    say: Callable[[str], None] = lambda text: None,
+    advise: Callable[[Target, MoectlError], str | None] = lambda target, failure: None,
+    **options: Any,
+) -> None:
+    """Run a session behind its sockets until it is over; `options` are `launch.open_session`'s.
+
+    `say` is told of failures that a restart mends; `advise` returns what else than mending could help, when none does.
+
+    Raises what starting raises, the session's failure, and KeyboardInterrupt after SIGINT.
+    """
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(listen_unix(settings.socket_path))]
+        if settings.tcp is not None:
+            sockets.append(held.enter_context(listen_tcp(*settings.tcp, has_key=settings.api_key is not None)))
+        with beating(settings.socket_path, SILENCE_S):
+            session = held.enter_context(open_session(target, **options))
+        # Not asyncio.run: its handler for SIGINT would cancel what ends by itself.
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            runner.run(_run(target, session, settings, sockets, on_ready, options, say, advise))
+
+
+async def _run(
+    target: Target,
+    session: Session,
+    settings: Settings,
+    sockets: list[socket],
+    on_ready: Callable[[Sequence[socket]], None],
+    options: dict[str, Any],
+    say: Callable[[str], None],
+    advise: Callable[[Target, MoectlError], str | None],
+) -> None:
+    keep_alive = KeepAlive(settings.keep_alive_s)
+    controller = Controller(
+        session,
+        target.name,
+        ranks=count_ranks(target),
+        keep_alive=keep_alive,
+        open_=open_like(session, target, options),
+        restarts=Restarts(settings.restarts),
+        advise=lambda failure: advise(target, failure),
+        say=say,
+    )
+    # Whoever serves others does not leave because one of them has had enough.
+    control = _Control(controller, describe_run(target, options), keep_alive, stays=settings.tcp is not None)
+    app = make_app(
+        controller, api_key=settings.api_key, origins=settings.origins, hosts=settings.hosts, control=control
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, control.on_signal, number)
+    over = asyncio.create_task(controller.wait_until_over())
+    over.add_done_callback(lambda _: control.leave())
+    on_ready(sockets)
+    try:
+        await serve_http(app, sockets, stopping=control.stopping, grace=control.grace)
+    finally:
+        over.cancel()
+        failure = controller.failure  # before closing makes one
+        # Here, because a thread that is stuck in sending to a frozen worker would keep the loop from ending.
+        await asyncio.to_thread(controller.end_session)
+    if failure is not None:
+        raise failure
+    if control.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    if control.signal == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def open_like(first: Session, target: Target, options: Mapping[str, Any]) -> Open:
+    """Return how to open another session that takes over from the first one.
+
+    It has the same room for answers: what is free right after a worker was killed may be less than what soon will be,
+    and an answer that fitted before would be cut off, or refused.
+    """
+    return lambda patience, on_made: open_session(
+        target, on_made=on_made, patience=patience, **{**options, "kv_tokens": first.kv_tokens}
+    )
+
+
+def describe_run(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a controller runs, as JSON: what another one would have to agree with to be used in its place."""
+    hosts = ["localhost"] * count_ranks(target)
+    if isinstance(target, Deployment):
+        hosts = [rank.host.address for rank in target.ranks]
+    shards = target.shards if isinstance(target, Deployment) else str(target.directory)
+    wanted = {name: options.get(name) for name in SAME}
+    return {"name": target.name, "hosts": hosts, "shards": shards, "options": wanted}
+
+
+class _Control:
+    """The owner's hands on a running controller."""
+
+    def __init__(
+        self, controller: Controller, description: dict[str, Any], keep_alive: KeepAlive, *, stays: bool
+    ) -> None:
+        self.stopping = asyncio.Event()
+        self.grace = Grace(GRACE_S)
+        self.signal: int | None = None
+        self._controller = controller
+        self._description = description
+        self._keep_alive = keep_alive
+        self._stays = stays
+
+    def describe(self) -> dict[str, Any]:
+        health, throughput, now_s = self._controller.health(), self._controller.throughput, time.monotonic()
+        return {
+            "schema": "moectl.controller/1",
+            **self._description,
+            "pid": os.getpid(),
+            "running": health.running,
+            "queued": health.queued,
+            "memory_bytes": list(health.memory_bytes),
+            "ranks_answered": health.ranks_answered,
+            "healthy": health.healthy,
+            "restarts": health.restarts,
+            "up_s": now_s - throughput.began_s,
+            "tokens": throughput.tokens,
+            "tok_s": throughput.rate(now_s),
+        }
+
+    def keep_alive(self, seconds: float, *, asks: bool) -> None:
+        if self._controller.is_closed:
+            raise RemoteError("the controller is leaving", hint="run the command again: it starts a new one")
+        if not self._stays:
+            self._keep_alive.renew(seconds, asks=asks)
+
+    def stop(self, grace_s: float) -> None:
+        self._controller.close()
+        self.grace.change(grace_s)
+        self.stopping.set()
+
+    def leave(self) -> None:
+        """End because nobody needs it any more, or it has failed; who still reads an answer may go on reading."""
+        if not self.stopping.is_set():
+            self.stop(GRACE_S if self._controller.failure is not None else READING_S)
+
+    def on_signal(self, number: int) -> None:
+        # A second one does not wait for answers any more.
+        self.stop(0.0 if self.stopping.is_set() else GRACE_S)
+        self.signal = number
