@@ -30,8 +30,8 @@ def doctor(common: Common, hostfile_: str | None, fast: bool) -> None:
       moectl doctor --json | jq '.hosts[].checks[] | select(.level == "fail")'
     """
     from moectl import doctor_report
-    from moectl.doctor import choose_hosts, diagnose
-    from moectl.findings import Level
+    from moectl.cluster.doctor.diagnose import choose_hosts, diagnose
+    from moectl.cluster.doctor.finding import Level
     from moectl.text import columns
 
     if hostfile_:

@@ -15,11 +15,11 @@ from moectl.flags import Common, Duration, common
 from moectl.verb import verb
 
 if TYPE_CHECKING:
+    from moectl.cluster.logs import Reader
+    from moectl.cluster.sets import Listing, ShardSet
+    from moectl.cluster.status import Observer, Status
     from moectl.hosts.hostfile import Host
-    from moectl.listing import Listing, ShardSet
-    from moectl.logs import Reader
     from moectl.session.deployment import Deployment
-    from moectl.status import Observer, Status
 
 WATCH_S = 2.0
 WATCH_LOOK_S = 6.0  # for a host to answer before it is shown as down
@@ -42,8 +42,8 @@ def status(common: Common, watch: bool) -> None:
       moectl status --watch
       moectl ps --json | jq '.hosts[] | select(.state == "down")'
     """
+    from moectl.cluster.status import Observer
     from moectl.live import can_redraw, on_ctrl_t
-    from moectl.status import Observer
 
     deployment, hosts = _find_hosts(common)
     begin = time.monotonic()
@@ -151,8 +151,8 @@ def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
       moectl logs --follow
       moectl logs --since 10m --json
     """
+    from moectl.cluster.logs import Asked, Reader, find_sources
     from moectl.live import on_ctrl_t
-    from moectl.logs import Asked, Reader, find_sources
 
     deployment, hosts = _find_hosts(common)
     if hosts:
@@ -170,8 +170,8 @@ def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
 
 def _print_logs(common: Common, reader: Reader, labels: set[str], options: dict[str, Any]) -> None:
     from moectl import report_observe
+    from moectl.cluster.logs import Line
     from moectl.hosts import connect
-    from moectl.logs import Line
 
     failed: dict[str, errors.MoectlError] = {}
     kept: list[Line] = []
@@ -208,7 +208,8 @@ def list_(common: Common, prune: bool, dry_run: bool, yes: bool) -> None:
       moectl list --prune --dry-run
       moectl list --json | jq '.sets[].bytes'
     """
-    from moectl import listing, report_observe
+    from moectl import report_observe
+    from moectl.cluster import sets as listing
 
     found = listing.make_listing()
     if prune:
@@ -221,7 +222,8 @@ def list_(common: Common, prune: bool, dry_run: bool, yes: bool) -> None:
 
 
 def _prune(common: Common, found: Listing, *, dry_run: bool, yes: bool) -> None:
-    from moectl import listing, report_observe
+    from moectl import report_observe
+    from moectl.cluster import sets as listing
     from moectl.text import size_text
 
     old = listing.choose_old(found)
@@ -274,11 +276,11 @@ def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -
       moectl uninstall hosts.txt --yes
     """
     from moectl import report_observe
+    from moectl.cluster.deploy.uninstall import clear_hosts
     from moectl.hosts import connect
     from moectl.live import on_ctrl_t
     from moectl.session.deployment import recall_hosts
     from moectl.text import size_text
-    from moectl.uninstall import clear_hosts
 
     if hostfile_:
         common.hostfile = hostfile_

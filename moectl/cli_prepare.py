@@ -87,7 +87,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
         model = str(demo_dir())  # as run and bench do
     where, measured = _where(common, options["local"]), None
     if options["probe"] or options["local"]:
-        from moectl.probing import probe_cluster
+        from moectl.cluster.probed_plan import probe_cluster
 
         answer, measured = probe_cluster(model, wanted, asked, where, say=common.say)
     else:
@@ -393,7 +393,7 @@ def _check_results(common: Common, *, force: bool) -> None:
 
 def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: dict[str, Any]) -> None:
     """Fetch the wheels that the hosts need, where the directory is not there yet or that was asked for."""
-    from moectl import cluster
+    from moectl.cluster.deploy import deploy as cluster
 
     directory = options["wheelhouse"]
     if directory is None:
@@ -406,7 +406,7 @@ def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: di
         common.say(f"{directory} would be filled with wheels.")
         options["wheelhouse"] = directory if directory.exists() else None
         return
-    from moectl import wheelhouse
+    from moectl.cluster.deploy import wheelhouse
 
     platforms = wheelhouse.ask_platforms(listed.hosts)
     wheelhouse.build(directory, platforms, cluster.wanted_versions(), say=common.say)
@@ -421,7 +421,7 @@ def _refuse_alone(cut: dict[str, Any]) -> None:
 
 def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: dict[str, Any]) -> tuple[str, Any]:
     """Deploy a shard set that is there; return its name and what came of it."""
-    from moectl import cluster
+    from moectl.cluster.deploy import deploy as cluster
     from moectl.console import progress
     from moectl.planner.questions import check_hosts
     from moectl.shards import prepare
@@ -441,8 +441,8 @@ def _deploy_growing(
     common: Common, listed: HostList, model: str, cut: dict[str, Any], options: dict[str, Any]
 ) -> tuple[str, Any]:
     """Cut a model and deploy it meanwhile; return the set's name and what came of the hosts."""
+    from moectl.cluster.deploy.feed import shard_and_deploy
     from moectl.console import progress
-    from moectl.feed import shard_and_deploy
     from moectl.planner.questions import Asked, place_on, refuse_early
 
     hosts, force = listed.hosts, options.pop("force")
@@ -476,7 +476,7 @@ def _deploy_growing(
 
 def _draw_deploy(common: Common, bars: Progress) -> Callable[[Any], None]:
     """Return what draws a bar per host; how each ended is told afterwards."""
-    from moectl.provision import Advanced, Planned, Working
+    from moectl.cluster.deploy.provision import Advanced, Planned, Working
 
     drawn: dict[str, Bar] = {}
 

@@ -19,10 +19,10 @@ from moectl.flags import Common, common
 from moectl.verb import verb
 
 if TYPE_CHECKING:
+    from moectl.cluster.setup.plan import SetupPlan, Wish
+    from moectl.cluster.setup.run import OnCommand, Sudo
     from moectl.hosts.hostfile import Host, HostList
     from moectl.hosts.remote import Remote
-    from moectl.setup_plan import SetupPlan, Wish
-    from moectl.setup_run import OnCommand, Sudo
 
 
 @verb("Prepare")
@@ -97,8 +97,9 @@ def _at_terminal() -> bool:
 
 
 def _set_up(common: Common, options: dict[str, Any]) -> None:
-    from moectl import setup_report, setup_run
-    from moectl.setup_plan import plan_setup
+    from moectl import setup_report
+    from moectl.cluster.setup import run as setup_run
+    from moectl.cluster.setup.plan import plan_setup
 
     hosts = common.host_list(required=True)
     assert hosts is not None
@@ -120,8 +121,8 @@ def _set_up(common: Common, options: dict[str, Any]) -> None:
 
 
 def _wish(options: dict[str, Any], world_size: int) -> Wish:
+    from moectl.cluster.setup.plan import Wish
     from moectl.hosts.hostfile import parse_size
-    from moectl.setup_plan import Wish
 
     limit = options["wired_limit"]
     wish = Wish(options["over"], options["backend"], options["no_sleep"])
@@ -185,9 +186,10 @@ def _apply(
     common: Common, plan: SetupPlan, hosts: HostList, wish: Wish, remotes: Sequence[Remote], *, yes: bool
 ) -> int | None:
     """Run what the plan says and look whether it took effect; return how many commands ran, None when told not to."""
-    from moectl import setup_report, setup_run
-    from moectl.setup_plan import plan_setup
-    from moectl.setup_record import open_record
+    from moectl import setup_report
+    from moectl.cluster.setup import run as setup_run
+    from moectl.cluster.setup.plan import plan_setup
+    from moectl.cluster.setup.record import open_record
 
     if plan.blockers:
         found = plan.blockers[0]
@@ -217,8 +219,9 @@ def _apply(
 
 
 def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
-    from moectl import setup_report, setup_run
-    from moectl.setup_record import open_record, read_record
+    from moectl import setup_report
+    from moectl.cluster.setup import run as setup_run
+    from moectl.cluster.setup.record import open_record, read_record
 
     listed: tuple[Host, ...] | None = None
     if named:
@@ -250,7 +253,7 @@ def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
 
 def _become_root(remotes: Sequence[Remote]) -> Sudo:
     """Return how to become root on these hosts; asks for a password where sudo does."""
-    from moectl.setup_run import Sudo, check_sudo, who_wants_password
+    from moectl.cluster.setup.run import Sudo, check_sudo, who_wants_password
 
     names = who_wants_password(remotes)
     if not names:

@@ -259,6 +259,6 @@ def advise(target: Target, failure: errors.MoectlError) -> str | None:
     is_away = isinstance(failure, errors.Unreachable) or type(failure) is errors.RemoteError
     if not (isinstance(target, Deployment) and failure.host and is_away):
         return None
-    from moectl.remedy import find_remedy
+    from moectl.cluster.deploy.remedy import find_remedy
 
     return find_remedy(target, failure.host)

@@ -389,7 +389,7 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
 
 def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Predicted | None:
     """Return what a plan, or the last `plan --probe` of these hosts, expects of these trials, if there is one."""
-    from moectl import probing
+    from moectl.cluster import probed_plan
     from moectl.model.manifest import read_manifest
     from moectl.session import target as launch
     from moectl.session.bench import Predicted, read_prediction
@@ -409,7 +409,7 @@ def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Pr
     if manifest is None:
         return None
     context = prompt + generated // 2
-    found = probing.recall(hosts, manifest.placement, manifest.quantization, context=context, prompt_tokens=prompt)
+    found = probed_plan.recall(hosts, manifest.placement, manifest.quantization, context=context, prompt_tokens=prompt)
     if found is None:
         return None
     return Predicted(found.decode_tok_s, found.prefill_tok_s, found.ttft_s, found.communication_share)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moectl.doctor import Diagnosis
-from moectl.findings import Finding, Level
+from moectl.cluster.doctor.diagnose import Diagnosis
+from moectl.cluster.doctor.finding import Finding, Level
 
 SCHEMA = "moectl.doctor/1"
 _GAP = "  "

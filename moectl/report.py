@@ -12,7 +12,8 @@ from moectl.planner.memory import Verdict
 from moectl.text import columns, size_text, table_text, time_text
 
 if TYPE_CHECKING:
-    from moectl.cluster import DeployResult
+    from moectl.cluster.deploy.deploy import DeployResult
+    from moectl.cluster.deploy.provision import HostResult
     from moectl.engine.protocol import Done
     from moectl.engine.request import Stats
     from moectl.hosts.hostfile import HostList
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from moectl.planner.measured import Measured
     from moectl.planner.plan import NodePlan, Plan, Question
     from moectl.planner.what_if import Row
-    from moectl.provision import HostResult
     from moectl.session.bench import Benchmark, Measured as Sample
     from moectl.shards.prepare import Made
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from moectl.text import columns, size_text, table_text
 
 if TYPE_CHECKING:
+    from moectl.cluster.deploy.uninstall import Cleared
+    from moectl.cluster.logs import Line
+    from moectl.cluster.sets import Listing, ShardSet
+    from moectl.cluster.status import Row, Status
     from moectl.errors import MoectlError
-    from moectl.listing import Listing, ShardSet
-    from moectl.logs import Line
-    from moectl.status import Row, Status
-    from moectl.uninstall import Cleared
 from moectl.errors import error_json
 from moectl.text import clock_text
 

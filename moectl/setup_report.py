@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moectl.cluster.setup.plan import Advice, SetupPlan, Step
+from moectl.cluster.setup.record import Entry
 from moectl.hosts.hostfile import HostList, format_hosts, to_mlx_devices, to_mlx_json
 from moectl.hosts.thunderbolt import Cable
-from moectl.setup_plan import Advice, SetupPlan, Step
-from moectl.setup_record import Entry
 
 SCHEMA = "moectl.setup/1"
 _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}

@@ -455,7 +455,7 @@ def serve(imports: Sequence[str]) -> None:
         *imports,
     ):
         importlib.import_module(name)
-    if "moectl.cluster" in imports:
+    if "moectl.cluster.deploy.deploy" in imports:
         _pack_once()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
@@ -472,11 +472,11 @@ def serve(imports: Sequence[str]) -> None:
 
 def _pack_once() -> None:
     """Let every deploy offer the same wheel: packing it is half of what one costs, and no host here needs it."""
-    from moectl import cluster, wheel
+    from moectl.cluster.deploy import deploy, wheel
 
     packed = wheel.pack_wheel(Path(tempfile.mkdtemp(prefix="moectl-wheel-")))
     atexit.register(shutil.rmtree, packed.parent)
-    vars(cluster)["pack_wheel"] = lambda directory: packed
+    vars(deploy)["pack_wheel"] = lambda directory: packed
 
 
 def _be_moectl(request: dict[str, Any]) -> None:

@@ -13,9 +13,9 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
+from moectl.cluster.setup.machine import Machine, read_machine
 from moectl.hosts.hostfile import Host
 from moectl.hosts.survey import read_survey
-from moectl.setup_machine import Machine, read_machine
 from tests.cabling import End, hardware_ports_text, ibv_devices_text, profiler_json
 from tests.mlx_config import Recorded
 from tests.sshd import Server, make_key

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moectl.provision import HostResult, Task, deployed_host
-from moectl.push import Push
+from moectl.cluster.deploy.provision import HostResult, Task, deployed_host
+from moectl.cluster.deploy.push import Push
 
 
 class _Nobody:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from moectl.chain import HOLD_S, MAX_TRIES, Chain
+from moectl.cluster.deploy.relay import HOLD_S, MAX_TRIES, Chain
 
 
 def joined(chain: Chain, *ranks: int, now_s: float = 0.0) -> None:

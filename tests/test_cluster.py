@@ -22,8 +22,10 @@ from pathlib import Path
 import pytest
 
 import moectl
-import moectl.cluster
-from moectl.cluster import DeployResult, deploy
+import moectl.cluster.deploy.deploy
+from moectl.cluster.deploy.deploy import DeployResult, deploy
+from moectl.cluster.deploy.provision import Advanced, Event, HostResult, Planned, Working
+from moectl.cluster.deploy.wheel import pack_wheel, write_wheel
 from moectl.errors import (
     AuthFailed,
     CommandFailed,
@@ -41,11 +43,9 @@ from moectl.hosts.connect import connect, make_remote, raise_failures
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import RECORD, hash_file, make_stamp, read_record, write_record
 from moectl.model.manifest import NAME, FileEntry, Manifest, write_manifest
-from moectl.provision import Advanced, Event, HostResult, Planned, Working
 from moectl.session.deployment import deployment_path, find_deployment, read_deployment
 from moectl.session.session import RankSpec, Session
 from moectl.shards.verified import check_files
-from moectl.wheel import pack_wheel, write_wheel
 from tests.netns import Cluster
 from tests.sshd import Server, find_free_port
 from tests.tiny import make_config
@@ -451,7 +451,7 @@ def test_an_environment_is_made_once_from_a_wheelhouse(
 ) -> None:
     # One wheel for the whole test, whoever edits the source tree meanwhile.
     packed = pack_wheel(tmp_path)
-    monkeypatch.setattr(moectl.cluster, "pack_wheel", lambda directory: packed)
+    monkeypatch.setattr(moectl.cluster.deploy.deploy, "pack_wheel", lambda directory: packed)
     base = sysconfig.get_config_var("BINDIR") + "/python3"  # not a virtual environment that has the versions already
     manifest = make_shards(shards, 1)
     host = replace(make_hosts(sshd, tmp_path, 1)[0], python=base)
@@ -525,7 +525,7 @@ def test_other_code_under_the_same_version_is_not_ours(
 ) -> None:
     manifest, host = make_shards(shards, 1), Host("localhost", dir=str(tmp_path / "root"))
     assert deploy([host], shards, manifest, dry_run=True).results[0].python == sys.executable
-    monkeypatch.setattr(moectl.cluster, "hash_code", lambda: "of another source tree")
+    monkeypatch.setattr(moectl.cluster.deploy.deploy, "hash_code", lambda: "of another source tree")
     assert deploy([host], shards, manifest, dry_run=True).results[0].python == ""
 
 
@@ -570,10 +570,10 @@ def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(sshd: Server, tmp_pa
         "import sys, signal\n"
         f"sys.path.insert(0, {str(Path(moectl.__file__).parent.parent)!r})\n"
         "from pathlib import Path\n"
-        "from moectl.cluster import deploy\n"
+        "from moectl.cluster.deploy.deploy import deploy\n"
         "from moectl.hosts.hostfile import parse_hosts\n"
         "from moectl.model.manifest import read_manifest\n"
-        "from moectl.provision import Advanced\n"
+        "from moectl.cluster.deploy.provision import Advanced\n"
         "def main():\n"
         "    hosts = parse_hosts(Path(sys.argv[1]).read_text()).hosts\n"
         "    say = lambda e: isinstance(e, Advanced) and print('moving', flush=True)\n"
@@ -634,7 +634,7 @@ def test_ctrl_c_ends_an_install_on_this_machine_too(tmp_path: Path, shards: Path
         "import sys\n"
         f"sys.path.insert(0, {str(Path(moectl.__file__).parent.parent)!r})\n"
         "from pathlib import Path\n"
-        "from moectl import cluster\n"
+        "from moectl.cluster.deploy import deploy as cluster\n"
         "from moectl.hosts.hostfile import Host\n"
         "from moectl.model.manifest import read_manifest\n"
         "def main():\n"

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import cluster
+from moectl.cluster.deploy import deploy
+from moectl.cluster.deploy.provision import Task
 from moectl.errors import CommandFailed, IntegrityError, MoectlError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import files as node
@@ -21,7 +22,6 @@ from moectl.hosts.remote import LocalRemote, node_text
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.model.manifest import NAME, is_inside, parse_manifest, read_manifest
 from moectl.model.placement import make_placement
-from moectl.provision import Task
 from moectl.session.session import RankSpec, Session
 from moectl.shards import build
 from moectl.shards.checkpoint import open_checkpoint
@@ -130,7 +130,7 @@ def test_nothing_is_read_or_sent_through_a_link_out(made: Path, precious: Path, 
     reads: list[Callable[[], Any]] = [
         lambda: build.verify(made),
         lambda: load_rank(made, manifest, 0),
-        lambda: cluster.deploy([Host("a"), Host("b")], made, manifest),
+        lambda: deploy.deploy([Host("a"), Host("b")], made, manifest),
     ]
     for read in reads:
         with pytest.raises(IntegrityError, match="leads out of the shard set"):
@@ -189,7 +189,9 @@ def test_a_host_writes_through_no_link_out(
     (there / "rank-0").symlink_to(precious)
     host = replace(ssh_host, dir=str(root)) if kind == "ssh" else Host("localhost", dir=str(root))
     manifest = read_manifest(made)
-    monkeypatch.setattr("moectl.provision._find_python", lambda *_: sys.executable)  # nothing has to be installed
+    monkeypatch.setattr(
+        "moectl.cluster.deploy.provision._find_python", lambda *_: sys.executable
+    )  # nothing has to be installed
     task = Task(
         0,
         host,

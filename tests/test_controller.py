@@ -398,7 +398,7 @@ def test_advice_that_fails_hides_no_failure() -> None:
 def test_going_on_without_a_host_is_advised_when_it_is_away(
     monkeypatch: pytest.MonkeyPatch, kind: type[MoectlError]
 ) -> None:
-    monkeypatch.setattr("moectl.remedy.find_remedy", lambda target, lost: f"without {lost}")
+    monkeypatch.setattr("moectl.cluster.deploy.remedy.find_remedy", lambda target, lost: f"without {lost}")
     target: Any = object.__new__(Deployment)
     assert advise(target, kind("gone", host="mac2")) == "without mac2"
     assert advise(target, kind("gone")) is None
@@ -408,7 +408,7 @@ def test_going_on_without_a_host_is_advised_when_it_is_away(
     "kind", [CommandFailed, IntegrityError, LeashLost, PeerLost, PlanError, RanksDisagree, Stalled, VersionMismatch]
 )
 def test_a_host_that_is_there_is_not_advised_away(monkeypatch: pytest.MonkeyPatch, kind: type[MoectlError]) -> None:
-    monkeypatch.setattr("moectl.remedy.find_remedy", lambda target, lost: f"without {lost}")
+    monkeypatch.setattr("moectl.cluster.deploy.remedy.find_remedy", lambda target, lost: f"without {lost}")
     target: Any = object.__new__(Deployment)
     assert advise(target, kind("wrong", host="mac2")) is None
 

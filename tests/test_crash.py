@@ -165,7 +165,7 @@ def warm() -> Iterator[Warm]:
 
 @pytest.fixture(scope="module")
 def warm_ssh() -> Iterator[Warm]:
-    process = Warm(("moectl.cluster", "moectl.planner.questions", "moectl.hosts.ssh.remote"), {})
+    process = Warm(("moectl.cluster.deploy.deploy", "moectl.planner.questions", "moectl.hosts.ssh.remote"), {})
     yield process
     process.close()
 

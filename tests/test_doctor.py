@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from moectl import doctor, doctor_host
-from moectl.doctor import choose_hosts, diagnose, run_limited
-from moectl.findings import Level
+from moectl.cluster.doctor import diagnose as doctor, host as doctor_host
+from moectl.cluster.doctor.diagnose import choose_hosts, diagnose, run_limited
+from moectl.cluster.doctor.finding import Level
 from moectl.hosts.hostfile import Host, HostList
 from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from tests.interpreter import make_interpreter

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from moectl.doctor_cluster import (
+from moectl.cluster.doctor.compare import (
     check_backend,
     check_cables,
     check_cluster,
@@ -15,8 +15,8 @@ from moectl.doctor_cluster import (
     check_pythons,
     check_systems,
 )
-from moectl.doctor_host import Visit
-from moectl.findings import Finding, Level
+from moectl.cluster.doctor.finding import Finding, Level
+from moectl.cluster.doctor.host import Visit
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.remote import LocalRemote

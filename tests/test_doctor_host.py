@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from moectl import doctor_host
-from moectl.doctor_host import (
+from moectl.cluster.doctor import host as doctor_host
+from moectl.cluster.doctor.finding import Finding, Level, at_host
+from moectl.cluster.doctor.host import (
     Expected,
     Visit,
     check_addresses,
@@ -29,7 +30,6 @@ from moectl.doctor_host import (
     check_versions,
     visit_host,
 )
-from moectl.findings import Finding, Level, at_host
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote

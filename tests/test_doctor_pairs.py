@@ -7,13 +7,13 @@ import sys
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import probe
-from moectl.doctor_pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
-from moectl.findings import Level
+from moectl.cluster import probe
+from moectl.cluster.doctor.finding import Level
+from moectl.cluster.doctor.pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
+from moectl.cluster.probe import Site, Tried, try_links
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.hosts.thunderbolt import parse_ifconfig
-from moectl.probe import Site, Tried, try_links
 from tests.fake_mac import ifconfig_text
 from tests.ring import rank_env
 

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from moectl.errnos import _LINUX, _MEANINGS, explain, find_error
+from moectl.cluster.doctor.errnos import _LINUX, _MEANINGS, explain, find_error
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ import pytest
 from click.testing import CliRunner
 
 from moectl.cli import cli
+from moectl.cluster.deploy.feed import shard_and_deploy
+from moectl.cluster.deploy.provision import Event, HostResult
 from moectl.errors import CheckpointError, PartialFailure, UsageError
-from moectl.feed import shard_and_deploy
 from moectl.flags import Failed
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import RECORD, hash_file
 from moectl.model.manifest import NAME, read_manifest
-from moectl.provision import Event, HostResult
 from moectl.shards import prepare
 from moectl.shards.prepare import Made, Wanted
 from moectl.shards.quantize import quantizer

@@ -20,14 +20,14 @@ from typing import Any, cast
 import pytest
 
 import moectl
-from moectl import chain, fleet
-from moectl.cluster import DeployResult, deploy, manifest_entry
+from moectl.cluster.deploy import fleet, relay
+from moectl.cluster.deploy.deploy import DeployResult, deploy, manifest_entry
+from moectl.cluster.deploy.provision import Advanced, Event, Task, Working
+from moectl.cluster.deploy.push import Found, Link, Push
+from moectl.cluster.deploy.relay import Admit, More, TakeFrom, Wants
 from moectl.errors import Unreachable
-from moectl.handover import Admit, More, TakeFrom, Wants
 from moectl.hosts.remote import LocalRemote
 from moectl.model.manifest import NAME, Manifest, is_shared
-from moectl.provision import Advanced, Event, Task, Working
-from moectl.push import Found, Link, Push
 from tests.netns import Cluster
 from tests.running import wait_for
 from tests.sshd import Server
@@ -115,7 +115,7 @@ def test_a_token_is_not_shown() -> None:
 def test_a_host_that_cannot_reach_another_takes_from_the_next(
     netns: Cluster, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain, "HOLD_S", 120.0)  # so that the order is that of ranks on a busy machine, too
+    monkeypatch.setattr(relay, "HOLD_S", 120.0)  # so that the order is that of ranks on a busy machine, too
     manifest = make_shards(shards, 4, layer_bytes=1_000_000)
     netns.deafen(1, 2)
     events: list[Event] = []
@@ -207,10 +207,10 @@ def test_after_kill_9_nothing_is_left_and_the_next_run_goes_on(netns: Cluster, s
         "import sys\n"
         f"sys.path.insert(0, {str(Path(moectl.__file__).parent.parent)!r})\n"
         "from pathlib import Path\n"
-        "from moectl.cluster import deploy\n"
+        "from moectl.cluster.deploy.deploy import deploy\n"
         "from moectl.hosts.hostfile import parse_hosts\n"
         "from moectl.model.manifest import read_manifest\n"
-        "from moectl.provision import Advanced\n"
+        "from moectl.cluster.deploy.provision import Advanced\n"
         "def main():\n"
         "    hosts = parse_hosts(Path(sys.argv[1]).read_text()).hosts\n"
         "    say = lambda e: isinstance(e, Advanced) and print(e.bytes, flush=True)\n"
@@ -262,7 +262,7 @@ def test_a_promise_is_taken_back_before_anything_is_taken(tmp_path: Path, monkey
             there.append((tmp_path / NAME).exists())
             raise Unreachable("enough was seen")
 
-    monkeypatch.setattr("moectl.push.Taker", Taker)
+    monkeypatch.setattr("moectl.cluster.deploy.push.Taker", Taker)
     told: list[object] = []
     found = Found(str(tmp_path), {}, {}, may_lie=True)
     push = Push(LocalRemote(), tmp_path, found, lambda _: None, Link(1, (), told.append, 0.0))
@@ -312,7 +312,7 @@ def test_many_hosts_that_hang_are_waited_for_together(monkeypatch: pytest.Monkey
 
         close = terminate
 
-    monkeypatch.setattr("moectl.fleet.time", SimpleNamespace(monotonic=lambda: Hung.now_s))
+    monkeypatch.setattr("moectl.cluster.deploy.fleet.time", SimpleNamespace(monotonic=lambda: Hung.now_s))
     whole = fleet._Fleet([], 1, lambda event: None, None)
     task = cast(Task, SimpleNamespace(rank=0))
     whole._processes = {multiprocessing.Pipe()[0]: (Hung(), task) for _ in range(8)}

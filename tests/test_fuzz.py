@@ -19,7 +19,9 @@ from typing import Any, cast
 
 import pytest
 
-from moectl import probing
+from moectl.cluster import probed_plan
+from moectl.cluster.deploy.provision import Task, inspect_host
+from moectl.cluster.probe import Site, measure_links
 from moectl.engine import protocol
 from moectl.engine.request import Request, Stats
 from moectl.engine.worker import Leash
@@ -32,8 +34,6 @@ from moectl.model.placement import make_placement
 from moectl.paths import state_dir
 from moectl.planner.measured import Pass, RankSpeed, Speed, read_speeds
 from moectl.planner.speed import Prediction
-from moectl.probe import Site, measure_links
-from moectl.provision import Task, inspect_host
 from moectl.session.deployment import DeployedRank, Deployment, deployment_path, find_deployment, write_deployment
 from moectl.session.session import RankSpec, Session
 from moectl.shards import journal
@@ -185,7 +185,7 @@ def speed() -> Speed:
 
 def test_probe_records(seconds: float) -> None:
     whole = {
-        "schema": probing.SCHEMA,
+        "schema": probed_plan.SCHEMA,
         "hosts": ["a", "b"],
         "geometry": asdict(PLACEMENT.geometry),
         "quantization": None,
@@ -195,8 +195,8 @@ def test_probe_records(seconds: float) -> None:
     state_dir().mkdir(parents=True)
 
     def read(data: bytes) -> None:
-        (state_dir() / probing.RECORD).write_bytes(data)
-        found = probing.recall(["a", "b"], PLACEMENT, None, context=64, prompt_tokens=8)
+        (state_dir() / probed_plan.RECORD).write_bytes(data)
+        found = probed_plan.recall(["a", "b"], PLACEMENT, None, context=64, prompt_tokens=8)
         assert found is None or isinstance(found, Prediction)
 
     read(json.dumps(whole).encode())

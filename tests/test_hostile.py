@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl import provision
+from moectl.cluster.deploy import provision
+from moectl.cluster.deploy.provision import Task, inspect_host
 from moectl.errors import CheckpointError, CommandFailed, HostError, HostsError, MoectlError
 from moectl.hosts.hostfile import Host, parse_host_string, parse_hosts
 from moectl.hosts.remote import LocalRemote
 from moectl.hosts.ssh.remote import SSHRemote, quote_command
 from moectl.model.manifest import FileEntry
-from moectl.provision import Task, inspect_host
 from moectl.session.deployment import DeployedRank, Deployment, decode_deployment, encode_deployment
 from tests import hub_client
 from tests.hub import Hub

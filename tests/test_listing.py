@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from moectl import report_observe
+from moectl.cluster.sets import choose_old, delete_set, make_listing
 from moectl.errors import StateError
 from moectl.hosts.hostfile import Host
-from moectl.listing import choose_old, delete_set, make_listing
 from moectl.model.manifest import NAME
 from moectl.paths import cache_dir, data_dir
 from moectl.server import client

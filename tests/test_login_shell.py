@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from moectl.doctor_host import Expected, Visit, visit_host
+from moectl.cluster.doctor.finding import Finding, Level
+from moectl.cluster.doctor.host import Expected, Visit, visit_host
 from moectl.errors import CommandFailed
-from moectl.findings import Finding, Level
 from moectl.hosts.hostfile import Host
 from moectl.hosts.login_shell import NOISE_BYTES
 from moectl.hosts.ssh.remote import SSHRemote

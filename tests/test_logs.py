@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moectl import logs, report_observe
+from moectl import report_observe
+from moectl.cluster import logs
+from moectl.cluster.logs import LOCAL, Asked, Line, Reader, Source, Trouble, find_sources, in_order
 from moectl.errors import UsageError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.logs import Log, parse_line, pick
-from moectl.logs import LOCAL, Asked, Line, Reader, Source, Trouble, find_sources, in_order
 from moectl.paths import state_dir
 from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from moectl.session.target import target_key

@@ -9,13 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl.errors import CommandFailed
-from moectl.findings import Finding, Level
-from moectl.hosts.hardware import Hardware
-from moectl.hosts.hostfile import Host
-from moectl.hosts.survey import Survey, parse_ip, parse_sshd, read_survey
-from moectl.hosts.thunderbolt import Interface, Port, parse_ports
-from moectl.macos import (
+from moectl.cluster.doctor.finding import Finding, Level
+from moectl.cluster.doctor.macos import (
     check_bridge,
     check_devices,
     check_firewall,
@@ -27,6 +22,11 @@ from moectl.macos import (
     check_version,
     check_wired_limit,
 )
+from moectl.errors import CommandFailed
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host
+from moectl.hosts.survey import Survey, parse_ip, parse_sshd, read_survey
+from moectl.hosts.thunderbolt import Interface, Port, parse_ports
 from tests import cabling
 
 RECORDINGS = Path(__file__).parent / "recordings" / "doctor"

@@ -15,7 +15,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import probe
+from moectl.cluster import probe
+from moectl.cluster.probe import (
+    LEAST_MEMORY_BYTES,
+    Site,
+    Tried,
+    is_next,
+    measure_links,
+    measure_speed,
+    memory_to_use,
+    plan_rounds,
+    try_links,
+)
 from moectl.demo import demo_dir
 from moectl.errors import CommandFailed, MoectlError, PlanError, RemoteError, Unreachable
 from moectl.hosts import survey
@@ -29,17 +40,6 @@ from moectl.model.geometry import Geometry, read_geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
 from moectl.planner.measured import Job, Pass, RankSpeed, Speed, read_job, read_speeds
-from moectl.probe import (
-    LEAST_MEMORY_BYTES,
-    Site,
-    Tried,
-    is_next,
-    measure_links,
-    measure_speed,
-    memory_to_use,
-    plan_rounds,
-    try_links,
-)
 from tests.netns import Cluster
 from tests.ring import rank_env
 from tests.running import processes

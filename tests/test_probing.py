@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl import probe, probing
 from moectl.cli import cli
+from moectl.cluster import probe, probed_plan
 from moectl.demo import demo_dir
 from moectl.errors import CommandFailed
 from moectl.hosts.hostfile import Host
@@ -31,8 +31,8 @@ def _shim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(probing, "BUDGET_S", 0.4)
-    monkeypatch.setattr(probing, "LEAST_BUDGET_S", 0.1)
+    monkeypatch.setattr(probed_plan, "BUDGET_S", 0.4)
+    monkeypatch.setattr(probed_plan, "LEAST_BUDGET_S", 0.1)
 
 
 def invoke(*words: str) -> Result:
@@ -46,10 +46,10 @@ def question() -> Question:
 
 def test_links_alone_replace_the_assumed_ones() -> None:
     found = Measured((), ((0.0, 2e-3), (2e-3, 0.0)), ((0.0, 4e8), (5e8, 0.0)), ())
-    link = probing.use(question(), found).link
+    link = probed_plan.use(question(), found).link
     assert (link.latency_s, link.per_node_s, link.bytes_s) == (2e-3, 1e-3, 4e8)
-    assert probing.use(question(), found, stated_link="rdma") == question()
-    assert probing.use(question(), Measured((), (), (), ())) == question()
+    assert probed_plan.use(question(), found, stated_link="rdma") == question()
+    assert probed_plan.use(question(), Measured((), (), (), ())) == question()
 
 
 def test_a_measured_split_is_not_predicted_from_parts() -> None:
@@ -57,7 +57,7 @@ def test_a_measured_split_is_not_predicted_from_parts() -> None:
     speed = Speed(
         "hidden", (84, 84), Pass(1, 6e-3, 0.01), Pass(64, 0.02, 0.2), {12288: 5e-4, 786432: 1e-3}, (rank,) * 2, 64, 1
     )
-    asked = replace(probing.use(question(), Measured((), (), (), (speed,))), context=64)
+    asked = replace(probed_plan.use(question(), Measured((), (), (), (speed,))), context=64)
     plan = make_plan(asked, "hidden")
     assert plan.placement.shares == speed.shares
     assert plan.prediction is not None
@@ -102,7 +102,7 @@ def test_a_host_without_moectl_tells_its_hardware_and_links(ssh_host: Host, tmp_
 
 
 def test_local_ranks_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "_measure_speeds", lambda *_: ())
+    monkeypatch.setattr(probed_plan, "_measure_speeds", lambda *_: ())
     budgets = [
         json.loads(invoke("plan", DEMO, "--local", str(n), "--json").stdout)["nodes"][0]["budget_bytes"] for n in (1, 4)
     ]
@@ -120,7 +120,7 @@ def test_links_that_cannot_be_timed_are_assumed(monkeypatch: pytest.MonkeyPatch)
 
     said: list[str] = []
     monkeypatch.setattr(probe, "measure_links", refuse)
-    assert probing._measure_links([], said.append) == ((), ())
+    assert probed_plan._measure_links([], said.append) == ((), ())
     assert said == ["mac1: its python did not listen: links are taken as --link says."]
 
 
@@ -128,7 +128,7 @@ def test_links_that_cannot_be_timed_are_assumed(monkeypatch: pytest.MonkeyPatch)
 @given(st.text() | st.sampled_from(['{"schema": "moectl.probe/1"}', "[]", '{"hosts": 3}']))
 def test_a_record_that_is_none_predicts_nothing(text: str) -> None:
     state_dir().mkdir(parents=True, exist_ok=True)
-    (state_dir() / probing.RECORD).write_text(text, encoding="utf-8", errors="replace")
+    (state_dir() / probed_plan.RECORD).write_text(text, encoding="utf-8", errors="replace")
     asked = question()
     placement = make_plan(asked, "hidden").placement
-    assert probing.recall(["a", "b"], placement, None, context=64, prompt_tokens=8) is None
+    assert probed_plan.recall(["a", "b"], placement, None, context=64, prompt_tokens=8) is None

@@ -24,7 +24,7 @@ import pytest
 from click.testing import CliRunner
 
 from moectl.cli import cli
-from moectl.errnos import explain, find_error
+from moectl.cluster.doctor.errnos import explain, find_error
 from moectl.guides import DIRECTORY, TOPICS
 from tests.ring import process_env
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from moectl.cluster import deploy
+from moectl.cluster.deploy.deploy import deploy
+from moectl.cluster.deploy.remedy import find_remedy
 from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts
 from moectl.model.manifest import read_manifest
 from moectl.paths import data_dir
-from moectl.remedy import find_remedy
 from moectl.session.deployment import DeployedRank, Deployment, read_deployment, recall_hosts, write_deployment
 from tests.sshd import Server
 from tests.test_cli import run

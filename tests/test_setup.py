@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from moectl import __main__
+from moectl.cluster.setup.record import Entry, open_record, read_record, record_path
 from moectl.errors import StateError
 from moectl.hosts.hostfile import Host, read_hosts
-from moectl.setup_record import Entry, open_record, read_record, record_path
 from tests import cabling
 from tests.fake_mac import FakeMac, record, start_mac
 from tests.sshd import Server

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from moectl.cluster.setup.machine import Machine, read_machine
+from moectl.cluster.setup.plan import SetupPlan, Wish, plan_setup
 from moectl.errors import HostsError, PlanError
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList, format_hosts, parse_hosts, to_mlx_json
 from moectl.hosts.survey import Survey, read_survey
 from moectl.session.backend import choose_backend
-from moectl.setup_machine import Machine, read_machine
-from moectl.setup_plan import SetupPlan, Wish, plan_setup
 from moectl.setup_report import file_text, plan_json
 from tests import cabling
 from tests.cabling import End

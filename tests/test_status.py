@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import report_observe, status as status_module
+from moectl import report_observe
+from moectl.cluster import status as status_module
+from moectl.cluster.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
 from moectl.engine.network.exchange import GATHER_BELOW_BYTES
 from moectl.errors import NotDeployed, PartialFailure, StateError, Unreachable, VersionMismatch
 from moectl.hosts import connect
@@ -31,7 +33,6 @@ from moectl.model.placement import make_placement
 from moectl.planner import speed
 from moectl.server.metrics import WINDOW_S, Throughput
 from moectl.session.deployment import DeployedRank, Deployment, find_deployment, forget_hosts, write_deployment
-from moectl.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
 from tests.running import wait_for
 from tests.sshd import Server, find_free_port
 from tests.tiny import make_config

@@ -7,8 +7,8 @@ from itertools import combinations, permutations
 import pytest
 from hypothesis import given, strategies as st
 
+from moectl.cluster.setup.topology import Topology, find_topology, ring_pairs
 from moectl.hosts.thunderbolt import Cable, Port, parse_ports
-from moectl.topology import Topology, find_topology, ring_pairs
 from tests import cabling
 
 

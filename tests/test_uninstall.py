@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from moectl.cluster import deploy
+from moectl.cluster.deploy.deploy import deploy
+from moectl.cluster.deploy.uninstall import _is_under, clear_hosts
 from moectl.errors import StateError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import workers
@@ -22,7 +23,6 @@ from moectl.hosts.onhost.files import RECORD
 from moectl.model.manifest import NAME as MANIFEST_NAME
 from moectl.paths import data_dir
 from moectl.session.deployment import DeployedRank, Deployment, find_deployment, write_deployment
-from moectl.uninstall import _is_under, clear_hosts
 from tests.running import make_python
 from tests.sshd import Server, find_free_port
 from tests.test_cli import run

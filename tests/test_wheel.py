@@ -12,8 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import moectl
+from moectl.cluster.deploy.wheel import download_command, pack_wheel
 from moectl.errors import VersionMismatch
-from moectl.wheel import download_command, pack_wheel
 
 
 def test_the_wheel_holds_what_runs_here_and_pip_takes_it(tmp_path: Path) -> None:

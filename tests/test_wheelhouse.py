@@ -15,11 +15,20 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from moectl.cluster.deploy.wheel import write_wheel
+from moectl.cluster.deploy.wheelhouse import (
+    LIST,
+    Platform,
+    ask_platforms,
+    build,
+    check,
+    find_closure,
+    make_list,
+    make_platform,
+)
 from moectl.errors import CommandFailed, IntegrityError, StateError, Unreachable, UsageError, VersionMismatch
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import platform
-from moectl.wheel import write_wheel
-from moectl.wheelhouse import LIST, Platform, ask_platforms, build, check, find_closure, make_list, make_platform
 from tests.sshd import Server, find_free_port
 from tests.test_cli import run
 from tests.test_cluster import make_shards

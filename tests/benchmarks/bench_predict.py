@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from moectl.cluster.probe import Site, measure_speed
 from moectl.demo import demo_dir
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote, Remote
@@ -18,7 +19,6 @@ from moectl.hosts.ssh.remote import SSHRemote
 from moectl.model.placement import Placement, make_placement
 from moectl.planner.measured import Job
 from moectl.planner.speed import Work, predict_measured
-from moectl.probe import Site, measure_speed
 from moectl.session.bench import bench
 from moectl.session.session import RankSpec, Session
 from moectl.shards.build import cut

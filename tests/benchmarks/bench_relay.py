@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from moectl.cluster import deploy
+from moectl.cluster.deploy.deploy import deploy
 from moectl.hosts.onhost.files import hash_file
 from moectl.model.manifest import NAME, FileEntry, Manifest, write_manifest
 from tests.netns import Cluster, run_cluster

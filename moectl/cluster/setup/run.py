@@ -11,15 +11,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from moectl.cluster.setup.machine import Machine, read_machine
+from moectl.cluster.setup.plan import SetupPlan, Step
+from moectl.cluster.setup.record import Entry, Record
 from moectl.errors import AuthFailed, CommandFailed, HostError, MoectlError, PartialFailure
 from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host, parse_host_string
 from moectl.hosts.remote import Completed, Remote, check_completed
 from moectl.hosts.survey import survey_host
 from moectl.hosts.thunderbolt import parse_ifconfig
-from moectl.setup_machine import Machine, read_machine
-from moectl.setup_plan import SetupPlan, Step
-from moectl.setup_record import Entry, Record
 
 COMMAND_S = 30.0
 UNDO = "moectl setup --undo takes back what was run"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moectl.doctor_host import Visit
+from moectl.cluster.doctor.finding import Finding, fail, fail_with, ok, warn
+from moectl.cluster.doctor.host import Visit
 from moectl.errors import HostsError
-from moectl.findings import Finding, fail, fail_with, ok, warn
 from moectl.hosts.hostfile import HostList, split_devices
 from moectl.hosts.thunderbolt import Cable, find_cables
 from moectl.session.backend import choose_backend

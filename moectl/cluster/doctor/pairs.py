@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 
-from moectl import errnos, probe
+from moectl.cluster import probe
+from moectl.cluster.doctor import errnos
+from moectl.cluster.doctor.finding import Finding, fail, ok, skip, warn
+from moectl.cluster.probe import Site, Tried
 from moectl.errors import HostsError, MoectlError
-from moectl.findings import Finding, fail, ok, skip, warn
 from moectl.hosts.thunderbolt import Interface
 from moectl.model.geometry import Geometry
 from moectl.model.placement import make_placement
 from moectl.planner.measured import Job
-from moectl.probe import Site, Tried
 from moectl.session.backend import choose_backend
 
 COLLECTIVE_START_S = 45.0

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
 
-from moectl import files as disk, probe
+from moectl import files as disk
+from moectl.cluster import probe
+from moectl.cluster.probe import Site
 from moectl.errors import HostsError, MoectlError, RemoteError
 from moectl.hosts import survey
 from moectl.hosts.connect import ROOT, connect
@@ -31,7 +33,6 @@ from moectl.planner.memory import Verdict
 from moectl.planner.plan import Question, candidates
 from moectl.planner.questions import Answer, Asked, Task, set_task
 from moectl.planner.speed import Prediction, Rates, Work, predict_measured
-from moectl.probe import Site
 from moectl.session.backend import choose_backend
 from moectl.session.target import find_addresses, share_cores, split_envs
 from moectl.shards.prepare import Wanted

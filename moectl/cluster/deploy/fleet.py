@@ -20,13 +20,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import Any
 
-from moectl.chain import Chain
-from moectl.errors import MoectlError
-from moectl.handover import Admit, Down, Joined, More, Opened, TakeFrom, Up, Wants
-from moectl.hosts.connect import as_ours
-from moectl.model import manifest as manifest_file
-from moectl.model.manifest import FileEntry
-from moectl.provision import (
+from moectl.cluster.deploy.provision import (
     Advanced,
     Event,
     HostResult,
@@ -38,7 +32,12 @@ from moectl.provision import (
     deployed_host,
     inspect_host,
 )
-from moectl.push import Push
+from moectl.cluster.deploy.push import Push
+from moectl.cluster.deploy.relay import Admit, Chain, Down, Joined, More, Opened, TakeFrom, Up, Wants
+from moectl.errors import MoectlError
+from moectl.hosts.connect import as_ours
+from moectl.model import manifest as manifest_file
+from moectl.model.manifest import FileEntry
 
 EVENT_INTERVAL_S = 0.1
 END_GRACE_S = 5.0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 import shlex
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moectl.errors import MoectlError
-from moectl.hosts.hostfile import Host
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from moectl.errors import MoectlError
+    from moectl.hosts.hostfile import Host
 
 
 class Level(enum.IntEnum):

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moectl.cluster.deploy.relay import Admit, Giver, Joined, More, Opened, TakeFrom, Taker, Up, Wants
 from moectl.errors import MoectlError, Unreachable
-from moectl.handover import Admit, Giver, Joined, More, Opened, TakeFrom, Taker, Up, Wants
 from moectl.hosts.remote import Remote, node_text
 from moectl.model import manifest as manifest_file
 from moectl.model.manifest import FileEntry

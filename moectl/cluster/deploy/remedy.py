@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from moectl import cluster
+from moectl.cluster.deploy import deploy
 from moectl.errors import MoectlError, PlanError
 from moectl.hosts.hostfile import Host
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
@@ -56,5 +56,5 @@ def _sets_for(source: str, hosts: list[Host]) -> Iterator[tuple[Path, Manifest]]
 
 def _missing_bytes(hosts: list[Host], directory: Path, manifest: Manifest) -> int | None:
     """Return how many bytes of a set the hosts do not have; None when one of them cannot be asked."""
-    result = cluster.deploy(hosts, directory, manifest, dry_run=True)
+    result = deploy.deploy(hosts, directory, manifest, dry_run=True)
     return None if result.failed else sum(host.copied_bytes for host in result.succeeded)

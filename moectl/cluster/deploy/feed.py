@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moectl.cluster import DeployResult, Growing, deploy, manifest_entry
-from moectl.fleet import Feed
+from moectl.cluster.deploy.deploy import DeployResult, Growing, deploy, manifest_entry
+from moectl.cluster.deploy.fleet import Feed
 from moectl.hosts.hostfile import Host
 from moectl.model.manifest import NAME, FileEntry, read_manifest
 from moectl.model.placement import Placement

@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
+from moectl.cluster.deploy.provision import PIP_S
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
 from moectl.files import explain_refusal, write_whole
 from moectl.hosts.connect import ROOT, make_remote, on_each
@@ -31,7 +32,6 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import hash_file
 from moectl.hosts.programs import CANDIDATES, OLDEST_PYTHON, ask
 from moectl.hosts.remote import LocalRemote
-from moectl.provision import PIP_S
 
 LIST = "requirements.txt"
 HEADER = "# moectl wheelhouse: each wheel here and its hash; pip takes no other bytes"

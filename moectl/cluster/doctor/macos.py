@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from moectl.findings import Finding, at_host, fail, ok, warn
+from moectl.cluster.doctor.finding import Finding, at_host, fail, ok, warn
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, split_devices
 from moectl.hosts.survey import Survey

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from moectl.cluster.setup.machine import Machine
+from moectl.cluster.setup.topology import Pair, Topology, find_topology, ring_pairs
 from moectl.errors import PlanError
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.thunderbolt import THUNDERBOLT_5_BIT_S, Cable, Interface, Port
 from moectl.planner.chips import default_working_set_bytes
 from moectl.planner.memory import COMFORTABLE, SYSTEM_BYTES
-from moectl.setup_machine import Machine
-from moectl.topology import Pair, Topology, find_topology, ring_pairs
 
 BRIDGE = "bridge0"
 RDMA_MACOS = (26, 2)

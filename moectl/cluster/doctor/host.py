@@ -17,20 +17,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moectl.cluster.deploy.provision import PACKAGES, survey_environment
+from moectl.cluster.doctor.finding import Finding, Level, at_host, fail, fail_with, ok, skip, warn, worst
+from moectl.cluster.doctor.macos import check_mac
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
-from moectl.findings import Finding, Level, at_host, fail, fail_with, ok, skip, warn, worst
 from moectl.hosts.hostfile import Host
 from moectl.hosts.login_shell import describe_quiet
 from moectl.hosts.remote import Process, Remote, room_text
 from moectl.hosts.ssh.config import SSHSettings, read_ssh_settings
 from moectl.hosts.survey import Survey, parse_sshd, survey_host
-from moectl.macos import check_mac
 from moectl.model.manifest import Manifest
 from moectl.planner.chips import find_chip
 from moectl.planner.memory import Verdict, judge, rank_need
 from moectl.planner.questions import Asked, known_node
 from moectl.planner.this_machine import CONTEXT
-from moectl.provision import PACKAGES, survey_environment
 from moectl.text import format_gb
 
 PING_S = 15.0  # for a login shell to run `true`

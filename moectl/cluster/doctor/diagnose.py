@@ -13,22 +13,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moectl.cluster import wanted_versions
-from moectl.doctor_cluster import check_cluster
-from moectl.doctor_host import Expected, Visit, visit_host
-from moectl.doctor_pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
+from moectl.cluster.deploy.deploy import wanted_versions
+from moectl.cluster.deploy.wheel import hash_code
+from moectl.cluster.doctor.compare import check_cluster
+from moectl.cluster.doctor.finding import Finding, Level, at_host, fail, fail_with, skip, worst
+from moectl.cluster.doctor.host import Expected, Visit, visit_host
+from moectl.cluster.doctor.pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
+from moectl.cluster.probe import Site, is_next, try_links
 from moectl.errors import HostsError, MoectlError, VersionMismatch
-from moectl.findings import Finding, Level, at_host, fail, fail_with, skip, worst
 from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.thunderbolt import parse_ifconfig
 from moectl.model.manifest import Manifest, read_manifest
-from moectl.probe import Site, is_next, try_links
 from moectl.session.backend import choose_backend
 from moectl.session.deployment import Deployment, find_deployment
 from moectl.session.target import find_addresses, split_envs
 from moectl.shards.prepare import newest_shards
-from moectl.wheel import hash_code
 
 HOST_S = 90.0  # for the whole ladder of a host; its rungs have limits of their own
 LINKS_S = 60.0  # for all pairs, and more for each host: broken ways wait for one another

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from moectl.cluster.deploy.push import Found, Link, Push, record
+from moectl.cluster.deploy.relay import FLOOR_BYTES_S, More, Up
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
-from moectl.handover import FLOOR_BYTES_S, More, Up
 from moectl.hosts.connect import ROOT, make_remote
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import parse_answer
@@ -23,7 +24,6 @@ from moectl.hosts.programs import CANDIDATES, NO_PYTHON, OLDEST_PYTHON
 from moectl.hosts.remote import Failure, Remote, node_text, put_error, read_failure, room_text
 from moectl.model import manifest as manifest_file
 from moectl.model.manifest import FileEntry
-from moectl.push import Found, Link, Push, record
 from moectl.records import build
 
 MANIFEST = manifest_file.NAME

@@ -1,0 +1,1 @@
+"""Software and shards to every host, and away again."""

@@ -1,0 +1,1 @@
+"""Checks, host by host, then pair by pair."""

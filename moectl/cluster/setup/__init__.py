@@ -1,0 +1,1 @@
+"""Addresses and RDMA for Thunderbolt cables."""
