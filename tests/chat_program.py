@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moectl import lineedit
 from moectl.__main__ import TERMINATED, Terminated
-from moectl.chat import Finished, Piece, chat
+from moectl.cli.chat import keyboard
+from moectl.cli.chat.chat import Finished, Piece, chat
+from moectl.cli.chat.settings import ChatSettings
+from moectl.cli.chat.transcript import Message
 from moectl.engine.request import Stats
 from moectl.errors import MoectlError, PeerLost, UsageError
-from moectl.settings import ChatSettings
-from moectl.transcript import Message
 
 HOSTILE = "a\x1b]0;owned\x07b\x1b[2Jc\x9b2Jd\re\x08\x7ff\tg\nh"
 
@@ -113,7 +113,7 @@ def main() -> int:
     log, history, *rest = sys.argv[1:]
     signal.signal(signal.SIGTERM, on_sigterm)
     if rest[1:]:
-        lineedit.PATIENCE_S = float(rest[1])
+        keyboard.PATIENCE_S = float(rest[1])
     settings = ChatSettings(**{"max_tokens": 256, **json.loads(rest[0] if rest else "{}")})
     try:
         chat(Ruled(Path(log)), settings, history=None if history == "-" else Path(history), color="never")

@@ -451,7 +451,7 @@ def serve(imports: Sequence[str]) -> None:
         "moectl.shards.prepare",
         "moectl.shards.build",
         "moectl.text",
-        "moectl.report",
+        "moectl.cli.verbs.plan",
         *imports,
     ):
         importlib.import_module(name)

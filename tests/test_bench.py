@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import plot, report
+from moectl.cli import plot
+from moectl.cli.verbs import bench as report
 from moectl.engine.engine import Engine
 from moectl.engine.network import exchange
 from moectl.engine.network.experts import Experts

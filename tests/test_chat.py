@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl.chat import is_command, is_open, read_block
+from moectl.cli.chat.chat import is_command, is_open, read_block
+from moectl.cli.chat.settings import ALIASES, ChatSettings, change_setting, settings_table, value_text
+from moectl.cli.chat.transcript import Message, Transcript, load_transcript, save_transcript
 from moectl.errors import UsageError
-from moectl.settings import ALIASES, ChatSettings, change_setting, settings_table, value_text
 from moectl.text import printable
-from moectl.transcript import Message, Transcript, load_transcript, save_transcript
 from tests.terminal import Terminal
 
 pytestmark = [

@@ -16,11 +16,11 @@ from typing import Any
 import click
 import pytest
 
-from moectl import __main__, __version__, cli, errors
-from moectl.console import progress
-from moectl.flags import Failed
+from moectl import __main__, __main__ as cli, __version__, errors
+from moectl.cli.options import Failed
+from moectl.cli.terminal import progress
+from moectl.cli.verb import SECTIONS, Verb
 from moectl.text import colour_wanted, size_text, table_text, time_text
-from moectl.verb import SECTIONS, Verb
 from tests.tiny import write_checkpoint, write_words
 
 MODULE = [sys.executable, "-m", "moectl"]
@@ -366,7 +366,7 @@ def test_sizes_and_times() -> None:
 
 
 def test_no_bar_says_more_than_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.console.QUIET_S", -1.0)
+    monkeypatch.setattr("moectl.cli.terminal.QUIET_S", -1.0)
     with progress(quiet=False) as bars:
         bar = bars.bar("mac1", 1_000_000)
         for count in (500_000, 500_000, 200_000, -100_000, 100_000):

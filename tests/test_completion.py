@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 import pytest
 
-from moectl.cli import cli
-from moectl.completion import FILES, SHELLS, script
+from moectl.__main__ import cli
+from moectl.cli.completion import FILES, SHELLS, script
 from moectl.hosts.hostfile import Host
 from moectl.model.catalog import MODELS
 from moectl.paths import config_dir, data_dir

@@ -20,7 +20,8 @@ import httpx2
 import openai
 import pytest
 
-from moectl.cli_target import advise
+from moectl.cli.target import advise
+from moectl.cli.terminal import stats_text
 from moectl.demo import demo_dir
 from moectl.engine.protocol import Done, Prefilled, Ready, Refused, Token
 from moectl.engine.request import Request, Stats
@@ -41,7 +42,6 @@ from moectl.errors import (
     VersionMismatch,
 )
 from moectl.paths import runtime_dir
-from moectl.report import stats_text
 from moectl.server import background, client, controller, run
 from moectl.server.client import Client, find_running, is_running
 from moectl.server.contracts import Notice

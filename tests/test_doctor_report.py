@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
+from moectl.cli.verbs.doctor import doctor_json, doctor_text, summary_text
 from moectl.cluster.doctor.diagnose import Diagnosis, HostReport, PairReport
 from moectl.cluster.doctor.finding import Level, fail, ok, skip, warn
-from moectl.doctor_report import doctor_json, doctor_text, summary_text
 from moectl.hosts.hostfile import Host
 
 MAC1, MAC2, MAC3 = Host("mac1"), Host("mac2", "ada"), Host("mac3")

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from moectl import __main__, cli
+from moectl import __main__, __main__ as cli
+from moectl.cli.verb import EXIT_CODES
 from moectl.errors import StateError
-from moectl.verb import EXIT_CODES
 from tests.ring import process_env
 from tests.running import wait_for, workers
 from tests.tiny import write_checkpoint

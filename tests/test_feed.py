@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from moectl.cli import cli
+from moectl.__main__ import cli
+from moectl.cli.options import Failed
 from moectl.cluster.deploy.feed import shard_and_deploy
 from moectl.cluster.deploy.provision import Event, HostResult
 from moectl.errors import CheckpointError, PartialFailure, UsageError
-from moectl.flags import Failed
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import RECORD, hash_file
 from moectl.model.manifest import NAME, read_manifest

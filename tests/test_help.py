@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from moectl.cli import cli
-from moectl.guides import TOPICS, read_guide
+from moectl.__main__ import cli
+from moectl.cli.guides import TOPICS, read_guide
 from tests.terminal import Terminal
 
 MODULE = [sys.executable, "-m", "moectl"]
@@ -104,7 +104,7 @@ def test_a_guide_on_a_terminal(pager: str, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("topic", TOPICS)
 def test_a_guide_without_colour_has_no_escapes(topic: str) -> None:
-    from moectl.cli_help import _render
+    from moectl.cli.verbs.help import _render
 
     shown = _render(read_guide(topic).text("moectl help {}"), color=False)
     assert "\x1b" not in shown

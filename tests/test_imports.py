@@ -255,8 +255,8 @@ HEAVY = {
 
 
 def test_the_command_line_loads_click_only() -> None:
-    assert not loaded_by("import moectl.cli") & HEAVY
-    code = "import moectl.cli\ntry: moectl.cli.cli(['run', '--help'])\nexcept SystemExit: pass"
+    assert not loaded_by("import moectl.__main__") & HEAVY
+    code = "import moectl.__main__\ntry: moectl.__main__.cli(['run', '--help'])\nexcept SystemExit: pass"
     assert not loaded_by(code) & HEAVY
 
 
@@ -292,7 +292,7 @@ def test_a_tab_press_loads_no_library_but_click(line: str, tmp_path: Path, monke
 
 
 def test_a_chat_loads_the_line_editor_only_when_it_begins() -> None:
-    assert not loaded_by("import moectl.chat") & HEAVY
+    assert not loaded_by("import moectl.cli.chat.chat") & HEAVY
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moectl import report_observe
+from moectl.cli.verbs import list as report_observe
 from moectl.cluster.sets import choose_old, delete_set, make_listing
 from moectl.errors import StateError
 from moectl.hosts.hostfile import Host

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moectl import report_observe
+from moectl.cli.verbs import logs as report_observe
 from moectl.cluster import logs
 from moectl.cluster.logs import LOCAL, Asked, Line, Reader, Source, Trouble, find_sources, in_order
 from moectl.errors import UsageError

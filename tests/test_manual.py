@@ -16,15 +16,15 @@ import pytest
 from click.testing import CliRunner
 
 import moectl
-from moectl.cli import cli
-from moectl.completion import FILES
+from moectl.__main__ import cli
+from moectl.cli.completion import FILES
+from moectl.cli.guides import TOPICS
+from moectl.cli.manual import _CODES, _HOST_KEYS, pages, write_files
+from moectl.cli.markdown import NEEDS_TBL, to_roff
+from moectl.cli.options import common
+from moectl.cli.verb import EXIT_CODES, Verb, Verbs, verb
 from moectl.errors import MoectlError
-from moectl.flags import common
-from moectl.guides import TOPICS
 from moectl.hosts import hostfile
-from moectl.manual import _CODES, _HOST_KEYS, pages, write_files
-from moectl.markdown import NEEDS_TBL, to_roff
-from moectl.verb import EXIT_CODES, Verb, Verbs, verb
 
 ROOT = Path(__file__).parent.parent
 GUIDE_SECTIONS = ["NAME", "DESCRIPTION", "SEE ALSO"]

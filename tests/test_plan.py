@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, strategies as st
 
-from moectl.cli import cli
+from moectl.__main__ import cli
+from moectl.cli.options import Failed
 from moectl.demo import demo_dir
 from moectl.errors import PlanError
-from moectl.flags import Failed
 from moectl.model.geometry import DBRX
 from moectl.model.manifest import Quantization
 from moectl.paths import data_dir

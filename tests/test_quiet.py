@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moectl.cli import cli
+from moectl.__main__ import cli
 from moectl.demo import demo_dir
 from tests.hub import Hub
 from tests.ring import process_env

@@ -23,9 +23,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moectl.cli import cli
+from moectl.__main__ import cli
+from moectl.cli.guides import DIRECTORY, TOPICS
 from moectl.cluster.doctor.errnos import explain, find_error
-from moectl.guides import DIRECTORY, TOPICS
 from tests.ring import process_env
 
 ROOT = Path(__file__).parent.parent

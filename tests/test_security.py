@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
-from moectl import cli_use
+from moectl.cli import terminal
+from moectl.cli.options import Common
+from moectl.cli.verbs import run as run_
 from moectl.engine.answer import read_prompt
 from moectl.engine.request import Request
 from moectl.errors import MoectlError, UsageError
-from moectl.flags import Common
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.session.session import RankSpec, Session
@@ -295,11 +296,11 @@ def test_no_host_and_no_model_gets_hold_of_a_terminal(monkeypatch: pytest.Monkey
     out, log, file = Screen(), Screen(), io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
     common = Common(hosts=None, hostfile=None, json=False, quiet=False, verbose=1, color="auto")
-    cli_use._log_printer(common)("mac1", ESCAPE)
+    terminal._log_printer(common)("mac1", ESCAPE)
     assert log.getvalue().strip().isprintable()
     for screen in (out, file):
         monkeypatch.setattr("sys.stdout", screen)
-        cli_use._write(ESCAPE)
+        run_._write(ESCAPE)
     assert out.getvalue().isprintable()
     assert file.getvalue() == ESCAPE  # what goes to a file stays as it is
 

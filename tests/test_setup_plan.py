@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from moectl.cli.verbs.setup import file_text, plan_json
 from moectl.cluster.setup.machine import Machine, read_machine
 from moectl.cluster.setup.plan import SetupPlan, Wish, plan_setup
 from moectl.errors import HostsError, PlanError
@@ -19,7 +20,6 @@ from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList, format_hosts, parse_hosts, to_mlx_json
 from moectl.hosts.survey import Survey, read_survey
 from moectl.session.backend import choose_backend
-from moectl.setup_report import file_text, plan_json
 from tests import cabling
 from tests.cabling import End
 from tests.fake_mac import PORTS, ifconfig_text, interfaces, read, record

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl import report_observe
+from moectl.cli.terminal import cut_line, on_ctrl_t
+from moectl.cli.verbs import status
 from moectl.cluster import status as status_module
 from moectl.cluster.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Row, Status
 from moectl.engine.network.exchange import GATHER_BELOW_BYTES
@@ -27,7 +28,6 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import workers
 from moectl.hosts.programs import ask, list_pythons
 from moectl.hosts.remote import LocalRemote
-from moectl.live import cut_line, on_ctrl_t
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
 from moectl.planner import speed
@@ -210,7 +210,7 @@ ROWS = (
 
 def test_the_table_and_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Status(0.0, ROWS, ({**DESCRIBED, "restarts": 2},), ("/run/x.sock",))
-    assert report_observe.status_text(found, width=100).split("\n") == [
+    assert status.status_text(found, width=100).split("\n") == [
         "RANK  HOST  STATE    MODEL   MEMORY     UP  TOKENS  TOK/S      LINK",
         "   0  mac1  \x1b[32mrunning\x1b[0m  dbrx   73.6 GB  2h14m  18,204    6.2  4.9 MB/s",
         "   1  mac2  \x1b[31mdown\x1b[0m     dbrx         -      -",
@@ -218,9 +218,9 @@ def test_the_table_and_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
         f"{NAME}: 1 answers in progress, 0 waiting, restarted 2 times",
         "a controller does not answer: it loads, or hangs (/run/x.sock)",
     ]
-    assert "LINK" not in report_observe.status_text(found, width=60)
-    assert "STATE" not in report_observe.status_text(found, width=14)
-    document = report_observe.status_json(found)
+    assert "LINK" not in status.status_text(found, width=60)
+    assert "STATE" not in status.status_text(found, width=14)
+    document = status.status_json(found)
     assert document["schema"] == "moectl.status/1"
     assert document["hosts"][1]["error"] == {
         "code": 5,
@@ -228,14 +228,14 @@ def test_the_table_and_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
         "message": "no route to host",
         "hint": None,
     }
-    assert report_observe.changed_lines(found, None) == [
+    assert status.changed_lines(found, None) == [
         "1970-01-01T00:00:00Z 0 mac1 running dbrx 73.6 GB 2h14m 18,204 6.2 4.9 MB/s",
         "1970-01-01T00:00:00Z 1 mac2 down dbrx no route to host",
     ]
     later = replace(found, rows=(replace(ROWS[0], up_s=8042.0), replace(ROWS[1], state=IDLE, error=None)))
-    assert report_observe.changed_lines(later, found) == ["1970-01-01T00:00:00Z 1 mac2 idle dbrx"]
-    assert report_observe.changed_lines(replace(found, rows=()), found) == ["1970-01-01T00:00:00Z Nothing is running."]
-    assert [report_observe.up_text(s) for s in (41, 750, 8040, 280000)] == ["41s", "12m", "2h14m", "3d5h"]
+    assert status.changed_lines(later, found) == ["1970-01-01T00:00:00Z 1 mac2 idle dbrx"]
+    assert status.changed_lines(replace(found, rows=()), found) == ["1970-01-01T00:00:00Z Nothing is running."]
+    assert [status.up_text(s) for s in (41, 750, 8040, 280000)] == ["41s", "12m", "2h14m", "3d5h"]
 
 
 @given(st.lists(st.tuples(st.floats(0, 1000), st.integers(1, 9))))

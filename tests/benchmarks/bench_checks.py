@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from moectl.cli_target import PARANOIA
+from moectl.cli.target import PARANOIA
 from moectl.demo import demo_dir
 from moectl.engine.protocol import Done
 from moectl.engine.request import Request

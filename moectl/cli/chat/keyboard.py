@@ -11,15 +11,12 @@ import signal
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
-from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
@@ -28,6 +25,12 @@ from prompt_toolkit.utils import is_dumb_terminal
 
 from moectl.errors import UsageError
 from moectl.files import make_private_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from prompt_toolkit.formatted_text import StyleAndTextTuples
 
 T = TypeVar("T")
 

@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from moectl.engine.request import Stats
+from moectl.cli.chat.settings import ALIASES, ChatSettings, change_setting, settings_table, split_words, value_text
+from moectl.cli.chat.transcript import Message, Transcript, load_transcript, save_transcript
+from moectl.cli.terminal import stats_text
 from moectl.errors import MoectlError, RemoteError, UsageError
-from moectl.report import stats_text
-from moectl.settings import ALIASES, ChatSettings, change_setting, settings_table, split_words, value_text
 from moectl.text import colour_wanted, printable
-from moectl.transcript import Message, Transcript, load_transcript, save_transcript
 
 if TYPE_CHECKING:
-    from moectl.lineedit import Keyboard
+    from collections.abc import Callable, Generator, Sequence
+
+    from moectl.cli.chat.keyboard import Keyboard
+    from moectl.engine.request import Stats
 
 HELP = '''\
 Available commands:
@@ -114,7 +115,7 @@ def chat(
     `history` is the file that remembers what they typed (None: no file). Raises UsageError where there is no terminal,
     and the answerer's error when that is over.
     """
-    from moectl.lineedit import Keyboard
+    from moectl.cli.chat.keyboard import Keyboard
 
     screen = sys.stderr if sys.stderr.isatty() else sys.stdout
     coloured = colour_wanted(color, screen)

@@ -3,88 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import click
-
-from moectl import errors, suggest
-from moectl.flags import Q_BITS, SPLIT, Common
+from moectl import errors
+from moectl.cli.options import Common, refuse_both
+from moectl.cli.terminal import download_bars
+from moectl.demo import demo_dir
 
 if TYPE_CHECKING:
-    from moectl.console import Bar, Progress
+    from collections.abc import Callable
+
+    from moectl.cli.terminal import Bar, Progress
+    from moectl.hosts.hostfile import Host
     from moectl.model.canary import Canary
     from moectl.model.manifest import Manifest
-    from moectl.session.target import Target
+    from moectl.session.deployment import Deployment
+    from moectl.session.target import Local, Target
     from moectl.shards.prepare import Made, Wanted
 
-MAX_START_S = 86400.0
 PARANOIA = (
     32  # steps from one comparison to the next: often enough to stop nonsense soon, and seldom enough to cost nothing
 )
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def target_options(command: F) -> F:
-    """Give a command the flags that say which model to run, where and how; the functions below read them."""
-    options = (
-        click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine."),
-        click.option(
-            "--shards", metavar="DIR", shell_complete=suggest.shard_sets, help="Use this shard set on this machine."
-        ),
-        click.option(
-            "--model",
-            metavar="DIR|REPO",
-            shell_complete=suggest.models,
-            help="Use this model on this machine; sharded first when needed.",
-        ),
-        click.option("--split", type=SPLIT, help="For --model (default: auto)."),
-        click.option("--shares", metavar="A,B,…", help="For --model: uneven parts."),
-        click.option("--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert."),
-        click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight."),
-        click.option("--force", is_flag=True, help="Try it although memory will not do."),
-        click.option(
-            "--no-canary", is_flag=True, help="Do not check first whether every rank computes what it should."
-        ),
-        click.option("--agree-routing", is_flag=True, help="Rank 0 chooses the experts for all: for unlike chips."),
-        click.option("--paranoia", is_flag=True, help="Let all ranks compare what they compute, again and again."),
-        click.option(
-            "--backend",
-            type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]),
-            default="auto",
-            show_default=True,
-            help="How ranks reach each other: ring is TCP, jaccl RDMA.",
-        ),
-        click.option(
-            "--start-timeout",
-            type=click.FloatRange(1, MAX_START_S),
-            default=30.0,
-            show_default=True,
-            metavar="SECONDS",
-            help="For all ranks to join and load.",
-        ),
-        click.option(
-            "--prefill-step",
-            type=click.IntRange(1),
-            metavar="TOKENS",
-            help="Of a prompt, read at once: others wait for no more than that (default: 512).",
-        ),
-        click.option(
-            "--speculate",
-            type=click.IntRange(0, 64),
-            default=0,
-            show_default=True,
-            metavar="TOKENS",
-            help="Guess so many from what was said before, and check them at once.",
-        ),
-        click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def session_options(common: Common, options: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +44,6 @@ def session_options(common: Common, options: dict[str, Any]) -> dict[str, Any]:
 
 def choose_target(common: Common, options: dict[str, Any]) -> Target:
     """Return what to run: a shard set on this machine, or a deployment on hosts."""
-    from moectl import launch
     from moectl.model.manifest import read_manifest
     from moectl.planner.questions import check_here, check_hosts, place_here
     from moectl.session import target as target_
@@ -139,20 +78,13 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
     nodes = local or (None if shares else 2)
     wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits=bits)
     place = place_here(force, common.say)
-    return launch.prepare_local(
+    return prepare_local(
         model,
         wanted,
         shard=lambda m, w: (
             shard_model(common, m, w, cached=True, choose_place=place, no_canary=options["no_canary"]).directory
         ),
     )
-
-
-def refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
-    """Raise UsageError when a flag of each is given: one of them would be ignored."""
-    for one in (name for name, value in these.items() if value):
-        for other in (name for name, value in those.items() if value):
-            raise errors.UsageError(f"{one} and {other} exclude each other")
 
 
 def shard_model(
@@ -167,7 +99,7 @@ def shard_model(
     **options: Any,
 ) -> Made:
     """Cut a model with progress on the terminal, `among` other bars; `options` are `prepare.shard`'s."""
-    from moectl.console import progress
+    from moectl.cli.terminal import progress
     from moectl.model.canary import describe_unmet
     from moectl.shards import prepare
     from moectl.shards.tokenizer_files import choose_tokenizer
@@ -223,18 +155,6 @@ def _canary_drawer(bars: Progress, on_canary: Callable[[Canary], None]) -> Calla
     return compute
 
 
-def download_bars(bars: Progress) -> Callable[[str, int, int], None]:
-    """Return what draws a bar per file that comes from the Hub."""
-    downloads: dict[str, tuple[Bar, int]] = {}
-
-    def on_download(file: str, done: int, total: int) -> None:
-        bar, before = downloads.get(file) or (bars.bar(file, total), 0)
-        bar.advance(done - before)
-        downloads[file] = (bar, done)
-
-    return on_download
-
-
 def _quantise(memory_bytes: int) -> Any:
     from moectl.shards.quantize import quantizer
 
@@ -262,3 +182,43 @@ def advise(target: Target, failure: errors.MoectlError) -> str | None:
     from moectl.cluster.deploy.remedy import find_remedy
 
     return find_remedy(target, failure.host)
+
+
+def prepare_local(model: str | None, wanted: Wanted, *, shard: Callable[[str, Wanted], Path]) -> Local:
+    """Return a local target for a model (None: the bundled demo), which `shard` finds or makes."""
+    from moectl.model.manifest import read_manifest
+    from moectl.session.target import Local
+
+    directory = shard(model or str(demo_dir()), wanted)
+    return Local(directory, read_manifest(directory))
+
+
+def _find_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
+    """Return the deployment to look at; or hosts that are named and are not its own."""
+    from moectl.session.deployment import find_deployment
+
+    deployment = find_deployment()
+    named = common.hosts is not None or common.hostfile is not None
+    listed = common.host_list() if named or deployment is None else None
+    if listed is None:
+        return deployment, ()
+    if deployment is not None and [r.host.address for r in deployment.ranks] == [h.address for h in listed.hosts]:
+        return deployment, ()
+    return None, listed.hosts
+
+
+def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
+    from moectl.model.routing import read_routing
+    from moectl.shards.prepare import Wanted
+
+    bits, stats = options["q_bits"], options["routing_stats"]
+    return Wanted(
+        split=options["split"],
+        nodes=nodes,
+        shares=read_shares(options["shares"]),
+        replicas=options["replicas"],
+        routing=read_routing(stats) if stats else None,
+        bits=int(bits) if bits else None,
+        group_size=options["q_group_size"],
+        mode=options["q_mode"],
+    )

@@ -5,24 +5,31 @@ Imports of the working modules are inside the commands, so that `--help` and Tab
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moectl import errors, suggest
-from moectl.cli_target import refuse_both
-from moectl.flags import Common, common
-from moectl.verb import verb
+from moectl import errors
+from moectl.cli import suggest
+from moectl.cli.options import Common, common, refuse_both
+from moectl.cli.verb import verb
 
 if TYPE_CHECKING:
-    from moectl.cluster.setup.plan import SetupPlan, Wish
+    from collections.abc import Iterator, Sequence
+
+    from moectl.cluster.setup.plan import Advice, SetupPlan, Step, Wish
+    from moectl.cluster.setup.record import Entry
     from moectl.cluster.setup.run import OnCommand, Sudo
     from moectl.hosts.hostfile import Host, HostList
     from moectl.hosts.remote import Remote
+    from moectl.hosts.thunderbolt import Cable
+
+SCHEMA = "moectl.setup/1"
+_CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
 
 
 @verb("Prepare")
@@ -97,7 +104,6 @@ def _at_terminal() -> bool:
 
 
 def _set_up(common: Common, options: dict[str, Any]) -> None:
-    from moectl import setup_report
     from moectl.cluster.setup import run as setup_run
     from moectl.cluster.setup.plan import plan_setup
 
@@ -109,14 +115,14 @@ def _set_up(common: Common, options: dict[str, Any]) -> None:
     with setup_run.open_remotes(hosts.hosts) as remotes:
         common.say(f"Looking at {', '.join(host.address for host in hosts.hosts)}")
         plan = plan_setup(setup_run.look(hosts.hosts, remotes), hosts, wish)
-        content = setup_report.file_text(plan, str(output)) if output else ""  # what it cannot hold is told first
+        content = file_text(plan, str(output)) if output else ""  # what it cannot hold is told first
         count = _apply(common, plan, hosts, wish, remotes, yes=options["yes"]) if options["apply"] else 0
     if count is None:
         return
     if output is not None:
         _write(output, content, force=options["force"])
     state = "applied" if options["apply"] else "planned"
-    document = setup_report.plan_json(plan, state=state, written=str(output) if output else None, run=count)
+    document = plan_json(plan, state=state, written=str(output) if output else None, run=count)
     common.print(_result_text(common, plan, output, applied=count if options["apply"] else None), document)
 
 
@@ -163,20 +169,19 @@ def _write(output: Path, content: str, *, force: bool) -> None:
 
 
 def _result_text(common: Common, plan: SetupPlan, output: Path | None, *, applied: int | None) -> str:
-    from moectl import setup_report
 
     if applied:  # the plan was shown before the question
         lines = [f"{applied} command{'s' * (applied != 1)} run; moectl setup --undo takes them back."]
     else:
-        lines = [setup_report.plan_text(plan, verbose=common.verbose > 0), ""]
+        lines = [plan_text(plan, verbose=common.verbose > 0), ""]
     if output is not None:
         lines.append(f"The hosts file is in {output}.")
     else:
-        lines += ["The hosts file (-o FILE writes it):", setup_report.hosts_text(plan)]
+        lines += ["The hosts file (-o FILE writes it):", hosts_text(plan)]
     if applied == 0:
         lines.append("Nothing had to be changed.")
     elif applied is None and any(plan.to_do):
-        lines.append(f"Nothing was changed. --apply runs {setup_report.commands_text(plan.to_do)}.")
+        lines.append(f"Nothing was changed. --apply runs {commands_text(plan.to_do)}.")
     elif applied is None:
         lines.append("Nothing has to be changed on the hosts.")
     return "\n".join(lines)
@@ -186,7 +191,6 @@ def _apply(
     common: Common, plan: SetupPlan, hosts: HostList, wish: Wish, remotes: Sequence[Remote], *, yes: bool
 ) -> int | None:
     """Run what the plan says and look whether it took effect; return how many commands ran, None when told not to."""
-    from moectl import setup_report
     from moectl.cluster.setup import run as setup_run
     from moectl.cluster.setup.plan import plan_setup
     from moectl.cluster.setup.record import open_record
@@ -202,8 +206,8 @@ def _apply(
     if not at:
         return 0
     names = ", ".join(host.name for host, _ in at)
-    common.say(setup_report.plan_text(plan, verbose=common.verbose > 0))
-    if not yes and not _ask(f"Run {setup_report.commands_text(plan.to_do)} as root on {names}?"):
+    common.say(plan_text(plan, verbose=common.verbose > 0))
+    if not yes and not _ask(f"Run {commands_text(plan.to_do)} as root on {names}?"):
         common.say("Nothing was changed.")
         return None
     sudo = _become_root([remote for _, remote in at])
@@ -219,7 +223,6 @@ def _apply(
 
 
 def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
-    from moectl import setup_report
     from moectl.cluster.setup import run as setup_run
     from moectl.cluster.setup.record import open_record, read_record
 
@@ -230,14 +233,14 @@ def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
         listed = hosts.hosts
     entries = setup_run.choose_entries(read_record(), listed)
     if not entries:
-        common.print("There is nothing to undo.", setup_report.undo_json((), state="undone", run=0))
+        common.print("There is nothing to undo.", undo_json((), state="undone", run=0))
         return
     if dry_run:
-        text = f"{setup_report.undo_text(entries)}\nNothing was changed."
-        common.print(text, setup_report.undo_json(entries, state="planned", run=0))
+        text = f"{undo_text(entries)}\nNothing was changed."
+        common.print(text, undo_json(entries, state="planned", run=0))
         return
     at = setup_run.find_hosts_of(entries)
-    common.say(setup_report.undo_text(entries))
+    common.say(undo_text(entries))
     count = f"{len(entries)} command{'s' * (len(entries) != 1)}"
     if not yes and not _ask(f"Run {count} as root on {', '.join(host.name for host in at)}?"):
         common.say("Nothing was changed.")
@@ -247,7 +250,7 @@ def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
         entries = setup_run.choose_entries(record.entries, listed)  # another setup may have come between
         by_host = {host.address: remote for host, remote in zip(at, remotes, strict=True)}
         ran = setup_run.undo(entries, by_host, record, sudo, _teller(common))
-    document = setup_report.undo_json(entries, state="undone", run=ran)
+    document = undo_json(entries, state="undone", run=ran)
     common.print(f"{ran} command{'s' * (ran != 1)} run: what setup had changed is undone.", document)
 
 
@@ -274,9 +277,154 @@ def _ask(question: str) -> bool:
 
 
 def _teller(common: Common) -> OnCommand:
-    from moectl.setup_report import command_text
 
     def tell(host: str, argv: tuple[str, ...], what: str) -> None:
         common.say(f"[{host}] {command_text(argv)}" + ("" if what in ("run", "undo") else f": {what}"))
 
     return tell
+
+
+def plan_text(plan: SetupPlan, *, verbose: bool = False) -> str:
+    """Return the whole proposal: cables, commands by host, what to know; `verbose` adds what undoes each command."""
+    lines = [_title(plan), *_cable_lines(plan)]
+    for machine, steps in zip(plan.machines, plan.steps, strict=True):
+        if steps:
+            lines += ["", machine.host.name, *_step_lines(steps, verbose=verbose)]
+    told = [f"note  {text}" for text in _advice_texts(plan.advice)]
+    told += [f"stop  {text}" for text in _advice_texts(plan.blockers)]
+    return "\n".join([*lines, "", *told] if told else lines)
+
+
+def hosts_text(plan: SetupPlan) -> str:
+    """Return the hosts file in text; MLX's JSON where the text cannot hold it."""
+    return file_text(plan, "hosts.json" if plan.hosts.envs else "hosts.txt")
+
+
+def file_text(plan: SetupPlan, name: str) -> str:
+    """Return what a hosts file of this name holds: MLX's JSON for .json. Raises HostsError."""
+    from moectl.hosts.hostfile import format_hosts, to_mlx_json
+
+    if name.endswith(".json"):
+        return to_mlx_json(plan.hosts)
+    return f"# {_title(plan)}; written by moectl setup\n{format_hosts(plan.hosts)}"
+
+
+def commands_text(steps: Sequence[Sequence[Step]]) -> str:
+    """Return "12 commands"."""
+    count = sum(map(len, steps))
+    return f"{count} command{'s' * (count != 1)}"
+
+
+def command_text(argv: Sequence[str]) -> str:
+    """Return a command as a person would type it."""
+    return shlex.join(["sudo", *argv])
+
+
+def plan_json(plan: SetupPlan, *, state: str, written: str | None, run: int = 0) -> dict[str, Any]:
+    """Return the proposal as a JSON document; `state` is "planned" or "applied"."""
+    names = [machine.host.name for machine in plan.machines]
+    missing = plan.topology.missing_of_mesh if plan.shape != "ethernet" else ()
+    return {
+        "schema": SCHEMA,
+        "state": state,
+        "shape": plan.shape,
+        "backend": plan.hosts.backend,
+        "cables": [_cable_json(cable, names) for cable in plan.topology.cables],
+        "missing_of_mesh": [[names[a], names[b]] for a, b in missing],
+        "hosts": [
+            {"host": machine.host.address, "mac": machine.is_mac, "commands": [_step_json(step) for step in steps]}
+            for machine, steps in zip(plan.machines, plan.steps, strict=True)
+        ],
+        "advice": [{"host": advice.host, "text": advice.text} for advice in plan.advice],
+        "blockers": [{"host": advice.host, "text": advice.text} for advice in plan.blockers],
+        "hostfile": _hostfile_json(plan.hosts),
+        "commands_run": run,
+        "written": written,
+    }
+
+
+def undo_text(entries: Sequence[Entry]) -> str:
+    """Return what would be undone, by host, in the order of undoing."""
+    lines: list[str] = []
+    for host in dict.fromkeys(entry.host for entry in entries):
+        lines += [host, *(f"  {command_text(entry.undo)}" for entry in entries if entry.host == host)]
+    return "\n".join(lines)
+
+
+def undo_json(entries: Sequence[Entry], *, state: str, run: int) -> dict[str, Any]:
+    """Return what was or would be undone as a JSON document; `state` is "planned" or "undone"."""
+    listed = [
+        {"host": entry.host, "command": list(entry.argv), "undo": list(entry.undo), "done": entry.done}
+        for entry in entries
+    ]
+    return {"schema": "moectl.setup-undo/1", "state": state, "commands": listed, "commands_run": run}
+
+
+def _title(plan: SetupPlan) -> str:
+    count = len(plan.machines)
+    if plan.shape == "ethernet":
+        return f"{count} host{'s' * (count != 1)} over the addresses that they have (TCP)"
+    cables = len(plan.topology.cables)
+    return (
+        f"Thunderbolt {plan.shape} of {count} Macs, {cables} cable{'s' * (cables != 1)}: "
+        f"{_CARRIES[plan.hosts.backend]} ({plan.hosts.backend})"
+    )
+
+
+def _cable_lines(plan: SetupPlan) -> Iterator[str]:
+    names = [machine.host.name for machine in plan.machines]
+    for cable in plan.topology.cables:
+        speed = f"{cable.link_bit_s / 1e9:.0f} Gb/s" if cable.link_bit_s else "unknown speed"
+        ends = (
+            f"{names[place]} port {port.receptacle} ({port.interface})"
+            for place, port in ((cable.a, cable.a_port), (cable.b, cable.b_port))
+        )
+        yield f"  {' - '.join(ends)}  {speed}"
+
+
+def _step_lines(steps: Sequence[Step], *, verbose: bool) -> Iterator[str]:
+    """Commands stand alone on their lines, to be copied; zsh would take a comment behind one for words of it."""
+    for step in steps:
+        yield f"  {step.why}{', in effect already' if step.already else ''}:"
+        yield f"    {command_text(step.argv)}"
+        if verbose:
+            yield f"    undone by: {command_text(step.undo)}"
+
+
+def _advice_texts(told: Sequence[Advice]) -> list[str]:
+    """Return each advice once, behind the names of all hosts that it is for."""
+    hosts: dict[str, list[str]] = {}
+    for advice in told:
+        hosts.setdefault(advice.text, []).extend([advice.host] if advice.host else [])
+    return [f"{', '.join(names)}: {text}" if names else text for text, names in hosts.items()]
+
+
+def _cable_json(cable: Cable, names: Sequence[str]) -> dict[str, Any]:
+    ends = ((cable.a, cable.a_port), (cable.b, cable.b_port))
+    return {
+        "ends": [
+            {"host": names[place], "port": port.receptacle, "interface": port.interface, "rdma": port.rdma}
+            for place, port in ends
+        ],
+        "bit_s": cable.link_bit_s,
+    }
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    return {
+        "command": list(step.argv),
+        "undo": list(step.undo),
+        "why": step.why,
+        "needed": step.needed,
+        "already": step.already,
+    }
+
+
+def _hostfile_json(hosts: HostList) -> dict[str, Any]:
+    from moectl.hosts.hostfile import to_mlx_devices
+
+    rows = [
+        {"host": host.address, "ips": list(host.ips), "rdma": [to_mlx_devices(entry) for entry in host.rdma]}
+        for host in hosts.hosts
+    ]
+    return {"backend": hosts.backend, "envs": list(hosts.envs), "hosts": rows}

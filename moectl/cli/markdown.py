@@ -5,12 +5,13 @@ Tables are for tbl(1), which mandoc and groff have built in or run where the fir
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from moectl.roff import bold, escape, line, sentences
+from moectl.cli.roff import bold, escape, line, sentences
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from markdown_it.tree import SyntaxTreeNode
 
 NEEDS_TBL = "'\\\" t"

@@ -18,7 +18,7 @@ TOPICS = (
     "verified",
     "contributing",
 )
-DIRECTORY = Path(__file__).parent / "guide"
+DIRECTORY = Path(__file__).parent.parent / "guide"
 _MARK = re.compile(r"^<!-- .* -->\n", re.MULTILINE)  # for the tests that run and look up what a guide shows
 _LINK = re.compile(r"\[([^\]]+)\]\((?:([a-z]+)\.md)?(?:#[\w-]+)?\)")
 

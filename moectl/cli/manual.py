@@ -6,19 +6,22 @@ arguments, environment, files and the exit status, and lists nothing by section.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moectl import __date__, __version__
+from moectl.cli.guides import TOPICS, Guide, read_guide
+from moectl.cli.markdown import NEEDS_TBL, RAGGED, to_roff
+from moectl.cli.roff import bold, escape, line, sentences
+from moectl.cli.verb import EXIT_CODES, Verb, Verbs
 from moectl.errors import StateError
 from moectl.files import write_whole
-from moectl.guides import TOPICS, Guide, read_guide
-from moectl.markdown import NEEDS_TBL, RAGGED, to_roff
-from moectl.roff import bold, escape, line, sentences
-from moectl.verb import EXIT_CODES, Verb, Verbs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,14 @@ import contextlib
 import os
 import re
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from click.shell_completion import CompletionItem, ShellComplete, add_completion_class, split_arg_string
 
 from moectl.errors import MoectlError
-from moectl.verb import Verbs
+
+if TYPE_CHECKING:
+    from moectl.cli.verb import Verbs
 
 VARIABLE = "_MOECTL_COMPLETE"
 _UNSAFE = re.compile(r"[^\w@%+=:,./~\[\]-]")
@@ -203,7 +205,7 @@ def script(shell: str) -> str:
 
 def answer_tab(cli: Verbs) -> None:
     """Print what the shell asks for in the environment; nothing when there is nothing to offer."""
-    from moectl.config import read_config
+    from moectl.cli.config import read_config
 
     for shell in SHELLS.values():
         add_completion_class(shell)

@@ -5,12 +5,14 @@ It knows which keys exist only from the table that it is given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moectl.errors import UsageError
 from moectl.paths import config_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Set
 
 
 def read_config(commands: Mapping[str, Set[str]]) -> dict[str, Any]:

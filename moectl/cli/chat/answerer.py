@@ -6,15 +6,19 @@ The controller may leave in a long pause, so that every question looks for it ag
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
-from moectl.chat import Finished, Piece
+from moectl.cli.chat.chat import Finished, Piece
 from moectl.engine.protocol import Done
-from moectl.server.client import Client
 from moectl.server.contracts import Notice
-from moectl.settings import ChatSettings
-from moectl.transcript import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from moectl.cli.chat.settings import ChatSettings
+    from moectl.cli.chat.transcript import Message
+    from moectl.server.client import Client
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from moectl.cli.chat.settings import ChatSettings
 from moectl.errors import MoectlError, UsageError
-from moectl.settings import ChatSettings
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SCHEMA = "moectl.chat/1"
 ROLES = ("user", "assistant")  # in turns; the system message is one of the settings

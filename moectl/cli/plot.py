@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moectl.errors import UsageError
 from moectl.files import check_destination, write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 SCHEMA = "moectl.bench/1"
 _SPEEDS = (("prefill_tok_s", "prompt"), ("decode_tok_s", "generate"))

@@ -6,13 +6,14 @@ Each function is a click parameter's `shell_complete`. A Tab press never fails: 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from click.shell_completion import CompletionItem
 
     from moectl.hosts.hostfile import Host
@@ -56,7 +57,7 @@ def host_list(ctx: click.Context, param: click.Parameter, incomplete: str) -> Of
 
 def topics(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
     """Offer the guides, then the verbs."""
-    from moectl.guides import TOPICS
+    from moectl.cli.guides import TOPICS
 
     verbs = ctx.find_root().command
     shown = verbs.commands.items() if isinstance(verbs, click.Group) else ()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moectl.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SECTIONS = ("Prepare", "Use", "Observe", "Other")
 EXIT_CODES = {

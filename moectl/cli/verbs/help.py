@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moectl import suggest
-from moectl.flags import Common, common
-from moectl.verb import Verbs, verb
+from moectl.cli import suggest
+from moectl.cli.options import Common, common
+from moectl.cli.verb import Verbs, verb
 
 if TYPE_CHECKING:
-    from moectl.guides import Guide
+    from moectl.cli.guides import Guide
 
 SCHEMA = "moectl.help/1"
 _REFERENCE = "moectl help {}"
@@ -46,7 +46,7 @@ def help_(ctx: click.Context, common: Common, topic: str | None) -> None:
       moectl help planning > planning.md
       moectl help run
     """
-    from moectl.guides import TOPICS, read_guide
+    from moectl.cli.guides import TOPICS, read_guide
 
     verbs = ctx.find_root().command
     assert isinstance(verbs, Verbs)

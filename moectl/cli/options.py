@@ -1,0 +1,274 @@
+"""The flags that every command has, and how a command's result is printed under them. It knows no command."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moectl import errors
+from moectl.cli import suggest
+
+if TYPE_CHECKING:
+    from moectl.hosts.hostfile import HostList
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_MODEL = "databricks/dbrx-instruct"
+SPLIT = click.Choice(["auto", "experts", "hidden", "tensor", "layers"])
+Q_BITS = click.Choice(["2", "3", "4", "6", "8", "16"])
+Q_MODE = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, written 300, 30s, 5m or 1h; -1 is for ever."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        match = re.fullmatch(r"(-?\d+(?:\.\d+)?)(s|m|h|)", str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is no duration: write 30s, 5m, 1h, 0 (at once) or -1 (for ever)", param, ctx)
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+class Common:
+    """The values of the flags that every command has."""
+
+    def __init__(
+        self, *, hosts: str | None, hostfile: str | None, json: bool, quiet: bool, verbose: int, color: str
+    ) -> None:
+        self.hosts = hosts
+        self.hostfile = hostfile
+        self.json = json
+        self.quiet = quiet
+        self.verbose = verbose
+        self.color = color
+
+    def host_list(self, *, required: bool = False) -> HostList | None:
+        """Return the hosts in force, or None."""
+        from moectl.hosts.hostfile import find_hosts
+
+        found = find_hosts(self.hosts, self.hostfile)
+        if found is None and required:
+            raise errors.HostsError("no hosts are given", hint="write hosts.txt, or use --hosts a,b or --hostfile FILE")
+        return found
+
+    def print(self, text: str, document: dict[str, Any], quiet_text: str | None = None) -> None:
+        """Print a command's result on stdout in the form that was asked for. Raises StateError for a full disk.
+
+        `quiet_text` is its shorter form for --quiet, where it has one.
+        """
+        shown = json.dumps(document) if self.json else text if not self.quiet or quiet_text is None else quiet_text
+        if not shown:
+            return
+        try:
+            click.echo(shown)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise errors.StateError(
+                f"the result cannot be written: {error.strerror}", hint="look at where standard output goes"
+            ) from None
+
+    def say(self, text: str) -> None:
+        """Say something to a person, on stderr."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+
+class Failed(Exception):
+    """An error on its way out of a command, with the flags that say how to print it."""
+
+    def __init__(self, error: Exception, flags: Common) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.flags = flags
+
+
+def common(command: F) -> F:
+    """Give a command the flags that all commands have, and pass them as one `common` argument."""
+
+    @click.pass_context
+    def wrapped(ctx: click.Context, /, *args: Any, **kw: Any) -> Any:
+        from moectl.text import colour_wanted
+
+        flags = Common(**{k: kw.pop(k) for k in ("hosts", "hostfile", "json", "quiet", "verbose", "color")})
+        ctx.color = colour_wanted(flags.color, sys.stdout)
+        try:
+            return ctx.invoke(command, *args, common=flags, **kw)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            raise Failed(error, flags) from error
+
+    wrapped.__doc__ = command.__doc__
+    wrapped.__name__ = command.__name__
+    options = (
+        click.option(
+            "-H", "--hosts", metavar="LIST", shell_complete=suggest.host_list, help="Hosts in rank order: a,b,c."
+        ),
+        click.option(
+            "--hostfile",
+            metavar="FILE",
+            envvar="MOECTL_HOSTFILE",
+            shell_complete=suggest.files,
+            help="hosts.txt or MLX's JSON; - is stdin.",
+        ),
+        click.option("--json", is_flag=True, help="Print one JSON document."),
+        click.option("-q", "--quiet", is_flag=True, help="Print results only."),
+        click.option("-v", "--verbose", count=True, help="Show what happens, and the workers' logs."),
+        click.option(
+            "--color",
+            type=click.Choice(["auto", "always", "never"]),
+            default="auto",
+            show_default=True,
+            help="Colours; auto: at a terminal.",
+        ),
+    )
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
+
+
+def _confirm(question: str, *, yes: bool) -> None:
+    """Ask; exit 1 on "no". Raises UsageError where there is nobody to ask."""
+    if yes:
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise errors.UsageError(f"{question} Nobody is there to say.", hint="use --yes to skip confirmation")
+    if not click.confirm(question, err=True):
+        click.echo("Nothing was deleted.", err=True)
+        raise click.exceptions.Exit(1)
+
+
+def restart_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the flags that say how often a failed cluster may start again; `count_restarts` reads them."""
+    command = click.option(
+        "--max-restarts",
+        type=click.IntRange(0),
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="When a worker fails, start all again and go on with the answers, so often within ten minutes.",
+    )(command)
+    return click.option("--no-restart", is_flag=True, help="When a worker fails, end with its error.")(command)
+
+
+def count_restarts(options: dict[str, Any]) -> int:
+    """Return how often a failed cluster may be started again."""
+    most: int = options["max_restarts"]
+    return 0 if options["no_restart"] else most
+
+
+MAX_START_S = 86400.0
+
+
+def target_options(command: F) -> F:
+    """Give a command the flags that say which model to run, where and how; the functions below read them."""
+    options = (
+        click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine."),
+        click.option(
+            "--shards", metavar="DIR", shell_complete=suggest.shard_sets, help="Use this shard set on this machine."
+        ),
+        click.option(
+            "--model",
+            metavar="DIR|REPO",
+            shell_complete=suggest.models,
+            help="Use this model on this machine; sharded first when needed.",
+        ),
+        click.option("--split", type=SPLIT, help="For --model (default: auto)."),
+        click.option("--shares", metavar="A,B,…", help="For --model: uneven parts."),
+        click.option("--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert."),
+        click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight."),
+        click.option("--force", is_flag=True, help="Try it although memory will not do."),
+        click.option(
+            "--no-canary", is_flag=True, help="Do not check first whether every rank computes what it should."
+        ),
+        click.option("--agree-routing", is_flag=True, help="Rank 0 chooses the experts for all: for unlike chips."),
+        click.option("--paranoia", is_flag=True, help="Let all ranks compare what they compute, again and again."),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]),
+            default="auto",
+            show_default=True,
+            help="How ranks reach each other: ring is TCP, jaccl RDMA.",
+        ),
+        click.option(
+            "--start-timeout",
+            type=click.FloatRange(1, MAX_START_S),
+            default=30.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="For all ranks to join and load.",
+        ),
+        click.option(
+            "--prefill-step",
+            type=click.IntRange(1),
+            metavar="TOKENS",
+            help="Of a prompt, read at once: others wait for no more than that (default: 512).",
+        ),
+        click.option(
+            "--speculate",
+            type=click.IntRange(0, 64),
+            default=0,
+            show_default=True,
+            metavar="TOKENS",
+            help="Guess so many from what was said before, and check them at once.",
+        ),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
+    """Raise UsageError when a flag of each is given: one of them would be ignored."""
+    for one in (name for name, value in these.items() if value):
+        for other in (name for name, value in those.items() if value):
+            raise errors.UsageError(f"{one} and {other} exclude each other")
+
+
+def _was_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+_OUTPUT = click.Path(path_type=Path, file_okay=False)
+
+_CUT = (
+    click.option("-o", "--output", type=_OUTPUT, help="Directory of the shard set."),
+    click.option("--split", type=SPLIT, default="auto", show_default=True, help="auto: what 'plan' finds fastest."),
+    click.option("--shares", metavar="A,B,…", help="Uneven parts: experts, units of the hidden dimension, or layers."),
+    click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each expert."),
+    click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 copies."),
+    click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's)."),
+    click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's way to quantise."),
+    click.option("--routing-stats", type=FILE, metavar="FILE", help="Place experts by what 'moectl bench' counted."),
+    click.option("--revision", help="Branch, tag or commit on the Hub."),
+    click.option(
+        "--tokenizer", metavar="REPO|DIR", help="Take the tokenizer from here (default: the model's own, or DBRX's)."
+    ),
+    click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache."),
+    click.option("--no-canary", is_flag=True, help="Do not run the set once for later starts to be compared with."),
+)
+
+_WANTED = ("split", "shares", "replicas", "routing_stats", "q_bits", "q_group_size", "q_mode")
+
+
+def _cut_options(command: F) -> F:
+    """Give a command the flags that say how to cut a model."""
+    for option in reversed(_CUT):
+        command = option(command)
+    return command

@@ -1,0 +1,228 @@
+"""`moectl bench`: measure prefill and decode speed, and where a token's time goes."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moectl import errors
+from moectl.cli.options import FILE, Common, common, target_options
+from moectl.cli.target import choose_target, session_options
+from moectl.cli.terminal import _log_printer
+from moectl.cli.verb import verb
+from moectl.text import columns, size_text, table_text, time_text
+
+if TYPE_CHECKING:
+    from moectl.session.bench import Benchmark, Measured as Sample, Predicted
+    from moectl.session.target import Target
+
+# Barriers always cost something; parts that exceed an ordinary step by more than this say little about it.
+DOUBTFUL_EXCESS = 0.1
+
+
+def bench_text(result: Benchmark, *, width: int | None = None) -> str:
+    """Return the tables of `bench`; the split of a token's time is that of the rank that computes longest."""
+    width = width or columns()
+    lines = [_speed_table(result, width), _token_line(result)]
+    excess = -result.slowest.other_s / result.step_s
+    if excess > DOUBTFUL_EXCESS:
+        lines.append(f"the parts exceed a step by {excess:.0%}: busy machine or tiny model")
+    header = ("RANK", "HOST", "COMPUTE", "ALL-REDUCE", "OTHER", "PEAK", "EXPERTS")
+    rows = [
+        (
+            str(r.rank),
+            r.host,
+            *(f"{1e3 * seconds:.1f} ms" for seconds in (r.compute_s, r.all_reduce_s, r.other_s)),
+            size_text(r.peak_memory_bytes),
+            f"{r.own_experts:.2f}",
+        )
+        for r in result.ranks
+    ]
+    lines.append(table_text(header, rows, right="acdefg", width=width))
+    if result.imbalance is not None and len(result.ranks) > 1:
+        lines.append(f"busiest rank: {result.busiest_experts:.2f} experts per layer, {result.imbalance:.2f}× the mean")
+    each = [frequency for layer in result.routing.frequencies for frequency in layer]
+    even = result.routing.top_k / len(result.routing.counts[0])
+    lines.append(f"experts work on {min(each):.0%} to {max(each):.0%} of a layer's tokens (even: {even:.0%})")
+    return "\n".join(lines)
+
+
+def _speed_table(result: Benchmark, width: int) -> str:
+    predicted = result.predicted
+    header = ["", "TOK/S", "± SD"]
+    prompt, generate = (
+        [name, f"{speed.mean:.1f}", "-" if speed.sd is None else f"{speed.sd:.1f}"]
+        for name, speed in (("prompt", result.prefill_tok_s), ("generate", result.decode_tok_s))
+    )
+    if predicted:
+        header.append("PREDICTED")
+        prompt.append(f"{predicted.prefill_tok_s:.1f}")
+        generate.append(f"{predicted.decode_tok_s:.1f}")
+    header.append("FIRST TOKEN")
+    prompt.append("")
+    generate.append(_duration_text(result.ttft_s.mean))
+    if predicted:
+        header.append("PREDICTED")
+        prompt.append("")
+        generate.append(_duration_text(predicted.ttft_s))
+    lines = table_text(header, [prompt, generate], right="bcdefg", width=width).split("\n")
+    trials = len(result.trials)
+    hosts = len(dict.fromkeys(rank.host for rank in result.ranks))
+    where = (
+        f"{hosts} hosts"
+        if hosts == len(result.ranks) > 1
+        else f"{len(result.ranks)} rank{'s'[: len(result.ranks) > 1]}"
+    )
+    note = (
+        f"({trials} trial{'s'[: trials > 1]}, {result.prompt_tokens} prompt + {result.generation_tokens} generated, "
+        f"{where}, {_precision_text(result.model.bits)})"
+    )
+    if len(lines[0]) + 4 + len(note) <= width:
+        lines[0] += "    " + note
+    else:
+        lines.append(note)
+    return "\n".join(lines)
+
+
+def _token_line(result: Benchmark) -> str:
+    rank, step_ms = result.slowest, 1e3 * result.step_s
+    digits = 0 if step_ms >= 20 else 1 if step_ms >= 2 else 2
+    total, compute, all_reduce = (round(x, digits) for x in (step_ms, 1e3 * rank.compute_s, 1e3 * rank.all_reduce_s))
+    other = round(total - compute - all_reduce, digits)  # so that what is shown adds up
+    rest = f"+ {other:.{digits}f} other" if other >= 0 else f"- {-other:.{digits}f} hidden"
+    return f"per token {total:.{digits}f} ms = {compute:.{digits}f} compute + {all_reduce:.{digits}f} all-reduce {rest}"
+
+
+def _precision_text(bits: int | None) -> str:
+    return "bf16" if bits is None else f"{bits} bits"
+
+
+def _duration_text(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms" if seconds < 1 else time_text(seconds)
+
+
+def bench_json(result: Benchmark) -> dict[str, Any]:
+    """Return the document of `bench --json`; speeds are in tokens per second, `ranks` in rank order."""
+    predicted = result.predicted
+    return {
+        "schema": "moectl.bench/1",
+        "model": result.name,
+        "split": result.model.split,
+        "bits": result.model.bits,
+        "prompt_tokens": result.prompt_tokens,
+        "generation_tokens": result.generation_tokens,
+        "prefill_tok_s": _measured_json(result.prefill_tok_s),
+        "decode_tok_s": _measured_json(result.decode_tok_s),
+        "ttft_s": _measured_json(result.ttft_s),
+        "trials": [asdict(trial) for trial in result.trials],
+        "step_s": result.step_s,
+        "communication_share": result.communication_share,
+        "ranks": [asdict(rank) for rank in result.ranks],
+        "busiest_experts": result.busiest_experts,
+        "imbalance": result.imbalance,
+        "routing": {
+            "tokens": result.routing.tokens,
+            "top_k": result.routing.top_k,
+            "counts": [list(layer) for layer in result.routing.counts],
+        },
+        "predicted": None if predicted is None else asdict(predicted),
+    }
+
+
+def _measured_json(measured: Sample) -> dict[str, float | None]:
+    return {"mean": measured.mean, "sd": measured.sd}
+
+
+@verb("Use")
+@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="To read.")
+@click.option("-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="To generate.")
+@click.option("-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True, help="To average.")
+@click.option("--plan", type=FILE, metavar="FILE", help="Put the prediction of `plan --json` beside it.")
+@click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw a picture (needs moectl[plot]).")
+@click.option("--compare", type=FILE, multiple=True, metavar="FILE", help="For --plot: a result of `bench --json`.")
+@click.option("--routing-stats", type=FILE, metavar="FILE", help="Write how often each expert was chosen.")
+@target_options
+@common
+def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[Path, ...], **options: Any) -> None:
+    """Measure prompt and generation speed, and where the time goes.
+
+    Prompts are random tokens. After the trials every rank takes some decode steps apart: computing, all-reduce (with
+    the wait for the slowest rank), and the rest.
+
+    \b
+    Examples:
+      moectl bench
+      moectl bench --local 2 -p 128 -g 32 --json > two.json
+      moectl bench --local 4 --plot ranks.svg --compare two.json
+    """
+    from moectl import files as disk
+    from moectl.cli import plot as plotting
+    from moectl.model import routing
+    from moectl.session import bench as benchmark, target as launch
+
+    if options["routing_stats"]:
+        disk.check_destination(options["routing_stats"])
+    if plot:
+        plotting.check_plot(plot)
+    elif compare:
+        raise errors.UsageError("--compare is for --plot", hint="add --plot FILE.svg")
+    earlier = plotting.read_documents(compare)
+    target = choose_target(common, options)
+    _refuse_beside_controller(target)
+    predicted = _predicted(target, plan, options)
+    trials = options["num_trials"]
+
+    def on_trial(number: int, trial: benchmark.Trial) -> None:
+        speeds = f"prompt {trial.prefill_tok_s:.1f} tok/s, generate {trial.decode_tok_s:.1f} tok/s"
+        common.say(f"trial {number} of {trials}: {speeds}")
+
+    with launch.open_session(target, on_log=_log_printer(common), **session_options(common, options)) as session:
+        counts = {key: options[key] for key in ("prompt_tokens", "generation_tokens")}
+        result = benchmark.bench(session, target.name, trials=trials, predicted=predicted, on_trial=on_trial, **counts)
+    document = bench_json(result)
+    common.print(bench_text(result), document)
+    if options["routing_stats"]:
+        routing.write_routing(options["routing_stats"], result.routing)
+    if plot:
+        plotting.write_plot(plot, [*earlier, document])
+
+
+def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Predicted | None:
+    """Return what a plan, or the last `plan --probe` of these hosts, expects of these trials, if there is one."""
+    from moectl.cluster import probed_plan
+    from moectl.model.manifest import read_manifest
+    from moectl.session import target as launch
+    from moectl.session.bench import Predicted, read_prediction
+
+    manifest = None
+    hosts = ["localhost"] * launch.count_ranks(target)
+    if isinstance(target, launch.Local):
+        manifest = target.manifest
+    else:
+        hosts = [rank.host.name for rank in target.ranks]
+        with contextlib.suppress(errors.MoectlError):  # the operator's copy may be gone
+            manifest = read_manifest(Path(target.shards))
+    prompt, generated = options["prompt_tokens"], options["generation_tokens"]
+    if plan is not None:
+        bits = manifest.quantization.bits if manifest and manifest.quantization else None
+        return read_prediction(plan, manifest.placement if manifest else None, bits, prompt_tokens=prompt)
+    if manifest is None:
+        return None
+    context = prompt + generated // 2
+    found = probed_plan.recall(hosts, manifest.placement, manifest.quantization, context=context, prompt_tokens=prompt)
+    if found is None:
+        return None
+    return Predicted(found.decode_tok_s, found.prefill_tok_s, found.ttft_s, found.communication_share)
+
+
+def _refuse_beside_controller(target: Target) -> None:
+    from moectl.server import attach
+
+    if attach.is_loaded(target):
+        raise errors.StateError(
+            f"{target.name} is loaded by a controller: measuring beside it would load it twice", hint="moectl stop"
+        )

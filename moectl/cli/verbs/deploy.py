@@ -1,0 +1,366 @@
+"""`moectl deploy` and `moectl uninstall`: software and shards to every host, and away again."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moectl import errors
+from moectl.cli import suggest
+from moectl.cli.options import _WANTED, Common, _confirm, _cut_options, _was_given, common, refuse_both
+from moectl.cli.target import _wanted, shard_model
+from moectl.cli.verb import verb
+from moectl.errors import error_json
+from moectl.text import size_text, table_text, time_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moectl.cli.terminal import Bar, Progress
+    from moectl.cluster.deploy.deploy import DeployResult
+    from moectl.cluster.deploy.provision import HostResult
+    from moectl.cluster.deploy.uninstall import Cleared
+    from moectl.hosts.hostfile import HostList
+
+
+def deploy_text(result: DeployResult, *, dry_run: bool) -> str:
+    """Return a line per host, or in a dry run the table of what would be copied."""
+    if not dry_run:
+        width = max(len(r.host.address) for r in result.results)
+        return "\n".join(f"{r.host.address:{width}}  {_outcome(r)}" for r in result.results)
+    header = ("HOST", "COPY", "KEEP", "FREE AFTER", "DESTINATION")
+    lines = [
+        (r.host.address, *map(size_text, (r.copied_bytes, r.kept_bytes, r.free_after_bytes)), r.directory)
+        if r.error is None
+        else (r.host.address, "-", "-", "-", "failed")
+        for r in result.results
+    ]
+    total = sum(r.copied_bytes for r in result.succeeded)
+    reasons = [f"{r.host.address}  {_outcome(r)}" for r in result.results if r.error is not None]
+    summary = f"Dry run: nothing was copied. {size_text(total)} would be."
+    return "\n".join([table_text(header, lines, right="bcd"), *reasons, summary])
+
+
+def _outcome(result: HostResult) -> str:
+    if result.error is not None:
+        return f"failed  {result.error.message}"
+    if not result.copied_bytes:
+        return "ok      already there, verified"
+    speed = size_text(result.copied_bytes / result.duration_s)
+    relayed = f", {size_text(result.relayed_bytes)} of it from another host" if result.relayed_bytes else ""
+    return f"ok      {size_text(result.copied_bytes)} in {time_text(result.duration_s)} ({speed}/s), verified{relayed}"
+
+
+def deploy_json(result: DeployResult, name: str, *, dry_run: bool) -> dict[str, Any]:
+    """Return the document of `deploy --json`."""
+    hosts = [
+        {
+            "rank": r.rank,
+            "host": r.host.address,
+            "ok": r.ok,
+            "error": None if r.error is None else r.error.message,
+            "copied_bytes": r.copied_bytes,
+            "kept_bytes": r.kept_bytes,
+            "relayed_bytes": r.relayed_bytes,
+            "duration_s": r.duration_s,
+            "directory": r.directory,
+        }
+        for r in result.results
+    ]
+    return {"schema": "moectl.deploy/1", "name": name, "dry_run": dry_run, "hosts": hosts}
+
+
+# Uninstalling.
+
+
+def uninstall_text(results: list[Cleared], *, dry_run: bool) -> str:
+    """Return a line per host, and one per thing that is left because it is not moectl's."""
+    width = max(len(one.host) for one in results)
+    lines = []
+    for one in results:
+        lines.append(f"{one.host:{width}}  {_cleared_text(one, dry_run)}")
+        lines += [f"{'':{width}}  left: {path} is not moectl's" for path in one.left]
+        if dry_run:
+            lines += [f"{'':{width}}  would go: {name} ({size_text(size)})" for name, size in one.items.items()]
+    return "\n".join(lines)
+
+
+def _cleared_text(one: Cleared, dry_run: bool) -> str:
+    if one.error is not None:
+        return f"failed  {one.error.message}"
+    if not one.items:
+        return f"ok      nothing of moectl's is there{f' ({one.root})' if one.root else ''}"
+    what = f"{size_text(one.bytes)} in {one.root}"
+    return f"{'found' if dry_run else 'ok   '}   {what}{'' if dry_run else ', removed'}"
+
+
+def uninstall_json(results: list[Cleared], *, dry_run: bool) -> dict[str, Any]:
+    """Return the document of `uninstall --json`; `items` are what is (or would be) removed, in bytes."""
+    hosts = [
+        {
+            "host": one.host,
+            "ok": one.error is None,
+            "error": error_json(one.error),
+            "root": one.root,
+            "bytes": one.bytes,
+            "items": one.items,
+            "left": list(one.left),
+        }
+        for one in results
+    ]
+    return {"schema": "moectl.uninstall/1", "dry_run": dry_run, "hosts": hosts}
+
+
+@verb("Other")
+@click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
+@click.option("-n", "--dry-run", is_flag=True, help="Show what would be removed.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@common
+def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -> None:
+    """Remove from every host what moectl put there, and nothing else.
+
+    That is the environment, the shards, wheels, logs and records under ~/.moectl, or under dir= in the hosts file.
+    Files that are not moectl's are left and named. A host on which a worker runs is left as it is. Shard sets on this
+    machine stay: `moectl list --prune`.
+
+    \b
+    Examples:
+      moectl uninstall hosts.txt --dry-run
+      moectl uninstall hosts.txt --yes
+    """
+    from moectl.cli.terminal import on_ctrl_t
+    from moectl.cluster.deploy.uninstall import clear_hosts
+    from moectl.hosts import connect
+    from moectl.session.deployment import recall_hosts
+    from moectl.text import size_text
+
+    if hostfile_:
+        common.hostfile = hostfile_
+    listed = common.host_list(required=True)
+    assert listed is not None
+    listed = recall_hosts(listed)
+    begin = time.monotonic()
+    with on_ctrl_t(lambda: f"at work on {len(listed.hosts)} hosts since {time.monotonic() - begin:.0f} s", common.say):
+        results = clear_hosts(listed.hosts, dry_run=True)
+        if not dry_run and any(one.items for one in results):
+            total = size_text(sum(one.bytes for one in results))
+            if not (common.json or common.quiet):
+                click.echo(uninstall_text(results, dry_run=True), err=True)
+            _confirm(f"Remove {total} from {sum(bool(one.items) for one in results)} of {len(results)} hosts?", yes=yes)
+        if not dry_run:
+            results = clear_hosts(listed.hosts, dry_run=False)
+    common.print(uninstall_text(results, dry_run=dry_run), uninstall_json(results, dry_run=dry_run))
+    connect.raise_failures({one.host: one.error for one in results}, then=".")
+
+
+@verb("Prepare")
+@click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
+@click.option(
+    "--shards",
+    metavar="DIR",
+    shell_complete=suggest.shard_sets,
+    help="The shard set (default: the newest that fits the hosts).",
+)
+@click.option(
+    "--shard",
+    "model",
+    metavar="MODEL",
+    shell_complete=suggest.models,
+    help="Cut this model, and push each file as soon as it is made.",
+)
+@_cut_options
+@click.option("-n", "--dry-run", is_flag=True, help="Show what would be copied.")
+@click.option("-j", "--jobs", type=click.IntRange(1), help="Hosts at once (default: all).")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="HOST",
+    shell_complete=suggest.hosts,
+    help="Deploy to this host only (repeatable).",
+)
+@click.option("--verify", is_flag=True, help="Hash again what is there already.")
+@click.option("--relay/--no-relay", default=True, help="Let hosts pass on to each other what all of them need.")
+@click.option("--force", is_flag=True, help="Deploy although a host's memory will not do.")
+@click.option(
+    "--wheelhouse",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Wheels for hosts without internet; fetched here when DIR is not there.",
+)
+@click.option("--no-check", is_flag=True, help="Do not start the model once to see whether it computes rightly.")
+@click.option("--wheelhouse-build", is_flag=True, help="Fetch what the directory of --wheelhouse lacks.")
+@common
+def deploy(
+    common: Common,
+    hostfile_: str | None,
+    shards: str | None,
+    model: str | None,
+    wheelhouse_build: bool,
+    no_check: bool,
+    **options: Any,
+) -> None:
+    """Bring every host its software and its shard, and verify them.
+
+    Hosts get a virtual environment with this machine's versions of moectl, mlx and mlx-lm, and the files of their rank.
+    Running the same command again resumes it; what is there already is not sent. --shard does both at once, 'moectl
+    shard' and this; the flags from --output to --no-canary are for it. At the end the model is started once, and every
+    host has to compute what one process computed when the set was cut.
+
+    Files that all hosts need leave this machine once: hosts take them from each other, over connections that only hosts
+    of this deployment can use. Where that fails, this machine sends them.
+
+    \b
+    Examples:
+      moectl deploy hosts.txt --dry-run
+      moectl deploy hosts.txt
+      moectl deploy hosts.txt --shard databricks/dbrx-instruct --q-bits 4
+      moectl deploy --only mac2 --verify
+      moectl deploy --wheelhouse wheels
+    """
+    from moectl.session.deployment import recall_hosts
+
+    if hostfile_:
+        common.hostfile = hostfile_
+    listed = common.host_list(required=True)
+    assert listed is not None
+    listed = recall_hosts(listed)
+    cut = {
+        name: options.pop(name) for name in (*_WANTED, "output", "revision", "tokenizer", "keep_source", "no_canary")
+    }
+    options |= {"backend": listed.backend, "envs": listed.envs}
+    force = options["force"]
+    _fill_wheelhouse(common, listed, wheelhouse_build, options)
+    if model is None:
+        _refuse_alone(cut)
+        name, result = _deploy_cut(common, listed, shards, options)
+    else:
+        refuse_both({"--shard": model}, {"--shards": shards})
+        name, result = _deploy_growing(common, listed, model, cut, options)
+    dry_run = options["dry_run"]
+    common.print(deploy_text(result, dry_run=dry_run), deploy_json(result, name, dry_run=dry_run))
+    result.raise_failures()
+    if not (dry_run or options["only"] or no_check):
+        _check_results(common, force=force)
+
+
+def _check_results(common: Common, *, force: bool) -> None:
+    """Start what was just deployed, and end it; raises when a rank computes something else."""
+    from moectl.model.manifest import read_manifest
+    from moectl.server import attach
+    from moectl.session import target as launch
+
+    target = launch.find_deployment(None)
+    if target is None or read_manifest(Path(target.shards)).canary is None:
+        common.say("Not checked: the set was cut with --no-canary, or by an older moectl.")
+    elif attach.is_loaded(target):
+        common.say("Not checked: it is running. 'moectl stop', then the next start checks it.")
+    else:
+        common.say("Starting it once to check its results")
+        with launch.open_session(target, force=force) as session:
+            off = session.model.deviation
+        common.say(f"Checked: every rank computes what it should (off by {off:.1g} at most). Next: moectl run")
+
+
+def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: dict[str, Any]) -> None:
+    """Fetch the wheels that the hosts need, where the directory is not there yet or that was asked for."""
+    from moectl.cluster.deploy import deploy as deploy_
+
+    directory = options["wheelhouse"]
+    if directory is None:
+        if wanted:
+            raise errors.UsageError("--wheelhouse-build is for --wheelhouse", hint="add --wheelhouse DIR")
+        return
+    if directory.exists() and not wanted:
+        return
+    if options["dry_run"]:
+        common.say(f"{directory} would be filled with wheels.")
+        options["wheelhouse"] = directory if directory.exists() else None
+        return
+    from moectl.cluster.deploy import wheelhouse
+
+    platforms = wheelhouse.ask_platforms(listed.hosts)
+    wheelhouse.build(directory, platforms, deploy_.wanted_versions(), say=common.say)
+
+
+def _refuse_alone(cut: dict[str, Any]) -> None:
+    """Raise UsageError when a flag says how to cut, and nothing is to be cut."""
+    for name in cut:
+        if _was_given(name):
+            raise errors.UsageError(f"--{name.replace('_', '-')} needs --shard MODEL")
+
+
+def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: dict[str, Any]) -> tuple[str, Any]:
+    """Deploy a shard set that is there; return its name and what came of it."""
+    from moectl.cli.terminal import progress
+    from moectl.cluster.deploy import deploy as deploy_
+    from moectl.planner.questions import check_hosts
+    from moectl.shards import prepare
+    from moectl.shards.tokenizer_files import find_stray
+
+    directory, manifest = prepare.find_shards(shards) if shards else prepare.newest_shards(len(listed.hosts))
+    common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
+    if stray := find_stray(directory, manifest):
+        common.say(f"Warning: {stray}")
+    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say, probe=True)
+    with progress(quiet=common.quiet) as bars:
+        on_event = _draw_deploy(common, bars)
+        return manifest.name, deploy_.deploy(listed.hosts, directory, manifest, on_event=on_event, **options)
+
+
+def _deploy_growing(
+    common: Common, listed: HostList, model: str, cut: dict[str, Any], options: dict[str, Any]
+) -> tuple[str, Any]:
+    """Cut a model and deploy it meanwhile; return the set's name and what came of the hosts."""
+    from moectl.cli.terminal import progress
+    from moectl.cluster.deploy.feed import shard_and_deploy
+    from moectl.planner.questions import Asked, place_on, refuse_early
+
+    hosts, force = listed.hosts, options.pop("force")
+    wanted = _wanted(cut, len(hosts))
+    if not force:
+        refuse_early(model, wanted, hosts)
+    with progress(quiet=common.quiet) as bars:
+        shard = partial(
+            shard_model,
+            common,
+            model,
+            wanted,
+            dry_run=options["dry_run"],
+            among=bars,
+            directory=cut["output"],
+            revision=cut["revision"],
+            tokenizer=cut["tokenizer"],
+            keep_source=cut["keep_source"],
+            no_canary=cut["no_canary"],
+            choose_place=place_on(hosts, Asked(), force=force, say=common.say, probe=True),
+        )
+        try:
+            fed = shard_and_deploy(shard, hosts, on_event=_draw_deploy(common, bars), **options)
+        except errors.ShardsDiffer as error:
+            error.hint = "choose another directory with -o, or make it anew first: moectl shard --force"
+            raise
+    if fed.made is None:
+        common.say("No host is left to cut for; what is cut stays, and the same command goes on with it.")
+    return fed.name, fed.result
+
+
+def _draw_deploy(common: Common, bars: Progress) -> Callable[[Any], None]:
+    """Return what draws a bar per host; how each ended is told afterwards."""
+    from moectl.cluster.deploy.provision import Advanced, Planned, Working
+
+    drawn: dict[str, Bar] = {}
+
+    def on_event(event: Any) -> None:
+        match event:
+            case Planned(host=host, copy_bytes=size) if size:
+                drawn[host] = bars.bar(host, size)
+            case Advanced(host=host, bytes=n) if host in drawn:
+                drawn[host].advance(n)
+            case Working(host=host, what=what):
+                common.say(f"[{host}] {what}")
+
+    return on_event

@@ -1,0 +1,120 @@
+"""`moectl list`: the shard sets on this machine, and which of them may be deleted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moectl import errors
+from moectl.cli.options import Common, _confirm, common
+from moectl.cli.verb import verb
+from moectl.text import clock_text, columns, size_text, table_text
+
+if TYPE_CHECKING:
+    from moectl.cluster.sets import Listing, ShardSet
+
+# Lists.
+
+
+def list_text(listing: Listing, *, width: int | None = None) -> str:
+    """Return the tables of `list`."""
+    width = width or columns()
+    parts = []
+    if listing.sets:
+        header = ("SHARD SET", "RANKS", "SPLIT", "SIZE", "CHANGED", "USE", "DIRECTORY")
+        rows = [_set_row(one) for one in listing.sets]
+        parts.append(table_text(header, rows, right="bd", width=width))
+    else:
+        parts.append("There are no shard sets here.")
+    if listing.deployment is not None:
+        ranks = [
+            (str(r.rank), r.host, "-" if r.bytes is None else size_text(r.bytes), r.directory or "not deployed yet")
+            for r in listing.deployment.ranks
+        ]
+        table = table_text(("RANK", "HOST", "SIZE", "DIRECTORY"), ranks, right="ac", width=width)
+        parts.append(f"\nDeployed: {listing.deployment.name}\n{table}")
+    return "\n".join(parts)
+
+
+def _set_row(one: ShardSet) -> tuple[str, ...]:
+    use = one.use or ("" if one.state == "complete" else one.state)
+    ranks = "" if one.ranks is None else str(one.ranks)
+    changed = clock_text(one.changed_s)[:10]
+    return (one.name, ranks, one.split or "", size_text(one.bytes), changed, use, str(one.directory))
+
+
+def list_json(listing: Listing, pruned: tuple[ShardSet, ...] | None = None) -> dict[str, Any]:
+    """Return the document of `list --json`; `pruned` are sets that have just been deleted."""
+    deployment = listing.deployment
+    return {
+        "schema": "moectl.list/1",
+        "sets": [_set_json(one) for one in listing.sets],
+        "deployment": deployment
+        and {
+            "name": deployment.name,
+            "hosts": [
+                {"rank": r.rank, "host": r.host, "bytes": r.bytes, "directory": r.directory} for r in deployment.ranks
+            ],
+        },
+        **({} if pruned is None else {"pruned": [_set_json(one) for one in pruned]}),
+    }
+
+
+def _set_json(one: ShardSet) -> dict[str, Any]:
+    fields = ("name", "ranks", "split", "bits", "bytes", "changed_s", "place", "state", "use")
+    return {**{name: getattr(one, name) for name in fields}, "directory": str(one.directory)}
+
+
+@verb("Observe", name="list")
+@click.option("--prune", is_flag=True, help="Delete old shard sets on this machine.")
+@click.option("-n", "--dry-run", is_flag=True, help="With --prune: only show what would go.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@common
+def list_(common: Common, prune: bool, dry_run: bool, yes: bool) -> None:
+    """List the shard sets on this machine and the current deployment, with sizes.
+
+    --prune deletes sets that are complete, neither deployed nor running, and not the newest for their number of hosts;
+    those outside moectl's own directories stay. Hosts are not asked: what they hold is what was deployed.
+
+    \b
+    Examples:
+      moectl list
+      moectl list --prune --dry-run
+      moectl list --json | jq '.sets[].bytes'
+    """
+    from moectl.cluster import sets as listing
+
+    found = listing.make_listing()
+    if prune:
+        _prune(common, found, dry_run=dry_run, yes=yes)
+        return
+    if dry_run or yes:
+        raise errors.UsageError("--dry-run and --yes are for --prune", hint="moectl list --prune")
+    names = "\n".join(one.name for one in found.sets)
+    common.print(list_text(found), list_json(found), names)
+
+
+def _prune(common: Common, found: Listing, *, dry_run: bool, yes: bool) -> None:
+    from moectl.cluster import sets as listing
+    from moectl.text import size_text
+
+    old = listing.choose_old(found)
+    total = size_text(sum(one.bytes for one in old))
+    if not old:
+        common.print("There is nothing old to delete.", list_json(found, ()))
+        return
+    for one in old:
+        common.say(f"{one.directory}  {size_text(one.bytes)}")
+    if dry_run:
+        text = f"Dry run: nothing was deleted. {total} would be."
+        common.print(text, {**list_json(found, ()), "would_prune": [one.name for one in old]})
+        return
+    _confirm(f"Delete {_count(old)}, {total}?", yes=yes)
+    for one in old:
+        listing.delete_set(one)
+    common.print(f"Deleted {_count(old)}, {total}.", list_json(listing.make_listing(), old))
+
+
+def _count(sets: tuple[ShardSet, ...]) -> str:
+    return f"{len(sets)} shard set{'s'[: len(sets) > 1]}"

@@ -1,0 +1,103 @@
+"""`moectl logs`: the workers' logs of all hosts, past and present."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moectl import errors
+from moectl.cli import suggest
+from moectl.cli.options import Common, Duration, common
+from moectl.cli.target import _find_hosts
+from moectl.cli.verb import verb
+from moectl.errors import error_json
+from moectl.text import clock_text
+
+if TYPE_CHECKING:
+    from moectl.cluster.logs import Line, Reader
+    from moectl.errors import MoectlError
+
+LINES = 50  # of each log, unless told otherwise
+
+
+# Logs.
+
+
+def line_text(line: Line, *, prefix: bool, timestamps: bool) -> str:
+    """Return one line of a log; control characters are shown, not sent to the terminal."""
+    text = "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line.text)
+    when = f"{clock_text(line.time_s)} " if timestamps else ""
+    return f"{f'[{line.source.label}] ' if prefix else ''}{when}{text}"
+
+
+def line_json(line: Line) -> dict[str, Any]:
+    """Return one line of a log; `time` is in seconds since 1970."""
+    source = line.source
+    fields = {"host": source.host.address, "source": source.label, "rank": source.rank}
+    return {**fields, "time": line.time_s, "text": line.text}
+
+
+def logs_json(lines: list[Line], failed: dict[str, MoectlError]) -> dict[str, Any]:
+    """Return the document of `logs --json`."""
+    errors = [{"host": host, "error": error_json(error)} for host, error in failed.items()]
+    return {"schema": "moectl.logs/1", "lines": [line_json(line) for line in lines], "failed": errors}
+
+
+@verb("Observe")
+@click.argument("names", metavar="[HOST]...", nargs=-1, shell_complete=suggest.hosts)
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is appended, until Ctrl-C.")
+@click.option("-n", "--tail", type=click.IntRange(0), metavar="N", help=f"Last lines of each (default: {LINES}).")
+@click.option("--since", type=Duration(), metavar="TIME", help="Only what is not older: 30s, 10m, 2h.")
+@click.option("-t", "--timestamps", is_flag=True, help="Show when each line was written, in UTC.")
+@common
+def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
+    """Show the workers' logs, in order of time.
+
+    HOST is a host of the deployment, `localhost` for ranks on this machine, or `controller`. Without it: all of the
+    deployment, with its controller, and what runs here. Prompts and answers are in no log.
+
+    \b
+    Examples:
+      moectl logs mac3 -n 20 -t
+      moectl logs --follow
+      moectl logs --since 10m --json
+    """
+    from moectl.cli.terminal import on_ctrl_t
+    from moectl.cluster.logs import Asked, Reader, find_sources
+
+    deployment, hosts = _find_hosts(common)
+    if hosts:
+        listed = ", ".join(host.address for host in hosts)
+        raise errors.NotDeployed(f"no model is deployed on {listed}.", hint="moectl deploy")
+    sources = find_sources(deployment, names)
+    if not sources:
+        raise errors.NotDeployed("nothing has been logged: no model ran here, and none is deployed.", hint="moectl run")
+    tail = LINES if options["tail"] is None and options["since"] is None else options["tail"]
+    reader = Reader(sources, Asked(tail, options["since"], options["follow"]))
+    where = f"{len(sources)} log{'s'[: len(sources) > 1]}"
+    with on_ctrl_t(lambda: f"{reader.lines} lines of {where}", common.say), reader:
+        _print_logs(common, reader, {source.label for source in sources}, options)
+
+
+def _print_logs(common: Common, reader: Reader, labels: set[str], options: dict[str, Any]) -> None:
+    from moectl.cluster.logs import Line
+    from moectl.hosts import connect
+
+    failed: dict[str, errors.MoectlError] = {}
+    kept: list[Line] = []
+    for item in reader.read():
+        if not isinstance(item, Line):
+            common.say(f"[{item.label}] {item.text}")
+            if item.error is not None:
+                failed[item.label] = item.error
+        elif not common.json:
+            click.echo(line_text(item, prefix=len(labels) > 1, timestamps=options["timestamps"]))
+        elif options["follow"]:
+            click.echo(json.dumps({"schema": "moectl.logs/1", **line_json(item)}))
+        else:
+            kept.append(item)
+    if common.json and not options["follow"]:
+        click.echo(json.dumps(logs_json(kept, failed)))
+    connect.raise_failures({**dict.fromkeys(reader.hosts), **failed}, then=".")

@@ -1,0 +1,153 @@
+"""`moectl serve` and `moectl stop`: an OpenAI-compatible API over the cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moectl import errors
+from moectl.cli.options import FILE, Common, Duration, common, count_restarts, restart_options, target_options
+from moectl.cli.target import advise, choose_target, session_options
+from moectl.cli.terminal import _log_printer
+from moectl.cli.verb import verb
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@verb(hidden=True)
+def worker() -> None:
+    """Serve one rank on a leash (stdin and stdout); started by moectl itself."""
+    from moectl.engine import worker as process
+
+    process.main()
+
+
+@verb("Use")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Interface; another than this machine needs a key."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
+@click.option("--api-key", metavar="KEY", help="What clients have to send as their bearer token.")
+@click.option("--api-key-file", type=FILE, metavar="FILE", help="The same, from the first line of a file.")
+@click.option(
+    "--allow-origin",
+    "--allowed-origins",
+    "allow_origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this origin in, as http://localhost:3000 (CORS; repeatable); '*', all of them, needs a key.",
+)
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="Another name of this server that clients may use without a key, as host.docker.internal (repeatable).",
+)
+@click.option("-d", "--detach", is_flag=True, help="Leave it running in the background.")
+@restart_options
+@target_options
+@common
+def serve(common: Common, host: str, port: int, detach: bool, **options: Any) -> None:
+    """Offer an OpenAI-compatible API.
+
+    Clients find it under http://HOST:PORT/v1. Ctrl-C stops serving and unloads the model.
+
+    \b
+    Examples:
+      moectl serve
+      moectl serve --local 2 --port 9000 --detach
+      moectl serve --host 0.0.0.0 --api-key-file key.txt
+      moectl serve --allow-origin http://localhost:3000 --allow-host host.docker.internal
+    """
+    from moectl.server import attach
+    from moectl.server.contracts import FOR_EVER, Settings
+    from moectl.server.run import run as run_controller
+    from moectl.server.visitors import read_host_names, read_origins
+
+    key = _api_key(options["api_key"], options["api_key_file"])
+    origins = read_origins(options["allow_origin"], has_key=key is not None)
+    names = read_host_names(options["allow_host"])
+    target = choose_target(common, options)
+    settings = Settings(
+        attach.place_of(target), FOR_EVER, (host, port), key, count_restarts(options), origins=origins, hosts=names
+    )
+    attach.refuse_second(target)
+
+    def on_ready(bound: int | None) -> None:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{bound}/v1"
+        ending = "moectl stop ends it" if detach else "Ctrl-C stops serving and unloads; -d would leave it running"
+        common.print(f"Serving {url}  ({ending})", {"schema": "moectl.serve/1", "url": url, "model": target.name}, url)
+
+    wanted = session_options(common, options)
+    if detach:
+        on_ready(attach.start(target, settings, wanted, on_log=_log_printer(common)))
+        return
+    common.say(f"Loading {target.name}")
+    run_controller(
+        target,
+        settings,
+        on_ready=lambda sockets: on_ready(sockets[1].getsockname()[1]),
+        say=common.say,
+        advise=advise,
+        on_log=_log_printer(common),
+        **wanted,
+    )
+
+
+def _api_key(key: str | None, file: Path | None) -> str | None:
+    if key is not None and file is not None:
+        raise errors.UsageError("--api-key and --api-key-file exclude each other")
+    if file is not None:
+        try:
+            key = file.read_text(encoding="utf-8").split("\n", 1)[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise errors.UsageError(f"{file} cannot be read: {error}") from None
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+        raise errors.UsageError("the API key should be printable ASCII, and not empty")
+    return key
+
+
+@verb("Observe")
+@click.option("-t", "--timeout", type=Duration(), default="10s", show_default=True, help="For answers in progress.")
+@click.option("--now", is_flag=True, help="Do not wait for answers in progress.")
+@common
+def stop(common: Common, timeout: float, now: bool) -> None:
+    """Unload the model from every host.
+
+    \b
+    Examples:
+      moectl stop
+      moectl stop --now
+    """
+    from moectl.cli.terminal import on_ctrl_t
+    from moectl.server import client
+    from moectl.text import size_text
+
+    stopped: list[dict[str, Any] | None] = []
+    failures: list[errors.MoectlError] = []
+    for path in client.find_running():
+        try:
+            with on_ctrl_t(lambda: "waiting for answers in progress to end", common.say):
+                stopped.append(client.Client(path).stop(0.0 if now else max(0.0, timeout)))
+        except errors.MoectlError as error:
+            failures.append(error)
+    held = [one["memory_bytes"] for one in stopped if one is not None]
+    workers, released = sum(map(len, held)), sum(map(sum, held))
+    text = f"Stopped {workers} worker{'s' * (workers != 1)}, {size_text(released)} of memory released."
+    if not held:
+        text = "Stopped a controller that was not answering."
+    document = {"schema": "moectl.stop/1", "workers": workers, "memory_bytes": released}
+    if stopped or not failures:
+        common.print(text if stopped else "Nothing is running.", document)
+    if failures:
+        raise failures[0]
+
+
+@verb(hidden=True)
+def controller() -> None:
+    """Run a controller in the background; started by moectl itself."""
+    from moectl.server import attach
+
+    attach.obey(advise)

@@ -1,0 +1,151 @@
+"""The verbs that prepare: plan, shard, pull, deploy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moectl import errors
+from moectl.cli import suggest
+from moectl.cli.options import _WANTED, DEFAULT_MODEL, Common, _cut_options, common, refuse_both
+from moectl.cli.target import _wanted, shard_model
+from moectl.cli.terminal import download_bars
+from moectl.cli.verb import verb
+from moectl.text import size_text
+
+if TYPE_CHECKING:
+    from moectl.shards.prepare import Made
+
+
+@verb("Prepare")
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
+@click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
+@_cut_options
+@click.option("-j", "--jobs", type=click.IntRange(1), help="Streams at once (default: all cores but one, at most 4).")
+@click.option("--dry-run", is_flag=True, help="Show what would be made.")
+@click.option("--force", is_flag=True, help="Make a shard set anew over another one.")
+@click.option(
+    "--verify",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    shell_complete=suggest.directories,
+    help="Hash every file of a shard set instead.",
+)
+@click.option(
+    "--add-tokenizer",
+    metavar="REPO|DIR",
+    help="Give the shard set of --output (default: the newest) this tokenizer instead.",
+)
+@common
+def shard(
+    common: Common, model: str, verify: Path | None, add_tokenizer: str | None, dry_run: bool, **options: Any
+) -> None:
+    """Cut a checkpoint into one shard per node.
+
+    MODEL is a directory or a Hugging Face repository (default: databricks/dbrx-instruct, or a mirror of it when that is
+    out of reach). Running the same command again resumes it.
+
+    \b
+    Examples:
+      moectl shard databricks/dbrx-instruct --nodes 4 --q-bits 4
+      moectl shard ./my-dbrx --nodes 3 --split experts --shares 8,4,4
+      moectl shard --add-tokenizer Xenova/dbrx-instruct-tokenizer
+      moectl shard --verify ~/.local/share/moectl/shards/dbrx-instruct-q4-hidden-4
+    """
+    refuse_both({"--verify": verify}, {"--add-tokenizer": add_tokenizer, "--tokenizer": options["tokenizer"]})
+    refuse_both({"--add-tokenizer": add_tokenizer}, {"--tokenizer": options["tokenizer"], "--dry-run": dry_run})
+    if verify:
+        _verify(common, verify)
+        return
+    if add_tokenizer:
+        _add_tokenizer(common, add_tokenizer, options["output"])
+        return
+    from moectl.planner.questions import Asked, place_on, refuse_early
+
+    nodes = options.pop("nodes")
+    hosts = common.host_list()
+    if nodes is None and options["shares"] is None:
+        if hosts is None:
+            raise errors.UsageError("how many nodes? There is no hosts file", hint="use --nodes N or --hostfile FILE")
+        nodes = len(hosts.hosts)
+    wanted = _wanted(options, nodes)
+    for name in _WANTED:
+        del options[name]
+    if hosts is not None:
+        if nodes in (None, len(hosts.hosts)) and not options["force"]:
+            refuse_early(model, wanted, hosts.hosts)
+        options["choose_place"] = place_on(hosts.hosts, Asked(), force=options["force"], say=common.say)
+    options["directory"] = options.pop("output")
+    made = shard_model(common, model, wanted, dry_run=dry_run, **options)
+    common.print(shard_text(made, dry_run=dry_run), shard_json(made, dry_run=dry_run), str(made.directory))
+
+
+def _add_tokenizer(common: Common, source: str, where: Path | None) -> None:
+    from moectl.shards import prepare, tokenizer_files
+
+    if where is None:
+        hosts = common.host_list()
+        directory, _ = prepare.newest_shards(None if hosts is None else len(hosts.hosts))
+    else:
+        directory, _ = prepare.find_shards(where)
+    manifest = tokenizer_files.add_tokenizer(directory, source)
+    document = {"schema": "moectl.tokenizer/1", "directory": str(directory), "name": manifest.name, "source": source}
+    text = f"{manifest.name} in {directory} has the tokenizer of {source} now. Where it is deployed: moectl deploy"
+    common.print(text, document, str(directory))
+
+
+def _verify(common: Common, directory: Path) -> None:
+    from moectl.cli.terminal import progress
+    from moectl.model.manifest import read_manifest
+    from moectl.shards import build
+    from moectl.text import size_text
+
+    total = sum(f.bytes for f in read_manifest(directory).files.values())
+    with progress(quiet=common.quiet) as bars:
+        manifest = build.verify(directory, on_bytes=bars.bar(directory.name, total).advance)
+    count = len(manifest.files)
+    document = {"schema": "moectl.verify/1", "files": count, "bytes": total}
+    common.print(f"{count} files, {size_text(total)}: every hash is right.", document)
+
+
+@verb("Prepare")
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@common
+def pull(common: Common, model: str, revision: str | None) -> None:
+    """Download a checkpoint into the Hugging Face cache, without cutting it.
+
+    `moectl shard` downloads by itself, file by file; this keeps everything.
+
+    \b
+    Example:
+      moectl pull mlx-community/dbrx-instruct-4bit
+    """
+    from moectl.cli.terminal import progress
+    from moectl.shards import checkpoint
+
+    with progress(quiet=common.quiet) as bars:
+        directory = checkpoint.pull(model, revision=revision, on_bytes=download_bars(bars))
+    common.print(str(directory), {"schema": "moectl.pull/1", "directory": str(directory)}, str(directory))
+
+
+def shard_text(made: Made, *, dry_run: bool) -> str:
+    """Return one line about a shard set."""
+    if dry_run:
+        return f"Dry run: nothing was written. {size_text(made.bytes)} would be, in {made.directory}."
+    return f"{size_text(made.bytes)} in {made.directory}, one shard for each of {made.placement.world_size} ranks."
+
+
+def shard_json(made: Made, *, dry_run: bool) -> dict[str, Any]:
+    """Return the document of `shard --json`."""
+    return {
+        "schema": "moectl.shard/1",
+        "directory": str(made.directory),
+        "split": made.placement.split,
+        "shares": list(made.placement.shares),
+        "replicas": made.placement.replicas,
+        "bytes": made.bytes,
+        "dry_run": dry_run,
+    }
