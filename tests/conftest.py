@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from moectl.hosts.hostfile import Host
-from tests.netns import Cluster, run_cluster
-from tests.sshd import SSHD, Server, run_sshd
+from tests.support.netns import Cluster, run_cluster
+from tests.support.sshd import SSHD, Server, run_sshd
 
 KEPT = ("MOECTL_TEST_",)
 

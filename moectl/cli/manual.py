@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ManualEntry:
     """A variable or a file, and the parameters of which a verb has to have one to make use of it (none: all verbs)."""
 
     name: str
@@ -40,33 +40,37 @@ _CHAT = frozenset({"no_history"})
 _SETUP = frozenset({"undo"})
 
 ENVIRONMENT = (
-    Entry("MOECTL_HOSTFILE", "The hosts file, where --hostfile does not name one.", _HOSTS),
-    Entry(
+    ManualEntry("MOECTL_HOSTFILE", "The hosts file, where --hostfile does not name one.", _HOSTS),
+    ManualEntry(
         "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE", "Where downloads are kept, who asks, and whether to ask at all.", _MODEL
     ),
-    Entry("SSH_AUTH_SOCK", "The agent that holds the keys for the hosts.", _HOSTS),
-    Entry("MOECTL_SSH_CONFIG", "An ssh configuration to use in place of ~/.ssh/config.", _HOSTS),
-    Entry("NO_COLOR, FORCE_COLOR", "No colours, or colours also where the output is no terminal; --color overrides."),
-    Entry("COLUMNS", "The width of tables, where the terminal does not tell."),
-    Entry(
+    ManualEntry("SSH_AUTH_SOCK", "The agent that holds the keys for the hosts.", _HOSTS),
+    ManualEntry("MOECTL_SSH_CONFIG", "An ssh configuration to use in place of ~/.ssh/config.", _HOSTS),
+    ManualEntry(
+        "NO_COLOR, FORCE_COLOR", "No colours, or colours also where the output is no terminal; --color overrides."
+    ),
+    ManualEntry("COLUMNS", "The width of tables, where the terminal does not tell."),
+    ManualEntry(
         "XDG_CONFIG_HOME, XDG_STATE_HOME, XDG_DATA_HOME, XDG_CACHE_HOME, XDG_RUNTIME_DIR",
         "Directories that take the place of ~/.config, ~/.local/state, ~/.local/share and ~/.cache below, and where "
         "controllers listen.",
     ),
-    Entry("MOECTL_DEBUG", "1 shows where in moectl an error arose, for reports."),
+    ManualEntry("MOECTL_DEBUG", "1 shows where in moectl an error arose, for reports."),
 )
 FILES = (
-    Entry(
+    ManualEntry(
         "./hosts.txt, ~/.config/moectl/hosts.txt", "The hosts, where nothing else names them; moectl-hosts(5).", _HOSTS
     ),
-    Entry("./moectl.toml, ~/.config/moectl/config.toml", "Defaults of options; see CONFIGURATION in moectl(1)."),
-    Entry("~/.local/state/moectl/deployment.json", "The current deployment: which host has which rank.", _HOSTS),
-    Entry("~/.local/state/moectl/setup.jsonl", "What setup ran on which host, and what undoes it.", _SETUP),
-    Entry("~/.local/state/moectl/history", "What was typed in chats; only its owner may read it.", _CHAT),
-    Entry("~/.local/state/moectl/run/, $XDG_RUNTIME_DIR/moectl/", "Where running controllers listen.", _HOSTS),
-    Entry("~/.local/share/moectl/shards/", "Shard sets, one directory each.", _SHARDS),
-    Entry("~/.cache/moectl/shards/", "Shard sets that moectl cut by itself, for --model and for the demo.", _MODEL),
-    Entry("~/.moectl/", "On each host: its software in env/, its shards in shards/, its logs in logs/.", _HOSTS),
+    ManualEntry("./moectl.toml, ~/.config/moectl/config.toml", "Defaults of options; see CONFIGURATION in moectl(1)."),
+    ManualEntry("~/.local/state/moectl/deployment.json", "The current deployment: which host has which rank.", _HOSTS),
+    ManualEntry("~/.local/state/moectl/setup.jsonl", "What setup ran on which host, and what undoes it.", _SETUP),
+    ManualEntry("~/.local/state/moectl/history", "What was typed in chats; only its owner may read it.", _CHAT),
+    ManualEntry("~/.local/state/moectl/run/, $XDG_RUNTIME_DIR/moectl/", "Where running controllers listen.", _HOSTS),
+    ManualEntry("~/.local/share/moectl/shards/", "Shard sets, one directory each.", _SHARDS),
+    ManualEntry(
+        "~/.cache/moectl/shards/", "Shard sets that moectl cut by itself, for --model and for the demo.", _MODEL
+    ),
+    ManualEntry("~/.moectl/", "On each host: its software in env/, its shards in shards/, its logs in logs/.", _HOSTS),
 )
 CONFIGURATION = (
     "An option's value comes from the command line; else from the variable MOECTL_VERB_OPTION, such as "
@@ -95,21 +99,21 @@ _CODES = {
     143: "Terminated.",
 }
 _HOST_KEYS = (
-    Entry(
+    ManualEntry(
         "ip=ADDRESS[,ADDRESS...]",
         "Addresses for tensor traffic; several for several links. Without it, the address by "
         "which SSH reached the host.",
     ),
-    Entry(
+    ManualEntry(
         "rdma=DEVICE[,DEVICE...]",
         "The RDMA device towards each rank in order, - for the host itself: JACCL over Thunderbolt 5. Several cables "
         "to one host are joined by +. moectl setup writes it.",
     ),
-    Entry("memory=SIZE", "What plans may count on, such as 120GB (10^9 bytes) or 112GiB (2^30)."),
-    Entry("chip=NAME", "The chip, for plans: m2-ultra, m4-max and so on; completion lists them."),
-    Entry("price=USD", "What the host cost, for plans that compare."),
-    Entry("python=PATH", "The interpreter to use, if not the first suitable python3."),
-    Entry("dir=PATH", "Where moectl keeps its files there, if not in ~/.moectl."),
+    ManualEntry("memory=SIZE", "What plans may count on, such as 120GB (10^9 bytes) or 112GiB (2^30)."),
+    ManualEntry("chip=NAME", "The chip, for plans: m2-ultra, m4-max and so on; completion lists them."),
+    ManualEntry("price=USD", "What the host cost, for plans that compare."),
+    ManualEntry("python=PATH", "The interpreter to use, if not the first suitable python3."),
+    ManualEntry("dir=PATH", "Where moectl keeps its files there, if not in ~/.moectl."),
 )
 _HOSTS_EXAMPLE = """\
 # four Mac Studios on a 10 GbE switch
@@ -178,7 +182,7 @@ def _verb_page(cli: Verbs, verb: Verb) -> str:
     page.paragraphs(verb.help or "")
     page.section("OPTIONS")
     page.options(verb, click.Context(verb, parent=_context(cli)))
-    variable = Entry(
+    variable = ManualEntry(
         f"MOECTL_{(verb.name or '').upper()}_OPTION", "The default of an option; see CONFIGURATION in moectl(1)."
     )
     page.ending(verb.examples, [variable, *_of(ENVIRONMENT, parameters)], _of(FILES, parameters))
@@ -289,13 +293,13 @@ class _Page:
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 self.item(_option(parameter), _option_text(parameter))
 
-    def entries(self, title: str, entries: Sequence[Entry]) -> None:
+    def entries(self, title: str, entries: Sequence[ManualEntry]) -> None:
         """Add a section of variables or files."""
         self.section(title)
         for entry in entries:
             self.item(", ".join(bold(name) for name in entry.name.split(", ")), entry.text)
 
-    def ending(self, examples: Iterable[str], environment: Sequence[Entry], files: Sequence[Entry]) -> None:
+    def ending(self, examples: Iterable[str], environment: Sequence[ManualEntry], files: Sequence[ManualEntry]) -> None:
         """Add what stands at the end of every verb's page."""
         self.section("EXAMPLES")
         self.literal("\n".join(examples))
@@ -320,7 +324,7 @@ def _context(cli: Verbs) -> click.Context:
     return click.Context(cli, info_name="moectl", help_option_names=cli.context_settings["help_option_names"])
 
 
-def _of(entries: Sequence[Entry], parameters: set[str]) -> list[Entry]:
+def _of(entries: Sequence[ManualEntry], parameters: set[str]) -> list[ManualEntry]:
     return [entry for entry in entries if not entry.parameters or entry.parameters & parameters]
 
 

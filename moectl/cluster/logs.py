@@ -37,7 +37,7 @@ _RANK = re.compile(r"(.+)-rank-(\d+)\.log")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class LogFile:
     """One log file on one host; `label` names it among the others."""
 
     label: str
@@ -48,10 +48,10 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class LogLine:
     """What one rank said, when (seconds since 1970; None where it is not known)."""
 
-    source: Source
+    source: LogFile
     time_s: float | None
     text: str
 
@@ -66,7 +66,7 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class LogQuery:
     """What to read: the last lines, not older than so many seconds, and whether to go on."""
 
     tail: int | None = None
@@ -74,7 +74,7 @@ class Asked:
     follow: bool = False
 
 
-def find_sources(deployment: Deployment | None, names: Sequence[str] = ()) -> list[Source]:
+def find_sources(deployment: Deployment | None, names: Sequence[str] = ()) -> list[LogFile]:
     """Return the logs of the deployment and its controller, and of what runs on this machine; or those of some hosts.
 
     With neither, the logs of the ranks that were last here. `names` are hosts, `localhost` and `controller`; UsageError
@@ -96,9 +96,9 @@ def find_sources(deployment: Deployment | None, names: Sequence[str] = ()) -> li
     return chosen
 
 
-def _deployed(deployment: Deployment) -> list[Source]:
+def _deployed(deployment: Deployment) -> list[LogFile]:
     sources = [
-        Source(
+        LogFile(
             rank.host.address,
             rank.host,
             f"{rank.root}/logs/{deployment.name}-rank-{number}.log",
@@ -109,10 +109,10 @@ def _deployed(deployment: Deployment) -> list[Source]:
         if rank.root
     ]
     path = log_path(f"{deployment.name}-{target_key(deployment)}")
-    return [*sources, *([Source(CONTROLLER, LOCAL, str(path))] if path.exists() else [])]
+    return [*sources, *([LogFile(CONTROLLER, LOCAL, str(path))] if path.exists() else [])]
 
 
-def _local(running: set[str]) -> tuple[list[Source], list[Source]]:
+def _local(running: set[str]) -> tuple[list[LogFile], list[LogFile]]:
     """Return this machine's (ranks, controllers): of the set that was used last, and of what runs here."""
     directory = state_dir() / "logs"
     controllers = [p for p in sorted(directory.glob("controller-*.log")) if p.stem.rpartition("-")[2] in running]
@@ -122,11 +122,11 @@ def _local(running: set[str]) -> tuple[list[Source], list[Source]]:
     if not any(match[1] in names for _, match in ranks) and newest:
         names = [newest[1][1]]
     sources = [
-        Source(f"localhost/{match[2]}", LOCAL, str(path), int(match[2]))
+        LogFile(f"localhost/{match[2]}", LOCAL, str(path), int(match[2]))
         for path, match in sorted(ranks, key=lambda pair: (pair[1][1], int(pair[1][2])))
         if match[1] in names
     ]
-    return sources, [Source(CONTROLLER, LOCAL, str(path)) for path in controllers]
+    return sources, [LogFile(CONTROLLER, LOCAL, str(path)) for path in controllers]
 
 
 def _age(path: Path) -> float:
@@ -135,13 +135,13 @@ def _age(path: Path) -> float:
     return 0.0
 
 
-class Reader:
+class LogReader:
     """Reads logs on all their hosts at once; use as a context manager: its end is the end of every reader there."""
 
-    def __init__(self, sources: Sequence[Source], asked: Asked) -> None:
+    def __init__(self, sources: Sequence[LogFile], asked: LogQuery) -> None:
         self._asked = asked
         self._labels = {source.label for source in sources}
-        self._groups: dict[str, list[Source]] = {}
+        self._groups: dict[str, list[LogFile]] = {}
         for source in sources:
             self._groups.setdefault(source.host.address, []).append(source)
         self._heard: queue.SimpleQueue[tuple[str, _Heard]] = queue.SimpleQueue()
@@ -151,7 +151,7 @@ class Reader:
         self._closed = False
         self.lines = 0  # that were read so far
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> LogReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,7 +172,7 @@ class Reader:
         """Addresses of the hosts that are read."""
         return tuple(self._groups)
 
-    def read(self) -> Iterator[Line | Trouble]:
+    def read(self) -> Iterator[LogLine | Trouble]:
         """Yield the past of all in order of time, then with `follow` what comes as it comes, until all hosts are gone.
 
         A host that cannot be read is a Trouble with its error; the others go on.
@@ -181,7 +181,7 @@ class Reader:
             threading.Thread(target=self._listen, args=(host,), daemon=True).start()
         alive = set(self._groups)  # that have not ended
         behind = set(self._groups)  # whose past has not been told whole: until then everything waits to be sorted
-        past: list[Line] = []
+        past: list[LogLine] = []
         deadline = time.monotonic() + PATIENCE_S
         while alive:
             try:
@@ -191,7 +191,7 @@ class Reader:
                 behind.clear()
                 host, heard = "", {"done": True}
             for item in self._take(host, heard):
-                if isinstance(item, Line) and behind:
+                if isinstance(item, LogLine) and behind:
                     past.append(item)
                 else:
                     yield item
@@ -204,7 +204,7 @@ class Reader:
                 past = []
         yield from in_order(past)
 
-    def _take(self, host: str, heard: _Heard) -> Iterator[Line | Trouble]:
+    def _take(self, host: str, heard: _Heard) -> Iterator[LogLine | Trouble]:
         if isinstance(heard, MoectlError):
             yield Trouble(host, heard.message, heard)
         if not isinstance(heard, dict) or "file" not in heard:
@@ -218,7 +218,7 @@ class Reader:
             if when is not None and source.label == CONTROLLER and len(self._labels) > 1 and _COPY.match(text):
                 continue  # what a worker said while all began: it is in that rank's own log
             self.lines += 1
-            yield Line(source, when, text)
+            yield LogLine(source, when, text)
 
     def _listen(self, host: str) -> None:
         try:
@@ -269,9 +269,9 @@ def _read_all(process: Process) -> bytes:
     return b""
 
 
-def in_order(lines: Sequence[Line]) -> list[Line]:
+def in_order(lines: Sequence[LogLine]) -> list[LogLine]:
     """Return lines of several sources by time; each source's stay in their order, those without a time with theirs."""
-    latest: dict[Source, float] = {}
+    latest: dict[LogFile, float] = {}
     keyed = []
     for index, line in enumerate(lines):
         # A clock that was set back must not change a source's own order.
@@ -281,7 +281,7 @@ def in_order(lines: Sequence[Line]) -> list[Line]:
     return [line for _, _, line in sorted(keyed, key=lambda key: key[:2])]
 
 
-def line_fields(line: Line) -> dict[str, Any]:
+def line_fields(line: LogLine) -> dict[str, Any]:
     """Return a line as a script gets it."""
     return {
         "host": line.source.host.address,

@@ -26,12 +26,12 @@ from moectl.hosts.remote import Remote
 from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
 from moectl.paths import state_dir
-from moectl.planner.calibration import Calibration, Link
+from moectl.planner.calibration import Calibration, LinkCost
 from moectl.planner.chips import find_chip
-from moectl.planner.measured import Job, Matrix, Measured, Speed, read_speeds
+from moectl.planner.measured import Job, Matrix, MeasuredCluster, Speed, read_speeds
 from moectl.planner.memory import Verdict
 from moectl.planner.plan import Question, candidates
-from moectl.planner.questions import Answer, Asked, Task, set_task
+from moectl.planner.questions import AnsweredPlan, PlanOptions, PlanTask, set_task
 from moectl.planner.speed import Prediction, Rates, Work, predict_measured
 from moectl.session.backend import choose_backend
 from moectl.session.target import find_addresses, share_cores, split_envs
@@ -53,8 +53,8 @@ done
 
 
 def probe_cluster(
-    source: str, wanted: Wanted, asked: Asked, where: HostList, *, say: Callable[[str], None]
-) -> tuple[Answer, Measured]:
+    source: str, wanted: Wanted, asked: PlanOptions, where: HostList, *, say: Callable[[str], None]
+) -> tuple[AnsweredPlan, MeasuredCluster]:
     """Plan a model on hosts as they were found; what was measured replaces the constants.
 
     Raises what `planning.plan_cluster` raises, and the first host's error.
@@ -72,14 +72,14 @@ def probe_cluster(
             say(f"{', '.join(missing)}: moectl is not there yet, so that speed is a guess from the chips table.")
         else:
             speeds = _measure_speeds(task, sites, hardware, where)
-    measured = Measured(hardware, rtt_s, bandwidth, speeds)
+    measured = MeasuredCluster(hardware, rtt_s, bandwidth, speeds)
     task = replace(task, question=use(task.question, measured, stated_link=asked.link))
     if speeds:
         _record(task.question)
     return task.solve(), measured
 
 
-def use(question: Question, measured: Measured, *, stated_link: str | None = None) -> Question:
+def use(question: Question, measured: MeasuredCluster, *, stated_link: str | None = None) -> Question:
     """Return a question whose nodes, links and host overhead are what was measured, as far as it was.
 
     Without a run of the model a collective is taken to last one round trip of the slowest pair at two nodes, and half a
@@ -92,7 +92,7 @@ def use(question: Question, measured: Measured, *, stated_link: str | None = Non
         return question
     rtt_s = max(measured.rtt_s[i][j] for i, j in pairs)
     bytes_s = min(measured.bandwidth_bytes_s[i][j] for i, j in pairs)
-    return replace(question, link=Link("measured TCP", rtt_s, rtt_s / 2, bytes_s))
+    return replace(question, link=LinkCost("measured TCP", rtt_s, rtt_s / 2, bytes_s))
 
 
 def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
@@ -119,12 +119,12 @@ def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
     return replace(question, nodes=nodes, speeds=speeds, calibration=calibration, link=link)
 
 
-def _fit_link(exchanges: Sequence[tuple[int, float]], nodes: int) -> Link:
+def _fit_link(exchanges: Sequence[tuple[int, float]], nodes: int) -> LinkCost:
     """Return the link whose collectives take what a small and a large one took, each further node half a latency."""
     (small, small_s), (large, large_s) = exchanges[0], exchanges[-1]
     bytes_s = (nodes - 1) * (large - small) / max(large_s - small_s, 1e-9) if large > small else 1e12
     latency_s = small_s / (1 + (nodes - 2) / 2)
-    return Link("measured", latency_s, latency_s / 2, max(bytes_s, 1.0))
+    return LinkCost("measured", latency_s, latency_s / 2, max(bytes_s, 1.0))
 
 
 def _is_ring(where: HostList) -> bool:
@@ -144,7 +144,7 @@ def _measure_links(sites: Sequence[Site], say: Callable[[str], None], *, ring: b
 
 
 def _measure_speeds(
-    task: Task, sites: Sequence[Site], hardware: Sequence[Hardware], where: HostList
+    task: PlanTask, sites: Sequence[Site], hardware: Sequence[Hardware], where: HostList
 ) -> tuple[Speed, ...]:
     """Measure each split that would fit, or the one that was asked for."""
     plans = [p for p in candidates(task.question, task.shares) if task.split in ("auto", p.split)]

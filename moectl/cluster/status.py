@@ -31,7 +31,7 @@ RUNNING, IDLE, DOWN, UNKNOWN = "running", "idle", "down", "unknown"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class StatusRow:
     """One rank, or one host without; None is what is not known or does not apply."""
 
     host: str
@@ -51,7 +51,7 @@ class Status:
     """One look at everything."""
 
     time_s: float
-    rows: tuple[Row, ...]
+    rows: tuple[StatusRow, ...]
     controllers: tuple[dict[str, Any], ...]  # what those here say of themselves
     silent: tuple[str, ...] = ()  # sockets of those that did not answer: they load, or hang
 
@@ -119,9 +119,9 @@ class Observer:
         answer = ask(self._remotes[rank], pythons, "workers", request, timeout_s=self._limit_s)
         return _Seen(answer["system"], answer["deployed"], answer["root"], tuple(answer["workers"]))
 
-    def _row(self, rank: int, seen: _Seen | MoectlError) -> Row:
+    def _row(self, rank: int, seen: _Seen | MoectlError) -> StatusRow:
         own = self._ranks[rank]
-        row = Row(own.host.address, rank if self._name else None, model=self._name)
+        row = StatusRow(own.host.address, rank if self._name else None, model=self._name)
         if isinstance(seen, MoectlError):
             return replace(row, state=DOWN if isinstance(seen, HostError) else UNKNOWN, error=seen)
         mine = [w for w in seen.workers if self._name and _log_of(seen.root, self._name, rank) in w["logs"]]
@@ -135,7 +135,7 @@ class Observer:
             return replace(row, state=DOWN, error=error)
         return replace(row, state=IDLE)
 
-    def _strangers(self, seen: Sequence[_Seen | MoectlError]) -> list[Row]:
+    def _strangers(self, seen: Sequence[_Seen | MoectlError]) -> list[StatusRow]:
         """Return the workers under the hosts' roots that are not this deployment's: somebody else's, or another set."""
         found = []
         for rank, one in enumerate(seen):
@@ -153,10 +153,10 @@ def _log_of(root: str, name: str, rank: int) -> str:
     return f"{root}/logs/{name}-rank-{rank}.log"
 
 
-def _stranger_row(host: str, log: str, worker: dict[str, Any]) -> Row:
+def _stranger_row(host: str, log: str, worker: dict[str, Any]) -> StatusRow:
     match = re.fullmatch(r"(.*)-rank-(\d+)\.log", posixpath.basename(log))
     assert match is not None  # `node_workers.pick_logs`
-    return Row(host, int(match[2]), RUNNING, match[1], worker["memory_bytes"], worker["up_s"])
+    return StatusRow(host, int(match[2]), RUNNING, match[1], worker["memory_bytes"], worker["up_s"])
 
 
 def _describe_all() -> tuple[list[dict[str, Any]], tuple[str, ...]]:
@@ -178,7 +178,7 @@ def _is_whole(described: dict[str, Any]) -> bool:
     return bool(described["ranks_answered"] == len(described["hosts"]))
 
 
-def _add_controller(row: Row, described: dict[str, Any]) -> Row:
+def _add_controller(row: StatusRow, described: dict[str, Any]) -> StatusRow:
     """Return a rank's row with what its controller knows, which has a leash to it even where nobody else comes in."""
     assert row.rank is not None
     memory = described["memory_bytes"][row.rank] or row.memory_bytes
@@ -188,10 +188,10 @@ def _add_controller(row: Row, described: dict[str, Any]) -> Row:
     return replace(row, tokens=described["tokens"], tok_s=described["tok_s"]) if row.rank == 0 else row
 
 
-def _controller_rows(described: dict[str, Any]) -> list[Row]:
+def _controller_rows(described: dict[str, Any]) -> list[StatusRow]:
     """Return the ranks of a controller of which nothing is known but what it says."""
     state = RUNNING if _is_whole(described) else UNKNOWN
-    rows = [Row(host, rank, state, described["name"]) for rank, host in enumerate(described["hosts"])]
+    rows = [StatusRow(host, rank, state, described["name"]) for rank, host in enumerate(described["hosts"])]
     rows = [_add_controller(row, described) for row in rows]
     return _add_link(rows, described, _own_system(described))
 
@@ -200,7 +200,7 @@ def _own_system(described: dict[str, Any]) -> list[str]:
     return [sys.platform] if set(described["hosts"]) == {"localhost"} else []
 
 
-def _add_link(rows: list[Row], described: dict[str, Any], systems: list[str]) -> list[Row]:
+def _add_link(rows: list[StatusRow], described: dict[str, Any], systems: list[str]) -> list[StatusRow]:
     """Return rows with what each rank sends per second; unchanged where the shape or the type is not known."""
     widths = {"float32": 4, "bfloat16": 2, "float16": 2}
     width = widths.get(described["options"].get("dtype") or "")

@@ -56,7 +56,7 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class CanaryVerdict:
     """What a rank found.
 
     `wrong_at` is the first exchange that is off, counted as all ranks count them; one more than the last: the logits.
@@ -127,20 +127,20 @@ def judge(
     found: Sequence[Sequence[float]],
     *,
     tolerance: float,
-) -> Verdict:
+) -> CanaryVerdict:
     """Compare one rank's exchanges, in their order, with what they should be."""
     sizes = [math.hypot(*point) for point in expected]
     least = _SMALL * sum(sizes) / len(sizes) if sizes else 0.0
     worst, wrong_at = 0.0, None
     if len(found) != len(expected):
-        return Verdict(math.inf, min(len(found), len(expected)))
+        return CanaryVerdict(math.inf, min(len(found), len(expected)))
     for number, (should, is_) in enumerate(zip(expected, found, strict=True)):
         off = math.dist(should, is_) / max(sizes[number], least, 1e-30)
         off = off if math.isfinite(off) else math.inf
         worst = max(worst, off)
         if off > tolerance and wrong_at is None:
             wrong_at = number
-    return Verdict(worst, wrong_at)
+    return CanaryVerdict(worst, wrong_at)
 
 
 def judge_logits(canary: Canary, prompt: int, found: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ from moectl.model.manifest import Quantization
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class CatalogModel:
     """A model as a planner sees it."""
 
     name: str
@@ -25,6 +25,6 @@ _BF16 = (
     "Undi95/dbrx-base",
 )
 MODELS = {
-    **{name: Model(name, DBRX, None) for name in _BF16},
-    "mlx-community/dbrx-instruct-4bit": Model("mlx-community/dbrx-instruct-4bit", DBRX, Quantization(4, 64)),
+    **{name: CatalogModel(name, DBRX, None) for name in _BF16},
+    "mlx-community/dbrx-instruct-4bit": CatalogModel("mlx-community/dbrx-instruct-4bit", DBRX, Quantization(4, 64)),
 }

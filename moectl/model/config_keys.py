@@ -28,7 +28,7 @@ class Only:
 
 
 @dataclass(frozen=True)
-class Request:
+class PerRequest:
     """A key that each request sets for itself; `usual` are the values that need no word."""
 
     usual: tuple[Any, ...] = ()
@@ -36,7 +36,7 @@ class Request:
 
 
 READ, HARMLESS = "read", "harmless"
-Rule = Only | Request | str
+Rule = Only | PerRequest | str
 
 
 def _all(rule: Rule, names: str) -> dict[str, Rule]:
@@ -68,18 +68,18 @@ _GENERATION: dict[str, Rule] = {
         " assistant_lookbehind target_lookbehind assistant_ensemble_weight speculation_type use_mtp compile_config"
         " disable_compile continuous_batching_config low_memory prefill_chunk_size",
     ),
-    "do_sample": Request((False,)),
-    "temperature": Request((1,), "--temp"),
-    "top_p": Request((1,), "--top-p"),
-    "top_k": Request((0, 50)),
-    "min_p": Request((0,)),
-    "typical_p": Request((1,)),
-    **_all(Request((0,)), "epsilon_cutoff eta_cutoff top_h"),
-    "max_length": Request((20,), "--max-tokens"),
-    "max_new_tokens": Request((), "--max-tokens"),
-    "max_time": Request(),
-    "num_return_sequences": Request((1,)),
-    "task_specific_params": Request(({},)),
+    "do_sample": PerRequest((False,)),
+    "temperature": PerRequest((1,), "--temp"),
+    "top_p": PerRequest((1,), "--top-p"),
+    "top_k": PerRequest((0, 50)),
+    "min_p": PerRequest((0,)),
+    "typical_p": PerRequest((1,)),
+    **_all(PerRequest((0,)), "epsilon_cutoff eta_cutoff top_h"),
+    "max_length": PerRequest((20,), "--max-tokens"),
+    "max_new_tokens": PerRequest((), "--max-tokens"),
+    "max_time": PerRequest(),
+    "num_return_sequences": PerRequest((1,)),
+    "task_specific_params": PerRequest(({},)),
     **_all(Only((1,)), "repetition_penalty encoder_repetition_penalty guidance_scale num_beams"),
     "num_beam_groups": Only((1, 0)),
     **_all(Only((0,)), "no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens"),
@@ -172,7 +172,7 @@ def list_ignored(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tu
         asked, unknown = [], []
         for key, value in given.items():
             rule = _GENERATION.get(key)
-            if isinstance(rule, Request) and not _is_one_of(value, rule.usual):
+            if isinstance(rule, PerRequest) and not _is_one_of(value, rule.usual):
                 asked.append(f"{key} {show(value)}" + f" ({rule.flag})" * bool(rule.flag))
             elif rule is None and file == GENERATION and value is not None:
                 unknown.append(f"{key} {show(value)}")
@@ -192,7 +192,7 @@ def show(value: object) -> str:
 def _check(given: Mapping[str, Any], table: Mapping[str, Rule], where: str) -> None:
     for key, value in given.items():
         rule = table.get(key)
-        if value is None or rule in (READ, HARMLESS) or isinstance(rule, Request):
+        if value is None or rule in (READ, HARMLESS) or isinstance(rule, PerRequest):
             continue
         if rule is None:
             raise CheckpointError(f"{where}{key} is {show(value)}: moectl does not know this key", hint=_REMOVE)

@@ -33,7 +33,7 @@ from moectl.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class LinkCost:
     """What one collective costs over a kind of link."""
 
     name: str
@@ -52,7 +52,7 @@ class Calibration:
     layer_overhead_s: float  # per layer, on every node at once
     sync_s: float  # per layer where the host has to read the router's choice (`experts`)
     agreement: bool  # whether a step ends with an exchange of its token
-    links: Mapping[str, Link]
+    links: Mapping[str, LinkCost]
     nvidia_overhead_s: float = 0.10e-3  # instead of layer_overhead_s, on NVIDIA's GPUs
 
 
@@ -66,7 +66,7 @@ PAPER = Calibration(
     sync_s=0.0,  # in the overhead
     agreement=False,
     # Its software on any wire: what it measured at 10 GbE is not the wire.
-    links={name: Link(name, 0.94e-3, 0.12e-3, speed) for name, speed in _WIRES.items()},
+    links={name: LinkCost(name, 0.94e-3, 0.12e-3, speed) for name, speed in _WIRES.items()},
     nvidia_overhead_s=0.12e-3,
 )
 
@@ -76,7 +76,7 @@ PAPER_NAIVE = replace(
     PAPER,
     name="paper-naive",
     layer_overhead_s=PAPER.layer_overhead_s + _REWIRING_S,
-    links={name: Link(name, _CENTRALISED_S, 0.12e-3, speed) for name, speed in _WIRES.items()},
+    links={name: LinkCost(name, _CENTRALISED_S, 0.12e-3, speed) for name, speed in _WIRES.items()},
 )
 
 DEFAULT = Calibration(
@@ -87,10 +87,10 @@ DEFAULT = Calibration(
     sync_s=0.12e-3,
     agreement=True,
     links={
-        "rdma": Link("rdma", 20e-6, 2.5e-6, _WIRES["rdma"]),
-        "tb-tcp": Link("tb-tcp", 150e-6, 75e-6, _WIRES["tb-tcp"]),
-        "10gbe": Link("10gbe", 500e-6, 100e-6, _WIRES["10gbe"]),
-        "1gbe": Link("1gbe", 600e-6, 100e-6, _WIRES["1gbe"]),
+        "rdma": LinkCost("rdma", 20e-6, 2.5e-6, _WIRES["rdma"]),
+        "tb-tcp": LinkCost("tb-tcp", 150e-6, 75e-6, _WIRES["tb-tcp"]),
+        "10gbe": LinkCost("10gbe", 500e-6, 100e-6, _WIRES["10gbe"]),
+        "1gbe": LinkCost("1gbe", 600e-6, 100e-6, _WIRES["1gbe"]),
     },
 )
 
@@ -98,7 +98,7 @@ CALIBRATIONS: Mapping[str, Calibration] = {c.name: c for c in (PAPER, PAPER_NAIV
 LINKS = tuple(DEFAULT.links)
 
 
-def find_link(calibration: Calibration, name: str) -> Link:
+def find_link(calibration: Calibration, name: str) -> LinkCost:
     """Return a kind of link by name. Raises UsageError."""
     try:
         return calibration.links[name]

@@ -83,7 +83,7 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredCluster:
     """A cluster as found: matrices and tuples are in rank order, a host to itself has 0."""
 
     hardware: tuple[Hardware, ...]

@@ -16,7 +16,7 @@ from moectl.errors import PlanError
 from moectl.model.geometry import Geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement, make_placement
-from moectl.planner.calibration import Calibration, Link
+from moectl.planner.calibration import Calibration, LinkCost
 from moectl.planner.measured import Speed
 from moectl.planner.memory import COMFORTABLE, KV_STEP, Memory, Need, Verdict, judge, rank_need
 from moectl.planner.speed import Prediction, Rates, Work, expected_busiest, predict, predict_measured
@@ -46,7 +46,7 @@ class Question:
     geometry: Geometry
     quantization: Quantization | None
     nodes: tuple[Node, ...]  # in rank order
-    link: Link
+    link: LinkCost
     calibration: Calibration
     context: int = 4096
     concurrency: int = 1

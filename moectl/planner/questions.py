@@ -14,7 +14,7 @@ from pathlib import Path
 from moectl.errors import HostsError, MoectlError, PlanError
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, parse_size
-from moectl.model.catalog import MODELS, Model
+from moectl.model.catalog import MODELS, CatalogModel
 from moectl.model.manifest import Manifest, Quantization
 from moectl.model.placement import Placement
 from moectl.planner.calibration import CALIBRATIONS, find_link
@@ -22,7 +22,7 @@ from moectl.planner.memory import METAL_DTYPE_BYTES, Verdict, judge, rank_need
 from moectl.planner.nodes import Defaults, default_link, make_node
 from moectl.planner.plan import Node, Plan, Question, make_plan, refusal
 from moectl.planner.this_machine import CONTEXT, own_dtype_bytes, own_memory
-from moectl.planner.what_if import Row, what_if
+from moectl.planner.what_if import WhatIfRow, what_if
 from moectl.shards import prepare
 from moectl.shards.checkpoint import Checkpoint
 from moectl.shards.prepare import Wanted, choose_quantization, describe_model, find_frequencies
@@ -31,7 +31,7 @@ PROMPT = 512  # tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PlanOptions:
     """What a person said about a plan; None is "as it comes"."""
 
     ctx: int | None = None  # CONTEXT, or the model's own if that is less
@@ -50,34 +50,34 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnsweredPlan:
     """A plan with what it answers."""
 
-    model: Model
+    model: CatalogModel
     question: Question
     plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class PlanTask:
     """A question, and what of its answer is settled already."""
 
-    model: Model
+    model: CatalogModel
     question: Question
     split: str
     shares: tuple[int, ...] | None
 
-    def solve(self) -> Answer:
+    def solve(self) -> AnsweredPlan:
         """Raises PlanError where nothing can be placed."""
-        return Answer(self.model, self.question, make_plan(self.question, self.split, shares=self.shares))
+        return AnsweredPlan(self.model, self.question, make_plan(self.question, self.split, shares=self.shares))
 
 
-def plan_cluster(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -> Answer:
+def plan_cluster(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequence[Host]) -> AnsweredPlan:
     """Plan a model on these hosts. Raises PlanError where nothing can be placed, and what `set_task` raises."""
     return set_task(source, wanted, asked, hosts).solve()
 
 
-def set_task(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -> Task:
+def set_task(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequence[Host]) -> PlanTask:
     """Put the question of a model on these hosts.
 
     A shard set is planned as it is cut, unless `wanted` says otherwise. Raises HostsError where a host's chip or memory
@@ -89,16 +89,16 @@ def set_task(source: str, wanted: Wanted, asked: Asked, hosts: Sequence[Host]) -
     question = replace(question, replicas=wanted.replicas, frequencies=find_frequencies(wanted, model.geometry))
     if manifest is not None and wanted.split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
         question = replace(question, replicas=manifest.placement.replicas)
-        return Task(model, question, manifest.split, manifest.shares)
-    return Task(model, question, wanted.split, wanted.shares)
+        return PlanTask(model, question, manifest.split, manifest.shares)
+    return PlanTask(model, question, wanted.split, wanted.shares)
 
 
-def choose(model: Model, wanted: Wanted) -> Model:
+def choose(model: CatalogModel, wanted: Wanted) -> CatalogModel:
     """Return the model as it would be sharded."""
     return replace(model, quantization=choose_quantization(wanted, model))
 
 
-def ask(model: Model, asked: Asked, hosts: Sequence[Host]) -> Question:
+def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Question:
     """Put a question about a model on these hosts."""
     calibration = CALIBRATIONS[asked.calibration]
     context = find_context(model, asked)
@@ -118,7 +118,7 @@ def ask(model: Model, asked: Asked, hosts: Sequence[Host]) -> Question:
     )
 
 
-def plan_purchase(source: str, wanted: Wanted, asked: Asked) -> tuple[Model, list[Row]]:
+def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions) -> tuple[CatalogModel, list[WhatIfRow]]:
     """Return the table of clusters that one could buy for a model."""
     model, _ = describe_model(source)
     chosen = choose(model, wanted)
@@ -141,7 +141,7 @@ def plan_purchase(source: str, wanted: Wanted, asked: Asked) -> tuple[Model, lis
     return model, rows
 
 
-def find_context(model: Model, asked: Asked) -> int:
+def find_context(model: CatalogModel, asked: PlanOptions) -> int:
     """Return the tokens of context to plan for. Raises PlanError beyond the model's."""
     longest = model.geometry.max_seq_len
     if asked.ctx is not None and asked.ctx > longest:
@@ -149,7 +149,7 @@ def find_context(model: Model, asked: Asked) -> int:
     return asked.ctx or min(CONTEXT, longest)
 
 
-def find_prompt(asked: Asked, context: int) -> int:
+def find_prompt(asked: PlanOptions, context: int) -> int:
     """Return the tokens of the prompt to plan for. Raises PlanError beyond the context."""
     if asked.prompt_tokens is not None and asked.prompt_tokens > context:
         raise PlanError(
@@ -160,7 +160,7 @@ def find_prompt(asked: Asked, context: int) -> int:
 
 
 def place_on(
-    hosts: Sequence[Host], asked: Asked, *, force: bool, say: Callable[[str], None], probe: bool = False
+    hosts: Sequence[Host], asked: PlanOptions, *, force: bool, say: Callable[[str], None], probe: bool = False
 ) -> Callable[[Checkpoint, Wanted, Quantization | None], Placement]:
     """Return what chooses a placement on these hosts and refuses one that they cannot hold (see `prepare.shard`).
 
@@ -170,7 +170,7 @@ def place_on(
     nodes = [known_node(host, asked) for host in hosts]
 
     def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
-        model = Model(checkpoint.source, checkpoint.geometry, quantization)
+        model = CatalogModel(checkpoint.source, checkpoint.geometry, quantization)
         count = wanted.nodes or len(wanted.shares or hosts)
         if None in nodes or count != len(nodes):
             placement = prepare.place(checkpoint, wanted, quantization)
@@ -191,9 +191,9 @@ def place_on(
 
 def refuse_early(source: str, wanted: Wanted, hosts: Sequence[Host]) -> None:
     """Refuse a model that is known by name and that these hosts cannot hold, before anybody looks for its files."""
-    if source not in MODELS or Path(source).is_dir() or None in [known_node(host, Asked()) for host in hosts]:
+    if source not in MODELS or Path(source).is_dir() or None in [known_node(host, PlanOptions()) for host in hosts]:
         return
-    plan = plan_cluster(source, wanted, Asked(), hosts).plan
+    plan = plan_cluster(source, wanted, PlanOptions(), hosts).plan
     if not plan.feasible:
         raise refusal(plan)
 
@@ -205,7 +205,7 @@ def place_here(
 
     def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
         placement = prepare.place(checkpoint, wanted, quantization)
-        model = Model(checkpoint.source, checkpoint.geometry, quantization)
+        model = CatalogModel(checkpoint.source, checkpoint.geometry, quantization)
         check_fit(model, placement, [own_node()] * placement.world_size, force=force, warn=say)
         return placement
 
@@ -225,12 +225,12 @@ def own_node() -> Node | None:
 
 def check_here(manifest: Manifest, *, force: bool, say: Callable[[str], None]) -> None:
     """Refuse a shard set whose ranks this machine cannot hold together. Raises PlanError."""
-    model = Model(manifest.name, manifest.geometry, manifest.quantization)
+    model = CatalogModel(manifest.name, manifest.geometry, manifest.quantization)
     check_fit(model, manifest.placement, [own_node()] * manifest.world_size, force=force, warn=say)
 
 
 def check_fit(
-    model: Model,
+    model: CatalogModel,
     placement: Placement,
     nodes: Sequence[Node | None],
     *,
@@ -269,10 +269,10 @@ def check_hosts(
     A host that does not answer is left to the command that follows, which names it.
     """
     if len(hosts) == manifest.world_size:
-        nodes = [known_node(host, Asked()) for host in hosts]
+        nodes = [known_node(host, PlanOptions()) for host in hosts]
         if probe and not force:
             nodes = ask_hosts(hosts, nodes)
-        model = Model(manifest.name, manifest.geometry, manifest.quantization)
+        model = CatalogModel(manifest.name, manifest.geometry, manifest.quantization)
         check_fit(model, manifest.placement, nodes, force=force, warn=warn)
 
 
@@ -290,7 +290,7 @@ def ask_host(host: Host) -> Node | None:
     remote = make_remote(host)
     try:
         found = read_hardware(remote)
-        return known_node(host, Asked(found={host.name: found}))
+        return known_node(host, PlanOptions(found={host.name: found}))
     except MoectlError:
         return None
     finally:
@@ -305,7 +305,7 @@ def _by_host(nodes: Sequence[Node | None]) -> list[tuple[Node, list[int]]]:
     return list(held.values())
 
 
-def known_node(host: Host, asked: Asked) -> Node | None:
+def known_node(host: Host, asked: PlanOptions) -> Node | None:
     """Return a host as a node, None when its chip or memory is not known."""
     try:
         return make_node(host, CALIBRATIONS[asked.calibration], asked.defaults, asked.found.get(host.name))

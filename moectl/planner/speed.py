@@ -31,7 +31,7 @@ from moectl.model.balance import share_out
 from moectl.model.geometry import Geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
-from moectl.planner.calibration import DEFAULT, Calibration, Link
+from moectl.planner.calibration import DEFAULT, Calibration, LinkCost
 from moectl.planner.measured import Speed
 from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, LayerBytes, head_bytes, layer_bytes
 
@@ -76,7 +76,7 @@ class Work:
         return self.placement.geometry
 
 
-def predict(work: Work, rates: Sequence[Rates], link: Link, calibration: Calibration) -> Prediction:
+def predict(work: Work, rates: Sequence[Rates], link: LinkCost, calibration: Calibration) -> Prediction:
     """Predict speed on nodes of these rates, one per rank, joined by links of one kind."""
     model = _Model(work, tuple(rates), link, calibration)
     compute, communication = model.pass_time(1)
@@ -175,7 +175,7 @@ def _chunks(tokens: int) -> Iterator[int]:
 class _Model:
     work: Work
     rates: tuple[Rates, ...]
-    link: Link
+    link: LinkCost
     calibration: Calibration
 
     def pass_time(self, tokens: int) -> tuple[float, float]:
@@ -262,7 +262,7 @@ class _Model:
 _layer_bytes = lru_cache(maxsize=256)(layer_bytes)
 
 
-def _exchange_time(link: Link, nodes: int, message_bytes: int) -> float:
+def _exchange_time(link: LinkCost, nodes: int, message_bytes: int) -> float:
     """Return the seconds in which every node gets every other's message."""
     if nodes == 1:
         return 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moectl.errors import HostsError, PlanError
 from moectl.hosts.hostfile import Host
-from moectl.model.catalog import Model
+from moectl.model.catalog import CatalogModel
 from moectl.model.manifest import Quantization
 from moectl.planner.calibration import LINKS, Calibration, find_link
 from moectl.planner.chips import CHIPS, Chip, find_chip
@@ -30,7 +30,7 @@ GROUP = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class WhatIfRow:
     """One chip with one link at one precision: number of nodes → its best plan, None where no split exists."""
 
     chip: str
@@ -41,7 +41,7 @@ class Row:
 
 
 def what_if(
-    model: Model,
+    model: CatalogModel,
     calibration: Calibration,
     *,
     context: int,
@@ -49,7 +49,7 @@ def what_if(
     fixed: bool = False,
     chip: str | None = None,
     link: str | None = None,
-) -> Iterator[Row]:
+) -> Iterator[WhatIfRow]:
     """Yield the table row by row; `fixed` keeps to the model's own precision, `chip` and `link` to one of each.
 
     Raises HostsError for a chip that is not in the table.
@@ -82,7 +82,7 @@ def what_if(
                 )
                 cells = tuple((len(question.nodes), _try_plan(question)) for question in asked)
                 if any(plan is not None and plan.feasible for _, plan in cells):
-                    yield Row(name, memory_gib, kind, quantization.bits if quantization else 16, cells)
+                    yield WhatIfRow(name, memory_gib, kind, quantization.bits if quantization else 16, cells)
 
 
 def _links(chip: Chip) -> list[str]:

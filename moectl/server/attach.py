@@ -14,7 +14,7 @@ from typing import Any
 from moectl.errors import AlreadyRunning, MoectlError, RemoteError, StateError
 from moectl.server import background
 from moectl.server.client import Client, is_running, last_beat, socket_path
-from moectl.server.contracts import Settings
+from moectl.server.contracts import ControllerOptions
 from moectl.session.target import Local, Target, count_ranks, decode_target, encode_target, target_key
 
 OnLog = Callable[[str, str], None]
@@ -35,7 +35,7 @@ class Attached:
 def attach(
     target: Target,
     options: Mapping[str, Any],
-    settings: Settings,
+    settings: ControllerOptions,
     *,
     say: Callable[[str], None] = lambda text: None,
     on_log: OnLog = lambda host, line: None,
@@ -101,7 +101,7 @@ def refuse_second(target: Target) -> None:
         raise StateError(f"{target.name} is loaded already, by another controller", hint="moectl stop")
 
 
-def start(target: Target, settings: Settings, options: Mapping[str, Any], *, on_log: OnLog) -> int | None:
+def start(target: Target, settings: ControllerOptions, options: Mapping[str, Any], *, on_log: OnLog) -> int | None:
     """Start a controller in the background; return its TCP port. Raises what went wrong there."""
     order = {
         "target": encode_target(target),
@@ -128,7 +128,7 @@ def obey(advise: Callable[[Target, MoectlError], str | None]) -> None:
     raw = order["settings"]
     tcp = (raw["tcp"][0], raw["tcp"][1]) if raw["tcp"] else None
     socket, visitors = Path(raw["socket_path"]), (tuple(raw["origins"]), tuple(raw["hosts"]))
-    settings = Settings(socket, raw["keep_alive_s"], tcp, raw["api_key"], raw["restarts"], *visitors)
+    settings = ControllerOptions(socket, raw["keep_alive_s"], tcp, raw["api_key"], raw["restarts"], *visitors)
     try:
         run(
             decode_target(order["target"]),

@@ -45,7 +45,7 @@ class Health:
         return self.ranks_answered == self.ranks and (idle or self.progress_age_s <= STALLED_S)
 
 
-class Answer(Protocol):
+class AnswerEvents(Protocol):
     """One request's events: Token…, then exactly one Done, then the end; a Notice may come at any time before that.
 
     Iterating raises UsageError when the request is refused (before any Token), another MoectlError when the cluster
@@ -60,7 +60,7 @@ class Answer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ControllerOptions:
     """How to run a controller; what to run, and with what options, are the session's."""
 
     socket_path: Path
@@ -109,7 +109,7 @@ class Cluster(Protocol):
         """What kind of model it is."""
         ...
 
-    async def submit(self, request: Request) -> Answer:
+    async def submit(self, request: Request) -> AnswerEvents:
         """Accept a request, whose id is 0: the cluster numbers it. Returns soon, answered or queued.
 
         Raises QueueFull when no more may wait, StateError when the cluster is stopping, RemoteError when it has failed.

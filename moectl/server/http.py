@@ -29,7 +29,7 @@ from moectl.engine.protocol import Done, Token
 from moectl.engine.request import TOO_LONG
 from moectl.errors import MoectlError, QueueFull, StateError, UsageError
 from moectl.server import openai
-from moectl.server.contracts import NOTICE, SILENCE_S, Answer, Cluster, Control, Notice
+from moectl.server.contracts import NOTICE, SILENCE_S, AnswerEvents, Cluster, Control, Notice
 from moectl.server.doors import CONTROL, Doors, no_such_path, refuse, write_json
 from moectl.server.metrics import CONTENT_TYPE, Metrics
 
@@ -276,8 +276,8 @@ class _Service:
         self.answering.add(answering)
         return answering
 
-    async def _submit(self, asked: openai.Asked) -> list[Answer]:
-        answers: list[Answer] = []
+    async def _submit(self, asked: openai.ApiRequest) -> list[AnswerEvents]:
+        answers: list[AnswerEvents] = []
         try:
             for request in asked.requests:
                 answers.append(await self._cluster.submit(request))
@@ -351,7 +351,12 @@ class _Answering:
     """One reply: the events of all its choices as they come, until they end, fail, or nobody listens any more."""
 
     def __init__(
-        self, asked: openai.Asked, reply: openai.Reply, answers: list[Answer], metrics: Metrics, silence_s: float
+        self,
+        asked: openai.ApiRequest,
+        reply: openai.Reply,
+        answers: list[AnswerEvents],
+        metrics: Metrics,
+        silence_s: float,
     ) -> None:
         self._asked = asked
         self._reply = reply
@@ -386,7 +391,7 @@ class _Answering:
         for index in self._open:
             self._answers[index].cancel()
 
-    async def _pump(self, index: int, answer: Answer) -> None:
+    async def _pump(self, index: int, answer: AnswerEvents) -> None:
         before = time.monotonic()
         first = True
         error: MoectlError

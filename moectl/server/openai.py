@@ -42,7 +42,7 @@ _BODY = 'send one JSON object, as {"messages": [{"role": "user", "content": "hel
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ApiRequest:
     """One HTTP request: what to submit, and the form of the reply."""
 
     chat: bool
@@ -69,7 +69,7 @@ def parse_body(body: bytes) -> Fields:
     return fields
 
 
-def read_chat(fields: Fields, name: str, model: Ready) -> Asked:
+def read_chat(fields: Fields, name: str, model: Ready) -> ApiRequest:
     """Return what a body of /v1/chat/completions asks of the model of this name; raise UsageError."""
     _check_model(fields, name)
     refuse_unsupported(fields)
@@ -91,7 +91,7 @@ def read_chat(fields: Fields, name: str, model: Ready) -> Asked:
     return _ask(fields, True, [request])
 
 
-def read_completion(fields: Fields, name: str, model: Ready) -> Asked:
+def read_completion(fields: Fields, name: str, model: Ready) -> ApiRequest:
     """Return what a body of /v1/completions asks of the model of this name; raise UsageError."""
     _check_model(fields, name)
     refuse_unsupported(fields)
@@ -119,12 +119,12 @@ def _read_limit(fields: Fields, model: Ready, default: int) -> int:
     return model.max_seq_len if limit in _NO_LIMITS else min(limit, model.max_seq_len)
 
 
-def _ask(fields: Fields, chat: bool, prompts: list[Request]) -> Asked:
+def _ask(fields: Fields, chat: bool, prompts: list[Request]) -> ApiRequest:
     n = read_integer(fields, "n", 1, MAX_CHOICES) or 1
     if n * len(prompts) > MAX_CHOICES:
         refuse("n", f"times the number of prompts should be at most {MAX_CHOICES}, it is {n * len(prompts)}")
     options = read_typed(fields, "stream_options", dict) or {}
-    return Asked(
+    return ApiRequest(
         chat,
         tuple(_reseed(request, i) for request in prompts for i in range(n)),
         n,
@@ -280,7 +280,7 @@ def _read_bias(fields: Fields, model: Ready) -> tuple[tuple[int, float], ...]:
 class Reply:
     """One HTTP reply in the making: give it every choice's events, take chunks for a stream or the whole."""
 
-    def __init__(self, asked: Asked, *, reply_id: str, created: int, name: str, model: Ready) -> None:
+    def __init__(self, asked: ApiRequest, *, reply_id: str, created: int, name: str, model: Ready) -> None:
         self._asked = asked
         self._head = {
             "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{reply_id}",
@@ -459,4 +459,4 @@ def encode_event(value: Fields | None) -> bytes:
     return b"data: " + (b"[DONE]" if value is None else encode_json(value)) + b"\n\n"
 
 
-Reader = Callable[[Fields, str, Ready], Asked]
+Reader = Callable[[Fields, str, Ready], ApiRequest]

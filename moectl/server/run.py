@@ -12,7 +12,7 @@ from socket import socket
 from typing import Any
 
 from moectl.errors import MoectlError, RemoteError
-from moectl.server.contracts import SILENCE_S, Settings
+from moectl.server.contracts import SILENCE_S, ControllerOptions
 from moectl.server.controller import GRACE_S, READING_S, SAME, Controller, KeepAlive, Open
 from moectl.server.http import Grace, make_app, serve as serve_http
 from moectl.server.restarts import Restarts
@@ -24,7 +24,7 @@ from moectl.session.target import Target, count_ranks, open_session
 
 def run(
     target: Target,
-    settings: Settings,
+    settings: ControllerOptions,
     *,
     on_ready: Callable[[Sequence[socket]], None] = lambda sockets: None,
     say: Callable[[str], None] = lambda text: None,
@@ -51,7 +51,7 @@ def run(
 async def _run(
     target: Target,
     session: Session,
-    settings: Settings,
+    settings: ControllerOptions,
     sockets: list[socket],
     on_ready: Callable[[Sequence[socket]], None],
     options: dict[str, Any],

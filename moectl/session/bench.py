@@ -48,7 +48,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeanDeviation:
     """Mean and sample standard deviation over trials; one trial has no deviation."""
 
     mean: float
@@ -85,15 +85,15 @@ class Benchmark:
     predicted: Predicted | None = None
 
     @property
-    def prefill_tok_s(self) -> Measured:
+    def prefill_tok_s(self) -> MeanDeviation:
         return _measured(trial.prefill_tok_s for trial in self.trials)
 
     @property
-    def decode_tok_s(self) -> Measured:
+    def decode_tok_s(self) -> MeanDeviation:
         return _measured(trial.decode_tok_s for trial in self.trials)
 
     @property
-    def ttft_s(self) -> Measured:
+    def ttft_s(self) -> MeanDeviation:
         return _measured(trial.ttft_s for trial in self.trials)
 
     @property
@@ -215,9 +215,9 @@ def _join_routing(name: str, top_k: int, tokens: int, profiles: Iterable[Profile
     return Routing(name, tokens, top_k, tuple(layers[layer] for layer in sorted(layers)))
 
 
-def _measured(values: Iterable[float]) -> Measured:
+def _measured(values: Iterable[float]) -> MeanDeviation:
     numbers = list(values)
-    return Measured(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
+    return MeanDeviation(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
 
 
 def read_prediction(path: Path, placement: Placement | None, bits: int | None, *, prompt_tokens: int) -> Predicted:

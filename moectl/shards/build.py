@@ -30,7 +30,7 @@ from moectl.model.manifest import (
 )
 from moectl.model.placement import Placement
 from moectl.shards import journal as journals, sources
-from moectl.shards.recipe import OutputFile, Source, describe, plan_files
+from moectl.shards.recipe import CheckpointHeaders, OutputFile, describe, plan_files
 from moectl.shards.verified import is_manifest_recorded, sweep, take_stamp, write_stamps
 from moectl.shards.writer import OnBytes, OnHashed, OpenQuantise, hash_file, make_files, partial_path
 from moectl.text import format_gb
@@ -41,7 +41,7 @@ ComputeCanary = Callable[[Path, Manifest], Canary]
 _WEIGHTS = re.compile(r"(common/(embedding|head|outer|layer-\d+)|rank-\d+/layer-\d+)\.safetensors")
 
 
-class Checkpoint(Source, sources.Supply, Protocol):
+class CheckpointReader(CheckpointHeaders, sources.Supply, Protocol):
     """What `cut` needs of `checkpoint.Checkpoint`."""
 
     @property
@@ -69,7 +69,7 @@ def output_bytes(files: Iterable[OutputFile]) -> int:
 
 
 def cut(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointReader,
     placement: Placement,
     quantization: Quantization | None,
     directory: Path,
@@ -119,7 +119,7 @@ def cut(
         raise explain_refusal(error, directory) from error
 
 
-def fingerprint_source(checkpoint: Checkpoint) -> str:
+def fingerprint_source(checkpoint: CheckpointReader) -> str:
     """Return a hash that tells one state of the weight files from another without reading them.
 
     A commit of the Hub never changes; a directory may without a change of names or sizes, so its times count too.
@@ -129,7 +129,7 @@ def fingerprint_source(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
-def _version(checkpoint: Checkpoint, file: str) -> int | str:
+def _version(checkpoint: CheckpointReader, file: str) -> int | str:
     if checkpoint.revision is not None:
         return checkpoint.revision
     try:
@@ -203,7 +203,7 @@ class _Watch:
 
 
 def _cut_locked(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointReader,
     plain: Manifest,  # without files
     files: Sequence[OutputFile],
     directory: Path,
@@ -284,7 +284,7 @@ def _read_old(directory: Path) -> Manifest | None:
         return None
 
 
-def _is_current(checkpoint: Checkpoint, directory: Path, old: Manifest, plain: Manifest) -> bool:
+def _is_current(checkpoint: CheckpointReader, directory: Path, old: Manifest, plain: Manifest) -> bool:
     """Whether everything but the weights is as the source has it, and every file has its size."""
     small = set(_sidecars(checkpoint))
     # A commit of the Hub never changes, a directory may, and so may what comes from elsewhere.
@@ -307,7 +307,7 @@ def _keep(directory: Path, old: Manifest, new: Manifest) -> Manifest:
 
 
 def _complete(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointReader,
     directory: Path,
     plain: Manifest,
     files: Sequence[OutputFile],
@@ -446,7 +446,7 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _check_space(checkpoint: Checkpoint, directory: Path, missing: Sequence[OutputFile]) -> None:
+def _check_space(checkpoint: CheckpointReader, directory: Path, missing: Sequence[OutputFile]) -> None:
     """Raise StateError unless the disk has room for what is missing."""
     there = sum(p.stat().st_blocks * 512 for p in (partial_path(directory / f.path) for f in missing) if p.exists())
     needed = max(0, output_bytes(missing) - there)
@@ -460,23 +460,23 @@ def _check_space(checkpoint: Checkpoint, directory: Path, missing: Sequence[Outp
         )
 
 
-def _sidecars(checkpoint: Checkpoint) -> list[str]:
+def _sidecars(checkpoint: CheckpointReader) -> list[str]:
     skip = (MANIFEST_NAME, "model.safetensors.index.json")
     return sorted({"config.json", *(s for s in checkpoint.sidecars if s not in skip)})
 
 
-def _read_sidecar(checkpoint: Checkpoint, file: str) -> bytes:
+def _read_sidecar(checkpoint: CheckpointReader, file: str) -> bytes:
     try:
         return checkpoint.path(file).read_bytes()
     except OSError as error:
         raise sources.explain_unreadable(file, error) from error
 
 
-def _hash_sidecar(checkpoint: Checkpoint, file: str) -> str:
+def _hash_sidecar(checkpoint: CheckpointReader, file: str) -> str:
     return hashlib.sha256(_read_sidecar(checkpoint, file)).hexdigest()
 
 
-def _copy_sidecar(checkpoint: Checkpoint, directory: Path, file: str) -> FileEntry:
+def _copy_sidecar(checkpoint: CheckpointReader, directory: Path, file: str) -> FileEntry:
     target = directory / file
     data = _read_sidecar(checkpoint, file)
     with partial_path(target).open("wb") as f:

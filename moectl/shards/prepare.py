@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
-from moectl.model.catalog import MODELS, Model
+from moectl.model.catalog import MODELS, CatalogModel
 from moectl.model.geometry import Geometry
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, Quantization, read_manifest
 from moectl.model.placement import Placement, make_placement, place_copies
@@ -228,7 +228,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     read_tokenizer(read, checkpoint.source)
 
 
-def describe_model(source: str) -> tuple[Model, Manifest | None]:
+def describe_model(source: str) -> tuple[CatalogModel, Manifest | None]:
     """Return what a planner needs of a model: one known by name, a shard set, or a checkpoint's headers.
 
     A shard set comes with its manifest. Raises what `open_checkpoint` raises.
@@ -240,10 +240,10 @@ def describe_model(source: str) -> tuple[Model, Manifest | None]:
     except NotSharded:
         checkpoint = open_checkpoint(source)
         try:
-            return Model(checkpoint.source, checkpoint.geometry, checkpoint.quantization), None
+            return CatalogModel(checkpoint.source, checkpoint.geometry, checkpoint.quantization), None
         finally:
             checkpoint.close()
-    return Model(manifest.name, manifest.geometry, manifest.quantization), manifest
+    return CatalogModel(manifest.name, manifest.geometry, manifest.quantization), manifest
 
 
 def find_shards(where: str | Path) -> tuple[Path, Manifest]:

@@ -32,7 +32,7 @@ class Described(Protocol):
     def quantization(self) -> Quantization | None: ...
 
 
-class Source(Described, Protocol):
+class CheckpointHeaders(Described, Protocol):
     """What is needed of `checkpoint.Checkpoint` to lay out a shard set."""
 
     @property
@@ -123,7 +123,7 @@ def describe(quantization: Quantization | None) -> str:
 
 
 def plan_files(
-    checkpoint: Source,
+    checkpoint: CheckpointHeaders,
     placement: Placement,
     quantization: Quantization | None,
 ) -> list[OutputFile]:
@@ -206,7 +206,7 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True)
 class _Planner:
-    checkpoint: Source
+    checkpoint: CheckpointHeaders
     placement: Placement
     quantization: Quantization | None
 

@@ -23,10 +23,10 @@ from moectl.engine.protocol import Done
 from moectl.engine.request import Request
 from moectl.engine.unseen import Prompts, check_unseen
 from moectl.session.session import Session
-from tests.alphabet import VOCAB_SIZE, write_tokenizer
-from tests.test_lockstep import cut_case
-from tests.test_session import specs
-from tests.tiny import write_checkpoint
+from tests.engine.test_lockstep import cut_case
+from tests.session.test_session import specs
+from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.tiny import write_checkpoint
 
 PROMPT, TOKENS = 6, 256
 WAYS: dict[str, dict[str, Any]] = {

@@ -23,8 +23,8 @@ import mlx.core as mx
 from moectl.hosts.onhost.files import hash_file
 from moectl.model.manifest import read_manifest
 from tests.benchmarks.bench_shard import write_file
-from tests.netns import Cluster, run_cluster
-from tests.tiny import make_config
+from tests.support.netns import Cluster, run_cluster
+from tests.support.tiny import make_config
 
 RANKS = 4
 D_MODEL, FFN_HIDDEN, EXPERTS, VOCAB = 1024, 768, 8, 1024

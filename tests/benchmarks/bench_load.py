@@ -23,7 +23,7 @@ from typing import Any
 import httpx2
 import openai
 
-from tests.ring import process_env
+from tests.support.ring import process_env
 
 QUESTIONS = (
     "What is expert parallelism?",

@@ -30,9 +30,9 @@ from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer import open_tokenizer
-from tests.alphabet import VOCAB_SIZE, write_tokenizer
-from tests.ring import rank_env
-from tests.tiny import write_checkpoint
+from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.ring import rank_env
+from tests.support.tiny import write_checkpoint
 
 
 def time_mlx_lm(source: Path, bits: int, length: int, count: int) -> tuple[float, float]:

@@ -24,8 +24,8 @@ from moectl.session.session import RankSpec, Session
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer
-from tests.netns import run_cluster
-from tests.ring import rank_env
+from tests.support.netns import run_cluster
+from tests.support.ring import rank_env
 
 _Place = tuple[Host, Remote, tuple[str, ...]]
 DTYPE_BYTES = 4  # float32, on a CPU

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moectl.hosts.hostfile import Host
 from moectl.hosts.ssh.remote import SSHRemote
-from tests.sshd import Server, run_sshd
+from tests.support.sshd import Server, run_sshd
 
 
 def write_random(path: Path, megabytes: int) -> str:

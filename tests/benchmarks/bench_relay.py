@@ -16,8 +16,8 @@ from pathlib import Path
 from moectl.cluster.deploy.deploy import deploy
 from moectl.hosts.onhost.files import hash_file
 from moectl.model.manifest import NAME, FileEntry, Manifest, write_manifest
-from tests.netns import Cluster, run_cluster
-from tests.tiny import make_config
+from tests.support.netns import Cluster, run_cluster
+from tests.support.tiny import make_config
 
 RANKS = 4
 FILE_BYTES = 2_000_000

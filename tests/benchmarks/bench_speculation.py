@@ -31,8 +31,8 @@ from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer import open_tokenizer
-from tests.alphabet import VOCAB_SIZE, write_tokenizer
-from tests.tiny import write_checkpoint
+from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.tiny import write_checkpoint
 
 QUESTION = "Tell me a long story about experts."
 

@@ -69,7 +69,7 @@ _CLOSING = re.compile(r'"""[ \t]*$', re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """Some more text of an answer."""
 
     text: str
@@ -98,7 +98,7 @@ class Answerer(Protocol):
     def over(self) -> bool:
         """Whether no further question can be answered; after an error the chat ends with it then."""
 
-    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[Piece | Finished, None, None]:
+    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[TextPiece | Finished, None, None]:
         """Yield an answer as it comes; the last item is Finished.
 
         `messages` is the whole conversation, the system message first where there is one (`settings.system` is the

@@ -17,7 +17,7 @@ from moectl.cli.verb import verb
 from moectl.text import columns, size_text, table_text, time_text
 
 if TYPE_CHECKING:
-    from moectl.session.bench import Benchmark, Measured as Sample, Predicted
+    from moectl.session.bench import Benchmark, MeanDeviation as Sample, Predicted
     from moectl.session.target import Target
 
 # Barriers always cost something; parts that exceed an ordinary step by more than this say little about it.

@@ -317,7 +317,7 @@ def _deploy_growing(
     """Cut a model and deploy it meanwhile; return the set's name and what came of the hosts."""
     from moectl.cli.terminal import progress
     from moectl.cluster.deploy.feed import shard_and_deploy
-    from moectl.planner.questions import Asked, place_on, refuse_early
+    from moectl.planner.questions import PlanOptions, place_on, refuse_early
 
     hosts, force = listed.hosts, options.pop("force")
     wanted = _wanted(cut, len(hosts))
@@ -336,7 +336,7 @@ def _deploy_growing(
             tokenizer=cut["tokenizer"],
             keep_source=cut["keep_source"],
             no_canary=cut["no_canary"],
-            choose_place=place_on(hosts, Asked(), force=force, say=common.say, probe=True),
+            choose_place=place_on(hosts, PlanOptions(), force=force, say=common.say, probe=True),
         )
         try:
             fed = shard_and_deploy(shard, hosts, on_event=_draw_deploy(common, bars), **options)

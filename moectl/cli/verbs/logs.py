@@ -16,7 +16,7 @@ from moectl.errors import error_json
 from moectl.text import clock_text
 
 if TYPE_CHECKING:
-    from moectl.cluster.logs import Line, Reader
+    from moectl.cluster.logs import LogLine, LogReader
     from moectl.errors import MoectlError
 
 LINES = 50  # of each log, unless told otherwise
@@ -25,21 +25,21 @@ LINES = 50  # of each log, unless told otherwise
 # Logs.
 
 
-def line_text(line: Line, *, prefix: bool, timestamps: bool) -> str:
+def line_text(line: LogLine, *, prefix: bool, timestamps: bool) -> str:
     """Return one line of a log; control characters are shown, not sent to the terminal."""
     text = "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line.text)
     when = f"{clock_text(line.time_s)} " if timestamps else ""
     return f"{f'[{line.source.label}] ' if prefix else ''}{when}{text}"
 
 
-def line_json(line: Line) -> dict[str, Any]:
+def line_json(line: LogLine) -> dict[str, Any]:
     """Return one line of a log; `time` is in seconds since 1970."""
     source = line.source
     fields = {"host": source.host.address, "source": source.label, "rank": source.rank}
     return {**fields, "time": line.time_s, "text": line.text}
 
 
-def logs_json(lines: list[Line], failed: dict[str, MoectlError]) -> dict[str, Any]:
+def logs_json(lines: list[LogLine], failed: dict[str, MoectlError]) -> dict[str, Any]:
     """Return the document of `logs --json`."""
     errors = [{"host": host, "error": error_json(error)} for host, error in failed.items()]
     return {"schema": "moectl.logs/1", "lines": [line_json(line) for line in lines], "failed": errors}
@@ -65,7 +65,7 @@ def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
       moectl logs --since 10m --json
     """
     from moectl.cli.terminal import on_ctrl_t
-    from moectl.cluster.logs import Asked, Reader, find_sources
+    from moectl.cluster.logs import LogQuery, LogReader, find_sources
 
     deployment, hosts = _find_hosts(common)
     if hosts:
@@ -75,20 +75,20 @@ def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
     if not sources:
         raise errors.NotDeployed("nothing has been logged: no model ran here, and none is deployed.", hint="moectl run")
     tail = LINES if options["tail"] is None and options["since"] is None else options["tail"]
-    reader = Reader(sources, Asked(tail, options["since"], options["follow"]))
+    reader = LogReader(sources, LogQuery(tail, options["since"], options["follow"]))
     where = f"{len(sources)} log{'s'[: len(sources) > 1]}"
     with on_ctrl_t(lambda: f"{reader.lines} lines of {where}", common.say), reader:
         _print_logs(common, reader, {source.label for source in sources}, options)
 
 
-def _print_logs(common: Common, reader: Reader, labels: set[str], options: dict[str, Any]) -> None:
-    from moectl.cluster.logs import Line
+def _print_logs(common: Common, reader: LogReader, labels: set[str], options: dict[str, Any]) -> None:
+    from moectl.cluster.logs import LogLine
     from moectl.hosts import connect
 
     failed: dict[str, errors.MoectlError] = {}
-    kept: list[Line] = []
+    kept: list[LogLine] = []
     for item in reader.read():
-        if not isinstance(item, Line):
+        if not isinstance(item, LogLine):
             common.say(f"[{item.label}] {item.text}")
             if item.error is not None:
                 failed[item.label] = item.error

@@ -28,14 +28,14 @@ from moectl.text import size_text, table_text, time_text
 
 if TYPE_CHECKING:
     from moectl.hosts.hostfile import HostList
-    from moectl.model.catalog import Model
-    from moectl.planner.measured import Measured
+    from moectl.model.catalog import CatalogModel
+    from moectl.planner.measured import MeasuredCluster
     from moectl.planner.plan import NodePlan, Plan, Question
-    from moectl.planner.questions import Asked
-    from moectl.planner.what_if import Row
+    from moectl.planner.questions import PlanOptions
+    from moectl.planner.what_if import WhatIfRow
 
 
-def plan_text(model: Model, question: Question, plan: Plan, measured: Measured | None = None) -> str:
+def plan_text(model: CatalogModel, question: Question, plan: Plan, measured: MeasuredCluster | None = None) -> str:
     """Return the table of who would hold what, whether it fits, how fast it would be, and what was measured."""
     lines = [model_text(model, question), plan_table(question, plan), _fit_text(plan), plan.why]
     if measured is not None:
@@ -54,7 +54,7 @@ def plan_text(model: Model, question: Question, plan: Plan, measured: Measured |
     return "\n".join(lines)
 
 
-def measured_lines(question: Question, measured: Measured) -> list[str]:
+def measured_lines(question: Question, measured: MeasuredCluster) -> list[str]:
     """Return what a probe found: links, and each split's speed where a shortened model ran."""
     names, lines = [node.host for node in question.nodes], []
     pairs = [(i, j) for i in range(len(measured.rtt_s)) for j in range(i)]
@@ -72,7 +72,7 @@ def measured_lines(question: Question, measured: Measured) -> list[str]:
     return lines
 
 
-def model_text(model: Model, question: Question) -> str:
+def model_text(model: CatalogModel, question: Question) -> str:
     """Return a model in one line."""
     g = model.geometry
     quantization = question.quantization
@@ -131,7 +131,9 @@ def _fit_text(plan: Plan) -> str:
     return f"Does not fit: {worst.host} would need {share} of what it can give. {total} of weights in total."
 
 
-def plan_json(model: Model, question: Question, plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
+def plan_json(
+    model: CatalogModel, question: Question, plan: Plan, measured: MeasuredCluster | None = None
+) -> dict[str, Any]:
     """Return the document of `plan --json`."""
     p = plan.prediction
     quantization = question.quantization
@@ -164,7 +166,7 @@ def plan_json(model: Model, question: Question, plan: Plan, measured: Measured |
     }
 
 
-def what_if_text(model: Model, rows: list[Row]) -> str:
+def what_if_text(model: CatalogModel, rows: list[WhatIfRow]) -> str:
     """Return predicted tok/s of clusters that one could buy, with the split that gives it."""
     counts = [count for count, _ in rows[0].cells]
     header = ("CHIP", "MEMORY", "LINK", "BITS", *(f"{count} NODE{'S' * (count > 1)}" for count in counts))
@@ -186,7 +188,7 @@ def _cell_text(plan: Plan | None) -> str:
     return f"{mark}{plan.prediction.decode_tok_s:.1f}{split}"
 
 
-def what_if_json(model: Model, rows: list[Row]) -> dict[str, Any]:
+def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
     """Return the document of `plan --what-if --json`."""
     return {
         "schema": "moectl.what-if/1",
@@ -295,9 +297,9 @@ def _where(common: Common, local: int | None) -> HostList:
     return HostList((Host("localhost"),) * local)
 
 
-def _asked(options: dict[str, Any]) -> Asked:
-    from moectl.planner.questions import Asked
+def _asked(options: dict[str, Any]) -> PlanOptions:
+    from moectl.planner.questions import PlanOptions
 
-    return Asked(
+    return PlanOptions(
         **{k: options[k] for k in ("ctx", "concurrency", "prompt_tokens", "chip", "memory", "link", "calibration")}
     )

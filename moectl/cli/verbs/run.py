@@ -67,7 +67,7 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
       moectl run --local 2 --model ./my-dbrx "Hello"
     """
     from moectl.server import attach
-    from moectl.server.contracts import Settings
+    from moectl.server.contracts import ControllerOptions
 
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and _at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
@@ -75,7 +75,7 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
     wanted = session_options(common, options)
 
     def connect() -> attach.Attached:
-        settings = Settings(attach.place_of(target), keep_alive, restarts=count_restarts(options))
+        settings = ControllerOptions(attach.place_of(target), keep_alive, restarts=count_restarts(options))
         return attach.attach(target, wanted, settings, say=common.say, on_log=_log_printer(common))
 
     found = connect()

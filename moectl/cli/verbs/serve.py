@@ -62,7 +62,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
       moectl serve --allow-origin http://localhost:3000 --allow-host host.docker.internal
     """
     from moectl.server import attach
-    from moectl.server.contracts import FOR_EVER, Settings
+    from moectl.server.contracts import FOR_EVER, ControllerOptions
     from moectl.server.run import run as run_controller
     from moectl.server.visitors import read_host_names, read_origins
 
@@ -70,7 +70,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
     origins = read_origins(options["allow_origin"], has_key=key is not None)
     names = read_host_names(options["allow_host"])
     target = choose_target(common, options)
-    settings = Settings(
+    settings = ControllerOptions(
         attach.place_of(target), FOR_EVER, (host, port), key, count_restarts(options), origins=origins, hosts=names
     )
     attach.refuse_second(target)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from moectl.cluster.setup.plan import Advice, SetupPlan, Step, Wish
-    from moectl.cluster.setup.record import Entry
+    from moectl.cluster.setup.record import RecordedCommand
     from moectl.cluster.setup.run import OnCommand, Sudo
     from moectl.hosts.hostfile import Host, HostList
     from moectl.hosts.remote import Remote
@@ -343,7 +343,7 @@ def plan_json(plan: SetupPlan, *, state: str, written: str | None, run: int = 0)
     }
 
 
-def undo_text(entries: Sequence[Entry]) -> str:
+def undo_text(entries: Sequence[RecordedCommand]) -> str:
     """Return what would be undone, by host, in the order of undoing."""
     lines: list[str] = []
     for host in dict.fromkeys(entry.host for entry in entries):
@@ -351,7 +351,7 @@ def undo_text(entries: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
-def undo_json(entries: Sequence[Entry], *, state: str, run: int) -> dict[str, Any]:
+def undo_json(entries: Sequence[RecordedCommand], *, state: str, run: int) -> dict[str, Any]:
     """Return what was or would be undone as a JSON document; `state` is "planned" or "undone"."""
     listed = [
         {"host": entry.host, "command": list(entry.argv), "undo": list(entry.undo), "done": entry.done}

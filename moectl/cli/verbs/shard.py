@@ -62,7 +62,7 @@ def shard(
     if add_tokenizer:
         _add_tokenizer(common, add_tokenizer, options["output"])
         return
-    from moectl.planner.questions import Asked, place_on, refuse_early
+    from moectl.planner.questions import PlanOptions, place_on, refuse_early
 
     nodes = options.pop("nodes")
     hosts = common.host_list()
@@ -76,7 +76,7 @@ def shard(
     if hosts is not None:
         if nodes in (None, len(hosts.hosts)) and not options["force"]:
             refuse_early(model, wanted, hosts.hosts)
-        options["choose_place"] = place_on(hosts.hosts, Asked(), force=options["force"], say=common.say)
+        options["choose_place"] = place_on(hosts.hosts, PlanOptions(), force=options["force"], say=common.say)
     options["directory"] = options.pop("output")
     made = shard_model(common, model, wanted, dry_run=dry_run, **options)
     common.print(shard_text(made, dry_run=dry_run), shard_json(made, dry_run=dry_run), str(made.directory))

@@ -19,7 +19,7 @@ from moectl.text import clock_text, columns, size_text, table_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from moectl.cluster.status import Observer, Row, Status
+    from moectl.cluster.status import Observer, Status, StatusRow
 
 NOTHING = "Nothing is running."
 _COLOURS = {"running": "32", "down": "31", "unknown": "33"}
@@ -145,7 +145,7 @@ def status_text(status: Status, *, width: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def _status_row(row: Row) -> tuple[str, ...]:
+def _status_row(row: StatusRow) -> tuple[str, ...]:
     return (
         "" if row.rank is None else str(row.rank),
         row.host,
@@ -196,7 +196,7 @@ def status_json(status: Status) -> dict[str, Any]:
     }
 
 
-def _row_json(row: Row) -> dict[str, Any]:
+def _row_json(row: StatusRow) -> dict[str, Any]:
     fields = ("rank", "host", "state", "model", "memory_bytes", "up_s", "tokens", "tok_s", "link_bytes_s")
     return {**{name: getattr(row, name) for name in fields}, "error": error_json(row.error)}
 

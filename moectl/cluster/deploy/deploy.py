@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import moectl
 from moectl.cluster.deploy.fleet import Feed, run_tasks
-from moectl.cluster.deploy.provision import PACKAGES, HostResult, OnEvent, Task
+from moectl.cluster.deploy.provision import PACKAGES, HostResult, HostTask, OnEvent
 from moectl.cluster.deploy.wheel import download_command, hash_code, is_ours, pack_wheel
 from moectl.errors import (
     IntegrityError,
@@ -96,7 +96,7 @@ def deploy(
         versions = wanted_versions()
         wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse, Path(scratch))
         tasks = [
-            Task(
+            HostTask(
                 rank=rank,
                 host=hosts[rank],
                 shards=shard_dir.resolve(),

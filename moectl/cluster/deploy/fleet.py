@@ -24,10 +24,10 @@ from moectl.cluster.deploy.provision import (
     Advanced,
     Event,
     HostResult,
+    HostTask,
     Look,
     OnEvent,
     Planned,
-    Task,
     Working,
     deployed_host,
     inspect_host,
@@ -46,7 +46,7 @@ DECIDE_S = 0.5
 Pipe = connection.Connection
 
 
-class Cancelled(Exception):
+class FeedCancelled(Exception):
     """Whoever feeds the files has given up."""
 
 
@@ -79,7 +79,9 @@ class Feed:
             self._inlet.send(message)
 
 
-def run_tasks(tasks: Sequence[Task], jobs: int, on_event: OnEvent, feed: Feed | None = None) -> tuple[HostResult, ...]:
+def run_tasks(
+    tasks: Sequence[HostTask], jobs: int, on_event: OnEvent, feed: Feed | None = None
+) -> tuple[HostResult, ...]:
     """Look at all hosts in threads; each that lacks something then gets a process, `jobs` at once.
 
     Most deployments find little to do, and a process costs more than looking. A host goes on as soon as it was looked
@@ -94,15 +96,15 @@ def run_tasks(tasks: Sequence[Task], jobs: int, on_event: OnEvent, feed: Feed | 
 
 
 class _Fleet:
-    def __init__(self, tasks: Sequence[Task], jobs: int, on_event: OnEvent, feed: Feed | None) -> None:
+    def __init__(self, tasks: Sequence[HostTask], jobs: int, on_event: OnEvent, feed: Feed | None) -> None:
         self.results: dict[int, HostResult] = {}
         self._tasks = {task.rank: task for task in tasks}
         self._jobs = jobs
         self._on_event = on_event
         self._feed = feed
-        self._looking: dict[Pipe, Task] = {}
-        self._waiting: list[Task] = []
-        self._processes: dict[Pipe, tuple[Any, Task]] = {}
+        self._looking: dict[Pipe, HostTask] = {}
+        self._waiting: list[HostTask] = []
+        self._processes: dict[Pipe, tuple[Any, HostTask]] = {}
         self._pipes: dict[int, Pipe] = {}  # of those processes, by rank
         self._files: dict[str, FileEntry] = {}  # that the feed has told
         self._last = False
@@ -147,7 +149,7 @@ class _Fleet:
         elif self._feed and ready is self._feed.pipe:
             self._take_feed(ready.recv())
 
-    def _take_look(self, pipe: Pipe, task: Task) -> None:
+    def _take_look(self, pipe: Pipe, task: HostTask) -> None:
         look: Look = pipe.recv()
         pipe.close()
         seen = look.result
@@ -162,7 +164,7 @@ class _Fleet:
 
     def _take_feed(self, message: More | _Cancel) -> None:
         if not isinstance(message, More):
-            raise Cancelled
+            raise FeedCancelled
         self._files |= message.files
         self._last = message.last
         for rank in self._pipes:
@@ -200,7 +202,7 @@ class _Fleet:
         self.results[result.rank] = result
         self._on_event(result)
 
-    def _start(self, task: Task) -> None:
+    def _start(self, task: HostTask) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve_task, args=(theirs, task), daemon=True)
@@ -260,7 +262,7 @@ def _part(more: More, rank: int) -> More:
     return More({n: e for n, e in more.files.items() if manifest_file.is_for(n, rank)}, more.last)
 
 
-def _start_look(task: Task) -> Pipe:
+def _start_look(task: HostTask) -> Pipe:
     ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def look() -> None:
@@ -290,7 +292,7 @@ def _end_process(pipe: Pipe, process: Any, grace_s: float = END_GRACE_S) -> None
 # In a host's process.
 
 
-def _serve_task(pipe: Pipe, task: Task) -> None:
+def _serve_task(pipe: Pipe, task: HostTask) -> None:
     """Deploy to one host and send what happens up the pipe; the entry point of a host's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out, commands under way are ended too
@@ -352,7 +354,7 @@ class _Line:
 class _Throttle:
     """Sends events up. It adds up progress, ten times a second; everything else goes at once, after it."""
 
-    def __init__(self, task: Task, pipe: Pipe) -> None:
+    def __init__(self, task: HostTask, pipe: Pipe) -> None:
         self._task = task
         self._pipe = pipe
         self._lock = threading.Lock()  # a push has several threads

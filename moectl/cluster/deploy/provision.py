@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from moectl.cluster.deploy.push import Found, Link, Push, record
+from moectl.cluster.deploy.push import Found, PeerLink, Push, record
 from moectl.cluster.deploy.relay import FLOOR_BYTES_S, More, Up
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.hosts.connect import ROOT, make_remote
@@ -107,7 +107,7 @@ OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class FileSurvey:
     """What `node.survey` answers."""
 
     python: str
@@ -130,7 +130,7 @@ class Survey:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class HostTask:
     """Everything that one host's process has to know."""
 
     rank: int
@@ -163,7 +163,7 @@ class Look:
     lacks_bytes: int
 
 
-class Line(Protocol):
+class EventPipe(Protocol):
     """A host's way to the process that runs all hosts."""
 
     def tell(self, message: Up) -> None:
@@ -175,7 +175,7 @@ class Line(Protocol):
         ...
 
 
-def inspect_host(task: Task) -> Look:
+def inspect_host(task: HostTask) -> Look:
     """Look at a host and tell what a deployment would do there.
 
     At most the record of verified files is written, in a dry run not even that. Nothing to do: `copied_bytes` is 0 and
@@ -197,11 +197,11 @@ def survey_environment(remote: Remote, host: Host) -> dict[str, Any]:
     Raises VersionMismatch without a python that is new enough, CommandFailed, HostError.
     """
     nothing: dict[str, str] = {}
-    return _survey(remote, Task(0, host, Path(), "", {}, nothing, "", {}, dry_run=True, verify=False))
+    return _survey(remote, HostTask(0, host, Path(), "", {}, nothing, "", {}, dry_run=True, verify=False))
 
 
 @contextlib.contextmanager
-def deployed_host(task: Task, on_event: OnEvent, line: Line) -> Iterator[HostResult]:
+def deployed_host(task: HostTask, on_event: OnEvent, line: EventPipe) -> Iterator[HostResult]:
     """Install and copy what a host lacks; inside the block, other hosts can take from it what it has.
 
     Raises HostError, RemoteError and IntegrityError of any kind.
@@ -228,14 +228,14 @@ def deployed_host(task: Task, on_event: OnEvent, line: Line) -> Iterator[HostRes
         remote.close()
 
 
-def _make_push(remote: Remote, task: Task, found: Mapping[str, Any], on_event: OnEvent, line: Line) -> Push:
+def _make_push(remote: Remote, task: HostTask, found: Mapping[str, Any], on_event: OnEvent, line: EventPipe) -> Push:
     there = Found(
         directory=found["directory"],
         kept={name: task.files[name] for name in found["kept"] if name != MANIFEST},
         known=found["known"] if task.growing else {},
         may_lie=task.growing or MANIFEST in found["corrupt"],
     )
-    link = Link(task.rank, task.host.ips, line.tell, task.floor_bytes_s) if task.relay else None
+    link = PeerLink(task.rank, task.host.ips, line.tell, task.floor_bytes_s) if task.relay else None
 
     def on_bytes(count: int) -> None:
         on_event(Advanced(task.rank, task.host.address, count))
@@ -243,13 +243,13 @@ def _make_push(remote: Remote, task: Task, found: Mapping[str, Any], on_event: O
     return Push(remote, task.shards, there, on_bytes, link)
 
 
-def _missing_bytes(task: Task, found: Mapping[str, Any]) -> dict[str, int]:
+def _missing_bytes(task: HostTask, found: Mapping[str, Any]) -> dict[str, int]:
     """Return file → bytes that have to come."""
     missing = {name: task.files[name].bytes - there for name, there in found["missing"].items()}
     return missing | {name: size - found["begun"][name] for name, size in task.planned.items()}
 
 
-def _plan(task: Task, found: Mapping[str, Any]) -> HostResult:
+def _plan(task: HostTask, found: Mapping[str, Any]) -> HostResult:
     """Compare what was found with what is wanted. Raises CommandFailed when it cannot fit or be written."""
     python = _find_python(task, found)
     needed = sum(_missing_bytes(task, found).values())
@@ -270,7 +270,7 @@ def _plan(task: Task, found: Mapping[str, Any]) -> HostResult:
     )
 
 
-def _survey(remote: Remote, task: Task) -> dict[str, Any]:
+def _survey(remote: Remote, task: HostTask) -> dict[str, Any]:
     """Find a python on the host and ask it what is there. Raises VersionMismatch, CommandFailed."""
     root = task.host.dir or ROOT
     if task.host.python:
@@ -310,10 +310,10 @@ def _survey(remote: Remote, task: Task) -> dict[str, Any]:
     return answer
 
 
-def _check_survey(remote: Remote, task: Task, answer: dict[str, Any]) -> None:
+def _check_survey(remote: Remote, task: HostTask, answer: dict[str, Any]) -> None:
     """Raise CommandFailed unless a host's answer is one, and speaks of what it was asked for."""
     try:
-        found = build(Survey, answer)
+        found = build(FileSurvey, answer)
     except ValueError as error:
         raise CommandFailed(f"its python gave an answer that makes no sense: {error}", host=remote.name) from None
     sizes = [found.free, *found.wheels.values(), *found.missing.values()]
@@ -336,7 +336,7 @@ def _refuse_error(remote: Remote, answer: Mapping[str, Any]) -> None:
         raise put_error(answer, Path(), str(answer.get("path", "a file")), "", remote.name)
 
 
-def _check_room(task: Task, found: Mapping[str, Any], needed: int) -> None:
+def _check_room(task: HostTask, found: Mapping[str, Any], needed: int) -> None:
     made = next(place for place in (task.shards, *task.shards.parents) if place.exists())  # it may be about to be
     if task.host.is_local and found["device"] == made.stat().st_dev:
         return  # hard links take no room
@@ -351,7 +351,7 @@ def _check_room(task: Task, found: Mapping[str, Any], needed: int) -> None:
         )
 
 
-def _find_python(task: Task, found: Mapping[str, Any]) -> str:
+def _find_python(task: HostTask, found: Mapping[str, Any]) -> str:
     """Return an interpreter with exactly the wanted versions: the one named, or the one made before; else ""."""
     ours = found["packages"] == task.versions and found["code"] == task.code
     if (task.host.python or task.host.is_local) and ours:
@@ -361,7 +361,7 @@ def _find_python(task: Task, found: Mapping[str, Any]) -> str:
     return ""
 
 
-def _prepare_python(remote: Remote, task: Task, found: Mapping[str, Any], on_event: OnEvent) -> str:
+def _prepare_python(remote: Remote, task: HostTask, found: Mapping[str, Any], on_event: OnEvent) -> str:
     """Make or mend the host's own environment and return its interpreter. Raises CommandFailed, VersionMismatch."""
     versions = ", ".join(f"{name} {version}" for name, version in task.versions.items())
     on_event(Working(task.rank, task.host.address, f"installing {versions}"))
@@ -384,7 +384,7 @@ def _prepare_python(remote: Remote, task: Task, found: Mapping[str, Any], on_eve
     return remote.python
 
 
-def _push_wheels(remote: Remote, task: Task, found: Mapping[str, Any]) -> None:
+def _push_wheels(remote: Remote, task: HostTask, found: Mapping[str, Any]) -> None:
     directory = f"{found['root']}/wheels"
     pushed = {}
     try:
@@ -396,7 +396,7 @@ def _push_wheels(remote: Remote, task: Task, found: Mapping[str, Any]) -> None:
         record(remote, directory, pushed)
 
 
-def _list_steps(task: Task, found: Mapping[str, Any]) -> dict[str, list[str]]:
+def _list_steps(task: HostTask, found: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the commands that make or mend the environment, by what they do."""
     root = found["root"]
     python, wheels = f"{root}/env/bin/python", f"{root}/wheels"
@@ -418,7 +418,7 @@ def _list_steps(task: Task, found: Mapping[str, Any]) -> dict[str, list[str]]:
     return {"venv": [found["python"], "-m", "venv", "--clear", f"{root}/env"], **steps}
 
 
-def _step_error(remote: Remote, task: Task, step: str, failure: Failure) -> MoectlError:
+def _step_error(remote: Remote, task: HostTask, step: str, failure: Failure) -> MoectlError:
     said = failure.said.strip().split("\n")[-1] or f"exit code {failure.code}"
     match step:
         case "venv":

@@ -34,7 +34,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class PeerLink:
     """A host's part in passing files on: where it can be reached, and how it asks."""
 
     rank: int
@@ -56,7 +56,7 @@ class Push:
     """The files of one host while they arrive. `run` works in one thread, the rest is told from others."""
 
     def __init__(
-        self, remote: Remote, shards: Path, found: Found, on_bytes: Callable[[int], None], link: Link | None
+        self, remote: Remote, shards: Path, found: Found, on_bytes: Callable[[int], None], link: PeerLink | None
     ) -> None:
         """With no `link`, nothing is taken from other hosts, nor given to them."""
         self._remote = remote

@@ -29,7 +29,7 @@ from moectl.hosts.survey import Survey, parse_sshd, survey_host
 from moectl.model.manifest import Manifest
 from moectl.planner.chips import find_chip
 from moectl.planner.memory import Verdict, judge, rank_need
-from moectl.planner.questions import Asked, known_node
+from moectl.planner.questions import PlanOptions, known_node
 from moectl.planner.this_machine import CONTEXT
 from moectl.text import format_gb
 
@@ -307,7 +307,7 @@ def check_memory(host: Host, rank: int, survey: Survey, manifest: Manifest | Non
     if survey.workers_bytes and survey.is_mac:
         used = 0  # a worker's wired memory is not in what ps tells
     values = {"memory_bytes": hardware.memory_bytes, "in_use_bytes": hardware.in_use_bytes}
-    node = known_node(host, Asked(found={host.name: replace(hardware, in_use_bytes=used)}))
+    node = known_node(host, PlanOptions(found={host.name: replace(hardware, in_use_bytes=used)}))
     if manifest is None or node is None or rank >= manifest.world_size:
         return ok("memory", f"{what}, {(hardware.in_use_bytes or 0) / _GIB:.1f} GiB in use", **values)
     context = min(CONTEXT, manifest.geometry.max_seq_len)

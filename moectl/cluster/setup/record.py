@@ -24,7 +24,7 @@ SCHEMA = "moectl.setup-record/1"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RecordedCommand:
     """One command that was begun and not undone."""
 
     number: int
@@ -40,18 +40,18 @@ class Entry:
 class Record:
     """The open record; made by `open_record`."""
 
-    def __init__(self, path: Path, fd: int, entries: dict[int, Entry], last: int) -> None:
+    def __init__(self, path: Path, fd: int, entries: dict[int, RecordedCommand], last: int) -> None:
         self.path = path
         self._fd = fd
         self._entries = entries
         self._last = last
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[RecordedCommand, ...]:
         """Return what could be undone, oldest first."""
         return tuple(self._entries[number] for number in sorted(self._entries))
 
-    def begin(self, entry: Entry) -> int:
+    def begin(self, entry: RecordedCommand) -> int:
         """Write down a command that is about to run; return its number. Raises StateError.
 
         One that was run before and not undone, as after a restart, keeps its number and what undoes it.
@@ -130,7 +130,7 @@ def _lock(path: Path) -> int:
         os.close(fd)  # its last holder removed the name meanwhile
 
 
-def read_record() -> tuple[Entry, ...]:
+def read_record() -> tuple[RecordedCommand, ...]:
     """Return what could be undone, oldest first; nothing where there is no record. Raises StateError."""
     try:
         return tuple(_parse(record_path().read_bytes())[0].values())
@@ -153,9 +153,9 @@ def _open(path: Path, fd: int) -> Record:
     return record
 
 
-def _parse(data: bytes) -> tuple[dict[int, Entry], int, int]:
+def _parse(data: bytes) -> tuple[dict[int, RecordedCommand], int, int]:
     """Return (entries by number, the last number, the length of what is whole). Raises StateError when damaged."""
-    entries: dict[int, Entry] = {}
+    entries: dict[int, RecordedCommand] = {}
     last = 0
     whole = data.rfind(b"\n") + 1
     for number, text in enumerate(data[:whole].split(b"\n")[:-1], 1):
@@ -170,7 +170,7 @@ def _parse(data: bytes) -> tuple[dict[int, Entry], int, int]:
     return entries, last, whole
 
 
-def _replay(line: dict[str, Any], entries: dict[int, Entry]) -> int:
+def _replay(line: dict[str, Any], entries: dict[int, RecordedCommand]) -> int:
     """Apply one line to the entries; return its number, 0 for the heading."""
     if "schema" in line:
         if line["schema"] != SCHEMA:
@@ -180,7 +180,7 @@ def _replay(line: dict[str, Any], entries: dict[int, Entry]) -> int:
         number = int(line["begin"])
         argv, undo = (tuple(map(str, line[key])) for key in ("argv", "undo"))
         where, needed = (line["interface"], line["address"]), bool(line["needed"])
-        entries[number] = Entry(number, str(line["host"]), argv, undo, *where, needed)
+        entries[number] = RecordedCommand(number, str(line["host"]), argv, undo, *where, needed)
         return number
     if "done" in line:
         number = int(line["done"])
@@ -191,7 +191,7 @@ def _replay(line: dict[str, Any], entries: dict[int, Entry]) -> int:
     return number
 
 
-def _fields(entry: Entry) -> dict[str, Any]:
+def _fields(entry: RecordedCommand) -> dict[str, Any]:
     fields = asdict(entry)
     del fields["number"], fields["done"]
     return fields

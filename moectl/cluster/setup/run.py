@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moectl.cluster.setup.machine import Machine, read_machine
 from moectl.cluster.setup.plan import SetupPlan, Step
-from moectl.cluster.setup.record import Entry, Record
+from moectl.cluster.setup.record import Record, RecordedCommand
 from moectl.errors import AuthFailed, CommandFailed, HostError, MoectlError, PartialFailure
 from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host, parse_host_string
@@ -136,7 +136,7 @@ def apply(plan: SetupPlan, remotes: Sequence[Remote], record: Record, sudo: Sudo
 
 
 def _do(host: Host, remote: Remote, step: Step, record: Record, sudo: Sudo, on_command: OnCommand) -> bool:
-    entry = Entry(0, host.address, step.argv, step.undo, step.interface, step.address, step.needed)
+    entry = RecordedCommand(0, host.address, step.argv, step.undo, step.interface, step.address, step.needed)
     number = record.begin(entry)
     on_command(host.name, step.argv, "run")
     done = sudo.run(remote, step.argv)  # one whose end is never heard of stays in the record
@@ -166,19 +166,19 @@ def find_unfinished(plan: SetupPlan) -> tuple[str, ...]:
 # Undoing.
 
 
-def choose_entries(entries: Sequence[Entry], hosts: Sequence[Host] | None) -> tuple[Entry, ...]:
+def choose_entries(entries: Sequence[RecordedCommand], hosts: Sequence[Host] | None) -> tuple[RecordedCommand, ...]:
     """Return the entries of these hosts, of all hosts for None, in the order of undoing: the last one first."""
     names = None if hosts is None else {host.address for host in hosts}
     return tuple(entry for entry in reversed(entries) if names is None or entry.host in names)
 
 
-def find_hosts_of(entries: Sequence[Entry]) -> tuple[Host, ...]:
+def find_hosts_of(entries: Sequence[RecordedCommand]) -> tuple[Host, ...]:
     """Return the hosts of some entries, each once."""
     return tuple(parse_host_string(name).hosts[0] for name in dict.fromkeys(entry.host for entry in entries))
 
 
 def undo(
-    entries: Sequence[Entry], remotes: Mapping[str, Remote], record: Record, sudo: Sudo, on_command: OnCommand
+    entries: Sequence[RecordedCommand], remotes: Mapping[str, Remote], record: Record, sudo: Sudo, on_command: OnCommand
 ) -> int:
     """Take back each entry, host by host, in the order given; return how many commands were run.
 
@@ -202,7 +202,7 @@ def undo(
 
 
 def _undo_host(
-    name: str, remote: Remote, entries: Sequence[Entry], record: Record, sudo: Sudo, on_command: OnCommand
+    name: str, remote: Remote, entries: Sequence[RecordedCommand], record: Record, sudo: Sudo, on_command: OnCommand
 ) -> int:
     """Undo one host's entries; go on past a failure, and raise the first one at the end."""
     have = _addresses(remote)

@@ -29,7 +29,7 @@ from moectl.model.canary import (
     CHUNK,
     TOP,
     Canary,
-    Verdict,
+    CanaryVerdict,
     choose_tolerance,
     cut_chunks,
     decode_points,
@@ -223,7 +223,7 @@ def _map(function: Callable[[Any, Any], Any], one: _States, other: _States) -> _
 class Checked:
     """A rank's verdict, and how long it took: seconds per token of the long prompt, and for a single token."""
 
-    verdict: Verdict
+    verdict: CanaryVerdict
     token_s: float
     step_s: float
 
@@ -242,13 +242,15 @@ def check(model: Model, canary: Canary, *, rank: int) -> Checked:
         if model.placement.holds_head(rank):
             off = judge_logits(canary, number, run.logits_of([token for token, _ in canary.top[number]]))
             after_all = len(expected) if off > tolerance else None
-            verdict = Verdict(max(off, verdict.worst), after_all if verdict.wrong_at is None else verdict.wrong_at)
+            verdict = CanaryVerdict(
+                max(off, verdict.worst), after_all if verdict.wrong_at is None else verdict.wrong_at
+            )
         worst = max(worst, verdict.worst)
         if verdict.wrong_at is not None and (wrong_at is None or verdict.wrong_at < wrong_at):
             wrong_at = verdict.wrong_at
     if wrong_at is not None and model.placement.split == "layers":
         wrong_at += rank  # a rank of a pipeline has one exchange, and they are in its order
-    return Checked(Verdict(worst, wrong_at), token_s, step_s)
+    return Checked(CanaryVerdict(worst, wrong_at), token_s, step_s)
 
 
 class _Run:

@@ -53,7 +53,7 @@ HALF = (".partial", ".link")  # endings of a file under way
 LITTER = ".DS_Store"  # the Finder leaves it wherever it has been
 
 
-class Plan:
+class Removals:
     """What is moectl's under a root: files and whole trees to remove, and what is not."""
 
     def __init__(self, root: str, keep: list[str]) -> None:
@@ -242,7 +242,7 @@ def tree_size(directory: str) -> int:
     return total
 
 
-def find_busy(plan: Plan, held: list[int]) -> str | None:
+def find_busy(plan: Removals, held: list[int]) -> str | None:
     """Return who works here at this moment: a deploy holds the environment's lock, or a file that it writes.
 
     The locks are taken, in `held`, so that none begins before this process ends.
@@ -261,7 +261,7 @@ def find_busy(plan: Plan, held: list[int]) -> str | None:
     return None
 
 
-def remove(plan: Plan) -> list[str]:
+def remove(plan: Removals) -> list[str]:
     """Remove what is moectl's; return what the disk refused."""
     failed: list[str] = []
     for path in plan.files:
@@ -301,7 +301,7 @@ def _main() -> None:
     request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     root = os.path.abspath(os.path.expanduser(request["root"]))
-    plan = Plan(root, request["keep"])
+    plan = Removals(root, request["keep"])
     held: list[int] = []
     busy = find_busy(plan, held)
     failed = [] if busy or request["dry_run"] else remove(plan)

@@ -50,7 +50,7 @@ WAIT, GO = b"w", b"g"
 Address = tuple[str, int]
 
 
-class Refused(Exception):
+class PeerRefused(Exception):
     """A peer cannot be used; args are (why,)."""
 
 
@@ -193,7 +193,7 @@ class Peer:
                 why = f"{address}: {error.strerror or error}"
                 continue
             return
-        raise Refused(why)
+        raise PeerRefused(why)
 
     def _introduce(self, token: bytes) -> None:
         challenge = receive_exactly(self._socket, NONCE_BYTES, HANDSHAKE_S)
@@ -214,9 +214,9 @@ class Peer:
             while (said := self._socket.recv(1)) == WAIT:
                 pass
         except OSError as error:
-            raise Refused(str(error.strerror or error)) from None
+            raise PeerRefused(str(error.strerror or error)) from None
         if said != GO:
-            raise Refused("it hung up")
+            raise PeerRefused("it hung up")
         self._began_s, self._got = time.monotonic(), 0
 
     def read(self, count: int) -> bytes:
@@ -224,14 +224,14 @@ class Peer:
         try:
             block = self._socket.recv(count)
         except OSError as error:
-            raise Refused(str(error.strerror or error)) from None
+            raise PeerRefused(str(error.strerror or error)) from None
         if not block:
-            raise Refused("it hung up")
+            raise PeerRefused("it hung up")
         self._got += len(block)
         spent_s = time.monotonic() - self._began_s
         if spent_s >= WINDOW_S:
             if self._got < self._floor * spent_s:
-                raise Refused(f"it is slow: {self._got / spent_s / 1e6:.2f} MB/s")
+                raise PeerRefused(f"it is slow: {self._got / spent_s / 1e6:.2f} MB/s")
             self._began_s, self._got = time.monotonic(), 0
         return block
 
@@ -323,7 +323,7 @@ def _take(orders: Iterator[dict[str, Any]]) -> None:
             )
             while True:
                 take_file(peer, wanted.get(), _tell)
-        except Refused as error:
+        except PeerRefused as error:
             _end({"error": "peer", "reason": error.args[0]})
         except Exception as error:
             _end(node.describe_failure(error))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moectl.errors import HostError
-from moectl.hosts.ssh.keywords import TABLE, Verdict, find_set
+from moectl.hosts.ssh.keywords import TABLE, KeywordVerdict, find_set
 
 TIMEOUT_S = 10.0
 SSH_PORT = 22
@@ -138,7 +138,7 @@ def _already_ignored(text: str) -> list[str]:
 
 def _refuse(values: Mapping[str, Sequence[str]], name: str) -> None:
     """Raise HostError for what is set and cannot be done; of a later ssh's keywords only their default can."""
-    for row, value in find_set(Verdict.REFUSED, {key: found[0] for key, found in values.items()}):
+    for row, value in find_set(KeywordVerdict.REFUSED, {key: found[0] for key, found in values.items()}):
         raise HostError(f"{row.name} {value} is set for it: {row.words}", host=name, hint=f"{row.hint} (~/.ssh/config)")
     if new := values.keys() - TABLE.keys():
         plain = _ask_ssh(["-F", "none"], name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Verdict(Enum):
+class KeywordVerdict(Enum):
     HONOURED = "as ssh does"
     HARMLESS = "nothing that moectl does depends on it"
     REFUSED = "refused by name before anything is connected"
@@ -24,13 +24,13 @@ class Verdict(Enum):
 class Keyword:
     name: str
     since: str  # version of OpenSSH whose `ssh -G` prints it first; 8.0 stands for all before as well
-    verdict: Verdict
+    verdict: KeywordVerdict
     words: str  # how it is honoured, why it is harmless, or what an error says of it
     unset: str = ""  # regular expression of the values that change nothing; for the last three verdicts
     hint: str = ""  # for REFUSED
 
 
-def _rows(verdict: Verdict, text: str) -> list[Keyword]:
+def _rows(verdict: KeywordVerdict, text: str) -> list[Keyword]:
     """Read `name since words`, one keyword a line."""
     found = (line.split(None, 2) for line in text.strip().splitlines())
     return [Keyword(name, since, verdict, words) for name, since, words in found]
@@ -41,7 +41,7 @@ _YES = "yes|true"
 
 KEYWORDS: tuple[Keyword, ...] = (
     *_rows(
-        Verdict.HONOURED,
+        KeywordVerdict.HONOURED,
         """
         Host                         9.2  the name as typed
         User                         8.0  the login name
@@ -83,7 +83,7 @@ KEYWORDS: tuple[Keyword, ...] = (
         """,
     ),
     *_rows(
-        Verdict.HARMLESS,
+        KeywordVerdict.HARMLESS,
         """
         AddKeysToAgent               8.0  moectl unlocks no key
         BatchMode                    8.0  moectl never asks
@@ -149,7 +149,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         "BindInterface",
         "8.0",
-        Verdict.REFUSED,
+        KeywordVerdict.REFUSED,
         "moectl cannot choose an interface by its name",
         "none",
         "set BindAddress to the address of that interface instead",
@@ -157,7 +157,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         "ProxyUseFdpass",
         "8.0",
-        Verdict.REFUSED,
+        KeywordVerdict.REFUSED,
         "moectl talks to a ProxyCommand over its stdin and stdout",
         _NO,
         "set 'ProxyUseFdpass no', and take a ProxyCommand that relays (nc without -F)",
@@ -165,7 +165,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         "PubkeyAuthentication",
         "8.0",
-        Verdict.REFUSED,
+        KeywordVerdict.REFUSED,
         "moectl logs in by key only",
         f"{_YES}|unbound|host-bound",
         "set 'PubkeyAuthentication yes' for this host",
@@ -173,7 +173,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         "PreferredAuthentications",
         "8.0",
-        Verdict.REFUSED,
+        KeywordVerdict.REFUSED,
         "moectl logs in by key only",
         "(.*,)?publickey(,.*)?",
         "add publickey to PreferredAuthentications",
@@ -181,7 +181,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         "RemoteCommand",
         "8.0",
-        Verdict.REFUSED,
+        KeywordVerdict.REFUSED,
         "ssh runs no other command on such a host, and moectl has to",
         "none",
         "set 'RemoteCommand none' for this host, or give it an alias of its own for moectl",
@@ -189,29 +189,33 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword(
         "SessionType",
         "8.7",
-        Verdict.REFUSED,
+        KeywordVerdict.REFUSED,
         "moectl has to run commands on the host",
         "default",
         "set 'SessionType default' for this host",
     ),
     # Named when the login fails.
-    Keyword("ControlPath", "8.0", Verdict.LOGIN, "moectl does not use connections that ssh holds open", "none"),
-    Keyword("GSSAPIAuthentication", "8.0", Verdict.LOGIN, "moectl uses no Kerberos tickets", _NO),
-    Keyword("HostbasedAuthentication", "8.0", Verdict.LOGIN, "moectl does not log in as a host", _NO),
-    Keyword("PKCS11Provider", "8.0", Verdict.LOGIN, "moectl uses its keys from an agent only (ssh-add -s)", "none"),
-    Keyword("SecurityKeyProvider", "8.2", Verdict.LOGIN, "moectl uses security keys from an agent only", "internal"),
-    Keyword("UseKeychain", "8.0", Verdict.LOGIN, "moectl takes no passphrase from the keychain (ssh-add)", _NO),
+    Keyword("ControlPath", "8.0", KeywordVerdict.LOGIN, "moectl does not use connections that ssh holds open", "none"),
+    Keyword("GSSAPIAuthentication", "8.0", KeywordVerdict.LOGIN, "moectl uses no Kerberos tickets", _NO),
+    Keyword("HostbasedAuthentication", "8.0", KeywordVerdict.LOGIN, "moectl does not log in as a host", _NO),
+    Keyword(
+        "PKCS11Provider", "8.0", KeywordVerdict.LOGIN, "moectl uses its keys from an agent only (ssh-add -s)", "none"
+    ),
+    Keyword(
+        "SecurityKeyProvider", "8.2", KeywordVerdict.LOGIN, "moectl uses security keys from an agent only", "internal"
+    ),
+    Keyword("UseKeychain", "8.0", KeywordVerdict.LOGIN, "moectl takes no passphrase from the keychain (ssh-add)", _NO),
     # Named when a host key is refused.
-    Keyword("GSSAPIKeyExchange", "8.0", Verdict.TRUST, "a ticket vouches for no host key", _NO),
-    Keyword("NoHostAuthenticationForLocalhost", "8.0", Verdict.TRUST, "localhost needs a known key too", _NO),
-    Keyword("StrictHostKeyChecking", "8.0", Verdict.TRUST, "no key is accepted unseen", f"ask|{_YES}"),
-    Keyword("VerifyHostKeyDNS", "8.0", Verdict.TRUST, "the DNS vouches for no host key", _NO),
+    Keyword("GSSAPIKeyExchange", "8.0", KeywordVerdict.TRUST, "a ticket vouches for no host key", _NO),
+    Keyword("NoHostAuthenticationForLocalhost", "8.0", KeywordVerdict.TRUST, "localhost needs a known key too", _NO),
+    Keyword("StrictHostKeyChecking", "8.0", KeywordVerdict.TRUST, "no key is accepted unseen", f"ask|{_YES}"),
+    Keyword("VerifyHostKeyDNS", "8.0", KeywordVerdict.TRUST, "the DNS vouches for no host key", _NO),
 )
 
 TABLE: Mapping[str, Keyword] = {row.name.lower(): row for row in KEYWORDS}
 
 
-def find_set(verdict: Verdict, values: Mapping[str, str]) -> Iterator[tuple[Keyword, str]]:
+def find_set(verdict: KeywordVerdict, values: Mapping[str, str]) -> Iterator[tuple[Keyword, str]]:
     """Yield the keywords of a verdict that have another value than one that changes nothing."""
     for row in KEYWORDS:
         value = values.get(row.name.lower())

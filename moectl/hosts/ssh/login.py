@@ -14,7 +14,7 @@ import paramiko
 from moectl.errors import AuthFailed
 from moectl.hosts.ssh.config import SSHSettings
 from moectl.hosts.ssh.identity import Left, open_identities
-from moectl.hosts.ssh.keywords import Verdict, find_set
+from moectl.hosts.ssh.keywords import KeywordVerdict, find_set
 
 
 def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:
@@ -64,7 +64,7 @@ def _list_unused(settings: SSHSettings, methods: Sequence[str]) -> list[str]:
     needs = {"GSSAPIAuthentication": "gssapi-with-mic", "HostbasedAuthentication": "hostbased"}
     return [
         f"{row.name} is set, but {row.words}"
-        for row, value in find_set(Verdict.LOGIN, settings.values)
+        for row, value in find_set(KeywordVerdict.LOGIN, settings.values)
         if not (methods and needs.get(row.name, methods[0]) not in methods)
         and not (row.name == "ControlPath" and not Path(value).is_socket())
     ]

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from moectl.errors import HostKeyError
 from moectl.hosts.ssh.config import NO_FILES, SSH_PORT, SSHSettings, expand_path, run_openssh, split_paths
-from moectl.hosts.ssh.keywords import Verdict, find_set
+from moectl.hosts.ssh.keywords import KeywordVerdict, find_set
 
 COMMAND_S = 30.0
 CERT_SUFFIX = "-cert-v01@openssh.com"
@@ -346,5 +346,5 @@ def _accept(settings: SSHSettings) -> tuple[str, str]:
 
 def _not_followed(settings: SSHSettings) -> str:
     """Name what would let ssh accept a key that is not on file."""
-    found = [f"{row.name} {value}" for row, value in find_set(Verdict.TRUST, settings.values)]
+    found = [f"{row.name} {value}" for row, value in find_set(KeywordVerdict.TRUST, settings.values)]
     return f"; moectl does not follow {', '.join(found)}" if found else ""

@@ -1,0 +1,57 @@
+"""Estimated memory beside what MLX really takes: real ranks over the ring, on the demo and on a model of 1 GB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moectl.demo import demo_dir
+from moectl.engine.protocol import Done
+from moectl.engine.request import Request
+from moectl.model.manifest import read_manifest
+from moectl.planner.memory import CPU_DTYPE_BYTES, rank_need
+from moectl.session import target
+from moectl.shards import prepare
+from moectl.shards.prepare import Wanted
+from moectl.shards.quantize import quantizer
+from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.ring import rank_env
+from tests.support.tiny import write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def quiet_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let waiting ranks leave the cores to the one that works."""
+    for name, value in rank_env().items():
+        monkeypatch.setenv(name, value)
+
+
+def measure(model: Path, wanted: Wanted, prompt: str, directory: Path) -> float:
+    """Return the estimate of rank 0's arrays divided by its measured peak, after a long prompt and a few tokens."""
+    made = prepare.shard(str(model), wanted, quantise=quantizer, directory=directory)
+    manifest = read_manifest(made.directory)
+    with target.open_session(target.Local(made.directory, manifest)) as session:
+        *_, done = session.generate(Request(1, prompt, max_tokens=8, raw=True))
+    assert isinstance(done, Done)
+    tokens = done.stats.prompt_tokens
+    assert 256 < tokens <= 512
+    need = rank_need(manifest.placement, manifest.quantization, 0, context=tokens, dtype_bytes=CPU_DTYPE_BYTES)
+    return need.arrays / done.stats.peak_memory_bytes
+
+
+@pytest.mark.parametrize("split", ["hidden", "experts"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_demo_within_3_percent(split: str, bits: int, tmp_path: Path) -> None:
+    wanted = Wanted(split=split, nodes=2, bits=bits)
+    ratio = measure(demo_dir(), wanted, " ".join(["expert"] * 480), tmp_path / "set")
+    assert ratio == pytest.approx(1, abs=0.03)
+
+
+def test_a_large_model_within_3_percent(tmp_path: Path) -> None:
+    sizes = {"d_model": 1024, "ffn_hidden": 2048, "n_layers": 6, "n_heads": 8, "kv_n_heads": 2, "max_seq_len": 1024}
+    model = write_checkpoint(tmp_path / "large", vocab_size=VOCAB_SIZE, **sizes)  # type: ignore[arg-type]
+    write_tokenizer(model)
+    assert sum(f.stat().st_size for f in model.glob("*.safetensors")) > 1e9
+    ratio = measure(model, Wanted(split="hidden", nodes=2, bits=4), "the quick brown fox " * 25, tmp_path / "set")
+    assert ratio == pytest.approx(1, abs=0.03)

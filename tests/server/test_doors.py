@@ -1,0 +1,182 @@
+"""Pages of other origins (CORS) and further names of the server: what the flags let in, and what stays out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx2
+import pytest
+
+from moectl.errors import UsageError
+from moectl.server import visitors
+from tests.server.test_http import KEY, Site, run_site, say
+
+PAGE, OTHER = "http://localhost:3000", "http://evil.example"
+PREFLIGHT = {
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type,x-api-key,x-stainless-lang",
+}
+ALLOWED = "access-control-allow-origin"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    yield from run_site(tmp_path_factory.mktemp("site") / "run" / "s", KEY, origins=(PAGE, "app://x"))
+
+
+@pytest.fixture(scope="module")
+def open_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One without a key."""
+    directory = tmp_path_factory.mktemp("open") / "run"
+    yield from run_site(directory / "s", None, origins=(PAGE,), hosts=("host.docker.internal", "moe"))
+
+
+@pytest.fixture(scope="module")
+def any_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One for all origins."""
+    yield from run_site(tmp_path_factory.mktemp("any") / "run" / "s", KEY, origins=("*",))
+
+
+@pytest.fixture(scope="module")
+def shut_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One for no origin."""
+    yield from run_site(tmp_path_factory.mktemp("shut") / "run" / "s", KEY)
+
+
+def ask(site: Site, method: str, path: str, **headers: str) -> httpx2.Response:
+    with httpx2.Client(base_url=site.url) as http:
+        return http.request(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/tiny", "/v1/x"])
+def test_a_preflight_needs_no_key(site: Site, path: str) -> None:
+    reply = ask(site, "OPTIONS", path, origin=PAGE, **PREFLIGHT)
+    assert reply.status_code == 200
+    assert reply.headers[ALLOWED] == PAGE
+    assert "Origin" in reply.headers["vary"]
+    allowed = reply.headers["access-control-allow-headers"].replace(" ", "").lower().split(",")
+    assert set(PREFLIGHT["access-control-request-headers"].split(",")) <= set(allowed)
+    assert "POST" in reply.headers["access-control-allow-methods"]
+    assert "access-control-allow-credentials" not in reply.headers
+
+
+def test_a_page_reads_every_reply(site: Site) -> None:
+    key = {"authorization": f"Bearer {KEY}"}
+    with httpx2.Client(base_url=site.url, headers={"origin": PAGE}) as http:
+
+        def post(text: str, **more: object) -> httpx2.Response:
+            return http.post("/v1/chat/completions", json={"messages": say(text), **more}, headers=key)
+
+        replies = [
+            http.get("/health"),
+            http.get("/v1/models", headers=key),
+            http.get("/v1/models"),  # 401
+            http.get("/v2", headers=key),
+            http.get("/v1/chat/completions", headers=key),
+            http.post("/v1/chat/completions", content=b"{", headers={**key, "content-type": "application/json"}),
+            post("hello"),
+            post("hello", stream=True),
+            post("lose", stream=True),
+            post("refuse", stream=True),
+            post("full"),
+            post("bug"),
+        ]
+    assert [reply.status_code for reply in replies] == [200, 200, 401, 404, 405, 400, 200, 200, 200, 400, 429, 500]
+    for reply in replies:
+        assert reply.headers.get_list(ALLOWED) == [PAGE]
+        assert "Origin" in reply.headers["vary"]
+    assert "retry-after" in replies[-2].headers["access-control-expose-headers"]
+
+
+def test_another_page_is_told_the_flag(site: Site, shut_site: Site) -> None:
+    for where in (site, shut_site):
+        for origin in (OTHER, "null", "http://localhost:30000", "https://localhost:3000"):
+            reply = ask(where, "OPTIONS", "/v1/models", origin=origin, **PREFLIGHT)
+            assert reply.status_code == 403
+            assert ALLOWED not in reply.headers
+            assert reply.json()["error"]["code"] == "forbidden_origin"
+            assert f"--allow-origin {origin}" in reply.json()["error"]["message"]
+        known = ask(where, "GET", "/v1/models", origin=OTHER, authorization=f"Bearer {KEY}")
+        assert known.status_code == 200  # no browser's doing: those asked before
+        assert ALLOWED not in known.headers
+
+
+def test_all_origins(any_site: Site) -> None:
+    for origin in (OTHER, "null", "vscode-webview://1a2b"):
+        assert ask(any_site, "OPTIONS", "/v1/models", origin=origin, **PREFLIGHT).headers[ALLOWED] == "*"
+        assert ask(any_site, "GET", "/v1/models", origin=origin).headers[ALLOWED] == "*"
+    assert ask(any_site, "GET", "/v1/models", origin=OTHER).status_code == 401
+
+
+def test_a_method_that_is_none_is_refused_in_the_same_form(site: Site) -> None:
+    reply = ask(site, "OPTIONS", "/v1/models", origin=PAGE, access_control_request_method="DELETE")
+    assert (reply.status_code, reply.headers[ALLOWED]) == (405, PAGE)
+    assert "DELETE is not allowed" in reply.json()["error"]["message"]
+
+
+def test_a_page_may_ask_a_machine_of_a_private_network(site: Site) -> None:
+    asked = {**PREFLIGHT, "access-control-request-private-network": "true"}
+    reply = ask(site, "OPTIONS", "/v1/models", origin=PAGE, **asked)
+    assert reply.headers["access-control-allow-private-network"] == "true"
+
+
+def test_further_names_need_no_key(open_site: Site) -> None:
+    for name in ("host.docker.internal", "HOST.docker.internal:8080", "moe", "moe.", "localhost."):
+        assert ask(open_site, "GET", "/v1/models", host=name).status_code == 200
+    for name in ("x.moe", "moe.example", "docker.internal", "evil.example:80"):
+        reply = ask(open_site, "GET", "/v1/models", host=name)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "forbidden_host")
+        said = reply.json()["error"]["message"]
+        assert f"--allow-host {name.partition(':')[0]}" in said
+        assert "--api-key-file" in said
+    reply = ask(open_site, "GET", "/v1/models", host="evil.example", origin=PAGE)
+    assert (reply.status_code, reply.headers[ALLOWED]) == (403, PAGE)
+
+
+def test_a_page_without_a_key(open_site: Site) -> None:
+    assert ask(open_site, "OPTIONS", "/v1/models", origin=PAGE, **PREFLIGHT).headers[ALLOWED] == PAGE
+    assert ask(open_site, "OPTIONS", "/v1/models", origin=OTHER, **PREFLIGHT).status_code == 403
+    assert ask(open_site, "GET", "/v1/models", origin=PAGE).headers[ALLOWED] == PAGE
+
+
+# The flags.
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["http://localhost:3000"], ("http://localhost:3000",)),
+        (["HTTP://LocalHost:3000/"], ("http://localhost:3000",)),
+        (["http://a:80", "https://a:443"], ("http://a", "https://a")),
+        (["http://a,https://b", "http://a"], ("http://a", "https://b")),
+        (["http://[::1]:3000"], ("http://[::1]:3000",)),
+        (["vscode-webview://1a2b", "chrome-extension://abc"], ("vscode-webview://1a2b", "chrome-extension://abc")),
+        ([], ()),
+    ],
+)
+def test_origins_as_browsers_write_them(given: list[str], read: tuple[str, ...]) -> None:
+    assert visitors.read_origins(given, has_key=False) == read
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["localhost:3000", "localhost", "http://", "http://a/b", "http://*.a", "http://a:x", "", "http://a b", "a,"],
+)
+def test_what_is_no_origin_is_refused(given: str) -> None:
+    with pytest.raises(UsageError, match="--allow-origin should"):
+        visitors.read_origins([given], has_key=True)
+
+
+@pytest.mark.parametrize("given", ["*", "null", "http://a,*"])
+def test_all_origins_need_a_key(given: str) -> None:
+    assert visitors.read_origins([given], has_key=True)
+    with pytest.raises(UsageError, match="needs an API key") as caught:
+        visitors.read_origins([given], has_key=False)
+    assert "--api-key-file" in str(caught.value.hint)
+
+
+def test_host_names() -> None:
+    assert visitors.read_host_names(["Host.Docker.Internal.", "moe,a_b"]) == ("host.docker.internal", "moe", "a_b")
+    for wrong in ("*", "a:80", "http://a", "", "a b", ".a", "[::1]"):
+        with pytest.raises(UsageError, match="--allow-host should"):
+            visitors.read_host_names([wrong])
