@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # First, so that none of them begins when all others are done: seconds on two cores.
-LONG_FILES = {"test_end_to_end": 330, "test_controller": 300, "test_lockstep": 240, "test_cluster": 150}
+LONG_FILES = {"test_end_to_end": 330, "test_controller": 300, "test_lockstep": 240, "test_deploy": 150}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,7 +43,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the longest files first, and leave out what is marked long, unless asked for.
+    """Put the longest files first, mark tests of the whole system, and leave out what is marked long, unless asked for.
 
     Deselected and not skipped, since CI takes no skip for an answer.
     """
@@ -51,6 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        if item.path.parent.name == "system":
+            item.add_marker("system")
     items.sort(key=lambda item: -LONG_FILES.get(item.path.stem, 0))
 
 
