@@ -186,7 +186,7 @@ def test_a_model_without_a_chat_template(write: Callable[..., Path]) -> None:
         ({"eos_token_id": "<|pad|>"}, {"eos_token_id": [5, "<|im_start|>"]}, {5, "<|pad|>", "<|im_start|>"}),
         (None, None, set()),
     ],
-    ids=str,
+    ids=lambda value: str(value) if not isinstance(value, set) else "",
 )
 def test_every_file_says_what_ends_an_answer(
     write: Callable[..., Path], generation: Any, config: Any, wanted: set[int | str]
