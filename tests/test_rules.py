@@ -6,16 +6,11 @@ import ast
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "moectl"
-
-# Each package imports only from those after it. The root (errors, paths, files, records, text) comes after all of them.
-ORDER = ["cli", "cluster", "server", "session", "engine", "planner", "shards", "model", "hosts"]
+from tests.support.architecture import BEGIN, END, GUIDE, ORDER, PACKAGE, arrows, draw, imports, modules, package
 
 # Who may import a library at all: packages, sub-packages or modules.
 USERS = {
@@ -36,48 +31,6 @@ USERS = {
     "transformers": ["shards", "demo"],
     "tokenizers": ["engine", "shards", "demo"],
 }
-
-LONGEST, SHORTEST = 400, 40
-
-
-@cache
-def modules() -> dict[str, ast.Module]:
-    """Return every module of moectl by its dotted name below moectl; a package's name stands for its __init__."""
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text(encoding="utf-8"))
-    return found
-
-
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Yield the dotted names that a module imports when it runs, at its top or within a function."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        else:
-            yield from imports(node)
-
-
-def arrows() -> Iterator[tuple[str, str]]:
-    """Yield (module, imported module) for all imports among moectl's modules."""
-    names = modules()
-    for name, tree in names.items():
-        for imported in imports(tree):
-            head, _, rest = imported.partition(".")
-            if head == "moectl":
-                target = rest if rest in names else rest.rpartition(".")[0]
-                yield name, target if target in names else ""
-
-
-def package(module: str) -> str:
-    first = module.split(".")[0]
-    return first if first in ORDER else ""
 
 
 def is_below(module: str, place: str) -> bool:
@@ -132,6 +85,11 @@ def test_programs_sent_to_hosts_stand_alone() -> None:
         if name.split(".")[0] not in sys.stdlib_module_names and not name.startswith("moectl.hosts.onhost.")
     ]
     assert not wrong
+
+
+def test_the_design_guide_draws_the_packages_as_they_are() -> None:
+    drawn = GUIDE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert drawn == draw(), "draw it again: python -m tests.support.architecture"
 
 
 def test_every_module_says_what_it_is() -> None:
