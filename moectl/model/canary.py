@@ -1,6 +1,8 @@
 """The canary: what fixed prompts come to on one machine, kept in the manifest, so that every start can be compared.
 
-Two prompts go through the model, one shorter and one longer than a chunk of prefill. Of every array that a rank adds to
+Two prompts go through the model, one shorter and one longer than a chunk of prefill. The short one goes to the experts
+that the routers choose; the tokens of the long one are dealt out to all experts in turn, so that each of them is seen,
+with the weights that the routers give them. Of every array that a rank adds to
 an exchange a few numbers are kept, sums over all its elements with fixed random signs; of the last token the largest
 logits. The first exchange at which a rank's numbers are off tells which rank is at fault: up to there it had the same
 input as when the set was cut.
@@ -22,11 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Tokens that are read at a time, here and there: copies of experts share out a chunk's work. With them a prompt is long
-# enough to meet every expert of DBRX and to be grouped by expert, and short enough that the weights cost more than it.
-CHUNK = 32
+# Tokens that are read at a time, here and there: copies of experts share out a chunk's work. So many of DBRX's are
+# grouped by expert, and so few that reading the weights costs more than computing with them.
+CHUNK = 16
 _CHUNK_BEFORE = 512  # in sets whose canary does not say
 SHORT = 5
+LONG = 1  # the number of the long prompt
 TOP = 16  # logits that are kept
 WIDTH = 4  # numbers for each exchange
 
@@ -46,7 +49,8 @@ class Canary:
     top: tuple[tuple[tuple[int, float], ...], ...]  # by prompt: tokens and their logits, largest first
     spread: tuple[float, ...]  # by prompt: the standard deviation of all logits
     chunk: int = _CHUNK_BEFORE  # tokens that were read at a time
-    unmet: tuple[tuple[int, int], ...] = ()  # (layer, expert) that no token of the prompts was routed to
+    deals: bool = False  # whether the long prompt's tokens were dealt out to the experts
+    unmet: tuple[tuple[int, int], ...] = ()  # (layer, expert): no token of the prompts, or not of each copy
 
     def __post_init__(self) -> None:  # JSON has lists only
         object.__setattr__(self, "points", tuple(tuple(prompts) for prompts in self.points))
@@ -76,7 +80,7 @@ def build_canary(raw: dict[str, Any]) -> Canary:
         raise TypeError("its canary cannot be read")
     if not all(isinstance(token, int) and isinstance(value, int | float) for token, value in numbers):
         raise TypeError("its canary cannot be read")
-    if not 0 < canary.chunk <= _CHUNK_BEFORE:
+    if not 0 < canary.chunk <= _CHUNK_BEFORE or not isinstance(canary.deals, bool):
         raise ValueError("its canary cannot be read")
     for text in texts:
         decode_points(text)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import given, strategies as st
 
@@ -23,6 +24,7 @@ from moectl.errors import IntegrityError
 from moectl.hosts.onhost.files import RECORD
 from moectl.model.canary import (
     CHUNK,
+    LONG,
     TOLERANCE,
     TOLERANCE_LOW_PRECISION,
     Canary,
@@ -46,7 +48,7 @@ from tests.engine.test_lockstep import cut_case
 from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.ring import process_env
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import write_checkpoint, write_words
 
 point = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
 
@@ -146,16 +148,17 @@ def test_a_damaged_one_is_refused(sets: dict[str, Path], change: str) -> None:
 def test_an_older_one_is_checked_as_it_was_made(
     sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sets of before this field say nothing of the chunk; it was 512 tokens."""
+    """Sets of before these fields say nothing of the chunk, which was 512, and all their tokens were routed."""
     old = tmp_path / "old"
     shutil.copytree(sets["hidden"], old)
-    monkeypatch.setattr(canary_run, "CHUNK", 512)
-    raw = json.loads(replace(read_manifest(old), canary=compute_canary(old, read_manifest(old))).to_json())
     (old / RECORD).unlink(missing_ok=True)
-    del raw["canary"]["chunk"], raw["canary"]["unmet"]
+    monkeypatch.setattr(canary_run, "CHUNK", 512)
+    monkeypatch.setattr(canary_run, "LONG", None)
+    raw = json.loads(replace(read_manifest(old), canary=compute_canary(old, read_manifest(old))).to_json())
+    del raw["canary"]["chunk"], raw["canary"]["deals"], raw["canary"]["unmet"]
     manifest = parse_manifest(json.dumps(raw), Path("moectl.json"))
     assert manifest.canary is not None
-    assert manifest.canary.chunk == 512
+    assert (manifest.canary.chunk, manifest.canary.deals) == (512, False)
     write_manifest(old, manifest)
     with Session(specs(old)) as session:
         assert session.model.checked
@@ -178,7 +181,7 @@ def test_weights_on_disk_and_in_memory_give_the_same(sets: dict[str, Path], spli
 
 @pytest.mark.parametrize("model", ["demo", "random"])
 def test_a_few_dozen_tokens_reach_every_expert(sets: dict[str, Path], tmp_path: Path, model: str) -> None:
-    directory = cut_case(demo_dir(), tmp_path / "demo", "hidden", (1,), 16) if model == "demo" else sets["hidden"]
+    directory = cut_case(demo_dir(), tmp_path / "demo", "hidden", (2, 2), 16) if model == "demo" else sets["hidden"]
     canary = compute_canary(directory, read_manifest(directory))
     assert sum(map(len, make_prompts(VOCAB_SIZE, 2048, canary.chunk))) < 60
     assert canary.unmet == ()
@@ -187,7 +190,7 @@ def test_a_few_dozen_tokens_reach_every_expert(sets: dict[str, Path], tmp_path: 
 
 def test_experts_that_no_token_reached_are_told(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "set"
-    write_checkpoint(source, n_experts=256, top_k=1, ffn_hidden=32, d_model=32, n_layers=1)
+    write_words(write_checkpoint(source, n_experts=256, top_k=1, ffn_hidden=32, d_model=32, n_layers=1))
     command = [sys.executable, "-m", "moectl", "shard", str(source), "-o", str(out), "--nodes", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=process_env(), check=True)
     canary = read_manifest(out).canary
@@ -201,7 +204,7 @@ import os, sys
 from pathlib import Path
 import mlx.core as mx, numpy
 from moectl.model.manifest import read_manifest
-from moectl.model import reference
+from moectl.engine.network import canary_run as reference
 
 def peak():
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -255,6 +258,27 @@ def test_the_rank_at_fault_is_named(sets: dict[str, Path], tmp_path: Path, split
     with pytest.raises(IntegrityError, match=guilty) as caught, Session(specs(wrong)):
         pass
     assert caught.value.exit_code == 7
+
+
+@pytest.mark.parametrize("expert", [0, 7, 15])
+def test_each_expert_of_each_layer_counts(sets: dict[str, Path], tmp_path: Path, expert: int) -> None:
+    """Whatever the routers choose: the long prompt's tokens are dealt out to all experts."""
+    manifest = read_manifest(sets["hidden"])
+    assert manifest.canary is not None
+    for layer in range(manifest.geometry.n_layers):
+        wrong = tmp_path / str(layer)
+        shutil.copytree(sets["hidden"], wrong)
+        path = wrong / f"rank-1/layer-{layer:03}.safetensors"
+        weights = mx.load(str(path))
+        assert isinstance(weights, dict)
+        name = next(name for name in weights if "w1.weight" in name)
+        change = mx.ones(weights[name].shape).at[expert].multiply(0.5).astype(weights[name].dtype)
+        weights[name] = weights[name] * change
+        mx.save_safetensors(str(path), weights)
+        files = {**manifest.files, str(path.relative_to(wrong)): FileEntry(path.stat().st_size, "0" * 64)}
+        found = compute_canary(wrong, replace(manifest, files=files))
+        expected = decode_points(manifest.canary.points[1][LONG])
+        assert judge(expected, decode_points(found.points[1][LONG]), tolerance=TOLERANCE).wrong_at == layer
 
 
 def test_a_wrong_one_starts_when_nobody_asks(sets: dict[str, Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from moectl.cli.verb import EXIT_CODES
 from moectl.errors import StateError
 from tests.support.ring import process_env
 from tests.support.running import wait_for, workers
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import write_checkpoint, write_words
 
 MOECTL = [sys.executable, "-m", "moectl"]
 UGLY = ("FATAL", "Traceback", "Exception ignored", "a bug in moectl")
@@ -33,7 +33,7 @@ def check(words: Sequence[str], code: int) -> str:
 
 
 def test_a_damaged_file_among_several_while_threads_read_the_others(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "model", files=6)
+    write_words(write_checkpoint(tmp_path / "model", files=6))
     first = sorted((tmp_path / "model").glob("*.safetensors"))[0]
     first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])
     for _ in range(10):
@@ -78,7 +78,7 @@ def handles_signals(process: subprocess.Popen[Any]) -> bool:
 def test_a_signal_in_the_first_half_second(
     number: signal.Signals, code: int, verb: str, times: int, tmp_path: Path
 ) -> None:
-    write_checkpoint(tmp_path / "model", files=6)
+    write_words(write_checkpoint(tmp_path / "model", files=6))
     words = {
         "run": ["run", "--local", "1", "Hello"],
         "shard": ["shard", str(tmp_path / "model"), "-n", "1", "-o", str(tmp_path / "set")],

@@ -9,7 +9,8 @@ the same config.json: it finds what differs between machines, and no misread con
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from moectl.engine.network.load import compute_dtype, load_part
 from moectl.engine.network.stored import Reader, StoredMatrix
 from moectl.model.canary import (
     CHUNK,
+    LONG,
     TOP,
     Canary,
     CanaryVerdict,
@@ -86,7 +88,7 @@ class _Reference:
             tuple(encode_points([_numbers(point) for point in prompt]) for prompt in rank) for rank in self._points
         )
         dtype = str(self._dtype).rpartition(".")[2]
-        return Canary(dtype, points, top, spread, chunk=CHUNK, unmet=tuple(self._unmet))
+        return Canary(dtype, points, top, spread, chunk=CHUNK, deals=True, unmet=tuple(self._unmet))
 
     def _embed(self) -> _States:
         holder = next(rank for rank in self._ranks if self._placement.holds_embedding(rank))
@@ -114,9 +116,9 @@ class _Reference:
         attention = self._add_parts(layer, holders if divided else holders[:1], states, _attend, told=divided)
         states = _map(lambda x, y: x + y, states, attention)
         summed = self._placement.split in ("tensor", "hidden", "experts") and len(holders) > 1
-        met: set[int] = set()
-        experts = self._add_parts(layer, holders, states, partial(_feed, met=met), told=summed)
-        self._unmet += [(layer, expert) for expert in range(self._placement.geometry.n_experts) if expert not in met]
+        unmet: set[int] = set()
+        experts = self._add_parts(layer, holders, states, partial(_feed, unmet=unmet), told=summed)
+        self._unmet += [(layer, expert) for expert in sorted(unmet)]
         states = _map(lambda x, y: x + y, states, experts)
         mx.eval(states)
         self._note_hand_over(layer, holders[0], states)
@@ -172,22 +174,29 @@ def _attend(block: DecoderLayer, states: _States) -> _States:
     return _apply(leave, found)
 
 
-def _feed(block: DecoderLayer, states: _States, *, met: set[int]) -> _States:
-    """Return the experts' part for each chunk; note in `met` which experts its tokens were routed to."""
+def _feed(block: DecoderLayer, states: _States, *, unmet: set[int]) -> _States:
+    """Return the experts' part for each chunk; add to `unmet` those of this rank's experts that no token went to."""
     experts = block.ffn.experts
     rows = [[block.norm_attn_norm.norm_2(x)[0] for x in chunks] for chunks in states]
-    routed = [[block.ffn.router(x) for x in chunks] for chunks in rows]
+    routed = [_route(block, chunks, deals=prompt == LONG) for prompt, chunks in enumerate(rows)]
     mx.eval(routed)
     flat = [route for routes in routed for route in routes]
-    met.update(*(np.unique(np.array(indices)).tolist() for indices, _ in flat))
+    indices = [chosen for chosen, _ in flat]  # by chunk: copies of experts share out a chunk's work
+    unmet.update(experts.find_idle(indices))
     if not isinstance(experts.mlp.gate_proj, StoredMatrix):
         pairs = zip(rows, routed, strict=True)
         return [[experts(x, *route)[None] for x, route in zip(*pair, strict=True)] for pair in pairs]
-    # Chunk by chunk: copies of experts share out a chunk's work.
-    places = np.concatenate([experts.find_places(indices) for indices, _ in flat])
     weights = np.concatenate([np.array(weight.astype(mx.float32)) for _, weight in flat])
     x = np.concatenate([np.array(x.astype(mx.float32)) for chunks in rows for x in chunks])
-    return _cut_like(states, mx.array(experts.add_up(x, places, weights)))
+    return _cut_like(states, mx.array(experts.add_up(x, indices, weights)))
+
+
+def _route(block: DecoderLayer, chunks: list[mx.array], *, deals: bool) -> list[tuple[mx.array, mx.array]]:
+    found, first = [], 0
+    for x in chunks:
+        found.append(block.ffn.router.deal(x, first) if deals else block.ffn.router(x))
+        first += x.shape[0]
+    return found
 
 
 def _apply(linear: Any, states: _States) -> _States:
@@ -235,7 +244,7 @@ def check(model: Model, canary: Canary, *, rank: int) -> Checked:
     tolerance = choose_tolerance(canary, dtype)
     worst, wrong_at, token_s, step_s = 0.0, None, 0.0, 0.0
     for number, tokens in enumerate(make_prompts(geometry.vocab_size, geometry.max_seq_len, canary.chunk)):
-        run = _Run(model, canary.chunk)
+        run = _Run(model, canary.chunk, deals=canary.deals and number == LONG)
         token_s, step_s = run.read(tokens)
         expected = decode_points(canary.points[rank][number])
         verdict = judge(expected, run.points, tolerance=tolerance)
@@ -253,11 +262,26 @@ def check(model: Model, canary: Canary, *, rank: int) -> Checked:
     return Checked(CanaryVerdict(worst, wrong_at), token_s, step_s)
 
 
+@contextmanager
+def _dealt(model: Model, first: int) -> Iterator[None]:
+    """Let all routers deal tokens out, whose numbers begin with `first`."""
+    held = [layer.ffn.router for layer in model.layers]
+    for layer, router in zip(model.layers, held, strict=True):
+        own: Any = getattr(router, "router", router)  # a witness may stand in its place
+        layer.ffn.router = partial(own.deal, first=first)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, router in zip(model.layers, held, strict=True):
+            layer.ffn.router = router
+
+
 class _Run:
     """One prompt, chunk by chunk."""
 
-    def __init__(self, model: Model, chunk: int) -> None:
+    def __init__(self, model: Model, chunk: int, *, deals: bool) -> None:
         self._model = model
+        self._deals = deals
         self._chunk = chunk
         self._sums: list[mx.array] = []  # by exchange
         self._first = 0
@@ -271,7 +295,7 @@ class _Run:
         for chunk in cut_chunks(tokens, self._chunk):
             begin = time.perf_counter()
             self._number = 0
-            with observed(self._see):
+            with observed(self._see), _dealt(self._model, self._first) if self._deals else nullcontext():
                 self._logits = self._model(mx.array([chunk]), cache=cache)
             # Of a chunk only what the cache needs is computed, as in prefill: no head.
             last = [self._logits] if len(chunk) == 1 else []

@@ -35,12 +35,29 @@ class Router(RouterLogits):
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Return (indices, weights), both (T, K), for x (T, D)."""
-        scores = mx.softmax(super().__call__(x).astype(mx.float32), axis=-1)
+        scores = self._score(x)
         indices = mx.argpartition(-scores, kth=self._top_k - 1, axis=-1)[:, : self._top_k]
+        return indices, self._weigh(scores, indices).astype(x.dtype)
+
+    def deal(self, x: mx.array, first: int) -> tuple[mx.array, mx.array]:
+        """Return what a call does, but deal the tokens out to all experts in turn: these have numbers from `first` on.
+
+        The weights are the router's, and no token is undecided.
+        """
+        scores = self._score(x)
+        count = scores.shape[-1]
+        numbers = mx.arange(first, first + x.shape[0])[:, None]
+        indices = ((numbers + mx.arange(self._top_k) * (count // self._top_k)) % count).astype(mx.uint32)
+        return indices, self._weigh(scores, indices).astype(x.dtype)
+
+    def _score(self, x: mx.array) -> mx.array:
+        return mx.softmax(super().__call__(x).astype(mx.float32), axis=-1)
+
+    def _weigh(self, scores: mx.array, indices: mx.array) -> mx.array:
         weights = mx.take_along_axis(scores, indices, axis=-1)
         if self._p is not None:
             weights = weights / mx.linalg.norm(weights, ord=self._p, axis=-1, keepdims=True)
-        return indices, weights.astype(x.dtype)
+        return weights
 
 
 class SparseMoe(nn.Module):

@@ -13,6 +13,7 @@ times faster than MLX's Linux wheel.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -77,7 +78,13 @@ class Experts(nn.Module):
         # MLX's CPU gather_mm knows float32 only; gather_qmm knows all.
         return "scales" not in self.mlp.gate_proj and self.mlp.gate_proj.weight.dtype != mx.float32
 
-    def find_places(self, indices: mx.array) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def find_idle(self, indices: Sequence[mx.array]) -> list[int]:
+        """Return the numbers of this rank's experts that have nothing to do in calls with these indices."""
+        busy = np.unique(np.concatenate([self._own(chunk) for chunk in indices]))
+        idle: list[int] = np.flatnonzero((self._place >= 0) & ~np.isin(self._place, busy)).tolist()
+        return idle
+
+    def _own(self, indices: mx.array) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return for each pair (T, K) the place of its expert in the stack, -1 where other ranks compute it."""
         chosen = np.array(indices).astype(np.int64)
         places = self._place[chosen]
@@ -93,7 +100,7 @@ class Experts(nn.Module):
         return places
 
     def _owned_only(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
-        local = self.find_places(indices)
+        local = self._own(indices)
         token, slot = np.nonzero(local >= 0)
         if token.size == 0:
             return mx.zeros_like(x)
@@ -105,15 +112,16 @@ class Experts(nn.Module):
     def _grouped_on_cpu(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         mx.eval(x, indices, weights)
         xs, ws = _to_numpy(x), _to_numpy(weights)
-        return mx.array(self.add_up(xs, self.find_places(indices), ws)).astype(x.dtype)
+        return mx.array(self.add_up(xs, [indices], ws)).astype(x.dtype)
 
     def add_up(
         self,
         x: np.ndarray[Any, np.dtype[np.float32]],
-        places: np.ndarray[Any, np.dtype[np.int64]],
+        indices: Sequence[mx.array],
         weights: np.ndarray[Any, np.dtype[np.float32]],
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Return what a call does, expert by expert: x (T, D); weights (T, K); places (T, K) of `find_places`."""
+        """Return what several calls do, expert by expert; x (T, D) and weights (T, K) of all calls, indices of each."""
+        places = np.concatenate([self._own(chunk) for chunk in indices])
         out = np.zeros(x.shape, dtype=np.float32)
         for expert in range(self._count):
             token, slot = np.nonzero(places == expert)
