@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from moectl.hosts.hostfile import Host
+from moectl.session.deployment import DeployedRank, Deployment, write_deployment
+
 PACKAGE = Path(__file__).parent.parent / "moectl"
 
 # Each package imports only from those after it. The root (errors, paths, files, records, text) comes after all of them.
@@ -27,6 +30,7 @@ USERS = {
     "uvicorn": ["server"],
     "prometheus_client": ["server"],
     "packaging": ["cluster.deploy"],
+    "pydantic": ["records"],
     "paramiko": ["hosts.ssh"],
     "huggingface_hub": ["shards.hub", "shards.hub_errors"],
     "safetensors": ["shards", "demo"],
@@ -178,10 +182,21 @@ def test_help_and_version_load_no_library_but_click(words: list[str]) -> None:
     assert loaded_by(words) <= {"click", "moectl"}
 
 
-@pytest.mark.parametrize("line", ["moectl ", "moectl run --", "moectl deploy --only ", "moectl run --model "])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "moectl ",
+        "moectl run --",
+        "moectl deploy --only ",
+        "moectl status --hosts ",
+        "moectl run --model ",
+        "moectl run --shards ",
+    ],
+)
 def test_a_tab_press_loads_no_library_but_click(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hosts.txt").write_text("mac1\nmac2\n")
+    write_deployment(Deployment("tiny", "shards", (DeployedRank(Host("mac1"), "/python", "/root", "/shards"),)))
     loaded = loaded_by([], _MOECTL_COMPLETE="zsh_complete", COMP_LINE=line)
     assert loaded <= {"click", "moectl"}
 

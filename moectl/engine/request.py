@@ -69,7 +69,6 @@ class Request:
         return self.temperature == 0 or self.top_p <= LEAST_TOP_P
 
     def __post_init__(self) -> None:
-        self._freeze()
         self._check_texts()
         self._check_sampling()
         self._check_penalties()
@@ -79,15 +78,6 @@ class Request:
             _bad("seed", f"should be between 0 and 2^64-1, it is {self.seed}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             _bad("logprobs", f"should be between 0 and {MAX_LOGPROBS}, it is {self.logprobs}")
-
-    def _freeze(self) -> None:  # JSON has lists only
-        if self.prompt_tokens is not None:
-            object.__setattr__(self, "prompt_tokens", tuple(self.prompt_tokens))
-        if self.messages is not None:
-            object.__setattr__(self, "messages", tuple(self.messages))
-        object.__setattr__(self, "logit_bias", tuple((token, value) for token, value in self.logit_bias))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "answered", tuple(self.answered))
 
     def _check_texts(self) -> None:
         size = sum(_count_bytes(text, self.source, "the prompt") for text in self._texts)

@@ -20,7 +20,6 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 # Tokens that are read at a time, here and there: copies of experts share out a chunk's work. With them a prompt is long
 # enough to meet every expert of DBRX and to be grouped by expert, and short enough that the weights cost more than it.
@@ -48,11 +47,12 @@ class Canary:
     chunk: int = _CHUNK_BEFORE  # tokens that were read at a time
     unmet: tuple[tuple[int, int], ...] = ()  # (layer, expert) that no token of the prompts was routed to
 
-    def __post_init__(self) -> None:  # JSON has lists only
-        object.__setattr__(self, "points", tuple(tuple(prompts) for prompts in self.points))
-        object.__setattr__(self, "top", tuple(tuple((token, logit) for token, logit in one) for one in self.top))
-        object.__setattr__(self, "spread", tuple(self.spread))
-        object.__setattr__(self, "unmet", tuple((layer, expert) for layer, expert in self.unmet))
+    def __post_init__(self) -> None:
+        if not 0 < self.chunk <= _CHUNK_BEFORE:
+            raise ValueError("its canary cannot be read")
+        for prompts in self.points:
+            for text in prompts:
+                decode_points(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +64,6 @@ class CanaryVerdict:
 
     worst: float  # deviation, in parts of what was to be expected
     wrong_at: int | None
-
-
-def build_canary(raw: dict[str, Any]) -> Canary:
-    """Return the canary that JSON holds. Raises TypeError or ValueError where it is none."""
-    canary = Canary(**raw)
-    texts = [text for prompts in canary.points for text in prompts]
-    numbers = [number for one in canary.top for number in one] + [(0, spread) for spread in canary.spread]
-    numbers += [(canary.chunk, 0), *canary.unmet]
-    if not isinstance(canary.dtype, str) or not all(isinstance(text, str) for text in texts):
-        raise TypeError("its canary cannot be read")
-    if not all(isinstance(token, int) and isinstance(value, int | float) for token, value in numbers):
-        raise TypeError("its canary cannot be read")
-    if not 0 < canary.chunk <= _CHUNK_BEFORE:
-        raise ValueError("its canary cannot be read")
-    for text in texts:
-        decode_points(text)
-    return canary
 
 
 def make_prompts(vocab_size: int, max_seq_len: int, chunk: int = CHUNK) -> list[list[int]]:
