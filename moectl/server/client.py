@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moectl import errors
 from moectl.engine.protocol import Done, Token
 from moectl.engine.request import Stats
-from moectl.errors import MoectlError, RemoteError, StateError
+from moectl.errors import MoectlError, RemoteError, StateError, from_json
 from moectl.paths import runtime_dir
 from moectl.server.contracts import NOTICE, SILENCE_S, Notice
 from moectl.server.openai import hint_suffix
@@ -231,14 +230,10 @@ def _read_chunk(chunk: dict[str, Any]) -> Iterator[Token | Done]:
 
 def _rebuild(error: Mapping[str, Any]) -> MoectlError:
     """Return the error that a controller met, with its own exit code."""
-    kind = getattr(errors, str(error.get("kind")), RemoteError)
-    if not (isinstance(kind, type) and issubclass(kind, MoectlError)):
-        kind = RemoteError
-    host = error.get("host")
     message = str(error.get("message", "the controller failed")).removesuffix(hint_suffix(error.get("hint")))
-    if host:
+    if host := error.get("host"):
         message = message.removeprefix(f"{host}: ")  # the error puts it there again
-    return kind(message, hint=error.get("hint"), host=host)
+    return from_json({**error, "message": message})
 
 
 def _silent() -> MoectlError:

@@ -515,7 +515,7 @@ class Session:
         if not isinstance(event, Fatal):
             return self._failure(rank, f"an unexpected {type(event).__name__} while {phase}")
         guilty = rank if event.rank is None or event.rank not in range(len(self._ranks)) else event.rank
-        return self._failure(guilty, event.message, kind=_kind(event.kind), hint=event.hint)
+        return self._failure(guilty, event.message, kind=errors.find_kind(event.kind), hint=event.hint)
 
     def _explain_end(self, rank: int, event: Ended, phase: str) -> MoectlError:
         slept_s = self._sleep.slept_s
@@ -552,11 +552,6 @@ class Session:
 def _is_about_others(event: Event | Ended) -> bool:
     # A rank that cannot join may be without fault as well: its neighbour died.
     return isinstance(event, Fatal) and event.kind in (PeerLost.__name__, Unreachable.__name__)
-
-
-def _kind(name: str) -> type[MoectlError]:
-    kind = getattr(errors, name, RemoteError)
-    return kind if isinstance(kind, type) and issubclass(kind, MoectlError) else RemoteError
 
 
 def _describe_code(code: int | None) -> str:
