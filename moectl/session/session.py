@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moectl import errors
@@ -40,6 +40,7 @@ from moectl.engine.protocol import (
     Profiled,
     Ready,
     Refused,
+    RunOptions,
     Start,
     Token,
 )
@@ -102,20 +103,15 @@ class Session:
         start_timeout_s: float = 30.0,
         load_timeout_s: float = 1800.0,
         step_timeout_s: float = 120.0,
-        dtype: str | None = None,
-        force: bool = False,
-        prefill_step: int | None = None,
-        speculate: int = 0,
         patience: float = 1.0,
-        canary: bool = True,
-        agree_routing: bool = False,
-        paranoia: int = 0,
         kv_tokens: int | None = None,
         on_log: Callable[[str, str], None] = lambda host, line: None,
+        **run: Any,
     ) -> None:
         """Take what to run; `patience` stretches the time that a step may take, after a session that was too slow.
 
-        `kv_tokens`: there is room for so many tokens' keys and values, whatever the hosts say now.
+        `kv_tokens`: how many tokens' keys and values there is room for, whatever the hosts say now. `run` is what
+        `RunOptions` takes.
         """
         self._ranks = ranks
         self._backend = backend
@@ -123,13 +119,7 @@ class Session:
         self._load_timeout_s = load_timeout_s
         self._step_timeout_s = step_timeout_s
         self._patience = patience
-        self._dtype = dtype
-        self._force = force
-        self._prefill_step = prefill_step
-        self._speculate = speculate
-        self._canary = canary
-        self._agree_routing = agree_routing
-        self._paranoia = paranoia
+        self._run = RunOptions(**run)
         self._kv_tokens = kv_tokens
         self._events: queue.SimpleQueue[Heard] = queue.SimpleQueue()
         self._tethers = [Tether(rank, spec.host, spec.remote, self._events, on_log) for rank, spec in enumerate(ranks)]
@@ -142,7 +132,7 @@ class Session:
         self._ready: Ready | None = None
         self._unanswered: set[int] = set()  # ids of what was asked and has not ended
         self._sleep = Sleep()
-        self._deadline = StepDeadline(step_timeout_s, prefill_step or PREFILL_STEP, patience)
+        self._deadline = StepDeadline(step_timeout_s, self._run.prefill_step or PREFILL_STEP, patience)
         self._joined = False  # a worker that joins cannot answer
 
     def __enter__(self) -> Session:
@@ -174,15 +164,9 @@ class Session:
                     list(spec.addresses),
                     # Longer than this side waits, so that the reason is told here and not by a stack on the host.
                     3 * self._start_timeout_s + INIT_EXTRA_S,
-                    self._dtype,
                     spec.log,
-                    self._force,
                     sum(other.host.address == spec.host.address for other in self._ranks),
-                    self._canary,
-                    self._agree_routing,
-                    self._paranoia,
-                    prefill_step=self._prefill_step,
-                    speculate=self._speculate,
+                    **asdict(self._run),
                 ),
             )
         listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, _STARTING)

@@ -30,7 +30,14 @@ requests = st.builds(
 texts = st.text()
 messages = st.one_of(
     st.builds(
-        protocol.Start, numbers, numbers, texts, st.lists(texts), st.just(30.0), st.none() | texts, st.none() | texts
+        protocol.Start,
+        numbers,
+        numbers,
+        texts,
+        st.lists(texts),
+        st.just(30.0),
+        dtype=st.none() | texts,
+        log=st.none() | texts,
     ),
     st.builds(protocol.Connect, texts, st.dictionaries(texts, texts), st.dictionaries(texts, texts)),
     st.builds(protocol.Load),
