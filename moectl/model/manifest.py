@@ -18,6 +18,7 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -48,7 +49,7 @@ class FileEntry:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what follows from it is kept in it
 class Manifest:
     """One shard set: (model, quantisation, split, shares)."""
 
@@ -70,11 +71,11 @@ class Manifest:
     def world_size(self) -> int:
         return len(self.shares)
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         return read_geometry(self.config)
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         if self.held is not None:
             return place_experts(self.geometry, self.held)
