@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from moectl import __version__
+from moectl.engine.parameters import MAX_LOGPROBS
 from moectl.engine.protocol import Done, Ready, Token
-from moectl.engine.request import MAX_LOGPROBS, Request, Stats, too_long
+from moectl.engine.request import Request, Stats, too_long
 from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
 from moectl.server.fields import (
     Fields,
