@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moectl.engine import protocol
 from moectl.engine.request import Request, Stats
@@ -74,6 +74,7 @@ messages = st.one_of(
 )
 
 
+@settings(deadline=None)  # each kind's checks are made at its first use
 @given(st.lists(messages, max_size=5))
 def test_messages_survive_the_wire(sent: list[Any]) -> None:
     stream = io.BytesIO(b"".join(protocol.encode(message) for message in sent))
