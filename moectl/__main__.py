@@ -218,20 +218,16 @@ def _print_error(error: Exception, *, as_json: bool, color: str = "auto") -> int
 
     import click
 
-    from moectl.errors import MoectlError
+    from moectl.errors import MoectlError, to_json, unexpected
     from moectl.text import colour_wanted
 
-    if isinstance(error, MoectlError):
-        code, text, message, hint, host = error.exit_code, str(error), error.message, error.hint, error.host
-    else:
-        code, host, hint = 1, None, "run again with MOECTL_DEBUG=1 and report it"
-        text = message = f"unexpected {type(error).__name__}: {error} (a bug in moectl)"
+    told = error if isinstance(error, MoectlError) else unexpected(error, "run again with MOECTL_DEBUG=1 and report it")
+    code, hint = told.exit_code, told.hint
     if as_json:
-        details = {"code": code, "kind": type(error).__name__, "host": host, "message": message, "hint": hint}
-        return _say(json.dumps({"error": details}), code)
+        return _say(json.dumps({"error": {**to_json(told), "kind": type(error).__name__}}), code)
     coloured = colour_wanted(color, sys.stderr)
     with contextlib.suppress(OSError):  # whoever read it has left; the code tells
-        click.echo(f"{click.style('Error:', fg='red', bold=True)} {text}", err=True, color=coloured)
+        click.echo(f"{click.style('Error:', fg='red', bold=True)} {told}", err=True, color=coloured)
         if hint:
             click.echo(f"Hint: {hint}", err=True)
     return code

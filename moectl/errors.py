@@ -26,13 +26,14 @@ MoectlError (1)
     ├── AlreadyRunning           another controller has it
     └── QueueFull                as many requests wait as may; `retry_after_s` says when to ask again
 
-Errors carry what a person needs (message, host, hint) and what a script needs (exit_code). `cli.main` is the only
+Errors carry what a person needs (message, host, hint) and what a script needs (exit_code). `__main__` is the only
 place that turns them into text and a process exit.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 # C0, C1, the line separators, and what turns the direction of writing round.
@@ -179,9 +180,33 @@ class QueueFull(StateError):
         self.retry_after_s = retry_after_s
 
 
-def error_json(error: MoectlError | None) -> dict[str, Any] | None:
-    """Return an error as a part of a document."""
-    if error is None:
-        return None
+def unexpected(error: BaseException, hint: str | None = None, host: str | None = None) -> MoectlError:
+    """Return the error of an exception that is a bug in moectl."""
+    return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)", hint=hint, host=host)
+
+
+def with_hint(error: MoectlError, hint: str | None) -> MoectlError:
+    """Return the same error with another hint, where there is one; the one that is on its way keeps its own."""
+    return _rebuild(type(error), error.message, hint, error.host) if hint else error
+
+
+def to_json(error: MoectlError) -> dict[str, Any]:
+    """Return an error as JSON: for a script, or for `from_json` in another process."""
     kind = type(error).__name__
-    return {"code": error.exit_code, "kind": kind, "message": error.message, "hint": error.hint}
+    return {"code": error.exit_code, "kind": kind, "host": error.host, "message": error.message, "hint": error.hint}
+
+
+def from_json(raw: Mapping[str, Any]) -> MoectlError:
+    """Return the error that another process has told."""
+    return find_kind(raw.get("kind"))(str(raw.get("message", "")), hint=raw.get("hint"), host=raw.get("host"))
+
+
+def find_kind(name: object) -> type[MoectlError]:
+    """Return the class of an error by its name; RemoteError where it is none of these."""
+    kind = globals().get(str(name))
+    return kind if isinstance(kind, type) and issubclass(kind, MoectlError) else RemoteError
+
+
+def error_json(error: MoectlError | None) -> dict[str, Any] | None:
+    """Return an error as a part of a document that names its host beside it."""
+    return None if error is None else {name: value for name, value in to_json(error).items() if name != "host"}

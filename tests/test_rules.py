@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from moectl.hosts.hostfile import Host
+from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from tests.support.architecture import BEGIN, END, GUIDE, ORDER, PACKAGE, arrows, draw, imports, modules, package
 
 # Who may import a library at all: packages, sub-packages or modules.
@@ -22,6 +24,7 @@ USERS = {
     "uvicorn": ["server"],
     "prometheus_client": ["server"],
     "packaging": ["cluster.deploy"],
+    "pydantic": ["records"],
     "paramiko": ["hosts.ssh"],
     "huggingface_hub": ["shards.hub", "shards.hub_errors"],
     "safetensors": ["shards", "demo"],
@@ -136,10 +139,21 @@ def test_help_and_version_load_no_library_but_click(words: list[str]) -> None:
     assert loaded_by(words) <= {"click", "moectl"}
 
 
-@pytest.mark.parametrize("line", ["moectl ", "moectl run --", "moectl deploy --only ", "moectl run --model "])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "moectl ",
+        "moectl run --",
+        "moectl deploy --only ",
+        "moectl status --hosts ",
+        "moectl run --model ",
+        "moectl run --shards ",
+    ],
+)
 def test_a_tab_press_loads_no_library_but_click(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hosts.txt").write_text("mac1\nmac2\n")
+    write_deployment(Deployment("tiny", "shards", (DeployedRank(Host("mac1"), "/python", "/root", "/shards"),)))
     loaded = loaded_by([], _MOECTL_COMPLETE="zsh_complete", COMP_LINE=line)
     assert loaded <= {"click", "moectl"}
 

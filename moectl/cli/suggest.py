@@ -6,8 +6,9 @@ Each function is a click parameter's `shell_complete`. A Tab press never fails: 
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -98,8 +99,7 @@ def _matching(names: Iterable[str], incomplete: str) -> Offers:
 
 
 def _hosts(ctx: click.Context, *, typed: bool = True) -> list[Host]:
-    from moectl.hosts.hostfile import find_hosts
-    from moectl.session.deployment import find_deployment
+    from moectl.hosts.hostfile import Host, find_hosts
 
     hostfile = _hostfile_argument(ctx) or ctx.params.get("hostfile")
     with contextlib.suppress(Exception):
@@ -109,8 +109,7 @@ def _hosts(ctx: click.Context, *, typed: bool = True) -> list[Host]:
         found = find_hosts(ctx.params.get("hosts") if typed else None, hostfile)
         if found is not None:
             return list(found.hosts)
-        deployment = find_deployment()
-        return [rank.host for rank in deployment.ranks] if deployment else []
+        return [Host(**rank["host"]) for rank in _deployed()["ranks"]]
     return []
 
 
@@ -125,14 +124,20 @@ def _hostfile_argument(ctx: click.Context) -> str | None:
 
 def _shard_set_names() -> list[str]:
     from moectl.paths import data_dir
-    from moectl.session.deployment import find_deployment
 
     root, names = data_dir() / "shards", []
     with contextlib.suppress(OSError):
         names = sorted(path.parent.name for path in root.glob("*/moectl.json"))
     with contextlib.suppress(Exception):
-        deployment = find_deployment()
+        shards = str(_deployed()["shards"])
         # One that was cut elsewhere, with -o, is known by its directory.
-        if deployment is not None and Path(deployment.shards).parent not in (root, root.resolve()):
-            names.append(deployment.shards)
+        if Path(shards).parent not in (root, root.resolve()):
+            names.append(shards)
     return names
+
+
+def _deployed() -> Any:
+    """Return the current deployment as it is written: checking it would load a library, and Tab is to be quick."""
+    from moectl.session.deployment import deployment_path
+
+    return json.loads(deployment_path().read_text(encoding="utf-8"))

@@ -23,9 +23,23 @@ MAX_LINE_BYTES = 64 * 1024 * 1024
 NONCE_BITS = 31
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a model is run; the same on every rank."""
+
+    dtype: str | None = None  # None: what suits the device
+    force: bool = False  # load although the host's memory will not do
+    canary: bool = True  # compare what the model computes with the set's canary
+    agree_routing: bool = False  # rank 0 chooses the experts for all
+    paranoia: int = 0  # after this number of steps all ranks compare what they computed; 0: never
+    cache_tokens: int | None = None  # for past answers at most; None: what the running ones leave
+    prefill_step: int | None = None  # tokens of a prompt that are read at a time; None: the engine's
+    speculate: int = 0  # tokens that prompt lookup may propose at once; 0: none
+
+
 # Down: orders.
 @dataclass(frozen=True, slots=True)
-class Start:
+class Start(RunOptions):
     """Open the shard set and find free ports; answered by Listening."""
 
     rank: int
@@ -33,17 +47,8 @@ class Start:
     shards: str  # directory on the worker's host
     addresses: list[str]  # of this rank, for tensor traffic
     init_timeout_s: float
-    dtype: str | None = None  # None: what suits the device
     log: str | None = None  # file on the worker's host for a copy of its log
-    force: bool = False  # load although the host's memory will not do
     ranks_here: int = 1  # that share this host's memory
-    canary: bool = True  # compare what the model computes with the set's canary
-    agree_routing: bool = False  # rank 0 chooses the experts for all
-    paranoia: int = 0  # after so many steps all ranks compare what they computed; 0: never
-    # These have to be the same on every rank.
-    cache_tokens: int | None = None  # for past answers at most; None: what the running ones leave
-    prefill_step: int | None = None  # tokens of a prompt that are read at a time; None: the engine's
-    speculate: int = 0  # tokens that prompt lookup may propose at once; 0: none
 
 
 @dataclass(frozen=True, slots=True)

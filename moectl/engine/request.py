@@ -6,16 +6,15 @@ command line's.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NoReturn
 
+from moectl.engine.parameters import PARAMETERS
 from moectl.errors import BadField
 
 MAX_PROMPT_BYTES = 4 * 1024 * 1024
 MAX_STOPS = 64  # OpenAI takes 4, editors send up to 14
 MAX_STOP_BYTES = 1024
-MAX_LOGPROBS = 20  # as OpenAI
 MAX_BIASES = 1024
 TOO_LONG = "context_length_exceeded"  # OpenAI's code; clients shorten a conversation when they meet it
 LEAST_TOP_P = 1e-6  # at most so much leaves the most probable token alone; less is none in float32
@@ -69,25 +68,11 @@ class Request:
         return self.temperature == 0 or self.top_p <= LEAST_TOP_P
 
     def __post_init__(self) -> None:
-        self._freeze()
         self._check_texts()
-        self._check_sampling()
-        self._check_penalties()
-        if self.max_tokens < 1:
-            _bad("max_tokens", f"should be 1 or more, it is {self.max_tokens}")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            _bad("seed", f"should be between 0 and 2^64-1, it is {self.seed}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            _bad("logprobs", f"should be between 0 and {MAX_LOGPROBS}, it is {self.logprobs}")
-
-    def _freeze(self) -> None:  # JSON has lists only
-        if self.prompt_tokens is not None:
-            object.__setattr__(self, "prompt_tokens", tuple(self.prompt_tokens))
-        if self.messages is not None:
-            object.__setattr__(self, "messages", tuple(self.messages))
-        object.__setattr__(self, "logit_bias", tuple((token, value) for token, value in self.logit_bias))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "answered", tuple(self.answered))
+        self._check_biases()
+        for name, parameter in PARAMETERS.items():
+            if not parameter.allows(value := getattr(self, name)):
+                _bad(name, f"should be {parameter.text}, it is {value}")
 
     def _check_texts(self) -> None:
         size = sum(_count_bytes(text, self.source, "the prompt") for text in self._texts)
@@ -101,22 +86,7 @@ class Request:
             if not 0 < (size := _count_bytes(text, "stop", "a stop text")) <= MAX_STOP_BYTES:
                 _bad("stop", f"should be texts of 1 to {MAX_STOP_BYTES} bytes, one has {size}")
 
-    def _check_sampling(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            _bad("temperature", f"should be 0 or more, it is {self.temperature}")
-        if not 0 <= self.top_p <= 1:
-            _bad("top_p", f"should be 0 or more and at most 1, it is {self.top_p}")
-        if not 0 <= self.top_k < 2**31:
-            _bad("top_k", f"should be between 0 (all) and 2^31-1, it is {self.top_k}")
-        if not 0 <= self.min_p <= 1:
-            _bad("min_p", f"should be between 0 and 1, it is {self.min_p}")
-
-    def _check_penalties(self) -> None:
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= (value := getattr(self, name)) <= 2:
-                _bad(name, f"should be between -2 and 2, it is {value}")
-        if not 0.01 <= self.repetition_penalty <= 100:
-            _bad("repetition_penalty", f"should be between 0.01 and 100, it is {self.repetition_penalty}")
+    def _check_biases(self) -> None:
         if len(self.logit_bias) > MAX_BIASES:
             _bad("logit_bias", f"should name at most {MAX_BIASES} tokens, here are {len(self.logit_bias)}")
         for token, value in self.logit_bias:

@@ -22,7 +22,6 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 # Tokens that are read at a time, here and there: copies of experts share out a chunk's work. So many of DBRX's are
 # grouped by expert, and so few that reading the weights costs more than computing with them.
@@ -52,11 +51,12 @@ class Canary:
     deals: bool = False  # whether the long prompt's tokens were dealt out to the experts
     unmet: tuple[tuple[int, int], ...] = ()  # (layer, expert): no token of the prompts, or not of each copy
 
-    def __post_init__(self) -> None:  # JSON has lists only
-        object.__setattr__(self, "points", tuple(tuple(prompts) for prompts in self.points))
-        object.__setattr__(self, "top", tuple(tuple((token, logit) for token, logit in one) for one in self.top))
-        object.__setattr__(self, "spread", tuple(self.spread))
-        object.__setattr__(self, "unmet", tuple((layer, expert) for layer, expert in self.unmet))
+    def __post_init__(self) -> None:
+        if not 0 < self.chunk <= _CHUNK_BEFORE:
+            raise ValueError("its canary cannot be read")
+        for prompts in self.points:
+            for text in prompts:
+                decode_points(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +68,6 @@ class CanaryVerdict:
 
     worst: float  # deviation, in parts of what was to be expected
     wrong_at: int | None
-
-
-def build_canary(raw: dict[str, Any]) -> Canary:
-    """Return the canary that JSON holds. Raises TypeError or ValueError where it is none."""
-    canary = Canary(**raw)
-    texts = [text for prompts in canary.points for text in prompts]
-    numbers = [number for one in canary.top for number in one] + [(0, spread) for spread in canary.spread]
-    numbers += [(canary.chunk, 0), *canary.unmet]
-    if not isinstance(canary.dtype, str) or not all(isinstance(text, str) for text in texts):
-        raise TypeError("its canary cannot be read")
-    if not all(isinstance(token, int) and isinstance(value, int | float) for token, value in numbers):
-        raise TypeError("its canary cannot be read")
-    if not 0 < canary.chunk <= _CHUNK_BEFORE or not isinstance(canary.deals, bool):
-        raise ValueError("its canary cannot be read")
-    for text in texts:
-        decode_points(text)
-    return canary
 
 
 def make_prompts(vocab_size: int, max_seq_len: int, chunk: int = CHUNK) -> list[list[int]]:

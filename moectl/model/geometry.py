@@ -36,9 +36,6 @@ class Geometry:
     moe_normalize: float | None
     rope_scaling: Scaling = ()  # empty: none
 
-    def __post_init__(self) -> None:  # JSON has lists only
-        object.__setattr__(self, "rope_scaling", tuple((key, value) for key, value in self.rope_scaling))
-
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads

@@ -18,13 +18,15 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, NotSharded
-from moectl.model.canary import Canary, build_canary
+from moectl.model.canary import Canary
 from moectl.model.geometry import Geometry, read_geometry
 from moectl.model.placement import Held, Placement, make_placement, place_experts
+from moectl.records import build
 
 NAME = "moectl.json"
 SCHEMA = "moectl.shards/1"
@@ -47,7 +49,7 @@ class FileEntry:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what follows from it is kept in it
 class Manifest:
     """One shard set: (model, quantisation, split, shares)."""
 
@@ -69,11 +71,11 @@ class Manifest:
     def world_size(self) -> int:
         return len(self.shares)
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         return read_geometry(self.config)
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         if self.held is not None:
             return place_experts(self.geometry, self.held)
@@ -133,7 +135,10 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
             raise ValueError("it is not a JSON object")
         if raw.pop("schema", None) != SCHEMA:
             raise IntegrityError(f"{path} is not of schema {SCHEMA}", hint=again)
-        manifest = _build(raw)
+        if not raw.keys() >= {"files", "tensors"}:
+            raise ValueError("it has no files")
+        manifest = build(Manifest, raw)
+        _check(manifest)
         _ = manifest.placement  # raises when split, shares and config contradict each other
     except IntegrityError:
         raise
@@ -141,9 +146,7 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
         # An earlier moectl may have cut what this one refuses.
         fault = "cannot be used" if isinstance(error, CheckpointError) else "is damaged"
         raise IntegrityError(f"{path} {fault}: {error.message}", hint=error.hint or again) from None
-    except KeyError as error:
-        raise IntegrityError(f"{path} is damaged: it has no {error}", hint=again) from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is damaged: {error}", hint=again) from None
     for name, entry in manifest.files.items():
         if not is_inside(name):
@@ -182,61 +185,21 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _build(raw: dict[str, Any]) -> Manifest:
-    """Build a manifest of parsed JSON. Raises KeyError, TypeError or ValueError."""
-    precision, shares, revision = raw.pop("quantization"), raw.pop("shares"), raw.pop("revision")
-    config, unit, files, tensors = raw.pop("config"), raw.pop("unit"), raw.pop("files"), raw.pop("tensors")
-    held = _build_held(raw.pop("held", None))  # sets made before there were copies do not have it
-    canary = raw.pop("canary", None)
-    _require(all(isinstance(raw[key], str) for key in ("name", "source", "fingerprint", "split")), "its texts")
-    _require(revision is None or isinstance(revision, str), "its revision")
-    _require(isinstance(config, dict), "its config")
-    _require(isinstance(shares, list) and all(map(is_count, shares)) and bool(shares), "its shares")
-    _require(is_count(unit) and unit > 0, "its unit")
-    _require(held is None or (raw["split"], unit, shares) == ("experts", 1, [*map(len, held)]), "its ranks' experts")
-    _require(isinstance(files, dict), "its files")
-    _require(isinstance(tensors, dict) and all(map(_are_texts, tensors.values())), "its tensors")
-    return Manifest(
-        **raw,
-        revision=revision,
-        config=config,
-        quantization=_build_quantization(precision),
-        shares=tuple(shares),
-        unit=unit,
-        held=held,
-        files={name: FileEntry(**entry) for name, entry in files.items()},
-        tensors=tensors,
-        canary=None if canary is None else _build_canary(canary, len(shares)),
-    )
-
-
-def _build_canary(raw: Any, ranks: int) -> Canary:
-    canary = build_canary(raw)
-    prompts = {len(canary.top), len(canary.spread), *map(len, canary.points)}
-    _require(len(canary.points) == ranks and len(prompts) == 1, "its canary")
-    return canary
-
-
-def _build_held(held: Any) -> Held | None:
-    if held is None:
-        return None
-    _require(isinstance(held, list) and all(isinstance(numbers, list) for numbers in held), "its ranks' experts")
-    _require(all(is_count(number) for numbers in held for number in numbers), "its ranks' experts")
-    return tuple(tuple(numbers) for numbers in held)
-
-
-def _build_quantization(precision: Any) -> Quantization | None:
-    if precision is None:
-        return None
-    q = Quantization(**precision)
-    _require(is_count(q.bits) and is_count(q.group_size) and isinstance(q.mode, str), "its quantisation")
-    return q
-
-
-def _are_texts(values: object) -> bool:
-    return isinstance(values, list) and all(isinstance(v, str) for v in values)
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError where parts of a manifest contradict each other."""
+    held, canary, q = manifest.held, manifest.canary, manifest.quantization
+    _require(bool(manifest.shares) and min(manifest.shares) >= 0, "its shares")
+    _require(manifest.unit > 0, "its unit")
+    _require(q is None or min(q.bits, q.group_size) >= 0, "its quantisation")
+    if held is not None:
+        _require(all(number >= 0 for numbers in held for number in numbers), "its ranks' experts")
+        alike = (manifest.split, manifest.unit, manifest.shares) == ("experts", 1, tuple(map(len, held)))
+        _require(alike, "its ranks' experts")
+    if canary is not None:
+        prompts = {len(canary.top), len(canary.spread), *map(len, canary.points)}
+        _require(len(canary.points) == manifest.world_size and len(prompts) == 1, "its canary")
 
 
 def _require(holds: bool, what: str) -> None:
     if not holds:
-        raise TypeError(f"{what} cannot be read")
+        raise ValueError(f"{what} cannot be read")

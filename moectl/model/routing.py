@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moectl.errors import UsageError
 from moectl.files import write_whole
+from moectl.records import build
 
 SCHEMA = "moectl.routing/1"
 
@@ -55,8 +56,7 @@ def read_routing(path: Path) -> Routing:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document.pop("schema") != SCHEMA:
             raise ValueError("another schema")
-        counts = tuple(tuple(_count(n) for n in layer) for layer in document.pop("counts"))
-        return Routing(str(document["model"]), _count(document["tokens"]), _count(document["top_k"]), counts)
+        return build(Routing, document)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", hint=_HINT) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -64,9 +64,3 @@ def read_routing(path: Path) -> Routing:
 
 
 _HINT = "moectl bench --routing-stats FILE writes one"
-
-
-def _count(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{value!r} is not a whole number")
-    return value

@@ -14,7 +14,6 @@ from typing import Any
 
 from moectl.errors import CommandFailed
 from moectl.hosts.hardware import Hardware
-from moectl.model.geometry import Geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import Held, Placement
 from moectl.records import build
@@ -94,17 +93,7 @@ class MeasuredCluster:
 
 def read_job(text: str) -> Job:
     """Read a job's JSON, which is this version's own: anything else is a bug."""
-    raw = json.loads(text)
-    placements = tuple(
-        Placement(p["split"], tuple(p["shares"]), p["unit"], Geometry(**p["geometry"]), _read_held(p["held"]))
-        for p in raw.pop("placements")
-    )
-    quantization = raw.pop("quantization")
-    return Job(placements, Quantization(**quantization) if quantization else None, **raw)
-
-
-def _read_held(raw: list[list[int]] | None) -> Held | None:
-    return None if raw is None else tuple(map(tuple, raw))
+    return build(Job, json.loads(text))
 
 
 def read_speeds(text: str) -> tuple[Speed, ...]:

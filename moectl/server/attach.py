@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moectl.errors import AlreadyRunning, MoectlError, RemoteError, StateError
+from moectl.records import build
 from moectl.server import background
 from moectl.server.client import Client, is_running, last_beat, socket_path
 from moectl.server.contracts import ControllerOptions
@@ -105,15 +106,7 @@ def start(target: Target, settings: ControllerOptions, options: Mapping[str, Any
     """Start a controller in the background; return its TCP port. Raises what went wrong there."""
     order = {
         "target": encode_target(target),
-        "settings": {
-            "socket_path": str(settings.socket_path),
-            "keep_alive_s": settings.keep_alive_s,
-            "tcp": settings.tcp,
-            "api_key": settings.api_key,
-            "restarts": settings.restarts,
-            "origins": settings.origins,
-            "hosts": settings.hosts,
-        },
+        "settings": {**asdict(settings), "socket_path": str(settings.socket_path)},
         "options": dict(options),
     }
     name = f"{target.name}-{target_key(target)}"
@@ -125,10 +118,7 @@ def obey(advise: Callable[[Target, MoectlError], str | None]) -> None:
     from moectl.server.run import run
 
     order = background.take_order()
-    raw = order["settings"]
-    tcp = (raw["tcp"][0], raw["tcp"][1]) if raw["tcp"] else None
-    socket, visitors = Path(raw["socket_path"]), (tuple(raw["origins"]), tuple(raw["hosts"]))
-    settings = ControllerOptions(socket, raw["keep_alive_s"], tcp, raw["api_key"], raw["restarts"], *visitors)
+    settings = build(ControllerOptions, order["settings"])
     try:
         run(
             decode_target(order["target"]),

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moectl import errors
-from moectl.errors import MoectlError, RemoteError, StateError
+from moectl.errors import MoectlError, RemoteError, StateError, from_json, to_json
 from moectl.files import make_private_directory
 from moectl.paths import state_dir
 
@@ -95,8 +94,7 @@ def _read_answer(lines: Iterable[bytes], name: str, on_log: Callable[[str, str],
         if "log" in answer:
             on_log(*answer["log"])
         elif "error" in answer:
-            error = answer["error"]
-            raise getattr(errors, error["kind"])(error["message"], hint=error["hint"], host=error["host"])
+            raise from_json(answer["error"])
         else:
             port: int | None = answer["ready"]
             return port
@@ -164,7 +162,7 @@ def note(text: str) -> None:
 
 def tell_failure(error: MoectlError) -> None:
     """Say why there will be no controller."""
-    _tell({"error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint, "host": error.host}})
+    _tell({"error": to_json(error)})
 
 
 def _tell(answer: dict[str, Any]) -> None:

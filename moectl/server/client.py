@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moectl import errors
-from moectl.engine.protocol import Done, Token
+from moectl.engine.protocol import Done
 from moectl.engine.request import Stats
-from moectl.errors import MoectlError, RemoteError, StateError
+from moectl.errors import MoectlError, RemoteError, StateError, from_json
 from moectl.paths import runtime_dir
 from moectl.server.contracts import NOTICE, SILENCE_S, Notice
 from moectl.server.openai import hint_suffix
@@ -124,11 +123,11 @@ class Client:
         gone.join(timeout_s)
         return not gone.is_alive()
 
-    def chat(self, fields: Mapping[str, Any]) -> Generator[Token | Done | Notice, None, None]:
+    def chat(self, fields: Mapping[str, Any]) -> Generator[str | Done | Notice, None, None]:
         """Yield a chat completion as it comes; closing the iterator cancels it. `fields` are the API's."""
         return self._stream("/v1/chat/completions", fields)
 
-    def complete(self, fields: Mapping[str, Any]) -> Generator[Token | Done | Notice, None, None]:
+    def complete(self, fields: Mapping[str, Any]) -> Generator[str | Done | Notice, None, None]:
         """Yield a completion of a raw prompt as it comes; closing the iterator cancels it."""
         return self._stream("/v1/completions", fields)
 
@@ -147,7 +146,7 @@ class Client:
             if beat == before:
                 raise _silent()
 
-    def _stream(self, path: str, fields: Mapping[str, Any]) -> Generator[Token | Done | Notice, None, None]:
+    def _stream(self, path: str, fields: Mapping[str, Any]) -> Generator[str | Done | Notice, None, None]:
         body = json.dumps({**fields, "stream": True}).encode()
         with contextlib.closing(_Connection(self.path, _SILENT_S)) as connection:
             _send(connection, "POST", path, body)
@@ -218,27 +217,23 @@ def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
         yield line
 
 
-def _read_chunk(chunk: dict[str, Any]) -> Iterator[Token | Done]:
+def _read_chunk(chunk: dict[str, Any]) -> Iterator[str | Done]:
     if "error" in chunk:
         raise _rebuild(chunk["error"])
     for choice in chunk["choices"]:
         text = choice["delta"].get("content") if "delta" in choice else choice.get("text")
         if text:
-            yield Token(0, -1, text)
+            yield text
         if choice.get("finish_reason") is not None:
             yield Done(0, choice["finish_reason"], Stats(**choice["stats"]))
 
 
 def _rebuild(error: Mapping[str, Any]) -> MoectlError:
     """Return the error that a controller met, with its own exit code."""
-    kind = getattr(errors, str(error.get("kind")), RemoteError)
-    if not (isinstance(kind, type) and issubclass(kind, MoectlError)):
-        kind = RemoteError
-    host = error.get("host")
     message = str(error.get("message", "the controller failed")).removesuffix(hint_suffix(error.get("hint")))
-    if host:
+    if host := error.get("host"):
         message = message.removeprefix(f"{host}: ")  # the error puts it there again
-    return kind(message, hint=error.get("hint"), host=host)
+    return from_json({**error, "message": message})
 
 
 def _silent() -> MoectlError:

@@ -19,7 +19,7 @@ from typing import Any
 from moectl.engine.isolation import explain
 from moectl.engine.protocol import Done, Prefilled, Ready, Refused, Token
 from moectl.engine.request import Request, too_long
-from moectl.errors import LeashLost, MoectlError, QueueFull, StateError
+from moectl.errors import LeashLost, MoectlError, QueueFull, StateError, unexpected, with_hint
 from moectl.server.contracts import Health
 from moectl.server.metrics import Throughput
 from moectl.server.restarts import Restarts, ResumedAnswer
@@ -145,7 +145,7 @@ class Controller:
                     try:
                         await asyncio.to_thread(self._in_use.submit, answer.remaining)
                     except Exception as error:  # nobody else would hear of it; the number is the next one's
-                        self._end(answer, _explain(error))
+                        self._end(answer, error if isinstance(error, MoectlError) else unexpected(error))
                     else:
                         self._last_id += downs == self._downs  # a session that came since counts anew
 
@@ -221,7 +221,7 @@ class Controller:
         else:
             if not self._shut.is_set():
                 with contextlib.suppress(Exception):  # looking for advice may fail as well; who waits has to hear
-                    failure.hint = self._advise(failure) or failure.hint
+                    failure = with_hint(failure, self._advise(failure))
             self._call(self._fail, failure)
         with contextlib.suppress(Exception):  # one that came up while another thread ended what there was
             self._close_session()
@@ -235,7 +235,7 @@ class Controller:
             for event in self._session.events():
                 self._call(self._take, event)
         except Exception as error:
-            return _explain(error)
+            return error if isinstance(error, MoectlError) else unexpected(error)
         raise AssertionError("a session's events never end")
 
     def _reopen(self, failure: MoectlError, delay_s: float) -> MoectlError | None:
@@ -249,7 +249,7 @@ class Controller:
         try:
             opening.__enter__()
         except Exception as error:
-            return _explain(error)
+            return error if isinstance(error, MoectlError) else unexpected(error)
         self._opened = opening
         return None
 
@@ -343,12 +343,6 @@ class Controller:
         self._unfinished.clear()
         self._numbered.clear()
         self._ended.set()
-
-
-def _explain(error: Exception) -> MoectlError:
-    if isinstance(error, MoectlError):
-        return error
-    return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)")
 
 
 def _refuse_too_long(request: Request, max_seq_len: int) -> None:

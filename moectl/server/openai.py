@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from moectl import __version__
+from moectl.engine.parameters import MAX_LOGPROBS
 from moectl.engine.protocol import Done, Ready, Token
-from moectl.engine.request import MAX_LOGPROBS, Request, Stats, too_long
+from moectl.engine.request import Request, Stats, too_long
 from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
 from moectl.server.fields import (
     Fields,
@@ -245,11 +246,8 @@ def _read_parameters(fields: Fields, model: Ready) -> Fields:
     top_k = read_integer(fields, "top_k", -1)
     repetition = read_number(fields, "repetition_penalty")
     optional = {
-        "top_p": read_number(fields, "top_p"),
+        **{name: read_number(fields, name) for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty")},
         "top_k": None if top_k is None else min(max(top_k, 0), 2**31 - 1),  # vLLM's -1 means all, too
-        "min_p": read_number(fields, "min_p"),
-        "presence_penalty": read_number(fields, "presence_penalty"),
-        "frequency_penalty": read_number(fields, "frequency_penalty"),
         "repetition_penalty": read_number(fields, "repeat_penalty") if repetition is None else repetition,
     }
     return {**read, **{name: value for name, value in optional.items() if value is not None}}

@@ -664,7 +664,7 @@ settings = st.builds(
     seed=st.none() | st.integers(0, 2**64 - 1),
     presence_penalty=st.floats(-2, 2),
     frequency_penalty=st.floats(-2, 2),
-    repetition_penalty=st.floats(0, 10, exclude_min=True),
+    repetition_penalty=st.floats(0.01, 10),
     stop=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=3).map(tuple),
 )
 texts = st.text(st.characters(codec="utf-8"))

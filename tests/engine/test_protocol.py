@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moectl.engine import protocol
 from moectl.engine.request import Request, Stats
@@ -30,7 +30,14 @@ requests = st.builds(
 texts = st.text()
 messages = st.one_of(
     st.builds(
-        protocol.Start, numbers, numbers, texts, st.lists(texts), st.just(30.0), st.none() | texts, st.none() | texts
+        protocol.Start,
+        numbers,
+        numbers,
+        texts,
+        st.lists(texts),
+        st.just(30.0),
+        dtype=st.none() | texts,
+        log=st.none() | texts,
     ),
     st.builds(protocol.Connect, texts, st.dictionaries(texts, texts), st.dictionaries(texts, texts)),
     st.builds(protocol.Load),
@@ -67,6 +74,7 @@ messages = st.one_of(
 )
 
 
+@settings(deadline=None)  # each kind's checks are made at its first use
 @given(st.lists(messages, max_size=5))
 def test_messages_survive_the_wire(sent: list[Any]) -> None:
     stream = io.BytesIO(b"".join(protocol.encode(message) for message in sent))

@@ -19,7 +19,7 @@ from typing import Any
 
 from moectl.__main__ import TERMINATED, Terminated
 from moectl.cli.chat import keyboard
-from moectl.cli.chat.chat import Finished, TextPiece, chat
+from moectl.cli.chat.chat import Finished, chat
 from moectl.cli.chat.settings import ChatSettings
 from moectl.cli.chat.transcript import Message
 from moectl.engine.request import Stats
@@ -38,14 +38,12 @@ class Ruled:
         self._log = log
         self.over = False
 
-    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[TextPiece | Finished, None, None]:
+    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Finished, None, None]:
         """Return an answer and hold on to it, so that it ends when it is closed and not when it is forgotten."""
         self._held = self._stream(messages, settings)
         return self._held
 
-    def _stream(
-        self, messages: Sequence[Message], settings: ChatSettings
-    ) -> Generator[TextPiece | Finished, None, None]:
+    def _stream(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Finished, None, None]:
         word, *rest = messages[-1].content.split()
         ended = False
         try:
@@ -53,7 +51,7 @@ class Ruled:
             pieces = 0
             for piece in self._answer(word, rest):
                 pieces += 1
-                yield TextPiece(piece)
+                yield piece
             ended = True
             yield Finished("length" if word == "long" else "stop", Stats(20, pieces, 0.5, 2.0, 0.5, 74_300_000_000))
         finally:

@@ -9,7 +9,7 @@ import contextlib
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from moectl.cli.chat.chat import Finished, TextPiece
+from moectl.cli.chat.chat import Finished
 from moectl.engine.protocol import Done
 from moectl.server.contracts import Notice
 
@@ -31,7 +31,7 @@ class ControllerAnswerer:
     over: bool = False  # a controller that fails is replaced at the next question
     say: Callable[[str], None] = lambda text: None  # what a person should know while the answer waits
 
-    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[TextPiece | Finished, None, None]:
+    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Finished, None, None]:
         """Yield an answer as it comes; see `chat.Answerer`."""
         fields = {name: value for name, value in asdict(settings).items() if name != "system" and value is not None}
         fields["messages"] = [{"role": message.role, "content": message.content} for message in messages]
@@ -41,6 +41,4 @@ class ControllerAnswerer:
                 if isinstance(event, Notice):
                     self.say(f"\n[{event.text}]")
                 else:
-                    yield (
-                        Finished(event.finish_reason, event.stats) if isinstance(event, Done) else TextPiece(event.text)
-                    )
+                    yield (Finished(event.finish_reason, event.stats) if isinstance(event, Done) else event)

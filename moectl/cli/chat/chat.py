@@ -69,13 +69,6 @@ _CLOSING = re.compile(r'"""[ \t]*$', re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
-class TextPiece:
-    """Some more text of an answer."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Finished:
     """The end of an answer: "stop", "length" or "cancelled"."""
 
@@ -98,7 +91,7 @@ class Answerer(Protocol):
     def over(self) -> bool:
         """Whether no further question can be answered; after an error the chat ends with it then."""
 
-    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[TextPiece | Finished, None, None]:
+    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Finished, None, None]:
         """Yield an answer as it comes; the last item is Finished.
 
         `messages` is the whole conversation, the system message first where there is one (`settings.system` is the
@@ -258,8 +251,8 @@ class _Chat:
             for event in self._keyboard.interruptible(stream):
                 if isinstance(event, Finished):
                     return event
-                pieces.append(event.text)
-                self._write(event.text)
+                pieces.append(event)
+                self._write(event)
         raise RemoteError("the answer broke off", hint="ask again")
 
     def _end_line(self, answer: str, interrupted: bool) -> None:

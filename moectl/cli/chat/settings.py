@@ -5,49 +5,18 @@ Which values a model refuses for other reasons (a context too long, say) is for 
 
 from __future__ import annotations
 
-import math
 import shlex
 import textwrap
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from moectl.engine.parameters import PARAMETERS
 from moectl.errors import UsageError
 
 # Names that people bring from ollama and mlx_lm.
 ALIASES = {"num_predict": "max_tokens", "temp": "temperature", "repeat_penalty": "repetition_penalty"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Number:
-    """What a number may be; `optional` ones may also be None."""
-
-    kind: type[int] | type[float]
-    low: float
-    high: float
-    text: str
-    above: bool = False  # `low` itself is not allowed
-    optional: bool = False
-
-    def allows(self, value: object) -> bool:
-        if value is None:
-            return self.optional
-        if isinstance(value, bool) or not isinstance(value, int if self.kind is int else int | float):
-            return False
-        return math.isfinite(value) and self.low <= value <= self.high and not (self.above and value == self.low)
-
-
-_PENALTY = _Number(float, -2, 2, "a number from -2 to 2")
-_NUMBERS = {
-    "max_tokens": _Number(int, 1, 2**31 - 1, "a whole number, 1 or more"),
-    "temperature": _Number(float, 0, math.inf, "a number, 0 (greedy) or more"),
-    "top_p": _Number(float, 0, 1, "a number from 0 to 1"),
-    "top_k": _Number(int, 0, 2**31 - 1, "a whole number, 0 (all) or more"),
-    "min_p": _Number(float, 0, 1, "a number from 0 to 1"),
-    "seed": _Number(int, 0, 2**64 - 1, "a whole number from 0 to 2^64-1, or none", optional=True),
-    "presence_penalty": _PENALTY,
-    "frequency_penalty": _PENALTY,
-    "repetition_penalty": _Number(float, 0, math.inf, "a number above 0", above=True),
-}
 _TEXTS = {"system": 'a text, or "" for none', "stop": 'texts that end an answer, or "" for none'}
 
 
@@ -70,14 +39,16 @@ class ChatSettings:
     def __post_init__(self) -> None:
         if isinstance(self.stop, list):  # JSON has no tuples
             object.__setattr__(self, "stop", tuple(self.stop))
-        for name, number in _NUMBERS.items():
-            value = getattr(self, name)
-            if not number.allows(value):
-                raise UsageError(f"{name} should be {number.text}: it is {value!r}")
+        for name in _NUMBERS:
+            if not PARAMETERS[name].allows(value := getattr(self, name)):
+                raise UsageError(f"{name} should be {_allowed_text(name)}: it is {value!r}")
         if not (self.system is None or isinstance(self.system, str)):
             raise UsageError(f"system should be {_TEXTS['system']}: it is {self.system!r}")
         if not (isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)):
             raise UsageError(f"stop should be {_TEXTS['stop']}: it is {self.stop!r}")
+
+
+_NUMBERS = [field.name for field in fields(ChatSettings) if field.name not in _TEXTS]
 
 
 def change_setting(settings: ChatSettings, name: str, value: str) -> ChatSettings:
@@ -119,17 +90,20 @@ def split_words(text: str) -> list[str]:
 
 
 def _allowed_text(name: str) -> str:
-    return _NUMBERS[name].text if name in _NUMBERS else _TEXTS[name]
+    if name in _TEXTS:
+        return _TEXTS[name]
+    number = PARAMETERS[name]
+    return f"a{' whole' if number.kind is int else ''} number, {number.text}{', or none' if number.optional else ''}"
 
 
 def _read_number(name: str, value: str) -> float | None:
-    number = _NUMBERS[name]
+    number = PARAMETERS[name]
     if number.optional and value.lower() == "none":
         return None
     try:
         return number.kind(value)
     except ValueError:
-        raise UsageError(f"{name} should be {number.text}: it is {value!r}") from None
+        raise UsageError(f"{name} should be {_allowed_text(name)}: it is {value!r}") from None
 
 
 def _unquote(text: str) -> str:

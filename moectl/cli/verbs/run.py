@@ -19,7 +19,7 @@ from moectl.cli.verb import verb
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from moectl.engine.protocol import Done, Token
+    from moectl.engine.protocol import Done
     from moectl.server.attach import Attached
     from moectl.server.client import Client
     from moectl.server.contracts import Notice
@@ -97,7 +97,7 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
 
 def _ask(
     client: Client, text: str, options: dict[str, Any], fields: dict[str, Any]
-) -> Generator[Token | Done | Notice, None, None]:
+) -> Generator[str | Done | Notice, None, None]:
     if options["raw"]:
         return client.complete({**fields, "prompt": text})
     system = [{"role": "system", "content": options["system"]}] if options["system"] is not None else []
@@ -135,7 +135,7 @@ def _prompt_text(words: tuple[str, ...], common: Common) -> str:
     return text
 
 
-def _answer(common: Common, events: Generator[Token | Done | Notice, None, None], stats: bool) -> None:
+def _answer(common: Common, events: Generator[str | Done | Notice, None, None], stats: bool) -> None:
     """Print an answer as it comes; Ctrl-C cancels it."""
     from moectl.cli import terminal
     from moectl.engine.protocol import Done
@@ -151,8 +151,8 @@ def _answer(common: Common, events: Generator[Token | Done | Notice, None, None]
                 elif isinstance(event, Notice):
                     _say_between(common, event.text, pieces)
                 else:
-                    pieces.append(event.text)
-                    _write("" if common.json else event.text)
+                    pieces.append(event)
+                    _write("" if common.json else event)
         except KeyboardInterrupt:
             if not common.json:
                 _write("\n")

@@ -19,6 +19,7 @@ from typing import Any
 from moectl.errors import StateError
 from moectl.files import sync_directory
 from moectl.paths import state_dir
+from moectl.records import build
 
 SCHEMA = "moectl.setup-record/1"
 
@@ -178,9 +179,8 @@ def _replay(line: dict[str, Any], entries: dict[int, RecordedCommand]) -> int:
         return 0
     if "begin" in line:
         number = int(line["begin"])
-        argv, undo = (tuple(map(str, line[key])) for key in ("argv", "undo"))
-        where, needed = (line["interface"], line["address"]), bool(line["needed"])
-        entries[number] = RecordedCommand(number, str(line["host"]), argv, undo, *where, needed)
+        fields = {name: value for name, value in line.items() if name not in ("begin", "at")}
+        entries[number] = build(RecordedCommand, {**fields, "number": number})
         return number
     if "done" in line:
         number = int(line["done"])

@@ -1,0 +1,103 @@
+"""Whose fault the end of a session is, and what to say of it: the first rank that failed by itself, by its host's name.
+
+It only reads what was heard of the workers; ending them is the session's.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moectl.engine.protocol import LEASH_LOST, Event, Fatal
+from moectl.errors import LeashLost, MoectlError, PeerLost, RemoteError, Unreachable, find_kind
+from moectl.session.liveness import Sleep
+from moectl.session.worker_link import Ended, Heard, Tether
+
+if TYPE_CHECKING:
+    from moectl.session.session import RankSpec
+
+BLAME_S = 1.0  # how long to wait for the rank at fault after another one said that it lost it
+
+
+class Blame:
+    """What finds the rank at fault among a session's workers."""
+
+    def __init__(
+        self, ranks: Sequence[RankSpec], tethers: Sequence[Tether], events: queue.SimpleQueue[Heard], sleep: Sleep
+    ) -> None:
+        self._ranks = ranks
+        self._tethers = tethers
+        self._events = events
+        self._sleep = sleep
+
+    def find(self, rank: int, event: Event | Ended, phase: str) -> MoectlError:
+        """Return the error of the rank at fault: the one that died or erred by itself, not those that lost it."""
+        reports: list[tuple[int, Event | Ended]] = [(rank, event)]
+        deadline = time.monotonic() + BLAME_S
+        if isinstance(event, Ended) and event.silent:
+            self._tethers[rank].is_silent = True
+        while all(_is_about_others(e) for _, e in reports):
+            try:
+                other, heard = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            # The end of one that has already said why is no news.
+            if isinstance(heard, Fatal | Ended) and other not in (r for r, _ in reports):
+                reports.append((other, heard))
+        guilty = next((report for report in reports if not _is_about_others(report[1])), reports[0])
+        return self._explain(*guilty, phase)
+
+    def _explain(self, rank: int, event: Event | Ended, phase: str) -> MoectlError:
+        if isinstance(event, Ended):
+            return self._explain_end(rank, event, phase)
+        if not isinstance(event, Fatal):
+            return self.failure(rank, f"an unexpected {type(event).__name__} while {phase}")
+        guilty = rank if event.rank is None or event.rank not in range(len(self._ranks)) else event.rank
+        return self.failure(guilty, event.message, kind=find_kind(event.kind), hint=event.hint)
+
+    def _explain_end(self, rank: int, event: Ended, phase: str) -> MoectlError:
+        slept_s = self._sleep.slept_s
+        code = self._tethers[rank].find_exit_code() if event == Ended() else None
+        if slept_s is not None and code in (None, LEASH_LOST):
+            return self.failure(
+                rank,
+                f"the worker let go while {phase}: this machine slept, or was stopped, for {slept_s:.0f} s",
+                kind=LeashLost,
+                hint="keep it awake: 'caffeinate -i moectl …' on a Mac, 'systemd-inhibit moectl …' on Linux",
+            )
+        if event.reason is not None:
+            return self.failure(rank, f"{event.reason} (while {phase})")
+        return self.failure(rank, f"{_describe_code(code)} while {phase}", hint=self._explain_python(rank, code))
+
+    def _explain_python(self, rank: int, code: int | None) -> str | None:
+        """Return what to do when a worker could not even start: its interpreter, or what that needs, has gone."""
+        log = self._tethers[rank].log
+        words = next((line for line in reversed(log) if "No module named" in line), None)
+        if words is None and code not in (126, 127):
+            return None
+        said = words or next(reversed(log), "")
+        return f"moectl deploy, which makes its environment again ({self._ranks[rank].argv[0]} does not work: {said})"
+
+    def failure(
+        self, rank: int, message: str, *, kind: type[MoectlError] = RemoteError, hint: str | None = None
+    ) -> MoectlError:
+        """Return the error of one rank, with its last words where nothing else is of help."""
+        log = list(self._tethers[rank].log)[-3:]
+        if log and hint is None:
+            hint = "its last words: " + " | ".join(log)
+        return kind(f"rank {rank}: {message}", host=self._ranks[rank].host.name, hint=hint)
+
+
+def _is_about_others(event: Event | Ended) -> bool:
+    # A rank that cannot join may be without fault as well: its neighbour died.
+    return isinstance(event, Fatal) and event.kind in (PeerLost.__name__, Unreachable.__name__)
+
+
+def _describe_code(code: int | None) -> str:
+    if code is None:
+        return "the connection to the worker was lost"
+    if code == -1:
+        return "the worker was killed by a signal"  # sshd does not tell which
+    return f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"
