@@ -16,7 +16,7 @@ import pytest
 
 from moectl.errors import CheckpointError, IntegrityError
 from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.tokenizer_files import KNOWN, KNOWN_VOCABULARY
+from moectl.shards.tokenizer_files import KNOWN, KNOWN_VOCABULARY, fetch_tokenizer
 from tests.support.hub import Hub
 from tests.support.sshd import Server
 from tests.support.tiny import write_checkpoint, write_words
@@ -94,6 +94,14 @@ def test_a_checkpoint_without_a_tokenizer_is_refused_before_anything_is_cut(tmp_
     assert "one shard" in done
     run = ("run", "--shards", str(tmp_path / "set"), "--keep-alive", "0", "-m", "4", "hi")
     assert moectl(tmp_path, *run)
+
+
+def test_a_checkpoint_whose_files_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    model = copy_demo(tmp_path / "model")
+    for path in model.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    moectl(tmp_path, "shard", str(model), "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
+    assert fetch_tokenizer(str(model), 1536).has_template
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
