@@ -174,21 +174,24 @@ def test_a_git_lfs_pointer_is_told_before_anything_is_read(tmp_path: Path, name:
     open_checkpoint(str(source)).close()
 
 
-def test_a_snapshot_goes_by_its_repositorys_name(tmp_path: Path) -> None:
+def test_a_snapshot_goes_by_its_repositorys_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "models--acme--tiny"
     snapshot = copy_demo(cache / "snapshots" / COMMIT)
     with open_checkpoint(str(snapshot)) as opened:
         assert (opened.source, opened.revision) == ("acme/tiny", COMMIT)
-    with pytest.raises(CheckpointError, match="has no snapshot of main") as caught:
-        open_checkpoint(str(cache))
-    assert caught.value.hint == f"give one of its snapshots: {snapshot}"
+    for where in (cache, cache / "snapshots", Path()):
+        monkeypatch.chdir(cache)
+        with pytest.raises(CheckpointError, match="has no snapshot of main") as caught:
+            open_checkpoint(str(where))
+        assert caught.value.hint == f"give one of its snapshots: {snapshot}"
     with open_checkpoint((caught.value.hint or "").split(": ")[1]) as opened:
         assert opened.source == "acme/tiny"
     (cache / "refs").mkdir()
     (cache / "refs/main").write_text(COMMIT)
     for revision in (None, "main", COMMIT):
-        with open_checkpoint(str(cache), revision=revision) as opened:
-            assert (opened.source, opened.revision) == ("acme/tiny", COMMIT)
+        for where in (cache, cache / "snapshots", Path()):
+            with open_checkpoint(str(where), revision=revision) as opened:
+                assert (opened.source, opened.revision) == ("acme/tiny", COMMIT)
     with pytest.raises(CheckpointError, match="has no snapshot of v2"):
         open_checkpoint(str(cache), revision="v2")
     said = moectl(tmp_path, "shard", str(snapshot), "-n", "1", "--dry-run")
