@@ -210,7 +210,8 @@ def _came_from_echo(error: Exception) -> bool:
     """Return whether an error is the output's, such as a full disk's, and no other file's."""
     import traceback
 
-    return [frame.filename for frame in traceback.extract_tb(error.__traceback__)][-1:] == [click.utils.__file__]
+    frames = traceback.extract_tb(error.__traceback__)
+    return any((frame.filename, frame.name) == (click.utils.__file__, "echo") for frame in frames)
 
 
 def _json_in_words() -> bool:

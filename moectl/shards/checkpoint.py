@@ -163,7 +163,8 @@ def pull(source: str, *, revision: str | None = None, on_bytes: OnBytes | None =
 
 def _read_checkpoint(store: _Store) -> Checkpoint:
     if CONFIG not in store.files:
-        hint = "this is a shard set: moectl run --shards DIR" if "moectl.json" in store.files else None
+        is_set = "moectl.json" in store.files
+        hint = "this is a shard set: moectl run --shards DIR" if is_set else f"name what holds {CONFIG} and the weights"
         raise CheckpointError(f"{store.name} is not a checkpoint: it has no {CONFIG}", hint=hint)
     store.refuse_pointers(
         [f for f, size in store.files.items() if f.endswith(".safetensors") or is_plain_data(f, size)]

@@ -393,6 +393,10 @@ def test_a_file_and_a_shard_set_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(str(tmp_path))
     assert "shard set" in str(caught.value.hint)
+    (tmp_path / "moectl.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json") as caught:
+        open_checkpoint(str(tmp_path))
+    assert "config.json and the weights" in str(caught.value.hint)
 
 
 def test_a_directory_that_changes_is_noticed(tmp_path: Path) -> None:
