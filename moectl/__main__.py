@@ -125,10 +125,9 @@ def _flush(code: int) -> int:
         except (OSError, ValueError) as error:
             _forget(stream)
             if code == 0 and stream is sys.stdout:
-                from moectl.errors import StateError
+                from moectl.cli.options import unwritable
 
-                reason = getattr(error, "strerror", None) or error
-                code = _print_error(StateError(f"the result cannot be written: {reason}"), as_json=_json_in_words())
+                code = _print_error(unwritable(error), as_json=_json_in_words())
     return code
 
 
@@ -207,6 +206,14 @@ def _reader_has_left() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
+def _came_from_echo(error: Exception) -> bool:
+    """Return whether an error is the output's, such as a full disk's, and no other file's."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    return any((frame.filename, frame.name) == (click.utils.__file__, "echo") for frame in frames)
+
+
 def _json_in_words() -> bool:
     # For errors before the flags have been read; after `--` come words, not flags.
     words = sys.argv[1:]
@@ -218,9 +225,12 @@ def _print_error(error: Exception, *, as_json: bool, color: str = "auto") -> int
 
     import click
 
+    from moectl.cli.options import unwritable
     from moectl.errors import MoectlError, to_json, unexpected
     from moectl.text import colour_wanted
 
+    if isinstance(error, OSError) and _came_from_echo(error):
+        error = unwritable(error)
     told = error if isinstance(error, MoectlError) else unexpected(error, "run again with MOECTL_DEBUG=1 and report it")
     code, hint = told.exit_code, told.hint
     if as_json:

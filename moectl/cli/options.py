@@ -63,26 +63,25 @@ class Common:
         return found
 
     def print(self, text: str, document: dict[str, Any], quiet_text: str | None = None) -> None:
-        """Print a command's result on stdout in the form that was asked for. Raises StateError for a full disk.
+        """Print a command's result on stdout in the form that was asked for.
 
         `quiet_text` is its shorter form for --quiet, where it has one.
         """
         shown = json.dumps(document) if self.json else text if not self.quiet or quiet_text is None else quiet_text
         if not shown:
             return
-        try:
-            click.echo(shown)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise errors.StateError(
-                f"the result cannot be written: {error.strerror}", hint="look at where standard output goes"
-            ) from None
+        click.echo(shown)
 
     def say(self, text: str) -> None:
         """Say something to a person, on stderr."""
         if not self.quiet:
             click.echo(text, err=True)
+
+
+def unwritable(error: OSError | ValueError) -> errors.StateError:
+    """Return the error of a standard output that takes nothing."""
+    reason = getattr(error, "strerror", None) or error
+    return errors.StateError(f"the result cannot be written: {reason}", hint="look at where standard output goes")
 
 
 class Failed(Exception):

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moectl.server import openai
-from moectl.server.visitors import HOST_FLAG, KEY_FLAG, ORIGIN_FLAG, host_name, names_this_machine
+from moectl.server.visitors import HOST_FLAG, KEY_FLAG, NO_ORIGIN, ORIGIN_FLAG, host_name, names_this_machine
 
 CONTROL = "/moectl"  # the owner's paths, over the Unix socket only
 _METHODS = ("GET", "HEAD", "POST")
@@ -100,11 +100,12 @@ class _Pages(CORSMiddleware):
     def preflight_response(self, request_headers: Headers) -> Response:
         origin, method = request_headers["origin"], request_headers["access-control-request-method"]
         if not self.is_allowed_origin(origin):
+            flags = f"{ORIGIN_FLAG} {origin[:200]}" + f" {KEY_FLAG} FILE" * (origin == NO_ORIGIN)
             return refuse(
                 403,
                 f"pages of {origin[:200]} should be allowed before they use this server",
                 code="forbidden_origin",
-                hint=f"start it with: moectl serve {ORIGIN_FLAG} {origin[:200]}",
+                hint=f"start it with: moectl serve {flags}",
                 headers={"vary": "Origin"},
             )
         allowed = super().preflight_response(request_headers)

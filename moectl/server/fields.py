@@ -56,6 +56,8 @@ def refuse_unsupported(fields: Fields) -> None:
 def read_typed(fields: Fields, name: str, kind: type[Any]) -> Any:
     """Return a field of this type, or None."""
     value = fields.get(name)
+    if kind is dict and value == []:  # how PHP writes an empty object
+        return {}
     if value is not None and not isinstance(value, kind):
         refuse(name, f"should be {_KINDS[kind]}, it is {kind_of(value)}")
     return value

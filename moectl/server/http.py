@@ -33,6 +33,7 @@ from moectl.server.contracts import NOTICE, SILENCE_S, AnswerEvents, Cluster, Co
 from moectl.server.doors import CONTROL, Doors, no_such_path, refuse, write_json
 from moectl.server.metrics import CONTENT_TYPE, Metrics
 
+CHAT = "/v1/chat/completions"
 MAX_BODY_BYTES = 16 * 1024 * 1024
 BODY_S = 60.0  # a body that takes longer to arrive is given up
 _IDLE_CONNECTION_S = 75
@@ -61,7 +62,7 @@ def make_app(
     metrics = Metrics(cluster.health)
     service = _Service(cluster, metrics, silence_s)
     routes = [
-        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route(CHAT, service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
         Route("/v1/models", service.list_models),
         Route("/v1/models/{name:path}", service.show_model),
@@ -300,35 +301,37 @@ def _check_headers(http: HttpRequest) -> Response | None:
         return refuse(415, f"the content type should be application/json, it is {shown}", hint=hint)
     if (coding := http.headers.get("content-encoding", "identity").strip().lower()) != "identity":
         return refuse(415, f"the content coding {coding[:100]} is not supported", hint="send the body uncompressed")
-    length = http.headers.get("content-length", "")
-    if length.isdigit() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
-        return _too_large()
     return None
 
 
 async def _read_body(http: HttpRequest) -> bytes | Response:
     body = bytearray()
+    length = http.headers.get("content-length", "")
+    is_too_large = length.isdigit() and (len(length) > 18 or int(length) > MAX_BODY_BYTES)
+    if is_too_large and "expect" in http.headers:  # the client waits for a word before it sends
+        return _too_large(http)
     try:
         async with asyncio.timeout(BODY_S):
             async for chunk in http.stream():
                 body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    return _too_large()
+                is_too_large = is_too_large or len(body) > MAX_BODY_BYTES
+                if is_too_large:  # read on: who is still sending would lose the reply with the connection
+                    body.clear()
     except TimeoutError:
         return refuse(
             408, f"the body did not arrive within {BODY_S:g} s", hint="send it again", headers={"connection": "close"}
         )
     except ClientDisconnect:
         return refuse(_CLIENT_CLOSED, "the client closed the connection")
-    return bytes(body)
+    return _too_large(http) if is_too_large else bytes(body)
 
 
-def _too_large() -> Response:
-    # The rest of the body is still on its way, and nobody will read it.
+def _too_large(http: HttpRequest) -> Response:
     return refuse(
         413,
         f"the body should have at most {MAX_BODY_BYTES} bytes: no context holds more",
         code=TOO_LONG,
+        param="messages" if http.url.path == CHAT else "prompt",
         hint="shorten the prompt",
         headers={"connection": "close"},
     )

@@ -258,9 +258,12 @@ def _read_stop(fields: Fields) -> tuple[str, ...]:
     if stop is None:
         return ()
     texts = [stop] if isinstance(stop, str) else stop
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list):
         refuse("stop", f"should be a string or a list of strings, it is {kind_of(stop)}")
-    return tuple(dict.fromkeys(text for text in texts if text))  # forms send "" for none
+    for text in texts:
+        if not isinstance(text, str | None):
+            refuse("stop", f"should be a string or a list of strings, one of them is {kind_of(text)}")
+    return tuple(dict.fromkeys(text for text in texts if text))  # forms send "" or null for none
 
 
 def _read_bias(fields: Fields, model: Ready) -> tuple[tuple[int, float], ...]:

@@ -16,7 +16,7 @@ from moectl.errors import UsageError
 
 ORIGIN_FLAG, HOST_FLAG, KEY_FLAG = "--allow-origin", "--allow-host", "--api-key-file"
 ANY_ORIGIN = "*"
-_NO_ORIGIN = "null"  # of files, and of what hides its origin
+NO_ORIGIN = "null"  # of files, and of what hides its origin
 _USUAL_PORTS = {"http": 80, "https": 443}  # browsers leave them out
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 
@@ -28,7 +28,7 @@ def read_origins(values: Sequence[str], *, has_key: bool) -> tuple[str, ...]:
     """
     origins = tuple(dict.fromkeys(_read_origin(one) for one in _split(values, ORIGIN_FLAG)))
     for origin in origins:
-        if origin in (ANY_ORIGIN, _NO_ORIGIN) and not has_key:
+        if origin in (ANY_ORIGIN, NO_ORIGIN) and not has_key:
             who = "every page" if origin == ANY_ORIGIN else "every file and every page without an origin"
             raise UsageError(
                 f"{ORIGIN_FLAG} {origin!r} needs an API key: {who} in a browser could use the model",
@@ -59,7 +59,7 @@ def _split(values: Sequence[str], flag: str) -> list[str]:
 
 
 def _read_origin(value: str) -> str:
-    if value in (ANY_ORIGIN, _NO_ORIGIN):
+    if value in (ANY_ORIGIN, NO_ORIGIN):
         return value
     with contextlib.suppress(ValueError):
         parts = urlsplit(value.lower())
@@ -77,6 +77,8 @@ def _read_origin(value: str) -> str:
 def host_name(header: str) -> str:
     """Return the name in a Host header, without its port."""
     name = header.strip().lower()
+    if name.count(":") > 1 and not name.startswith("["):
+        return name  # an IPv6 address without its brackets
     return name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].rstrip(".")
 
 

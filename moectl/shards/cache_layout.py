@@ -17,15 +17,18 @@ _POINTER_BYTES = 1024  # what Git LFS itself takes for one at most
 
 
 def find_snapshot(directory: Path, revision: str | None = None) -> Path:
-    """Return the snapshot that a directory models--OWNER--NAME of the cache stands for; any other directory is itself.
+    """Return the snapshot that a directory models--OWNER--NAME of the cache, or its snapshots, stands for.
 
-    Raises CheckpointError that names the snapshots when none is meant.
+    Any other directory is itself. Raises CheckpointError that names the snapshots when none is meant.
     """
-    snapshots = directory / "snapshots"
-    if _repository_of(directory) is None or not snapshots.is_dir():
+    repository = directory.resolve()  # "." has no name
+    if repository.name == "snapshots":
+        repository = repository.parent
+    snapshots = repository / "snapshots"
+    if _repository_of(repository) is None or not snapshots.is_dir():
         return directory
     wanted = revision or "main"
-    ref = directory / "refs" / wanted
+    ref = repository / "refs" / wanted
     commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else wanted
     if (snapshots / commit).is_dir():
         return snapshots / commit

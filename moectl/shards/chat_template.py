@@ -47,6 +47,8 @@ def open_chat_template(
 ) -> ChatTemplate | None:
     """Return the template of chat_template.jinja or of `config`, None where a model has none."""
     template = _choose(config.get("chat_template"), refuse) if file is None else file
+    if template is not None and not template.strip():
+        template = None  # it would make an empty prompt of every conversation
     own = None
     kind = config.get("chat_template_type", defaults.get("chat_template_type"))
     if kind is not None:

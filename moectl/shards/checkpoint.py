@@ -163,12 +163,13 @@ def pull(source: str, *, revision: str | None = None, on_bytes: OnBytes | None =
 
 def _read_checkpoint(store: _Store) -> Checkpoint:
     if CONFIG not in store.files:
-        hint = "this is a shard set: moectl run --shards DIR" if "moectl.json" in store.files else None
+        is_set = "moectl.json" in store.files
+        hint = "this is a shard set: moectl run --shards DIR" if is_set else f"name what holds {CONFIG} and the weights"
         raise CheckpointError(f"{store.name} is not a checkpoint: it has no {CONFIG}", hint=hint)
     store.refuse_pointers(
         [f for f, size in store.files.items() if f.endswith(".safetensors") or is_plain_data(f, size)]
     )
-    config = _read_json(store.path(CONFIG), f"{store.name}: {CONFIG}")
+    config = read_json(store.path(CONFIG), f"{store.name}: {CONFIG}")
     geometry = read_geometry(config)
     quantization = read_quantization(config)
     generation = _read_generation(store)
@@ -193,7 +194,7 @@ def _read_generation(store: _Store) -> dict[str, Any]:
     """Return generation_config.json, empty where there is none. Raises CheckpointError."""
     if GENERATION not in store.files:
         return {}
-    generation = _read_json(store.path(GENERATION), f"{store.name}: {GENERATION}")
+    generation = read_json(store.path(GENERATION), f"{store.name}: {GENERATION}")
     check_generation(generation)
     return generation
 
@@ -207,15 +208,16 @@ def is_plain_data(file: str, size: int) -> bool:
     return size <= _SIDECAR_LIMIT_BYTES and not any(fnmatch(file.lower(), p) for p in _NEVER)
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Return the JSON object of a file that errors call `what`. Raises CheckpointError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except OSError as error:
         raise CheckpointError(f"{what} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not valid JSON: {error}") from None
+        raise CheckpointError(f"{what} is not valid JSON: {error}", hint="download it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what} is not a JSON object")
+        raise CheckpointError(f"{what} is not a JSON object", hint="download it again")
     return value
 
 
@@ -273,7 +275,7 @@ def _read_in_parallel(
 def _read_index(store: _Store) -> dict[str, str]:
     if _INDEX not in store.files or _SINGLE in store.files:
         return {}
-    weight_map = _read_json(store.path(_INDEX), f"{store.name}: {_INDEX}").get("weight_map")
+    weight_map = read_json(store.path(_INDEX), f"{store.name}: {_INDEX}").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{store.name}: {_INDEX} has no weight_map")
     for name, file in weight_map.items():

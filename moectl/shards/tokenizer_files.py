@@ -6,7 +6,6 @@ used. Whether transformers can read what there is, the worker's own `open_tokeni
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import tempfile
@@ -14,14 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from moectl.errors import CheckpointError, MoectlError
 from moectl.files import explain_refusal, sync_directory
 from moectl.model.manifest import FileEntry, Manifest, read_manifest, refuse_links_outside, write_manifest
 from moectl.shards import journal as journals
 from moectl.shards.cache_layout import refuse_pointers
-from moectl.shards.checkpoint import Checkpoint, is_plain_data, open_store
+from moectl.shards.checkpoint import Checkpoint, is_plain_data, open_store, read_json
 from moectl.shards.verified import write_stamps
 from moectl.shards.writer import hash_file, partial_path
 
@@ -46,7 +44,7 @@ class TokenizerFiles:
     @property
     def has_template(self) -> bool:
         config = self.files.get("tokenizer_config.json")
-        in_config = config is not None and "chat_template" in _read_object(config)
+        in_config = config is not None and "chat_template" in read_json(config, config.name)
         return in_config or any(fnmatch(file, _TEMPLATE) for file in self.files)
 
 
@@ -177,7 +175,7 @@ def _is_replaced(file: str, by: TokenizerFiles) -> bool:
 
 def _check_vocabulary(path: Path, source: str, vocabulary: int) -> None:
     refuse_pointers(path.parent, [path.name])
-    read = _read_object(path)
+    read = read_json(path, path.name)
     model, added = read.get("model"), read.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict):
@@ -193,18 +191,6 @@ def _check_vocabulary(path: Path, source: str, vocabulary: int) -> None:
             f"the tokenizer of {source} is another model's: its tokens go up to {highest}, the model has {vocabulary}",
             hint="--tokenizer REPO|DIR takes this model's own",
         )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not valid JSON: {error}", hint="download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object", hint="download it again")
-    return value
 
 
 def _write(path: Path, data: bytes) -> FileEntry:

@@ -95,7 +95,10 @@ def test_another_page_is_told_the_flag(site: Site, shut_site: Site) -> None:
             assert reply.status_code == 403
             assert ALLOWED not in reply.headers
             assert reply.json()["error"]["code"] == "forbidden_origin"
-            assert f"--allow-origin {origin}" in reply.json()["error"]["message"]
+            hint = reply.json()["error"]["hint"]
+            assert f"--allow-origin {origin}" in hint
+            # What it says is enough to be let in.
+            assert visitors.read_origins([origin], has_key="--api-key-file FILE" in hint) == (origin,)
         known = ask(where, "GET", "/v1/models", origin=OTHER, authorization=f"Bearer {KEY}")
         assert known.status_code == 200  # no browser's doing: those asked before
         assert ALLOWED not in known.headers
@@ -180,3 +183,25 @@ def test_host_names() -> None:
     for wrong in ("*", "a:80", "http://a", "", "a b", ".a", "[::1]"):
         with pytest.raises(UsageError, match="--allow-host should"):
             visitors.read_host_names([wrong])
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("LOCALHOST", "localhost"),
+        ("localhost.:8080", "localhost"),
+        ("[::1]:8080", "::1"),
+        ("[::1]", "::1"),
+        ("::1", "::1"),
+        ("FE80::1", "fe80::1"),
+        ("127.0.0.1:", "127.0.0.1"),
+    ],
+)
+def test_every_way_to_write_this_machine(header: str, name: str) -> None:
+    assert visitors.host_name(header) == name
+    assert visitors.names_this_machine(name, ())
+
+
+@pytest.mark.parametrize("header", ["", "evil.example", "localhost.evil.example:80", "a@localhost", "a:b:c", "1:2"])
+def test_names_that_are_not_this_machines(header: str) -> None:
+    assert not visitors.names_this_machine(visitors.host_name(header), ())

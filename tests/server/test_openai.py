@@ -150,7 +150,13 @@ def test_values_that_say_nothing_are_the_same_as_none(name: str) -> None:
         assert read_completion(**{name: value}) == read_completion()
 
 
-@pytest.mark.parametrize("stop", ["", [""], ["", ""], [], None])
+@pytest.mark.parametrize("name", ["logit_bias", "stream_options", "response_format"])
+def test_an_empty_list_is_an_empty_object_of_php(name: str) -> None:
+    assert read_chat(**{name: []}) == read_chat()
+    assert read_completion(**{name: []}) == read_completion()
+
+
+@pytest.mark.parametrize("stop", ["", [""], ["", ""], [], None, [None], ["", None]])
 def test_empty_stop_texts_are_none(stop: Any) -> None:
     assert read_chat(stop=stop).requests[0].stop == ()
     assert read_chat(stop=["", "a", "a"]).requests[0].stop == ("a",)
@@ -263,13 +269,14 @@ SHARED_REFUSALS: list[tuple[str, Any, str]] = [
     ("stop", [str(i) for i in range(65)], "at most 64 texts"),
     ("stop", ["x" * 1025], "1 to 1024 bytes"),
     ("stop", "\ud800", "not UTF-8"),
-    ("stop", [1], "list of strings"),
+    ("stop", [1], "list of strings, one of them is a number"),
+    ("stop", [False], "list of strings, one of them is a boolean"),
     ("stop", {}, "it is an object"),
     ("stream", 1, "true or false"),
-    ("stream_options", [], "should be an object"),
+    ("stream_options", [1], "should be an object"),
     ("stream_options", {"include_usage": 1}, "true or false"),
     ("ignore_eos", "yes", "true or false"),
-    ("logit_bias", [], "should be an object"),
+    ("logit_bias", [[1, 5]], "should be an object"),
     ("logit_bias", {"x": 1}, "should name tokens"),
     ("logit_bias", {"1000": 1}, "from 0 to 999"),
     ("logit_bias", {"-1": 1}, "should name tokens"),

@@ -91,6 +91,7 @@ HTTP_REFUSALS: list[tuple[str, str, bytes, dict[str, str], int, str | None]] = [
     ("POST", CHAT, b"{}", {"content_encoding": "gzip"}, 415, None),
     ("POST", CHAT, b" " * (MAX_BODY_BYTES + 1), {}, 413, TOO_LONG),
     ("POST", COMPLETIONS, b"{}", {"content_length": str(MAX_BODY_BYTES + 1)}, 413, TOO_LONG),
+    ("POST", CHAT, b"", {"content_length": "9" * 20, "expect": "100-continue"}, 413, TOO_LONG),
     ("GET", CHAT, b"", {}, 405, None),
     ("POST", "/v1/models", b"{}", {}, 405, None),
     ("OPTIONS", CHAT, b"", {}, 405, None),
@@ -120,6 +121,8 @@ def test_refusals_of_http_have_the_same_form(
     found, told, _ = ask(path, body, method=method, **headers)
     assert (found, told["error"]["code"], told["error"]["type"]) == (status, code, "invalid_request_error")
     check_form(told["error"])
+    if code == TOO_LONG:
+        assert told["error"]["param"] == ("messages" if path == CHAT else "prompt")
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer other"}, {"x_api_key": "other"}])

@@ -375,6 +375,17 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(source: str) -> None:
         open_checkpoint(source)
 
 
+def test_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, files=2, **SMALL)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
+    with open_checkpoint(str(tmp_path)) as opened:
+        usual = opened.geometry, opened.tensors
+    for name in ("config.json", "generation_config.json", INDEX):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert (opened.geometry, opened.tensors) == usual
+
+
 def test_a_file_and_a_shard_set_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "moectl.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is a file"):
@@ -382,6 +393,10 @@ def test_a_file_and_a_shard_set_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(str(tmp_path))
     assert "shard set" in str(caught.value.hint)
+    (tmp_path / "moectl.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json") as caught:
+        open_checkpoint(str(tmp_path))
+    assert "config.json and the weights" in str(caught.value.hint)
 
 
 def test_a_directory_that_changes_is_noticed(tmp_path: Path) -> None:

@@ -165,8 +165,10 @@ def test_a_template_of_mlx_lm(write: Callable[..., Path]) -> None:
     assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "x"}])).startswith("<|im_start|>user")
 
 
-def test_a_model_without_a_chat_template(write: Callable[..., Path]) -> None:
-    tokenizer = open_tokenizer(write(chat_template=None))
+@pytest.mark.parametrize("files", [{}, {"chat_template.jinja": ""}, {"chat_template.jinja": "\n"}], ids=str)
+@pytest.mark.parametrize("template", [None, "", " "])
+def test_a_model_without_a_chat_template(write: Callable[..., Path], files: Files, template: str | None) -> None:
+    tokenizer = open_tokenizer(write(files, chat_template=template))
     assert not tokenizer.has_chat_template
     with pytest.raises(UsageError, match="no chat template"):
         read_prompt(Request(1, "x", 1), tokenizer, vocab_size=9999, max_seq_len=9999)

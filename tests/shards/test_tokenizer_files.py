@@ -16,7 +16,7 @@ import pytest
 
 from moectl.errors import CheckpointError, IntegrityError
 from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.tokenizer_files import KNOWN, KNOWN_VOCABULARY
+from moectl.shards.tokenizer_files import KNOWN, KNOWN_VOCABULARY, fetch_tokenizer
 from tests.support.hub import Hub
 from tests.support.sshd import Server
 from tests.support.tiny import write_checkpoint, write_words
@@ -96,6 +96,14 @@ def test_a_checkpoint_without_a_tokenizer_is_refused_before_anything_is_cut(tmp_
     assert moectl(tmp_path, *run)
 
 
+def test_a_checkpoint_whose_files_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    model = copy_demo(tmp_path / "model")
+    for path in model.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    moectl(tmp_path, "shard", str(model), "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
+    assert fetch_tokenizer(str(model), 1536).has_template
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     other = write_words(tmp_path / "other", {"c": 10**6})
     shard = ("shard", str(DEMO), "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
@@ -166,21 +174,24 @@ def test_a_git_lfs_pointer_is_told_before_anything_is_read(tmp_path: Path, name:
     open_checkpoint(str(source)).close()
 
 
-def test_a_snapshot_goes_by_its_repositorys_name(tmp_path: Path) -> None:
+def test_a_snapshot_goes_by_its_repositorys_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "models--acme--tiny"
     snapshot = copy_demo(cache / "snapshots" / COMMIT)
     with open_checkpoint(str(snapshot)) as opened:
         assert (opened.source, opened.revision) == ("acme/tiny", COMMIT)
-    with pytest.raises(CheckpointError, match="has no snapshot of main") as caught:
-        open_checkpoint(str(cache))
-    assert caught.value.hint == f"give one of its snapshots: {snapshot}"
+    for where in (cache, cache / "snapshots", Path()):
+        monkeypatch.chdir(cache)
+        with pytest.raises(CheckpointError, match="has no snapshot of main") as caught:
+            open_checkpoint(str(where))
+        assert caught.value.hint == f"give one of its snapshots: {snapshot}"
     with open_checkpoint((caught.value.hint or "").split(": ")[1]) as opened:
         assert opened.source == "acme/tiny"
     (cache / "refs").mkdir()
     (cache / "refs/main").write_text(COMMIT)
     for revision in (None, "main", COMMIT):
-        with open_checkpoint(str(cache), revision=revision) as opened:
-            assert (opened.source, opened.revision) == ("acme/tiny", COMMIT)
+        for where in (cache, cache / "snapshots", Path()):
+            with open_checkpoint(str(where), revision=revision) as opened:
+                assert (opened.source, opened.revision) == ("acme/tiny", COMMIT)
     with pytest.raises(CheckpointError, match="has no snapshot of v2"):
         open_checkpoint(str(cache), revision="v2")
     said = moectl(tmp_path, "shard", str(snapshot), "-n", "1", "--dry-run")

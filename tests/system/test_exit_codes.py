@@ -177,10 +177,16 @@ def test_another_pipe_that_breaks_is_told(monkeypatch: pytest.MonkeyPatch, capsy
     assert "BrokenPipeError" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_told_when_the_rest_is_written(tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("Linux has a disk that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("words", [["list"], ["--help"], ["--version"], ["run", "--help"], ["run", "Hi"]], ids=" ".join)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_told_when_the_result_is_written(words: list[str], unbuffered: str) -> None:
+    env = process_env() | {"PYTHONUNBUFFERED": unbuffered}
+    if words[0] == "run" and words[-1] != "--help":
+        words = [*words, "--local", "1", "-m", "2", "--quiet"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run([*MOECTL, "list"], stdout=full, stderr=-1, text=True)
+        done = subprocess.run([*MOECTL, *words], stdout=full, stderr=-1, text=True, env=env)
     assert done.returncode == StateError.exit_code
-    assert done.stderr.startswith("Error: the result cannot be written: No space left on device\n")
+    assert done.stderr == (
+        "Error: the result cannot be written: No space left on device\nHint: look at where standard output goes\n"
+    )

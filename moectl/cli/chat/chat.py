@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from moectl.cli.chat.settings import ALIASES, ChatSettings, change_setting, settings_table, split_words, value_text
 from moectl.cli.chat.transcript import Message, Transcript, load_transcript, save_transcript
+from moectl.cli.options import unwritable
 from moectl.cli.terminal import stats_text
 from moectl.errors import MoectlError, RemoteError, UsageError
 from moectl.text import colour_wanted, printable
@@ -219,7 +220,7 @@ class _Chat:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise MoectlError(f"cannot write the answer: {error.strerror}") from None
+            raise unwritable(error) from None
 
     # Questions and answers.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
-from moectl.cli.options import Common, Duration, common, count_restarts, restart_options, target_options
+from moectl.cli.options import Common, Duration, common, count_restarts, restart_options, target_options, unwritable
 from moectl.cli.target import choose_target, session_options
 from moectl.cli.terminal import _log_printer
 from moectl.cli.verb import verb
@@ -183,7 +183,7 @@ def _write(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise errors.MoectlError(f"cannot write the answer: {error.strerror}") from None
+        raise unwritable(error) from None
 
 
 def run_json(text: str, done: Done) -> dict[str, Any]:
