@@ -119,7 +119,7 @@ def test_nearly_right_messages_are_refused(line: bytes) -> None:
         {"max_tokens": 0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
-        {"top_p": 0.0},
+        {"top_p": -0.1},
         {"top_p": 1.5},
         {"seed": -1},
         {"prompt": "\udcff"},

@@ -469,7 +469,7 @@ def test_whoever_waits_while_others_come_further_is_not_to_blame_for_naps() -> N
 
 def test_a_restart_keeps_the_room_that_the_first_start_found(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[dict[str, Any]] = []
-    monkeypatch.setattr(controller, "open_session", lambda target, **options: opened.append(options))
+    monkeypatch.setattr(run, "open_session", lambda target, **options: opened.append(options))
     first: Any = FakeSession()
     target: Any = None
     made: Any = None
