@@ -17,7 +17,7 @@ from importlib import resources
 from moectl.engine.protocol import Token
 from moectl.engine.request import Request
 from moectl.errors import CommandFailed, MoectlError, Unreachable
-from moectl.hosts.connect import _at_once
+from moectl.hosts.connect import map_at_once
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.links import ANSWER
@@ -100,7 +100,7 @@ def measure_links(
         return ((0.0,),), ((0.0,),)
     secret = secrets.token_hex(16)
     with ExitStack() as held:
-        ports = _at_once(lambda site: held.enter_context(_listener(site, secret)), sites)
+        ports = map_at_once(lambda site: held.enter_context(_listener(site, secret)), sites)
         lacking: list[tuple[int, int]] = []
 
         def dial(pair: tuple[int, int]) -> None:
@@ -116,7 +116,7 @@ def measure_links(
             bandwidth[here][there], bandwidth[there][here] = found.out_bytes_s, found.in_bytes_s
 
         for pairs in plan_rounds(count):
-            _at_once(dial, pairs)
+            map_at_once(dial, pairs)
     for i, j in lacking:
         rtt[i][j] = rtt[j][i] = max(map(max, rtt))
         bandwidth[i][j] = bandwidth[j][i] = min(speed for row in bandwidth for speed in row if speed)
@@ -158,7 +158,7 @@ def try_links(
             except MoectlError as error:
                 return error
 
-        ports = _at_once(listen, sites)
+        ports = map_at_once(listen, sites)
 
         def try_one(here: int, there: int, timed: bool) -> Tried:
             port = ports[there]
@@ -177,10 +177,10 @@ def try_links(
             ways = [(here, there, transfers), (there, here, False)]
             # A way that fails takes its time: wait for both at once, unless one would slow the other's transfers.
             for some in [[way] for way in ways] if transfers else [ways]:
-                _at_once(lambda way: on_tried(try_one(*way)), some)
+                map_at_once(lambda way: on_tried(try_one(*way)), some)
 
         for pairs in plan_rounds(len(sites)):
-            _at_once(try_both, pairs)
+            map_at_once(try_both, pairs)
 
 
 def plan_rounds(count: int) -> list[list[tuple[int, int]]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Interface
 
 from moectl.errors import CommandFailed
-from moectl.hosts.connect import _at_once
+from moectl.hosts.connect import map_at_once
 from moectl.hosts.hardware import MARK, Hardware, parse_probe, split_sections
 from moectl.hosts.remote import Remote
 from moectl.hosts.thunderbolt import Port, parse_ifconfig, parse_ports
@@ -151,4 +151,4 @@ def read_hardware(remote: Remote) -> Hardware:
 
 def read_all_hardware(remotes: Sequence[Remote]) -> tuple[Hardware, ...]:
     """Return the hardware of all hosts, asked at once. Raises the first host's error."""
-    return tuple(_at_once(read_hardware, remotes))
+    return tuple(map_at_once(read_hardware, remotes))

@@ -7,7 +7,7 @@ before anything is touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -278,8 +278,9 @@ def check_hosts(
 
 def ask_hosts(hosts: Sequence[Host], nodes: Sequence[Node | None]) -> list[Node | None]:
     """Ask those hosts of which nothing is known yet, all at once."""
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        return list(pool.map(lambda host, node: node or ask_host(host), hosts, nodes))
+    from moectl.hosts.connect import map_at_once
+
+    return map_at_once(lambda rank: nodes[rank] or ask_host(hosts[rank]), range(len(hosts)))
 
 
 def ask_host(host: Host) -> Node | None:
@@ -287,14 +288,9 @@ def ask_host(host: Host) -> Node | None:
     from moectl.hosts.connect import make_remote
     from moectl.hosts.survey import read_hardware
 
-    remote = make_remote(host)
-    try:
-        found = read_hardware(remote)
-        return known_node(host, PlanOptions(found={host.name: found}))
-    except MoectlError:
-        return None
-    finally:
-        remote.close()
+    with suppress(MoectlError), closing(make_remote(host)) as remote:
+        return known_node(host, PlanOptions(found={host.name: read_hardware(remote)}))
+    return None
 
 
 def _by_host(nodes: Sequence[Node | None]) -> list[tuple[Node, list[int]]]:

@@ -70,13 +70,10 @@ def ask_platforms(hosts: Sequence[Host]) -> list[Platform]:
 
 
 def _ask_platform(host: Host) -> Platform:
-    remote = make_remote(host)
     # The interpreter that `provision` will make the environment of.
     pythons = (host.python,) if host.python else (f"{host.dir or ROOT}/env/bin/python", *CANDIDATES)
-    try:
+    with contextlib.closing(make_remote(host)) as remote:
         answer = ask(remote, pythons, "platform", {}, timeout_s=ASK_S, oldest=OLDEST_PYTHON)
-    finally:
-        remote.close()
     try:
         return make_platform(answer)
     except VersionMismatch as error:
