@@ -19,7 +19,7 @@ from moectl.errors import MoectlError, UsageError
 from moectl.hosts import connect, programs
 from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host
-from moectl.hosts.onhost.files import parse_answer
+from moectl.hosts.onhost.prelude import parse_answer
 from moectl.hosts.remote import Process, Remote
 from moectl.paths import state_dir
 from moectl.server.background import log_path

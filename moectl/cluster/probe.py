@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib import resources
 
 from moectl.engine.protocol import Token
 from moectl.engine.request import Request
@@ -20,8 +19,8 @@ from moectl.errors import CommandFailed, MoectlError, Unreachable
 from moectl.hosts.connect import map_at_once
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
-from moectl.hosts.onhost.links import ANSWER
-from moectl.hosts.remote import Process, Remote
+from moectl.hosts.onhost.prelude import parse_answer
+from moectl.hosts.remote import Process, Remote, read_program
 from moectl.planner.measured import Job, Matrix, Speed, read_speeds
 from moectl.records import build
 from moectl.session.session import RankSpec, Session
@@ -195,14 +194,10 @@ def plan_rounds(count: int) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def _program() -> str:
-    return resources.files("moectl.hosts.onhost").joinpath("links.py").read_text(encoding="utf-8")
-
-
 @contextmanager
 def _listener(site: Site, secret: str) -> Iterator[int]:
     """Run the listening end on a host's address; yields its port."""
-    process = site.remote.start([site.python, "-c", _program(), "listen"])
+    process = site.remote.start([site.python, "-c", read_program("links"), "listen"])
     try:
         request = {"address": site.addresses[0], "secret": secret, "limit_s": 120.0}
         process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -232,7 +227,7 @@ def _read_answer(site: Site, process: Process) -> _Answer:
 
     def read() -> None:
         for line in process.stdout:
-            answer = _parse(line.decode("utf-8", "replace"))
+            answer = _parse(line)
             if answer is not None:
                 found.append(answer)
                 return
@@ -269,22 +264,21 @@ def _ask_dialler(
     limit_s = LISTEN_S + 2 * budget_s
     request = {"address": there.addresses[0], "port": port, "secret": secret, "budget_s": budget_s, "limit_s": limit_s}
     done = here.remote.run(
-        [here.python, "-c", _program(), "dial"],
+        [here.python, "-c", read_program("links"), "dial"],
         stdin=json.dumps({**request, "transfers": transfers}).encode() + b"\n",
         timeout_s=limit_s + LISTEN_S,
         check=False,
         leash=True,
     )
-    lines = done.stdout.decode("utf-8", "replace").split("\n")
+    lines = done.stdout.split(b"\n")
     return next((answer for line in lines if (answer := _parse(line))), _Answer(error="no answer"))
 
 
-def _parse(line: str) -> _Answer | None:
-    if not line.startswith(ANSWER):
-        return None
+def _parse(line: bytes) -> _Answer | None:
+    answer = parse_answer(line)
     try:
-        return build(_Answer, json.loads(line.removeprefix(ANSWER)))
-    except (ValueError, RecursionError):
+        return None if answer is None else build(_Answer, answer)
+    except ValueError:
         return None
 
 

@@ -33,7 +33,8 @@ from moectl.hosts import survey
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import links
-from moectl.hosts.remote import LocalRemote, Remote
+from moectl.hosts.onhost.prelude import ANSWER, parse_answer
+from moectl.hosts.remote import LocalRemote, Remote, read_program
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.hosts.survey import read_all_hardware, read_hardware
 from moectl.model.geometry import Geometry, read_geometry
@@ -195,18 +196,18 @@ def serve_until_it_ends(client: socket.socket) -> None:
 
 
 def test_both_ends_go_when_their_stdin_does() -> None:
-    process = LocalRemote().start([sys.executable, "-c", probe._program(), "listen"])
+    process = LocalRemote().start([sys.executable, "-c", read_program("links"), "listen"])
     request = {"address": LOOPBACK, "secret": "s", "limit_s": 100.0}
     process.stdin.write(json.dumps(request).encode() + b"\n")
     process.stdin.flush()
-    assert process.stdout.readline().startswith(links.ANSWER.encode())
+    assert any(parse_answer(line) for line in (process.stdout.readline(), process.stdout.readline()))
     process.stdin.close()
     assert process.wait(10) == 0
     process.close()
 
 
-@pytest.mark.parametrize("line", ["", "welcome", links.ANSWER + "{", links.ANSWER + "[1]", links.ANSWER])
-def test_what_is_no_answer(line: str) -> None:
+@pytest.mark.parametrize("line", [b"", b"welcome", ANSWER + b"{", ANSWER + b"[1]", ANSWER])
+def test_what_is_no_answer(line: bytes) -> None:
     assert probe._parse(line) is None
 
 
