@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
-from moectl.files import explain_refusal, free_bytes, make_directory, sync_directory
+from moectl.files import explain_refusal, free_bytes, make_directory, partial_path, replace_file, sync_directory
 from moectl.model.canary import Canary
 from moectl.model.geometry import Geometry
 from moectl.model.manifest import (
@@ -32,7 +32,7 @@ from moectl.model.placement import Placement
 from moectl.shards import journal as journals, sources
 from moectl.shards.recipe import CheckpointHeaders, OutputFile, describe, plan_files
 from moectl.shards.verified import is_manifest_recorded, sweep, take_stamp, write_stamps
-from moectl.shards.writer import OnBytes, OnHashed, OpenQuantise, hash_file, make_files, partial_path
+from moectl.shards.writer import OnBytes, OnHashed, OpenQuantise, hash_file, make_files
 from moectl.text import format_gb
 
 MAX_JOBS = 16
@@ -477,11 +477,6 @@ def _hash_sidecar(checkpoint: CheckpointReader, file: str) -> str:
 
 
 def _copy_sidecar(checkpoint: CheckpointReader, directory: Path, file: str) -> FileEntry:
-    target = directory / file
     data = _read_sidecar(checkpoint, file)
-    with partial_path(target).open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    partial_path(target).replace(target)
+    replace_file(directory / file, data)
     return FileEntry(len(data), hashlib.sha256(data).hexdigest())

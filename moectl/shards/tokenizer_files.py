@@ -7,7 +7,6 @@ used. Whether transformers can read what there is, the worker's own `open_tokeni
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from moectl.errors import CheckpointError, MoectlError
-from moectl.files import explain_refusal, sync_directory
+from moectl.files import explain_refusal, partial_path, sync_directory, write_partial
 from moectl.model.manifest import FileEntry, Manifest, read_manifest, refuse_links_outside, write_manifest
 from moectl.shards import journal as journals
 from moectl.shards.cache_layout import refuse_pointers
 from moectl.shards.checkpoint import Checkpoint, is_plain_data, open_store
 from moectl.shards.verified import write_stamps
-from moectl.shards.writer import hash_file, partial_path
+from moectl.shards.writer import hash_file
 
 NAME = "tokenizer.json"
 # DBRX's tokenizer as data; the model's own repositories have it as Python code.
@@ -209,8 +208,4 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, data: bytes) -> FileEntry:
     """Write a file beside its place; return what the manifest is to say of it."""
-    with partial_path(path).open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    return FileEntry(len(data), hash_file(partial_path(path), lambda _: None))
+    return FileEntry(len(data), hash_file(write_partial(path, data), lambda _: None))
