@@ -1,7 +1,7 @@
 """One question to a host about all that `doctor` wants to know of its system, and the answer's parts.
 
-It is `probe`'s script with more sections. A tool that is missing leaves its section empty. What the parts mean is
-`macos`'s, `linux`'s and `doctor_host`'s.
+It is the script about hardware with more sections. A tool that is missing leaves its section empty. What the parts
+mean is for `cluster.doctor` to say.
 """
 
 from __future__ import annotations

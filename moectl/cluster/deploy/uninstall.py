@@ -1,6 +1,6 @@
 """Remove from hosts what moectl put there: `deploy`'s other half. It asks nobody whether that is wished.
 
-What is moectl's on a host is for `node_clear` to say, whether a worker runs there for `node_workers`.
+What is moectl's on a host is for `onhost.clear` to say, whether a worker runs there for `onhost.workers`.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _ask_platform(host: Host) -> Platform:
 
 
 def make_platform(answer: Mapping[str, Any]) -> Platform:
-    """Return the platform that `node_platform` describes. Raises VersionMismatch for one without wheels."""
+    """Return the platform that `onhost.platform` describes. Raises VersionMismatch for one without wheels."""
     if answer["implementation"] != "cpython":
         raise VersionMismatch(f"its python is {answer['implementation']}, and there are wheels for cpython only")
     machine = answer["machine"]

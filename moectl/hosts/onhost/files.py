@@ -200,7 +200,7 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _claim(root: str, place: str) -> None:
-    """Make the root and note that it was not there: what its owner made is not for `node_clear` to remove."""
+    """Make the root and note that it was not there: what its owner made is not for `clear` to remove."""
     with contextlib.suppress(OSError):  # what is wrong with it, the first file will tell
         _make_directory(root)
         write(os.path.join(root, MADE), place.encode("utf-8", "surrogateescape"))
