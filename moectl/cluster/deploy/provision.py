@@ -132,6 +132,7 @@ class HostTask:
     growing: bool = False  # `files` is empty: they are told as they are made
     planned: dict[str, int] = field(default_factory=dict)  # sizes of those that are being made
     floor_bytes_s: float = FLOOR_BYTES_S
+    found: Mapping[str, Any] | None = None  # what the host told already
 
     @property
     def stamp(self) -> str:
@@ -146,6 +147,7 @@ class Look:
 
     result: HostResult
     lacks_bytes: int
+    found: Mapping[str, Any] | None = None  # what the host told
 
 
 class EventPipe(Protocol):
@@ -171,7 +173,7 @@ def inspect_host(task: HostTask) -> Look:
         found = _survey(remote, task)
         lacks = _missing_bytes(task, found)
         shared = sum(size for name, size in lacks.items() if manifest_file.is_shared(name) and name != MANIFEST)
-        return Look(_plan(task, found), shared)
+        return Look(_plan(task, found), shared, found)
     finally:
         remote.close()
 
@@ -194,7 +196,7 @@ def deployed_host(task: HostTask, on_event: OnEvent, line: EventPipe) -> Iterato
     remote = make_remote(task.host)
     push = None
     try:
-        found = _survey(remote, task)
+        found = task.found or _survey(remote, task)
         plan = _plan(task, found)
         remote.python = found["python"]
         python = remote.python = plan.python or _prepare_python(remote, task, found, on_event)
