@@ -7,9 +7,10 @@ mean is for `cluster.doctor` to say.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface
+from typing import TypeVar
 
 from moectl.errors import CommandFailed
 from moectl.hosts.connect import map_at_once
@@ -17,6 +18,7 @@ from moectl.hosts.hardware import MARK, Hardware, parse_probe, split_sections
 from moectl.hosts.remote import Remote
 from moectl.hosts.thunderbolt import Port, parse_ifconfig, parse_ports
 
+_R = TypeVar("_R")
 HARDWARE_S = 20.0
 # Both systems' own tools, in one run; whatever is missing leaves its section empty.
 HARDWARE_SCRIPT = f"""
@@ -104,11 +106,7 @@ class Survey:
 
 def survey_host(remote: Remote) -> Survey:
     """Ask a host, in one command; needs no python there. Raises HostError, CommandFailed."""
-    done = remote.run(["sh", "-c", SCRIPT], timeout_s=SURVEY_S)
-    try:
-        return read_survey(done.stdout.decode("utf-8", "replace"))
-    except CommandFailed as error:
-        raise CommandFailed(error.message, host=remote.name) from None
+    return _ask(remote, SCRIPT, SURVEY_S, read_survey)
 
 
 def read_survey(text: str) -> Survey:
@@ -142,9 +140,13 @@ def _is_ipv4(text: str) -> bool:
 
 def read_hardware(remote: Remote) -> Hardware:
     """Return what a host is made of, in one command; needs no python there. Raises HostError, CommandFailed."""
-    done = remote.run(["sh", "-c", HARDWARE_SCRIPT], timeout_s=HARDWARE_S)
+    return _ask(remote, HARDWARE_SCRIPT, HARDWARE_S, parse_probe)
+
+
+def _ask(remote: Remote, script: str, limit_s: float, read: Callable[[str], _R]) -> _R:
+    done = remote.run(["sh", "-c", script], timeout_s=limit_s)
     try:
-        return parse_probe(done.stdout.decode("utf-8", "replace"))
+        return read(done.stdout.decode("utf-8", "replace"))
     except CommandFailed as error:
         raise CommandFailed(error.message, host=remote.name) from None
 

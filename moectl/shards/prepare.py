@@ -238,11 +238,8 @@ def describe_model(source: str) -> tuple[CatalogModel, Manifest | None]:
     try:
         _, manifest = find_shards(source)
     except NotSharded:
-        checkpoint = open_checkpoint(source)
-        try:
+        with open_checkpoint(source) as checkpoint:
             return CatalogModel(checkpoint.source, checkpoint.geometry, checkpoint.quantization), None
-        finally:
-            checkpoint.close()
     return CatalogModel(manifest.name, manifest.geometry, manifest.quantization), manifest
 
 

@@ -6,6 +6,7 @@ used. Whether transformers can read what there is, the worker's own `open_tokeni
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import tempfile
@@ -54,14 +55,11 @@ def fetch_tokenizer(source: str, vocabulary: int) -> TokenizerFiles:
 
     Raises CheckpointError when it has none or another model's, and what the Hub's errors are.
     """
-    store = open_store(source)
-    try:
+    with contextlib.closing(open_store(source)) as store:
         names = [file for file in store.files if is_tokenizer(file) and is_plain_data(file, store.files[file])]
         if NAME not in names:
             raise CheckpointError(f"{source} has no {NAME}", hint=f"take another one, such as {KNOWN} for DBRX")
         found = TokenizerFiles(source, {name: store.path(name) for name in names})
-    finally:
-        store.close()
     _check_vocabulary(found.files[NAME], source, vocabulary)
     return found
 
