@@ -77,8 +77,8 @@ def cut(
     name: str,
     quantise: OpenQuantise,
     jobs: int = 1,
-    on_bytes: OnBytes | None = None,
-    on_file: OnHashed | None = None,
+    on_bytes: OnBytes = lambda _: None,
+    on_file: OnHashed = lambda *_: None,
     compute_canary: ComputeCanary | None = None,
     force: bool = False,
     wait_s: float = 0.0,
@@ -113,7 +113,7 @@ def cut(
         make_directory(directory.absolute())
         refuse_links_outside(directory)
         with journals.lock_directory(directory, wait_s=wait_s):
-            watch = _Watch(on_bytes or _ignore, on_file or _ignore_file, compute_canary)
+            watch = _Watch(on_bytes, on_file, compute_canary)
             return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, watch, force)
     except OSError as error:
         raise explain_refusal(error, directory) from error
@@ -138,7 +138,7 @@ def _version(checkpoint: CheckpointReader, file: str) -> int | str:
         raise sources.explain_unreadable(file, error) from error
 
 
-def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
+def verify(directory: Path, *, on_bytes: OnBytes = lambda _: None) -> Manifest:
     """Hash every file of a shard set again and return its manifest.
 
     Raises NotSharded, and IntegrityError that names the files that are missing or have another size or bytes.
@@ -163,24 +163,16 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
     return manifest
 
 
-def _find_problem(path: Path, entry: FileEntry, on_bytes: OnBytes | None) -> str | None:
+def _find_problem(path: Path, entry: FileEntry, on_bytes: OnBytes) -> str | None:
     try:
         size = path.stat().st_size
         if size != entry.bytes:
             return f"has {size} bytes instead of {entry.bytes}"
-        return None if hash_file(path, on_bytes or _ignore) == entry.sha256 else "has other bytes"
+        return None if hash_file(path, on_bytes) == entry.sha256 else "has other bytes"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-
-
-def _ignore(_: int) -> None:
-    pass
-
-
-def _ignore_file(_: str, __: FileEntry) -> None:
-    pass
 
 
 def _tell_files(files: Mapping[str, FileEntry], on_file: OnHashed) -> None:

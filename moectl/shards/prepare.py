@@ -153,8 +153,8 @@ def shard(
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
     on_files: Callable[[str, Path, Placement, Mapping[str, int]], None] = lambda *_: None,
     on_download: Callable[[str, int, int], None] | None = None,
-    on_bytes: Callable[[int], None] | None = None,
-    on_file: OnHashed | None = None,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    on_file: OnHashed = lambda *_: None,
 ) -> Made:
     """Make (or finish, or find) a shard set; say where it is.
 
