@@ -76,13 +76,13 @@ def test_hardware_of_this_machine(remote: Remote) -> None:
 
 
 def test_a_system_that_is_neither_is_named_with_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "SCRIPT", "echo moectl-probe system; echo FreeBSD")
+    monkeypatch.setattr(survey, "HARDWARE_SCRIPT", "echo moectl-probe system; echo FreeBSD")
     with pytest.raises(CommandFailed, match=r"^mac1: it is neither macOS nor Linux: it calls itself 'FreeBSD'$"):
         read_all_hardware([LocalRemote("mac1")])
 
 
 def test_a_system_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "SCRIPT", "sleep 1000")
+    monkeypatch.setattr(survey, "HARDWARE_SCRIPT", "sleep 1000")
     monkeypatch.setattr(survey, "HARDWARE_S", 0.2)
     with pytest.raises(CommandFailed, match=r"did not finish within 0\.2 s"):
         read_hardware(LocalRemote())
