@@ -488,7 +488,7 @@ def test_an_environment_is_made_once_from_a_wheelhouse(
     assert said[0] == moectl.__version__
     assert Path(said[1]).is_relative_to(tmp_path / "node0" / "env")
     with zipfile.ZipFile(packed) as archive:
-        assert Path(said[1]).read_bytes() == archive.read("moectl/node.py")
+        assert Path(said[1]).read_bytes() == archive.read("moectl/hosts/onhost/files.py")
     # The second time there is nothing to do, and pip is not run.
     events.clear()
     again = deploy([host], shards, manifest, wheelhouse=house, on_event=events.append)
