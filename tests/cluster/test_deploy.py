@@ -399,6 +399,17 @@ def test_what_concerns_all_hosts_is_raised_at_once(tmp_path: Path, shards: Path)
         deploy([a, b], shards, manifest)
 
 
+def test_a_host_tells_once_what_it_has(sshd: Server, tmp_path: Path, shards: Path) -> None:
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nfor last; do :; done\necho "$last" >> {log}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    host = replace(make_hosts(sshd, tmp_path, 1)[0], python=str(python))
+    result = deploy([host], shards, make_shards(shards, 1), verify=True)
+    result.raise_failures()
+    assert result.results[0].copied_bytes
+    assert log.read_text().split().count("survey") == 1
+
+
 # Interpreters.
 
 
