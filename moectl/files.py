@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from moectl.errors import MoectlError, StateError, UsageError
 from moectl.text import format_gb
@@ -48,17 +51,69 @@ def check_destination(path: Path) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is there complete or not at all. Raises StateError."""
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("wb") as f:
+        replace_file(path, data)
+    except OSError as error:
+        raise StateError(f"{path} cannot be written: {os.strerror(error.errno or 0)}") from None
+
+
+def replace_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a file, and its name, durably: it is there complete or not at all. Raises OSError."""
+    write_partial(path, data, mode=mode).replace(path)
+    sync_directory(path.parent)
+
+
+def write_partial(path: Path, data: bytes, *, mode: int = 0o666) -> Path:
+    """Write durably what a file is to hold, under the name that is returned. Raises OSError."""
+    partial = partial_path(path)
+    try:
+        partial.unlink(missing_ok=True)
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        temporary.replace(path)
-    except OSError as error:
+    except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise StateError(f"{path} cannot be written: {os.strerror(error.errno or 0)}") from None
+            partial.unlink()
+        raise
+    return partial
+
+
+def partial_path(path: Path) -> Path:
+    """Return the name that a file has while it is under construction."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def append_line(fd: int, line: dict[str, Any]) -> None:
+    """Add a line of JSON to an open file, durably. Raises OSError."""
+    data = json_line(line)
+    while data:
+        data = data[os.write(fd, data) :]
+    os.fsync(fd)
+
+
+def json_line(line: dict[str, Any]) -> bytes:
+    """Return an object as one line of JSON."""
+    return json.dumps(line, sort_keys=True).encode() + b"\n"
+
+
+def try_lock(path: Path, *, mode: int = 0o644) -> int | None:
+    """Open a file to read it and add to it, and hold it against others; None when another process or thread has it.
+
+    Closing the descriptor lets it go; who holds it may remove it before. Raises OSError.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # its last holder removed the name meanwhile
 
 
 def make_directory(path: Path, *, mode: int = 0o777) -> None:

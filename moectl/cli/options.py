@@ -53,12 +53,16 @@ class Common:
         self.verbose = verbose
         self.color = color
 
-    def host_list(self, *, required: bool = False) -> HostList | None:
+    def host_list(self) -> HostList | None:
         """Return the hosts in force, or None."""
         from moectl.hosts.hostfile import find_hosts
 
-        found = find_hosts(self.hosts, self.hostfile)
-        if found is None and required:
+        return find_hosts(self.hosts, self.hostfile)
+
+    def require_hosts(self) -> HostList:
+        """Return the hosts in force. Raises HostsError where there are none."""
+        found = self.host_list()
+        if found is None:
             raise errors.HostsError("no hosts are given", hint="write hosts.txt, or use --hosts a,b or --hostfile FILE")
         return found
 
@@ -101,6 +105,7 @@ def common(command: F) -> F:
         from moectl.text import colour_wanted
 
         flags = Common(**{k: kw.pop(k) for k in ("hosts", "hostfile", "json", "quiet", "verbose", "color")})
+        flags.hostfile = kw.pop("hostfile_", None) or flags.hostfile  # [HOSTFILE], of some commands
         ctx.color = colour_wanted(flags.color, sys.stdout)
         try:
             return ctx.invoke(command, *args, common=flags, **kw)

@@ -1,6 +1,6 @@
 """The logs of all ranks, merged: which files there are, their last lines in order of time, and what is appended.
 
-`node_logs` reads them on each host, this machine included. It prints nothing, and leaves no process behind.
+`onhost.logs` reads them on each host, this machine included. It prints nothing, and leaves no process behind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moectl.errors import MoectlError, UsageError
 from moectl.hosts import connect, programs
 from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host
-from moectl.hosts.onhost.files import parse_answer
+from moectl.hosts.onhost.prelude import parse_answer
 from moectl.hosts.remote import Process, Remote
 from moectl.paths import state_dir
 from moectl.server.background import log_path
@@ -279,14 +279,3 @@ def in_order(lines: Sequence[LogLine]) -> list[LogLine]:
         latest[line.source] = when
         keyed.append((when, index, line))
     return [line for _, _, line in sorted(keyed, key=lambda key: key[:2])]
-
-
-def line_fields(line: LogLine) -> dict[str, Any]:
-    """Return a line as a script gets it."""
-    return {
-        "host": line.source.host.address,
-        "source": line.source.label,
-        "rank": line.source.rank,
-        "time": line.time_s,
-        "text": line.text,
-    }

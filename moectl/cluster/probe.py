@@ -12,16 +12,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib import resources
 
 from moectl.engine.protocol import Token
 from moectl.engine.request import Request
 from moectl.errors import CommandFailed, MoectlError, Unreachable
-from moectl.hosts.connect import _at_once
+from moectl.hosts.connect import map_at_once
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
-from moectl.hosts.onhost.links import ANSWER
-from moectl.hosts.remote import Process, Remote
+from moectl.hosts.onhost.prelude import parse_answer
+from moectl.hosts.remote import Process, Remote, read_program
 from moectl.planner.measured import Job, Matrix, Speed, read_speeds
 from moectl.records import build
 from moectl.session.session import RankSpec, Session
@@ -100,7 +99,7 @@ def measure_links(
         return ((0.0,),), ((0.0,),)
     secret = secrets.token_hex(16)
     with ExitStack() as held:
-        ports = _at_once(lambda site: held.enter_context(_listener(site, secret)), sites)
+        ports = map_at_once(lambda site: held.enter_context(_listener(site, secret)), sites)
         lacking: list[tuple[int, int]] = []
 
         def dial(pair: tuple[int, int]) -> None:
@@ -116,7 +115,7 @@ def measure_links(
             bandwidth[here][there], bandwidth[there][here] = found.out_bytes_s, found.in_bytes_s
 
         for pairs in plan_rounds(count):
-            _at_once(dial, pairs)
+            map_at_once(dial, pairs)
     for i, j in lacking:
         rtt[i][j] = rtt[j][i] = max(map(max, rtt))
         bandwidth[i][j] = bandwidth[j][i] = min(speed for row in bandwidth for speed in row if speed)
@@ -158,7 +157,7 @@ def try_links(
             except MoectlError as error:
                 return error
 
-        ports = _at_once(listen, sites)
+        ports = map_at_once(listen, sites)
 
         def try_one(here: int, there: int, timed: bool) -> Tried:
             port = ports[there]
@@ -177,10 +176,10 @@ def try_links(
             ways = [(here, there, transfers), (there, here, False)]
             # A way that fails takes its time: wait for both at once, unless one would slow the other's transfers.
             for some in [[way] for way in ways] if transfers else [ways]:
-                _at_once(lambda way: on_tried(try_one(*way)), some)
+                map_at_once(lambda way: on_tried(try_one(*way)), some)
 
         for pairs in plan_rounds(len(sites)):
-            _at_once(try_both, pairs)
+            map_at_once(try_both, pairs)
 
 
 def plan_rounds(count: int) -> list[list[tuple[int, int]]]:
@@ -195,14 +194,10 @@ def plan_rounds(count: int) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def _program() -> str:
-    return resources.files("moectl.hosts.onhost").joinpath("links.py").read_text(encoding="utf-8")
-
-
 @contextmanager
 def _listener(site: Site, secret: str) -> Iterator[int]:
     """Run the listening end on a host's address; yields its port."""
-    process = site.remote.start([site.python, "-c", _program(), "listen"])
+    process = site.remote.start([site.python, "-c", read_program("links"), "listen"])
     try:
         request = {"address": site.addresses[0], "secret": secret, "limit_s": 120.0}
         process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -232,7 +227,7 @@ def _read_answer(site: Site, process: Process) -> _Answer:
 
     def read() -> None:
         for line in process.stdout:
-            answer = _parse(line.decode("utf-8", "replace"))
+            answer = _parse(line)
             if answer is not None:
                 found.append(answer)
                 return
@@ -269,22 +264,21 @@ def _ask_dialler(
     limit_s = LISTEN_S + 2 * budget_s
     request = {"address": there.addresses[0], "port": port, "secret": secret, "budget_s": budget_s, "limit_s": limit_s}
     done = here.remote.run(
-        [here.python, "-c", _program(), "dial"],
+        [here.python, "-c", read_program("links"), "dial"],
         stdin=json.dumps({**request, "transfers": transfers}).encode() + b"\n",
         timeout_s=limit_s + LISTEN_S,
         check=False,
         leash=True,
     )
-    lines = done.stdout.decode("utf-8", "replace").split("\n")
+    lines = done.stdout.split(b"\n")
     return next((answer for line in lines if (answer := _parse(line))), _Answer(error="no answer"))
 
 
-def _parse(line: str) -> _Answer | None:
-    if not line.startswith(ANSWER):
-        return None
+def _parse(line: bytes) -> _Answer | None:
+    answer = parse_answer(line)
     try:
-        return build(_Answer, json.loads(line.removeprefix(ANSWER)))
-    except (ValueError, RecursionError):
+        return None if answer is None else build(_Answer, answer)
+    except ValueError:
         return None
 
 

@@ -155,7 +155,7 @@ def _log_of(root: str, name: str, rank: int) -> str:
 
 def _stranger_row(host: str, log: str, worker: dict[str, Any]) -> StatusRow:
     match = re.fullmatch(r"(.*)-rank-(\d+)\.log", posixpath.basename(log))
-    assert match is not None  # `node_workers.pick_logs`
+    assert match is not None  # `onhost.workers.pick_logs`
     return StatusRow(host, int(match[2]), RUNNING, match[1], worker["memory_bytes"], worker["up_s"])
 
 

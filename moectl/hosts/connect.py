@@ -8,6 +8,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 from moectl.errors import MoectlError, PartialFailure, Unreachable
@@ -42,30 +44,25 @@ def raise_failures(
 def connect(hosts: Sequence[Host]) -> list[Remote]:
     """Connect to all hosts at once, for work that needs every one; raise the first host's error when any fails."""
     remotes = [make_remote(host) for host in hosts]
+    try:
+        take_all(hosts, on_each(hosts, lambda rank, _: remotes[rank].run(["true"])))
+    except MoectlError:
+        for remote in remotes:
+            remote.close()
+        raise
+    return remotes
 
-    found: list[MoectlError | None] = [None] * len(remotes)
 
-    def probe(rank: int, remote: Remote) -> None:
-        try:
-            remote.run(["true"])
-        except Exception as error:
-            found[rank] = as_ours(error, hosts[rank])
-
-    # Daemons, not a pool: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
-    threads = [threading.Thread(target=probe, args=a, daemon=True) for a in enumerate(remotes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    failed = [error for error in found if error is not None]
-    if not failed:
-        return remotes
-    for remote in remotes:
-        remote.close()
+def take_all(hosts: Sequence[Host], found: Sequence[_R | MoectlError]) -> list[_R]:
+    """Return what `on_each` found; raise the first host's error, which names the others that failed too."""
+    failed = [(host, one) for host, one in zip(hosts, found, strict=True) if isinstance(one, MoectlError)]
+    for host, error in failed:
+        error.host = error.host or host.address
     if len(failed) > 1:
-        others = ", ".join(str(error.host) for error in failed[1:])
-        failed[0].message += f" (and {others} cannot be used either)"
-    raise failed[0]
+        failed[0][1].message += f" (and {', '.join(str(e.host) for _, e in failed[1:])} cannot be used either)"
+    if failed:
+        raise failed[0][1]
+    return [one for one in found if not isinstance(one, MoectlError)]
 
 
 def make_remote(host: Host) -> Remote:
@@ -84,11 +81,7 @@ def close_all(remotes: Sequence[Remote]) -> None:
         with contextlib.suppress(MoectlError, OSError):
             remote.close()
 
-    threads = [threading.Thread(target=close, args=(remote,), daemon=True) for remote in remotes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(CLOSE_S)
+    run_at_once([partial(close, remote) for remote in remotes], CLOSE_S)
 
 
 def on_each(
@@ -102,25 +95,26 @@ def on_each(
         Unreachable(f"no answer within {limit_s or 0:g} s", host=host.address) for host in hosts
     ]
 
-    def run(index: int) -> None:
+    def run(index: int, host: Host) -> None:
         try:
-            results[index] = work(index, hosts[index])
-        except MoectlError as error:
-            results[index] = error
-        except Exception as error:  # a bug met on one host must not hide what became of the others
-            if os.environ.get("MOECTL_DEBUG"):
-                traceback.print_exception(error)
-            message = f"unexpected {type(error).__name__}: {error} (a bug in moectl)"
-            results[index] = MoectlError(message, host=hosts[index].address)
+            results[index] = work(index, host)
+        except Exception as error:
+            results[index] = as_ours(error, host)
 
-    # Daemons: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(hosts))]
+    run_at_once([partial(run, *each) for each in enumerate(hosts)], limit_s)
+    return list(results)
+
+
+def run_at_once(tasks: Sequence[Callable[[], None]], limit_s: float | None = None) -> list[bool]:
+    """Run all tasks, each in a thread; return which ended within the time. The others are left to themselves."""
+    # Daemons, not a pool: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
+    threads = [threading.Thread(target=task, daemon=True) for task in tasks]
     for thread in threads:
         thread.start()
     deadline = None if limit_s is None else time.monotonic() + limit_s
     for thread in threads:
         thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-    return list(results)
+    return [not thread.is_alive() for thread in threads]
 
 
 def as_ours(error: Exception, host: Host) -> MoectlError:
@@ -132,23 +126,15 @@ def as_ours(error: Exception, host: Host) -> MoectlError:
     return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)", host=host.address)
 
 
-def _at_once(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+def map_at_once(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
     """Return work(item) of every item, each in a thread of its own; raise the first error in their order."""
-    results: list[_R | None] = [None] * len(items)
-    errors: list[BaseException | None] = [None] * len(items)
+    futures: list[Future[_R]] = [Future() for _ in items]
 
-    def run(index: int) -> None:
+    def run(future: Future[_R], item: _T) -> None:
         try:
-            results[index] = work(items[index])
+            future.set_result(work(item))
         except BaseException as error:
-            errors[index] = error
+            future.set_exception(error)
 
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(items))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in errors:
-        if error is not None:
-            raise error
-    return results  # type: ignore[return-value]
+    run_at_once([partial(run, *each) for each in zip(futures, items, strict=True)])
+    return [future.result() for future in futures]

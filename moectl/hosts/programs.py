@@ -1,6 +1,6 @@
 """Run one of moectl's own small programs on hosts: find a python there, hand it the text, read what it answers.
 
-The programs (`node_workers`, `node_logs`, `node_clear`) need nothing installed. What they do is theirs, what follows
+The programs are in `onhost` and need nothing installed. What they do is theirs, what follows
 from it their askers'.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
+from moectl.hosts.connect import ROOT
 from moectl.hosts.hostfile import Host
-from moectl.hosts.onhost.files import parse_answer
-from moectl.hosts.remote import Process, Remote
+from moectl.hosts.onhost.prelude import parse_answer
+from moectl.hosts.remote import Process, Remote, read_program
 
 OLDEST_PYTHON = (3, 11)
 # A shell that sshd starts has a short PATH, on a Mac without Homebrew: look where python usually is.
@@ -27,15 +27,18 @@ CANDIDATES = (
     *(f"/Library/Frameworks/Python.framework/Versions/3.{minor}/bin/python3" for minor in range(14, 10, -1)),
 )
 NO_PYTHON = 9
-
-
+# Runs the first interpreter that is new enough; else its last words are those that are not.
 FIND = f"""
-text=$1 oldest=$2; shift 2
-check='import sys; sys.exit(sys.version_info < tuple(map(int, sys.argv[1].split("."))))'
+text=$1 command=$2 oldest=$3; shift 3
+check='import sys; v = sys.version_info
+print("fits" if v >= tuple(map(int, sys.argv[1].split("."))) else "%d.%d.%d" % v[:3])'
 for p in "$@"; do
   case $p in "~/"*) p=$HOME/${{p#"~/"}};; esac
-  "$p" -c "$check" "$oldest" </dev/null >/dev/null 2>&1 && exec "$p" -c "$text"
+  v=$("$p" -c "$check" "$oldest" </dev/null 2>/dev/null) || continue
+  [ "$v" = fits ] && exec "$p" -c "$text" $command
+  seen="$seen $p is $v,"
 done
+echo "${{seen%,}}" >&2
 exit {NO_PYTHON}
 """
 OLDEST = (3, 9)  # what the programs are written for
@@ -48,18 +51,28 @@ def list_pythons(host: Host, *deployed: str) -> tuple[str, ...]:
     return tuple(python for python in (*deployed, host.python or "", *CANDIDATES) if python)
 
 
+def list_bases(host: Host) -> tuple[str, ...]:
+    """Return the interpreters that a host's environment may be made of: no other than the one that is named."""
+    if host.python or host.is_local:
+        return (host.python or sys.executable,)
+    return (f"{host.dir or ROOT}/env/bin/python", *CANDIDATES)
+
+
 def ask(
     remote: Remote,
     pythons: Sequence[str],
     program: str,
     request: Mapping[str, Any],
     *,
+    command: str = "",
     timeout_s: float,
     oldest: tuple[int, int] = OLDEST,
 ) -> dict[str, Any]:
     """Return a program's one answer. Raises HostError, CommandFailed, VersionMismatch (no python)."""
     stdin = json.dumps(request).encode() + b"\n"
-    done = remote.run(_command(program, pythons, oldest), stdin=stdin, timeout_s=timeout_s, check=False, leash=True)
+    done = remote.run(
+        _command(program, command, pythons, oldest), stdin=stdin, timeout_s=timeout_s, check=False, leash=True
+    )
     for line in done.stdout.split(b"\n"):
         answer = parse_answer(line)
         if answer is not None:
@@ -69,7 +82,7 @@ def ask(
 
 def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping[str, Any]) -> Process:
     """Start a program that goes on until its stdin ends; the request has been sent. Raises HostError, CommandFailed."""
-    process = remote.start(_command(program, pythons, OLDEST))
+    process = remote.start(_command(program, "", pythons, OLDEST))
     try:
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
@@ -80,21 +93,16 @@ def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping
 
 def explain_silence(host: str, code: int, stderr: bytes, oldest: tuple[int, int] = OLDEST) -> MoectlError:
     """Return why a program ended without an answer."""
+    said = stderr.decode("utf-8", "replace").strip().split("\n")[-1].strip()
     if code == NO_PYTHON:
         wanted = ".".join(map(str, oldest))
         return VersionMismatch(
-            f"no python {wanted} or newer was found",
+            f"no python {wanted} or newer was found{f' ({said})' if said else ''}",
             host=host,
             hint="install one there, or name it in the hosts file: python=/path/to/python3",
         )
-    said = stderr.decode("utf-8", "replace").strip().split("\n")[-1]
     return CommandFailed(f"its python gave no answer: {said or f'exit code {code}'}", host=host)
 
 
-def _command(program: str, pythons: Sequence[str], oldest: tuple[int, int]) -> list[str]:
-    return ["sh", "-c", FIND, "moectl", read_program(program), ".".join(map(str, oldest)), *pythons]
-
-
-def read_program(name: str) -> str:
-    """Return the text of one of moectl's modules that run on hosts."""
-    return resources.files("moectl.hosts.onhost").joinpath(f"{name}.py").read_text(encoding="utf-8")
+def _command(program: str, command: str, pythons: Sequence[str], oldest: tuple[int, int]) -> list[str]:
+    return ["sh", "-c", FIND, "moectl", read_program(program), command, ".".join(map(str, oldest)), *pythons]

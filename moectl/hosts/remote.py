@@ -26,6 +26,8 @@ from moectl.records import build
 from moectl.text import _size_text
 
 NOT_FOUND = 127
+# What a program's text need not say again; `from __future__` may stand at the beginning only.
+_IN_PRELUDE = re.compile(r"^from (__future__|moectl\.hosts\.onhost\.prelude) import .*\n", re.MULTILINE)
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -242,9 +244,11 @@ class LocalRemote:
         return Completed(child.returncode, stdout, stderr)
 
 
-def node_text() -> str:
-    """Return the program that runs on a host for us, as text for `python -c`."""
-    return resources.files("moectl.hosts.onhost").joinpath("files.py").read_text(encoding="utf-8")
+def read_program(name: str) -> str:
+    """Return one of the programs in `onhost` as text for `python -c`, behind what all of them begin with."""
+    folder = resources.files("moectl.hosts.onhost")
+    prelude, own = (folder.joinpath(f"{part}.py").read_text(encoding="utf-8") for part in ("prelude", name))
+    return prelude + _IN_PRELUDE.sub("", own)
 
 
 def describe_command(argv: Sequence[str]) -> str:

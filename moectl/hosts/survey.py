@@ -1,22 +1,24 @@
 """One question to a host about all that `doctor` wants to know of its system, and the answer's parts.
 
-It is `probe`'s script with more sections. A tool that is missing leaves its section empty. What the parts mean is
-`macos`'s, `linux`'s and `doctor_host`'s.
+It is the script about hardware with more sections. A tool that is missing leaves its section empty. What the parts
+mean is for `cluster.doctor` to say.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface
+from typing import TypeVar
 
 from moectl.errors import CommandFailed
-from moectl.hosts.connect import _at_once
+from moectl.hosts.connect import map_at_once
 from moectl.hosts.hardware import MARK, Hardware, parse_probe, split_sections
 from moectl.hosts.remote import Remote
 from moectl.hosts.thunderbolt import Port, parse_ifconfig, parse_ports
 
+_R = TypeVar("_R")
 HARDWARE_S = 20.0
 # Both systems' own tools, in one run; whatever is missing leaves its section empty.
 HARDWARE_SCRIPT = f"""
@@ -104,11 +106,7 @@ class Survey:
 
 def survey_host(remote: Remote) -> Survey:
     """Ask a host, in one command; needs no python there. Raises HostError, CommandFailed."""
-    done = remote.run(["sh", "-c", SCRIPT], timeout_s=SURVEY_S)
-    try:
-        return read_survey(done.stdout.decode("utf-8", "replace"))
-    except CommandFailed as error:
-        raise CommandFailed(error.message, host=remote.name) from None
+    return _ask(remote, SCRIPT, SURVEY_S, read_survey)
 
 
 def read_survey(text: str) -> Survey:
@@ -142,13 +140,17 @@ def _is_ipv4(text: str) -> bool:
 
 def read_hardware(remote: Remote) -> Hardware:
     """Return what a host is made of, in one command; needs no python there. Raises HostError, CommandFailed."""
-    done = remote.run(["sh", "-c", HARDWARE_SCRIPT], timeout_s=HARDWARE_S)
+    return _ask(remote, HARDWARE_SCRIPT, HARDWARE_S, parse_probe)
+
+
+def _ask(remote: Remote, script: str, limit_s: float, read: Callable[[str], _R]) -> _R:
+    done = remote.run(["sh", "-c", script], timeout_s=limit_s)
     try:
-        return parse_probe(done.stdout.decode("utf-8", "replace"))
+        return read(done.stdout.decode("utf-8", "replace"))
     except CommandFailed as error:
         raise CommandFailed(error.message, host=remote.name) from None
 
 
 def read_all_hardware(remotes: Sequence[Remote]) -> tuple[Hardware, ...]:
     """Return the hardware of all hosts, asked at once. Raises the first host's error."""
-    return tuple(_at_once(read_hardware, remotes))
+    return tuple(map_at_once(read_hardware, remotes))

@@ -15,7 +15,6 @@ Layout of a shard set (paths in the manifest are relative, with forward slashes)
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -23,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, NotSharded
+from moectl.files import replace_file
 from moectl.model.canary import Canary
 from moectl.model.geometry import Geometry, read_geometry
 from moectl.model.placement import Held, Placement, make_placement, place_experts
@@ -101,13 +101,8 @@ def is_shared(name: str) -> bool:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `moectl.json` durably: temporary name, fsync, rename."""
-    temporary = directory / f".{NAME}.partial"
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(manifest.to_json())
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(directory / NAME)
+    """Write `moectl.json` durably. Raises OSError."""
+    replace_file(directory / NAME, manifest.to_json().encode())
 
 
 def read_manifest(directory: Path) -> Manifest:

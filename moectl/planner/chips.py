@@ -27,7 +27,6 @@ class Chip:
     thunderbolt: int | None  # generation
     price_usd: float | None  # list price at launch of …
     price_of: str  # … this machine
-    power_w: float | None  # its maximum continuous power
     source: str
 
     @property
@@ -38,61 +37,34 @@ class Chip:
 
 _SPECS = "https://support.apple.com/en-us/"
 _NEWS = "https://www.apple.com/newsroom/"
-_STUDIO_POWER = "https://support.apple.com/en-us/102027"
 
 _ROWS = (
-    Chip("m1", "M1", (8, 16), 68.25, 8, 2.6, 3, 699, "Mac mini, 8 GB", 39, _SPECS + "111894"),
-    Chip("m1-pro", "M1 Pro", (16, 32), 200, 16, 5.3, 4, None, "", None, _SPECS + "111901"),
-    Chip("m1-max", "M1 Max", (32, 64), 400, 32, 10.6, 4, 1999, "Mac Studio, 32 GB", 115, _SPECS + "111900"),
-    Chip("m1-ultra", "M1 Ultra", (64, 128), 800, 64, 21.2, 4, 3999, "Mac Studio, 64 GB", 215, _SPECS + "111900"),
-    Chip("m2", "M2", (8, 16, 24), 100, 10, 3.6, 4, 599, "Mac mini, 8 GB", 50, _SPECS + "111837"),
-    Chip("m2-pro", "M2 Pro", (16, 32), 200, 19, 6.8, 4, 1299, "Mac mini, 16 GB", 100, _SPECS + "111837"),
-    Chip("m2-max", "M2 Max", (32, 64, 96), 400, 38, 13.6, 4, 1999, "Mac Studio, 32 GB", 145, _SPECS + "111835"),
-    Chip("m2-ultra", "M2 Ultra", (64, 128, 192), 800, 76, 27.2, 4, 6599, "Mac Studio, 192 GB", 295, _SPECS + "111835"),
-    Chip("m3", "M3", (8, 16, 24), 100, 10, 3.5, 4, None, "", None, _SPECS + "117735"),
-    Chip("m3-pro", "M3 Pro", (18, 36), 150, 18, 6.4, 4, None, "", None, _SPECS + "117736"),
-    Chip("m3-max-30", "M3 Max, 30 GPU cores", (36, 96), 300, 30, 10.6, 4, None, "", None, _SPECS + "117736"),
-    Chip("m3-max", "M3 Max", (48, 64, 128), 400, 40, 14.1, 4, None, "", None, _SPECS + "117736"),
-    Chip("m3-ultra", "M3 Ultra", (96, 256, 512), 819, 80, 28.3, 5, 9499, "Mac Studio, 512 GB", 270, _SPECS + "122211"),
-    Chip("m4", "M4", (16, 24, 32), 120, 10, 3.8, 4, 599, "Mac mini, 16 GB", 65, _SPECS + "121555"),
-    Chip("m4-pro", "M4 Pro", (24, 48, 64), 273, 20, 8.1, 5, 1399, "Mac mini, 24 GB", 140, _SPECS + "121555"),
-    Chip(
-        "m4-max-32", "M4 Max, 32 GPU cores", (36,), 410, 32, 12.9, 5, 1999, "Mac Studio, 36 GB", 145, _SPECS + "122211"
-    ),
-    Chip("m4-max", "M4 Max", (48, 64, 128), 546, 40, 16.2, 5, 3699, "Mac Studio, 128 GB", 145, _SPECS + "122211"),
-    Chip("m5", "M5", (16, 24, 32), 153, 10, 4.1, 4, None, "", None, _NEWS + "2025/10/apple-unleashes-m5/"),
-    Chip("m5-pro", "M5 Pro", (24, 48, 64), 307, 20, 8.2, 5, None, "", None, _NEWS + "2026/03/"),
-    Chip("m5-max-32", "M5 Max, 32 GPU cores", (36,), 460, 32, 13.1, 5, None, "", None, _NEWS + "2026/03/"),
-    Chip("m5-max", "M5 Max", (48, 64, 128), 614, 40, 16.4, 5, None, "", None, _NEWS + "2026/03/"),
+    Chip("m1", "M1", (8, 16), 68.25, 8, 2.6, 3, 699, "Mac mini, 8 GB", _SPECS + "111894"),
+    Chip("m1-pro", "M1 Pro", (16, 32), 200, 16, 5.3, 4, None, "", _SPECS + "111901"),
+    Chip("m1-max", "M1 Max", (32, 64), 400, 32, 10.6, 4, 1999, "Mac Studio, 32 GB", _SPECS + "111900"),
+    Chip("m1-ultra", "M1 Ultra", (64, 128), 800, 64, 21.2, 4, 3999, "Mac Studio, 64 GB", _SPECS + "111900"),
+    Chip("m2", "M2", (8, 16, 24), 100, 10, 3.6, 4, 599, "Mac mini, 8 GB", _SPECS + "111837"),
+    Chip("m2-pro", "M2 Pro", (16, 32), 200, 19, 6.8, 4, 1299, "Mac mini, 16 GB", _SPECS + "111837"),
+    Chip("m2-max", "M2 Max", (32, 64, 96), 400, 38, 13.6, 4, 1999, "Mac Studio, 32 GB", _SPECS + "111835"),
+    Chip("m2-ultra", "M2 Ultra", (64, 128, 192), 800, 76, 27.2, 4, 6599, "Mac Studio, 192 GB", _SPECS + "111835"),
+    Chip("m3", "M3", (8, 16, 24), 100, 10, 3.5, 4, None, "", _SPECS + "117735"),
+    Chip("m3-pro", "M3 Pro", (18, 36), 150, 18, 6.4, 4, None, "", _SPECS + "117736"),
+    Chip("m3-max-30", "M3 Max, 30 GPU cores", (36, 96), 300, 30, 10.6, 4, None, "", _SPECS + "117736"),
+    Chip("m3-max", "M3 Max", (48, 64, 128), 400, 40, 14.1, 4, None, "", _SPECS + "117736"),
+    Chip("m3-ultra", "M3 Ultra", (96, 256, 512), 819, 80, 28.3, 5, 9499, "Mac Studio, 512 GB", _SPECS + "122211"),
+    Chip("m4", "M4", (16, 24, 32), 120, 10, 3.8, 4, 599, "Mac mini, 16 GB", _SPECS + "121555"),
+    Chip("m4-pro", "M4 Pro", (24, 48, 64), 273, 20, 8.1, 5, 1399, "Mac mini, 24 GB", _SPECS + "121555"),
+    Chip("m4-max-32", "M4 Max, 32 GPU cores", (36,), 410, 32, 12.9, 5, 1999, "Mac Studio, 36 GB", _SPECS + "122211"),
+    Chip("m4-max", "M4 Max", (48, 64, 128), 546, 40, 16.2, 5, 3699, "Mac Studio, 128 GB", _SPECS + "122211"),
+    Chip("m5", "M5", (16, 24, 32), 153, 10, 4.1, 4, None, "", _NEWS + "2025/10/apple-unleashes-m5/"),
+    Chip("m5-pro", "M5 Pro", (24, 48, 64), 307, 20, 8.2, 5, None, "", _NEWS + "2026/03/"),
+    Chip("m5-max-32", "M5 Max, 32 GPU cores", (36,), 460, 32, 13.1, 5, None, "", _NEWS + "2026/03/"),
+    Chip("m5-max", "M5 Max", (48, 64, 128), 614, 40, 16.4, 5, None, "", _NEWS + "2026/03/"),
     # Two channels of DDR5-5600 are 89.6 GB/s; 8 cores of AVX2 at 3.5 GHz do 0.9 TFLOPS in float32.
-    Chip("linux-cpu", "Linux, CPU only", (), 89.6, None, 0.9, None, None, "", None, "JEDEC JESD79-5 (DDR5-5600)"),
-    Chip(
-        "h100",
-        "H100 SXM",
-        (80,),
-        3350,
-        None,
-        989,
-        None,
-        None,
-        "",
-        700,
-        "https://www.nvidia.com/en-us/data-center/h100/",
-    ),
-    Chip(
-        "h200",
-        "H200 SXM",
-        (141,),
-        4800,
-        None,
-        989,
-        None,
-        None,
-        "",
-        700,
-        "https://www.nvidia.com/en-us/data-center/h200/",
-    ),
-    Chip("dgx-h100", "DGX H100", (640,), 26800, None, 7912, None, 289_000, "8×H100", 10200, "arXiv 2506.23635 (price)"),
+    Chip("linux-cpu", "Linux, CPU only", (), 89.6, None, 0.9, None, None, "", "JEDEC JESD79-5 (DDR5-5600)"),
+    Chip("h100", "H100 SXM", (80,), 3350, None, 989, None, None, "", "https://www.nvidia.com/en-us/data-center/h100/"),
+    Chip("h200", "H200 SXM", (141,), 4800, None, 989, None, None, "", "https://www.nvidia.com/en-us/data-center/h200/"),
+    Chip("dgx-h100", "DGX H100", (640,), 26800, None, 7912, None, 289_000, "8×H100", "arXiv 2506.23635 (price)"),
 )
 CHIPS = {chip.name: chip for chip in _ROWS}
 

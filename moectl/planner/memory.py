@@ -108,13 +108,6 @@ def kv_bytes(placement: Placement, rank: int, context: int, concurrency: int, dt
     return (last - first) * 2 * (high - low) * placement.geometry.head_dim * dtype_bytes * tokens
 
 
-def weight_bytes(
-    placement: Placement, quantization: Quantization | None, rank: int, dtype_bytes: int = METAL_DTYPE_BYTES
-) -> int:
-    """Return the exact bytes of all tensors that a rank holds."""
-    return _Tensors(placement, quantization, rank, dtype_bytes).all_bytes()
-
-
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
     """The bytes that one layer of a rank has to read: for each token, and for each expert that it computes."""

@@ -7,7 +7,7 @@ before anything is touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from moectl.model.catalog import MODELS, CatalogModel
 from moectl.model.manifest import Manifest, Quantization
 from moectl.model.placement import Placement
 from moectl.planner.calibration import CALIBRATIONS, find_link
-from moectl.planner.memory import METAL_DTYPE_BYTES, Verdict, judge, rank_need
+from moectl.planner.memory import METAL_DTYPE_BYTES, Verdict, judge
 from moectl.planner.nodes import Defaults, default_link, make_node
 from moectl.planner.plan import Node, Plan, Question, make_plan, refusal
-from moectl.planner.this_machine import CONTEXT, own_dtype_bytes, own_memory
+from moectl.planner.this_machine import CONTEXT, least_need, own_dtype_bytes, own_memory, too_large
 from moectl.planner.what_if import WhatIfRow, what_if
 from moectl.shards import prepare
 from moectl.shards.checkpoint import Checkpoint
@@ -170,20 +170,20 @@ def place_on(
     nodes = [known_node(host, asked) for host in hosts]
 
     def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
-        model = CatalogModel(checkpoint.source, checkpoint.geometry, quantization)
         count = wanted.nodes or len(wanted.shares or hosts)
         if None in nodes or count != len(nodes):
             placement = prepare.place(checkpoint, wanted, quantization)
             known = ask_hosts(hosts, nodes) if probe and not force else nodes
-            check_fit(model, placement, known[:count], force=force, warn=say)
+            check_fit(checkpoint.source, placement, quantization, known[:count], force=force, warn=say)
             return placement
-        frequencies = find_frequencies(wanted, model.geometry)
+        frequencies = find_frequencies(wanted, checkpoint.geometry)
+        model = CatalogModel(checkpoint.source, checkpoint.geometry, quantization)
         question = replace(ask(model, asked, hosts), replicas=wanted.replicas, frequencies=frequencies)
         plan = make_plan(question, wanted.split, shares=wanted.shares)
         if not (plan.feasible or force):
             raise refusal(plan)
         say(plan.why)
-        check_fit(model, plan.placement, nodes, force=force, warn=say)
+        check_fit(checkpoint.source, plan.placement, quantization, nodes, force=force, warn=say)
         return plan.placement
 
     return place
@@ -205,8 +205,8 @@ def place_here(
 
     def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
         placement = prepare.place(checkpoint, wanted, quantization)
-        model = CatalogModel(checkpoint.source, checkpoint.geometry, quantization)
-        check_fit(model, placement, [own_node()] * placement.world_size, force=force, warn=say)
+        nodes = [own_node()] * placement.world_size
+        check_fit(checkpoint.source, placement, quantization, nodes, force=force, warn=say)
         return placement
 
     return place
@@ -225,13 +225,14 @@ def own_node() -> Node | None:
 
 def check_here(manifest: Manifest, *, force: bool, say: Callable[[str], None]) -> None:
     """Refuse a shard set whose ranks this machine cannot hold together. Raises PlanError."""
-    model = CatalogModel(manifest.name, manifest.geometry, manifest.quantization)
-    check_fit(model, manifest.placement, [own_node()] * manifest.world_size, force=force, warn=say)
+    nodes = [own_node()] * manifest.world_size
+    check_fit(manifest.name, manifest.placement, manifest.quantization, nodes, force=force, warn=say)
 
 
 def check_fit(
-    model: CatalogModel,
+    name: str,
     placement: Placement,
+    quantization: Quantization | None,
     nodes: Sequence[Node | None],
     *,
     force: bool,
@@ -242,20 +243,13 @@ def check_fit(
     `nodes` are by rank, None where nothing is known of a host. Raises PlanError; with `force` it only warns, as it does
     where memory is tight.
     """
-    context = min(CONTEXT, model.geometry.max_seq_len)
     for node, ranks in _by_host(nodes):
-        need = sum(
-            rank_need(placement, model.quantization, rank, context=context, dtype_bytes=node.dtype_bytes).total
-            for rank in ranks
-        )
+        need = least_need(placement, quantization, ranks, node.dtype_bytes)
         budget = node.memory.budget
         verdict = judge(need, budget)
         sizes = f"{node.host} needs {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB is usable"
         if verdict is Verdict.TOO_MUCH and not force:
-            raise PlanError(
-                f"{model.name} does not fit: {sizes} ({(need - budget) / 1e9:.1f} GB too little)",
-                hint="'moectl plan' says what would fit; --force tries it all the same",
-            )
+            raise too_large(name, sizes, need - budget)
         if verdict is not Verdict.FITS:
             what = "macOS swaps and may panic" if node.is_mac else "it swaps"
             warn(f"Warning: {sizes}: close other programs there, or {what}")
@@ -272,14 +266,14 @@ def check_hosts(
         nodes = [known_node(host, PlanOptions()) for host in hosts]
         if probe and not force:
             nodes = ask_hosts(hosts, nodes)
-        model = CatalogModel(manifest.name, manifest.geometry, manifest.quantization)
-        check_fit(model, manifest.placement, nodes, force=force, warn=warn)
+        check_fit(manifest.name, manifest.placement, manifest.quantization, nodes, force=force, warn=warn)
 
 
 def ask_hosts(hosts: Sequence[Host], nodes: Sequence[Node | None]) -> list[Node | None]:
     """Ask those hosts of which nothing is known yet, all at once."""
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        return list(pool.map(lambda host, node: node or ask_host(host), hosts, nodes))
+    from moectl.hosts.connect import map_at_once
+
+    return map_at_once(lambda rank: nodes[rank] or ask_host(hosts[rank]), range(len(hosts)))
 
 
 def ask_host(host: Host) -> Node | None:
@@ -287,14 +281,9 @@ def ask_host(host: Host) -> Node | None:
     from moectl.hosts.connect import make_remote
     from moectl.hosts.survey import read_hardware
 
-    remote = make_remote(host)
-    try:
-        found = read_hardware(remote)
-        return known_node(host, PlanOptions(found={host.name: found}))
-    except MoectlError:
-        return None
-    finally:
-        remote.close()
+    with suppress(MoectlError), closing(make_remote(host)) as remote:
+        return known_node(host, PlanOptions(found={host.name: read_hardware(remote)}))
+    return None
 
 
 def _by_host(nodes: Sequence[Node | None]) -> list[tuple[Node, list[int]]]:

@@ -11,11 +11,13 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from moectl.errors import PlanError
-from moectl.model.manifest import Manifest
+from moectl.model.manifest import Manifest, Quantization
+from moectl.model.placement import Placement
 from moectl.planner.chips import default_working_set_bytes
 from moectl.planner.memory import (
     COMFORTABLE,
@@ -59,16 +61,25 @@ def check_own_memory(
     memory = replace(memory, ranks=ranks_here)
     if working_set_bytes is not None:
         memory = replace(memory, working_set=working_set_bytes)
-    context = min(CONTEXT, manifest.geometry.max_seq_len)
-    need = rank_need(
-        manifest.placement, manifest.quantization, rank, context=context, dtype_bytes=own_dtype_bytes()
-    ).total
+    need = least_need(manifest.placement, manifest.quantization, [rank], own_dtype_bytes())
     if judge(need, memory.budget) is Verdict.TOO_MUCH:
-        raise PlanError(
-            f"{manifest.name} does not fit: {need / 1e9:.1f} GB are needed, {memory.budget / 1e9:.1f} GB usable "
-            f"({(need - memory.budget) / 1e9:.1f} GB too little)",
-            hint="'moectl plan' says what would fit; --force tries it all the same",
-        )
+        sizes = f"{need / 1e9:.1f} GB are needed, {memory.budget / 1e9:.1f} GB usable"
+        raise too_large(manifest.name, sizes, need - memory.budget)
+
+
+def least_need(placement: Placement, quantization: Quantization | None, ranks: Iterable[int], dtype_bytes: int) -> int:
+    """Return the bytes that ranks on one host need at least: with room for a usual context each."""
+    context = min(CONTEXT, placement.geometry.max_seq_len)
+    needs = (rank_need(placement, quantization, rank, context=context, dtype_bytes=dtype_bytes) for rank in ranks)
+    return sum(need.total for need in needs)
+
+
+def too_large(name: str, sizes: str, missing_bytes: int) -> PlanError:
+    """Return what refuses a model for which a host has too little memory."""
+    return PlanError(
+        f"{name} does not fit: {sizes} ({missing_bytes / 1e9:.1f} GB too little)",
+        hint="'moectl plan' says what would fit; --force tries it all the same",
+    )
 
 
 def count_kv_tokens(manifest: Manifest, rank: int, *, ranks_here: int) -> int | None:

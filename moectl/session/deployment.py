@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moectl.errors import HostsError, NotDeployed, StateError
-from moectl.files import make_private_directory, sync_directory
+from moectl.files import make_private_directory, replace_file
 from moectl.hosts.hostfile import NAMES_ONLY, Host, HostList, check_envs, check_host
 from moectl.paths import state_dir
 from moectl.records import build
@@ -73,18 +73,11 @@ def _unwritable(error: OSError) -> StateError:
 def write_deployment(deployment: Deployment) -> None:
     """Make a deployment the current one: directory 0700, file 0600, atomically. Raises StateError."""
     path = deployment_path()
-    temporary = path.with_name(f".{path.name}.partial")
     text = encode_deployment(deployment)
     try:
         make_private_directory(path.parent)
         path.parent.chmod(0o700)
-        temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
+        replace_file(path, text.encode(), mode=0o600)
     except OSError as error:
         raise _unwritable(error) from None
 

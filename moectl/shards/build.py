@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, StateError, UsageError
-from moectl.files import explain_refusal, free_bytes, make_directory, sync_directory
+from moectl.files import explain_refusal, free_bytes, make_directory, partial_path, replace_file, sync_directory
 from moectl.model.canary import Canary
 from moectl.model.geometry import Geometry
 from moectl.model.manifest import (
@@ -32,7 +32,7 @@ from moectl.model.placement import Placement
 from moectl.shards import journal as journals, sources
 from moectl.shards.recipe import CheckpointHeaders, OutputFile, describe, plan_files
 from moectl.shards.verified import is_manifest_recorded, sweep, take_stamp, write_stamps
-from moectl.shards.writer import OnBytes, OnHashed, OpenQuantise, hash_file, make_files, partial_path
+from moectl.shards.writer import OnBytes, OnHashed, OpenQuantise, hash_file, make_files
 from moectl.text import format_gb
 
 MAX_JOBS = 16
@@ -77,8 +77,8 @@ def cut(
     name: str,
     quantise: OpenQuantise,
     jobs: int = 1,
-    on_bytes: OnBytes | None = None,
-    on_file: OnHashed | None = None,
+    on_bytes: OnBytes = lambda _: None,
+    on_file: OnHashed = lambda *_: None,
     compute_canary: ComputeCanary | None = None,
     force: bool = False,
     wait_s: float = 0.0,
@@ -113,7 +113,7 @@ def cut(
         make_directory(directory.absolute())
         refuse_links_outside(directory)
         with journals.lock_directory(directory, wait_s=wait_s):
-            watch = _Watch(on_bytes or _ignore, on_file or _ignore_file, compute_canary)
+            watch = _Watch(on_bytes, on_file, compute_canary)
             return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, watch, force)
     except OSError as error:
         raise explain_refusal(error, directory) from error
@@ -138,7 +138,7 @@ def _version(checkpoint: CheckpointReader, file: str) -> int | str:
         raise sources.explain_unreadable(file, error) from error
 
 
-def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
+def verify(directory: Path, *, on_bytes: OnBytes = lambda _: None) -> Manifest:
     """Hash every file of a shard set again and return its manifest.
 
     Raises NotSharded, and IntegrityError that names the files that are missing or have another size or bytes.
@@ -163,24 +163,16 @@ def verify(directory: Path, *, on_bytes: OnBytes | None = None) -> Manifest:
     return manifest
 
 
-def _find_problem(path: Path, entry: FileEntry, on_bytes: OnBytes | None) -> str | None:
+def _find_problem(path: Path, entry: FileEntry, on_bytes: OnBytes) -> str | None:
     try:
         size = path.stat().st_size
         if size != entry.bytes:
             return f"has {size} bytes instead of {entry.bytes}"
-        return None if hash_file(path, on_bytes or _ignore) == entry.sha256 else "has other bytes"
+        return None if hash_file(path, on_bytes) == entry.sha256 else "has other bytes"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-
-
-def _ignore(_: int) -> None:
-    pass
-
-
-def _ignore_file(_: str, __: FileEntry) -> None:
-    pass
 
 
 def _tell_files(files: Mapping[str, FileEntry], on_file: OnHashed) -> None:
@@ -477,11 +469,6 @@ def _hash_sidecar(checkpoint: CheckpointReader, file: str) -> str:
 
 
 def _copy_sidecar(checkpoint: CheckpointReader, directory: Path, file: str) -> FileEntry:
-    target = directory / file
     data = _read_sidecar(checkpoint, file)
-    with partial_path(target).open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    partial_path(target).replace(target)
+    replace_file(directory / file, data)
     return FileEntry(len(data), hashlib.sha256(data).hexdigest())

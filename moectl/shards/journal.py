@@ -6,7 +6,6 @@ Two files beside the output, both gone when the manifest has been written. It kn
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl.errors import StateError
-from moectl.files import sync_directory
+from moectl.files import append_line, json_line, replace_file, try_lock
 from moectl.model.manifest import FileEntry, is_count, is_entry, is_inside
 
 NAME = ".moectl-journal.jsonl"
@@ -31,26 +30,12 @@ def lock_directory(directory: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     """
     path = directory / LOCK_NAME
     until_s = time.monotonic() + wait_s
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held, there = os.fstat(fd), path.stat()
-        except BlockingIOError:
-            os.close(fd)
-            if time.monotonic() < until_s:
-                time.sleep(_AGAIN_S)
-                continue
+    while (fd := try_lock(path)) is None:
+        if time.monotonic() >= until_s:
             raise StateError(
-                f"another moectl shard is writing to {directory}",
-                hint="wait until it has finished, or end it",
-            ) from None
-        except FileNotFoundError:
-            os.close(fd)
-            continue
-        if held.st_ino == there.st_ino:
-            break
-        os.close(fd)  # its last holder removed the name meanwhile
+                f"another moectl shard is writing to {directory}", hint="wait until it has finished, or end it"
+            )
+        time.sleep(_AGAIN_S)
     try:
         yield
     finally:
@@ -68,15 +53,8 @@ class Journal:
         """Start a journal, or start it anew with `done` in it: written whole, durable on return."""
         self.done = dict(done)
         self._path = directory / NAME
-        temporary = self._path.with_name(NAME + ".partial")
-        with temporary.open("wb") as f:
-            f.write(_line(dict(binding)))
-            for file, entry in self.done.items():
-                f.write(_entry_line(file, entry))
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(self._path)
-        sync_directory(directory)
+        lines = [dict(binding), *(_entry_line(file, entry) for file, entry in self.done.items())]
+        replace_file(self._path, b"".join(map(json_line, lines)))
         self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def __enter__(self) -> Journal:
@@ -87,10 +65,7 @@ class Journal:
 
     def record(self, file: str, entry: FileEntry) -> None:
         """Add a finished file, durably."""
-        line = _entry_line(file, entry)
-        while line:
-            line = line[os.write(self._fd, line) :]
-        os.fsync(self._fd)
+        append_line(self._fd, _entry_line(file, entry))
         self.done[file] = entry
 
     def remove(self) -> None:
@@ -128,9 +103,5 @@ def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileEntry]]
     return records[0], done
 
 
-def _entry_line(file: str, entry: FileEntry) -> bytes:
-    return _line({"file": file, "bytes": entry.bytes, "sha256": entry.sha256})
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+def _entry_line(file: str, entry: FileEntry) -> dict[str, Any]:
+    return {"file": file, "bytes": entry.bytes, "sha256": entry.sha256}

@@ -153,8 +153,8 @@ def shard(
     on_plan: Callable[[Path, int], bool] = lambda *_: True,
     on_files: Callable[[str, Path, Placement, Mapping[str, int]], None] = lambda *_: None,
     on_download: Callable[[str, int, int], None] | None = None,
-    on_bytes: Callable[[int], None] | None = None,
-    on_file: OnHashed | None = None,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    on_file: OnHashed = lambda *_: None,
 ) -> Made:
     """Make (or finish, or find) a shard set; say where it is.
 
@@ -238,11 +238,8 @@ def describe_model(source: str) -> tuple[CatalogModel, Manifest | None]:
     try:
         _, manifest = find_shards(source)
     except NotSharded:
-        checkpoint = open_checkpoint(source)
-        try:
+        with open_checkpoint(source) as checkpoint:
             return CatalogModel(checkpoint.source, checkpoint.geometry, checkpoint.quantization), None
-        finally:
-            checkpoint.close()
     return CatalogModel(manifest.name, manifest.geometry, manifest.quantization), manifest
 
 

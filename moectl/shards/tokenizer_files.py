@@ -6,7 +6,7 @@ used. Whether transformers can read what there is, the worker's own `open_tokeni
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +15,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from moectl.errors import CheckpointError, MoectlError
-from moectl.files import explain_refusal, sync_directory
+from moectl.files import explain_refusal, partial_path, sync_directory, write_partial
 from moectl.model.manifest import FileEntry, Manifest, read_manifest, refuse_links_outside, write_manifest
 from moectl.shards import journal as journals
 from moectl.shards.cache_layout import refuse_pointers
 from moectl.shards.checkpoint import Checkpoint, is_plain_data, open_store, read_json
 from moectl.shards.verified import write_stamps
-from moectl.shards.writer import hash_file, partial_path
+from moectl.shards.writer import hash_file
 
 NAME = "tokenizer.json"
 # DBRX's tokenizer as data; the model's own repositories have it as Python code.
@@ -53,14 +53,11 @@ def fetch_tokenizer(source: str, vocabulary: int) -> TokenizerFiles:
 
     Raises CheckpointError when it has none or another model's, and what the Hub's errors are.
     """
-    store = open_store(source)
-    try:
+    with contextlib.closing(open_store(source)) as store:
         names = [file for file in store.files if is_tokenizer(file) and is_plain_data(file, store.files[file])]
         if NAME not in names:
             raise CheckpointError(f"{source} has no {NAME}", hint=f"take another one, such as {KNOWN} for DBRX")
         found = TokenizerFiles(source, {name: store.path(name) for name in names})
-    finally:
-        store.close()
     _check_vocabulary(found.files[NAME], source, vocabulary)
     return found
 
@@ -195,8 +192,4 @@ def _check_vocabulary(path: Path, source: str, vocabulary: int) -> None:
 
 def _write(path: Path, data: bytes) -> FileEntry:
     """Write a file beside its place; return what the manifest is to say of it."""
-    with partial_path(path).open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    return FileEntry(len(data), hash_file(partial_path(path), lambda _: None))
+    return FileEntry(len(data), hash_file(write_partial(path, data), lambda _: None))

@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from moectl.errors import CheckpointError, IntegrityError
-from moectl.files import sync_directory
+from moectl.files import partial_path, sync_directory
 from moectl.model.manifest import FileEntry
 from moectl.shards.recipe import OutputFile, Piece, Quantise
 from moectl.shards.sources import Cancelled, Sources, Supply, explain_unreadable
@@ -65,11 +65,6 @@ def hash_file(path: Path, on_bytes: OnBytes) -> str:
             digest.update(view[:count])
             on_bytes(count)
     return digest.hexdigest()
-
-
-def partial_path(path: Path) -> Path:
-    """Return the name that a file has while it is under construction."""
-    return path.with_name(f".{path.name}.partial")
 
 
 class _Output:

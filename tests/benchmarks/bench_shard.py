@@ -170,7 +170,7 @@ def cut_here(source: Path, target: Path, nodes: int, jobs: int, ballast: Path | 
             name="bench",
             quantise=quantize.quantizer,
             jobs=jobs,
-            on_bytes=Ballast(ballast).drop if ballast else None,
+            on_bytes=Ballast(ballast).drop if ballast else lambda _: None,
         )
     figures = {
         "seconds": time.perf_counter() - began,

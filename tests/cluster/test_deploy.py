@@ -399,6 +399,17 @@ def test_what_concerns_all_hosts_is_raised_at_once(tmp_path: Path, shards: Path)
         deploy([a, b], shards, manifest)
 
 
+def test_a_host_tells_once_what_it_has(sshd: Server, tmp_path: Path, shards: Path) -> None:
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nfor last; do :; done\necho "$last" >> {log}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    host = replace(make_hosts(sshd, tmp_path, 1)[0], python=str(python))
+    result = deploy([host], shards, make_shards(shards, 1), verify=True)
+    result.raise_failures()
+    assert result.results[0].copied_bytes
+    assert log.read_text().split().count("survey") == 1
+
+
 # Interpreters.
 
 
@@ -488,7 +499,7 @@ def test_an_environment_is_made_once_from_a_wheelhouse(
     assert said[0] == moectl.__version__
     assert Path(said[1]).is_relative_to(tmp_path / "node0" / "env")
     with zipfile.ZipFile(packed) as archive:
-        assert Path(said[1]).read_bytes() == archive.read("moectl/node.py")
+        assert Path(said[1]).read_bytes() == archive.read("moectl/hosts/onhost/files.py")
     # The second time there is nothing to do, and pip is not run.
     events.clear()
     again = deploy([host], shards, manifest, wheelhouse=house, on_event=events.append)

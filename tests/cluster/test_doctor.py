@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from moectl.cluster.doctor import diagnose as doctor, host as doctor_host
-from moectl.cluster.doctor.diagnose import choose_hosts, diagnose, run_limited
+from moectl.cluster.doctor.diagnose import choose_hosts, diagnose
 from moectl.cluster.doctor.finding import Level
+from moectl.hosts.connect import run_at_once
 from moectl.hosts.hostfile import Host, HostList
 from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from tests.support.interpreter import make_interpreter
@@ -167,7 +168,7 @@ def test_a_host_that_hangs_is_a_failure(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_tasks_that_do_not_end_are_left() -> None:
-    assert run_limited([lambda: None, lambda: time.sleep(30)], 0.2) == [True, False]
+    assert run_at_once([lambda: None, lambda: time.sleep(30)], 0.2) == [True, False]
 
 
 def test_which_hosts_are_looked_at() -> None:

@@ -33,7 +33,8 @@ from moectl.hosts import survey
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import links
-from moectl.hosts.remote import LocalRemote, Remote
+from moectl.hosts.onhost.prelude import ANSWER, parse_answer
+from moectl.hosts.remote import LocalRemote, Remote, read_program
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.hosts.survey import read_all_hardware, read_hardware
 from moectl.model.geometry import Geometry, read_geometry
@@ -75,13 +76,13 @@ def test_hardware_of_this_machine(remote: Remote) -> None:
 
 
 def test_a_system_that_is_neither_is_named_with_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "SCRIPT", "echo moectl-probe system; echo FreeBSD")
+    monkeypatch.setattr(survey, "HARDWARE_SCRIPT", "echo moectl-probe system; echo FreeBSD")
     with pytest.raises(CommandFailed, match=r"^mac1: it is neither macOS nor Linux: it calls itself 'FreeBSD'$"):
         read_all_hardware([LocalRemote("mac1")])
 
 
 def test_a_system_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "SCRIPT", "sleep 1000")
+    monkeypatch.setattr(survey, "HARDWARE_SCRIPT", "sleep 1000")
     monkeypatch.setattr(survey, "HARDWARE_S", 0.2)
     with pytest.raises(CommandFailed, match=r"did not finish within 0\.2 s"):
         read_hardware(LocalRemote())
@@ -195,18 +196,18 @@ def serve_until_it_ends(client: socket.socket) -> None:
 
 
 def test_both_ends_go_when_their_stdin_does() -> None:
-    process = LocalRemote().start([sys.executable, "-c", probe._program(), "listen"])
+    process = LocalRemote().start([sys.executable, "-c", read_program("links"), "listen"])
     request = {"address": LOOPBACK, "secret": "s", "limit_s": 100.0}
     process.stdin.write(json.dumps(request).encode() + b"\n")
     process.stdin.flush()
-    assert process.stdout.readline().startswith(links.ANSWER.encode())
+    assert any(parse_answer(line) for line in (process.stdout.readline(), process.stdout.readline()))
     process.stdin.close()
     assert process.wait(10) == 0
     process.close()
 
 
-@pytest.mark.parametrize("line", ["", "welcome", links.ANSWER + "{", links.ANSWER + "[1]", links.ANSWER])
-def test_what_is_no_answer(line: str) -> None:
+@pytest.mark.parametrize("line", [b"", b"welcome", ANSWER + b"{", ANSWER + b"[1]", ANSWER])
+def test_what_is_no_answer(line: bytes) -> None:
     assert probe._parse(line) is None
 
 

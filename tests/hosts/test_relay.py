@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from moectl.hosts.onhost import relay
-from moectl.hosts.onhost.files import Mismatch, parse_answer
+from moectl.hosts.onhost.files import Mismatch
+from moectl.hosts.onhost.prelude import parse_answer
 from moectl.hosts.onhost.relay import (
     GO,
     NONCE_BYTES,

@@ -34,7 +34,8 @@ from moectl.errors import (
 )
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import files as node
-from moectl.hosts.remote import LocalRemote, Remote, node_text
+from moectl.hosts.onhost.prelude import parse_answer
+from moectl.hosts.remote import LocalRemote, Remote, read_program
 from moectl.hosts.ssh.remote import SSHRemote
 from tests.support.netns import Cluster
 from tests.support.sshd import Server, find_free_port, known_host, make_key
@@ -157,7 +158,7 @@ def test_a_leash_ends_an_install_with_its_children(remote: Remote, tmp_path: Pat
     request = {"lock": str(tmp_path / "lock"), "stamp": [str(stamp), "x"], "steps": [["sh", "-c", script]]}
     with pytest.raises(CommandFailed, match="did not finish"):
         remote.run(
-            [sys.executable, "-c", node_text(), "install"],
+            [sys.executable, "-c", read_program("files"), "install"],
             stdin=json.dumps(request).encode() + b"\n",
             timeout_s=2,
             leash=True,
@@ -167,7 +168,7 @@ def test_a_leash_ends_an_install_with_its_children(remote: Remote, tmp_path: Pat
 
 
 def test_two_installs_do_not_mix(remote: Remote, tmp_path: Path) -> None:
-    argv = [sys.executable, "-c", node_text(), "install"]
+    argv = [sys.executable, "-c", read_program("files"), "install"]
     stamp = tmp_path / "stamp"
     request = {"lock": str(tmp_path / "lock"), "stamp": [str(stamp), "done"], "steps": [["true"]]}
     stdin = json.dumps(request).encode() + b"\n"
@@ -179,7 +180,7 @@ def test_two_installs_do_not_mix(remote: Remote, tmp_path: Path) -> None:
     assert stamp.read_text() == "done"
     failing = {**request, "steps": [["true"], ["sh", "-c", "echo no >&2; exit 3"]]}
     said = remote.run(argv, stdin=json.dumps(failing).encode() + b"\n", leash=True).stdout
-    assert node.parse_answer(said.strip()) == {"error": "step", "step": 1, "code": 3, "said": "no"}
+    assert parse_answer(said.strip()) == {"error": "step", "step": 1, "code": 3, "said": "no"}
     assert not stamp.exists()
 
 

@@ -12,7 +12,7 @@ from moectl.model.geometry import DBRX, Geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
 from moectl.planner.chips import default_working_set_bytes
-from moectl.planner.memory import COMFORTABLE, Memory, Need, Verdict, judge, rank_need, weight_bytes
+from moectl.planner.memory import COMFORTABLE, Memory, Need, Verdict, judge, rank_need
 from moectl.shards.recipe import plan_files
 from moectl.shards.tensors import SourceTensor
 
@@ -67,11 +67,11 @@ def test_weights_are_those_of_the_files(split: str, quantization: Quantization |
             held -= files["common/head.safetensors"] - SMALL.d_model * 2
         elif split == "layers" and rank < nodes - 1:
             held += SMALL.d_model * 2  # the last norm, which the formula counts on every rank
-        assert weight_bytes(placement, quantization, rank) == held
+        assert rank_need(placement, quantization, rank, context=1).weights == held
 
 
 def test_dbrx_is_as_large_as_its_index_says() -> None:
-    assert weight_bytes(make_placement(DBRX, "hidden", 1), None, 0) == 263_193_047_040
+    assert rank_need(make_placement(DBRX, "hidden", 1), None, 0, context=1).weights == 263_193_047_040
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ from moectl.errors import (
     VersionMismatch,
 )
 from moectl.paths import runtime_dir
-from moectl.server import background, client, controller, run
+from moectl.server import background, client, run
 from moectl.server.client import Client, find_running, is_running
 from moectl.server.contracts import Notice
 from moectl.server.controller import MAX_FAILURES, Controller, KeepAlive

@@ -18,7 +18,8 @@ from moectl.cluster.deploy.provision import HostTask
 from moectl.errors import CommandFailed, IntegrityError, MoectlError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import files as node
-from moectl.hosts.remote import LocalRemote, node_text
+from moectl.hosts.onhost.prelude import parse_answer
+from moectl.hosts.remote import LocalRemote, read_program
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.model.manifest import NAME, is_inside, parse_manifest, read_manifest
 from moectl.model.placement import make_placement
@@ -159,8 +160,10 @@ def test_links_within_a_set_and_to_a_whole_set_are_fine(source: Path, made: Path
 def ask(command: str, request: dict[str, Any]) -> dict[str, Any]:
     """Ask the program that is sent to hosts, as a process."""
     stdin = json.dumps(request).encode() + b"\n"
-    done = LocalRemote().run([sys.executable, "-c", node_text(), command], stdin=stdin, leash=command == "survey")
-    answer = node.parse_answer(done.stdout.strip().split(b"\n")[-1])
+    done = LocalRemote().run(
+        [sys.executable, "-c", read_program("files"), command], stdin=stdin, leash=command == "survey"
+    )
+    answer = parse_answer(done.stdout.strip().split(b"\n")[-1])
     assert answer is not None
     return answer
 

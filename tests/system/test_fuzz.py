@@ -28,6 +28,7 @@ from moectl.engine.worker import Leash
 from moectl.errors import MoectlError, RemoteError
 from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts, read_hosts, to_mlx_json
 from moectl.hosts.onhost import files as node
+from moectl.hosts.onhost.prelude import ANSWER
 from moectl.hosts.remote import Completed, LocalRemote, Process, Remote
 from moectl.model.manifest import FileEntry, parse_manifest
 from moectl.model.placement import make_placement
@@ -353,7 +354,7 @@ def test_what_a_host_answers_to_deploy(
     ]
 
     def read(data: bytes) -> None:
-        host = FakeHost(b"motd\n" + node.ANSWER + data + b"\n")
+        host = FakeHost(b"motd\n" + ANSWER + data + b"\n")
         monkeypatch.setattr("moectl.hosts.connect.make_remote", lambda _: cast(Remote, host))
         try:
             inspect_host(task)

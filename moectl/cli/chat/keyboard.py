@@ -24,7 +24,7 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.utils import is_dumb_terminal
 
 from moectl.errors import UsageError
-from moectl.files import make_private_directory
+from moectl.files import make_private_directory, replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -188,11 +188,7 @@ def _shorten(path: Path) -> None:
         return
     kept = path.read_bytes()[-HISTORY_BYTES // 2 :]
     kept = kept[max(0, kept.find(b"\n#")) :]  # from the beginning of an entry
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(_open_private(temporary), "wb") as f:
-        f.write(kept)
-    temporary.replace(path)
+    replace_file(path, kept, mode=0o600)
 
 
 def _placeholder() -> StyleAndTextTuples:

@@ -7,12 +7,12 @@ The file is JSON, `{"schema": "moectl.chat/1", "model", "settings": {…}, "mess
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from moectl.cli.chat.settings import ChatSettings
 from moectl.errors import MoectlError, UsageError
+from moectl.files import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,19 +49,8 @@ def save_transcript(path: Path, transcript: Transcript) -> None:
         "settings": asdict(transcript.settings),
         "messages": [asdict(message) for message in transcript.messages],
     }
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        try:
-            temporary.unlink(missing_ok=True)
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as f:
-                json.dump(document, f, ensure_ascii=False, indent=1)
-                f.write("\n")
-                f.flush()
-                os.fsync(f.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_file(path, json.dumps(document, ensure_ascii=False, indent=1).encode() + b"\n", mode=0o600)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 

@@ -120,7 +120,7 @@ def uninstall_json(results: list[Cleared], *, dry_run: bool) -> dict[str, Any]:
 @click.option("-n", "--dry-run", is_flag=True, help="Show what would be removed.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @common
-def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -> None:
+def uninstall(common: Common, dry_run: bool, yes: bool) -> None:
     """Remove from every host what moectl put there, and nothing else.
 
     That is the environment, the shards, wheels, logs and records under ~/.moectl, or under dir= in the hosts file.
@@ -138,11 +138,7 @@ def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -
     from moectl.session.deployment import recall_hosts
     from moectl.text import size_text
 
-    if hostfile_:
-        common.hostfile = hostfile_
-    listed = common.host_list(required=True)
-    assert listed is not None
-    listed = recall_hosts(listed)
+    listed = recall_hosts(common.require_hosts())
     begin = time.monotonic()
     with on_ctrl_t(lambda: f"at work on {len(listed.hosts)} hosts since {time.monotonic() - begin:.0f} s", common.say):
         results = clear_hosts(listed.hosts, dry_run=True)
@@ -196,7 +192,6 @@ def uninstall(common: Common, hostfile_: str | None, dry_run: bool, yes: bool) -
 @common
 def deploy(
     common: Common,
-    hostfile_: str | None,
     shards: str | None,
     model: str | None,
     wheelhouse_build: bool,
@@ -223,11 +218,7 @@ def deploy(
     """
     from moectl.session.deployment import recall_hosts
 
-    if hostfile_:
-        common.hostfile = hostfile_
-    listed = common.host_list(required=True)
-    assert listed is not None
-    listed = recall_hosts(listed)
+    listed = recall_hosts(common.require_hosts())
     cut = {
         name: options.pop(name) for name in (*_WANTED, "output", "revision", "tokenizer", "keep_source", "no_canary")
     }

@@ -124,7 +124,7 @@ def _fill(words: Sequence[str], width: int) -> list[str]:
 @click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
 @click.option("--fast", is_flag=True, help="Time no transfers between hosts, and run no model on pairs of them.")
 @common
-def doctor(common: Common, hostfile_: str | None, fast: bool) -> None:
+def doctor(common: Common, fast: bool) -> None:
     """Check hosts, network and versions; say what mends what is wrong.
 
     Every host at once: ssh, system, settings, python and versions, disk and memory for the shard set; then hosts beside
@@ -141,8 +141,6 @@ def doctor(common: Common, hostfile_: str | None, fast: bool) -> None:
     from moectl.cluster.doctor.finding import Level
     from moectl.text import columns
 
-    if hostfile_:
-        common.hostfile = hostfile_
     where, deployed = choose_hosts(common.host_list())
     found = diagnose(where, deployed, fast=fast, say=common.say)
     colours = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "red", Level.SKIP: "cyan"}

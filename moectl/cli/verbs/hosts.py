@@ -27,8 +27,7 @@ def hosts(common: Common, mlx: bool) -> None:
       moectl hosts --json | jq -r '.hosts[].host'
       moectl hosts --mlx > hosts.json && mlx.launch --hostfile hosts.json script.py
     """
-    found = common.host_list(required=True)
-    assert found is not None
+    found = common.require_hosts()
     if mlx:
         from moectl.hosts.hostfile import to_mlx_json
 

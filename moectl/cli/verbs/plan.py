@@ -290,9 +290,7 @@ def _where(common: Common, local: int | None) -> HostList:
     from moectl.hosts.hostfile import Host, HostList
 
     if local is None:
-        hosts = common.host_list(required=True)
-        assert hosts is not None
-        return hosts
+        return common.require_hosts()
     refuse_both({"--local": local}, {"--hosts": common.hosts, "--hostfile": common.hostfile})
     return HostList((Host("localhost"),) * local)
 

@@ -66,7 +66,7 @@ _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
     help="Also let their GPUs hold so much memory, such as 112GiB; auto: what the newest shard set needs.",
 )
 @common
-def setup(common: Common, hostfile_: str | None, **options: Any) -> None:
+def setup(common: Common, **options: Any) -> None:
     """Set up Macs that are cabled by Thunderbolt: addresses, and a hosts file.
 
     Asks every Mac how it is cabled, proposes RDMA over a mesh where every two are cabled, RDMA over a ring, or TCP over
@@ -90,10 +90,8 @@ def setup(common: Common, hostfile_: str | None, **options: Any) -> None:
         )
     source = click.get_current_context().get_parameter_source("hostfile")
     typed = source is not None and source.name == "COMMANDLINE"  # the variable and the configuration name no hosts here
-    if hostfile_:
-        common.hostfile = hostfile_
     if options["undo"]:
-        named = bool(hostfile_ or typed or common.hosts)
+        named = bool(click.get_current_context().params["hostfile_"] or typed or common.hosts)
         _undo(common, named=named, dry_run=options["dry_run"], yes=options["yes"])
     else:
         _set_up(common, options)
@@ -107,8 +105,7 @@ def _set_up(common: Common, options: dict[str, Any]) -> None:
     from moectl.cluster.setup import run as setup_run
     from moectl.cluster.setup.plan import plan_setup
 
-    hosts = common.host_list(required=True)
-    assert hosts is not None
+    hosts = common.require_hosts()
     output, wish = options["output"], _wish(options, len(hosts.hosts))
     if output is not None:
         _check_output(output, force=options["force"])
@@ -228,9 +225,7 @@ def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
 
     listed: tuple[Host, ...] | None = None
     if named:
-        hosts = common.host_list(required=True)
-        assert hosts is not None
-        listed = hosts.hosts
+        listed = common.require_hosts().hosts
     entries = setup_run.choose_entries(read_record(), listed)
     if not entries:
         common.print("There is nothing to undo.", undo_json((), state="undone", run=0))

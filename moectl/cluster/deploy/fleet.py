@@ -153,6 +153,8 @@ class _Fleet:
         look: Look = pipe.recv()
         pipe.close()
         seen = look.result
+        if self._jobs >= len(self._tasks):  # its process need not ask again, unless it will wait for others
+            self._tasks[task.rank] = replace(task, found=look.found)
         self._on_event(Planned(task.rank, task.host.address, seen.copied_bytes, seen.kept_bytes))
         done = task.dry_run or seen.error or (seen.python and not seen.copied_bytes and not task.growing)
         if task.relay and not task.dry_run and not seen.error:
@@ -160,7 +162,7 @@ class _Fleet:
         if done:
             self._finish(seen)
         else:
-            self._waiting.append(task)
+            self._waiting.append(self._tasks[task.rank])
 
     def _take_feed(self, message: More | _Cancel) -> None:
         if not isinstance(message, More):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +18,8 @@ from moectl.cluster.deploy.relay import FLOOR_BYTES_S, More, Up
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.hosts.connect import ROOT, make_remote
 from moectl.hosts.hostfile import Host
-from moectl.hosts.onhost.files import parse_answer
-from moectl.hosts.programs import CANDIDATES, NO_PYTHON, OLDEST_PYTHON
-from moectl.hosts.remote import Failure, Remote, node_text, put_error, read_failure, room_text
+from moectl.hosts.programs import OLDEST_PYTHON, ask, list_bases
+from moectl.hosts.remote import Failure, Remote, put_error, read_failure, room_text
 from moectl.model import manifest as manifest_file
 from moectl.model.manifest import FileEntry
 from moectl.records import build
@@ -37,19 +35,6 @@ from importlib.metadata import version
 wanted = json.loads(sys.argv[1])
 found = {name: version(name) for name in wanted}
 sys.exit(0 if found == wanted else f"pip installed {found}")
-"""
-FIND_PYTHON = f"""
-text=$1; shift
-for p in "$@"; do
-  case $p in "~/"*) p=$HOME/${{p#"~/"}};; esac
-  v=$("$p" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' </dev/null 2>/dev/null) || continue
-  case $v in
-    3.[0-9].*|3.10.*|2.*) seen="$seen $p is $v,";;
-    *) exec "$p" -c "$text" survey;;
-  esac
-done
-echo "${{seen%,}}" >&2
-exit {NO_PYTHON}
 """
 
 
@@ -147,6 +132,7 @@ class HostTask:
     growing: bool = False  # `files` is empty: they are told as they are made
     planned: dict[str, int] = field(default_factory=dict)  # sizes of those that are being made
     floor_bytes_s: float = FLOOR_BYTES_S
+    found: Mapping[str, Any] | None = None  # what the host told already
 
     @property
     def stamp(self) -> str:
@@ -161,6 +147,7 @@ class Look:
 
     result: HostResult
     lacks_bytes: int
+    found: Mapping[str, Any] | None = None  # what the host told
 
 
 class EventPipe(Protocol):
@@ -181,14 +168,11 @@ def inspect_host(task: HostTask) -> Look:
     At most the record of verified files is written, in a dry run not even that. Nothing to do: `copied_bytes` is 0 and
     `python` is set. Raises what `deployed_host` would raise so far.
     """
-    remote = make_remote(task.host)
-    try:
+    with contextlib.closing(make_remote(task.host)) as remote:
         found = _survey(remote, task)
-        lacks = _missing_bytes(task, found)
-        shared = sum(size for name, size in lacks.items() if manifest_file.is_shared(name) and name != MANIFEST)
-        return Look(_plan(task, found), shared)
-    finally:
-        remote.close()
+    lacks = _missing_bytes(task, found)
+    shared = sum(size for name, size in lacks.items() if manifest_file.is_shared(name) and name != MANIFEST)
+    return Look(_plan(task, found), shared, found)
 
 
 def survey_environment(remote: Remote, host: Host) -> dict[str, Any]:
@@ -209,7 +193,7 @@ def deployed_host(task: HostTask, on_event: OnEvent, line: EventPipe) -> Iterato
     remote = make_remote(task.host)
     push = None
     try:
-        found = _survey(remote, task)
+        found = task.found or _survey(remote, task)
         plan = _plan(task, found)
         remote.python = found["python"]
         python = remote.python = plan.python or _prepare_python(remote, task, found, on_event)
@@ -272,15 +256,8 @@ def _plan(task: HostTask, found: Mapping[str, Any]) -> HostResult:
 
 def _survey(remote: Remote, task: HostTask) -> dict[str, Any]:
     """Find a python on the host and ask it what is there. Raises VersionMismatch, CommandFailed."""
-    root = task.host.dir or ROOT
-    if task.host.python:
-        candidates: tuple[str, ...] = (task.host.python,)
-    elif task.host.is_local:
-        candidates = (sys.executable,)
-    else:
-        candidates = (f"{root}/env/bin/python", *CANDIDATES)
     request = {
-        "root": root,
+        "root": task.host.dir or ROOT,
         "directory": f"shards/{task.name}",
         "files": {name: [f.bytes, f.sha256] for name, f in task.files.items()},
         "planned": task.planned,
@@ -290,24 +267,16 @@ def _survey(remote: Remote, task: HostTask) -> dict[str, Any]:
         "stamp": STAMP,
         "wheels": {wheel.name: [f.bytes, f.sha256] for wheel, f in task.wheels.items()},
     }
-    done = remote.run(
-        ["sh", "-c", FIND_PYTHON, "moectl", node_text(), *candidates],
-        stdin=json.dumps(request).encode() + b"\n",
-        timeout_s=SURVEY_S,
-        check=False,
-        leash=True,
-    )
-    if done.code == NO_PYTHON:
-        seen = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1].strip()
-        raise VersionMismatch(
-            f"no python {'.'.join(map(str, OLDEST_PYTHON))} or newer was found{f' ({seen})' if seen else ''}",
-            host=remote.name,
-            hint="install one there, or name it in the hosts file: python=/path/to/python3",
-        )
-    answer = _read_answer(remote, done.stdout, done.stderr, done.code)
+    answer = _ask(remote, list_bases(task.host), "survey", request, SURVEY_S)
     _refuse_error(remote, answer)
     _check_survey(remote, task, answer)
     return answer
+
+
+def _ask(
+    remote: Remote, pythons: Sequence[str], command: str, request: Mapping[str, Any], timeout_s: float
+) -> dict[str, Any]:
+    return ask(remote, pythons, "files", request, timeout_s=timeout_s, oldest=OLDEST_PYTHON, command=command)
 
 
 def _check_survey(remote: Remote, task: HostTask, answer: dict[str, Any]) -> None:
@@ -320,15 +289,6 @@ def _check_survey(remote: Remote, task: HostTask, answer: dict[str, Any]) -> Non
     named = {*found.missing, *found.kept, *found.corrupt}
     if min(sizes) < 0 or not named <= task.files.keys() or {*found.missing} & {*found.kept}:
         raise CommandFailed("its python gave an answer that makes no sense", host=remote.name)
-
-
-def _read_answer(remote: Remote, stdout: bytes, stderr: bytes, code: int) -> dict[str, Any]:
-    for line in stdout.split(b"\n"):
-        answer = parse_answer(line)
-        if answer is not None:
-            return answer
-    said = stderr.decode("utf-8", "replace").strip().split("\n")[-1]
-    raise CommandFailed(f"its python gave no answer: {said or f'exit code {code}'}", host=remote.name)
 
 
 def _refuse_error(remote: Remote, answer: Mapping[str, Any]) -> None:
@@ -369,10 +329,7 @@ def _prepare_python(remote: Remote, task: HostTask, found: Mapping[str, Any], on
     root = found["root"]
     steps = _list_steps(task, found)
     request = {"lock": f"{root}/env.lock", "stamp": [f"{root}/{STAMP}", task.stamp], "steps": list(steps.values())}
-    argv = [remote.python, "-c", node_text(), "install"]
-    stdin = json.dumps(request).encode() + b"\n"
-    done = remote.run(argv, stdin=stdin, timeout_s=PIP_S, check=False, leash=True)
-    answer = _read_answer(remote, done.stdout, done.stderr, done.code)
+    answer = _ask(remote, (remote.python,), "install", request, PIP_S)
     if answer.get("error") == "step":
         failure = read_failure(answer, remote.name)
         raise _step_error(remote, task, dict(enumerate(steps)).get(failure.step, ""), failure)

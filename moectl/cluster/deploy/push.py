@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moectl.cluster.deploy.relay import Admit, Giver, Joined, More, Opened, TakeFrom, Taker, Up, Wants
 from moectl.errors import MoectlError, Unreachable
-from moectl.hosts.remote import Remote, node_text
+from moectl.hosts.remote import Remote, read_program
 from moectl.model import manifest as manifest_file
 from moectl.model.manifest import FileEntry
 
@@ -273,4 +273,4 @@ def record(remote: Remote, directory: str, files: Mapping[str, str]) -> None:
     request = json.dumps({"directory": directory, "files": files}).encode()
     # Unrecorded files cost a re-hash next time, nothing else: do not hide the error that got us here.
     with contextlib.suppress(MoectlError):
-        remote.run([remote.python, "-c", node_text(), "record"], stdin=request, check=False)
+        remote.run([remote.python, "-c", read_program("files"), "record"], stdin=request, check=False)

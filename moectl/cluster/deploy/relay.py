@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moectl.errors import MoectlError, Unreachable
-from moectl.hosts.onhost.files import parse_answer
+from moectl.hosts.onhost.prelude import parse_answer
 from moectl.hosts.onhost.relay import BEAT_S, Address
 from moectl.hosts.remote import Process, Remote
 from moectl.model.manifest import FileEntry

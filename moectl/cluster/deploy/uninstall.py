@@ -1,6 +1,6 @@
 """Remove from hosts what moectl put there: `deploy`'s other half. It asks nobody whether that is wished.
 
-What is moectl's on a host is for `node_clear` to say, whether a worker runs there for `node_workers`.
+What is moectl's on a host is for `onhost.clear` to say, whether a worker runs there for `onhost.workers`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import posixpath
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from moectl.errors import CommandFailed, MoectlError, StateError
@@ -66,11 +67,10 @@ def _own_sets() -> list[str]:
 
 
 def _clear(host: Host, keep: Sequence[str], dry_run: bool) -> Cleared:
-    remote = make_remote(host)
     root = host.dir or ROOT
     # The environment's own python last: it goes with the rest.
     pythons = (*list_pythons(host), *([] if host.is_local else [f"{root}/env/bin/python"]))
-    try:
+    with closing(make_remote(host)) as remote:
         running = _find_running(remote, pythons, root)
         if running:
             time.sleep(ENDING_S)  # one that has just been stopped is on its way out
@@ -81,8 +81,6 @@ def _clear(host: Host, keep: Sequence[str], dry_run: bool) -> Cleared:
             raise StateError(f"a worker runs there (process {pids})", host=host.address, hint=hint)
         request = {"root": root, "keep": list(keep) if host.is_local else [], "dry_run": dry_run}
         answer = ask(remote, pythons, "clear", request, timeout_s=CLEAR_S)
-    finally:
-        remote.close()
     if answer["busy"]:
         raise StateError(answer["busy"], host=host.address, hint="wait for the other deploy to end")
     error = None

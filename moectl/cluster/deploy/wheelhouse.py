@@ -27,10 +27,10 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from moectl.cluster.deploy.provision import PIP_S
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
 from moectl.files import explain_refusal, write_whole
-from moectl.hosts.connect import ROOT, make_remote, on_each
+from moectl.hosts.connect import make_remote, on_each
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import hash_file
-from moectl.hosts.programs import CANDIDATES, OLDEST_PYTHON, ask
+from moectl.hosts.programs import OLDEST_PYTHON, ask, list_bases
 from moectl.hosts.remote import LocalRemote
 
 LIST = "requirements.txt"
@@ -70,13 +70,8 @@ def ask_platforms(hosts: Sequence[Host]) -> list[Platform]:
 
 
 def _ask_platform(host: Host) -> Platform:
-    remote = make_remote(host)
-    # The interpreter that `provision` will make the environment of.
-    pythons = (host.python,) if host.python else (f"{host.dir or ROOT}/env/bin/python", *CANDIDATES)
-    try:
-        answer = ask(remote, pythons, "platform", {}, timeout_s=ASK_S, oldest=OLDEST_PYTHON)
-    finally:
-        remote.close()
+    with contextlib.closing(make_remote(host)) as remote:
+        answer = ask(remote, list_bases(host), "platform", {}, timeout_s=ASK_S, oldest=OLDEST_PYTHON)
     try:
         return make_platform(answer)
     except VersionMismatch as error:
@@ -84,7 +79,7 @@ def _ask_platform(host: Host) -> Platform:
 
 
 def make_platform(answer: Mapping[str, Any]) -> Platform:
-    """Return the platform that `node_platform` describes. Raises VersionMismatch for one without wheels."""
+    """Return the platform that `onhost.platform` describes. Raises VersionMismatch for one without wheels."""
     if answer["implementation"] != "cpython":
         raise VersionMismatch(f"its python is {answer['implementation']}, and there are wheels for cpython only")
     machine = answer["machine"]

@@ -7,8 +7,6 @@ It decides what is looked at and when to stop waiting; what is seen is `doctor_h
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ from moectl.cluster.doctor.host import Expected, Visit, visit_host
 from moectl.cluster.doctor.pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
 from moectl.cluster.probe import Site, is_next, try_links
 from moectl.errors import HostsError, MoectlError, VersionMismatch
-from moectl.hosts.connect import make_remote
+from moectl.hosts.connect import make_remote, run_at_once
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.thunderbolt import parse_ifconfig
 from moectl.model.manifest import Manifest, read_manifest
@@ -105,7 +103,7 @@ def diagnose(
     expected = expect(where, deployed)
     visits = [Visit(host, rank, make_remote(host)) for rank, host in enumerate(where.hosts)]
     say(f"Looking at {', '.join(host.address for host in where.hosts)}")
-    in_time = run_limited([_climb(visit, expected) for visit in visits], HOST_S)
+    in_time = run_at_once([_climb(visit, expected) for visit in visits], HOST_S)
     found = _Found()
     # A visit that is still under way may go on writing: what it has so far is what counts.
     reports = [_report(visit, done) for visit, done in zip(visits, in_time, strict=True)]
@@ -143,17 +141,6 @@ def expect(where: HostList, deployed: Deployment | None) -> Expected:
         among_others=len(where.hosts) > 1,
         deploy=f"moectl deploy {where.source}" if is_file else "moectl deploy",
     )
-
-
-def run_limited(tasks: Sequence[Callable[[], None]], limit_s: float) -> list[bool]:
-    """Run all tasks at once; return which ended within the time. The others are left to themselves."""
-    threads = [threading.Thread(target=task, daemon=True) for task in tasks]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + limit_s
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
-    return [not thread.is_alive() for thread in threads]
 
 
 def _climb(visit: Visit, expected: Expected) -> Callable[[], None]:
@@ -223,7 +210,7 @@ def _find_sites(where: HostList, visits: Sequence[Visit], found: _Found) -> dict
                 sites[visit.rank] = Site(visit.host, visit.remote, visit.python or "", own, env)
             return
 
-    if run_limited([ask], LINKS_S)[0]:
+    if run_at_once([ask], LINKS_S)[0]:
         return sites
     found.cluster.append(fail("links", f"no answer within {LINKS_S:g} s", "run it again; look at the hosts' load"))
     return {}
@@ -245,7 +232,7 @@ def _look_at_links(
     def needed(here: int, there: int) -> bool:
         return not ring or is_next(visits[here].rank, visits[there].rank, len(where.hosts))
 
-    run_limited([try_all], LINKS_S + MORE_LINKS_S * len(sites))
+    run_at_once([try_all], LINKS_S + MORE_LINKS_S * len(sites))
     judged = judge_links(sites, collected.all(), mac=lambda place: _is_mac(visits[place]), needed=needed)
     for pair, findings in judged.items():
         found.pairs[Pair(visits[pair.a].rank, visits[pair.b].rank)] = findings
@@ -265,7 +252,7 @@ def _add_up(where: HostList, by_rank: dict[int, tuple[Visit, Site]], found: _Fou
                 findings.append(skip("collective", f"no sum was tried: {why}"))
                 continue
             tasks.append((pair, _sum_over(pair, by_rank, backend, findings)))
-        done = run_limited([task for _, task in tasks], COLLECTIVE_S)
+        done = run_at_once([task for _, task in tasks], COLLECTIVE_S)
         for (pair, _), in_time in zip(tasks, done, strict=True):
             if not in_time:
                 fix = "moectl doctor --fast leaves it out; look at the hosts' load"

@@ -28,9 +28,9 @@ from moectl.hosts.ssh.config import SSHSettings, read_ssh_settings
 from moectl.hosts.survey import Survey, parse_sshd, survey_host
 from moectl.model.manifest import Manifest
 from moectl.planner.chips import find_chip
-from moectl.planner.memory import Verdict, judge, rank_need
+from moectl.planner.memory import Verdict, judge
 from moectl.planner.questions import PlanOptions, known_node
-from moectl.planner.this_machine import CONTEXT
+from moectl.planner.this_machine import least_need
 from moectl.text import format_gb
 
 PING_S = 15.0  # for a login shell to run `true`
@@ -310,10 +310,7 @@ def check_memory(host: Host, rank: int, survey: Survey, manifest: Manifest | Non
     node = known_node(host, PlanOptions(found={host.name: replace(hardware, in_use_bytes=used)}))
     if manifest is None or node is None or rank >= manifest.world_size:
         return ok("memory", f"{what}, {(hardware.in_use_bytes or 0) / _GIB:.1f} GiB in use", **values)
-    context = min(CONTEXT, manifest.geometry.max_seq_len)
-    need = rank_need(
-        manifest.placement, manifest.quantization, rank, context=context, dtype_bytes=node.dtype_bytes
-    ).total
+    need = least_need(manifest.placement, manifest.quantization, [rank], node.dtype_bytes)
     budget = node.memory.budget
     sizes = f"{what}; {manifest.name} needs {need / 1e9:.1f} GB of {budget / 1e9:.1f} GB usable"
     values |= {"need_bytes": need, "usable_bytes": budget}

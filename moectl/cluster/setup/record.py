@@ -7,7 +7,6 @@ command that was begun and whose end is not known counts as run. It runs nothing
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl.errors import StateError
-from moectl.files import sync_directory
+from moectl.files import append_line, sync_directory, try_lock
 from moectl.paths import state_dir
 from moectl.records import build
 
@@ -76,11 +75,8 @@ class Record:
         self._entries.pop(number, None)
 
     def _write(self, line: dict[str, Any]) -> None:
-        data = json.dumps(line, sort_keys=True).encode() + b"\n"
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-            os.fsync(self._fd)
+            append_line(self._fd, line)
         except OSError as error:
             raise StateError(f"cannot write {self.path}: {error.strerror}; nothing was run after that") from None
 
@@ -100,7 +96,9 @@ def open_record() -> Iterator[Record]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.parent.chmod(0o700)
-        fd = _lock(path)
+        fd = try_lock(path, mode=0o600)
+        if fd is None:
+            raise StateError("another moectl setup is running", hint="wait until it has finished")
         os.fchmod(fd, 0o600)
     except OSError as error:
         raise StateError(f"cannot write {path}: {error.strerror}", hint="is XDG_STATE_HOME writable?") from None
@@ -113,22 +111,6 @@ def open_record() -> Iterator[Record]:
                 path.unlink(missing_ok=True)
     finally:
         os.close(fd)
-
-
-def _lock(path: Path) -> int:
-    """Return the file, open and held against a second `setup`. Raises StateError, OSError."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_ino == path.stat().st_ino:
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            raise StateError("another moectl setup is running", hint="wait until it has finished") from None
-        except FileNotFoundError:
-            pass
-        os.close(fd)  # its last holder removed the name meanwhile
 
 
 def read_record() -> tuple[RecordedCommand, ...]:

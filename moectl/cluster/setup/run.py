@@ -7,7 +7,6 @@ by its stdin if it wants one, never as an argument.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from moectl.cluster.setup.machine import Machine, read_machine
 from moectl.cluster.setup.plan import SetupPlan, Step
 from moectl.cluster.setup.record import Record, RecordedCommand
 from moectl.errors import AuthFailed, CommandFailed, HostError, MoectlError, PartialFailure
-from moectl.hosts.connect import make_remote
+from moectl.hosts.connect import make_remote, on_each, take_all
 from moectl.hosts.hostfile import Host, parse_host_string
 from moectl.hosts.remote import Completed, Remote, check_completed
 from moectl.hosts.survey import survey_host
@@ -56,35 +55,14 @@ def open_remotes(hosts: Sequence[Host]) -> Iterator[list[Remote]]:
 
 def look(hosts: Sequence[Host], remotes: Sequence[Remote]) -> tuple[Machine, ...]:
     """Ask all hosts at once what they are. Raises the first host's error, with the names of the others."""
-    found: list[Machine | MoectlError | None] = [None] * len(hosts)
 
-    def ask(place: int) -> None:
-        host, remote = hosts[place], remotes[place]
-        try:
-            survey = survey_host(remote)
-            words = remote.run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode("utf-8", "replace").split()
-            found[place] = read_machine(host, survey, words[2] if len(words) == 4 and not host.is_local else None)
-        except MoectlError as error:
-            error.host = error.host or host.address
-            found[place] = error
-        except Exception as error:  # a bug met on one host must not leave a hole
-            found[place] = MoectlError(f"unexpected {type(error).__name__}: {error}", host=host.address)
+    def ask(place: int, host: Host) -> Machine:
+        survey = survey_host(remotes[place])
+        words = remotes[place].run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode("utf-8", "replace")
+        mine = words.split()
+        return read_machine(host, survey, mine[2] if len(mine) == 4 and not host.is_local else None)
 
-    # Daemons: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
-    threads = [threading.Thread(target=ask, args=(place,), daemon=True) for place in range(len(hosts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    _raise_first([one for one in found if isinstance(one, MoectlError)])
-    return tuple(one for one in found if isinstance(one, Machine))
-
-
-def _raise_first(errors: Sequence[MoectlError]) -> None:
-    if len(errors) > 1:
-        errors[0].message += f" (and {', '.join(str(error.host) for error in errors[1:])} cannot be used either)"
-    if errors:
-        raise errors[0]
+    return tuple(take_all(hosts, on_each(hosts, ask)))
 
 
 # sudo.

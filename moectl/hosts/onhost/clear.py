@@ -19,11 +19,11 @@ import os
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
-ANSWER = "moectl-node: "
+from moectl.hosts.onhost.prelude import end_with_stdin, tell
+
 RECORD = ".moectl-verified.json"
 MANIFEST = "moectl.json"
 STAMP = "moectl-env.json"
@@ -291,24 +291,16 @@ def noted(failed: list[str]) -> Iterator[None]:
         failed.append(f"{error.filename}: {error.strerror}")
 
 
-def _end_with_stdin() -> None:
-    while os.read(0, 1 << 12):
-        pass
-    os._exit(1)
-
-
 def _main() -> None:
     request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    end_with_stdin(lambda: os._exit(1))
     root = os.path.abspath(os.path.expanduser(request["root"]))
     plan = Removals(root, request["keep"])
     held: list[int] = []
     busy = find_busy(plan, held)
     failed = [] if busy or request["dry_run"] else remove(plan)
-    answer = {"root": root, "items": plan.items, "left": plan.left, "busy": busy, "failed": failed}
-    # Written in one piece; the thread above may still wait, so the end is not python's own.
-    os.write(1, f"\n{ANSWER}{json.dumps(answer)}\n".encode())
-    os._exit(0)
+    tell({"root": root, "items": plan.items, "left": plan.left, "busy": busy, "failed": failed})
+    os._exit(0)  # not python's own end: a thread may still wait for stdin
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-ANSWER = b"moectl-node: "
+from moectl.hosts.onhost.prelude import end_with_stdin, tell
+
 BLOCK_BYTES = 1 << 20
 IDLE_S = 600.0
 STALL_S = 120.0  # a sender that vanished without a word must not hold the lock for ever
@@ -200,7 +200,7 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _claim(root: str, place: str) -> None:
-    """Make the root and note that it was not there: what its owner made is not for `node_clear` to remove."""
+    """Make the root and note that it was not there: what its owner made is not for `clear` to remove."""
     with contextlib.suppress(OSError):  # what is wrong with it, the first file will tell
         _make_directory(root)
         write(os.path.join(root, MADE), place.encode("utf-8", "surrogateescape"))
@@ -404,7 +404,7 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         for index, argv in enumerate(request["steps"]):
-            # In our own process group, which `_end_with_stdin` ends.
+            # In our own process group, which ends with stdin.
             done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             if done.returncode:
                 said = done.stderr.decode("utf-8", "replace").strip()
@@ -498,11 +498,11 @@ def _receive_next() -> bool:
     path = os.path.expanduser(header["path"])
     _hold_directory(os.path.dirname(path) or ".")
     try:
-        receive(_read_stdin, path, header["bytes"], header["sha256"], lambda kept: _answer({"kept": kept}))
+        receive(_read_stdin, path, header["bytes"], header["sha256"], lambda kept: tell({"kept": kept}))
     except Mismatch as error:
-        _answer(describe_failure(error))
+        tell(describe_failure(error))
     else:
-        _answer({})
+        tell({})
     return True
 
 
@@ -529,29 +529,6 @@ def _read_stdin(count: int, timeout_s: float = STALL_S) -> bytes:
     return os.read(0, count) if ready else b""
 
 
-def _answer(value: dict[str, Any]) -> None:
-    # On a line of its own, whatever a login shell has left on the one before.
-    sys.stdout.buffer.write(b"\n" + ANSWER + json.dumps(value).encode() + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def parse_answer(line: bytes) -> dict[str, Any] | None:
-    """Return the answer on a line of output, None when the line is noise of the login shell."""
-    _, mark, text = line.rpartition(ANSWER)
-    try:
-        answer = json.loads(text) if mark else None
-    except (ValueError, RecursionError):
-        return None
-    return answer if isinstance(answer, dict) else None
-
-
-def _end_with_stdin() -> None:
-    """Wait for the end of stdin, which is our leash; then end this process group, pip and its children included."""
-    while os.read(0, 1 << 12):
-        pass
-    os.killpg(0, signal.SIGKILL)
-
-
 def _main(command: str) -> None:
     os.umask(0o077)  # what is here is its user's
     try:
@@ -561,13 +538,13 @@ def _main(command: str) -> None:
             while _receive_next():
                 pass
         elif command == "record":
-            _answer(record(json.loads(sys.stdin.buffer.read())))
+            tell(record(json.loads(sys.stdin.buffer.read())))
         else:
             request = json.loads(sys.stdin.buffer.readline())
-            threading.Thread(target=_end_with_stdin, daemon=True).start()
-            _answer(survey(request) if command == "survey" else install(request))
+            end_with_stdin(lambda: os.killpg(0, signal.SIGKILL))  # pip and its children included
+            tell(survey(request) if command == "survey" else install(request))
     except Exception as error:
-        _answer(describe_failure(error))
+        tell(describe_failure(error))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ import struct
 import sys
 import threading
 import time
-from typing import Any
 
-ANSWER = "moectl-links: "
+from moectl.hosts.onhost.prelude import end_with_stdin, tell
+
 WAIT_S = 3.0  # for anything that the other end does
 ROUND_TRIPS = 60
 WARM_UPS = 5
@@ -39,7 +39,7 @@ _MOST_BYTES = 1 << 28
 def listen(address: str, secret: str) -> None:
     """Serve whoever knows the secret, one after the other, until this process ends."""
     with socket.create_server((address, 0)) as server:
-        _tell({"port": server.getsockname()[1]})
+        tell({"port": server.getsockname()[1]})
         while True:
             client, _ = server.accept()
             with client:
@@ -146,16 +146,6 @@ def _swallow(peer: socket.socket, size: int) -> None:
         size -= got
 
 
-def _tell(answer: dict[str, Any]) -> None:
-    print(ANSWER + json.dumps(answer), flush=True)  # noqa: T201 - this program's only way to answer
-
-
-def _end_with_stdin() -> None:
-    while os.read(0, 1 << 12):
-        pass
-    os._exit(0)
-
-
 def _end_after(seconds: float) -> None:
     timer = threading.Timer(seconds, os._exit, (1,))
     timer.daemon = True
@@ -164,17 +154,17 @@ def _end_after(seconds: float) -> None:
 
 def _main(command: str) -> None:
     request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    end_with_stdin(lambda: os._exit(0))
     _end_after(request.pop("limit_s"))
     try:
         if command == "listen":
             listen(**request)
         else:
-            _tell(dial(**request))
+            tell(dial(**request))
     except OSError as error:
         # A timeout of python's own has no number. Numbers differ between systems, names do not.
         name = errno.errorcode.get(error.errno or 0, "ETIMEDOUT" if isinstance(error, TimeoutError) else "")
-        _tell({"error": error.strerror or str(error), "errno": name})
+        tell({"error": error.strerror or str(error), "errno": name})
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import json
 import os
 import re
 import select
-import sys
 import time
 from typing import Any
 
-ANSWER = "moectl-node: "
+from moectl.hosts.onhost.prelude import tell
+
 MOST_BYTES = 4_000_000  # of one file's past
 POLL_S = 0.2
 _BATCH = 500
@@ -151,26 +151,21 @@ def pick(lines: list[list[Any]], tail: int | None, since_s: float | None, now_s:
     return lines if tail is None else lines[max(0, len(lines) - tail) :]
 
 
-def _tell(answer: dict[str, Any]) -> None:
-    sys.stdout.write("\n" + ANSWER + json.dumps(answer) + "\n")
-    sys.stdout.flush()
-
-
 def _tell_lines(index: int, lines: list[list[Any]]) -> None:
     for start in range(0, len(lines), _BATCH):
-        _tell({"file": index, "lines": lines[start : start + _BATCH]})
+        tell({"file": index, "lines": lines[start : start + _BATCH]})
 
 
 def _tell_past(logs: list[Log], request: dict[str, Any]) -> None:
     for index, log in enumerate(logs):
         past = log.read_past()
         if past is None:
-            _tell({"file": index, "missing": True})
+            tell({"file": index, "missing": True})
             continue
         if not request["follow"]:
             past += log.rest()
         _tell_lines(index, pick(past, request["tail"], request["since_s"], time.time()))
-    _tell({"done": True})
+    tell({"done": True})
 
 
 def _follow(logs: list[Log]) -> None:
@@ -182,7 +177,7 @@ def _follow(logs: list[Log]) -> None:
             lines = log.read_new()
             more, lost = log.turn()
             if lost:
-                _tell({"file": index, "lost": True})
+                tell({"file": index, "lost": True})
             _tell_lines(index, lines + more)
 
 

@@ -8,13 +8,12 @@ Its text is sent to the host's own python (`python -c`), so it uses the standard
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
 from typing import Any
 
-ANSWER = "moectl-node: "
+from moectl.hosts.onhost.prelude import tell
 
 
 def describe() -> dict[str, Any]:
@@ -46,4 +45,4 @@ def describe() -> dict[str, Any]:
 
 if __name__ == "__main__":
     sys.stdin.readline()
-    sys.stdout.write("\n" + ANSWER + json.dumps(describe()) + "\n")
+    tell(describe())

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moectl.hosts.onhost import files as node
+from moectl.hosts.onhost.prelude import tell
 
 BEAT_S = 5.0  # whoever holds the leash sends a line at least this often
 SILENCE_S = 30.0  # hearing nothing for this long, we end: the operator's machine may have gone without a word
@@ -297,8 +298,7 @@ _telling = threading.Lock()
 
 def _tell(answer: dict[str, Any]) -> None:
     with _telling:
-        sys.stdout.buffer.write(b"\n" + node.ANSWER + json.dumps(answer).encode() + b"\n")
-        sys.stdout.buffer.flush()
+        tell(answer)
 
 
 def _serve(orders: Iterator[dict[str, Any]]) -> None:

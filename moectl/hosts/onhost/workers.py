@@ -18,7 +18,8 @@ import sys
 import time
 from typing import Any
 
-ANSWER = "moectl-node: "
+from moectl.hosts.onhost.prelude import tell
+
 WORDS = ["-m", "moectl", "worker"]  # with which every worker's command line ends
 PS = ["ps", "-axww", "-o", "pid=,rss=,etime=,command="]
 
@@ -116,13 +117,14 @@ def _main() -> None:
     request = json.loads(sys.stdin.buffer.readline())
     directory = request["directory"]
     workers = [{**worker, "own": _is_own(worker["pid"])} for worker in find_workers()]
-    answer = {
-        "system": sys.platform,
-        "deployed": bool(directory) and os.path.isfile(os.path.join(os.path.expanduser(directory), "moectl.json")),
-        "root": os.path.realpath(os.path.expanduser(request["root"])),
-        "workers": workers,
-    }
-    sys.stdout.write("\n" + ANSWER + json.dumps(answer) + "\n")
+    tell(
+        {
+            "system": sys.platform,
+            "deployed": bool(directory) and os.path.isfile(os.path.join(os.path.expanduser(directory), "moectl.json")),
+            "root": os.path.realpath(os.path.expanduser(request["root"])),
+            "workers": workers,
+        }
+    )
 
 
 if __name__ == "__main__":

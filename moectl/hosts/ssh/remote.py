@@ -21,13 +21,13 @@ import paramiko
 from moectl.errors import CommandFailed, IntegrityError, Unreachable
 from moectl.hosts.hostfile import Host
 from moectl.hosts.login_shell import ANNOUNCE, NOISE_BYTES, ShellError, encode_line, explain_shell, split_noise
-from moectl.hosts.onhost.files import parse_answer
+from moectl.hosts.onhost.prelude import parse_answer
 from moectl.hosts.remote import (
     Completed,
     check_completed,
-    node_text,
     put_error,
     read_failure,
+    read_program,
     refuse_unfit,
     source_size,
     timeout_error,
@@ -166,7 +166,7 @@ class SSHRemote:
             with contextlib.suppress(OSError, Unreachable, CommandFailed):  # idle for too long: start another
                 return *self._receiver, _offer(*self._receiver, header)
             self._drop_receiver()
-        channel = self._execute([self.python, "-c", node_text(), "receive"])
+        channel = self._execute([self.python, "-c", read_program("files"), "receive"])
         self._receiver = channel, _Answers(channel, self.name)
         try:
             return *self._receiver, _offer(*self._receiver, header)
