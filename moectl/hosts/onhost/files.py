@@ -405,9 +405,10 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
             os.unlink(path)
         for index, argv in enumerate(request["steps"]):
             # In our own process group, which `_end_with_stdin` ends.
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            # Debian's venv gives its reason on stdout.
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             if done.returncode:
-                said = done.stderr.decode("utf-8", "replace").strip()
+                said = done.stdout.decode("utf-8", "replace").strip()
                 raise StepFailed(index, done.returncode, said[-4000:])
         write(path, content.encode())
     return {}
