@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import paramiko
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -179,9 +180,9 @@ class AgentKey(paramiko.AgentKey):
         blob: bytes = self.blob
         return blob
 
-    def sign_ssh_data(self, data: bytes, algorithm: str | None = None) -> bytes:
+    def sign_ssh_data(self, data: Any, algorithm: str | None = None) -> Any:
         try:
-            return bytes(super().sign_ssh_data(data, algorithm))
+            return super().sign_ssh_data(data, algorithm)
         except (paramiko.SSHException, OSError):
             # An exception would end the connection; the host refuses this, and the next key has its turn, as in ssh.
             self.refused = True

@@ -22,7 +22,7 @@ from moectl.hosts.ssh.keywords import KeywordVerdict, find_set
 
 def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:
     """Offer the agent's keys, then those in files, in ssh's order. Raises AuthFailed."""
-    with _quote_banner(transport), contextlib.ExitStack() as opened:
+    with _quote_banner(transport) as heard, contextlib.ExitStack() as opened:
         identities = open_identities(settings, opened)
         tried: list[str] = []
         accepted: list[str] = []
@@ -30,6 +30,7 @@ def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:
             if offer.label not in tried:
                 tried.append(offer.label)
             more = _try_key(transport, settings, offer, tried)
+            heard.add(transport.get_banner())  # of this attempt: it comes once
             if more is None:
                 identities.note_refusal(offer)
             elif not more:
@@ -47,12 +48,14 @@ def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:
 
 
 @contextlib.contextmanager
-def _quote_banner(transport: paramiko.Transport) -> Iterator[None]:
+def _quote_banner(transport: paramiko.Transport) -> Iterator[set[bytes | None]]:
     """Add what the host says at its door, which may be why it stays closed."""
+    heard: set[bytes | None] = set()
     try:
-        yield
+        yield heard
     except AuthFailed as error:
-        said = " ".join((transport.get_banner() or b"").decode("utf-8", "replace").split())
+        heard.add(transport.get_banner())
+        said = " ".join(b" ".join(filter(None, heard)).decode("utf-8", "replace").split())
         if not said:
             raise
         raise AuthFailed(f"{error.message} The host says: {said[:200]}", host=error.host, hint=error.hint) from None
