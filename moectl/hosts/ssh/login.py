@@ -44,7 +44,7 @@ def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:
             raise _auth_error(settings, f"the host asks for a further key beside {', '.join(accepted)}")
         if transport.is_authenticated():  # a host that lets everyone in, as ssh would have noticed first
             return
-    raise _no_key_error(settings, tried, identities.left, methods)
+        raise _no_key_error(settings, tried, identities.left, methods)
 
 
 @contextlib.contextmanager
