@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from moectl.__main__ import cli
 from moectl.cli.options import Failed
 from moectl.demo import demo_dir
-from moectl.errors import PlanError
+from moectl.errors import MoectlError, PlanError
 from moectl.model.geometry import DBRX
 from moectl.model.manifest import Quantization
 from moectl.paths import data_dir
@@ -426,4 +426,6 @@ def test_what_a_hint_of_plan_says_is_planned(
         assert (result.exit_code == 0) is good, result.output
         if not good:
             assert isinstance(result.exception, Failed)
-            assert str(result.exception.error.hint).startswith(hint)
+            error = result.exception.error
+            assert isinstance(error, MoectlError)
+            assert str(error.hint).startswith(hint)
