@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from moectl.errors import CheckpointError, IntegrityError
+from moectl.errors import CheckpointError, IntegrityError, UsageError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024  # what Git LFS itself takes for one at most
@@ -19,13 +19,19 @@ _POINTER_BYTES = 1024  # what Git LFS itself takes for one at most
 def find_snapshot(directory: Path, revision: str | None = None) -> Path:
     """Return the snapshot that a directory models--OWNER--NAME of the cache, or its snapshots, stands for.
 
-    Any other directory is itself. Raises CheckpointError that names the snapshots when none is meant.
+    Any other directory is itself. Raises CheckpointError that names the snapshots when none is meant, UsageError for a
+    revision of another directory.
     """
     repository = directory.resolve()  # "." has no name
     if repository.name == "snapshots":
         repository = repository.parent
     snapshots = repository / "snapshots"
     if _repository_of(repository) is None or not snapshots.is_dir():
+        if revision is not None:
+            raise UsageError(
+                f"--revision {revision}: {directory} is a directory, which holds one revision only",
+                hint="leave --revision out, or name a repository of the Hub",
+            )
         return directory
     wanted = revision or "main"
     ref = repository / "refs" / wanted

@@ -400,3 +400,43 @@ def test_colour(choice: str, environment: dict[str, str], wanted: bool, monkeypa
         monkeypatch.setenv(name, value)
     with Path("/dev/null").open("w") as stream:
         assert colour_wanted(choice, stream) == wanted
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint", "right"),
+    [
+        ("shard tiny --dry-run", "use --nodes N or --hostfile FILE", "shard tiny --dry-run --nodes 2"),
+        ("shard tiny --dry-run", "use --nodes N or --hostfile FILE", "shard tiny --dry-run --hostfile two.txt"),
+        ("hosts", "write hosts.txt, or use --hosts a,b or --hostfile FILE", "hosts --hosts a,b"),
+        ("hosts", "write hosts.txt, or use --hosts a,b or --hostfile FILE", "hosts --hostfile two.txt"),
+        ("hosts --hostfile gone.txt", "check --hostfile", "hosts --hostfile two.txt"),
+        (
+            "hosts --mlx -H localhost:2222,10.0.0.2",
+            "put 'Port 2222' under a 'Host' alias in ~/.ssh/config and name the alias",
+            "hosts --mlx -H 10.0.0.1,10.0.0.2",
+        ),
+        (
+            "shard tiny -n 2 --dry-run --revision v2",
+            "leave --revision out, or name a repository of the Hub",
+            "shard tiny -n 2 --dry-run",
+        ),
+        (
+            "shard tiny -n 2 --dry-run --q-bits 4 --q-group-size 128",
+            "--q-group-size 32",
+            "shard tiny -n 2 --dry-run --q-bits 4 --q-group-size 32",
+        ),
+        ("shard tiny -n 2 -o full", "choose a new directory with -o", "shard tiny -n 2 -o new"),
+    ],
+)
+def test_what_the_hint_of_a_refused_command_says_is_done(
+    wrong: str, hint: str, right: str, call: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MOECTL_HOSTFILE", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    Path("two.txt").write_text("mac1 ip=10.0.0.1\nmac2 ip=10.0.0.2\n")
+    Path("full").mkdir()
+    Path("full/letter.txt").write_text("mine")
+    code, _, err = call(*wrong.split())
+    assert code != 0
+    assert f"Hint: {hint}\n" in err
+    assert call(*right.split())[0] == 0

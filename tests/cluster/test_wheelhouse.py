@@ -159,8 +159,9 @@ def test_a_wheelhouse_for_two_systems_is_built_and_checked(index: Path, tmp_path
     with pytest.raises(IntegrityError, match=r"moe_metal.* is not the file"):
         check(house)
     metal.unlink()
-    with pytest.raises(IntegrityError, match="has gone"):
+    with pytest.raises(IntegrityError, match="has gone") as caught:
         check(house)
+    assert str(caught.value.hint).startswith(f"fetch it again: rm -f {metal}, then --wheelhouse-build; or remove ")
     build(house, [make_platform(MAC)], {})  # fetches it again
     assert metal.read_bytes() == content
     check(house)

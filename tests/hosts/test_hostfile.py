@@ -15,6 +15,8 @@ from mlx._distributed_utils.common import Hostfile
 
 from moectl.errors import HostsError
 from moectl.hosts.hostfile import (
+    BACKENDS,
+    KEYS,
     Host,
     HostList,
     find_hosts,
@@ -397,3 +399,56 @@ LISTS = st.lists(
 @given(LISTS)
 def test_every_host_list_survives_being_written_and_read(hosts: HostList) -> None:
     assert parse_hosts(format_hosts(hosts)).hosts == hosts.hosts
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint", "right"),
+    [
+        ("mac1 memory=much", "write for example 120GB (10^9) or 112GiB (2^30)", "mac1 memory=120GB"),
+        ("mac1 memory=0GB", "write for example 120GB (10^9) or 112GiB (2^30)", "mac1 memory=112GiB"),
+        ("mac1 memory=96", "did you mean 96GB?", "mac1 memory=96GB"),
+        ("mac1 python=-c", "write python=./-c", "mac1 python=./-c"),
+        ("mac1 price=cheap", "write price=3999", "mac1 price=3999"),
+        ("!ada@mac1", "write user@host", "ada@mac1"),
+        ("mac1 ip=mac1.local", "write ip=10.0.0.1 or ip=10.0.0.1,10.0.1.1", "mac1 ip=10.0.0.1,10.0.1.1"),
+        ("mac1\nmac1", "each host is one rank: list it once", "mac1"),
+        ("# none", "write one host per line", "mac1"),
+        ("mac1 size=1", f"keys are {', '.join(KEYS)}", "".join(["mac1 ", *(f"{key}=1 " for key in ("price", "dir"))])),
+        (
+            "mac1 rdma=rdma_en2\nmac2",
+            "one entry per rank in list order, '-' for the host itself",
+            "mac1 rdma=-,rdma_en2\nmac2",
+        ),
+        ("mac1 rdma=rdma_en2,-\nmac2", "write '-' there", "mac1 rdma=-,-\nmac2"),
+        (
+            "mac1 rdma=-,rdma_en2+\nmac2",
+            "write rdma=-,rdma_en2 or rdma=-,rdma_en2+rdma_en3",
+            "mac1 rdma=-,rdma_en2+rdma_en3\nmac2",
+        ),
+        ('{"ranks": []}', '{"hosts": [{"ssh": "mac1", "ips": []}]}', '{"hosts": [{"ssh": "mac1", "ips": []}]}'),
+        (
+            '{"backend": "mpi2", "hosts": [{"ssh": "mac1"}]}',
+            f"MLX knows {', '.join(BACKENDS[2:])}",
+            f'{{"backend": "{BACKENDS[-1]}", "hosts": [{{"ssh": "mac1"}}]}}',
+        ),
+        ('{"hosts": ["mac1"]}', 'write each host as {"ssh": "mac1", "ips": []}', '[{"ssh": "mac1", "ips": []}]'),
+        (
+            '[["mac1", 5000]]',
+            'write each host as {"ssh": "mac1", "ips": ["10.0.0.1"]}',
+            '[{"ssh": "mac1", "ips": ["10.0.0.1"]}]',
+        ),
+        ('[["10.0.0.1:port"]]', 'write for example "10.0.0.1:5000"', '[["10.0.0.1:5000"]]'),
+    ],
+)
+def test_what_a_hint_says_to_write_is_taken(wrong: str, hint: str, right: str) -> None:
+    with pytest.raises(HostsError) as refused:
+        parse_hosts(wrong)
+    assert refused.value.hint == hint
+    assert parse_hosts(right).hosts
+
+
+def test_what_the_hint_for_an_empty_name_says_is_taken() -> None:
+    with pytest.raises(HostsError) as refused:
+        parse_host_string("mac1,,mac2")
+    assert refused.value.hint == "write --hosts mac1,mac2"
+    assert len(parse_host_string("mac1,mac2").hosts) == 2

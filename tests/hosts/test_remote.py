@@ -545,7 +545,7 @@ def test_a_wrong_key_is_an_authentication_error(sshd: Server, tmp_path: Path) ->
     alias = sshd.add_alias("node0", *usual_lines(sshd, wrong), base=False)
     error = fails(AuthFailed, Host(alias))
     assert error.message == f"cannot log in as {sshd.user}: no key was accepted (tried id_wrong)."
-    assert error.hint == f"ssh-copy-id {sshd.user}@node0"
+    assert error.hint == f"ssh-copy-id -i {wrong} {sshd.user}@node0"
 
 
 def usual_lines(sshd: Server, key: Path, *extra: str) -> tuple[str, ...]:
@@ -624,6 +624,33 @@ def test_what_is_no_ssh_server_is_unreachable(sshd: Server) -> None:
         thread.start()
         fails(Unreachable, Host(sshd.add_alias("web", "ConnectTimeout 3", port=listener.getsockname()[1])))
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"Exceeded MaxStartups\r\n", "it does not greet as an SSH server: Exceeded MaxStartups"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it does not greet as an SSH server: HTTP/1.1 400 Bad Request"),
+        (b"", "it hung up before it greeted"),
+    ],
+)
+def test_what_is_said_in_place_of_a_greeting_is_told(sshd: Server, said: bytes, reason: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(said)
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(100)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        error = fails(Unreachable, Host(sshd.add_alias("full", port=listener.getsockname()[1])))
+        thread.join()
+    assert error.message == f"cannot connect: {reason}"
 
 
 def test_a_name_without_an_address_is_unreachable(sshd: Server) -> None:

@@ -266,3 +266,96 @@ def test_other_ways_to_log_in_are_named_when_no_key_opens(server: Server, tmp_pa
     error = refused(server, add(server, tmp_path / "wrong", "GSSAPIAuthentication yes", f"ControlPath {tmp_path}/c"))
     assert "GSSAPI" not in error.message  # the host does not offer it
     assert "ControlPath" not in error.message  # no ssh holds a connection there
+
+
+def test_an_agent_that_does_not_sign_leaves_the_next_key(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = make(tmp_path / "held", "-t", "ed25519")
+    accept(server, held)
+    monkeypatch.setenv("SSH_ASKPASS", "/bin/false")  # the person who is asked says no
+    with run_agent() as agent:
+        environ = {**os.environ, "SSH_AUTH_SOCK": str(agent)}
+        subprocess.run(["ssh-add", "-q", "-c", str(held)], env=environ, check=True, capture_output=True)
+        lines = (f"IdentityAgent {agent}", "IdentitiesOnly no")
+        both_get_in(server, server.add_alias("node0", *usual(server, server.key, *lines), base=False))
+        server.config.write_text("")
+        error = refused(server, add(server, f"{held}.pub", f"IdentityAgent {agent}"))
+        assert "the agent did not sign with" in error.message
+        subprocess.run(["ssh-add", "-q", str(held)], env=environ, check=True, capture_output=True)
+        both_get_in(server, "node0")
+
+
+def test_a_host_that_wants_two_keys_gets_two(tmp_path: Path) -> None:
+    with run_sshd(tmp_path / "sshd", "AuthenticationMethods publickey,publickey") as server:
+        second = make(tmp_path / "second", "-t", "ed25519")
+        error = refused(server, add(server, server.key))
+        assert "the host asks for a further key beside id_test" in error.message
+        accept(server, second)
+        server.config.write_text("")
+        both_get_in(server, add(server, server.key, f"IdentityFile {second}"))
+
+
+def type_there(tmp_path: Path, server: Server) -> dict[str, str]:
+    """Return an environment in which ssh-copy-id gets in as by a password: with a key that the host knows."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / ".ssh").mkdir()
+    by_hand = tmp_path / "by_hand"
+    by_hand.write_text("Host *\n  " + "\n  ".join(usual(server, server.key)) + "\n")
+    program = tmp_path / "bin" / "ssh"
+    program.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *=publickey*) echo "Permission denied (publickey)." >&2; exit 255;; esac\n'
+        f'exec {shutil.which("ssh")} -F {by_hand} "$@"\n'
+    )
+    program.chmod(0o755)
+    return {**os.environ, "HOME": str(tmp_path), "PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("there", ["no key", "a key", "a key without its public one"])
+def test_the_hint_of_a_key_that_is_not_accepted_makes_and_copies_the_one_that_is_offered(
+    tmp_path: Path, there: str
+) -> None:
+    home, key = tmp_path / "home", tmp_path / "my keys" / "mac"
+    home.mkdir()
+    key.parent.mkdir()
+    with run_sshd(
+        tmp_path / "sshd",
+        f"SetEnv HOME={home}",
+        f"AuthorizedKeysFile {home}/.ssh/authorized_keys {tmp_path}/sshd/authorized_keys",
+    ) as server:
+        if there != "no key":
+            make(key, "-t", "ed25519")
+        if there == "a key without its public one":
+            Path(f"{key}.pub").unlink()
+        error = refused(server, add(server, f'"{key}"'))
+        assert error.hint is not None
+        command = error.hint.replace(", then ", " && ").replace("-t ed25519", "-t ed25519 -q -N ''")
+        subprocess.run(command, shell=True, env=type_there(tmp_path, server), check=True, capture_output=True)
+        both_get_in(server, "node0")
+
+
+def test_the_hint_where_the_configuration_offers_no_key_mends_it(server: Server) -> None:
+    error = refused(server, add(server, "none"))
+    assert error.hint == "remove 'IdentityFile none' for this host (~/.ssh/config)"
+    server.config.write_text(server.config.read_text().replace("IdentityFile none", f"IdentityFile {server.key}"))
+    both_get_in(server, "node0")
+
+
+def test_what_the_host_says_at_its_door_is_told_when_no_key_opens_it(tmp_path: Path) -> None:
+    said = tmp_path / "banner"
+    said.write_text("  Accounts of this cluster:\n  ask ada\n")
+    with run_sshd(tmp_path / "sshd", "AllowUsers nobody", f"Banner {said}") as server:
+        error = refused(server, add(server, server.key))
+        assert error.message.endswith("(tried id_test). The host says: Accounts of this cluster: ask ada")
+
+
+def test_a_name_without_an_address_of_the_family_names_it_and_the_hint_mends_it(server: Server) -> None:
+    error = both_refuse(server, add(server, server.key, "AddressFamily inet6"))
+    assert (
+        error.message
+        == "127.0.0.1 has no known address of AddressFamily inet6: Address family for hostname not supported"
+    )
+    assert error.hint == "remove AddressFamily from ~/.ssh/config for this host, or give it another HostName there"
+    server.config.write_text(server.config.read_text().replace("AddressFamily inet6", ""))
+    both_get_in(server, "node0")

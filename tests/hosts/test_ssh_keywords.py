@@ -317,3 +317,26 @@ def test_what_set_env_and_send_env_send_arrives(tmp_path: Path, monkeypatch: pyt
         assert remote.run(["sh", "-c", show]).stdout == theirs.stdout == b"from here,1=2\n"
         assert remote.run(["sh", "-c", "echo $LC_ALL"]).stdout == b"\n"  # the language of this terminal stays here
         remote.close()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint", "right"),
+    [
+        ("BindAddress 192.0.2.1", "correct BindAddress in ~/.ssh/config", "BindAddress 127.0.0.1"),
+        ("IdentityFile ~/.ssh/%Z", "correct IdentityFile in ~/.ssh/config; a percent sign", "IdentityFile ~/.ssh/%%Z"),
+        ("IdentityFile ${MOE_NO}/key", "set it, or correct IdentityFile", "IdentityFile ~/.ssh/key"),
+        (
+            "HostKeyAlgorithms rsa-sha2-512",
+            "add ssh-ed25519 to HostKeyAlgorithms in ~/.ssh/config",
+            "HostKeyAlgorithms rsa-sha2-512,ssh-ed25519",
+        ),
+        ("ProxyCommand false", "this has to greet with SSH-2.0: false", "ProxyCommand none"),
+        ("KnownHostsCommand /bin/false", "correct KnownHostsCommand in ~/.ssh/config", "KnownHostsCommand /bin/true"),
+        ("Port many", "mend ", "Compression no"),
+    ],
+)
+def test_what_a_hint_about_the_configuration_says_mends_it(sshd: Server, wrong: str, hint: str, right: str) -> None:
+    error = both_refuse(sshd, sshd.add_alias("node0", wrong))
+    assert str(error.hint).startswith(hint)
+    sshd.config.write_text("")
+    both_get_in(sshd, sshd.add_alias("node0", right))

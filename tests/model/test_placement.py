@@ -114,3 +114,23 @@ def test_what_cannot_work_is_refused_with_what_can(
 def test_copies_that_cannot_be(split: str, nodes: int, more: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         make_placement(DBRX, split, nodes, **more)
+
+
+def test_the_split_that_a_hint_names_works() -> None:
+    small = geometry(n_heads=4, kv_n_heads=4, n_experts=4, ffn_hidden=192)
+    many: dict[str, Any] = {"replicas": 2}
+    often: dict[str, Any] = {"frequencies": [1.0, 2.0, 3.0, 4.0]}
+    odd: dict[str, Any] = {"group_size": 100}
+    cases: list[tuple[str, int, dict[str, Any], str]] = [
+        ("tensor", 3, {}, "--split hidden works on any number of nodes"),
+        ("hidden", 2, many, "--split experts"),
+        ("layers", 2, often, "--split experts"),
+        ("hidden", 2, odd, "choose another --q-group-size, or --split experts"),
+    ]
+    for split, nodes, options, hint in cases:
+        with pytest.raises(PlanError) as refused:
+            make_placement(small, split, nodes, **options)
+        assert refused.value.hint == hint
+        named = "hidden" if "hidden" in hint else "experts"
+        make_placement(small, named, nodes, **options)
+    make_placement(small, "hidden", 2, group_size=64)

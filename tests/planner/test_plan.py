@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from moectl.__main__ import cli
 from moectl.cli.options import Failed
 from moectl.demo import demo_dir
-from moectl.errors import PlanError
+from moectl.errors import MoectlError, PlanError
 from moectl.model.geometry import DBRX
 from moectl.model.manifest import Quantization
 from moectl.paths import data_dir
@@ -388,3 +388,44 @@ def test_a_model_known_by_name_is_refused_before_it_is_looked_for(tmp_path: Path
     result = CliRunner().invoke(cli, ["shard", "databricks/dbrx-instruct", "--hostfile", str(hosts), "--dry-run"])
     assert isinstance(result.exception, Failed)
     assert "the model does not fit: a needs" in str(result.exception.error)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint", "right"),
+    [
+        ("-H a --chip m7 --memory 32GB", "chips are ", "-H a --chip m2-ultra --memory 192GB"),
+        (
+            "-H a --chip m2-ultra",
+            "write memory=… in the hosts file (",
+            "-H a --chip m2-ultra --memory 192GB",
+        ),
+        (
+            "-H a --memory 192GB",
+            "write 'a chip=m2-ultra memory=192GB' in the hosts file, use --chip, or --probe to ask it",
+            "--hostfile told.txt",
+        ),
+        (
+            "-H a --chip m2-ultra --memory 192GB --ctx 99999",
+            "--ctx 32768",
+            "-H a --chip m2-ultra --memory 192GB --ctx 32768",
+        ),
+        (
+            "-H a,b,c,d,e,f,g,h,i --chip m4 --memory 32GB --split tensor",
+            "--split hidden works on any number of nodes",
+            "-H a,b,c,d,e,f,g,h,i --chip m4 --memory 32GB --split hidden",
+        ),
+    ],
+)
+def test_what_a_hint_of_plan_says_is_planned(
+    wrong: str, hint: str, right: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("told.txt").write_text("a chip=m2-ultra memory=192GB\n")
+    for words, good in ((wrong, False), (right, True)):
+        result = plan(*words.split(), "--q-bits", "4")
+        assert (result.exit_code == 0) is good, result.output
+        if not good:
+            assert isinstance(result.exception, Failed)
+            error = result.exception.error
+            assert isinstance(error, MoectlError)
+            assert str(error.hint).startswith(hint)

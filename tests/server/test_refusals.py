@@ -257,3 +257,37 @@ def test_a_key_may_come_under_either_name(site: Site, name: str) -> None:
         del http.headers["authorization"]
         value = f"Bearer {KEY}" if name == "authorization" else KEY
         assert http.get("/v1/models", headers={name: value}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "hint", "right"),
+    [
+        (CHAT, {"tools": [{}]}, 'leave it out, or send tool_choice "none"', {"tools": [{}], "tool_choice": "none"}),
+        (CHAT, {"tools": [{}]}, 'leave it out, or send tool_choice "none"', {}),
+        (CHAT, {"tool_choice": "required"}, "leave it out", {}),
+        (CHAT, {"response_format": {"type": "json_object"}}, "ask for the form in the prompt", {}),
+        (CHAT, {"modalities": ["audio"]}, "leave it out", {"modalities": ["text"]}),
+        (COMPLETIONS, {"best_of": 3}, "leave it out", {}),
+        (CHAT, {"model": "other"}, "ask for 'tiny', or for no model", {"model": "tiny"}),
+        (CHAT, {"model": "other"}, "ask for 'tiny', or for no model", {"model": None}),
+    ],
+)
+def test_what_a_hint_says_is_answered(path: str, wrong: dict[str, Any], hint: str, right: dict[str, Any]) -> None:
+    status, body, _ = ask(path, {**GOOD[path], **wrong})
+    assert (status // 100, body["error"]["hint"]) == (4, hint)
+    assert ask(path, {**GOOD[path], **right})[0] == 200
+
+
+def test_what_the_hint_about_a_body_says_is_answered() -> None:
+    _, body, _ = ask(CHAT, b"hello")
+    hint = body["error"]["hint"]
+    assert hint == 'send one JSON object, as {"messages": [{"role": "user", "content": "hello"}]}'
+    assert ask(CHAT, hint.partition(", as ")[2].encode())[0] == 200
+    good = json.dumps(GOOD[CHAT]).encode()
+    status, body, _ = ask(CHAT, good, content_type="text/plain")
+    assert (status, body["error"]["hint"]) == (415, "send the header Content-Type: application/json")
+    status, body, _ = ask(CHAT, good, content_encoding="gzip")
+    assert (status, body["error"]["hint"]) == (415, "send the body uncompressed")
+    status, body, headers = ask(CHAT, b"", method="PUT")
+    assert (status, body["error"]["hint"]) == (405, f"send {headers['allow']}")
+    assert ask(CHAT, good, content_type="application/json", method=headers["allow"].split(", ")[-1])[0] == 200

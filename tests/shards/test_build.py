@@ -528,8 +528,10 @@ def test_changed_source_is_refused_until_forced(tmp_path: Path, sources: dict[st
     cut(open_checkpoint(str(source)), tmp_path / "out")
     tiny.write_checkpoint(source, seed=1, **SHAPE)
     checkpoint = open_checkpoint(str(source))
-    with pytest.raises(UsageError, match="source is not as it was when"):
+    with pytest.raises(UsageError, match="source is not as it was when") as caught:
         cut(checkpoint, tmp_path / "out")
+    assert caught.value.hint == "make it again with --force, or choose another directory with -o"
+    cut(checkpoint, tmp_path / "other")
     cut(checkpoint, tmp_path / "out", force=True)
     weights = tiny.make_weights(checkpoint.geometry, seed=1)
     assert_equal(tmp_path / "out", expected(weights, place(checkpoint), Q4))
@@ -879,8 +881,9 @@ def test_unfinished_set_with_other_settings_is_refused(sources: dict[str, Path],
     checkpoint = open_checkpoint(str(sources["fused"]))
     with pytest.raises(KeyboardInterrupt):
         cut(checkpoint, tmp_path / "out", quantise=_interrupting(100_000))
-    with pytest.raises(UsageError, match=r"quantization \[4, 64, 'affine'\] there, \[8, 64, 'affine'\] now"):
+    with pytest.raises(UsageError, match=r"quantization \[4, 64, 'affine'\] there, \[8, 64, 'affine'\] now") as caught:
         cut(checkpoint, tmp_path / "out", quantization=Quantization(8, 64))
+    assert caught.value.hint == "choose another directory with -o, or start afresh with --force"
     cut(checkpoint, tmp_path / "out", quantization=Quantization(8, 64), force=True)
     cut(checkpoint, tmp_path / "fresh", quantization=Quantization(8, 64))
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError, Unreachable
+from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError, Unreachable, UsageError
 from moectl.model.geometry import read_geometry
 from moectl.model.manifest import Quantization
 from moectl.shards.checkpoint import Checkpoint, open_checkpoint, pull
@@ -397,6 +397,14 @@ def test_a_file_and_a_shard_set_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json") as caught:
         open_checkpoint(str(tmp_path))
     assert "config.json and the weights" in str(caught.value.hint)
+
+
+def test_a_revision_of_a_plain_directory_is_refused_and_the_hint_mends_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "dbrx", **SMALL)
+    with pytest.raises(UsageError, match=r"--revision v2: .* is a directory") as refused:
+        open_checkpoint(str(tmp_path / "dbrx"), revision="v2")
+    assert refused.value.hint == "leave --revision out, or name a repository of the Hub"
+    open_checkpoint(str(tmp_path / "dbrx")).close()
 
 
 def test_a_directory_that_changes_is_noticed(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ MANIFEST = manifest_file.NAME
 PACKAGES = ("moectl", "mlx", "mlx-lm")  # what has to be equal on every rank, or the ranks disagree
 STAMP = "env/moectl-env.json"
 PIP_S = 3600.0
+REASON_LETTERS = 400
 SURVEY_S = 3600.0  # --verify reads every byte
 CHECK = """
 import json, sys
@@ -376,7 +378,7 @@ def _list_steps(task: HostTask, found: Mapping[str, Any]) -> dict[str, list[str]
 
 
 def _step_error(remote: Remote, task: HostTask, step: str, failure: Failure) -> MoectlError:
-    said = failure.said.strip().split("\n")[-1] or f"exit code {failure.code}"
+    said = reason_of(failure.said) or f"exit code {failure.code}"
     match step:
         case "venv":
             hint = "its python needs venv and pip (Debian, Ubuntu: apt install python3-venv)"
@@ -384,4 +386,17 @@ def _step_error(remote: Remote, task: HostTask, step: str, failure: Failure) -> 
         case "check":
             return VersionMismatch(f"{said}, wanted {task.versions}", host=remote.name)
     hint = "no internet there? 'moectl deploy --wheelhouse wheels' fetches what it needs here, and brings it along"
+    if len(task.wheels) > 1:
+        hint = "add --wheelhouse-build: it fetches what the wheelhouse lacks"
+    if "No space left" in said or "Disk quota exceeded" in said:
+        hint = f"free space on {remote.name}, then run it again"
     return CommandFailed(f"pip: {said}", host=remote.name, hint=hint)
+
+
+def reason_of(said: str) -> str:
+    """Return why pip or venv failed: its error lines, else its last line; pip's notices come after them."""
+    if debian := re.search("The virtual environment was not created successfully because [^.]*", said):
+        return " ".join(debian[0].split())[:REASON_LETTERS]
+    lines = [line.strip() for line in said.split("\n") if line.strip() and not line.startswith("[notice]")]
+    errors = [line[len("error:") :].strip() for line in lines if line.lower().startswith("error:")]
+    return "; ".join(errors or lines[-1:])[:REASON_LETTERS]

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from moectl.cluster.deploy.provision import PIP_S
+from moectl.cluster.deploy.provision import PIP_S, reason_of
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
 from moectl.files import explain_refusal, write_whole
 from moectl.hosts.connect import make_remote, on_each
@@ -194,10 +194,9 @@ def _download(directory: Path, platform: Platform, requirements: Sequence[str]) 
     argv += [word for tag in platform.tags for word in ("--platform", tag)]
     done = LocalRemote().run([*argv, *requirements], timeout_s=PIP_S, check=False)
     if done.code:
-        said = [line for line in done.stderr.decode("utf-8", "replace").split("\n") if line.strip()]
-        reason = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else "no reason")
+        reason = reason_of(done.stderr.decode("utf-8", "replace")) or f"exit code {done.code}"
         raise CommandFailed(
-            f"pip cannot fetch what {platform} needs: {reason.removeprefix('ERROR: ')[:300]}",
+            f"pip cannot fetch what {platform} needs: {reason}",
             hint="internet is needed here, and pip (python -m ensurepip); or take a directory of wheels that has them",
         )
 

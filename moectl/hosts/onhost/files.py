@@ -404,10 +404,10 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         for index, argv in enumerate(request["steps"]):
-            # In our own process group, which ends with stdin.
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            # In our own process group, which ends with stdin. Debian's venv gives its reason on stdout.
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             if done.returncode:
-                said = done.stderr.decode("utf-8", "replace").strip()
+                said = done.stdout.decode("utf-8", "replace").strip()
                 raise StepFailed(index, done.returncode, said[-4000:])
         write(path, content.encode())
     return {}

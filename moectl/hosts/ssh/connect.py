@@ -46,7 +46,7 @@ def open_transport(
         opened.callback(transport.close)
         transport.banner_timeout = 2 * settings.connect_timeout_s  # start_client's time is up first, see below
         transport.auth_timeout = 30.0
-        _start(transport, settings, line.address)
+        _start(transport, settings, line)
         log_in(transport, settings)
         line.watch(transport)
     return transport
@@ -60,11 +60,12 @@ def _explain(settings: SSHSettings, through: tuple[str, ...]) -> Iterator[None]:
     try:
         yield
     except socket.gaierror as error:
-        raise Unreachable(
-            f"{settings.hostname} has no known address: {error.strerror}{way}",
-            host=name,
-            hint="check the name in the hosts file, or give it a HostName in ~/.ssh/config",
-        ) from None
+        hint, family = "check the name in the hosts file, or give it a HostName in ~/.ssh/config", ""
+        if (wanted := settings.values.get("addressfamily", "any")) != "any":
+            hint = "remove AddressFamily from ~/.ssh/config for this host, or give it another HostName there"
+            family = f" of AddressFamily {wanted}"
+        message = f"{settings.hostname} has no known address{family}: {error.strerror}{way}"
+        raise Unreachable(message, host=name, hint=hint) from None
     except ConnectionRefusedError:
         raise Unreachable(
             f"port {settings.port} refused the connection{way}",
@@ -182,6 +183,7 @@ class _Line:
         self._sock = sock
         direct = isinstance(sock, socket.socket) and sock.family in (socket.AF_INET, socket.AF_INET6)
         self.address = str(sock.getpeername()[0]) if direct else None
+        self.first = b""  # what it said first: SSH-2.0, or why it will not speak
         self._heard = math.inf  # not watched yet: until the login, paramiko has timeouts
 
     def __getattr__(self, name: str) -> Any:
@@ -208,6 +210,8 @@ class _Line:
             raise
         if self._heard != math.inf:
             self._heard = time.monotonic()
+        else:
+            self.first = (self.first + data)[:400]
         return data
 
     def send(self, data: bytes) -> int:
@@ -229,7 +233,7 @@ class _Line:
             raise ConnectionError(errno.EHOSTDOWN, f"nothing was heard for {DEAD_AFTER_S:g} s")
 
 
-def _start(transport: Transport, settings: SSHSettings, address: str | None) -> None:
+def _start(transport: Transport, settings: SSHSettings, line: _Line) -> None:
     """Do the key exchange and check the host key. Raises HostKeyError, HostError, Unreachable."""
     known = find_known_keys(settings)
     restrict(transport, known, settings)
@@ -238,9 +242,13 @@ def _start(transport: Transport, settings: SSHSettings, address: str | None) -> 
     except paramiko.SSHException:
         if found := nothing_in_common(transport, settings):
             raise found from None
+        if not transport.remote_version:
+            said = " ".join(line.first.decode("utf-8", "replace").split())[:200]
+            reason = f"it does not greet as an SSH server: {said}" if said else "it hung up before it greeted"
+            raise paramiko.SSHException(reason) from None
         raise
     if not transport.initial_kex_done:  # it returns when the time is up, and says nothing
         raise TimeoutError
     key = transport.get_remote_server_key()
     blob = getattr(key, "public_blob", None)
-    check_host_key(Shown(key, blob.key_blob if blob else None), known, settings, address)
+    check_host_key(Shown(key, blob.key_blob if blob else None), known, settings, line.address)

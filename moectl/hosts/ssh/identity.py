@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import paramiko
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -156,6 +157,15 @@ class Identities:
             self._leave(*_describe(path, data))
         return None
 
+    def note_refusal(self, offer: Offer) -> None:
+        """Keep that an agent did not sign with a key that was offered."""
+        if isinstance(offer.key, AgentKey) and offer.key.refused:
+            name = offer.key.comment or offer.key.get_name()
+            self._leave(
+                f"the agent did not sign with {name}",
+                "ssh-add -T KEY.pub has to sign: is the agent locked, or did it ask for leave?",
+            )
+
     def _leave(self, reason: str, hint: str | None = None) -> None:
         if (left := Left(reason, hint)) not in self.left:
             self.left.append(left)
@@ -164,9 +174,22 @@ class Identities:
 class AgentKey(paramiko.AgentKey):
     """A key in an agent, which signs for what the agent calls it: a certificate too."""
 
+    refused = False  # an agent may ask a person first
+
     def asbytes(self) -> bytes:
         blob: bytes = self.blob
         return blob
+
+    def sign_ssh_data(self, data: Any, algorithm: str | None = None) -> Any:
+        try:
+            return super().sign_ssh_data(data, algorithm)
+        except (paramiko.SSHException, OSError):
+            # An exception would end the connection; the host refuses this, and the next key has its turn, as in ssh.
+            self.refused = True
+            empty = paramiko.Message()
+            empty.add_string(algorithm or self.name)
+            empty.add_string(b"")
+            return empty.asbytes()
 
 
 class _Agent(AgentSSH):

@@ -6,46 +6,79 @@ It never asks for a passphrase or a password. The connection is `ssh_connect`'s.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+import pwd
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import paramiko
 
 from moectl.errors import AuthFailed
 from moectl.hosts.ssh.config import SSHSettings
-from moectl.hosts.ssh.identity import Left, open_identities
+from moectl.hosts.ssh.identity import Left, Offer, open_identities
 from moectl.hosts.ssh.keywords import KeywordVerdict, find_set
 
 
 def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:
     """Offer the agent's keys, then those in files, in ssh's order. Raises AuthFailed."""
-    with contextlib.ExitStack() as opened:
+    with _quote_banner(transport) as heard, contextlib.ExitStack() as opened:
         identities = open_identities(settings, opened)
         tried: list[str] = []
+        accepted: list[str] = []
         for offer in identities.offers():
             if offer.label not in tried:
                 tried.append(offer.label)
-            try:
-                more = transport.auth_publickey(settings.user, offer.key)
-            except paramiko.BadAuthenticationType as error:
-                reason = "the host takes no keys, and moectl gives no passwords"
-                raise _auth_error(settings, reason, methods=error.allowed_types) from None
-            except paramiko.AuthenticationException:
-                if not transport.is_active():
-                    raise _too_many(settings, tried) from None
-                continue
-            except (paramiko.SSHException, EOFError, OSError) as error:
-                if not transport.is_active():
-                    raise _too_many(settings, tried) from None
-                reason = f"{offer.label} cannot be used: {error or type(error).__name__}"
-                raise _auth_error(settings, reason) from None
-            if more:
+            more = _try_key(transport, settings, offer, tried)
+            heard.add(transport.get_banner())  # of this attempt: it comes once
+            if more is None:
+                identities.note_refusal(offer)
+            elif not more:
+                return
+            elif "publickey" not in more:
                 raise _auth_error(settings, f"the host asks for more than a key ({', '.join(more)})")
-            return
+            else:
+                accepted.append(offer.label)  # and the host wants a further one
         methods = _ask_methods(transport, settings)
+        if accepted:
+            raise _auth_error(settings, f"the host asks for a further key beside {', '.join(accepted)}")
         if transport.is_authenticated():  # a host that lets everyone in, as ssh would have noticed first
             return
-    raise _no_key_error(settings, tried, identities.left, methods)
+        raise _no_key_error(settings, tried, identities.left, methods)
+
+
+@contextlib.contextmanager
+def _quote_banner(transport: paramiko.Transport) -> Iterator[set[bytes | None]]:
+    """Add what the host says at its door, which may be why it stays closed."""
+    heard: set[bytes | None] = set()
+    try:
+        yield heard
+    except AuthFailed as error:
+        heard.add(transport.get_banner())
+        said = " ".join(b" ".join(filter(None, heard)).decode("utf-8", "replace").split())
+        if not said:
+            raise
+        raise AuthFailed(f"{error.message} The host says: {said[:200]}", host=error.host, hint=error.hint) from None
+
+
+def _try_key(
+    transport: paramiko.Transport, settings: SSHSettings, offer: Offer, tried: Sequence[str]
+) -> list[str] | None:
+    """Return by which methods the host wants more, none when one is in; None when it refused this key."""
+    try:
+        return transport.auth_publickey(settings.user, offer.key)
+    except paramiko.BadAuthenticationType as error:
+        reason = "the host takes no keys, and moectl gives no passwords"
+        raise _auth_error(settings, reason, methods=error.allowed_types) from None
+    except paramiko.AuthenticationException:
+        if not transport.is_active():
+            raise _too_many(settings, tried) from None
+        return None
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        if not transport.is_active():
+            raise _too_many(settings, tried) from None
+        reason = f"{offer.label} cannot be used: {error or type(error).__name__}"
+        raise _auth_error(settings, reason) from None
 
 
 def _ask_methods(transport: paramiko.Transport, settings: SSHSettings) -> Sequence[str]:
@@ -84,8 +117,7 @@ def _too_many(settings: SSHSettings, tried: Sequence[str]) -> AuthFailed:
 def _no_key_error(
     settings: SSHSettings, tried: Sequence[str], left: Sequence[Left], methods: Sequence[str]
 ) -> AuthFailed:
-    port = f"-p {settings.port} " if settings.port != 22 and settings.name == settings.hostname else ""
-    copy = f"ssh-copy-id {port}{settings.user}@{settings.name}"
+    copy = _copy_tried(settings, tried)
     if left:
         also = [f"tried {', '.join(tried)}"] if tried else []
         reason = f"no key was accepted ({', '.join([*(one.reason for one in left), *also])})"
@@ -93,5 +125,40 @@ def _no_key_error(
             settings, reason, next((one.hint for one in left if one.hint), copy if tried else None), methods
         )
     if not tried:
-        return _auth_error(settings, "there is no key to offer", f"ssh-keygen -t ed25519, then {copy}", methods)
+        return _auth_error(settings, "there is no key to offer", _make_command(settings), methods)
     return _auth_error(settings, f"no key was accepted (tried {', '.join(tried)})", copy, methods)
+
+
+def _copy_tried(settings: SSHSettings, tried: Sequence[str]) -> str:
+    """Return what gives the host the key that was tried: by itself ssh-copy-id takes an agent's or id_*."""
+    key = next((path for path in settings.identity_files if path.name in tried), None)
+    if key is None or key in _usual_keys():
+        return _copy_command(settings)
+    made = "" if Path(f"{key}.pub").exists() else _write_public(key)
+    return made + _copy_command(settings, key)
+
+
+def _write_public(key: Path) -> str:
+    return f"ssh-keygen -y -f {shlex.quote(str(key))} > {shlex.quote(f'{key}.pub')} && "
+
+
+def _make_command(settings: SSHSettings) -> str:
+    """Return how to make the key that would be offered."""
+    if not settings.identity_files:
+        return "remove 'IdentityFile none' for this host (~/.ssh/config)"
+    if _usual_keys()[0] in settings.identity_files:
+        return f"ssh-keygen -t ed25519, then {_copy_command(settings)}"
+    key = settings.identity_files[0]
+    return f"ssh-keygen -t ed25519 -f {shlex.quote(str(key))}, then {_copy_command(settings, key)}"
+
+
+def _copy_command(settings: SSHSettings, key: Path | None = None) -> str:
+    words = shlex.split(settings.command)
+    port = words[words.index("-p") :][:2] if "-p" in words else []
+    return shlex.join(["ssh-copy-id", *(["-i", str(key)] if key else []), *port, f"{settings.user}@{settings.name}"])
+
+
+def _usual_keys() -> list[Path]:
+    """Return where ssh looks when it is not told, ssh-keygen's own first."""
+    home = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".ssh"
+    return [home / f"id_{kind}" for kind in ("ed25519", "ecdsa", "rsa")]
