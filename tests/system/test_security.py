@@ -84,8 +84,8 @@ def _is(node: ast.AST, value: object) -> bool:
 
 def test_nothing_that_is_read_becomes_code() -> None:
     assert {path.name: found for path, tree in TREES.items() if (found := list(offences(tree)))} == {
-        "cli.py": ["shell"],  # a key of `completion --json`
-        "node_platform.py": ["system"],  # platform's, which tells what it is
+        "completion.py": ["shell"],  # a key of `completion --json`
+        "platform.py": ["system"],  # platform's, which tells what it is
     }
 
 
@@ -115,14 +115,14 @@ def calls(*names: str) -> dict[str, set[str]]:
 
 def test_who_may_load_fork_and_run_a_shell() -> None:
     assert calls("mx.load", "hmac.compare_digest") == {
-        "mx.load": {"model/load.py"},  # behind a check for .safetensors
-        "hmac.compare_digest": {"server.py", "links.py", "relay.py"},
+        "mx.load": {"engine/network/load.py"},  # behind a check for .safetensors
+        "hmac.compare_digest": {"server/doors.py", "hosts/onhost/links.py", "hosts/onhost/relay.py"},
     }
     # multiprocessing pickles what passes between a deploy and its own children, through pipes that nobody else has.
     users = {p.name for p in TREES if "import multiprocessing" in p.read_text()}
     assert users == {"fleet.py"}
     shells = {p.name for p in TREES if '"/bin/sh"' in p.read_text()}
-    assert shells == {"ssh_proxy.py"}  # a ProxyCommand of the user's own configuration, as ssh runs it
+    assert shells == {"proxy.py"}  # a ProxyCommand of the user's own configuration, as ssh runs it
 
 
 EVIL = "from pathlib import Path\nPath({!r}).write_text('run')\n"

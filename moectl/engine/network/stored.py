@@ -7,8 +7,8 @@ size runs in a few megabytes, and each weight is read once for all rows that mee
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -229,7 +229,7 @@ def _single_threaded_blas() -> Iterator[None]:
 
     On a busy machine that is a hundred times the work. There is no way into numpy for it but its library's own.
     """
-    library = ctypes.CDLL(importlib.import_module("numpy._core._multiarray_umath").__file__)
+    library = ctypes.CDLL(sys.modules["numpy._core._multiarray_umath"].__file__)
     name = next((name for name in _SET_BLAS_THREADS if hasattr(library, name)), None)
     if name is None:
         yield
