@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import ssl
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -50,6 +51,15 @@ def explain_certificates(reason: str) -> str | None:
     if named and not os.environ.get("SSL_CERT_FILE"):
         return f"{named} is not read here: SSL_CERT_FILE is; set it to the same file"
     return "set SSL_CERT_FILE to a file with the certificates that this network uses"
+
+
+def find_proxy(address: str) -> str | None:
+    """Return the variable whose proxy an address is asked through, None where it is asked directly."""
+    parts = urlsplit(address)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    names = (f"{parts.scheme}_proxy", "all_proxy")
+    return next((one for name in names for one in (name, name.upper()) if os.environ.get(one)), None)
 
 
 def _check_endpoint() -> None:

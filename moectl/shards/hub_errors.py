@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moectl.errors import CheckpointError, MoectlError, Unreachable
 from moectl.files import explain_refusal
-from moectl.shards.hub_environment import explain_certificates
+from moectl.shards.hub_environment import explain_certificates, find_proxy
 
 MIRRORS = (
     "alpindale/dbrx-instruct",
@@ -68,6 +68,9 @@ def hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
             refused.hint = "set HF_HOME to a directory that can be written to"
         return refused
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if proxy := find_proxy(constants.ENDPOINT):
+        way = f"{what} of {repo} did not come from {constants.ENDPOINT} through the proxy of {proxy}: {reason}"
+        return Unreachable(way, hint=explain_certificates(reason) or f"mend or unset {proxy}")
     return Unreachable(
         f"{what} of {repo} did not come from {constants.ENDPOINT}: {reason}",
         hint=explain_certificates(reason)
