@@ -148,7 +148,7 @@ def _confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if sys.stdin is None or not sys.stdin.isatty():
-        raise errors.UsageError(f"{question} Nobody is there to say.", hint="use --yes to skip confirmation")
+        raise errors.UsageError(f"{question} There is no terminal to ask at.", hint="use --yes to skip confirmation")
     if not click.confirm(question, err=True):
         click.echo("Nothing was deleted.", err=True)
         raise click.exceptions.Exit(1)
@@ -162,7 +162,7 @@ def restart_options(command: Callable[..., Any]) -> Callable[..., Any]:
         default=5,
         show_default=True,
         metavar="N",
-        help="When a worker fails, start all again and go on with the answers, so often within ten minutes.",
+        help="Restart failed workers at most N times in ten minutes, and go on with the answers.",
     )(command)
     return click.option("--no-restart", is_flag=True, help="When a worker fails, end with its error.")(command)
 
@@ -226,7 +226,7 @@ def target_options(command: F) -> F:
             default=0,
             show_default=True,
             metavar="TOKENS",
-            help="Guess so many from what was said before, and check them at once.",
+            help="Guess up to TOKENS from the text so far, and check them in one pass.",
         ),
         click.option(
             "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."

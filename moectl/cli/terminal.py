@@ -66,7 +66,7 @@ class LiveView:
 
 
 def cut_line(line: str, width: int) -> str:
-    """Return a line of at most so many letters; colours take no room."""
+    """Return a line of at most this many letters; colours take no room."""
     shown, room, position = "", width, 0
     for match in _STYLE.finditer(line):
         text = line[position : match.start()]

@@ -67,7 +67,7 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class LogQuery:
-    """What to read: the last lines, not older than so many seconds, and whether to go on."""
+    """What to read: the last lines, not older than this many seconds, and whether to go on."""
 
     tail: int | None = None
     since_s: float | None = None

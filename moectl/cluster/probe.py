@@ -74,7 +74,7 @@ def measure_speed(
 
 
 def is_next(here: int, there: int, count: int) -> bool:
-    """Whether `there` is the rank that `here` dials in a ring of so many."""
+    """Whether `there` is the rank that `here` dials in a ring of this many."""
     return there == (here + 1) % count
 
 

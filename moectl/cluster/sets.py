@@ -94,8 +94,8 @@ def make_listing() -> Listing:
 def choose_old(listing: Listing) -> tuple[ShardSet, ...]:
     """Return the sets that may go: complete, not in use, and not the newest of their place and number of ranks.
 
-    The newest one for so many hosts is what `deploy` takes next. Sets outside moectl's own directories stay, and so do
-    unfinished ones, which resume.
+    The newest one for this many hosts is what `deploy` takes next. Sets outside moectl's own directories stay, and
+    unfinished ones too, which resume.
     """
     newest: set[tuple[str, int | None]] = set()
     old = []

@@ -46,7 +46,10 @@ MAX_BATCH = 8
 _CANCELS = MAX_BATCH  # in one control word: all that run may be cancelled at once
 _CONTROL_WORDS = 1 + _CANCELS  # admit up to, cancel
 _NOBODY = 0  # request ids start at 1
-_DISAGREE = "if it comes back at once, the chips round differently: --agree-routing; if not, one of them errs"
+_DISAGREE = (
+    "run it again; if it fails at once, the hosts round differently: --agree-routing; "
+    "otherwise one host computes wrong results"
+)
 
 
 class Engine:

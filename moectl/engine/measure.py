@@ -509,7 +509,7 @@ class _NoText(Tokenizer):
 
 
 def with_depth(placement: Placement, depth: int) -> Placement:
-    """Return a placement of the same layers, so many of them; a pipeline's evenly on all ranks."""
+    """Return a placement of the same layers, this many of them; a pipeline's evenly on all ranks."""
     shorter = replace(placement, geometry=replace(placement.geometry, n_layers=depth))
     if placement.split != "layers":
         return shorter

@@ -65,7 +65,7 @@ class Connect:
 class Load:
     """Read the weights; answered by Loaded, then Ready."""
 
-    kv_tokens: int | None = None  # keys and values of so many tokens fit on every rank; None: nobody counted
+    kv_tokens: int | None = None  # keys and values of this many tokens fit on every rank; None: nobody counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Profile:
 
     id: int
     tokens: list[int]
-    steps: int  # the last so many tokens go through one by one, those before them as a prompt
+    steps: int  # the last this many tokens go through one by one, those before them as a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +153,14 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """Answers a Beat: the worker lives, and holds so many bytes of arrays."""
+    """Answers a Beat: the worker lives, and holds this many bytes of arrays."""
 
     memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """So many of a prompt's tokens have been processed."""
+    """This many of a prompt's tokens have been processed."""
 
     id: int
     tokens: int

@@ -1,6 +1,6 @@
 """What is asked of the model: text and parameters, as they travel from the command line to every rank.
 
-Tokens only where a measurement needs exactly so many: the worker tokenizes. No defaults for people: those are the
+Tokens only where a measurement needs exactly this many: the worker tokenizes. No defaults for people: those are the
 command line's.
 """
 

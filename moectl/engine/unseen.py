@@ -20,7 +20,7 @@ class Prompts:
         self._next = self._source.randrange(vocab_size)
 
     def draw(self, count: int) -> tuple[int, ...]:
-        """Return a prompt of so many tokens."""
+        """Return a prompt of this many tokens."""
         first, self._next = self._next, (self._next + 1) % self._vocab_size
         return (first, *(self._source.randrange(self._vocab_size) for _ in range(count - 1)))
 
@@ -31,5 +31,5 @@ def check_unseen(stats: Stats) -> None:
         raise StateError(
             f"{stats.cached_tokens} of a prompt's {stats.prompt_tokens} tokens came from the prompt cache, so its time "
             "is not the model's",
-            hint="measure a session that nobody else uses",
+            hint="measure a session that has no other user",
         )

@@ -237,6 +237,6 @@ def _count_copies(slots: Sequence[int], replicas: int, frequencies: Sequence[flo
 
 
 def _fit(copies: Sequence[int], slots: Sequence[int]) -> bool:
-    """Whether ranks with so many slots can hold these copies, no rank two of one expert (Gale–Ryser)."""
+    """Whether ranks with this many slots can hold these copies, no rank two of one expert (Gale–Ryser)."""
     most = sorted(copies, reverse=True)
     return all(sum(most[:k]) <= sum(min(k, s) for s in slots) for k in range(1, len(most) + 1))

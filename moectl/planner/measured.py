@@ -1,7 +1,7 @@
 """What is asked of a measurement and what comes of it: numbers and their JSON.
 
 `probe` asks on this machine, `measure` answers on the nodes. Nothing is measured here, and nothing predicted but by
-adding up: a pass takes what is outside the layers plus so many layers.
+adding up: a pass takes what is outside the layers plus this many layers.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Seconds of one pass of so many tokens through the model, by all ranks together, exchanges included."""
+    """Seconds of one pass of this many tokens through the model, by all ranks together, exchanges included."""
 
     tokens: int
     layer_s: float  # each layer
     outer_s: float  # embedding, head, sampling, agreement, host
 
     def total_s(self, n_layers: int) -> float:
-        """Return the seconds of a pass through a model of so many layers."""
+        """Return the seconds of a pass through a model of this many layers."""
         return self.outer_s + n_layers * self.layer_s
 
 

@@ -16,7 +16,7 @@ from moectl.model.placement import Placement
 
 COMFORTABLE = 0.9
 PREFILL_TOKENS = 512  # the engine's chunk
-KV_STEP = 256  # mlx-lm's caches grow by so many tokens
+KV_STEP = 256  # mlx-lm's caches grow by this many tokens
 SYSTEM_BYTES = 4 << 30  # what the system and its services keep, or a quarter of a smaller machine
 METAL_DTYPE_BYTES, CPU_DTYPE_BYTES = 2, 4  # model.load.compute_dtype: bfloat16 on a GPU, float32 on a CPU
 # A worker before it has loaded: Python, MLX, mlx-lm, the tokenizer. 0.39 GB were measured on Linux; Metal's share on

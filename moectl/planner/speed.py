@@ -179,7 +179,7 @@ class _Model:
     calibration: Calibration
 
     def pass_time(self, tokens: int) -> tuple[float, float]:
-        """Return (compute, communication) in seconds of one pass of so many tokens through all layers and the head."""
+        """Return (compute, communication) in seconds of a pass of this many tokens through all layers and the head."""
         placement = self.work.placement
         layers = [last - first for first, last in map(placement.layers, range(placement.world_size))]
         usual = self.calibration.layer_overhead_s
@@ -225,12 +225,12 @@ class _Model:
         return max(self._node_time(rank, used * placement.shares[rank], tokens) for rank in ranks)
 
     def _used(self, tokens: int) -> float:
-        """Return the expected number of different experts that so many tokens choose."""
+        """Return the expected number of different experts that this many tokens choose."""
         geometry = self.work.geometry
         return geometry.n_experts * (1 - (1 - geometry.top_k / geometry.n_experts) ** tokens)
 
     def _node_time(self, rank: int, experts: float, tokens: int) -> float:
-        """Return the seconds of one layer on a node that computes so many different experts."""
+        """Return the seconds of one layer on a node that computes this many different experts."""
         placement, geometry, rates = self.work.placement, self.work.geometry, self.rates[rank]
         size = self._bytes(rank)
         low, high = placement.kv_heads(rank)

@@ -53,7 +53,7 @@ def attach(
         with contextlib.suppress(AlreadyRunning):  # somebody else was quicker: join that one
             start(target, settings, options, on_log=on_log)
             return Attached(client, True)
-    raise StateError(f"the controller of {target.name} comes and goes", hint="moectl stop --now, then run it again")
+    raise StateError(f"the controller of {target.name} keeps exiting", hint="moectl stop --now, then run it again")
 
 
 def _join(client: Client, target: Target, options: Mapping[str, Any], keep_alive_s: float) -> bool:

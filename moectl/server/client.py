@@ -86,7 +86,7 @@ class Client:
         self._ask("POST", f"/moectl/keep-alive?seconds={seconds}&asks={int(asks)}")
 
     def stop(self, grace_s: float) -> dict[str, Any] | None:
-        """End it, after answers in progress had so many seconds; return its last description once it has gone.
+        """End it, after answers in progress had this many seconds; return its last description once it has gone.
 
         One that does not listen, because it loads or is leaving, or was stopped, is told by SIGTERM; there is no
         description then. With 0 s it is killed if it does not go by itself. Raises StateError when it does not go.

@@ -14,7 +14,7 @@ from moectl.engine.protocol import Done, Ready, Token
 from moectl.engine.request import Request
 
 NOTICE = "moectl: "  # how a comment in a stream begins that is meant for people
-SILENCE_S = 5.0  # a stream that has nothing to say for so long says a comment: who reads it knows that somebody lives
+SILENCE_S = 5.0  # a stream that has nothing to say for so long says a comment: its reader knows that the server lives
 FOR_EVER = -1.0  # seconds to keep a controller alive
 STALLED_S = 60.0  # without progress for so long while there is work: not healthy
 
@@ -87,7 +87,7 @@ class Control(Protocol):
         ...
 
     def stop(self, grace_s: float) -> None:
-        """End soon; answers in progress have so many seconds."""
+        """End soon; answers in progress have this many seconds."""
         ...
 
 

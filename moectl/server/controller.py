@@ -41,7 +41,7 @@ SAME = (
     "agree_routing",
     "paranoia",
 )  # what two who share a controller have to agree on
-MAX_FAILURES = 3  # an answer that was in progress at so many of them ends: it may be their cause
+MAX_FAILURES = 3  # an answer that was in progress at this many of them ends: it may be their cause
 _RETRY_S = 5.0
 
 

@@ -221,9 +221,9 @@ def _measured(values: Iterable[float]) -> MeanDeviation:
 
 
 def read_prediction(path: Path, placement: Placement | None, bits: int | None, *, prompt_tokens: int) -> Predicted:
-    """Return the prediction in a document of `moectl plan --json`, its first token's time for so many prompt tokens.
+    """Return the prediction in a document of `moectl plan --json`, its first token's time for this many prompt tokens.
 
-    Raises UsageError when it is none, or of something else than this placement at so many bits (None: 16-bit).
+    Raises UsageError when it is none, or of something else than this placement at this many bits (None: 16-bit).
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

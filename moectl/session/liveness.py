@@ -16,11 +16,11 @@ LOADING_MISSES = 60  # the same while weights are read and wired, perhaps withou
 LATE_S = 2.5  # between two beats of this machine: it was stopped, or asleep
 _AWAKE_S = 10.0  # what follows a sleep is put down to it for so long
 
-# A step is lost when it takes so many times as long as the slowest one of its kind, and no less than so long.
+# A step times out after FACTOR × the slowest recent one of its kind, and after LEAST_S at least.
 FACTOR = 10.0
 RECENT = 64  # as many of a kind are looked at
 LEAST_S = 5.0
-TEXT_CHARS_S = 200_000.0  # a second to turn so many characters into tokens, of which nothing is heard
+TEXT_CHARS_S = 200_000.0  # a second to turn this many characters into tokens, of which nothing is heard
 
 
 class Pulse:
@@ -116,7 +116,7 @@ class StepDeadline:
             self._since_s = time.monotonic()
 
     def read(self, request_id: int, tokens: int, *, cached: int = 0) -> None:
-        """Note that so many tokens of a prompt have been read, the first `cached` of them at no cost."""
+        """Note that this many tokens of a prompt have been read, the first `cached` of them at no cost."""
         self._chars.pop(request_id, None)
         new = tokens - max(cached, self._read.get(request_id, 0))
         took_s = self._lap()

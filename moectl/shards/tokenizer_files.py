@@ -49,7 +49,7 @@ class TokenizerFiles:
 
 
 def fetch_tokenizer(source: str, vocabulary: int) -> TokenizerFiles:
-    """Return the tokenizer of a directory or a Hub repository, for a model of so many tokens.
+    """Return the tokenizer of a directory or a Hub repository, for a model of this many tokens.
 
     Raises CheckpointError when it has none or another model's, and what the Hub's errors are.
     """

@@ -286,7 +286,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
 
 
 def _where(common: Common, local: int | None) -> HostList:
-    """Return the hosts of a plan: those in force, or so many ranks on this machine."""
+    """Return the hosts of a plan: those in force, or this many ranks on this machine."""
     from moectl.hosts.hostfile import Host, HostList
 
     if local is None:

@@ -177,7 +177,7 @@ class _Fleet:
         try:
             message = pipe.recv()
         except (EOFError, OSError):
-            error = MoectlError("its deploy process ended without a word", host=task.host.address)
+            error = MoectlError("its deploy process exited unexpectedly", host=task.host.address)
             message = HostResult(task.rank, task.host, error)
         if isinstance(message, Up):
             self._take_word(message)

@@ -42,7 +42,7 @@ sys.exit(0 if found == wanted else f"pip installed {found}")
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A host was looked at: so many bytes will be copied, so many are there and right."""
+    """A host was looked at: this many bytes will be copied, this many are there and right."""
 
     rank: int
     host: str
@@ -61,7 +61,7 @@ class Working:
 
 @dataclass(frozen=True, slots=True)
 class Advanced:
-    """So many more bytes are in place on a host; negative takes back."""
+    """This many more bytes are in place on a host; negative takes back."""
 
     rank: int
     host: str

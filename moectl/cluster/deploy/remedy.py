@@ -44,7 +44,7 @@ def find_remedy(target: Deployment, lost: str) -> str | None:
 
 
 def _sets_for(source: str, hosts: list[Host]) -> Iterator[tuple[Path, Manifest]]:
-    """Yield the sets of this source, cut for so many hosts, that these have the memory for as far as is known."""
+    """Yield the sets of this source, cut for this many hosts, that these have the memory for as far as is known."""
     for path in sorted((data_dir() / "shards").glob(f"*/{MANIFEST_NAME}")):
         with contextlib.suppress(MoectlError):
             manifest = read_manifest(path.parent)

@@ -187,7 +187,7 @@ def _look_between(where: HostList, usable: Sequence[Visit], found: _Found, *, fa
     say("Trying the links between them")
     _look_at_links(where, with_address, [sites[visit.rank] for visit in with_address], found, fast=fast)
     if not fast:
-        say("Adding up over neighbours")
+        say("Testing an all-reduce between neighbours")
         _add_up(where, {visit.rank: (visit, sites[visit.rank]) for visit in with_address}, found)
 
 

@@ -19,7 +19,7 @@ Pair = tuple[int, int]  # places in the list, the smaller one first
 
 @dataclass(frozen=True)
 class Topology:
-    """So many hosts, and the usable cables between them in the order in which they are numbered."""
+    """This many hosts, and the usable cables between them in the order in which they are numbered."""
 
     count: int
     cables: tuple[Cable, ...]

@@ -28,7 +28,7 @@ from moectl.model.placement import Placement
 
 # Fewer (token, expert) pairs than this are gathered one by one on the CPU; more are grouped by expert.
 GROUP_FROM_PAIRS = 64
-# Where a matrix has so many elements and is not quantised, two tokens are grouped already: reading it once, in numpy,
+# Where a matrix has this many elements and is not quantised, two tokens are grouped already: reading it once, in numpy,
 # costs less than the wait for the host (2 to 3 times a batch of 8's speed at 512 × 896; below this it is slower).
 LARGE_ELEMENTS = 1 << 17
 

@@ -8,7 +8,7 @@ on. It writes no file, serves only who knows the secret, and ends with its stdin
                                  "in_bytes_s"} or {"error": why, "errno": its name}; without "transfers" only "rtt_s"
 
 Each answer is a line of JSON behind `ANSWER`. On the wire: the secret, then requests of 9 bytes, a letter and a length:
-E and so many bytes to be sent back, S and bytes to be swallowed, answered by one byte, G for bytes to be given.
+E and this many bytes to be sent back, S and bytes to be swallowed, answered by one byte, G for bytes to be given.
 """
 
 from __future__ import annotations

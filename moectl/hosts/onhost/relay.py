@@ -160,7 +160,7 @@ class Server:
 
 
 def receive_exactly(peer: socket.socket, count: int, timeout_s: float | None = None) -> bytes | None:
-    """Return so many bytes, None when the peer ends before; all within `timeout_s`. Raises OSError."""
+    """Return this many bytes, None when the peer ends before; all within `timeout_s`. Raises OSError."""
     end = None if timeout_s is None else time.monotonic() + timeout_s
     data = b""
     while len(data) < count:
