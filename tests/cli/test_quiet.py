@@ -26,6 +26,7 @@ STEPS: list[tuple[tuple[str, ...], str]] = [
     (("list", "--prune", "--dry-run"), "nothing old"),
     (("doctor", "--fast"), "ok"),
     (("completion", "bash"), "complete"),
+    (("help",), "daily"),
     (("bench", "-p", "8", "-g", "4", "-n", "1"), "generate"),
     (("serve", "-d", "--port", "0"), "http://127.0.0.1:"),
     (("run", "--raw", "a", "-m", "2"), "\n"),

@@ -21,7 +21,7 @@ def test_the_wheel_holds_what_runs_here_and_pip_takes_it(tmp_path: Path) -> None
     assert wheel.name == f"moectl-{moectl.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {"moectl/__init__.py", "moectl/node.py", "moectl/model/__init__.py"} <= names
+    assert {"moectl/__init__.py", "moectl/hosts/onhost/files.py", "moectl/model/__init__.py"} <= names
     assert not [n for n in names if "__pycache__" in n]
     # pip checks tag, metadata and RECORD, and unpacks it as it would on a host.
     target = tmp_path / "target"
