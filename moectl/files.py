@@ -59,7 +59,12 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def replace_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write a file, and its name, durably: it is there complete or not at all. Raises OSError."""
-    write_partial(path, data, mode=mode).replace(path)
+    partial = write_partial(path, data, mode=mode)
+    try:
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 

@@ -127,7 +127,7 @@ def test_an_error_while_the_row_is_alone(session: Session, count: Count) -> None
 
 
 def test_a_request_that_cannot_be_sent_is_no_rank_s_and_takes_no_number(shards: Path) -> None:
-    unsendable = Request(0, "a", 4, raw=True, seed=Fraction(1))  # type: ignore[arg-type]  # JSON has no fractions
+    unsendable = Request(0, "a", 4, raw=True, cache_prompt=Fraction(1))  # type: ignore[arg-type]  # JSON has no fractions
 
     async def ask(controller: Controller) -> None:
         bad, good = await controller.submit(unsendable), await controller.submit(Request(0, "b", 4, raw=True))

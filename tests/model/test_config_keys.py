@@ -32,7 +32,7 @@ from moectl.shards.prepare import Wanted
 from moectl.shards.quantize import quantizer
 from moectl.shards.tensors import read_quantization
 from tests.support import published
-from tests.support.tiny import make_weights, to_layout, write_checkpoint, write_weights
+from tests.support.tiny import make_weights, to_layout, write_checkpoint, write_weights, write_words
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -288,7 +288,7 @@ def test_a_set_that_was_cut_from_such_a_config_names_the_key_too(tmp_path: Path,
 
 
 def test_settings_that_are_left_to_requests_are_told_first(tmp_path: Path, moectl: Any) -> None:
-    directory = write_checkpoint(tmp_path / "m")
+    directory = write_words(write_checkpoint(tmp_path / "m"))
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "max_new_tokens": None, "mood": "dry"}
     (directory / "generation_config.json").write_text(json.dumps({**published.GENERATION, **sampling}))
     code, err = moectl("shard", str(directory), "--nodes", "1", "--dry-run", "-o", str(tmp_path / "s"))

@@ -270,7 +270,7 @@ def test_eos_ends_an_answer_unless_it_is_ignored(alone: Path) -> None:
 def test_tokens_outside_the_vocabulary_are_refused(token: int, alone: Path) -> None:
     _, [refused] = serve(alone, ask(1, (1, token, 2)))
     assert isinstance(refused, Refused)
-    assert refused.message == f"a prompt token is outside the model's vocabulary of {VOCAB_SIZE}"
+    assert refused.message == f"a prompt token should be in the model's vocabulary of {VOCAB_SIZE}, it is outside"
 
 
 def test_empty_and_long_token_prompts_are_refused(alone: Path) -> None:
