@@ -155,6 +155,18 @@ def test_the_same_command_again_resumes_as_the_hint_says(hub: Hub, tmp_path: Pat
     assert moectl(hub, tmp_path, *shard)[0] == 0
 
 
+def test_the_same_command_again_as_the_hint_says_fetches_what_came_damaged(hub: Hub, tmp_path: Path) -> None:
+    repo = hub.add("acme/damaged", DEMO)
+    [name] = [name for name in repo.files if name.endswith(".safetensors")]
+    whole = repo.files[name]
+    repo.files[name] = whole[:-1] + bytes([whole[-1] ^ 1])
+    shard = ("shard", "acme/damaged", "-n", "1", "--no-canary", "--keep-source", "-o", str(tmp_path / "set"))
+    code, _, said = moectl(hub, tmp_path, *shard)
+    assert (code, told(said)) == (7, "run the same command again")
+    repo.files[name] = whole
+    assert moectl(hub, tmp_path, *shard)[0] == 0
+
+
 @pytest.mark.parametrize("other", [None, "REQUESTS_CA_BUNDLE"])
 def test_the_certificates_that_the_hint_asks_for_are_believed(other: str | None, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "company.pem"
