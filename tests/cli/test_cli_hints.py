@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moectl.cluster.setup.record import open_record, record_path
 from tests.cli.test_cli import run
+from tests.cli.test_setup import PAIR, entry
+from tests.support import cabling
+from tests.support.fake_mac import FakeMac, record, start_mac
+from tests.support.sshd import Server
+from tests.support.terminal import Terminal
 from tests.support.tiny import write_checkpoint, write_words
 
 
@@ -50,6 +57,51 @@ def test_the_context_takes_a_prompt_as_short_as_the_hint_says(call: Any) -> None
     code, _, err = call(*words, "-p", "5000")
     hint = hint_of(err)
     assert code == 2
-    assert hint.startswith("use -p ") and hint.endswith(", or less")
+    assert hint.startswith("use -p ")
+    assert hint.endswith(", or less")
     assert call(*words, "-p", "16")[0] == 0
     assert int(hint.removeprefix("use -p ").removesuffix(", or less")) >= 16
+
+
+@pytest.fixture
+def pair(sshd: Server, tmp_path: Path) -> list[FakeMac]:
+    """Two Macs mac0 and mac1 with RDMA, cabled to each other, and their hosts.txt."""
+    (tmp_path / "hosts.txt").write_text("mac0\nmac1 memory=64GB\n")
+    return [start_mac(sshd, tmp_path / f"mac{mac}", mac, record(mac, cabling.mesh(2))) for mac in range(2)]
+
+
+def test_setup_takes_the_flag_and_the_terminal_that_its_hints_name(
+    call: Any, pair: list[FakeMac], tmp_path: Path
+) -> None:
+    code, _, err = call("setup", "hosts.txt", "--apply")
+    assert (code, hint_of(err)) == (2, "use --yes to skip the question")
+    for mac in pair:
+        mac.change(password="open sesame")
+    code, _, err = call("setup", "hosts.txt", "--apply", "--yes")
+    assert (code, hint_of(err)) == (5, "run it from a terminal, or run the commands of the dry run by hand")
+    with Terminal([sys.executable, "-m", "moectl", "setup", "hosts.txt", "--apply", "-y"], tmp_path) as terminal:
+        terminal.wait_for("Password for sudo")
+        terminal.type("open sesame\r")
+        terminal.wait_for("6 commands run")
+        assert terminal.end() == 0
+    assert [mac.commands for mac in pair] == PAIR
+
+
+def test_setup_undoes_with_the_flag_that_its_hint_names(call: Any, pair: list[FakeMac]) -> None:
+    assert call("setup", "hosts.txt", "--apply", "--yes")[0] == 0
+    code, _, err = call("setup", "--undo")
+    assert (code, hint_of(err)) == (2, "use --yes to skip the question")
+    assert call("setup", "--undo", "--yes")[0] == 0
+
+
+def test_without_the_damaged_record_that_its_hint_has_removed_setup_works(call: Any) -> None:
+    with open_record() as found:
+        found.finish(found.begin(entry()))
+    record_path().write_bytes(record_path().read_bytes() + b'{"begin": "x"}\n')
+    code, _, err = call("setup", "--undo", "--yes")
+    assert code == 8
+    hint = 'read it: each line with "undo" is a command to type on its host; then remove the file'
+    assert hint_of(err) == hint
+    assert '"undo": ["ifconfig", "bridge0", "up"]' in record_path().read_text()
+    record_path().unlink()
+    assert call("setup", "--undo", "--yes")[:2] == (0, "There is nothing to undo.\n")

@@ -49,7 +49,8 @@ def test_a_server_started_as_the_hint_says_takes_the_name() -> None:
     status, told, _ = ask(CHAT, GOOD[CHAT], **headers)
     assert status == 403
     hint = told["error"]["hint"]
-    assert hint.startswith("start it with: moectl serve --") and "moe.example" in hint
+    assert hint.startswith("start it with: moectl serve --")
+    assert "moe.example" in hint
     assert ask(CHAT, GOOD[CHAT], app=make_app(FakeCluster(), hosts=("moe.example",)), **headers)[0] == 200
     keyed = make_app(FakeCluster(), api_key="secret")
     assert ask(CHAT, GOOD[CHAT], app=keyed, authorization="Bearer secret", **headers)[0] == 200
