@@ -9,17 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from moectl.cluster.deploy.deploy import deploy, wanted_versions
+from moectl.cluster.deploy.deploy import deploy
 from moectl.cluster.deploy.uninstall import clear_hosts
 from moectl.cluster.doctor.host import check_locale, check_sshd_limits, parse_sshd
 from moectl.cluster.logs import LogQuery, find_sources
 from moectl.cluster.setup.record import open_record
-from moectl.errors import CommandFailed, IntegrityError, PlanError, StateError, UsageError, VersionMismatch
+from moectl.errors import CommandFailed, IntegrityError, PlanError, StateError, UsageError
 from moectl.hosts.hostfile import Host
 from moectl.model.manifest import NAME
 from tests.cluster.test_deploy import assert_holds, make_hosts, make_shards
@@ -98,23 +97,6 @@ def test_another_place_as_the_hint_says_takes_the_shards(
     assert isinstance(error, CommandFailed)
     assert error.hint == "name another place in the hosts file: dir=/path"
     deploy([replace(hosts[0], dir=str(tmp_path / "other"))], shards, manifest).raise_failures()
-
-
-def test_a_package_installed_as_the_hint_says_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    version = metadata.version
-    absent = {"mlx-lm"}
-
-    def look(name: str) -> str:
-        if name in absent:
-            raise metadata.PackageNotFoundError(name)
-        return version(name)
-
-    monkeypatch.setattr(metadata, "version", look)
-    with pytest.raises(VersionMismatch) as caught:
-        wanted_versions()
-    assert caught.value.hint == "pip install mlx-lm"
-    absent.remove(caught.value.hint.removeprefix("pip install "))  # as pip would
-    assert wanted_versions()["mlx-lm"]
 
 
 def test_the_logs_of_a_host_named_as_the_hint_asks_are_read(sshd: Server, tmp_path: Path) -> None:
