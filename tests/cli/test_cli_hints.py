@@ -90,8 +90,11 @@ def test_setup_takes_the_flag_and_the_terminal_that_its_hints_name(
     code, _, err = call("setup", "hosts.txt", "--apply", "--yes")
     assert (code, hint_of(err)) == (5, "run it from a terminal, or run the commands of the dry run by hand")
     with Terminal([sys.executable, "-m", "moectl", "setup", "hosts.txt", "--apply", "-y"], tmp_path) as terminal:
-        terminal.wait_for("Password for sudo")
+        for line in ("Looking at mac0, mac1", "note  addresses are gone", "Password for sudo"):
+            terminal.wait_for(line)
         terminal.type("open sesame\r")
+        for line in ("[mac0] sudo route change", "[mac1] sudo route change"):
+            terminal.wait_for(line)
         terminal.wait_for("6 commands run")
         assert terminal.end() == 0
     assert [mac.commands for mac in pair] == PAIR

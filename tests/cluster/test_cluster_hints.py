@@ -147,8 +147,8 @@ def test_a_setup_that_waits_as_the_hint_says_holds_the_record() -> None:
 
 def test_the_sessions_that_doctor_asks_for_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixes = []
-    for lines in (["MaxSessions 1"], ["MaxSessions 10"]):
-        with run_sshd(tmp_path / lines[0], *lines) as server:
+    for count in (1, 10):
+        with run_sshd(tmp_path / f"sshd{count}", f"MaxSessions {count}") as server:
             monkeypatch.setenv("MOECTL_SSH_CONFIG", str(server.config))
             found = visit(Host(server.add_alias("narrow"), python=sys.executable, dir=str(tmp_path / "root")))
         fixes.append(found["sessions"].fix if "sessions" in found else None)
