@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pwd
@@ -15,11 +16,14 @@ import pytest
 
 from moectl.cluster.deploy.deploy import deploy
 from moectl.cluster.deploy.uninstall import clear_hosts
-from moectl.cluster.doctor.host import check_locale, check_sshd_limits, parse_sshd
+from moectl.cluster.doctor.finding import Level
+from moectl.cluster.doctor.host import check_locale, check_sessions, check_sshd_limits
 from moectl.cluster.logs import LogQuery, find_sources
 from moectl.cluster.setup.record import open_record
 from moectl.errors import CommandFailed, IntegrityError, PlanError, StateError, UsageError
+from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host
+from moectl.hosts.survey import parse_sshd
 from moectl.model.manifest import NAME
 from tests.cluster.test_deploy import assert_holds, make_hosts, make_shards
 from tests.cluster.test_host import visit
@@ -146,15 +150,15 @@ def test_a_setup_that_waits_as_the_hint_says_holds_the_record() -> None:
 
 
 def test_the_sessions_that_doctor_asks_for_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fixes = []
+    found = []
     for count in (1, 10):
         with run_sshd(tmp_path / f"sshd{count}", f"MaxSessions {count}") as server:
             monkeypatch.setenv("MOECTL_SSH_CONFIG", str(server.config))
-            found = visit(Host(server.add_alias("narrow"), python=sys.executable, dir=str(tmp_path / "root")))
-        fixes.append(found["sessions"].fix if "sessions" in found else None)
-    assert str(fixes[0]).startswith("set MaxSessions 10 in its /etc/ssh/sshd_config (")
-    assert fixes[1] is None
-    assert "python" in found
+            host = Host(server.add_alias("narrow"))
+            with contextlib.closing(make_remote(host)) as remote:
+                found += check_sessions(host, remote)
+    assert str(found[0].fix).startswith("set MaxSessions 10 in its /etc/ssh/sshd_config ("), found
+    assert [finding.level for finding in found] == [Level.FAIL, Level.OK]
 
 
 def test_limits_set_as_doctor_says_are_no_finding() -> None:
