@@ -240,7 +240,9 @@ def test_deploy_fetches_a_wheelhouse_that_is_not_there(
     assert code == 0
     assert "fetching 2 wheels for python" in err
     assert {wheel.name.split("-")[0] for wheel in house.glob("*.whl")} == {"click", "moe_core"}
-    assert run(capsys, monkeypatch, *words[:4], "--force", "--wheelhouse-build")[0] == 2
+    code, _, err = run(capsys, monkeypatch, *words[:4], "--force", "--wheelhouse-build")
+    assert (code, "Hint: add --wheelhouse DIR\n" in err) == (2, True)
+    assert run(capsys, monkeypatch, *words, "--wheelhouse-build")[0] == 0
 
 
 def test_what_a_hint_about_wheels_says_is_done(index: Path, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_as_many_wait_as_may() -> None:
         await controller.submit(Request(0, "b", 5))
         with pytest.raises(QueueFull) as caught:
             await controller.submit(Request(0, "c", 5))
-        assert caught.value.retry_after_s > 0
+        assert caught.value.hint == f"ask again in {caught.value.retry_after_s:g} s"
         session.heard.put(Token(1, 7, "x"))
         async for _ in first:
             break
@@ -670,6 +670,19 @@ def test_run_keeps_the_model_and_stop_unloads_it() -> None:
     assert not find_running()
     assert moectl("stop").stdout == "Nothing is running.\n"
     assert json.loads(moectl("stop", "--json").stdout) == {"schema": "moectl.stop/1", "workers": 0, "memory_bytes": 0}
+
+
+@pytest.mark.usefixtures("_nothing_left")
+def test_what_the_hint_of_a_controller_that_stops_says_starts_another() -> None:
+    async def test(controller: Controller, session: FakeSession) -> None:
+        controller.close()
+        with pytest.raises(StateError) as caught:
+            await controller.submit(Request(0, "x", 5))
+        assert caught.value.hint == "ask again: that starts it anew"
+
+    drive(test)
+    asked = moectl(*QUESTION, "-m", "2", "--keep-alive", "5m")
+    assert (asked.stdout.strip() != "", len(find_running())) == (True, 1)
 
 
 @pytest.mark.usefixtures("_nothing_left")
