@@ -338,7 +338,7 @@ def test_what_the_hints_about_its_files_say_is_done(
     assert (code, "Hint: choose another name, or --force to overwrite it\n" in err) == (2, True)
     for words in (("-o", "other.txt"), ("-o", "there.txt", "--force")):
         assert call("setup", "hosts.txt", *words)[0] == 0
-        assert read_hosts(words[1]).backend == "jaccl"
+        assert [host.name for host in read_hosts(words[1]).hosts] == ["mac0", "mac1"]
     monkeypatch.setenv("XDG_STATE_HOME", "/proc/none")
     with pytest.raises(StateError) as caught, open_record():
         pass

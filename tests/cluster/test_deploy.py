@@ -470,7 +470,9 @@ def test_an_environment_is_made_once_from_a_wheelhouse(
     events: list[Event] = []
     # Its python has no venv.
     bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\n[ "$2" = venv ] && echo "No module named venv" >&2 && exit 1\nexec {base} "$@"\n')
+    bare.write_text(
+        f'#!/bin/bash\n[ "$2" = venv ] && echo "No module named venv" >&2 && exit 1\nexec -a "$0" {base} "$@"\n'
+    )
     bare.chmod(0o755)
     error = deploy([replace(host, python=str(bare))], shards, manifest, wheelhouse=house).results[0].error
     assert isinstance(error, CommandFailed)

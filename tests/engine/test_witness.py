@@ -149,6 +149,7 @@ def test_a_rank_that_goes_astray_is_stopped(shards: Path, tmp_path: Path) -> Non
 def test_a_pipeline_has_nothing_to_compare(shards: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_checkpoint(source, vocab_size=VOCAB_SIZE)
+    write_tokenizer(source)
     directory = cut_case(source, tmp_path / "layers", "layers", (1, 1), 16)
     with (
         pytest.raises(UsageError, match="each computes its own layers") as caught,
