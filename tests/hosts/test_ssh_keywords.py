@@ -251,15 +251,15 @@ def test_a_keyword_of_a_later_ssh_is_refused_where_it_is_set(
 def test_without_ssh_the_hint_says_what_to_install(
     sshd: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = shutil.which("ssh")
-    assert real is not None
+    client = {name: shutil.which(name) for name in ("ssh", "ssh-keygen")}
     sshd.add_alias("node0")
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     error = ask_moectl(sshd.config, "node0")
     assert error is not None
     assert (error.message, error.hint) == ("ssh is not installed here", "install OpenSSH's client")
-    (tmp_path / "bin" / "ssh").symlink_to(real)
+    for name, path in client.items():
+        (tmp_path / "bin" / name).symlink_to(str(path))
     assert ask_moectl(sshd.config, "node0") is None
 
 
@@ -353,7 +353,7 @@ def test_what_set_env_and_send_env_send_arrives(tmp_path: Path, monkeypatch: pyt
         ("KnownHostsCommand /bin/false", "correct KnownHostsCommand in ~/.ssh/config", "KnownHostsCommand /bin/true"),
         ("Port many", "mend ", "Compression no"),
         (
-            "ProxyJump a:b:c:d",
+            "ProxyJump a@b@c",
             "correct ProxyJump in ~/.ssh/config; it takes the tokens %%, %h, %n, %p and %r",
             "ProxyJump none",
         ),
