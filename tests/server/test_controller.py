@@ -673,19 +673,6 @@ def test_run_keeps_the_model_and_stop_unloads_it() -> None:
 
 
 @pytest.mark.usefixtures("_nothing_left")
-def test_what_the_hint_of_a_controller_that_stops_says_starts_another() -> None:
-    async def test(controller: Controller, session: FakeSession) -> None:
-        controller.close()
-        with pytest.raises(StateError) as caught:
-            await controller.submit(Request(0, "x", 5))
-        assert caught.value.hint == "ask again: that starts it anew"
-
-    drive(test)
-    asked = moectl(*QUESTION, "-m", "2", "--keep-alive", "5m")
-    assert (asked.stdout.strip() != "", len(find_running())) == (True, 1)
-
-
-@pytest.mark.usefixtures("_nothing_left")
 def test_a_controller_that_was_killed_leaves_no_worker_and_no_obstacle() -> None:
     answer = moectl(*QUESTION, "--keep-alive", "-1").stdout
     [path] = find_running()

@@ -551,10 +551,3 @@ def test_a_worker_ends_with_its_leash(act: Callable[[subprocess.Popen[bytes]], o
     for stream in (process.stdin, process.stdout, process.stderr):
         assert stream is not None
         stream.close()
-
-
-def test_what_the_hint_about_an_empty_prompt_says_is_answered(session: Session) -> None:
-    with pytest.raises(UsageError) as caught:
-        list(session.generate(Request(901, "", 4)))
-    assert caught.value.hint == "give some text"
-    assert isinstance(list(session.generate(Request(902, "some text", 4)))[-1], Done)
