@@ -562,6 +562,13 @@ def test_an_error_is_said_and_the_chat_goes_on(tmp_path: Path) -> None:
         assert talk.events("asked")[-1] == [["user", "hello"]]
 
 
+def test_what_the_hint_about_an_answer_that_broke_off_says_is_answered(tmp_path: Path) -> None:
+    with Talk(tmp_path) as talk:
+        talk.ready()
+        assert talk.enter("cut") == ["You said: cut", "Error: the answer broke off", "Hint: ask again"]
+        assert talk.enter("and again")[0] == "You said: and again"
+
+
 def test_a_session_that_is_over_ends_the_chat(tmp_path: Path) -> None:
     with Talk(tmp_path) as talk:
         talk.ready()

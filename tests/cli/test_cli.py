@@ -426,6 +426,39 @@ def test_colour(choice: str, environment: dict[str, str], wanted: bool, monkeypa
             "shard tiny -n 2 --dry-run --q-bits 4 --q-group-size 32",
         ),
         ("shard tiny -n 2 -o full", "choose a new directory with -o", "shard tiny -n 2 -o new"),
+        (
+            "shard odd -n 2 --dry-run --q-bits 4",
+            "--q-bits 16, or another --q-mode",
+            "shard odd -n 2 --dry-run --q-bits 16",
+        ),
+        (
+            "shard odd -n 2 --dry-run --q-bits 4",
+            "--q-bits 16, or another --q-mode",
+            "shard odd -n 2 --dry-run --q-mode nvfp4",
+        ),
+        (
+            "shard stored -n 2 --dry-run --q-bits 8",
+            "leave --q-bits, --q-group-size and --q-mode out, or start from the 16-bit checkpoint",
+            "shard stored -n 2 --dry-run",
+        ),
+        (
+            "shard stored -n 2 --dry-run --q-bits 8",
+            "leave --q-bits, --q-group-size and --q-mode out, or start from the 16-bit checkpoint",
+            "shard tiny -n 2 --dry-run --q-bits 8",
+        ),
+        *(
+            (
+                "plan tiny -H a,b --chip m4 --memory 32GB --split tensor --q-bits 4 --q-group-size 64",
+                "--split hidden, fewer nodes, or a smaller --q-group-size",
+                f"plan tiny {right}",
+            )
+            for right in (
+                "-H a,b --chip m4 --memory 32GB --split hidden --q-bits 4 --q-group-size 64",
+                "-H a --chip m4 --memory 32GB --split tensor --q-bits 4 --q-group-size 64",
+                "-H a,b --chip m4 --memory 32GB --split tensor --q-bits 4 --q-group-size 32",
+            )
+        ),
+        ("list --yes", "moectl list --prune", "list --prune --yes"),
     ],
 )
 def test_what_the_hint_of_a_refused_command_says_is_done(
@@ -436,7 +469,21 @@ def test_what_the_hint_of_a_refused_command_says_is_done(
     Path("two.txt").write_text("mac1 ip=10.0.0.1\nmac2 ip=10.0.0.2\n")
     Path("full").mkdir()
     Path("full/letter.txt").write_text("mine")
+    if "odd" in wrong:
+        write_words(write_checkpoint(Path("odd"), d_model=48, ffn_hidden=96))
+    if "stored" in wrong:
+        write_words(write_checkpoint(Path("stored"), layout="mlx-quantized"))
     code, _, err = call(*wrong.split())
     assert code != 0
     assert f"Hint: {hint}\n" in err
     assert call(*right.split())[0] == 0
+
+
+def test_what_the_hint_about_the_configuration_says_is_done(call: Any) -> None:
+    file = Path("moectl.toml")
+    for mend in (lambda: file.write_text("[run]\nmax_tokens = 5\n"), file.unlink):
+        file.write_text("not toml")
+        code, _, err = call("hosts", "--hosts", "a")
+        assert (code, "Hint: mend or remove that file\n" in err) == (2, True)
+        mend()
+        assert call("hosts", "--hosts", "a")[0] == 0

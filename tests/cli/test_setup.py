@@ -328,3 +328,22 @@ def test_two_setups_do_not_share_a_record() -> None:
     with open_record() as found:
         found.forget(1)
     assert not record_path().exists()
+
+
+def test_what_the_hints_about_its_files_say_is_done(
+    call: Call, pair: list[FakeMac], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there.txt").write_text("mine")
+    code, _, err = call("setup", "hosts.txt", "-o", "there.txt")
+    assert (code, "Hint: choose another name, or --force to overwrite it\n" in err) == (2, True)
+    for words in (("-o", "other.txt"), ("-o", "there.txt", "--force")):
+        assert call("setup", "hosts.txt", *words)[0] == 0
+        assert [host.name for host in read_hosts(words[1]).hosts] == ["mac0", "mac1"]
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/none")
+    with pytest.raises(StateError) as caught, open_record():
+        pass
+    assert caught.value.hint == "is XDG_STATE_HOME writable?"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with open_record() as found:
+        found.begin(entry())
+    assert record_path().is_relative_to(tmp_path / "state")

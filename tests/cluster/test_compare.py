@@ -149,3 +149,9 @@ def test_backends() -> None:
 def test_no_cables_no_findings() -> None:
     assert check_cables(hosts(2), [mac(0, cables=[]), mac(1, cables=[])]) == []
     assert json.dumps([f.values for f in check_cluster(hosts(2), [mac(0), mac(1)])])
+
+
+def test_what_a_hint_about_interpreters_says_is_done() -> None:
+    found = only(check_pythons([mac(0), mac(1, python="3.13.1")]))
+    assert found.fix == ("install one python everywhere, or name it with python= in the hosts file; then moectl deploy")
+    assert only(check_pythons([mac(0), mac(1)])).level is Level.OK

@@ -190,3 +190,17 @@ def test_a_deployed_interpreter_that_is_gone(sshd: Server, tmp_path: Path) -> No
     [python] = [f for f in found.hosts[0].findings if f.check == "python"]
     assert (python.level, python.fix) == (Level.FAIL, "moectl deploy hosts.txt")
     assert "does not start" in python.text
+
+
+def test_what_a_failing_line_says_mends_it(python: str, tmp_path: Path) -> None:
+    file = tmp_path / "hosts.txt"
+    file.write_text(f"localhost python=/no/python dir={tmp_path / 'root'}\n")
+    command = [sys.executable, "-m", "moectl", "doctor", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "Hint: each FAIL line says what mends it.\n" in done.stderr
+    said = " ".join(done.stdout.split())
+    assert "FAIL" in said
+    assert "python=/path/to/python3" in said
+    file.write_text(f"localhost python={python} dir={tmp_path / 'root'}\n")
+    assert run_doctor(str(file), code=0)["counts"]["fail"] == 0

@@ -190,3 +190,16 @@ def test_ctrl_c_ends_both_and_both_are_resumed(hosts: list[Host], tmp_path: Path
         directory = Path(str(host.dir), "shards", manifest.name)
         assert_holds(directory, manifest, rank)
         assert hash_file(str(directory / NAME)) == hash_file(str(tmp_path / "set" / NAME))
+
+
+def test_what_the_hint_about_another_set_says_is_done(model: Path, hosts: list[Host], tmp_path: Path) -> None:
+    cut = ("--split", "experts", "--shares", "8,8", "--no-canary", "-o", str(tmp_path / "set"))
+    moectl("shard", str(model), "--nodes", "2", "--q-bits", "4", *cut)
+    words = ("deploy", write_hosts(hosts, tmp_path / "hosts.txt"), "--shard", str(model), "--q-bits", "8", *cut)
+    hint = "Hint: choose another directory with -o, or make it anew first: moectl shard --force\n"
+    assert hint in moectl(*words, check=2).stderr
+    moectl(*words[:-1], str(tmp_path / "other"))
+    moectl("shard", str(model), "--nodes", "2", "--q-bits", "8", *cut, "--force")
+    moectl(*words)
+    for name in ("set", "other"):
+        assert_holds(Path(str(hosts[0].dir), "shards", name), read_manifest(tmp_path / name), 0)

@@ -39,6 +39,7 @@ from moectl.hosts.survey import Survey
 from moectl.model.geometry import read_geometry
 from moectl.model.manifest import FileEntry, Manifest
 from moectl.model.placement import make_placement
+from tests.support.beside import run_agent
 from tests.support.sshd import Server, find_free_port, make_key, run_sshd
 from tests.support.tiny import make_config
 
@@ -120,6 +121,8 @@ def test_no_python_that_is_new_enough(sshd: Server, tmp_path: Path) -> None:
     assert found["python"].level is Level.FAIL
     assert found["python"].text == "no python 3.11 or newer was found"
     assert "disk" not in found
+    assert found["python"].fix == "install one there, or name it in the hosts file: python=/path/to/python3"
+    assert visit(Host("old", python=sys.executable, dir=str(tmp_path / "root")))["python"].level is Level.OK
 
 
 def test_one_session_is_too_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +169,34 @@ def test_an_agent_that_is_gone(sshd: Server, tmp_path: Path) -> None:
     [found] = check_agent(read_ssh_settings(alias))
     assert (found.level, "does not answer" in found.text) == (Level.WARN, True)
     assert check_agent(read_ssh_settings(sshd.add_alias("none"))) == []
+
+
+def test_what_the_hint_about_an_agent_says_mends_it(
+    sshd: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "gone"))
+    alias = sshd.add_alias("agent", "IdentityAgent SSH_AUTH_SOCK")
+    [found] = check_agent(read_ssh_settings(alias))
+    assert found.fix == "eval $(ssh-agent) && ssh-add, or unset SSH_AUTH_SOCK"
+    with run_agent(sshd.key) as agent:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        [found] = check_agent(read_ssh_settings(alias))
+    assert (found.level, found.text) == (Level.OK, "agent with 1 key")
+    monkeypatch.delenv("SSH_AUTH_SOCK")
+    assert check_agent(read_ssh_settings(alias)) == []
+
+
+def test_what_the_hint_about_another_noisy_shell_says_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(name: str, *lines: str) -> dict[str, Finding]:
+        with run_sshd(tmp_path / name, "SetEnv SHELL=/bin/another", *lines) as server:
+            monkeypatch.setenv("MOECTL_SSH_CONFIG", str(server.config))
+            return visit(Host(server.add_alias("noisy"), python=sys.executable, dir=str(tmp_path / "root")))
+
+    found = look("forced", 'ForceCommand echo Welcome home; eval "$SSH_ORIGINAL_COMMAND"')["noise"]
+    assert found.fix == "look at the startup files of its login shell, and at sshd's ForceCommand"
+    mended = look("free")
+    assert "noise" not in mended
+    assert mended["ssh"].level is Level.OK
 
 
 def test_limits_of_sshd() -> None:
@@ -259,6 +290,8 @@ def test_a_disk_without_an_environment_needs_room_for_one() -> None:
 def test_a_place_that_is_not_ones_own() -> None:
     found = check_disk(MAC, 0, environment(writable=False), None, 0)
     assert found.text == "cannot write to /r: permission denied"
+    assert found.fix == "give mac1 another dir="
+    assert check_disk(MAC, 0, environment(root="/other"), None, 0).level is Level.OK
 
 
 def survey(memory_gib: float, in_use_gib: float = 0.0, *, workers_kib: int = 0, mac: bool = False) -> Survey:
@@ -307,6 +340,8 @@ def test_addresses_have_to_be_its_own() -> None:
     assert check_addresses(replace(MAC, ips=("10.0.0.7",)), told) == []
     [found] = check_addresses(replace(MAC, ips=("10.0.0.7", "10.0.0.8")), told)
     assert (found.level, found.text) == (Level.FAIL, "ip=10.0.0.8 is not its own address (it has 10.0.0.7)")
+    assert found.fix == "mend ip= in the hosts file; ifconfig's addresses are gone after a restart"
+    assert check_addresses(replace(MAC, ips=("10.0.0.7",)), told) == []
     assert check_addresses(replace(MAC, ips=("10.0.0.8",)), Survey(Hardware())) == []  # it did not say
 
 

@@ -140,6 +140,7 @@ def test_an_address_of_another_host_is_refused() -> None:
     with pytest.raises(CommandFailed, match=r"^host0: cannot listen on 192\.0\.2\.1: ") as caught:
         measure_links(wrong)
     assert caught.value.hint == "give this host's own address with ip="
+    check_links(measure_links([replace(site, addresses=(LOOPBACK,)) for site in wrong], budget_s=0.05), 2)
 
 
 def test_a_python_that_is_none_is_named() -> None:

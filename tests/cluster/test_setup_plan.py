@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from moectl.cli.verbs.setup import file_text, plan_json
+from moectl.cluster.doctor.compare import check_backend
+from moectl.cluster.doctor.finding import Level
 from moectl.cluster.setup.machine import Machine, read_machine
 from moectl.cluster.setup.plan import SetupPlan, Wish, plan_setup
 from moectl.errors import HostsError, PlanError
@@ -409,3 +411,40 @@ def test_devices_joined_by_plus_are_several() -> None:
     assert json.loads(to_mlx_json(hosts, resolve=lambda name: "10.0.0.1"))["hosts"][0]["rdma"] == [None, ["en2", "en3"]]
     with pytest.raises(HostsError, match="rdma has an empty name"):
         parse_hosts("a rdma=-,en2+\nb rdma=en2,-")
+
+
+def test_what_a_hint_about_the_wired_limit_says_is_planned() -> None:
+    macs = cable_all(2, cabling.mesh(2))
+    with pytest.raises(PlanError) as caught:
+        plan(macs, Wish(wired_limit_bytes=126 << 30))
+    assert caught.value.hint == "at most 124GiB: overflow is a kernel panic"
+    made = plan(macs, Wish(wired_limit_bytes=124 << 30))
+    assert any(step.argv[1:] == (f"iogpu.wired_limit_mb={124 << 10}",) for step in made.steps[0])
+    with pytest.raises(PlanError) as caught:
+        plan(macs, Wish(needs_bytes=(1, 125 << 30)))
+    assert caught.value.hint == "moectl plan shows what would fit; or give a size with --wired-limit"
+    assert plan(macs, Wish(wired_limit_bytes=120 << 30)).steps
+
+
+def test_what_a_hint_about_rdma_says_is_planned() -> None:
+    macs = cable_all(2, cabling.mesh(2))
+    with pytest.raises(PlanError) as caught:
+        plan(macs, Wish(backend="jaccl", over="ethernet"))
+    assert caught.value.hint == "moectl setup --backend ring"
+    made = plan(macs, Wish(backend="ring", over="ethernet"))
+    assert choose_backend(made.hosts.backend or "auto", made.hosts.hosts) == "ring"
+    old = cable_all(2, cabling.mesh(2), rdma=False, link_gbit=40, idle_gbit=40)
+    with pytest.raises(PlanError) as caught:
+        plan(old, Wish(backend="jaccl"))
+    assert caught.value.hint == "moectl setup --backend ring needs no RDMA"
+    assert plan(old, Wish(backend="ring")).hosts.backend == "ring"
+
+
+def test_what_the_hint_about_missing_devices_says_writes_them() -> None:
+    macs = cable_all(2, cabling.mesh(2))
+    found = check_backend(replace(given_list(2), hosts=(Host("mac1", rdma=(None, "rdma_en2")), Host("mac2"))))
+    assert found is not None
+    assert found.fix == "moectl setup writes rdma= of every host"
+    mended = check_backend(plan(macs).hosts)
+    assert mended is not None
+    assert (mended.level, mended.text) == (Level.OK, "RDMA mesh")

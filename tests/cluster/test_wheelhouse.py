@@ -240,4 +240,29 @@ def test_deploy_fetches_a_wheelhouse_that_is_not_there(
     assert code == 0
     assert "fetching 2 wheels for python" in err
     assert {wheel.name.split("-")[0] for wheel in house.glob("*.whl")} == {"click", "moe_core"}
-    assert run(capsys, monkeypatch, *words[:4], "--force", "--wheelhouse-build")[0] == 2
+    code, _, err = run(capsys, monkeypatch, *words[:4], "--force", "--wheelhouse-build")
+    assert (code, "Hint: add --wheelhouse DIR\n" in err) == (2, True)
+    assert run(capsys, monkeypatch, *words, "--wheelhouse-build")[0] == 0
+
+
+def test_what_a_hint_about_wheels_says_is_done(index: Path, tmp_path: Path) -> None:
+    metal = next(index.glob("moe_metal*"))
+    content = metal.read_bytes()
+    metal.unlink()
+    platforms = [make_platform(MAC), linux()]
+    with pytest.raises(CommandFailed) as caught:
+        build(tmp_path / "house", platforms, {})
+    assert caught.value.hint == (
+        "internet is needed here, and pip (python -m ensurepip); or take a directory of wheels that has them"
+    )
+    metal.write_bytes(content)
+    build(tmp_path / "house", platforms, {})
+    check(tmp_path / "house")
+    check(index)  # the directory of wheels
+    (index / LIST).unlink()
+    older = make_wheel(index, "moe_core", "1.0")
+    with pytest.raises(UsageError) as refused:
+        check(index)
+    assert refused.value.hint == "keep one: hosts have to agree"
+    older.unlink()
+    check(index)

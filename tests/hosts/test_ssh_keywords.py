@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -242,6 +243,24 @@ def test_a_keyword_of_a_later_ssh_is_refused_where_it_is_set(
     error = ask_moectl(sshd.config, "node0")
     assert error is not None
     assert "trustanyhost yes is set for it, a keyword that this moectl does not know" in error.message
+    assert error.hint == "leave trustanyhost out for this host (~/.ssh/config), or take a later moectl"
+    value.write_text("no")  # as it prints where it is left out
+    assert ask_moectl(sshd.config, "node0") is None
+
+
+def test_without_ssh_the_hint_says_what_to_install(
+    sshd: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = {name: shutil.which(name) for name in ("ssh", "ssh-keygen")}
+    sshd.add_alias("node0")
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    error = ask_moectl(sshd.config, "node0")
+    assert error is not None
+    assert (error.message, error.hint) == ("ssh is not installed here", "install OpenSSH's client")
+    for name, path in client.items():
+        (tmp_path / "bin" / name).symlink_to(str(path))
+    assert ask_moectl(sshd.config, "node0") is None
 
 
 def test_an_option_that_this_ssh_does_not_know_is_quoted_and_the_hint_mends_it(sshd: Server) -> None:
@@ -333,6 +352,11 @@ def test_what_set_env_and_send_env_send_arrives(tmp_path: Path, monkeypatch: pyt
         ("ProxyCommand false", "this has to greet with SSH-2.0: false", "ProxyCommand none"),
         ("KnownHostsCommand /bin/false", "correct KnownHostsCommand in ~/.ssh/config", "KnownHostsCommand /bin/true"),
         ("Port many", "mend ", "Compression no"),
+        (
+            "ProxyJump a@b@c",
+            "correct ProxyJump in ~/.ssh/config; it takes the tokens %%, %h, %n, %p and %r",
+            "ProxyJump none",
+        ),
     ],
 )
 def test_what_a_hint_about_the_configuration_says_mends_it(sshd: Server, wrong: str, hint: str, right: str) -> None:

@@ -178,6 +178,17 @@ def test_a_revocation_list_without_this_key_changes_nothing(sshd: Server, tmp_pa
     both_get_in(sshd, sshd.add_alias("node1", f'RevokedHostKeys "{tmp_path}/a krl"'))
 
 
+def test_what_the_hint_about_a_revoked_key_says_mends_it(sshd: Server, tmp_path: Path) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.write_text(Path(f"{sshd.host_key}.pub").read_text())
+    error = refused(sshd, sshd.add_alias("node0", f"RevokedHostKeys {revoked}"))
+    assert error.hint == f"give the host a new key; if this one is right, correct {revoked}"
+    with run_sshd(tmp_path / "new_key") as server:
+        both_get_in(server, server.add_alias("node0", f"RevokedHostKeys {revoked}"))
+    revoked.write_text(Path(f"{make_key(tmp_path / 'other')}.pub").read_text())
+    both_get_in(sshd, "node0")
+
+
 @pytest.mark.parametrize("text", [None, b"not a key\n", b"SSHKRL\n\0broken"])
 def test_a_revocation_list_that_cannot_be_read_refuses_all(sshd: Server, tmp_path: Path, text: bytes | None) -> None:
     if text is not None:
@@ -237,6 +248,8 @@ def test_a_known_hosts_command_gives_keys_authorities_and_revoked_ones(
     error = refused(certified)
     assert error.message == "host key changed since you last connected."
     assert error.hint == "correct what KnownHostsCommand prints for this host"
+    said.write_text(known_host("127.0.0.1", certified.port, certified.host_key))
+    both_get_in(certified, "node0")
 
 
 def test_a_known_hosts_command_that_fails_is_named(sshd: Server, tmp_path: Path) -> None:
@@ -306,6 +319,16 @@ def test_a_short_rsa_key_of_a_host_is_refused(tmp_path: Path) -> None:
         error = both_refuse(server, sizes)
         assert "its RSA key has 2048 bits, and RequiredRSASize is 3072" in error.message
         both_get_in(server, server.add_alias("node1", "HostKeyAlgorithms rsa-sha2-512"))
+    # What the hint says, done under another root.
+    assert error.hint == "give the host a larger key or an ed25519 one: on it, run 'ssh-keygen -A'"
+    made = tmp_path / "etc" / "ssh"
+    made.mkdir(parents=True)
+    subprocess.run([*error.hint.split("'")[1].split(), "-f", str(tmp_path)], check=True, capture_output=True)
+    for kind, algorithm in (("rsa", "rsa-sha2-512"), ("ed25519", "ssh-ed25519")):
+        key = made / f"ssh_host_{kind}_key"
+        with run_sshd(tmp_path / kind, f"HostKey {key}") as server:
+            server.known_hosts.write_text(known_host("127.0.0.1", server.port, key))
+            both_get_in(server, server.add_alias("node0", "RequiredRSASize 3072", f"HostKeyAlgorithms {algorithm}"))
 
 
 @pytest.mark.netns

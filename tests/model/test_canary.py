@@ -260,6 +260,26 @@ def test_the_rank_at_fault_is_named(sets: dict[str, Path], tmp_path: Path, split
     assert caught.value.exit_code == 7
 
 
+def test_what_the_hint_about_all_ranks_says_starts_them(sets: dict[str, Path], tmp_path: Path) -> None:
+    wrong = damage(sets["hidden"], tmp_path / "wrong", "common/layer-001.safetensors")
+    with pytest.raises(IntegrityError) as caught, Session(specs(wrong)):
+        pass
+    assert caught.value.hint == (
+        "if mlx or the hosts are others than then, 'moectl shard --force' makes it anew; "
+        "--no-canary starts it all the same"
+    )
+    shutil.rmtree(wrong)
+    source = sets["hidden"].parent / "again"
+    write_checkpoint(source, vocab_size=VOCAB_SIZE, n_layers=4, d_model=256, n_heads=4, kv_n_heads=4)
+    write_tokenizer(source)
+    again = cut_case(source, tmp_path / "again", "hidden", (2, 4), 16, canary=True)
+    with Session(specs(again)) as session:
+        assert isinstance(list(session.generate(Request(1, "hello", 4)))[-1], Done)
+    wrong = damage(sets["hidden"], tmp_path / "wrong", "common/layer-001.safetensors")
+    with Session(specs(wrong), canary=False) as session:
+        assert isinstance(list(session.generate(Request(1, "hello", 4)))[-1], Done)
+
+
 @pytest.mark.parametrize("expert", [0, 7, 15])
 def test_each_expert_of_each_layer_counts(sets: dict[str, Path], tmp_path: Path, expert: int) -> None:
     """Whatever the routers choose: the long prompt's tokens are dealt out to all experts."""

@@ -414,6 +414,17 @@ def test_a_model_known_by_name_is_refused_before_it_is_looked_for(tmp_path: Path
             "--split hidden works on any number of nodes",
             "-H a,b,c,d,e,f,g,h,i --chip m4 --memory 32GB --split hidden",
         ),
+        (
+            "-H a --chip m2-ultra --memory 192GB --ctx 1000 --prompt-tokens 2000",
+            "--ctx 2000 or more, as far as the model goes",
+            "-H a --chip m2-ultra --memory 192GB --ctx 2000 --prompt-tokens 2000",
+        ),
+        (
+            "--what-if --chip m1-max",
+            "moectl plan --hosts a,b --chip … asks for any",
+            "--hosts a,b --chip m1-max --memory 64GB",
+        ),
+        ("--what-if --chip m4 --ctx 32768 --q-bits 16", "moectl plan --what-if shows all", "--what-if"),
     ],
 )
 def test_what_a_hint_of_plan_says_is_planned(
@@ -422,7 +433,7 @@ def test_what_a_hint_of_plan_says_is_planned(
     monkeypatch.chdir(tmp_path)
     Path("told.txt").write_text("a chip=m2-ultra memory=192GB\n")
     for words, good in ((wrong, False), (right, True)):
-        result = plan(*words.split(), "--q-bits", "4")
+        result = plan(*words.split(), *(() if "--q-bits" in wrong else ("--q-bits", "4")))
         assert (result.exit_code == 0) is good, result.output
         if not good:
             assert isinstance(result.exception, Failed)

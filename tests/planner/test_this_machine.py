@@ -60,7 +60,11 @@ def test_a_rank_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, manifest: tup
 
 def test_a_worker_refuses_what_its_host_cannot_hold(manifest: tuple[Path, Manifest]) -> None:
     spec = RankSpec(Host("mac1"), LocalRemote("mac1"), (sys.executable, "-c", SMALL), str(manifest[0]), ("127.0.0.1",))
-    with pytest.raises(PlanError, match=r"^mac1: rank 0: .* does not fit: 0\.4 GB are needed"), Session([spec]):
+    with (
+        pytest.raises(PlanError, match=r"^mac1: rank 0: .* does not fit: 0\.4 GB are needed") as caught,
+        Session([spec]),
+    ):
         pass
+    assert caught.value.hint == "'moectl plan' says what would fit; --force tries it all the same"
     with Session([spec], force=True) as session:
         assert isinstance(list(session.generate(Request(1, "Hello", 2)))[-1], Done)

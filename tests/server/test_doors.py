@@ -205,3 +205,40 @@ def test_every_way_to_write_this_machine(header: str, name: str) -> None:
 @pytest.mark.parametrize("header", ["", "evil.example", "localhost.evil.example:80", "a@localhost", "a:b:c", "1:2"])
 def test_names_that_are_not_this_machines(header: str) -> None:
     assert not visitors.names_this_machine(visitors.host_name(header), ())
+
+
+def test_what_a_hint_of_a_flag_says_is_taken() -> None:
+    with pytest.raises(UsageError) as caught:
+        visitors.read_origins(["*"], has_key=False)
+    assert caught.value.hint == "add --api-key-file FILE, or name the origins"
+    assert visitors.read_origins(["*"], has_key=True) == ("*",)
+    assert visitors.read_origins([PAGE], has_key=False) == (PAGE,)
+    with pytest.raises(UsageError) as caught:
+        visitors.read_origins(["localhost"], has_key=True)
+    assert caught.value.hint == "as --allow-origin http://localhost:3000; * stands alone, for all origins"
+    for origin in (caught.value.hint.partition(";")[0].split()[-1], "*"):
+        assert visitors.read_origins([origin], has_key=True) == (origin,)
+
+
+def test_what_a_hint_about_names_says_lets_in(site: Site, open_site: Site) -> None:
+    with pytest.raises(UsageError) as caught:
+        visitors.read_host_names(["http://host.docker.internal:80"])
+    assert caught.value.hint == "as --allow-host host.docker.internal; with --api-key-file any name is taken"
+    [name] = visitors.read_host_names([caught.value.hint.partition(";")[0].split()[-1]])
+    assert ask(open_site, "GET", "/v1/models", host=name).status_code == 200
+    key = f"Bearer {KEY}"
+    assert ask(site, "GET", "/v1/models", host="any.example", authorization=key).status_code == 200
+
+
+def test_what_a_hint_about_the_key_or_a_method_says_is_answered(site: Site) -> None:
+    for more in ({}, {"authorization": "Bearer wrong"}):
+        reply = ask(site, "GET", "/v1/models", **more)
+        hint = "it is the one that 'moectl serve' was started with: --api-key or --api-key-file"
+        assert (reply.status_code, reply.json()["error"]["hint"]) == (401, hint)
+    assert ask(site, "GET", "/v1/models", authorization=f"Bearer {KEY}").status_code == 200
+    reply = ask(site, "OPTIONS", "/v1/models", origin=PAGE, access_control_request_method="DELETE")
+    said = reply.json()["error"]["hint"]
+    assert said.startswith("it has ")
+    for method in said.removeprefix("it has ").split(", "):
+        allowed = ask(site, "OPTIONS", "/v1/models", origin=PAGE, access_control_request_method=method)
+        assert allowed.status_code == 200

@@ -499,10 +499,17 @@ def test_a_stop_ends_streams_within_their_grace(tmp_path: Path) -> None:
         next(stream)
         with pytest.raises(StopIteration):
             next(running)  # stops the server, and asserts that it ended
-        with pytest.raises(openai.APIError, match="moectl is stopping"):
+        with pytest.raises(openai.APIError, match="moectl is stopping") as caught:
             list(stream)
+    assert isinstance(caught.value.body, dict)
+    assert caught.value.body["hint"] == "moectl serve"
     assert site.cluster.running == 0
     assert not (tmp_path / "run" / "s").exists()
+    again = run_site(tmp_path / "run" / "s", None)
+    with next(again).client() as client:
+        ask(client)
+    with pytest.raises(StopIteration):
+        next(again)
 
 
 # 5,000 bad requests, straight into the application: what matters here is not TCP.

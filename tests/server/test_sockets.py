@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import stat
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from moectl.errors import StateError, UsageError
 from moectl.server.sockets import listen_tcp, listen_unix
+from tests.support.sshd import find_free_port
 
 
 def test_a_unix_socket_is_its_users_only(tmp_path: Path) -> None:
@@ -109,3 +111,28 @@ def test_a_place_that_refuses_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot use") as caught, listen_unix(tmp_path / "s"):
         pass
     assert "XDG_RUNTIME_DIR" in str(caught.value.hint)
+
+
+def test_what_a_hint_about_a_place_to_listen_says_is_done(tmp_path: Path) -> None:
+    place = tmp_path / "open"
+    place.mkdir()
+    place.chmod(0o777)
+    with pytest.raises(UsageError) as caught, listen_unix(place / "s"):
+        pass
+    assert caught.value.hint == f"chmod 700 {place}"
+    subprocess.run(shlex.split(caught.value.hint), check=True)
+    with listen_unix(place / "s"), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(place / "s"))
+    with pytest.raises(UsageError) as caught:
+        listen_tcp("0.0.0.0", 0, has_key=False)
+    assert caught.value.hint == "give --api-key or --api-key-file, or keep to --host 127.0.0.1"
+    for host, has_key in (("0.0.0.0", True), ("127.0.0.1", False)):
+        listen_tcp(host, 0, has_key=has_key).close()
+    with listen_tcp("localhost", 0, has_key=False) as taken, pytest.raises(StateError) as refused:
+        listen_tcp("localhost", taken.getsockname()[1], has_key=False)
+    assert refused.value.hint == "choose another --port"
+    with (
+        listen_tcp("localhost", 0, has_key=False) as taken,
+        listen_tcp("localhost", find_free_port(), has_key=False) as other,
+    ):
+        assert taken.getsockname()[1] != other.getsockname()[1]

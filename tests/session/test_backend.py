@@ -122,3 +122,20 @@ def test_a_device_towards_itself_is_refused() -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(HostsError, match="one of auto, ring, jaccl, jaccl-ring"):
         choose_backend("mpi", [Host("a")])
+
+
+def test_what_a_hint_about_devices_says_is_taken() -> None:
+    second, mended = Host("mac1", rdma=("rdma_en2", None)), Host("mac0", rdma=(None, "rdma_en2"))
+    for wrong, backend, hint in (
+        (
+            Host("mac0", rdma=(None,)),
+            "jaccl",
+            "list one device per host in rank order and '-' for the host itself, or use --backend ring",
+        ),
+        (Host("mac0", rdma=(None, None)), "jaccl-ring", "add it to rdma=, or use --backend ring"),
+    ):
+        with pytest.raises(HostsError) as caught:
+            choose_backend(backend, (wrong, second))
+        assert caught.value.hint == hint
+        assert choose_backend(backend, (mended, second)) == backend
+        assert choose_backend("ring", (wrong, second)) == "ring"

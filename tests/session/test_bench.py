@@ -28,13 +28,14 @@ from moectl.engine.profile import _share_copies
 from moectl.engine.protocol import Done, Generate, Prefilled, Profile, Profiled, Ready, Refused, Token
 from moectl.engine.request import Request
 from moectl.engine.unseen import Prompts
-from moectl.errors import StateError, UsageError
-from moectl.model.geometry import DBRX
+from moectl.errors import PlanError, StateError, UsageError
+from moectl.model.geometry import DBRX, read_geometry
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
 from moectl.model.routing import Routing, read_routing, write_routing
 from moectl.session.bench import Benchmark, Predicted, RankTime, Trial, bench, read_prediction
 from moectl.session.session import Session
+from moectl.shards.prepare import Wanted, find_frequencies
 from moectl.shards.tokenizer import open_tokenizer
 from tests.engine.test_lockstep import cut_case
 from tests.session.test_session import specs
@@ -100,8 +101,13 @@ def test_a_prompt_that_was_seen_before_is_no_measurement(alone: Path, monkeypatc
     with Session(specs(alone)[:1]) as session:
         generate = session.generate
         session.generate = look  # type: ignore[method-assign]
-        with pytest.raises(StateError, match=f"{PROMPT - 1} of a prompt's {PROMPT} tokens came from the prompt cache"):
+        with pytest.raises(
+            StateError, match=f"{PROMPT - 1} of a prompt's {PROMPT} tokens came from the prompt cache"
+        ) as caught:
             bench_alone()
+    assert caught.value.hint == "measure a session that nobody else uses"
+    with Session(specs(alone)[:1]) as session:
+        assert bench_alone().trials
 
 
 def test_prompts_are_the_same_everywhere_and_begin_each_in_its_own_way() -> None:
@@ -547,3 +553,25 @@ def test_the_verb_with_everything(source: Path, tmp_path: Path) -> None:
 )
 def test_wrong_words_are_usage_errors(words: tuple[str, ...], message: str) -> None:
     assert message in moectl(*words, code=2).stderr
+
+
+def test_what_the_hints_about_its_files_say_is_done(source: Path, tmp_path: Path) -> None:
+    stats, earlier, picture = (tmp_path / name for name in ("routing.json", "earlier.json", "picture.svg"))
+    with pytest.raises(UsageError) as caught:
+        read_routing(stats)
+    assert caught.value.hint == "moectl bench --routing-stats FILE writes one"
+    earlier.write_text("{}")
+    with pytest.raises(UsageError) as caught:
+        plot.read_documents([earlier])
+    assert caught.value.hint == "moectl bench --json > FILE"
+    geometry = read_geometry(json.loads((source / "config.json").read_text()))
+    others = Routing("other", 4, 1, ((4, 0),))
+    with pytest.raises(PlanError) as refused:
+        find_frequencies(Wanted(routing=others), geometry)
+    assert refused.value.hint == "moectl bench --routing-stats FILE counts this model's"
+    measure = ("--model", str(source), "--local", "1", "-p", "8", "-g", "3", "-n", "1")
+    earlier.write_text(moectl(*measure, "--routing-stats", str(stats), "--json").stdout)
+    assert find_frequencies(Wanted(routing=read_routing(stats)), geometry)
+    assert "Hint: add --plot FILE.svg\n" in moectl(*measure, "--compare", str(earlier), code=2).stderr
+    moectl(*measure, "--compare", str(earlier), "--plot", str(picture))
+    assert svg_texts(picture)

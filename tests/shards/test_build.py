@@ -448,8 +448,19 @@ def test_split_has_to_keep_groups_whole(sources: dict[str, Path], tmp_path: Path
     for layout, quantization in (("fused", Quantization(4, 128)), ("mlx-quantized", Q4)):
         checkpoint = open_checkpoint(str(sources[layout]))
         placement = make_placement(checkpoint.geometry, "hidden", 2, shares=(1, 11), group_size=32)
-        with pytest.raises(PlanError, match="cuts through"):
+        with pytest.raises(PlanError, match="cuts through") as caught:
             cut(checkpoint, tmp_path / "out", placement=placement, quantization=quantization)
+        if layout == "fused":
+            assert caught.value.hint == "choose a smaller --q-group-size, another number of nodes, or another --split"
+            ways = [(placement, Quantization(4, 32)), (make_placement(checkpoint.geometry, "hidden", 1), quantization)]
+        else:
+            assert caught.value.hint == "choose shares in whole groups of this checkpoint, or --split experts"
+            whole = make_placement(checkpoint.geometry, "hidden", 2, shares=(2, 10), group_size=32)
+            ways = [(whole, quantization)]
+        ways.append((make_placement(checkpoint.geometry, "experts", 2), quantization))
+        for number, (other, group) in enumerate(ways):
+            cut(checkpoint, tmp_path / f"{layout}-{number}", placement=other, quantization=group)
+            build.verify(tmp_path / f"{layout}-{number}")
 
 
 @pytest.mark.parametrize("wanted", [None, Quantization(8, 64), Quantization(4, 32)], ids=_name)
@@ -974,14 +985,21 @@ def test_unwritable_directory() -> None:
         checkpoint = open_checkpoint(str(source))
         (root / "held").mkdir(mode=0o555)
         (root / "file").touch()
+        (root / "open").mkdir()
+        (root / "open").chmod(0o777)
         with _nobody():
-            with pytest.raises(StateError, match=r"held.* cannot be written: Permission denied"):
+            with pytest.raises(StateError, match=r"held.* cannot be written: Permission denied") as caught:
                 cut(checkpoint, root / "held")
+            assert caught.value.hint == "choose another directory with -o, or set XDG_DATA_HOME and XDG_CACHE_HOME"
+            cut(checkpoint, root / "open" / "set")
             with pytest.raises(StateError, match=r"held/out cannot be written: Permission denied"):
                 cut(checkpoint, root / "held" / "out")
         for path in (root / "file", root / "file" / "out"):
-            with pytest.raises(UsageError, match="is not a directory"):
+            with pytest.raises(UsageError, match="is not a directory") as refused:
                 cut(checkpoint, path)
+            assert refused.value.hint == "choose another directory with -o"
+        cut(checkpoint, root / "other")
+        build.verify(root / "other")
         assert not list((root / "held").iterdir())
 
 
@@ -1102,6 +1120,15 @@ def test_verify_names_what_is_damaged(sources: dict[str, Path], tmp_path: Path) 
     assert "common/head.safetensors is missing" in str(caught.value)
     with pytest.raises(MoectlError, match="not a shard set"):
         build.verify(tmp_path)
+    # What the hint says, done: only these three are made again.
+    assert caught.value.hint == "delete those files and run the same 'moectl shard' again: it makes only them"
+    damaged = [victim, out / "common/head.safetensors", out / "LICENSE"]
+    for path in damaged:
+        path.unlink(missing_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert cut(open_checkpoint(str(sources["fused"])), out) == manifest
+    assert build.verify(out) == manifest
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 # From afar, and large.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 from moectl.shards.hub_environment import explain_certificates
 from moectl.shards.hub_errors import hub_error
 from tests.support.hub import Fault, Hub, _Handler
+from tests.support.sshd import find_free_port
 
 DEMO = Path(__file__).parent.parent.parent / "moectl/demo/moectl-demo"
 HIDDEN = ("HF_HUB_OFFLINE", "SSL_CERT_FILE", "SSL_CERT_DIR", "HF_TOKEN", "http_proxy", "https_proxy", "all_proxy")
@@ -177,3 +179,13 @@ def test_a_proxy_that_does_not_answer_is_named_and_the_hint_mends_it(hub: Hub, t
     assert f"did not come from {hub.endpoint} through the proxy of HTTP_PROXY: " in said
     assert "Hint: mend or unset HTTP_PROXY\n" in said
     assert moectl(hub, tmp_path, *DRY, HTTP_PROXY=None)[0] == 0
+
+
+def test_what_the_hint_about_the_network_says_mends_it(hub: Hub, tmp_path: Path) -> None:
+    code, _, said = moectl(hub, tmp_path, *DRY, HF_ENDPOINT=f"http://127.0.0.1:{find_free_port()}")
+    assert code == 5
+    hint = "Hint: check the network, then run the same command again: it resumes; "
+    assert f"{hint}if acme/tiny is a directory, there is none of that name here\n" in said
+    assert moectl(hub, tmp_path, *DRY)[0] == 0
+    shutil.copytree(DEMO, tmp_path / "here")
+    assert moectl(hub, tmp_path, "shard", str(tmp_path / "here"), *DRY[2:])[0] == 0

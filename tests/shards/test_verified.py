@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -194,3 +196,26 @@ def test_a_worker_refuses_before_it_loads(copy: Path) -> None:
     ):
         pass
     assert caught.value.exit_code == 7
+
+
+def test_what_the_hint_about_damaged_files_says_finds_what_mends_them(tmp_path: Path) -> None:
+    """Without a host: `moectl shard --verify` names the files, and what it says makes them again."""
+    write_checkpoint(tmp_path / "tiny", n_experts=4, top_k=2, ffn_hidden=128, vocab_size=VOCAB_SIZE)
+    write_tokenizer(tmp_path / "tiny")
+    directory = tmp_path / "set"
+    manifest = cut(tmp_path / "tiny", directory)
+    _flip(directory / LAYER)
+    with pytest.raises(IntegrityError) as caught:
+        check_files(directory, manifest, 1)
+    assert caught.value.hint == "moectl deploy (on this machine: moectl shard --verify DIR)"
+    command = (sys.executable, "-m", "moectl", "shard", "--verify", str(directory))
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert (found.returncode, LAYER in found.stderr, "Hint: delete those files and run" in found.stderr) == (
+        7,
+        True,
+        True,
+    )
+    (directory / LAYER).unlink()
+    cut(tmp_path / "tiny", directory)
+    check_files(directory, manifest, 1)
+    assert subprocess.run(command, capture_output=True).returncode == 0

@@ -53,6 +53,8 @@ class Ruled:
                 pieces += 1
                 yield piece
             ended = True
+            if word == "cut":  # the answer never says that it is over
+                return
             yield Finished("length" if word == "long" else "stop", Stats(20, pieces, 0.5, 2.0, 0.5, 74_300_000_000))
         finally:
             if not ended:

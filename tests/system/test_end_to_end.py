@@ -59,7 +59,8 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
     dry = moectl("deploy", str(hosts), "--dry-run")
     assert "Dry run: nothing was copied." in dry.stdout
     assert not (tmp_path / "left" / "shards").exists()
-    assert moectl(*PROMPT, *at, check=8).stderr.startswith("Error: no model is deployed on left, right.")
+    refused = moectl(*PROMPT, *at, check=8).stderr
+    assert refused.splitlines() == ["Error: no model is deployed on left, right.", f"Hint: moectl deploy {hosts}"]
 
     deployed = moectl("deploy", str(hosts), "--json", MOECTL_DEPLOY_NO_CHECK="0")
     assert "Checked: every rank computes what it should" in deployed.stderr

@@ -38,7 +38,9 @@ def test_a_deployment_from_its_beginning_to_its_end(
     code, out, err = call("status")
     assert (code, out) == (8, "")
     assert err.startswith("Error: nothing is running, and no model is deployed.")
-    assert call("logs")[0] == 8
+    assert "Hint: moectl deploy hosts.txt\n" in err
+    code, _, err = call("logs")
+    assert (code, "Hint: moectl run\n" in err) == (8, True)
 
     names = ("left", "right")
     python = make_python(tmp_path / "python")
