@@ -6,39 +6,9 @@ whatever threads are left, and where the reader of the output has left.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import io
 import os
 import signal
 import sys
-import threading
-from typing import TYPE_CHECKING, NoReturn
-
-import click
-
-from moectl import __version__
-from moectl.cli.verb import Verbs
-from moectl.cli.verbs import (
-    bench,
-    deploy,
-    doctor,
-    help,
-    list as list_,
-    logs,
-    plan,
-    run as run_,
-    serve,
-    setup,
-    shard,
-    status,
-)
-from moectl.cli.verbs.completion import completion, generate
-from moectl.cli.verbs.hosts import hosts
-from moectl.cli.verbs.serve import worker
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def _leave_now(number: int, _: object) -> None:
@@ -57,6 +27,12 @@ def _handle_signals(on_sigint: Callable[..., object], on_sigterm: Callable[..., 
 if (__name__ == "__main__" or os.path.basename(sys.argv[0]) == "moectl") and sys.argv[1:2] != ["worker"]:  # noqa: PTH119
     _handle_signals(_leave_now, _leave_now)
 
+import atexit
+import contextlib
+import io
+import threading
+from collections.abc import Callable
+from typing import NoReturn
 
 INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143
 
@@ -78,6 +54,7 @@ def main() -> NoReturn:
     end = _End()
     atexit.register(end.leave)  # runs after all that is registered from now on
     if "_MOECTL_COMPLETE" in os.environ:  # a shell asks, at Tab
+        from moectl.cli.app import cli
         from moectl.cli.completion import answer_tab
 
         answer_tab(cli)
@@ -101,7 +78,8 @@ class _End:
         The interpreter would end them where they ask for its lock. If that is in C++ or Rust, as safetensors, mlx and
         tokenizers are, the process aborts ("FATAL: exception not rethrown") and its exit code is lost.
         """
-        if threading.active_count() > 1:
+        # An interrupt that met Python in an `exec`, as dataclasses use, makes it kill itself with SIGINT at its end.
+        if threading.active_count() > 1 or self.code == INTERRUPTED:
             _flush(self.code)
             os._exit(self.code)
 
@@ -141,6 +119,7 @@ def run(*, begin: Callable[[], None] = lambda: None) -> int:
     """Run the command line in `sys.argv`; return its exit code. `begin` is called once it is understood."""
     import click
 
+    from moectl.cli.app import cli
     from moectl.cli.config import read_config
     from moectl.errors import UsageError
 
@@ -210,6 +189,8 @@ def _came_from_echo(error: Exception) -> bool:
     """Return whether an error is the output's, such as a full disk's, and no other file's."""
     import traceback
 
+    import click
+
     frames = traceback.extract_tb(error.__traceback__)
     return any((frame.filename, frame.name) == (click.utils.__file__, "echo") for frame in frames)
 
@@ -241,73 +222,6 @@ def _print_error(error: Exception, *, as_json: bool, color: str = "auto") -> int
         if hint:
             click.echo(f"Hint: {hint}", err=True)
     return code
-
-
-def _print_versions(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-    import platform
-    from importlib import metadata
-
-    click.echo(f"moectl {__version__}")
-    for name in ("mlx", "mlx-lm"):
-        try:
-            click.echo(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            click.echo(f"{name} not installed")
-    click.echo(f"Python {platform.python_version()}")
-    ctx.exit()
-
-
-@click.group(
-    cls=Verbs,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MOECTL", "max_content_width": 100},
-)
-@click.option(
-    "-V",
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_print_versions,
-    help="Show the versions of moectl, mlx, mlx-lm and Python, and exit.",
-)
-def cli() -> None:
-    """Run a mixture-of-experts model across a cluster of Macs.
-
-    \b
-    Examples:
-      moectl run "What is expert parallelism?"
-      moectl shard databricks/dbrx-instruct -n 4 && moectl deploy hosts.txt && moectl run
-      moectl help troubleshooting
-    """
-
-
-for _verb in (
-    setup.setup,
-    plan.plan,
-    shard.shard,
-    shard.pull,
-    deploy.deploy,
-    run_.run,
-    serve.serve,
-    serve.stop,
-    bench.bench,
-    status.status,
-    logs.logs,
-    list_.list_,
-    deploy.uninstall,
-    serve.controller,
-    doctor.doctor,
-    help.help_,
-    hosts,
-    worker,
-    completion,
-    generate,
-):
-    cli.add_command(_verb)
-
-cli.add_command(status.status, "ps")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Any
 import click
 import pytest
 
-from moectl import __main__, __main__ as cli, __version__, errors
+from moectl import __main__, __version__, errors
+from moectl.cli import app as cli
 from moectl.cli.options import Failed
 from moectl.cli.terminal import progress
 from moectl.cli.verb import SECTIONS, Verb

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
-from moectl.__main__ import cli
+from moectl.cli.app import cli
 from moectl.cli.completion import FILES, SHELLS, script
 from moectl.hosts.hostfile import Host
 from moectl.model.catalog import MODELS

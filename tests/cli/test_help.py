@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from moectl.__main__ import cli
+from moectl.cli.app import cli
 from moectl.cli.guides import TOPICS, read_guide
 from tests.support.terminal import Terminal
 

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import moectl
-from moectl.__main__ import cli
+from moectl.cli.app import cli
 from moectl.cli.completion import FILES
 from moectl.cli.guides import TOPICS
 from moectl.cli.manual import _CODES, _HOST_KEYS, pages, write_files

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moectl.__main__ import cli
+from moectl.cli.app import cli
 from moectl.demo import demo_dir
 from tests.support.hub import Hub
 from tests.support.ring import process_env

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from moectl.__main__ import cli
+from moectl.cli.app import cli
 from moectl.cli.options import Failed
 from moectl.cluster.deploy.feed import shard_and_deploy
 from moectl.cluster.deploy.provision import Event, HostResult

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from moectl.__main__ import cli
+from moectl.cli.app import cli
 from moectl.cluster.probe import measure_speed
 from moectl.errors import PlanError
 from moectl.model.placement import make_placement

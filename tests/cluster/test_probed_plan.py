@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl.__main__ import cli
+from moectl.cli.app import cli
 from moectl.cluster import probe, probed_plan
 from moectl.demo import demo_dir
 from moectl.errors import CommandFailed

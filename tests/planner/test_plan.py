@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, strategies as st
 
-from moectl.__main__ import cli
+from moectl.cli.app import cli
 from moectl.cli.options import Failed
 from moectl.demo import demo_dir
 from moectl.errors import MoectlError, PlanError

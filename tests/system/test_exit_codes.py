@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from moectl import __main__, __main__ as cli
+from moectl import __main__
+from moectl.cli import app as cli
 from moectl.cli.verb import EXIT_CODES
 from moectl.errors import StateError
 from tests.support.ring import process_env
@@ -107,6 +108,20 @@ def test_an_interrupt_that_a_library_made_an_import_error_of(
     monkeypatch.setattr(sys, "argv", ["moectl", "list"])
     assert __main__.run() == 130
     assert capsys.readouterr().err == "\nInterrupted.\n"
+
+
+def test_an_interrupt_in_an_exec_is_no_signal_of_its_own(tmp_path: Path) -> None:
+    """Python notes one that meets it there as unhandled, and `python -m` kills itself with SIGINT at its end."""
+    (tmp_path / "program.py").write_text("""
+import click, sys
+from moectl.__main__ import main
+click.Group.invoke = lambda *_: exec("raise KeyboardInterrupt")
+sys.argv = ["moectl", "list"]
+main()
+""")
+    command = [sys.executable, "-m", "program"]
+    done = subprocess.run(command, cwd=tmp_path, env=process_env(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nInterrupted.\n")
 
 
 # Pipes.

@@ -23,7 +23,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moectl.__main__ import cli
+from moectl.cli.app import cli
 from moectl.cli.guides import DIRECTORY, TOPICS
 from moectl.cluster.doctor.errnos import explain, find_error
 from tests.support.ring import process_env
