@@ -376,9 +376,9 @@ def test_what_node_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sec
     base = {"root": str(inside), "directory": "set", "files": task_files, "verify": True, "remember": True}
     survey = base | {"stamp": "env/stamp", "packages": ["mlx"], "wheels": {"a.whl": [1, "0" * 64]}}
     record = {"directory": str(inside / "set"), "files": {"moectl.json": "1" * 64}}
-    monkeypatch.setattr(node, "_end_with_stdin", lambda: None)
+    monkeypatch.setattr(node, "end_with_stdin", lambda end: None)
     answers: list[dict[str, Any]] = []
-    monkeypatch.setattr(node, "_answer", answers.append)
+    monkeypatch.setattr(node, "tell", answers.append)
     monkeypatch.chdir(inside)
 
     def ask(command: str) -> Callable[[bytes], None]:
@@ -411,7 +411,7 @@ def test_what_node_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sec
 
 def test_what_links_answer(seconds: float) -> None:
     def read(data: bytes) -> None:
-        text = b"motd\nmoectl-links: " + data + b"\n"
+        text = b"motd\n" + ANSWER + data + b"\n"
 
         class Listener(LocalRemote):
             def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Any:
@@ -499,6 +499,7 @@ WORKERS_NONSENSE = {
 
 @pytest.mark.parametrize("said", WORKERS_NONSENSE.values(), ids=WORKERS_NONSENSE.keys())
 def test_a_session_that_hears_nonsense_names_the_host(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
     monkeypatch.setattr(
         "moectl.session.worker_link.EXIT_GRACE_S", 0.5
     )  # nobody here ends by the leash when its output is full
@@ -516,7 +517,7 @@ def test_a_session_that_hears_nonsense_names_the_host(said: str, monkeypatch: py
         session.close()
     assert caught.value.host == "mac2"
     assert "\n" not in caught.value.message
-    assert threading.active_count() < 20
+    assert threading.active_count() < before + 20
 
 
 @pytest.mark.parametrize("cut", [2, 20, 60])

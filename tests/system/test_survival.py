@@ -185,7 +185,8 @@ def test_without_restarts_there_is_one_clear_error() -> None:
     served = Served("--no-restart")
     found = served.stream(GREEDY, act=kill(served, signal.SIGKILL, 1))
     assert found.error is not None
-    assert found.error["message"] == "localhost: rank 1: the worker was killed by signal 9 while generating"
+    said = "localhost: rank 1: the worker was killed by signal 9 while generating"
+    assert found.error["message"] == f"{said} (hint: {found.error['hint']})"
     assert not found.notices
     code, stderr = served.end()
     assert code == 6
