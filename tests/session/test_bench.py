@@ -105,7 +105,7 @@ def test_a_prompt_that_was_seen_before_is_no_measurement(alone: Path, monkeypatc
             StateError, match=f"{PROMPT - 1} of a prompt's {PROMPT} tokens came from the prompt cache"
         ) as caught:
             bench_alone()
-    assert caught.value.hint == "measure a session that nobody else uses"
+    assert caught.value.hint == "measure a session that has no other user"
     with Session(specs(alone)[:1]) as session:
         assert bench_alone().trials
 
