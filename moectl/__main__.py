@@ -1,7 +1,7 @@
-"""Where moectl begins and ends: `moectl` and `python -m moectl`. Exceptions become one line of text and an exit code.
+"""Where moectl begins and ends: `moectl` and `python -m moectl`.
 
-The only place that does so; what the verbs do is `cli`'s. Exit codes are the documented ones whenever a signal comes,
-whatever threads are left, and where the reader of the output has left.
+It is the only place that turns an exception into one line of text and an exit code; what the verbs do is in `cli`. The
+exit code is the documented one at any signal, with any threads left, and when the reader of the output has gone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ def _leave_now(number: int, _: object) -> None:
 
 
 def _handle_signals(on_sigint: Callable[..., object], on_sigterm: Callable[..., object]) -> None:
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is for what a shell runs in the background
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell sets it for a command in the background
         signal.signal(signal.SIGINT, on_sigint)
     signal.signal(signal.SIGTERM, on_sigterm)
 
 
-# Before anything else is imported: that takes long enough to be interrupted, and nothing has begun that would have to
-# be ended in order. Not where a test imports this.
+# Before the other imports: they take long enough to be interrupted, and nothing has begun yet that has to end in order.
+# Not where a test imports this module.
 if (__name__ == "__main__" or os.path.basename(sys.argv[0]) == "moectl") and sys.argv[1:2] != ["worker"]:  # noqa: PTH119
     _handle_signals(_leave_now, _leave_now)
 
@@ -38,21 +38,21 @@ INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; unwinds like Ctrl-C does."""
+    """SIGTERM arrived; it ends the command as Ctrl-C does."""
 
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    if sys.argv[1:2] == ["worker"]:  # ends by itself, with its leash
+    if sys.argv[1:2] == ["worker"]:  # it ends when its stdin does
         sys.exit(run())
-    # A stream that was closed (`>&-`), or a terminal that lacks a letter, is no reason to stop.
+    # A closed stream (`>&-`), or a terminal that cannot show a letter, must not stop moectl.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the rest of the process
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     end = _End()
-    atexit.register(end.leave)  # runs after all that is registered from now on
+    atexit.register(end.leave)  # it runs after all that is registered later
     if "_MOECTL_COMPLETE" in os.environ:  # a shell asks, at Tab
         from moectl.cli.app import cli
         from moectl.cli.completion import answer_tab
@@ -75,16 +75,16 @@ class _End:
     def leave(self) -> None:
         """End here if threads are left that nothing waits for.
 
-        The interpreter would end them where they ask for its lock. If that is in C++ or Rust, as safetensors, mlx and
-        tokenizers are, the process aborts ("FATAL: exception not rethrown") and its exit code is lost.
+        The interpreter would end each one when it asks for the lock. Within C++ or Rust (safetensors, mlx, tokenizers)
+        that aborts the process ("FATAL: exception not rethrown"), and the exit code is lost.
         """
-        # An interrupt that met Python in an `exec`, as dataclasses use, makes it kill itself with SIGINT at its end.
+        # After an interrupt within an `exec`, as dataclasses use it, Python kills itself with SIGINT at its end.
         if threading.active_count() > 1 or self.code == INTERRUPTED:
             _flush(self.code)
             os._exit(self.code)
 
     def leave_now(self, number: int, _: object) -> None:
-        """End while the interpreter shuts down: a signal there is too late to be raised."""
+        """End at a signal while the interpreter shuts down, which is too late for an exception."""
         os._exit(self.code or 128 + number)
 
 
@@ -93,7 +93,7 @@ def _on_sigterm(*_: object) -> None:
 
 
 def _flush(code: int) -> int:
-    """Write out what is left; return the exit code, another one where that was 0 and not all could be written."""
+    """Write what is buffered; return the exit code, changed from 0 where the output could not be written."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -110,13 +110,13 @@ def _flush(code: int) -> int:
 
 
 def _forget(stream: object) -> None:
-    # Else the interpreter tries again at the end, and says so.
+    # Otherwise the interpreter tries again at its end, and prints the failure.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]
 
 
 def run(*, begin: Callable[[], None] = lambda: None) -> int:
-    """Run the command line in `sys.argv`; return its exit code. `begin` is called once it is understood."""
+    """Run the command line in `sys.argv`; return its exit code. `begin` is called when the words have been read."""
     import click
 
     from moectl.cli.app import cli
@@ -124,7 +124,7 @@ def run(*, begin: Callable[[], None] = lambda: None) -> int:
     from moectl.errors import UsageError
 
     try:
-        # Not `cli.main`, which ends the process by itself where the reader of the output has left.
+        # Not click's own `main`: it ends the process when the reader of the output has gone.
         with cli.make_context("moectl", sys.argv[1:], default_map=read_config(cli.parameter_names())) as context:
             begin()
             result = cli.invoke(context)
@@ -138,7 +138,7 @@ def run(*, begin: Callable[[], None] = lambda: None) -> int:
             error.show()
         return error.exit_code
     except (KeyboardInterrupt, EOFError, click.Abort):
-        return _say("\nInterrupted.", INTERRUPTED)  # the line of the terminal's ^C ends
+        return _say("\nInterrupted.", INTERRUPTED)  # the new line ends that of the terminal's ^C
     except Terminated:
         return _say("Terminated.", TERMINATED)
     except Exception as error:
@@ -168,14 +168,14 @@ def _say(text: str, code: int) -> int:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Return whether an error was Ctrl-C before a library made another one of it, as some do in their imports."""
+    """Return whether an error began as Ctrl-C: some libraries turn that into another error while they are imported."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _reader_has_left() -> bool:
-    """Return whether the reader of standard output or error has closed it; other pipes may break as well."""
+    """Return whether stdout or stderr has lost its reader: the broken pipe may be another one."""
     import select
 
     poll = select.poll()
@@ -186,7 +186,7 @@ def _reader_has_left() -> bool:
 
 
 def _came_from_echo(error: Exception) -> bool:
-    """Return whether an error is the output's, such as a full disk's, and no other file's."""
+    """Return whether an error came from printing, such as a full disk at stdout, and from no other file."""
     import traceback
 
     import click
@@ -196,7 +196,7 @@ def _came_from_echo(error: Exception) -> bool:
 
 
 def _json_in_words() -> bool:
-    # For errors before the flags have been read; after `--` come words, not flags.
+    # For errors before click has read the flags; what follows `--` is not a flag.
     words = sys.argv[1:]
     return "--json" in words[: words.index("--") if "--" in words else None]
 
@@ -217,7 +217,7 @@ def _print_error(error: Exception, *, as_json: bool, color: str = "auto") -> int
     if as_json:
         return _say(json.dumps({"error": {**to_json(told), "kind": type(error).__name__}}), code)
     coloured = colour_wanted(color, sys.stderr)
-    with contextlib.suppress(OSError):  # whoever read it has left; the code tells
+    with contextlib.suppress(OSError):  # stderr has lost its reader; the exit code is left
         click.echo(f"{click.style('Error:', fg='red', bold=True)} {told}", err=True, color=coloured)
         if hint:
             click.echo(f"Hint: {hint}", err=True)

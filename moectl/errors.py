@@ -1,30 +1,30 @@
 """Every error that moectl raises on purpose. It knows nothing of click, of terminals or of any library.
 
 MoectlError (1)
-├── UsageError (2)               the command line or its values make no sense
+├── UsageError (2)               the command line or a value in it is wrong
 │   ├── ShardsDiffer             a directory holds a shard set of another source or other settings
-│   └── BadField                 a field of an API request makes no sense; `param` names it
+│   └── BadField                 a field of an API request is wrong; `param` names it
 ├── PartialFailure (3)           some hosts or checks failed, others did not
 ├── HostsError (4)               the hosts file is wrong
 ├── PlanError (4)                the split, the shares or the model cannot work
-│   └── CheckpointError (4)      the model cannot be had, or is not one that moectl runs
+│   └── CheckpointError (4)      the model cannot be read or downloaded, or moectl cannot run it
 ├── HostError (5)                a host cannot be used
 │   ├── Unreachable              no route, refused, timed out
 │   ├── AuthFailed               no key was accepted
 │   └── HostKeyError             unknown or changed host key
-├── RemoteError (6)              a host was reached, and what ran there failed
+├── RemoteError (6)              a host was reached, but what ran there failed
 │   ├── CommandFailed            a command returned non-zero
 │   ├── VersionMismatch          python, mlx, mlx-lm or moectl differ
 │   ├── PeerLost                 a rank's connection to another rank broke
-│   │   └── Stalled              nothing comes over it any more, or too slowly
-│   ├── LeashLost                the workers went because this machine was not there
-│   └── RanksDisagree            ranks that should compute the same do not
-├── IntegrityError (7)           bytes on disk are not those that were promised
-└── StateError (8)               something has to be done first
+│   │   └── Stalled              data no longer comes over it, or comes too slowly
+│   ├── LinkLost                 the workers ended because they heard nothing of this machine
+│   └── RanksDisagree            ranks that have to compute the same result do not
+├── IntegrityError (7)           a file does not hold the bytes that its manifest lists
+└── StateError (8)               another command, or some change, has to come first
     ├── NotSharded
     ├── NotDeployed
-    ├── AlreadyRunning           another controller has it
-    └── QueueFull                as many requests wait as may; `retry_after_s` says when to ask again
+    ├── AlreadyRunning           another controller runs
+    └── QueueFull                too many requests wait; `retry_after_s` says when to ask again
 
 Errors carry what a person needs (message, host, hint) and what a script needs (exit_code). `__main__` is the only
 place that turns them into text and a process exit.
@@ -32,37 +32,30 @@ place that turns them into text and a process exit.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# C0, C1, the line separators, and what turns the direction of writing round.
+# C0, C1, the line separators, and the marks that change the direction of writing.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
 class MoectlError(Exception):
-    """Say what failed and why in one line; `hint` is a command or action that mends it."""
+    """Say what failed and why in one line; `hint` is a command or an action that solves it."""
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None, host: str | None = None) -> None:
-        # What another machine or a file said may be quoted here: it gets no second line, and no hold of a terminal.
+        # A message may quote another machine or a file: control characters could change a terminal or add lines.
         message, hint = _CONTROLS.sub(" ", message), hint and _CONTROLS.sub(" ", hint)
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.host = host
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # Errors cross process borders (one push process per host): keep the keyword-only fields.
-        return (_rebuild, (type(self), self.message, self.hint, self.host))
-
     def __str__(self) -> str:
         return f"{self.host}: {self.message}" if self.host else self.message
-
-
-def _rebuild(kind: type[MoectlError], message: str, hint: str | None, host: str | None) -> MoectlError:
-    return kind(message, hint=hint, host=host)
 
 
 class UsageError(MoectlError):
@@ -75,15 +68,9 @@ class ShardsDiffer(UsageError):
 
 class BadField(UsageError):
     def __init__(
-        self,
-        message: str,
-        *,
-        hint: str | None = None,
-        host: str | None = None,
-        param: str | None = None,
-        code: str | None = None,
+        self, message: str, *, param: str | None = None, code: str | None = None, **common: str | None
     ) -> None:
-        super().__init__(message, hint=hint, host=host)
+        super().__init__(message, **common)
         self.param = param
         self.code = code  # OpenAI's short name of the reason, where it has one
 
@@ -140,16 +127,14 @@ class Stalled(PeerLost):
     pass
 
 
-class LeashLost(RemoteError):
+class LinkLost(RemoteError):
     pass
 
 
 class RanksDisagree(RemoteError):
-    def __init__(
-        self, message: str, *, hint: str | None = None, host: str | None = None, rank: int | None = None
-    ) -> None:
-        super().__init__(message, hint=hint, host=host)
-        self.rank = rank  # the one that is alone with what it computed, where there is one
+    def __init__(self, message: str, *, rank: int | None = None, **common: str | None) -> None:
+        super().__init__(message, **common)
+        self.rank = rank  # the only one with another result, where there is one
 
 
 class IntegrityError(MoectlError):
@@ -173,10 +158,8 @@ class AlreadyRunning(StateError):
 
 
 class QueueFull(StateError):
-    def __init__(
-        self, message: str, *, hint: str | None = None, host: str | None = None, retry_after_s: float = 1.0
-    ) -> None:
-        super().__init__(message, hint=hint, host=host)
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, **common: str | None) -> None:
+        super().__init__(message, **common)
         self.retry_after_s = retry_after_s
 
 
@@ -186,8 +169,12 @@ def unexpected(error: BaseException, hint: str | None = None, host: str | None =
 
 
 def with_hint(error: MoectlError, hint: str | None) -> MoectlError:
-    """Return the same error with another hint, where there is one; the one that is on its way keeps its own."""
-    return _rebuild(type(error), error.message, hint, error.host) if hint else error
+    """Return a copy of an error with another hint, or the error itself where there is none."""
+    if not hint:
+        return error
+    changed = copy.copy(error)
+    changed.hint = hint
+    return changed
 
 
 def to_json(error: MoectlError) -> dict[str, Any]:
@@ -197,16 +184,16 @@ def to_json(error: MoectlError) -> dict[str, Any]:
 
 
 def from_json(raw: Mapping[str, Any]) -> MoectlError:
-    """Return the error that another process has told."""
+    """Return the error that `to_json` of another process described."""
     return find_kind(raw.get("kind"))(str(raw.get("message", "")), hint=raw.get("hint"), host=raw.get("host"))
 
 
 def find_kind(name: object) -> type[MoectlError]:
-    """Return the class of an error by its name; RemoteError where it is none of these."""
+    """Return the class of an error by its name; RemoteError for an unknown name."""
     kind = globals().get(str(name))
     return kind if isinstance(kind, type) and issubclass(kind, MoectlError) else RemoteError
 
 
 def error_json(error: MoectlError | None) -> dict[str, Any] | None:
-    """Return an error as a part of a document that names its host beside it."""
+    """Return an error as JSON without its host, for a document that names the host elsewhere."""
     return None if error is None else {name: value for name, value in to_json(error).items() if name != "host"}

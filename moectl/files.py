@@ -1,4 +1,4 @@
-"""What a disk refuses, as our errors; how much it has left; names made durable. It knows nothing of what files hold."""
+"""Files on this machine: written whole and durably, locked, and a refusal of the disk as an error of ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AGAIN = "run the same command again: it continues"
 
 
 def explain_refusal(error: OSError, path: Path) -> MoectlError:
-    """Turn what the disk says when `path` is written into what to do."""
+    """Return the error for a disk that refused to write `path`."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StateError(
@@ -35,14 +35,14 @@ def explain_refusal(error: OSError, path: Path) -> MoectlError:
 
 
 def free_bytes(path: Path) -> int:
-    """Return what the disk has left on which `path` is, or will be."""
+    """Return the free bytes of the disk on which `path` is or will be."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
 
 
 def check_destination(path: Path) -> None:
-    """Raise UsageError when no file can be made at `path`, so that nobody works long for one."""
+    """Raise UsageError when no file can be made at `path`: before the work whose result it would hold."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory")
     if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
@@ -69,7 +69,7 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
 
 
 def write_partial(path: Path, data: bytes, *, mode: int = 0o666) -> Path:
-    """Write durably what a file is to hold, under the name that is returned. Raises OSError."""
+    """Write the content of a file durably under its partial name, and return that name. Raises OSError."""
     partial = partial_path(path)
     try:
         partial.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ def write_partial(path: Path, data: bytes, *, mode: int = 0o666) -> Path:
 
 
 def partial_path(path: Path) -> Path:
-    """Return the name that a file has while it is under construction."""
+    """Return the name that a file has until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -103,9 +103,9 @@ def json_line(line: dict[str, Any]) -> bytes:
 
 
 def try_lock(path: Path, *, mode: int = 0o644) -> int | None:
-    """Open a file to read it and add to it, and hold it against others; None when another process or thread has it.
+    """Open a file to read and append, and lock it; None when another process or thread holds the lock.
 
-    Closing the descriptor lets it go; who holds it may remove it before. Raises OSError.
+    Closing the descriptor releases the lock; its holder may remove the file first. Raises OSError.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
@@ -118,11 +118,11 @@ def try_lock(path: Path, *, mode: int = 0o644) -> int | None:
             return None
         except FileNotFoundError:
             pass
-        os.close(fd)  # its last holder removed the name meanwhile
+        os.close(fd)  # its last holder removed the name between the two calls
 
 
 def make_directory(path: Path, *, mode: int = 0o777) -> None:
-    """Make a directory, with those above it, whose names are durable. Raises OSError."""
+    """Make a directory and its missing parents, and make their names durable. Raises OSError."""
     for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
         missing.mkdir(mode=mode, exist_ok=True)
         sync_directory(missing.parent)

@@ -1,7 +1,7 @@
 """Turn parsed JSON into dataclasses, every value checked against its field's annotation.
 
-What comes from a file or from another machine goes through here, so that wrong types are found at the border and not
-as a TypeError somewhere inside. What values mean is for the dataclass itself to check. It reads no file.
+Data of a file or of another machine is checked here, so that a wrong type is found before anything uses it. The
+dataclass itself checks what its values mean. It reads no file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _T = TypeVar("_T")
 
 
 def build(kind: Callable[..., _T], raw: object) -> _T:
-    """Return a dataclass of this kind made of a JSON object; lists become tuples where its fields are tuples.
+    """Return a dataclass of this kind from a JSON object; lists become tuples where its fields are tuples.
 
-    Raises ValueError for a missing, unknown or mistyped field, and whatever `kind` itself raises for values.
+    Raises ValueError for a missing, unknown or mistyped field, and what `kind` itself raises for values.
     """
-    from pydantic import ValidationError  # what reads no record, such as --help, is to be quick
+    from pydantic import ValidationError  # slow to import, and --help needs no record
 
     try:
-        # As JSON, whose strict mode knows that a list may be a tuple and a key a number.
+        # In pydantic's strict mode, only JSON may hold a list for a tuple and text for a number as a key.
         made: _T = _adapter(kind).validate_json(json.dumps(raw), strict=True, extra="forbid")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

@@ -1,7 +1,4 @@
-"""What people see: tables and hints in words, progress on stderr, colour where it is wanted. It decides nothing.
-
-stdout carries the answer or the table, stderr everything else. tqdm is loaded only while a bar is drawn.
-"""
+"""Text for people: sizes, times and tables; safe to print on a terminal, coloured where that is wanted."""
 
 from __future__ import annotations
 
@@ -12,16 +9,15 @@ from collections.abc import Sequence
 from typing import TextIO
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-# What a model or another machine says is not trusted with the terminal: escape sequences could retitle it, move its
-# cursor over what was said, or make it type answers of its own. ESC and CSI (U+009B) begin them: C0, DEL and C1 are
-# shown as signs.
+# Text of a model or of another machine must not control the terminal: escape sequences could change its title, write
+# over earlier lines, or make it send input. They begin with ESC or CSI (U+009B): C0, DEL and C1 are shown as signs.
 _SIGNS: dict[int, int | None] = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 _SIGNS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 _SIGNS[ord("\r")] = None  # of a Windows line end; alone it would overwrite the line
 
 
 def printable(text: str) -> str:
-    """Return a text that does nothing to a terminal but appear on it."""
+    """Return a text with a visible sign for each character that would control a terminal."""
     return text.translate(_SIGNS)
 
 
@@ -41,7 +37,7 @@ def time_text(seconds: float) -> str:
 
 
 def colour_wanted(choice: str, stream: TextIO) -> bool:
-    """Return whether to colour a stream: --color, then NO_COLOR, then FORCE_COLOR, then whether it is a terminal."""
+    """Return whether to colour a stream. These decide, in order: --color, NO_COLOR, FORCE_COLOR, is it a terminal."""
     if choice != "auto":
         return choice == "always"
     if os.environ.get("NO_COLOR"):
@@ -50,7 +46,7 @@ def colour_wanted(choice: str, stream: TextIO) -> bool:
 
 
 def columns() -> int:
-    """Return how many letters a line may have: the terminal's width, 100 where there is none."""
+    """Return the width of the terminal in letters, 100 where there is no terminal."""
     return shutil.get_terminal_size((100, 24)).columns
 
 
@@ -79,14 +75,10 @@ def table_text(
 
 
 def clock_text(time_s: float | None) -> str:
-    """Return a moment in UTC, to the second; dashes where it is not known."""
+    """Return a time in UTC, to the second; dashes where it is not known."""
     if time_s is None:
         return "-" * 20
     return datetime.datetime.fromtimestamp(time_s, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _size_text(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def format_gb(nbytes: int) -> str:

@@ -23,7 +23,7 @@ from typing import IO, Any, Protocol, cast
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, Unreachable
 from moectl.hosts.onhost import files as node
 from moectl.records import build
-from moectl.text import _size_text
+from moectl.text import format_gb
 
 NOT_FOUND = 127
 # What a program's text need not say again; `from __future__` may stand at the beginning only.
@@ -352,7 +352,7 @@ def _mismatch_error(found: str, source: Path, destination: str, sha256: str, hos
 
 def room_text(free: int, needed: int) -> str:
     """Return what is missing on a disk, in words."""
-    return f"disk full: {_size_text(free)} free, {_size_text(needed)} needed"
+    return f"disk full: {format_gb(free)} free, {format_gb(needed)} needed"
 
 
 def _feed(pipe: IO[bytes], data: bytes) -> None:

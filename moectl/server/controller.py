@@ -19,7 +19,7 @@ from typing import Any
 from moectl.engine.isolation import explain
 from moectl.engine.protocol import Done, Prefilled, Ready, Refused, Token
 from moectl.engine.request import Request, too_long
-from moectl.errors import LeashLost, MoectlError, QueueFull, StateError, unexpected, with_hint
+from moectl.errors import LinkLost, MoectlError, QueueFull, StateError, unexpected, with_hint
 from moectl.server.contracts import Health
 from moectl.server.metrics import Throughput
 from moectl.server.restarts import Restarts, ResumedAnswer
@@ -306,7 +306,7 @@ class Controller:
         self._is_up = False
         self._downs += 1
         # A sleep is nobody's fault; but if this machine is never there for long enough, that has to end too.
-        is_failure = not (isinstance(failure, LeashLost) and self._came_further)
+        is_failure = not (isinstance(failure, LinkLost) and self._came_further)
         for answer in self._numbered.values():  # not at a start that fails: nobody had begun with it
             answer.break_off(is_failure=is_failure)
         self._numbered.clear()

@@ -18,7 +18,7 @@ from moectl.errors import (
     CheckpointError,
     HostKeyError,
     IntegrityError,
-    LeashLost,
+    LinkLost,
     MoectlError,
     Stalled,
     StateError,
@@ -165,7 +165,7 @@ class Restarts:
         while self._recent and now_s - self._recent[0] > WITHIN_S:
             self._recent.popleft()
         was_up, self._was_up = self._was_up, False
-        if isinstance(failure, LeashLost) and was_up:
+        if isinstance(failure, LinkLost) and was_up:
             self.total += 1
             return FIRST_S
         if len(self._recent) == self.most:

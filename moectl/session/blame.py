@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moectl.engine.protocol import LEASH_LOST, Event, Fatal
-from moectl.errors import LeashLost, MoectlError, PeerLost, RemoteError, Unreachable, find_kind
+from moectl.errors import LinkLost, MoectlError, PeerLost, RemoteError, Unreachable, find_kind
 from moectl.session.liveness import Sleep
 from moectl.session.worker_link import Ended, Heard, Tether
 
@@ -64,7 +64,7 @@ class Blame:
             return self.failure(
                 rank,
                 f"the worker let go while {phase}: this machine slept, or was stopped, for {slept_s:.0f} s",
-                kind=LeashLost,
+                kind=LinkLost,
                 hint="keep it awake: 'caffeinate -i moectl …' on a Mac, 'systemd-inhibit moectl …' on Linux",
             )
         if event.reason is not None:

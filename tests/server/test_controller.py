@@ -28,7 +28,7 @@ from moectl.engine.request import Request, Stats
 from moectl.errors import (
     CommandFailed,
     IntegrityError,
-    LeashLost,
+    LinkLost,
     MoectlError,
     PeerLost,
     PlanError,
@@ -405,7 +405,7 @@ def test_going_on_without_a_host_is_advised_when_it_is_away(
 
 
 @pytest.mark.parametrize(
-    "kind", [CommandFailed, IntegrityError, LeashLost, PeerLost, PlanError, RanksDisagree, Stalled, VersionMismatch]
+    "kind", [CommandFailed, IntegrityError, LinkLost, PeerLost, PlanError, RanksDisagree, Stalled, VersionMismatch]
 )
 def test_a_host_that_is_there_is_not_advised_away(monkeypatch: pytest.MonkeyPatch, kind: type[MoectlError]) -> None:
     monkeypatch.setattr("moectl.cluster.deploy.remedy.find_remedy", lambda target, lost: f"without {lost}")
@@ -421,7 +421,7 @@ def test_sleeping_often_ends_no_answer() -> None:
         answer = await ask(controller, sessions[0], Request(0, "a", 5))
         for number, session in enumerate(sessions[:-1]):
             session.heard.put(Token(1, 7 + number, "x"))
-            session.heard.put(LeashLost("slept"))
+            session.heard.put(LinkLost("slept"))
             await until(lambda n=number: len(sessions[n + 1].submitted) == 1)  # type: ignore[misc]
         last.heard.put(Done(1, "stop", STATS))
         told = await collect(answer)
@@ -437,10 +437,10 @@ def test_a_machine_that_sleeps_before_anything_comes_of_an_answer_ends_it_some_t
         answer = await ask(controller, sessions[0], Request(0, "a", 5))
         for number, session in enumerate(sessions[:-1]):
             session.heard.put(Prefilled(1, 512))  # no further than the time before
-            session.heard.put(LeashLost(f"slept {number}"))
+            session.heard.put(LinkLost(f"slept {number}"))
             if number < MAX_FAILURES:
                 await until(lambda n=number: len(sessions[n + 1].submitted) == 1)  # type: ignore[misc]
-        with pytest.raises(LeashLost, match=f"slept {MAX_FAILURES}"):
+        with pytest.raises(LinkLost, match=f"slept {MAX_FAILURES}"):
             await collect(answer)
 
     restart(test, *naps, FakeSession())
@@ -457,7 +457,7 @@ def test_whoever_waits_while_others_come_further_is_not_to_blame_for_naps() -> N
         )
         for number, session in enumerate(sessions[:-1]):
             session.heard.put(Prefilled(1, 512 * (number + 1)))
-            session.heard.put(LeashLost("slept"))
+            session.heard.put(LinkLost("slept"))
             await until(lambda n=number: len(sessions[n + 1].submitted) == 2)  # type: ignore[misc]
         last.heard.put(Done(1, "stop", STATS))
         last.heard.put(Done(2, "stop", STATS))
