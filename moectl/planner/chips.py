@@ -1,9 +1,9 @@
-"""What chips can do: a table of public figures, each row with its source, and how much of its memory macOS gives a GPU.
+"""The chips: a table of public figures, each row with its source, and how much memory macOS gives to a Mac's GPU.
 
-Data only; nothing here was measured by moectl. Bandwidth, memory sizes, GPU cores, Thunderbolt and prices are the
-maker's. Apple publishes no TFLOPS: those are cores × 128 lanes × 2 operations × clock, at clocks read out by others
-(M1 1.28 GHz, M2 1.40, M3 1.38, M4 1.47 and 1.58 in Pro and Max), for float32 and float16 alike. M5's neural
-accelerators do more in matrix products; the row holds what its lanes do, since no figure in TFLOPS is public.
+Data only; moectl measured nothing of it. Bandwidth, memory sizes, GPU cores, Thunderbolt and prices are the maker's
+figures. Apple publishes no TFLOPS: they are cores × 128 lanes × 2 operations × clock, at clocks that others measured
+(M1 1.28 GHz, M2 1.40, M3 1.38, M4 1.47 and 1.58 in Pro and Max), for float32 and float16. M5's neural accelerators are
+faster in matrix products, but no figure in TFLOPS is public: its rows count the lanes only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moectl.errors import HostsError
 class Chip:
     """One chip, or for `dgx-h100` one machine. GB/s in powers of 1000, memory in GiB as it is sold."""
 
-    name: str  # as written in hosts.txt; of several bins the largest has the plain name
+    name: str  # as written in hosts.txt; the largest of several variants has the plain name
     title: str
     memory_gib: tuple[int, ...]
     bandwidth_gb_s: float
@@ -86,7 +86,7 @@ def find_chip(name: str) -> Chip:
 
 
 def default_working_set_bytes(memory_bytes: int) -> int:
-    """Return what macOS lets a GPU use of a Mac's memory when iogpu.wired_limit_mb is 0."""
+    """Return how much of a Mac's memory macOS gives to the GPU when iogpu.wired_limit_mb is 0."""
     known = _WORKING_SETS.get(memory_bytes // _GIB) if memory_bytes % _GIB == 0 else None
     if known is not None:
         return int(known * _GIB)
@@ -94,7 +94,7 @@ def default_working_set_bytes(memory_bytes: int) -> int:
 
 
 def sizes_sold(chip: Chip) -> tuple[int, ...]:
-    """Return the memory sizes, GiB, of a chip in all its bins: few owners know which of them theirs is."""
+    """Return the memory sizes, in GiB, of all variants of a chip: few owners know which variant they have."""
     family = chip.name.rstrip("0123456789").rstrip("-") if chip.name[-2:].isdigit() else chip.name
     return tuple(sorted({size for other in CHIPS.values() if _is_bin(other.name, family) for size in other.memory_gib}))
 
@@ -104,8 +104,5 @@ def _is_bin(name: str, family: str) -> bool:
 
 
 def installed_bytes(chip: Chip, stated_bytes: int) -> int:
-    """Return the memory meant by a stated size: "192GB" of a chip that is sold with 192 GiB is these."""
-    for size in sizes_sold(chip):
-        if stated_bytes == size * 10**9:
-            return size * _GIB
-    return stated_bytes
+    """Return the bytes that a stated size means: "192GB" means 192 GiB for a chip that is sold with 192 GiB."""
+    return next((size * _GIB for size in sizes_sold(chip) if stated_bytes == size * 10**9), stated_bytes)

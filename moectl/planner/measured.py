@@ -1,7 +1,6 @@
-"""What is asked of a measurement and what comes of it: numbers and their JSON.
+"""The job and the result of a measurement on a cluster, as numbers and as JSON.
 
-`probe` asks on this machine, `measure` answers on the nodes. Nothing is measured here, and nothing predicted but by
-adding up: a pass takes what is outside the layers plus this many layers.
+`cluster.probe` sends the job from this machine, `engine.measure` measures on the nodes.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,13 @@ Matrix = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every rank of a group is to measure, one placement after the other."""
+    """The job of every rank of a group: measure these placements, one after the other."""
 
     placements: tuple[Placement, ...]
     quantization: Quantization | None
-    memory_bytes: int  # that the weights of a measurement may take on each host
-    prompt_tokens: int = 128  # wanted; fewer on a slow machine
-    budget_s: float = 1.5  # per placement, for whole passes; the parts take about half as long again
+    memory_bytes: int  # for the weights of a measurement on each host
+    prompt_tokens: int = 128  # at most; fewer on a slow machine
+    budget_s: float = 1.5  # per placement, for whole passes; the parts take half of that more
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -50,10 +50,10 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class RankSpeed:
-    """One rank's own work on one token and one layer, while the other ranks do theirs; no exchange in it."""
+    """The time of one rank's own work on one token and one layer, beside the other ranks, without exchanges."""
 
     attention_s: float  # norms, attention over the context, router
-    experts_s: Mapping[int, float]  # by how many of the chosen experts this rank computes (a part of)
+    experts_s: Mapping[int, float]  # by the number of chosen experts that this rank computes (a part of)
     head_s: float | None  # final norm and head, per token; None where this rank has none
     bytes_s: float  # at which weights are read in a product with one vector
     flops_s: float  # in products with many vectors
@@ -67,10 +67,10 @@ class Speed:
     shares: tuple[int, ...]
     decode: Pass
     prefill: Pass
-    collective_s: Mapping[int, float]  # one sum over all ranks by the bytes that each adds; empty for one rank
+    collective_s: Mapping[int, float]  # of a sum over all ranks, by the bytes of each rank; empty for one rank
     ranks: tuple[RankSpeed, ...]
     context: int  # tokens in the cache during decode
-    scale: float  # of the experts' hidden dimension in the measurement; times are for the whole
+    scale: float  # of the experts' hidden dimension that was measured; the times are for all of it
     held: Held | None = None
 
     def is_of(self, placement: Placement) -> bool:
@@ -83,7 +83,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredCluster:
-    """A cluster as found: matrices and tuples are in rank order, a host to itself has 0."""
+    """A cluster as it was measured: matrices and tuples are in rank order, and a host to itself has 0."""
 
     hardware: tuple[Hardware, ...]
     rtt_s: Matrix  # median of small TCP round trips
@@ -92,16 +92,14 @@ class MeasuredCluster:
 
 
 def read_job(text: str) -> Job:
-    """Read a job's JSON, which is this version's own: anything else is a bug."""
+    """Read the JSON of a job of the same version; other JSON is a bug."""
     return build(Job, json.loads(text))
 
 
 def read_speeds(text: str) -> tuple[Speed, ...]:
     """Read the answer to a job. Raises CommandFailed."""
-    try:
+    with suppress(ValueError, TypeError, RecursionError):
         speeds = tuple(build(Speed, raw) for raw in json.loads(text))
-    except (ValueError, TypeError, RecursionError):
-        raise CommandFailed(f"not the result of a measurement: {text[:80]!r}") from None
-    if not all(speed.ranks and len(speed.ranks) == len(speed.shares) for speed in speeds):
-        raise CommandFailed(f"not the result of a measurement: {text[:80]!r}")
-    return speeds
+        if all(speed.ranks and len(speed.ranks) == len(speed.shares) for speed in speeds):
+            return speeds
+    raise CommandFailed(f"not the result of a measurement: {text[:80]!r}")

@@ -1,13 +1,15 @@
 """Does it fit: the bytes that a rank needs against the bytes that its host can give. Pure arithmetic.
 
 A host's budget is min(GPU working set, RAM - what the system keeps - what is in use). Up to 0.9 of it fits, up to 1.0
-is borderline, beyond is refused, and a cluster fits only if every host does: a sum over hosts says nothing (a published
-pair of 16 GB minis crashed on 22 GB that way). Where macOS runs out of wired memory it panics; it raises no error.
+is borderline, more is refused. A cluster fits only if every host does: a sum over hosts says nothing (a published pair
+of 16 GB minis crashed on 22 GB). When macOS runs out of wired memory, it panics; it raises no error.
 """
 
 from __future__ import annotations
 
+import bisect
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moectl.model.geometry import Geometry
@@ -18,14 +20,14 @@ COMFORTABLE = 0.9
 PREFILL_TOKENS = 512  # the engine's chunk
 KV_STEP = 256  # mlx-lm's caches grow by this many tokens
 SYSTEM_BYTES = 4 << 30  # what the system and its services keep, or a quarter of a smaller machine
-METAL_DTYPE_BYTES, CPU_DTYPE_BYTES = 2, 4  # model.load.compute_dtype: bfloat16 on a GPU, float32 on a CPU
-# A worker before it has loaded: Python, MLX, mlx-lm, the tokenizer. 0.39 GB were measured on Linux; Metal's share on
-# top is an allowance that nobody has measured yet.
+METAL_DTYPE_BYTES, CPU_DTYPE_BYTES = 2, 4  # bfloat16 on a GPU, float32 on a CPU (engine.network.load)
+# A worker before it has loaded: Python, MLX, mlx-lm, the tokenizer. 0.39 GB were measured on Linux; the 0.2 GB more for
+# Metal are an estimate.
 RUNTIME_BYTES = {METAL_DTYPE_BYTES: 600_000_000, CPU_DTYPE_BYTES: 400_000_000}
 
 
 class Verdict(enum.IntEnum):
-    """How a need stands to its budget, best first."""
+    """Whether a need fits its budget, best first."""
 
     FITS = 0
     BORDERLINE = 1
@@ -39,7 +41,7 @@ class Memory:
     total: int
     working_set: int | None = None  # what its GPU may use; None: all of it
     in_use: int = 0
-    ranks: int = 1  # that share the host
+    ranks: int = 1  # on this host together
 
     @property
     def budget(self) -> int:
@@ -50,7 +52,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a rank needs, in bytes. Loading ends before the first request comes, so their peaks do not add up."""
+    """What a rank needs, in bytes. Loading ends before the first request, so the two peaks do not add up."""
 
     weights: int
     kv: int
@@ -70,10 +72,14 @@ class Need:
 
 
 def judge(need_bytes: int, budget_bytes: int) -> Verdict:
-    """Say how a need stands to a budget."""
     if need_bytes > budget_bytes:
         return Verdict.TOO_MUCH
     return Verdict.FITS if need_bytes <= COMFORTABLE * budget_bytes else Verdict.BORDERLINE
+
+
+def most_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """Return the largest n from 1 to `most` that fits, 0 when none does; where n fits, every smaller one does."""
+    return bisect.bisect_left(range(1, most + 1), 1, key=lambda n: not fits(n))
 
 
 def rank_need(
@@ -87,7 +93,7 @@ def rank_need(
 ) -> Need:
     """Return what a rank needs for `concurrency` answers of `context` tokens, prompt included.
 
-    `dtype_bytes` is the size of the type it calculates in: weights that are not packed, and scales, are held in it.
+    `dtype_bytes` is the size of the type that it calculates in; scales and weights that are not packed have it too.
     """
     tensors = _Tensors(placement, quantization, rank, dtype_bytes)
     return Need(

@@ -17,10 +17,11 @@ from moectl.hosts.hostfile import Host, parse_size
 from moectl.model.catalog import MODELS, CatalogModel
 from moectl.model.manifest import Manifest, Quantization
 from moectl.model.placement import Placement
+from moectl.planner.advice import make_plan, refusal
 from moectl.planner.calibration import CALIBRATIONS, find_link
 from moectl.planner.memory import METAL_DTYPE_BYTES, Verdict, judge
 from moectl.planner.nodes import Defaults, default_link, make_node
-from moectl.planner.plan import Node, Plan, Question, make_plan, refusal
+from moectl.planner.plan import Node, Plan, Question
 from moectl.planner.this_machine import CONTEXT, least_need, own_dtype_bytes, own_memory, too_large
 from moectl.planner.what_if import WhatIfRow, what_if
 from moectl.shards import prepare

@@ -8,14 +8,14 @@ For each token and each layer, with M bytes read and F operations made on a node
     t_token = layers · t_layer + t_head + t_agree
 
 M is attention and router (replicated; divided in `tensor`) with the context's keys and values, and the experts that the
-node computes. In `experts` their number is random: of the C(E, k) choices of k experts, all alike, node n gets c_n with
-the probability ∏ C(s_n, c_n) / C(E, k), and the expectation of the slowest node is summed exactly over all (c_1 … c_N);
-with copies, over all choices as they are shared out.
-In `hidden` every node reads its share of k experts; in `tensor` likewise, with c = 2 collectives instead of 1; in
-`layers` the nodes work one after the other, and a hand-over takes the place of the collective, N-1 per token.
+node computes. In `experts` their number is random: all C(E, k) choices of k experts are equally likely, and the nodes
+get (c_1 … c_N) of them with the probability ∏ C(s_n, c_n) / C(E, k). The expectation of the slowest node is the exact
+sum over all (c_1 … c_N); with copies, over all choices as the ranks share them.
+In `hidden` every node reads its share of k experts; so it does in `tensor`, with c = 2 collectives instead of 1. In
+`layers` the nodes work one after the other, and N-1 hand-overs per token take the place of the collectives.
 
 Prefill is the same with T tokens at once: F grows with T, M does not, and every expert is read.
-What the constants are and where they come from is `calibration`'s; what fits is `budget`'s.
+`calibration` holds the constants and their sources; `memory` says what fits.
 """
 
 from __future__ import annotations
@@ -33,11 +33,9 @@ from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
 from moectl.planner.calibration import DEFAULT, Calibration, LinkCost
 from moectl.planner.measured import Speed
-from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, LayerBytes, head_bytes, layer_bytes
+from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, head_bytes, layer_bytes
 
-GATHER_BELOW_BYTES = 64 * 1024  # as in `model.reduce`, which cannot be imported here: it needs mlx
-
-
+GATHER_BELOW_BYTES = 64 * 1024  # as in `engine.network.exchange`, which needs mlx
 TOKEN_BYTES = 12  # the agreed vector: a token and two control words
 
 
@@ -52,7 +50,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What to expect of one answer at a time."""
+    """The expected speed of one answer at a time."""
 
     decode_tok_s: float
     prefill_tok_s: float
@@ -63,7 +61,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be computed."""
+    """A placement and its use: what the nodes have to compute."""
 
     placement: Placement
     quantization: Quantization | None
@@ -80,40 +78,50 @@ def predict(work: Work, rates: Sequence[Rates], link: LinkCost, calibration: Cal
     """Predict speed on nodes of these rates, one per rank, joined by links of one kind."""
     model = _Model(work, tuple(rates), link, calibration)
     compute, communication = model.pass_time(1)
-    decode = compute + communication
-    prefill = sum(sum(model.pass_time(n)) for n in _chunks(work.prompt_tokens))
-    return Prediction(
-        decode_tok_s=1 / decode,
-        prefill_tok_s=work.prompt_tokens / prefill,
-        ttft_s=prefill,
-        communication_share=communication / decode,
-        collectives_per_token=model.collectives(),
-    )
+    chunks = (min(PREFILL_TOKENS, work.prompt_tokens - done) for done in range(0, work.prompt_tokens, PREFILL_TOKENS))
+    prefill = sum(sum(model.pass_time(tokens)) for tokens in chunks)
+    return _make_prediction(work, compute + communication, prefill, communication, calibration)
 
 
 def predict_measured(work: Work, speed: Speed) -> Prediction:
-    """Predict the whole model's speed from a shortened one's on the same nodes, by its layers.
+    """Predict the whole model's speed from that of a shortened model on the same nodes, by its layers.
 
-    A context other than the measured one changes what is read of the cache, at the rate that the nodes read weights.
+    Another context than the measured one changes how much of the cache is read: at the rate of reading weights.
     """
-    geometry, placement = work.geometry, work.placement
-    rates = tuple(Rates(rank.bytes_s, rank.flops_s) for rank in speed.ranks)
-    model = _Model(work, rates, next(iter(DEFAULT.links.values())), DEFAULT)  # only to count its exchanges
-    low, high = placement.kv_heads(0)
+    geometry = work.geometry
+    low, high = work.placement.kv_heads(0)
     each = 2 * (high - low) * geometry.head_dim * work.dtype_bytes
     slowest = min(rank.bytes_s for rank in speed.ranks) or math.inf
     more = geometry.n_layers * (work.context - speed.context) * each / slowest
     decode = max(speed.decode.total_s(geometry.n_layers) + more, speed.decode.outer_s)
     prefill = speed.prefill.total_s(geometry.n_layers) * work.prompt_tokens / speed.prefill.tokens
-    row = geometry.d_model * work.dtype_bytes
-    collective = speed.collective_s.get(row, 0.0)
+    exchange = speed.collective_s.get(geometry.d_model * work.dtype_bytes, 0.0)
+    return _make_prediction(work, decode, prefill, _count_collectives(work.placement, DEFAULT) * exchange, DEFAULT)
+
+
+def _make_prediction(
+    work: Work, decode_s: float, prefill_s: float, communication_s: float, calibration: Calibration
+) -> Prediction:
     return Prediction(
-        decode_tok_s=1 / decode,
-        prefill_tok_s=work.prompt_tokens / prefill,
-        ttft_s=prefill,
-        communication_share=min(1.0, model.collectives() * collective / decode),
-        collectives_per_token=model.collectives(),
+        decode_tok_s=1 / decode_s,
+        prefill_tok_s=work.prompt_tokens / prefill_s,
+        ttft_s=prefill_s,
+        communication_share=min(1.0, communication_s / decode_s),
+        collectives_per_token=_count_collectives(work.placement, calibration),
     )
+
+
+def _count_collectives(placement: Placement, calibration: Calibration) -> int:
+    """Return the exchanges per token, that of the agreed token included."""
+    return _count_exchanges(placement) + (calibration.agreement and placement.world_size > 1)
+
+
+def _count_exchanges(placement: Placement) -> int:
+    """Return the exchanges of one pass through all layers."""
+    n_layers, ranks = placement.geometry.n_layers, placement.world_size
+    if ranks == 1:
+        return 0
+    return {"tensor": 2 * n_layers, "layers": ranks - 1}.get(placement.split, n_layers)
 
 
 def expected_busiest(shares: Sequence[int], top_k: int, cost: Callable[[int, int], float] = lambda _, c: c) -> float:
@@ -122,28 +130,31 @@ def expected_busiest(shares: Sequence[int], top_k: int, cost: Callable[[int, int
     `shares` are experts per node, disjoint. With the default cost: the busiest node's number of experts, 2.65 for
     (8, 8) and 1.97 for (4, 4, 4, 4) at top 4 (facts of the paper, table 3).
     """
-    total = math.comb(sum(shares), top_k)
-    expected = 0.0
-    for counts in _divide(top_k, tuple(shares)):
-        ways = math.prod(math.comb(s, c) for s, c in zip(shares, counts, strict=True))
-        expected += ways / total * max(cost(node, c) for node, c in enumerate(counts))
-    return expected
+    return _expect(_loads(tuple(shares), top_k), cost)
 
 
 def expected_busiest_of_copies(
     owners: Sequence[Sequence[int]], top_k: int, cost: Callable[[int, int], float] = lambda _, c: c
 ) -> float:
-    """Return what `expected_busiest` does where experts have copies: each choice shared out as the ranks do it.
+    """Return `expected_busiest` where experts have copies: each choice is shared as the ranks share it.
 
     `owners` are the nodes that hold each expert. 1.16 for two copies on each of 4 nodes' 8 places, top 4 of 16.
     """
-    loads = _loads_of_copies(tuple(map(tuple, owners)), top_k)
+    return _expect(_loads_of_copies(tuple(map(tuple, owners)), top_k), cost)
+
+
+def _expect(loads: Counter[tuple[int, ...]], cost: Callable[[int, int], float]) -> float:
     return sum(n * max(cost(node, c) for node, c in enumerate(load)) for load, n in loads.items()) / loads.total()
 
 
 @lru_cache(maxsize=64)
-def _loads_of_copies(owners: tuple[tuple[int, ...], ...], top_k: int) -> Counter[tuple[int, ...]]:
+def _loads(shares: tuple[int, ...], top_k: int) -> Counter[tuple[int, ...]]:
     """Count how many choices of experts lead to each list of experts per node."""
+    return Counter({counts: math.prod(map(math.comb, shares, counts)) for counts in _divide(top_k, shares)})
+
+
+@lru_cache(maxsize=64)
+def _loads_of_copies(owners: tuple[tuple[int, ...], ...], top_k: int) -> Counter[tuple[int, ...]]:
     nodes = range(max(rank for ranks in owners for rank in ranks) + 1)
     found: Counter[tuple[int, ...]] = Counter()
     for chosen in combinations(range(len(owners)), top_k):
@@ -152,23 +163,13 @@ def _loads_of_copies(owners: tuple[tuple[int, ...], ...], top_k: int) -> Counter
     return found
 
 
-@lru_cache(maxsize=64)
-def _divide_all(count: int, limits: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    if len(limits) == 1:
-        return ((count,),) if count <= limits[0] else ()
-    heads = range(min(count, limits[0]) + 1)
-    return tuple((head, *rest) for head in heads for rest in _divide_all(count - head, limits[1:]))
-
-
 def _divide(count: int, limits: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Yield every way to take `count` things from boxes of these sizes."""
-    yield from _divide_all(count, limits)
-
-
-def _chunks(tokens: int) -> Iterator[int]:
-    while tokens > 0:
-        yield min(tokens, PREFILL_TOKENS)
-        tokens -= PREFILL_TOKENS
+    if not limits:
+        yield from [()] * (count == 0)
+        return
+    for head in range(min(count, limits[0]) + 1):
+        yield from ((head, *rest) for rest in _divide(count - head, limits[1:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,22 +193,12 @@ class _Model:
             compute = layers[0] * self._slowest(tokens)
         return compute + overhead + self._head_time(), self._communication(tokens)
 
-    def collectives(self) -> int:
-        """Return the exchanges per token."""
-        return self._exchanges() + (self.calibration.agreement and len(self.rates) > 1)
-
-    def _exchanges(self) -> int:
-        if len(self.rates) == 1:
-            return 0
-        n_layers = self.work.geometry.n_layers
-        return {"tensor": 2 * n_layers, "layers": len(self.rates) - 1}.get(self.work.placement.split, n_layers)
-
     def _communication(self, tokens: int) -> float:
+        placement, nodes = self.work.placement, len(self.rates)
         message = tokens * self.work.geometry.d_model * self.work.dtype_bytes
-        hop = self.work.placement.split == "layers"
-        each = _exchange_time(self.link, 2 if hop else len(self.rates), message)
-        agreed = _exchange_time(self.link, len(self.rates), TOKEN_BYTES)
-        return self._exchanges() * each + (self.collectives() - self._exchanges()) * agreed
+        each = _exchange_time(self.link, 2 if placement.split == "layers" else nodes, message)
+        agreed = _exchange_time(self.link, nodes, TOKEN_BYTES) if self.calibration.agreement else 0.0
+        return _count_exchanges(placement) * each + agreed
 
     def _slowest(self, tokens: int) -> float:
         """Return the expected time of the slowest node in one layer."""
@@ -216,7 +207,7 @@ class _Model:
         if placement.split != "experts":
             return max(self._node_time(rank, self._used(tokens), tokens) for rank in ranks)
         if tokens == 1:
-            # Few different times stand behind thousands of ways to choose.
+            # Thousands of choices lead to only a few different times.
             times = [[self._node_time(rank, experts, 1) for experts in range(geometry.top_k + 1)] for rank in ranks]
             if placement.held is not None:
                 return expected_busiest_of_copies(placement.owners, geometry.top_k, lambda rank, n: times[rank][n])
@@ -232,7 +223,7 @@ class _Model:
     def _node_time(self, rank: int, experts: float, tokens: int) -> float:
         """Return the seconds of one layer on a node that computes this many different experts."""
         placement, geometry, rates = self.work.placement, self.work.geometry, self.rates[rank]
-        size = self._bytes(rank)
+        size = _layer_bytes(placement, self.work.quantization, rank, self.work.dtype_bytes)
         low, high = placement.kv_heads(rank)
         cached = 2 * (high - low) * geometry.head_dim * self.work.dtype_bytes * self.work.context
         read = size.attention + cached + experts * size.expert
@@ -250,9 +241,6 @@ class _Model:
             return 1.0
         return placement.shares[rank] / sum(placement.shares)  # copies of an expert share its tokens
 
-    def _bytes(self, rank: int) -> LayerBytes:
-        return _layer_bytes(self.work.placement, self.work.quantization, rank, self.work.dtype_bytes)
-
     def _head_time(self) -> float:
         placement = self.work.placement
         rank = next(r for r in range(placement.world_size) if placement.holds_head(r))
@@ -263,20 +251,18 @@ _layer_bytes = lru_cache(maxsize=256)(layer_bytes)
 
 
 def _exchange_time(link: LinkCost, nodes: int, message_bytes: int) -> float:
-    """Return the seconds in which every node gets every other's message."""
+    """Return the seconds until every node has the messages of all others."""
     if nodes == 1:
         return 0.0
     return link.latency_s + (nodes - 2) * link.per_node_s + (nodes - 1) * message_bytes / link.bytes_s
 
 
 def count_token_bytes(placement: Placement, dtype_bytes: int) -> int:
-    """Return what one rank sends per token: the exchanges of all layers, without the step's few agreement words."""
+    """Return the bytes that one rank sends per token in the exchanges of all layers, without the agreed token."""
     ranks = placement.world_size
-    if ranks == 1:
-        return 0
     row = placement.geometry.d_model * dtype_bytes
-    if placement.split == "layers":
+    if ranks > 1 and placement.split == "layers":
         return row  # one hand-over to the next rank
-    # Small rows are gathered: each goes round to all others; large ones are reduced and spread in N parts.
+    # Small rows are gathered: each goes to all others. Large rows are reduced and spread in N parts.
     each = (ranks - 1) * row if row <= GATHER_BELOW_BYTES else 2 * (ranks - 1) * row // ranks
-    return each * placement.geometry.n_layers * (2 if placement.split == "tensor" else 1)
+    return each * _count_exchanges(placement)

@@ -1,12 +1,10 @@
-"""What this machine can give to the ranks that run on it, and whether that will do. It asks the kernel and nobody else.
+"""How much memory this machine has for the ranks that run on it, and whether that is enough. It asks only the kernel.
 
-The operator's machine uses it for ranks of its own, and a worker before it loads, where hosts.txt says nothing of the
-host's memory.
+The operator's machine uses it for its own ranks, and a worker before it loads the model.
 """
 
 from __future__ import annotations
 
-import bisect
 import importlib.util
 import os
 import re
@@ -28,16 +26,17 @@ from moectl.planner.memory import (
     Verdict,
     judge,
     kv_bytes,
+    most_that_fits,
     rank_need,
 )
 
-CONTEXT = 4096  # tokens that a rank has to have room for
-MOST_ANSWERS = 8  # of full length: the engine runs no more at once
+CONTEXT = 4096  # tokens for which every rank has to have memory
+MOST_ANSWERS = 8  # of full length, at once
 _MEMINFO = Path("/proc/meminfo")
 
 
 def own_memory() -> Memory | None:
-    """Return this machine's memory; None where a CUDA build of MLX keeps the weights in memory that is not asked."""
+    """Return this machine's memory; None where a CUDA build of MLX keeps the weights in the GPU's own memory."""
     if importlib.util.find_spec("nvidia") is not None and sys.platform != "darwin":
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -47,14 +46,14 @@ def own_memory() -> Memory | None:
 
 
 def own_dtype_bytes() -> int:
-    """Return the size of the type that ranks on this machine calculate in."""
+    """Return the size in bytes of the type in which ranks on this machine calculate."""
     return METAL_DTYPE_BYTES if sys.platform == "darwin" else CPU_DTYPE_BYTES
 
 
 def check_own_memory(
     manifest: Manifest, rank: int, *, ranks_here: int = 1, working_set_bytes: int | None = None
 ) -> None:
-    """Raise PlanError when this machine cannot hold a rank beside others; `working_set_bytes` is what its GPU says."""
+    """Raise PlanError when this machine cannot hold a rank; `working_set_bytes` is the limit that its GPU reports."""
     memory = own_memory()
     if memory is None:
         return
@@ -68,14 +67,14 @@ def check_own_memory(
 
 
 def least_need(placement: Placement, quantization: Quantization | None, ranks: Iterable[int], dtype_bytes: int) -> int:
-    """Return the bytes that ranks on one host need at least: with room for a usual context each."""
+    """Return the bytes that ranks on one host need at least: each with memory for a usual context."""
     context = min(CONTEXT, placement.geometry.max_seq_len)
     needs = (rank_need(placement, quantization, rank, context=context, dtype_bytes=dtype_bytes) for rank in ranks)
     return sum(need.total for need in needs)
 
 
 def too_large(name: str, sizes: str, missing_bytes: int) -> PlanError:
-    """Return what refuses a model for which a host has too little memory."""
+    """Return the error for a model that needs more memory than a host has."""
     return PlanError(
         f"{name} does not fit: {sizes} ({missing_bytes / 1e9:.1f} GB too little)",
         hint="'moectl plan' says what would fit; --force tries it all the same",
@@ -83,9 +82,9 @@ def too_large(name: str, sizes: str, missing_bytes: int) -> PlanError:
 
 
 def count_kv_tokens(manifest: Manifest, rank: int, *, ranks_here: int) -> int | None:
-    """Return whose keys and values fit beside a rank's weights, in tokens; None where the memory is not known.
+    """Return for how many tokens the keys and values fit beside a rank's weights; None where memory is not known.
 
-    At least one usual context, even where that is tight: whether it may run at all is `check_own_memory`'s to say.
+    It is at least one usual context, even where memory is short: `check_own_memory` refuses a rank that cannot run.
     """
     memory = own_memory()
     if memory is None:
@@ -101,13 +100,10 @@ def count_kv_tokens(manifest: Manifest, rank: int, *, ranks_here: int) -> int | 
             context=min(steps * KV_STEP, longest),
             dtype_bytes=dtype_bytes,
         )
-        more = steps * KV_STEP - min(steps * KV_STEP, longest)  # of further answers: their keys and values alone
+        more = steps * KV_STEP - min(steps * KV_STEP, longest)  # tokens of further answers: keys and values only
         return need.total + kv_bytes(manifest.placement, rank, more, 1, dtype_bytes) <= budget
 
-    least = min(CONTEXT, longest)
-    return max(
-        least, bisect.bisect_left(range(MOST_ANSWERS * longest // KV_STEP), 1, key=lambda s: not fits(s + 1)) * KV_STEP
-    )
+    return max(min(CONTEXT, longest), most_that_fits(fits, MOST_ANSWERS * longest // KV_STEP) * KV_STEP)
 
 
 def _available(total: int) -> int:

@@ -9,10 +9,11 @@ from moectl.errors import HostsError, PlanError
 from moectl.hosts.hostfile import Host
 from moectl.model.catalog import CatalogModel
 from moectl.model.manifest import Quantization
+from moectl.planner.advice import make_plan
 from moectl.planner.calibration import LINKS, Calibration, find_link
 from moectl.planner.chips import CHIPS, Chip, find_chip
 from moectl.planner.nodes import Defaults, make_node
-from moectl.planner.plan import Plan, Question, make_plan
+from moectl.planner.plan import Plan, Question
 
 COUNTS = (1, 2, 3, 4, 8)
 BITS = (4, 8, 16)

@@ -16,8 +16,9 @@ from moectl.demo import demo_dir
 from moectl.errors import CommandFailed
 from moectl.hosts.hostfile import Host
 from moectl.paths import state_dir
+from moectl.planner.advice import make_plan
 from moectl.planner.measured import MeasuredCluster, Pass, RankSpeed, Speed
-from moectl.planner.plan import Question, make_plan
+from moectl.planner.plan import Question
 from moectl.planner.questions import PlanOptions, set_task
 from moectl.shards.prepare import Wanted
 from tests.support.ring import rank_env

@@ -18,10 +18,11 @@ from moectl.errors import MoectlError, PlanError
 from moectl.model.geometry import DBRX
 from moectl.model.manifest import Quantization
 from moectl.paths import data_dir
+from moectl.planner.advice import make_plan, refusal
 from moectl.planner.calibration import DEFAULT, PAPER
 from moectl.planner.chips import default_working_set_bytes
 from moectl.planner.memory import Memory, Verdict
-from moectl.planner.plan import Node, Question, make_plan, refusal, spread
+from moectl.planner.plan import Node, Question, spread
 from moectl.planner.speed import Rates
 
 GIB = 1 << 30
@@ -379,7 +380,7 @@ def test_advice_about_concurrency_and_links() -> None:
             "--hosts", "a,b", "--chip", "m2-ultra", "--memory", "192GB", "--link", "rdma", "--q-bits", "8", "--json"
         ).stdout
     )
-    assert slow["advice"][0] == "RDMA needs Thunderbolt 5, which a, b have not: use tb-tcp"
+    assert slow["advice"][0] == "RDMA needs Thunderbolt 5, which is missing on a, b: use tb-tcp"
 
 
 def test_a_model_known_by_name_is_refused_before_it_is_looked_for(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from moectl.planner.plan import make_plan, refusal
+from moectl.planner.advice import make_plan, refusal
 from tests.planner.test_plan import ask, mac
 
 

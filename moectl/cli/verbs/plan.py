@@ -256,7 +256,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
       moectl plan --q-bits 4 --link rdma --hostfile hosts.txt
       moectl plan --what-if
     """
-    from moectl.planner.plan import refusal
+    from moectl.planner.advice import refusal
     from moectl.planner.questions import plan_cluster, plan_purchase
 
     asked, wanted = _asked(options), _wanted(options)

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH100,PTH102,PTH103,PTH105,PTH108,PTH110,PTH111,PTH112,PTH114,PTH116,PTH118,PTH119,PTH120,PTH123,PTH208
+# ruff: noqa: PTH102, PTH105, PTH108, PTH110, PTH111, PTH112, PTH114, PTH116, PTH118, PTH120, PTH123, PTH208
 """What happens on a host before moectl is there: receive a file, list files, tell versions and space.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from
@@ -23,46 +23,57 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import select
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from moectl.hosts.onhost.prelude import end_with_stdin, tell
+from moectl.hosts.onhost.prelude import tell
 
 BLOCK_BYTES = 1 << 20
 IDLE_S = 600.0
-STALL_S = 120.0  # a sender that vanished without a word must not hold the lock for ever
+STALL_S = 120.0  # a sender that vanished must not hold the lock for ever
 RECORD = ".moectl-verified.json"
-MADE = ".moectl-made"  # in a root that was not there before: the nearest directory that was
+MADE = ".moectl-made"  # in a root that moectl made: the nearest directory that was there before
 
 
-class Busy(Exception):
+class Refusal(Exception):
+    """A request that cannot be done; `fields` are the names of its args in `describe_failure`."""
+
+    fields: tuple[str, ...] = ()
+
+
+class Busy(Refusal):
     """Another push is writing the same file, or another deploy is installing."""
 
 
-class StepFailed(Exception):
-    """A command of `install` failed; args are (its index, exit code, its last words)."""
+class StepFailed(Refusal):
+    """A command of `install` failed; args are its index, its exit code, and the end of its output."""
+
+    fields = ("step", "code", "said")
 
 
-class Cut(Exception):
+class Cut(Refusal):
     """The sender went away before the file was complete."""
 
 
-class Full(Exception):
-    """The disk has not enough room; args are (free, needed) in bytes."""
+class Full(Refusal):
+    """The disk does not have the free bytes that are needed."""
+
+    fields = ("free", "needed")
 
 
-class Outside(Exception):
-    """A name or a symbolic link leads out of the directory that was named; args are (path,)."""
+class Outside(Refusal):
+    """A name or a symbolic link leads out of the directory that was named."""
+
+    fields = ("path",)
 
 
-class Mismatch(Exception):
-    """The bytes are not those promised; args are (sha256 found, bytes that an earlier push had left)."""
+class Mismatch(Refusal):
+    """The bytes have another hash than promised; the second arg is how many of them an earlier push had left."""
+
+    fields = ("sha256", "kept")
 
 
 def receive(
@@ -74,15 +85,15 @@ def receive(
 ) -> None:
     """Complete `destination.partial` with bytes from `read`, check it, and give it its final name.
 
-    `on_kept(n)` is called once, before the first read: `read` has to go on at byte n. A partial file with
-    wrong bytes is removed; a file that is there and right is left alone. Raises Busy, Cut, Full, Mismatch, OSError.
+    `on_kept(n)` is called once, before the first read: `read` has to continue at byte n. A partial file with
+    wrong bytes is removed; a file that is there and right does not change. Raises Busy, Cut, Full, Mismatch, OSError.
     """
     if _check(destination, size_bytes, sha256, None, True):
         on_kept(size_bytes)
         return
     partial = destination + ".partial"
-    _make_directory(os.path.dirname(destination) or ".")
-    # A symbolic link there would be somebody else's file, and is refused.
+    make_directory(os.path.dirname(destination) or ".")
+    # A symbolic link there would be another user's file, and is refused.
     fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
         _lock(fd, partial)
@@ -111,7 +122,7 @@ def _lock(fd: int, partial: str) -> None:
 
 
 def _hash_prefix(fd: int, size_bytes: int) -> tuple[Any, int]:
-    """Hash what an earlier push left and stand behind it; a partial file that is too long starts over."""
+    """Hash what an earlier push left, and return its size; a partial file that is too long starts over."""
     digest = hashlib.sha256()
     kept = os.fstat(fd).st_size
     if kept > size_bytes:
@@ -161,66 +172,6 @@ def hash_file(path: str) -> str:
     return digest.hexdigest()
 
 
-def survey(request: dict[str, Any]) -> dict[str, Any]:
-    """Answer everything that `deploy` asks of a host, in one round trip.
-
-    Request: root, stamp (path under root), packages, wheels {name: [bytes, sha256]}, and directory + files
-    {path: [bytes, sha256]} + verify + remember (False in a dry run, which writes nothing and does not make the root).
-    Files that are being made are `planned` {path: bytes}: `known` are the hashes that an earlier push recorded, `begun`
-    the bytes that are there.
-    """
-    root = os.path.abspath(os.path.expanduser(request["root"]))
-    directory = os.path.join(root, request["directory"])
-    refuse_names_outside([request["directory"], request["stamp"], *request["files"], *request["wheels"]])
-    refuse_links_outside(directory)
-    missing, kept, corrupt = _look(directory, request["files"], request["verify"], request["remember"])
-    wheels, _, _ = _look(os.path.join(root, "wheels"), request["wheels"], False, request["remember"])
-    place = _nearest(root)
-    if request["remember"] and place != root:
-        _claim(root, place)
-    return {
-        "python": sys.executable,
-        "version": platform.python_version(),
-        "root": root,
-        "directory": directory,
-        "free": shutil.disk_usage(place).free,
-        "device": os.stat(place).st_dev,
-        "env": _is_env_of_this_python(os.path.join(root, "env")),
-        "writable": os.access(place, os.W_OK | os.X_OK),
-        "packages": _versions(request["packages"]),
-        "code": _find_code(),
-        "stamp": _read_text(os.path.join(root, request["stamp"])),
-        "wheels": wheels,
-        "missing": missing,
-        "kept": kept,
-        "corrupt": corrupt,
-        "known": {} if request["verify"] else _recall(directory),
-        "begun": {name: _begun(os.path.join(directory, name), size) for name, size in request["planned"].items()},
-    }
-
-
-def _claim(root: str, place: str) -> None:
-    """Make the root and note that it was not there: what its owner made is not for `clear` to remove."""
-    with contextlib.suppress(OSError):  # what is wrong with it, the first file will tell
-        _make_directory(root)
-        write(os.path.join(root, MADE), place.encode("utf-8", "surrogateescape"))
-
-
-def _recall(directory: str) -> dict[str, str]:
-    """Return the recorded hashes of files that have not changed since."""
-    found = {}
-    for name, state in read_record(directory).items():
-        with contextlib.suppress(OSError, TypeError, ValueError, IndexError):
-            status = os.stat(os.path.join(directory, name))
-            if state == make_stamp(status, state[-1]):
-                found[name] = str(state[-1])
-    return found
-
-
-def _begun(path: str, size: int) -> int:
-    return min(size, max(_size_of(path), _size_of(path + ".partial")))
-
-
 def refuse_names_outside(names: Iterable[str]) -> None:
     """Raise Outside for a relative path that does not stay below where it starts."""
     for name in names:
@@ -238,68 +189,7 @@ def refuse_links_outside(directory: str) -> None:
                 raise Outside(path)
 
 
-def _look(
-    directory: str, files: dict[str, list[Any]], verify: bool, remember: bool
-) -> tuple[dict[str, int], list[str], list[str]]:
-    known = read_record(directory)
-    found = compare(directory, files, known, verify)
-    if remember and found[1] and known != read_record(directory):
-        write_record(directory, known)
-    return found
-
-
-def _is_env_of_this_python(env: str) -> bool:
-    """Tell whether the environment works and was made by the python that runs this."""
-    python = os.path.join(env, "bin", "python")
-    cfg = _read_text(os.path.join(env, "pyvenv.cfg"))
-    minor = ".".join(platform.python_version_tuple()[:2])
-    same = os.path.realpath(python) == os.path.realpath(sys.executable)
-    return same and os.access(python, os.X_OK) and f"version = {minor}." in cfg
-
-
-def _find_code() -> str:
-    """Return the hash of the moectl that this python would import, "" when there is none."""
-    from importlib import util
-
-    spec = util.find_spec("moectl")
-    return hash_package(os.path.dirname(spec.origin)) if spec and spec.origin else ""
-
-
-def hash_package(directory: str) -> str:
-    """Return one SHA-256 over the names and bytes of a package's files."""
-    digest = hashlib.sha256()
-    for path in list_package(directory):
-        name = os.path.relpath(path, directory)
-        digest.update(f"{name}\0{hash_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def list_package(directory: str) -> list[str]:
-    """Return the files of a package, sorted, without what python and the Finder leave there."""
-    found = []
-    for place, _, names in os.walk(directory):
-        if os.path.basename(place) != "__pycache__":
-            found += [os.path.join(place, name) for name in names if name != ".DS_Store"]
-    return sorted(found)
-
-
-def _nearest(path: str) -> str:
-    while not os.path.isdir(path):
-        path = os.path.dirname(path)
-    return path
-
-
-def _versions(packages: list[str]) -> dict[str, str]:
-    from importlib import metadata
-
-    found = {}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as f:
             return f.read()
@@ -310,10 +200,10 @@ def _read_text(path: str) -> str:
 def compare(
     directory: str, files: dict[str, list[Any]], record: dict[str, Any], verify: bool
 ) -> tuple[dict[str, int], list[str], list[str]]:
-    """Compare files {path: [bytes, sha256]} with what is there, hashing what `record` does not vouch for.
+    """Compare files {path: [bytes, sha256]} with those on the disk; hash only what `record` does not list as it is.
 
-    Returns (missing or wrong file → bytes of its `.partial`, files that are right, files that are there and wrong), and
-    brings `record` up to date.
+    Returns (missing or wrong file → bytes of its `.partial`, files that are right, files that exist but are wrong), and
+    updates `record`.
     """
     missing: dict[str, int] = {}
     kept, corrupt = [], []
@@ -321,7 +211,7 @@ def compare(
         path = os.path.join(directory, name)
         state = _check(path, size, sha256, record.get(name), verify)
         if state is None:
-            missing[name] = min(size, _size_of(path + ".partial"))
+            missing[name] = min(size, size_of(path + ".partial"))
             record.pop(name, None)
             if os.path.exists(path):
                 corrupt.append(name)
@@ -332,31 +222,24 @@ def compare(
 
 
 def _check(path: str, size: int, sha256: str, known: Any, verify: bool) -> list[Any] | None:
-    """Return a right file's record, None for a wrong one; hash only what `known` does not vouch for."""
-    try:
+    """Return the record of a right file, None for a wrong one; hash it unless `known` is its record."""
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return None
-    state = make_stamp(status, sha256)
-    if status.st_size != size:
-        return None
-    if not verify and known == state:
-        return state
-    try:
-        return state if hash_file(path) == sha256 else None
-    except OSError:
-        return None
+        state = make_stamp(status, sha256)
+        if status.st_size == size and ((not verify and known == state) or hash_file(path) == sha256):
+            return state
+    return None
 
 
 def make_stamp(status: os.stat_result, sha256: str) -> list[Any]:
-    """Return what a record says of a file that was hashed: whatever writes to it or replaces it changes that.
+    """Return the entry of a file that was hashed; every write to the file changes its times or its inode.
 
-    Times are only ever compared for equality with this host's own, so its clock may be wrong.
+    Times are only compared for equality with this host's own, so its clock may be wrong.
     """
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, sha256]
 
 
-def _size_of(path: str) -> int:
+def size_of(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError:
@@ -374,49 +257,30 @@ def record(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_record(directory: str) -> dict[str, Any]:
-    """Return what is remembered of a directory's files: path → `make_stamp`."""
+    """Return the record of a directory's files: path → `make_stamp`."""
+    return read_object(os.path.join(directory, RECORD))
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """Return the JSON object in a file, an empty one where there is none."""
     try:
-        known = json.loads(_read_text(os.path.join(directory, RECORD)) or "{}")
+        found = json.loads(read_text(path) or "{}")
     except (ValueError, RecursionError):
-        known = {}
-    return known if isinstance(known, dict) else {}
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_record(directory: str, known: dict[str, Any]) -> None:
     """Remember the stamps of a directory's files."""
-    # A record that cannot be written costs a re-hash next time, nothing else.
+    # Without a record the files are hashed again next time; that is all.
     with contextlib.suppress(OSError):
         write(os.path.join(directory, RECORD), json.dumps(known, sort_keys=True).encode())
-
-
-def install(request: dict[str, Any]) -> dict[str, Any]:
-    """Run `steps` (argv each), then write `stamp` (its path and content); the stamp is away in between.
-
-    Holds `lock` meanwhile. Raises Busy, StepFailed, OSError.
-    """
-    path, content = request["stamp"]
-    os.makedirs(os.path.dirname(request["lock"]), exist_ok=True)
-    with open(request["lock"], "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(request["lock"]) from None
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        for index, argv in enumerate(request["steps"]):
-            # In our own process group, which ends with stdin. Debian's venv gives its reason on stdout.
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            if done.returncode:
-                said = done.stdout.decode("utf-8", "replace").strip()
-                raise StepFailed(index, done.returncode, said[-4000:])
-        write(path, content.encode())
-    return {}
 
 
 def write(path: str, content: bytes) -> None:
     """Write a small file atomically."""
     path = os.path.expanduser(path)
-    _make_directory(os.path.dirname(path) or ".")
+    make_directory(os.path.dirname(path) or ".")
     _drop_stale(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "wb") as f:
@@ -428,7 +292,7 @@ def write(path: str, content: bytes) -> None:
 
 
 def _drop_stale(path: str) -> None:
-    """Delete what processes that were killed while they wrote this file have left beside it."""
+    """Delete the temporary files of processes that were killed while they wrote this file."""
     directory, name = os.path.split(path)
     for found in os.listdir(directory or "."):
         pid = found[len(name) + 1 : -len(".tmp")] if found.startswith(f"{name}.") and found.endswith(".tmp") else ""
@@ -447,21 +311,21 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _make_directory(directory: str) -> None:
-    """Make a directory, with those above it, whose names are durable."""
+def make_directory(directory: str) -> None:
+    """Make a directory and its missing parents, and make their names durable."""
     if not os.path.isdir(directory):
         above = os.path.dirname(directory) or "."
-        _make_directory(above)
+        make_directory(above)
         try:
             os.mkdir(directory)
         except FileExistsError:
-            if not os.path.isdir(directory):  # else somebody else has just made it
+            if not os.path.isdir(directory):  # otherwise another process has just made it
                 raise
         _sync_directory(above)
 
 
 def _sync_directory(directory: str) -> None:
-    """Make a file's new name durable: else a power cut may leave a manifest that promises files without names."""
+    """Make a file's new name durable: after a power cut a manifest must not list files whose names are lost."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -471,23 +335,16 @@ def _sync_directory(directory: str) -> None:
 
 def describe_failure(error: Exception) -> dict[str, Any]:
     """Return what went wrong as plain data, for the other end of the connection."""
-    if isinstance(error, Full):
-        return {"error": "full", "free": error.args[0], "needed": error.args[1]}
-    if isinstance(error, StepFailed):
-        return {"error": "step", "step": error.args[0], "code": error.args[1], "said": error.args[2]}
-    if isinstance(error, Outside):
-        return {"error": "outside", "path": error.args[0]}
-    if isinstance(error, Mismatch):
-        return {"error": "mismatch", "sha256": error.args[0], "kept": error.args[1]}
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason, path = error.strerror or str(error), str(error.filename or "")
         return {"error": "os", "reason": reason, "path": path, "full": full}
-    return {"error": type(error).__name__.lower()}
+    fields = dict(zip(error.fields, error.args)) if isinstance(error, Refusal) else {}  # noqa: B905 (python 3.9)
+    return {"error": type(error).__name__.replace("Failed", "").lower(), **fields}
 
 
 def _receive_next() -> bool:
-    """Receive one file; False when there are no more, or when what comes next on stdin is not known any more."""
+    """Receive one file; False when no more comes."""
     line = b""
     while not line.endswith(b"\n"):  # the sender waits for our answer: no byte of the file follows yet
         block = _read_stdin(1 << 16, IDLE_S)
@@ -512,7 +369,7 @@ _held: dict[str, int] = {}  # directory → descriptor that keeps it locked unti
 def _hold_directory(directory: str) -> None:
     """Keep others from receiving into a directory until all our files are there. Raises Busy, OSError."""
     if directory not in _held:
-        _make_directory(directory)
+        make_directory(directory)
         fd = os.open(directory, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -520,7 +377,7 @@ def _hold_directory(directory: str) -> None:
             os.close(fd)
             raise Busy(directory) from None
         except OSError:
-            pass  # a file system without such locks: the one on each file has to do
+            pass  # a file system without locks on directories: the lock on each file is left
         _held[directory] = fd
 
 
@@ -530,19 +387,15 @@ def _read_stdin(count: int, timeout_s: float = STALL_S) -> bytes:
 
 
 def _main(command: str) -> None:
-    os.umask(0o077)  # what is here is its user's
+    os.umask(0o077)  # only its user may read what is here
     try:
         if command == "receive":
             with contextlib.suppress(AttributeError, OSError):  # Linux only: fewer, larger reads
                 fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, BLOCK_BYTES)
             while _receive_next():
                 pass
-        elif command == "record":
-            tell(record(json.loads(sys.stdin.buffer.read())))
         else:
-            request = json.loads(sys.stdin.buffer.readline())
-            end_with_stdin(lambda: os.killpg(0, signal.SIGKILL))  # pip and its children included
-            tell(survey(request) if command == "survey" else install(request))
+            tell(record(json.loads(sys.stdin.buffer.read())))
     except Exception as error:
         tell(describe_failure(error))
 
