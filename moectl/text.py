@@ -21,6 +21,11 @@ def printable(text: str) -> str:
     return text.translate(_SIGNS)
 
 
+def last_line(output: bytes) -> str:
+    """Return the last line of a program's output, which mostly says why it failed."""
+    return output.decode("utf-8", "replace").strip().split("\n")[-1].strip()
+
+
 def size_text(size_bytes: float) -> str:
     """Return a size in powers of 1000 with one decimal: "72.9 GB", "12 B"."""
     value, unit = float(size_bytes), 0

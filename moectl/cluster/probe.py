@@ -268,7 +268,7 @@ def _ask_dialler(
         stdin=json.dumps({**request, "transfers": transfers}).encode() + b"\n",
         timeout_s=limit_s + LISTEN_S,
         check=False,
-        leash=True,
+        hold_stdin=True,
     )
     lines = done.stdout.split(b"\n")
     return next((answer for line in lines if (answer := _parse(line))), _Answer(error="no answer"))

@@ -1,35 +1,31 @@
-"""The list of hosts: hosts.txt, `--hosts a,b` and MLX's JSON hostfiles, in and out; it opens no connection.
+"""The list of hosts: hosts.txt, `--hosts a,b`, and what an MLX hostfile says. It opens no connection.
 
     file   = { [ host *( SP key "=" value ) ] [ "#" comment ] NL }
     host   = [ user "@" ] ( ssh-alias / dns-name / ipv4 / "[" ipv6 "]" ) [ ":" port ]
-           / [ user "@" ] ipv6                            ; where its end cannot be meant for a port
+           / [ user "@" ] ipv6                            ; where its end cannot be a port
     key    = ip | rdma | memory | chip | price | python | dir
 
 '#' starts a comment at line start or after a space. Line order is rank order.
-What ssh knows (User, Port, IdentityFile, ProxyJump) belongs in ~/.ssh/config.
+What ssh itself reads (User, Port, IdentityFile, ProxyJump) belongs in ~/.ssh/config.
 """
 
 from __future__ import annotations
 
 import difflib
 import ipaddress
-import json
 import math
 import os
 import re
-import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from moectl.errors import HostsError
-from moectl.hosts.ring_file import is_ring, read_ring
+from moectl.hosts.mlx_rows import read_mlx
 from moectl.paths import config_dir
 
 KEYS = ("ip", "rdma", "memory", "chip", "price", "python", "dir")
-BACKENDS = ("", "any", "ring", "jaccl", "jaccl-ring", "mpi", "nccl")
 
 _UNITS: dict[str, int] = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
@@ -37,14 +33,14 @@ _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 
 
 _ZONE = re.compile(r"[\w.-]*", re.ASCII)  # of a link-local address; ipaddress would take anything
-NAMES_ONLY = "--hosts"  # the source of a list that says nothing but names
+NAMES_ONLY = "--hosts"  # the source of a list of names without keys
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One host as its owner wrote it; position in the list is its rank."""
+    """One host as its owner wrote it; its place in the list is its rank."""
 
-    name: str  # what errors and tables call it: the ssh alias, DNS name or address as written
+    name: str  # the ssh alias, DNS name or address as written; errors and tables use it
     user: str | None = None
     port: int | None = None
     ips: tuple[str, ...] = ()  # addresses for tensor traffic; empty = resolve the name
@@ -69,19 +65,19 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class HostList:
-    """Hosts in rank order, with what an MLX hostfile says beside them."""
+    """Hosts in rank order, with the backend and the variables of an MLX hostfile."""
 
     hosts: tuple[Host, ...]
-    backend: str = ""  # as MLX spells it; empty = not said
+    backend: str = ""  # as MLX spells it; empty = not given
     envs: tuple[str, ...] = ()  # NAME=VALUE for every worker
     source: str = ""  # where the list came from, for messages
 
 
 def find_hosts(hosts: str | None = None, hostfile: str | None = None) -> HostList | None:
-    """Return the host list in force, or None when there is none anywhere.
+    """Return the first host list that is given, None when there is none.
 
     Order: --hosts, --hostfile (`-` is stdin), $MOECTL_HOSTFILE, ./hosts.txt, hosts.txt in `paths.config_dir`.
-    Raises HostsError when the one in force cannot be read or is wrong.
+    Raises HostsError when that list cannot be read or is wrong.
     """
     if hosts is not None:
         return parse_host_string(hosts)
@@ -102,7 +98,7 @@ def read_hosts(path: str) -> HostList:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise HostsError(f"{source} is not a text file in UTF-8") from None
-    except (OSError, RuntimeError, ValueError) as error:  # `~nobody/x` has no home, a NUL is in no path
+    except (OSError, RuntimeError, ValueError) as error:  # a `~user` without a home, a NUL in a path
         reason = getattr(error, "strerror", None) or str(error)
         raise HostsError(f"cannot read {source}: {reason}", hint="check --hostfile") from None
     return parse_hosts(text, source)
@@ -115,7 +111,7 @@ def _read_stdin() -> bytes:
 
 
 def parse_hosts(text: str, source: str = "hosts.txt") -> HostList:
-    """Parse a hosts file's text; MLX JSON when it opens with `{`, or with `[` and an object, a list or a string.
+    """Parse a hosts file's text; it is MLX's JSON when it begins with `{`, or with `[` and a JSON value.
 
     Raises HostsError with `source:line` in front.
     """
@@ -147,7 +143,7 @@ def parse_host_string(text: str) -> HostList:
 
 
 def check_host(host: Host) -> None:
-    """Raise HostsError unless a host's name, user, port, addresses and paths are such as a hosts file may hold."""
+    """Raise HostsError unless a hosts file may hold this host's name, user, port, addresses and paths."""
     again = _parse_address(host.address, "hosts")
     if (again.name, again.user, again.port) != (host.name, host.user, host.port):
         raise HostsError(f"{host.address!r} is not a host")
@@ -179,38 +175,6 @@ def parse_size(text: str) -> int:
     return size
 
 
-def to_mlx_json(
-    hosts: HostList,
-    *,
-    resolve: Callable[[str], str] | None = None,
-    find_own: Callable[[str], str] | None = None,
-) -> str:
-    """Return the list as an MLX hostfile (`mlx.launch --hostfile`); `resolve(name)` fills missing ips.
-
-    `find_own(address)` is that of this machine on the way to another host. Raises HostsError for a host with a port
-    (MLX passes the name to ssh as it is) and a name without address.
-    """
-    resolve = resolve or resolve_address
-    others = [host for host in hosts.hosts if not host.is_local]
-    rows: list[dict[str, Any]] = []
-    for host in hosts.hosts:
-        if host.port is not None:
-            raise HostsError(
-                "MLX hostfiles cannot hold a port",
-                host=host.address,
-                hint=f"put 'Port {host.port}' under a 'Host' alias in ~/.ssh/config and name the alias",
-            )
-        ssh = "127.0.0.1" if host.is_local else f"{host.user}@{host.name}" if host.user else host.name
-        ips = list(host.ips)
-        if not ips and host.is_local and others:  # they cannot come by 127.0.0.1
-            ips = [(find_own or find_own_address)(others[0].ips[0] if others[0].ips else resolve(others[0].name))]
-        ips = ips or [resolve("127.0.0.1" if host.is_local else host.name)]
-        row: dict[str, Any] = {"ssh": ssh, "ips": ips, "rdma": [to_mlx_devices(entry) for entry in host.rdma]}
-        extra = {"memory": host.memory_bytes, "python": host.python, "dir": host.dir}
-        rows.append(row | {k: v for k, v in extra.items() if v is not None})
-    return json.dumps({"backend": hosts.backend, "envs": list(hosts.envs), "hosts": rows}, indent=2) + "\n"
-
-
 def format_hosts(hosts: HostList) -> str:
     """Return the list as the text of a hosts file; `parse_hosts` reads the same hosts from it.
 
@@ -239,46 +203,13 @@ def _format_line(host: Host) -> str:
 
 
 def split_devices(entry: str | None) -> tuple[str, ...]:
-    """Return the RDMA devices of one entry of `Host.rdma`: several where as many cables lead to that host."""
+    """Return the RDMA devices of one entry of `Host.rdma`: several where several cables lead to that host."""
     return tuple(entry.split("+")) if entry else ()
-
-
-def to_mlx_devices(entry: str | None) -> str | list[str] | None:
-    """Return one entry of `Host.rdma` as MLX writes it: null, a name, or a list of names."""
-    devices = split_devices(entry)
-    return list(devices) if len(devices) > 1 else entry
-
-
-def resolve_address(name: str) -> str:
-    """Return the first IP address of a name, IPv4 before IPv6. Raises HostsError."""
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise HostsError(f"its address is not known: {reason}", host=name, hint=f"write '{name} ip=…'") from None
-    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
-    return str(found[0][4][0])
-
-
-def find_own_address(other: str) -> str:
-    """Return this machine's address on the way to another one; nothing is sent. Raises HostsError."""
-    try:
-        kind, _, _, _, target = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)
-            return str(probe.getsockname()[0])
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise HostsError(
-            f"the address by which {other} reaches this machine is not known: {reason}",
-            host="localhost",
-            hint="write 'localhost ip=10.0.0.1' with that address in the hosts file",
-        ) from None
 
 
 def _looks_like_json(text: str) -> bool:
     start = text.lstrip()
-    # A line may open with '[' as in '[::1]:22'; JSON's list opens with '[' and then a value, ']' or a blank.
+    # A host may begin with '[' too, as in '[::1]:22'; in JSON a value, ']' or a blank follows it.
     return start.startswith("{") or bool(re.match(r"\[\s*([{\[\"\]]|$)", start))
 
 
@@ -305,7 +236,6 @@ def _suggest(key: str) -> str:
 
 
 def _apply_keys(host: Host, values: Mapping[str, str], where: str) -> Host:
-    ips = tuple(_check_ip(ip, where) for ip in values["ip"].split(",")) if "ip" in values else ()
     rdma: tuple[str | None, ...] = ()
     if "rdma" in values:
         rdma = tuple(None if d in ("", "-", "null") else d for d in values["rdma"].split(","))
@@ -313,22 +243,37 @@ def _apply_keys(host: Host, values: Mapping[str, str], where: str) -> Host:
             raise HostsError(
                 f"{where}: rdma has an empty name", hint="write rdma=-,rdma_en2 or rdma=-,rdma_en2+rdma_en3"
             )
-    try:
-        memory = parse_size(values["memory"]) if "memory" in values else None
-    except HostsError as error:
-        raise HostsError(f"{where}: memory: {error.message}", hint=error.hint) from None
-    for key in ("python", "dir"):
-        _check_path(key, values.get(key), where)
-    return replace(
-        host,
-        ips=ips,
+    price = _check_price(values["price"], where) if "price" in values else None
+    return _complete(
+        replace(host, chip=values.get("chip"), price=price),
+        where,
+        ips=values["ip"].split(",") if "ip" in values else (),
         rdma=rdma,
-        memory_bytes=memory,
-        chip=values.get("chip"),
-        price=_check_price(values["price"], where) if "price" in values else None,
+        memory=values.get("memory"),
         python=values.get("python"),
         dir=values.get("dir"),
     )
+
+
+def _complete(
+    host: Host,
+    where: str,
+    *,
+    ips: Sequence[str],
+    rdma: tuple[str | None, ...],
+    memory: str | None,
+    python: str | None,
+    dir: str | None,
+) -> Host:
+    """Return a host with what both kinds of file may say of it, checked."""
+    try:
+        size = None if memory is None else parse_size(memory)
+    except HostsError as error:
+        raise HostsError(f"{where}: memory: {error.message}", hint=error.hint) from None
+    for key, value in (("python", python), ("dir", dir)):
+        _check_path(key, value, where)
+    addresses = tuple(_check_ip(ip, where) for ip in ips)
+    return replace(host, ips=addresses, rdma=rdma, memory_bytes=size, python=python, dir=dir)
 
 
 def _check_ip(text: str, where: str) -> str:
@@ -346,7 +291,7 @@ def _check_ip(text: str, where: str) -> str:
 def _check_path(key: str, value: object, where: str) -> None:
     if value is not None and (not isinstance(value, str) or not value or "\0" in value):
         raise HostsError(f"{where}: {key} has to be a path")
-    if key == "python" and value is not None and value.startswith("-"):  # an option, to what should start it
+    if key == "python" and value is not None and value.startswith("-"):  # it would be read as an option
         raise HostsError(f"{where}: {key} may not begin with a dash", hint=f"write {key}=./{value}")
 
 
@@ -362,11 +307,11 @@ def _check_price(text: str, where: str) -> float:
 
 def _parse_address(word: str, where: str) -> Host:
     user, at, rest = word.rpartition("@")
-    # A ProxyCommand may hold them (%h, %n, %r), and ssh gives that to a shell: nothing that a shell reads gets in.
+    # ssh may hand them to a shell in a ProxyCommand (%h, %n, %r): no character that a shell interprets is allowed.
     if at and not re.fullmatch(r"\w[\w.+-]*", user):
         raise HostsError(f"{where}: {user!r} is not a user name", hint="write user@host")
     address, _, end = rest.rpartition(":")
-    is_short = _is_ipv6(address) and bool(re.fullmatch("[0-9]{1,5}", end, re.ASCII))  # without its end it is one too
+    is_short = _is_ipv6(address) and bool(re.fullmatch("[0-9]{1,5}", end, re.ASCII))  # it is one without its end too
     if _is_ipv6(rest) and not is_short:
         return Host(rest, user=user or None)
     bracketed = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?", rest)
@@ -426,74 +371,19 @@ def _check_list(hosts: HostList) -> HostList:
 
 
 def _parse_json(text: str, source: str) -> HostList:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise HostsError(f"{source} is not valid JSON: {error}") from None
-    if isinstance(data, list):
-        data = {"hosts": read_ring(data, source) if is_ring(data) else data}
-    rows = data.get("hosts") if isinstance(data, dict) else None
-    if not isinstance(rows, list):
-        raise HostsError(
-            f"{source}: an MLX hostfile needs a list 'hosts'", hint='{"hosts": [{"ssh": "mac1", "ips": []}]}'
-        )
-    backend = data.get("backend") or ""
-    if backend not in BACKENDS:
-        raise HostsError(f"{source}: unknown backend {backend!r}", hint=f"MLX knows {', '.join(BACKENDS[2:])}")
-    envs = _strings(data.get("envs"), f"{source}: envs")
+    backend, envs, rows = read_mlx(text, source)
     check_envs(envs, source)
     seen: dict[tuple[str, int | None], int] = {}
     hosts = []
     for number, row in enumerate(rows):
         where = f"{source}: hosts[{number}]"
-        host = _parse_row(row, where)
+        host = _parse_address(_bracket(row.pop("ssh")), where)
+        hosts.append(_complete(host, where, **row))
         _refuse_duplicate(host, seen, number + 1, where)
-        hosts.append(host)
     return _check_list(HostList(tuple(hosts), backend, envs, source))
-
-
-def _parse_row(row: object, where: str) -> Host:
-    if not isinstance(row, dict) or not isinstance(row.get("ssh"), str):
-        raise HostsError(f"{where}: needs a string 'ssh'", hint='write each host as {"ssh": "mac1", "ips": []}')
-    host = _parse_address(_bracket(row["ssh"]), where)
-    rdma = row.get("rdma") or []
-    if not isinstance(rdma, list):
-        raise HostsError(f"{where}: rdma has to be a list with one entry per host")
-    devices = tuple(_read_devices(entry, where) for entry in rdma)
-    ips = tuple(_check_ip(ip, where) for ip in _strings(row.get("ips"), f"{where}: ips"))
-    memory, python, root = row.get("memory"), row.get("python"), row.get("dir")
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | str)):
-        raise HostsError(f"{where}: memory has to be bytes or a size such as '120GB'")
-    for key, value in (("python", python), ("dir", root)):
-        _check_path(key, value, where)
-    size = None if memory is None else parse_size(str(memory))
-    return replace(host, ips=ips, rdma=devices, memory_bytes=size, python=python, dir=root)
 
 
 def _bracket(name: str) -> str:
     """Return an MLX host name as hosts.txt spells it: MLX hands a bare IPv6 address to ssh."""
     user, at, rest = name.rpartition("@")
     return f"{user}{at}[{rest}]" if _is_ipv6(rest) else name
-
-
-def _read_devices(entry: object, where: str) -> str | None:
-    """Return one entry of MLX's rdma rows: null, a device, or a list of devices where several cables lead to a host."""
-    if entry is None or entry == []:
-        return None
-    given = entry if isinstance(entry, list) else [entry]
-    names = [name for name in given if isinstance(name, str) and _is_word(name)]
-    if len(names) != len(given):
-        raise HostsError(f"{where}: rdma has to be a list of device names, or null, per host")
-    return "+".join(names)
-
-
-def _is_word(text: str) -> bool:
-    return bool(re.fullmatch(r"[^\s,#+-][^\s,#+]*", text)) and text != "null"
-
-
-def _strings(value: object, where: str) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise HostsError(f"{where} has to be a list of strings")
-    return tuple(value)

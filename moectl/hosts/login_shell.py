@@ -1,8 +1,8 @@
-"""A command's way through the login shell of a host's account, whichever shell that is and whatever it prints.
+"""How a command passes the login shell of a host's account, whichever shell it is and whatever it prints.
 
-sshd hands a command to that shell as text. sh, bash, zsh, csh, tcsh and fish do not agree on quotes, backslashes, '!'
-and line ends, so the text that they see has none of these: it starts /bin/sh, which decodes the command. What comes
-before `BEGUN` on stdout is the shell's own; other shells are named by what they say.
+sshd gives a command to that shell as text. sh, bash, zsh, csh, tcsh and fish treat quotes, backslashes, '!' and line
+ends differently, so the text has none of these: it starts /bin/sh, which decodes the command. What comes before `BEGUN`
+on stdout was printed by the shell; an error quotes what another shell prints.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import re
 
 from moectl.errors import CommandFailed
+from moectl.text import last_line
 
 BEGUN = b"\n<<moectl>>\n"
 ANNOUNCE = r"printf '\n<<moectl>>\n'; "  # a shell that prints the command prints it encoded
-NOISE_BYTES = 1 << 18  # a shell that prints more does not get to the command
-# Old versions of csh take no longer words.
+NOISE_BYTES = 1 << 18  # a shell that prints more does not reach the command
+# Old versions of csh allow no longer words.
 _WORD = re.compile(r"(?:\\0[0-7]{3}|[^\\]){1,200}")
 _SPECIAL = re.compile(r"[^A-Za-z0-9 ./_:=,@-]")
 
 
 class ShellError(OSError):
-    """A login shell did not run the command; says what it printed instead."""
+    """A login shell did not run the command; the message is what it printed."""
 
 
 def encode_line(line: str) -> str:
@@ -37,13 +38,13 @@ def split_noise(stdout: bytes) -> tuple[bytes, bytes | None]:
 
 
 def explain_shell(noise: bytes, stderr: bytes, code: int, host: str) -> CommandFailed:
-    """Return why there is no command to hear of: the last line that the shell said instead."""
-    said = (noise.strip() or stderr.strip()).decode("utf-8", "replace").split("\n")[-1].strip()[:200]
+    """Return the error for a command that did not begin: the last line of the shell says why."""
+    said = (last_line(noise) or last_line(stderr))[:200]
     return CommandFailed(
         f"its login shell does not run commands: {said or f'exit code {code}'}",
         host=host,
-        hint="over ssh, 'true' has to end at once without a word: give that account sh, bash, zsh, csh, tcsh or fish "
-        "(chsh), or look at its shell's startup files and at sshd's ForceCommand",
+        hint="over ssh, 'true' has to end at once and print nothing: give that account sh, bash, zsh, csh, tcsh or "
+        "fish (chsh), or look at its shell's startup files and at sshd's ForceCommand",
     )
 
 

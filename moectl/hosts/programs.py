@@ -1,7 +1,6 @@
-"""Run one of moectl's own small programs on hosts: find a python there, hand it the text, read what it answers.
+"""Run one of moectl's own small programs on a host: find a python there, give it the text, read its answer.
 
-The programs are in `onhost` and need nothing installed. What they do is theirs, what follows
-from it their askers'.
+The programs are in `onhost`; they need nothing installed.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from moectl.hosts.connect import ROOT
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.prelude import parse_answer
 from moectl.hosts.remote import Process, Remote, read_program
+from moectl.text import last_line
 
 OLDEST_PYTHON = (3, 11)
-# A shell that sshd starts has a short PATH, on a Mac without Homebrew: look where python usually is.
+# A shell that sshd starts has a short PATH, on a Mac without Homebrew's: these are the usual places of python.
 CANDIDATES = (
     "python3",
     *(f"python3.{minor}" for minor in range(14, 10, -1)),
@@ -27,7 +27,7 @@ CANDIDATES = (
     *(f"/Library/Frameworks/Python.framework/Versions/3.{minor}/bin/python3" for minor in range(14, 10, -1)),
 )
 NO_PYTHON = 9
-# Runs the first interpreter that is new enough; else its last words are those that are not.
+# Runs the first interpreter that is new enough; if there is none, its last line names the older ones.
 FIND = f"""
 text=$1 command=$2 oldest=$3; shift 3
 check='import sys; v = sys.version_info
@@ -45,14 +45,14 @@ OLDEST = (3, 9)  # what the programs are written for
 
 
 def list_pythons(host: Host, *deployed: str) -> tuple[str, ...]:
-    """Return the interpreters to try on a host: those that moectl used there first, empty ones left out."""
+    """Return the interpreters to try on a host, first those that moectl used there; empty names are left out."""
     if host.is_local:
         return (sys.executable,)
     return tuple(python for python in (*deployed, host.python or "", *CANDIDATES) if python)
 
 
 def list_bases(host: Host) -> tuple[str, ...]:
-    """Return the interpreters that a host's environment may be made of: no other than the one that is named."""
+    """Return the interpreters to make a host's environment with: only the one that is named, where there is one."""
     if host.python or host.is_local:
         return (host.python or sys.executable,)
     return (f"{host.dir or ROOT}/env/bin/python", *CANDIDATES)
@@ -71,7 +71,7 @@ def ask(
     """Return a program's one answer. Raises HostError, CommandFailed, VersionMismatch (no python)."""
     stdin = json.dumps(request).encode() + b"\n"
     done = remote.run(
-        _command(program, command, pythons, oldest), stdin=stdin, timeout_s=timeout_s, check=False, leash=True
+        _command(program, command, pythons, oldest), stdin=stdin, timeout_s=timeout_s, check=False, hold_stdin=True
     )
     for line in done.stdout.split(b"\n"):
         answer = parse_answer(line)
@@ -81,19 +81,19 @@ def ask(
 
 
 def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping[str, Any]) -> Process:
-    """Start a program that goes on until its stdin ends; the request has been sent. Raises HostError, CommandFailed."""
+    """Start a program that runs until its stdin ends, and send the request. Raises HostError, CommandFailed."""
     process = remote.start(_command(program, "", pythons, OLDEST))
     try:
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
     except OSError:
-        pass  # its end says why
+        pass  # its exit code and its output say why
     return process
 
 
 def explain_silence(host: str, code: int, stderr: bytes, oldest: tuple[int, int] = OLDEST) -> MoectlError:
     """Return why a program ended without an answer."""
-    said = stderr.decode("utf-8", "replace").strip().split("\n")[-1].strip()
+    said = last_line(stderr)
     if code == NO_PYTHON:
         wanted = ".".join(map(str, oldest))
         return VersionMismatch(

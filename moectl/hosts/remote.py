@@ -1,7 +1,6 @@
-"""The one seam to a host: run a command, put a file, start a process on a leash.
+"""The contract of a host: run a command, put a file, start a process; and this machine as one.
 
-Here are the contract and this machine; `ssh` implements the contract over paramiko. It knows nothing of models, shards
-or ranks.
+`ssh` implements the contract over paramiko. It knows nothing of models, shards or ranks.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Protocol, cast
 
-from moectl.errors import CommandFailed, IntegrityError, MoectlError, Unreachable
+from moectl.errors import CommandFailed
 from moectl.hosts.onhost import files as node
-from moectl.records import build
-from moectl.text import format_gb
+from moectl.hosts.refusals import put_error, source_size
+from moectl.text import last_line
 
 NOT_FOUND = 127
-# What a program's text need not say again; `from __future__` may stand at the beginning only.
-_IN_PRELUDE = re.compile(r"^from (__future__|moectl\.hosts\.onhost\.prelude) import .*\n", re.MULTILINE)
+_FUTURE = "from __future__ import annotations\n"  # only allowed at the beginning of a text
+_SHARED = re.compile(r"^from moectl\.hosts\.onhost\.(\w+) import (?:\([^)]*\)|.*)\n", re.MULTILINE)
+_PROGRAM = '\nif __name__ == "__main__":'
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -41,29 +41,11 @@ class Completed:
     noise: bytes = b""  # what the login shell printed before the command began
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What `node.describe_failure` tells; each kind of error fills its own fields."""
-
-    error: str
-    free: int = 0
-    needed: int = 0
-    step: int = 0
-    code: int = 0
-    said: str = ""
-    sha256: str = ""
-    kept: int = 0
-    reason: str = ""
-    path: str = ""
-    full: bool = False  # whether a disk has no more room
-
-
 class Process(Protocol):
-    """A running child on a host. Closing `stdin` is the leash let go: the child has to exit by itself.
+    """A running child on a host. When `stdin` is closed, the child has to exit by itself.
 
-    The streams are buffered binary files: flush after writing, and drain `stdout` and `stderr` in a thread
-    each, since a full one stops the child. Writing to a child that is gone raises OSError; reading gives
-    what is left, then b"".
+    The streams are buffered binary files: flush after writing, and read `stdout` and `stderr` in a thread each, because
+    a full one stops the child. Writing to a child that is gone raises OSError; reading gives what is left, then b"".
     """
 
     stdin: IO[bytes]
@@ -74,7 +56,7 @@ class Process(Protocol):
         """Return the exit code, negative when a signal ended it.
 
         Raises TimeoutError after `timeout_s` seconds.
-        Raises Unreachable when the connection was lost, so that the exit code will never be known.
+        Raises Unreachable when the connection was lost: then the exit code is not known.
         """
         ...
 
@@ -100,13 +82,13 @@ class Remote(Protocol):
         stdin: bytes = b"",
         timeout_s: float | None = 60.0,
         check: bool = True,
-        leash: bool = False,
+        hold_stdin: bool = False,
     ) -> Completed:
         """Run argv (no shell interpretation) to its end; raise CommandFailed on non-zero when `check`.
 
-        After `timeout_s` CommandFailed is raised. A local command has been ended then, with its children. One over SSH
-        is no longer heard of, and ends by itself only if it minds its stdin: with `leash`, stdin stays open after
-        `stdin` was sent, and its end (time is up, Ctrl-C, a lost connection) tells the command to go.
+        After `timeout_s` it raises CommandFailed. A local command has been ended then, with its children. A command
+        over SSH ends only by itself: with `hold_stdin`, its stdin stays open after `stdin` was sent, and the end of
+        its stdin (at the timeout, Ctrl-C, a lost connection) tells the command to end.
         """
         ...
 
@@ -119,9 +101,9 @@ class Remote(Protocol):
     ) -> None:
         """Copy a file: resume `destination.partial`, verify its SHA-256 on the host, give it its final name.
 
-        `on_bytes(n)` is called as n more bytes are in place (kept ones included; n is negative when a resumed
-        copy turned out wrong and starts over). Raises IntegrityError on a wrong hash, CommandFailed when the
-        host refuses (disk full, no permission), Unreachable when the connection is lost.
+        `on_bytes(n)` is called when n more bytes are there, kept ones included; n is negative when a resumed copy was
+        wrong and starts over. Raises IntegrityError on a wrong hash, CommandFailed when the host refuses (disk full, no
+        permission), Unreachable when the connection is lost.
         """
         ...
 
@@ -131,7 +113,7 @@ class Remote(Protocol):
 
 
 class LocalProcess:
-    """A child of this process, in a session of its own so that Ctrl-C reaches it through its leash only."""
+    """A child of this process, in its own session: Ctrl-C reaches it only through the end of its stdin."""
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
@@ -171,7 +153,7 @@ class LocalRemote:
         stdin: bytes = b"",
         timeout_s: float | None = 60.0,
         check: bool = True,
-        leash: bool = False,
+        hold_stdin: bool = False,
     ) -> Completed:
         try:
             child = self._spawn(argv, None)
@@ -180,7 +162,7 @@ class LocalRemote:
         except OSError as error:
             done = Completed(126, b"", f"{argv[0]}: {error.strerror}".encode())
         else:
-            done = self._finish(child, argv, stdin, timeout_s, leash)
+            done = self._finish(child, argv, stdin, timeout_s, hold_stdin)
         return check_completed(done, argv, self.name) if check else done
 
     def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> LocalProcess:
@@ -224,14 +206,19 @@ class LocalRemote:
         )
 
     def _finish(
-        self, child: subprocess.Popen[bytes], argv: Sequence[str], stdin: bytes, timeout_s: float | None, leash: bool
+        self,
+        child: subprocess.Popen[bytes],
+        argv: Sequence[str],
+        stdin: bytes,
+        timeout_s: float | None,
+        hold_stdin: bool,
     ) -> Completed:
-        held = child.stdin if leash else None
+        held = child.stdin if hold_stdin else None
         try:
             if held is not None:
                 child.stdin = None  # communicate would close it
                 threading.Thread(target=_feed, args=(held, stdin), daemon=True).start()
-            stdout, stderr = child.communicate(None if leash else stdin, timeout_s)
+            stdout, stderr = child.communicate(None if hold_stdin else stdin, timeout_s)
         except subprocess.TimeoutExpired:
             raise timeout_error(argv, timeout_s, self.name) from None
         finally:
@@ -245,14 +232,23 @@ class LocalRemote:
 
 
 def read_program(name: str) -> str:
-    """Return one of the programs in `onhost` as text for `python -c`, behind what all of them begin with."""
-    folder = resources.files("moectl.hosts.onhost")
-    prelude, own = (folder.joinpath(f"{part}.py").read_text(encoding="utf-8") for part in ("prelude", name))
-    return prelude + _IN_PRELUDE.sub("", own)
+    """Return one of the programs in `onhost` as text for `python -c`, behind the text of those that it imports from."""
+    texts: dict[str, str] = {}
+
+    def add(part: str) -> None:
+        text = resources.files("moectl.hosts.onhost").joinpath(f"{part}.py").read_text(encoding="utf-8")
+        for shared in _SHARED.findall(text):
+            if shared not in texts:
+                add(shared)
+        texts[part] = _SHARED.sub("", text.replace(_FUTURE, ""))
+
+    add(name)
+    *libraries, own = texts.values()
+    return "\n".join([_FUTURE, *(text.partition(_PROGRAM)[0] for text in libraries), own])
 
 
 def describe_command(argv: Sequence[str]) -> str:
-    """Return argv as one short line for messages; a script passed with -c is not repeated."""
+    """Return argv as one short line for messages, without the text of a script."""
     words = []
     for word in argv[:6]:
         first = word.split("\n", 1)[0]
@@ -261,10 +257,10 @@ def describe_command(argv: Sequence[str]) -> str:
 
 
 def check_completed(done: Completed, argv: Sequence[str], host: str) -> Completed:
-    """Return `done`, or raise CommandFailed with the last line that the command said."""
+    """Return `done`, or raise CommandFailed with the last line that the command printed."""
     if done.code == 0:
         return done
-    said = (done.stderr.strip() or done.stdout.strip()).decode("utf-8", "replace").split("\n")[-1]
+    said = last_line(done.stderr) or last_line(done.stdout)
     how = f"exit code {done.code}" if done.code >= 0 else "ended by a signal"
     if done.code == NOT_FOUND:
         how = "not found"
@@ -277,7 +273,7 @@ def timeout_error(argv: Sequence[str], timeout_s: float | None, host: str) -> Co
 
 
 def refuse_unfit(argv: Sequence[str], env: Mapping[str, str] | None, host: str) -> None:
-    """Raise CommandFailed for words and variables that cannot reach a command as they are."""
+    """Raise CommandFailed for words and variables that cannot be passed to a command unchanged."""
     words = [*argv, *(env or {}).values()]
     if not argv or any("\0" in word for word in words):
         raise CommandFailed("a command is empty or holds a NUL character", host=host)
@@ -285,78 +281,15 @@ def refuse_unfit(argv: Sequence[str], env: Mapping[str, str] | None, host: str) 
         "".join(words).encode()
     except UnicodeEncodeError:
         raise CommandFailed("a word of a command is not UTF-8 text", host=host) from None
-    if argv[0].startswith("-"):  # an option, to what should start it
+    if argv[0].startswith("-"):  # it would be read as an option
         raise CommandFailed(f"a command's name may not begin with a dash: {argv[0]!r}", host=host)
     for name in env or ():
         if not _VARIABLE.fullmatch(name):
-            raise CommandFailed(f"{name!r} is no variable's name", host=host)
-
-
-def source_size(source: Path) -> int:
-    """Return the size in bytes of a file about to be sent; raise IntegrityError when it cannot be read."""
-    try:
-        return source.stat().st_size
-    except OSError as error:
-        raise IntegrityError(f"{source} cannot be read: {error.strerror}", hint="moectl shard --verify") from None
-
-
-def put_error(answer: Mapping[str, Any], source: Path, destination: str, sha256: str, host: str) -> MoectlError:
-    """Turn a failure told by `node.describe_failure` into one of ours."""
-    failure = read_failure(answer, host)
-    match failure.error:
-        case "full":
-            room = room_text(failure.free, failure.needed)
-            return CommandFailed(
-                f"{room} for {destination}", host=host, hint=f"free space on {host}, then run it again"
-            )
-        case "mismatch":
-            return _mismatch_error(failure.sha256, source, destination, sha256, host)
-        case "busy":
-            return CommandFailed(
-                f"another push is writing {destination}",
-                host=host,
-                hint="wait for the other deploy to end; two hosts on one machine need a dir= each",
-            )
-        case "cut":
-            return Unreachable(f"the connection was lost while {destination} was sent", host=host)
-        case "os":
-            hint = f"free space (or inodes) on {host}, then run it again" if failure.full else None
-            return CommandFailed(f"cannot write {failure.path or destination}: {failure.reason}", host=host, hint=hint)
-        case "outside":
-            return IntegrityError(
-                f"{failure.path} leads out of the shard set's directory",
-                host=host,
-                hint="remove that symbolic link there; to keep shards on another disk, name it with dir=",
-            )
-    return CommandFailed(f"cannot write {destination}: {failure.error}", host=host)
-
-
-def read_failure(answer: Mapping[str, Any], host: str) -> Failure:
-    """Return what a host says that went wrong. Raises CommandFailed when it makes no sense."""
-    try:
-        return build(Failure, dict(answer))
-    except ValueError as error:
-        raise CommandFailed(f"its python gave an answer that makes no sense: {error}", host=host) from None
-
-
-def _mismatch_error(found: str, source: Path, destination: str, sha256: str, host: str) -> IntegrityError:
-    try:
-        damaged = node.hash_file(str(source)) != sha256
-    except OSError:
-        damaged = True
-    if damaged:
-        return IntegrityError(f"{source} is not what its manifest promises", hint="moectl shard --verify")
-    seen = f"sha256 {found[:8]}… expected {sha256[:8]}…"
-    return IntegrityError(f"{destination} is corrupt: {seen}", host=host, hint="run the same command again")
-
-
-def room_text(free: int, needed: int) -> str:
-    """Return what is missing on a disk, in words."""
-    return f"disk full: {format_gb(free)} free, {format_gb(needed)} needed"
+            raise CommandFailed(f"{name!r} is not the name of a variable", host=host)
 
 
 def _feed(pipe: IO[bytes], data: bytes) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a command need not read its stdin
+    with contextlib.suppress(OSError, ValueError):  # a command may leave its stdin unread
         pipe.write(data)
         pipe.flush()
 
@@ -366,7 +299,7 @@ def _ignore(_count: int) -> None:
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
-    # A reaped leader's number may belong to another by now: signal the group only before reaping.
+    # After the leader has been waited for, its number may belong to another process: signal the group only before.
     if child.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -389,7 +322,7 @@ def _link_file(source: Path, target: str, sha256: str) -> bool:
         raise node.Mismatch(found, 0)
     if linked.exists():
         linked.replace(destination)
-        partial.unlink(missing_ok=True)  # what an earlier push had left
+        partial.unlink(missing_ok=True)  # from an earlier push
     return True
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from moectl.engine.protocol import Connect
 from moectl.errors import HostsError
-from moectl.hosts.hostfile import Host, to_mlx_devices
+from moectl.hosts.hostfile import Host
+from moectl.hosts.mlx_hostfile import to_mlx_devices
 
 BACKENDS = ("auto", "ring", "jaccl", "jaccl-ring")
 

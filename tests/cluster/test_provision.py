@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moectl.cluster.deploy.provision import reason_of
-from moectl.hosts.onhost import files
+from moectl.hosts.onhost import deploy
 
 NO_MATCH = """\
 WARNING: Retrying (Retry(total=0)) after connection broken: Name or service not known: /simple/mlx/
@@ -69,6 +69,6 @@ def test_a_step_that_fails_tells_what_it_printed_on_either_stream(tmp_path: Path
         "stamp": [str(tmp_path / "stamp"), ""],
         "steps": [[sys.executable, "-c", program]],
     }
-    with pytest.raises(files.StepFailed) as failed:
-        files.install(request)
+    with pytest.raises(deploy.StepFailed) as failed:
+        deploy.install(request)
     assert "ensurepip is not available: apt install" in failed.value.args[2]

@@ -19,7 +19,8 @@ from moectl.cluster.setup.machine import Machine, read_machine
 from moectl.cluster.setup.plan import SetupPlan, Wish, plan_setup
 from moectl.errors import HostsError, PlanError
 from moectl.hosts.hardware import Hardware
-from moectl.hosts.hostfile import Host, HostList, format_hosts, parse_hosts, to_mlx_json
+from moectl.hosts.hostfile import Host, HostList, format_hosts, parse_hosts
+from moectl.hosts.mlx_hostfile import to_mlx_json
 from moectl.hosts.survey import Survey, read_survey
 from moectl.session.backend import choose_backend
 from tests.support import cabling

@@ -18,8 +18,8 @@ from moectl.cluster.deploy.uninstall import _is_under, clear_hosts
 from moectl.errors import StateError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import workers
-from moectl.hosts.onhost.clear import MADE, Removals, is_our_env, remove
-from moectl.hosts.onhost.files import RECORD
+from moectl.hosts.onhost.clear import Removals, is_our_env, remove
+from moectl.hosts.onhost.files import MADE, RECORD
 from moectl.model.manifest import NAME as MANIFEST_NAME
 from moectl.paths import data_dir
 from moectl.session.deployment import DeployedRank, Deployment, find_deployment, write_deployment

@@ -15,20 +15,18 @@ from mlx._distributed_utils.common import Hostfile
 
 from moectl.errors import HostsError
 from moectl.hosts.hostfile import (
-    BACKENDS,
     KEYS,
     Host,
     HostList,
     find_hosts,
-    find_own_address,
     format_hosts,
     parse_host_string,
     parse_hosts,
     parse_size,
     read_hosts,
-    resolve_address,
-    to_mlx_json,
 )
+from moectl.hosts.mlx_hostfile import find_own_address, resolve_address, to_mlx_json
+from moectl.hosts.mlx_rows import BACKENDS
 
 EXAMPLE = """\
 # four Mac Studios on a 10 GbE switch

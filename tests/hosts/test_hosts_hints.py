@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from moectl.errors import CommandFailed, HostsError, IntegrityError, Unreachable
-from moectl.hosts.hostfile import Host, HostList, format_hosts, parse_hosts, to_mlx_json
+from moectl.hosts.hostfile import Host, HostList, format_hosts, parse_hosts
+from moectl.hosts.mlx_hostfile import to_mlx_json
 from moectl.hosts.onhost.files import hash_file
 from moectl.hosts.remote import LocalRemote
 from tests.hosts.test_ssh_identity import accept, add, make, refused
@@ -69,7 +70,7 @@ def test_an_agent_that_signs_as_the_hint_demands_gets_in(
         environ = {**os.environ, "SSH_AUTH_SOCK": str(agent)}
         subprocess.run(["ssh-add", "-q", "-c", str(held)], env=environ, check=True, capture_output=True)
         error = refused(server, add(server, f"{held}.pub", f"IdentityAgent {agent}"))
-        assert error.hint == "ssh-add -T KEY.pub has to sign: is the agent locked, or did it ask for leave?"
+        assert error.hint == "ssh-add -T KEY.pub has to sign: is the agent locked, or did it ask for permission?"
         test = ["ssh-add", "-T", f"{held}.pub"]
         assert subprocess.run(test, env=environ, capture_output=True, check=False).returncode != 0
         subprocess.run(["ssh-add", "-q", str(held)], env=environ, check=True, capture_output=True)
@@ -129,7 +130,7 @@ def test_a_shell_that_runs_true_at_once_as_the_hint_demands_runs_commands(tmp_pa
     with run_sshd(tmp_path / "one", "ForceCommand echo 'not available'; exit 1") as server:
         error = ask_moectl(server.config, server.add_alias("node0"))
     assert isinstance(error, CommandFailed)
-    assert (error.hint or "").startswith("over ssh, 'true' has to end at once without a word: ")
+    assert (error.hint or "").startswith("over ssh, 'true' has to end at once and print nothing: ")
     assert "sshd's ForceCommand" in (error.hint or "")
     with run_sshd(tmp_path / "two") as server:
         both_get_in(server, server.add_alias("node0"))

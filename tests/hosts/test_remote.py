@@ -158,28 +158,28 @@ def test_a_leash_ends_an_install_with_its_children(remote: Remote, tmp_path: Pat
     request = {"lock": str(tmp_path / "lock"), "stamp": [str(stamp), "x"], "steps": [["sh", "-c", script]]}
     with pytest.raises(CommandFailed, match="did not finish"):
         remote.run(
-            [sys.executable, "-c", read_program("files"), "install"],
+            [sys.executable, "-c", read_program("deploy"), "install"],
             stdin=json.dumps(request).encode() + b"\n",
             timeout_s=2,
-            leash=True,
+            hold_stdin=True,
         )
     wait_until_gone(int(pid.read_text()))
     assert not stamp.exists()  # nobody takes what is half installed for whole
 
 
 def test_two_installs_do_not_mix(remote: Remote, tmp_path: Path) -> None:
-    argv = [sys.executable, "-c", read_program("files"), "install"]
+    argv = [sys.executable, "-c", read_program("deploy"), "install"]
     stamp = tmp_path / "stamp"
     request = {"lock": str(tmp_path / "lock"), "stamp": [str(stamp), "done"], "steps": [["true"]]}
     stdin = json.dumps(request).encode() + b"\n"
     with (tmp_path / "lock").open("w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        assert b'{"error": "busy"}' in remote.run(argv, stdin=stdin, leash=True).stdout
+        assert b'{"error": "busy"}' in remote.run(argv, stdin=stdin, hold_stdin=True).stdout
         assert not stamp.exists()
-    assert b"{}" in remote.run(argv, stdin=stdin, leash=True).stdout
+    assert b"{}" in remote.run(argv, stdin=stdin, hold_stdin=True).stdout
     assert stamp.read_text() == "done"
     failing = {**request, "steps": [["true"], ["sh", "-c", "echo no >&2; exit 3"]]}
-    said = remote.run(argv, stdin=json.dumps(failing).encode() + b"\n", leash=True).stdout
+    said = remote.run(argv, stdin=json.dumps(failing).encode() + b"\n", hold_stdin=True).stdout
     assert parse_answer(said.strip()) == {"error": "step", "step": 1, "code": 3, "said": "no"}
     assert not stamp.exists()
 
@@ -631,7 +631,7 @@ def test_what_is_no_ssh_server_is_unreachable(sshd: Server) -> None:
     [
         (b"Exceeded MaxStartups\r\n", "it does not greet as an SSH server: Exceeded MaxStartups"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it does not greet as an SSH server: HTTP/1.1 400 Bad Request"),
-        (b"", "it hung up before it greeted"),
+        (b"", "it closed the connection at once"),
     ],
 )
 def test_what_is_said_in_place_of_a_greeting_is_told(sshd: Server, said: bytes, reason: str) -> None:

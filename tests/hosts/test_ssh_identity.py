@@ -218,7 +218,7 @@ def test_a_certificate_without_its_key_is_named(server: Server, tmp_path: Path, 
     assert "lone.pub is a certificate without its key" in error.message
     server.config.write_text("")
     error = refused(server, add(server, key, f"CertificateFile {tmp_path}/nowhere"))
-    assert f"CertificateFile {tmp_path}/nowhere is no certificate for a user" in error.message
+    assert f"CertificateFile {tmp_path}/nowhere is not a certificate for a user" in error.message
 
 
 # Agents.

@@ -243,7 +243,7 @@ def test_a_keyword_of_a_later_ssh_is_refused_where_it_is_set(
     error = ask_moectl(sshd.config, "node0")
     assert error is not None
     assert "trustanyhost yes is set for it, a keyword that this moectl does not know" in error.message
-    assert error.hint == "leave trustanyhost out for this host (~/.ssh/config), or take a later moectl"
+    assert error.hint == "remove trustanyhost for this host (~/.ssh/config), or install a newer moectl"
     value.write_text("no")  # as it prints where it is left out
     assert ask_moectl(sshd.config, "node0") is None
 
@@ -351,7 +351,7 @@ def test_what_set_env_and_send_env_send_arrives(tmp_path: Path, monkeypatch: pyt
         ),
         ("ProxyCommand false", "this has to greet with SSH-2.0: false", "ProxyCommand none"),
         ("KnownHostsCommand /bin/false", "correct KnownHostsCommand in ~/.ssh/config", "KnownHostsCommand /bin/true"),
-        ("Port many", "mend ", "Compression no"),
+        ("Port many", "correct ", "Compression no"),
         (
             "ProxyJump a@b@c",
             "correct ProxyJump in ~/.ssh/config; it takes the tokens %%, %h, %n, %p and %r",

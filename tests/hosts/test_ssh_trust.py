@@ -347,7 +347,7 @@ def test_check_host_ip_refuses_another_key_for_the_address(sshd: Server, tmp_pat
             server.add_alias("node1", "CheckHostIP yes", *lines)
             both_get_in(server, "node0")
             error = refused(server, "node1")
-            assert error.message == "another host key is on file for its address 192.0.2.77 (CheckHostIP)."
+            assert error.message == "another host key is known for its address 192.0.2.77 (CheckHostIP)."
             assert error.hint is not None
             subprocess.run(error.hint.split("'", 1)[1].rsplit("'", 1)[0], shell=True, check=True, capture_output=True)
             both_get_in(server, "node1")

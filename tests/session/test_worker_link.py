@@ -30,7 +30,7 @@ class Noted(LocalRemote):
         stdin: bytes = b"",
         timeout_s: float | None = 60.0,
         check: bool = True,
-        leash: bool = False,
+        hold_stdin: bool = False,
     ) -> Completed:
         self.ran.append(list(argv))
         return Completed(0, b"", b"")

@@ -161,7 +161,9 @@ def ask(command: str, request: dict[str, Any]) -> dict[str, Any]:
     """Ask the program that is sent to hosts, as a process."""
     stdin = json.dumps(request).encode() + b"\n"
     done = LocalRemote().run(
-        [sys.executable, "-c", read_program("files"), command], stdin=stdin, leash=command == "survey"
+        [sys.executable, "-c", read_program("deploy" if command == "survey" else "files"), command],
+        stdin=stdin,
+        hold_stdin=command == "survey",
     )
     answer = parse_answer(done.stdout.strip().split(b"\n")[-1])
     assert answer is not None

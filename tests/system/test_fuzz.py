@@ -26,8 +26,9 @@ from moectl.engine import protocol
 from moectl.engine.request import Request, Stats
 from moectl.engine.worker import Leash
 from moectl.errors import MoectlError, RemoteError
-from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts, read_hosts, to_mlx_json
-from moectl.hosts.onhost import files as node
+from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts, read_hosts
+from moectl.hosts.mlx_hostfile import to_mlx_json
+from moectl.hosts.onhost import deploy, files as node
 from moectl.hosts.onhost.prelude import ANSWER
 from moectl.hosts.remote import Completed, LocalRemote, Process, Remote
 from moectl.model.manifest import FileEntry, parse_manifest
@@ -302,7 +303,7 @@ def survey_answer(task: HostTask, root: Path) -> dict[str, Any]:
         "wheels": {},
         "planned": {},
     }
-    return node.survey(request)
+    return deploy.survey(request)
 
 
 class FakeHost:
@@ -376,9 +377,10 @@ def test_what_node_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sec
     base = {"root": str(inside), "directory": "set", "files": task_files, "verify": True, "remember": True}
     survey = base | {"stamp": "env/stamp", "packages": ["mlx"], "wheels": {"a.whl": [1, "0" * 64]}}
     record = {"directory": str(inside / "set"), "files": {"moectl.json": "1" * 64}}
-    monkeypatch.setattr(node, "end_with_stdin", lambda end: None)
+    monkeypatch.setattr(deploy, "end_with_stdin", lambda end: None)
     answers: list[dict[str, Any]] = []
-    monkeypatch.setattr(node, "tell", answers.append)
+    for program in (deploy, node):
+        monkeypatch.setattr(program, "tell", answers.append)
     monkeypatch.chdir(inside)
 
     def ask(command: str) -> Callable[[bytes], None]:
@@ -386,7 +388,7 @@ def test_what_node_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sec
             answers.clear()
             stdin = type("Stdin", (), {"buffer": io.BytesIO(data)})
             monkeypatch.setattr(sys, "stdin", stdin)
-            node._main(command)
+            (deploy if command == "survey" else node)._main(command)
             assert len(answers) == 1
             assert json.dumps(answers[0])
 

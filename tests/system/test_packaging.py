@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import moectl
-from moectl.hosts.onhost.files import list_package
+from moectl.hosts.onhost.deploy import list_package
 
 ROOT = Path(moectl.__file__).parent.parent
 MOST_BYTES = 10_000_000

@@ -29,7 +29,7 @@ def hosts(common: Common, mlx: bool) -> None:
     """
     found = common.require_hosts()
     if mlx:
-        from moectl.hosts.hostfile import to_mlx_json
+        from moectl.hosts.mlx_hostfile import to_mlx_json
 
         if not found.backend and any(host.rdma for host in found.hosts):
             from moectl.session.backend import choose_backend

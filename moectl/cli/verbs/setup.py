@@ -297,7 +297,8 @@ def hosts_text(plan: SetupPlan) -> str:
 
 def file_text(plan: SetupPlan, name: str) -> str:
     """Return what a hosts file of this name holds: MLX's JSON for .json. Raises HostsError."""
-    from moectl.hosts.hostfile import format_hosts, to_mlx_json
+    from moectl.hosts.hostfile import format_hosts
+    from moectl.hosts.mlx_hostfile import to_mlx_json
 
     if name.endswith(".json"):
         return to_mlx_json(plan.hosts)
@@ -416,7 +417,7 @@ def _step_json(step: Step) -> dict[str, Any]:
 
 
 def _hostfile_json(hosts: HostList) -> dict[str, Any]:
-    from moectl.hosts.hostfile import to_mlx_devices
+    from moectl.hosts.mlx_hostfile import to_mlx_devices
 
     rows = [
         {"host": host.address, "ips": list(host.ips), "rdma": [to_mlx_devices(entry) for entry in host.rdma]}

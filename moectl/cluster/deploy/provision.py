@@ -20,7 +20,8 @@ from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.hosts.connect import ROOT, make_remote
 from moectl.hosts.hostfile import Host
 from moectl.hosts.programs import OLDEST_PYTHON, ask, list_bases
-from moectl.hosts.remote import Failure, Remote, put_error, read_failure, room_text
+from moectl.hosts.refusals import Failure, put_error, read_failure, room_text
+from moectl.hosts.remote import Remote
 from moectl.model import manifest as manifest_file
 from moectl.model.manifest import FileEntry
 from moectl.records import build
@@ -278,7 +279,7 @@ def _survey(remote: Remote, task: HostTask) -> dict[str, Any]:
 def _ask(
     remote: Remote, pythons: Sequence[str], command: str, request: Mapping[str, Any], timeout_s: float
 ) -> dict[str, Any]:
-    return ask(remote, pythons, "files", request, timeout_s=timeout_s, oldest=OLDEST_PYTHON, command=command)
+    return ask(remote, pythons, "deploy", request, timeout_s=timeout_s, oldest=OLDEST_PYTHON, command=command)
 
 
 def _check_survey(remote: Remote, task: HostTask, answer: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import moectl
 from moectl.errors import VersionMismatch
-from moectl.hosts.onhost.files import hash_package, list_package
+from moectl.hosts.onhost.deploy import hash_package, list_package
 
 TAG = "py3-none-any"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's earliest date: the wheel must not depend on when it was packed

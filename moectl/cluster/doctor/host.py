@@ -23,7 +23,8 @@ from moectl.cluster.doctor.macos import check_mac
 from moectl.errors import CommandFailed, MoectlError, VersionMismatch
 from moectl.hosts.hostfile import Host
 from moectl.hosts.login_shell import describe_quiet
-from moectl.hosts.remote import Process, Remote, room_text
+from moectl.hosts.refusals import room_text
+from moectl.hosts.remote import Process, Remote
 from moectl.hosts.ssh.config import SSHSettings, read_ssh_settings
 from moectl.hosts.survey import Survey, parse_sshd, survey_host
 from moectl.model.manifest import Manifest

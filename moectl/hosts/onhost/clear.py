@@ -1,9 +1,9 @@
 # ruff: noqa: PTH100,PTH106,PTH108,PTH110,PTH111,PTH112,PTH113,PTH114,PTH118,PTH119,PTH120,PTH123,PTH208
-"""The program that removes from a host what moectl put there, file by file, and leaves and names everything else.
+"""The program that removes what moectl put on a host, file by file. It leaves everything else, and names it.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
-on. Files are moectl's when a manifest or a record of moectl's lists them, or by names that only moectl gives; the
-environment when it says that moectl made it, and a directory that dir= names when moectl had to make it.
+on. A file is moectl's when a manifest or a record of moectl's lists it, or when only moectl gives such a name. The
+environment is moectl's when it says so, and a directory that dir= names is when moectl made it.
 
     python -c TEXT        {"root", "keep", "dry_run"} on stdin; answers {"root", "items": {name: bytes}, "left": [path],
                           "busy": why or null, "failed": [why]}, a line of JSON behind `ANSWER`
@@ -22,12 +22,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from moectl.hosts.onhost.files import MADE, RECORD, read_object
 from moectl.hosts.onhost.prelude import end_with_stdin, tell
 
-RECORD = ".moectl-verified.json"
 MANIFEST = "moectl.json"
 STAMP = "moectl-env.json"
-MADE = ".moectl-made"  # in a root that moectl made: the nearest directory that was there before
 DEFAULT = "~/.moectl"
 # What `python -m venv` and pip make at the top of an environment.
 ENV_NAMES = {"bin", "include", "lib", "lib64", "share", "etc", "man", "pyvenv.cfg", ".gitignore", STAMP}
@@ -49,21 +48,21 @@ SET_FILES = (
     "NOTICE*",
     MANIFEST,
 )
-HALF = (".partial", ".link")  # endings of a file under way
-LITTER = ".DS_Store"  # the Finder leaves it wherever it has been
+HALF = (".partial", ".link")  # endings of a file that is not complete
+LITTER = ".DS_Store"  # the Finder makes it in every directory that it shows
 
 
 class Removals:
-    """What is moectl's under a root: files and whole trees to remove, and what is not."""
+    """What to remove under a root: files and whole trees of moectl's; and what to leave."""
 
     def __init__(self, root: str, keep: list[str]) -> None:
         self.root = root
         self.files: list[str] = []
         self.trees: list[str] = []
-        self.directories: list[str] = []  # to remove when they are empty, the inner ones first
+        self.directories: list[str] = []  # to remove where they are empty, the inner ones first
         self.left: list[str] = []
         self.items: dict[str, int] = {}
-        self.above: list[str] = []  # likewise, above the root: moectl made them with it
+        self.above: list[str] = []  # the same, above the root: moectl made them with it
         self._keep = {os.path.realpath(os.path.expanduser(path)) for path in keep}
         if os.path.isdir(root):
             self._visit()
@@ -89,7 +88,7 @@ class Removals:
             self.directories.append(self.root)
 
     def _visit_root(self, note: str) -> None:
-        """Take the root, and what is between it and the directory that was there before."""
+        """Take the root, and the directories between it and the one that was there before."""
         self.files.append(note)
         with contextlib.suppress(OSError), open(note, encoding="utf-8", errors="surrogateescape") as f:
             self._take_below(f.read())
@@ -151,7 +150,7 @@ class Removals:
         self._add_directories(directory)
 
     def _take_if(self, item: str, directory: str, is_ours: Any) -> None:
-        """Take the files in one directory that are ours by their name."""
+        """Take the files in one directory whose name is moectl's."""
         for name in sorted(os.listdir(directory)):
             path = os.path.join(directory, name)
             ours = is_ours(without_ending(name)) or OURS.fullmatch(name) is not None
@@ -189,7 +188,7 @@ def is_like(path: str, pattern: str) -> bool:
 
 
 def is_begun(directory: str) -> bool:
-    """Whether a push has begun to fill a directory without a manifest: others' models lie there as well, maybe."""
+    """Whether a push has begun to fill a directory without a manifest, which may hold models of other programs too."""
     if os.path.exists(os.path.join(directory, RECORD)):
         return True
     for place, _, files in walk(directory):
@@ -200,17 +199,14 @@ def is_begun(directory: str) -> bool:
 
 
 def without_ending(path: str) -> str:
-    """Return the name that a file under way will have."""
-    for ending in HALF:
-        if path.endswith(ending):
-            return path[: -len(ending)]
-    return path
+    """Return the name that an incomplete file will have."""
+    return re.sub(r"\.(partial|link)\Z", "", path)
 
 
 def is_our_env(env: str) -> bool:
-    """Whether moectl made this environment: its stamp is there, or python says that it was made as moectl does.
+    """Whether moectl made this environment: its stamp is there, or its pyvenv.cfg names the command that moectl uses.
 
-    An empty directory is what an earlier removal left, because somebody's file was in it.
+    An empty directory counts: an earlier removal left it because it held another file then.
     """
     if os.path.isfile(os.path.join(env, STAMP)) or (os.path.isdir(env) and not os.listdir(env)):
         return True
@@ -220,16 +216,6 @@ def is_our_env(env: str) -> bool:
     except OSError:
         return False
     return made is not None and os.path.realpath(made[1]) == os.path.realpath(env)
-
-
-def read_object(path: str) -> dict[str, Any]:
-    """Return the JSON object in a file, an empty one where there is none."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def tree_size(directory: str) -> int:
@@ -243,9 +229,9 @@ def tree_size(directory: str) -> int:
 
 
 def find_busy(plan: Removals, held: list[int]) -> str | None:
-    """Return who works here at this moment: a deploy holds the environment's lock, or a file that it writes.
+    """Return which deploy works here now: it locks the environment, or a file that it writes.
 
-    The locks are taken, in `held`, so that none begins before this process ends.
+    The locks are kept in `held`, so that no deploy begins before this process ends.
     """
     for path in plan.files:
         if os.path.basename(path) == "env.lock" or path.endswith(".partial"):
@@ -262,7 +248,7 @@ def find_busy(plan: Removals, held: list[int]) -> str | None:
 
 
 def remove(plan: Removals) -> list[str]:
-    """Remove what is moectl's; return what the disk refused."""
+    """Remove moectl's files; return what the disk refused."""
     failed: list[str] = []
     for path in plan.files:
         with noted(failed):
@@ -271,9 +257,9 @@ def remove(plan: Removals) -> list[str]:
         with noted(failed):
             shutil.rmtree(path)
     for path in (*plan.directories, *plan.above):
-        if os.path.islink(path):  # somebody moved it to another disk
+        if os.path.islink(path):  # its owner moved it to another disk
             continue
-        with contextlib.suppress(OSError):  # what is left keeps it
+        with contextlib.suppress(OSError):  # it is not empty
             if os.listdir(path) == [LITTER]:
                 os.unlink(os.path.join(path, LITTER))
             os.rmdir(path)
@@ -282,7 +268,7 @@ def remove(plan: Removals) -> list[str]:
 
 @contextlib.contextmanager
 def noted(failed: list[str]) -> Iterator[None]:
-    """Note what the disk refuses, and go on."""
+    """Note what the disk refuses, and continue."""
     try:
         yield
     except FileNotFoundError:
@@ -300,7 +286,7 @@ def _main() -> None:
     busy = find_busy(plan, held)
     failed = [] if busy or request["dry_run"] else remove(plan)
     tell({"root": root, "items": plan.items, "left": plan.left, "busy": busy, "failed": failed})
-    os._exit(0)  # not python's own end: a thread may still wait for stdin
+    os._exit(0)  # python itself would wait for the thread that reads stdin
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH100,PTH103,PTH108,PTH111,PTH112,PTH118,PTH119,PTH120,PTH123
+# ruff: noqa: PTH100,PTH103,PTH108,PTH111,PTH112,PTH116,PTH118,PTH119,PTH120,PTH123
 """The program with which `deploy` asks what is on a host, and installs moectl's environment there.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
@@ -28,7 +28,7 @@ from typing import Any
 from moectl.hosts.onhost.files import (
     MADE,
     Busy,
-    StepFailed,
+    Refusal,
     compare,
     describe_failure,
     hash_file,
@@ -43,6 +43,12 @@ from moectl.hosts.onhost.files import (
     write_record,
 )
 from moectl.hosts.onhost.prelude import end_with_stdin, tell
+
+
+class StepFailed(Refusal):
+    """A command of `install` failed; args are its index, its exit code, and the end of its output."""
+
+    fields = ("step", "code", "said")
 
 
 def survey(request: dict[str, Any]) -> dict[str, Any]:

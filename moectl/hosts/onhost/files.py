@@ -1,17 +1,14 @@
 # ruff: noqa: PTH102, PTH105, PTH108, PTH110, PTH111, PTH112, PTH114, PTH116, PTH118, PTH120, PTH123, PTH208
-"""What happens on a host before moectl is there: receive a file, list files, tell versions and space.
+"""Files on a host: received whole, verified, and remembered, so that they need not be hashed again.
 
-Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from
-Python 3.9 on. `remote` also imports it for this machine. It is not the worker: no model, no mlx, no network.
+Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
+on. moectl also imports it for this machine.
 
-    python -c TEXT receive                      files on stdin, each behind a line {"path", "bytes", "sha256"};
-                                                answers {"kept": n} and takes the rest, then {} or {"error": …}
-    python -c TEXT survey                       what is there? request on stdin, a line of JSON
-    python -c TEXT install                      run commands that mend an environment, one deploy at a time; likewise
-    python -c TEXT record                       remember files that were verified; request on stdin, JSON
+    python -c TEXT receive      files on stdin, each behind a line {"path", "bytes", "sha256"};
+                                answers {"kept": n} and takes the rest, then {} or {"error": …}
+    python -c TEXT record       remember files that were verified; request on stdin, JSON
 
-`survey` and `install` can take long: they end, with all that they started, when their stdin does.
-Each answer is a line of JSON behind ANSWER, which tells it from what a login shell may print.
+Each answer is a line of JSON behind `ANSWER`.
 """
 
 # os.path, not pathlib: paths arrive as strings, and every import is paid on the host at each command.
@@ -46,12 +43,6 @@ class Refusal(Exception):
 
 class Busy(Refusal):
     """Another push is writing the same file, or another deploy is installing."""
-
-
-class StepFailed(Refusal):
-    """A command of `install` failed; args are its index, its exit code, and the end of its output."""
-
-    fields = ("step", "code", "said")
 
 
 class Cut(Refusal):
@@ -98,7 +89,9 @@ def receive(
     try:
         _lock(fd, partial)
         digest, kept = _hash_prefix(fd, size_bytes)
-        _check_room(partial, size_bytes - kept)
+        free = shutil.disk_usage(os.path.dirname(partial) or ".").free
+        if free < size_bytes - kept:
+            raise Full(free, size_bytes - kept)
         on_kept(kept)
         _append(fd, read, digest, size_bytes - kept, partial)
         if digest.hexdigest() != sha256:
@@ -134,12 +127,6 @@ def _hash_prefix(fd: int, size_bytes: int) -> tuple[Any, int]:
         digest.update(block)
         left -= len(block)
     return digest, kept
-
-
-def _check_room(path: str, needed: int) -> None:
-    free = shutil.disk_usage(os.path.dirname(path) or ".").free
-    if free < needed:
-        raise Full(free, needed)
 
 
 def _append(fd: int, read: Callable[[int], bytes], digest: Any, left: int, path: str) -> None:

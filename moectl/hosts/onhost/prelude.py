@@ -1,7 +1,7 @@
-"""What every program on a host begins with: how it answers, and how it ends with its stdin.
+"""How every program on a host answers, and how it ends with its stdin.
 
 `remote.read_program` puts this text in front of theirs, so it uses the standard library only and runs from Python 3.9
-on. A program imports from here in one line, which is left out of its text.
+on.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ ANSWER = b"moectl-node: "
 
 def tell(answer: dict[str, Any]) -> None:
     """Answer with a line of JSON behind ANSWER, which tells it from what a login shell may print."""
-    # On a line of its own, whatever a login shell has left on the one before.
+    # On a line of its own, because a login shell may have left one without an end.
     sys.stdout.buffer.write(b"\n" + ANSWER + json.dumps(answer).encode() + b"\n")
     sys.stdout.buffer.flush()
 
 
 def parse_answer(line: bytes) -> dict[str, Any] | None:
-    """Return the answer on a line of output, None when the line is noise of the login shell."""
+    """Return the answer on a line of output, None for a line that the login shell printed."""
     _, mark, text = line.rpartition(ANSWER)
     try:
         answer = json.loads(text) if mark else None
@@ -34,7 +34,7 @@ def parse_answer(line: bytes) -> dict[str, Any] | None:
 
 
 def end_with_stdin(end: Callable[[], object]) -> None:
-    """Call `end` from another thread when stdin, which is our leash, has ended."""
+    """Call `end` from another thread when stdin has ended: then the asker is gone."""
 
     def wait() -> None:
         while os.read(0, 1 << 12):

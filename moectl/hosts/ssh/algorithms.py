@@ -1,6 +1,6 @@
-"""Which algorithms a connection may use: what ssh's configuration leaves of paramiko's, and what to set when none fits.
+"""The algorithms of a connection: those of paramiko that ssh's configuration allows, and what to set where none fits.
 
-It knows nothing of keys on file; `ssh_trust` says which types of host keys come first.
+It reads no known keys; `ssh.trust` says which types of host keys to prefer.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import paramiko
 from paramiko.kex_curve25519 import KexCurve25519
 
 from moectl.errors import HostError, Unreachable
+from moectl.hosts.ssh.certificates import CERT_SUFFIX
 from moectl.hosts.ssh.config import SSHSettings
-from moectl.hosts.ssh.trust import CERT_SUFFIX, KnownKeys
+from moectl.hosts.ssh.trust import KnownKeys
 
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # 3.6 times the default's speed in paramiko
 ANY_MAC = "hmac-sha2-256"
 
-# What a host may be asked for: keyword of ssh_config(5), paramiko's name for its list, the lists that a host offers.
+# What both sides agree on: keyword of ssh_config(5), paramiko's name of its list, names of the host's lists.
 _LISTS = (
     ("KexAlgorithms", "kex", ("kex_algo_list",)),
     ("HostKeyAlgorithms", "keys", ("server_key_algo_list",)),
@@ -28,7 +29,7 @@ _LISTS = (
 
 
 class Transport(paramiko.Transport):
-    """paramiko's, with the key exchange's RFC name, and with certificates where they are asked for."""
+    """paramiko's Transport, with the RFC's name of its key exchange, and with host certificates."""
 
     _kex_info: ClassVar[dict[str, Any]] = {
         "curve25519-sha256": KexCurve25519,  # RFC 8731's name of what paramiko calls …@libssh.org
@@ -38,7 +39,7 @@ class Transport(paramiko.Transport):
 
     @property
     def preferred_keys(self) -> tuple[str, ...]:
-        # paramiko's own puts certificates last, so a host that has both would never show one.
+        # paramiko puts certificates last: a host that has both would never show one.
         return tuple(self._preferred_keys)  # type: ignore[attr-defined]
 
     def _really_parse_kex_init(self, m: paramiko.Message, ignore_first_byte: bool = False) -> dict[str, Any]:
@@ -48,16 +49,16 @@ class Transport(paramiko.Transport):
             for ciphers, macs in zip(_LISTS[2][2], _LISTS[3][2], strict=True):
                 agreed = next((c for c in self.preferred_ciphers if c in parsed[ciphers]), "")
                 if agreed in FAST_CIPHERS and ANY_MAC not in parsed[macs]:
-                    # These need no MAC (RFC 5647), and OpenSSH agrees on none; paramiko wants to.
+                    # These ciphers need no MAC (RFC 5647), and OpenSSH agrees on none, but paramiko needs one.
                     parsed[macs] = [*parsed[macs], ANY_MAC]
         return parsed
 
 
 def restrict(transport: Transport, known: KnownKeys, settings: SSHSettings) -> None:
-    """Leave what ssh's configuration allows. Raises HostError where paramiko has nothing of it."""
+    """Allow what ssh's configuration allows. Raises HostError where paramiko has none of it."""
     wanted = {keyword: settings.list_values(keyword.lower()) for keyword, _, _ in _LISTS}
     if any(name.startswith("sntrup761") for name in wanted["KexAlgorithms"]):
-        # An older ssh's exchange for the time of quantum computers, which paramiko lacks: it has its successor.
+        # An older exchange against quantum computers, which paramiko lacks: it has the newer one.
         wanted["KexAlgorithms"] = ("mlkem768x25519-sha256", *wanted["KexAlgorithms"])
     wanted["Ciphers"] = tuple(sorted(wanted["Ciphers"], key=lambda name: name not in FAST_CIPHERS))
     wanted["HostKeyAlgorithms"] = _order_key_types(wanted["HostKeyAlgorithms"], known)
@@ -67,7 +68,7 @@ def restrict(transport: Transport, known: KnownKeys, settings: SSHSettings) -> N
         left = tuple(dict.fromkeys(name for name in wanted[keyword] if name in able))
         if wanted[keyword] and not left:
             raise HostError(
-                f"{keyword} {','.join(wanted[keyword])} is set for it, of which moectl has none",
+                f"{keyword} {','.join(wanted[keyword])} is set for it, and moectl has none of these",
                 host=settings.name,
                 hint=f"add {_example(kind)} to {keyword} in ~/.ssh/config; moectl has {', '.join(able)}",
             )
@@ -82,14 +83,12 @@ def restrict(transport: Transport, known: KnownKeys, settings: SSHSettings) -> N
 
 
 def _abilities(kind: str) -> tuple[str, ...]:
-    """Return what paramiko has of a kind, the best first as it sees them."""
+    """Return paramiko's algorithms of a kind, in its order of preference."""
     if kind == "keys":
         plain = tuple(paramiko.Transport._preferred_keys)  # type: ignore[attr-defined]
         return (*plain, *(f"{name}{CERT_SUFFIX}" for name in plain))
     own = tuple(getattr(paramiko.Transport, f"_preferred_{kind}"))
-    if kind == "kex":
-        return ("curve25519-sha256", *own)
-    return own
+    return ("curve25519-sha256", *own) if kind == "kex" else own
 
 
 def _example(kind: str) -> str:
@@ -97,17 +96,17 @@ def _example(kind: str) -> str:
 
 
 def _order_key_types(names: Collection[str], known: KnownKeys) -> tuple[str, ...]:
-    """Put types that are on file first, or a host with several keys would look like a changed one."""
+    """Put the types of known keys first: otherwise a host with several keys could show one that is not known."""
     types = {kind for kind, _ in known.accepted or known.fallback}
     if "ssh-rsa" in types:
         types |= {"rsa-sha2-512", "rsa-sha2-256"}
-    certificates = 0 if known.authorities else 3  # where no authority is known, a plain key says more
+    certificates = 0 if known.authorities else 3  # without a known authority, a plain key is better
     ranks = {name: certificates if name.endswith(CERT_SUFFIX) else 1 if name in types else 2 for name in names}
     return tuple(sorted(names, key=ranks.__getitem__))
 
 
 def nothing_in_common(transport: Transport, settings: SSHSettings) -> Unreachable | None:
-    """Say which algorithms a host offers, which moectl has, and what to set there; None when they have all kinds."""
+    """Say which algorithms the host offers, which moectl has, and what to set; None where they agree on all kinds."""
     offered = transport.offered
     if offered is None:
         return None

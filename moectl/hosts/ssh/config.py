@@ -1,7 +1,7 @@
 """What OpenSSH's configuration says about a host (`ssh -G`), with its tokens filled in.
 
-Asking OpenSSH's own program means Include, Match and system-wide files all count, just as they do for `ssh HOST`.
-What moectl does with each keyword is in `ssh_keywords`. It reads no key and opens no connection.
+OpenSSH's own program reads it, so Include, Match and system-wide files count as they do for `ssh HOST`. `ssh.keywords`
+says what moectl does with each keyword. It reads no key and opens no connection.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NO_FILES = ("", "none", "/dev/null")
 
 @dataclass(frozen=True, slots=True)
 class SSHSettings:
-    """How to reach one host, who we are there, and whom to trust there."""
+    """How to reach one host, how to log in there, and which host keys to trust."""
 
     name: str  # as written in the hosts file or in ProxyJump
     hostname: str
@@ -43,7 +43,7 @@ class SSHSettings:
     proxy_command: str | None
     connect_timeout_s: float
     environment: Mapping[str, str]  # what SetEnv and SendEnv send
-    command: str  # what a person types to reach the host: `ssh -p 2222 ada@mac3`
+    command: str  # that reaches the host by hand: `ssh -p 2222 ada@mac3`
     values: Mapping[str, str]  # the first value of every keyword, named in lower case
     tokens: Mapping[str, str]  # what %-tokens stand for
 
@@ -57,16 +57,14 @@ def read_ssh_settings(
 ) -> SSHSettings:
     """Return what `ssh -G` says of a host; `config` (or $MOECTL_SSH_CONFIG) replaces ~/.ssh/config.
 
-    Raises HostError when OpenSSH is not installed, refuses its configuration, or is told to do what moectl cannot.
+    Raises HostError when OpenSSH is not installed, refuses its configuration, or has a setting that moectl cannot use.
     """
     config = config or os.environ.get("MOECTL_SSH_CONFIG") or None
-    options = ["-F", config] if config else []
-    options += ["-p", str(port)] if port else []
-    options += ["-l", user] if user else []
-    values = _ask_ssh(options, name)
-    _refuse(values, name)
     target = ["-F", config] if config else []
     target += ["-p", str(port)] if port else []
+    options = [*target, "-l", user] if user else target
+    values = _ask_ssh(options, name)
+    _refuse(values, name)
     command = shlex.join(["ssh", *target, f"{user}@{name}" if user else name])
     return _read(values, options, name, command)
 
@@ -84,7 +82,7 @@ def run_openssh(argv: Sequence[str], host: str) -> subprocess.CompletedProcess[s
         )
     except FileNotFoundError:
         raise HostError(f"{argv[0]} is not installed here", host=host, hint="install OpenSSH's client") from None
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # a NUL is in no argument
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: a NUL in an argument
         raise HostError(f"{argv[0]} did not answer: {error}", host=host) from None
 
 
@@ -101,12 +99,12 @@ def _ask_ssh(options: Sequence[str], name: str) -> dict[str, list[str]]:
 
 
 def _config_error(said: str, config: str, name: str) -> HostError:
-    """Quote the lines that ssh stumbled over: its last line only counts them."""
+    """Quote the lines that ssh refused: its last line only counts them."""
     lines = [line.strip() for line in said.strip().split("\n") if "terminating," not in line]
     bad = [found for line in lines if (found := re.search(r"line (\d+): Bad configuration option: (\S+)", line))]
     if not bad:
         reason = "; ".join(lines[-2:])
-        return HostError(f"ssh refuses its configuration: {reason}", host=name, hint=f"mend {config}")
+        return HostError(f"ssh refuses its configuration: {reason}", host=name, hint=f"correct {config}")
     more = f" ({len(bad)} such lines)" if len(bad) > 1 else ""
     text = _read_text(config)
     ignored = dict.fromkeys([*_already_ignored(text), *(_as_written(found[2], text) for found in bad)])
@@ -125,19 +123,19 @@ def _read_text(path: str) -> str:
 
 
 def _as_written(keyword: str, text: str) -> str:
-    """Return a keyword as a person wrote it: ssh quotes it in lower case."""
+    """Return a keyword as the file spells it: ssh prints it in lower case."""
     found = re.search(rf"^\s*({re.escape(keyword)})\b", text, re.MULTILINE | re.IGNORECASE)
     return found[1] if found else keyword
 
 
 def _already_ignored(text: str) -> list[str]:
-    """Return what IgnoreUnknown names already: the first such line counts, so a new one has to name them too."""
+    """Return the keywords that IgnoreUnknown names already: only its first line counts, so a new one names them too."""
     found = re.search(r"^\s*IgnoreUnknown[\s=]+(\S+)", text, re.MULTILINE | re.IGNORECASE)
     return found[1].strip('"').split(",") if found else []
 
 
 def _refuse(values: Mapping[str, Sequence[str]], name: str) -> None:
-    """Raise HostError for what is set and cannot be done; of a later ssh's keywords only their default can."""
+    """Raise HostError for settings that moectl cannot use, and for unknown keywords that do not have their default."""
     for row, value in find_set(KeywordVerdict.REFUSED, {key: found[0] for key, found in values.items()}):
         raise HostError(f"{row.name} {value} is set for it: {row.words}", host=name, hint=f"{row.hint} (~/.ssh/config)")
     if new := values.keys() - TABLE.keys():
@@ -147,7 +145,7 @@ def _refuse(values: Mapping[str, Sequence[str]], name: str) -> None:
                 raise HostError(
                     f"{key} {values[key][0]} is set for it, a keyword that this moectl does not know",
                     host=name,
-                    hint=f"leave {key} out for this host (~/.ssh/config), or take a later moectl",
+                    hint=f"remove {key} for this host (~/.ssh/config), or install a newer moectl",
                 )
 
 
@@ -198,18 +196,18 @@ def _find_tokens(values: Mapping[str, list[str]], options: Sequence[str], name: 
     tokens["j"] = "" if jump == "none" else re.sub(r"(?<=[^:]):\d+$", "", jump).strip("[]")
     used = (values.get(key, []) for key in ("identityfile", "certificatefile", "knownhostscommand", "revokedhostkeys"))
     if any("%C" in text for texts in used for text in texts):
-        # What is hashed differs from version to version; ssh -G fills it in for ControlPath.
+        # Versions of ssh hash different things; ssh -G fills it in for ControlPath.
         tokens["C"] = _ask_ssh([*options, "-o", "ControlPath=%C"], name)["controlpath"][0]
     return tokens
 
 
 def expand(text: str, tokens: Mapping[str, str], host: str, keyword: str) -> str:
-    """Fill in %-tokens. Raises HostError for one that the keyword does not take, as ssh does."""
+    """Fill in %-tokens. Raises HostError for a token that the keyword does not have, as ssh does."""
 
     def fill(found: re.Match[str]) -> str:
         if found[1] not in tokens:
             raise HostError(
-                f"{keyword} {text}: {found[0]} is no token that it takes",
+                f"{keyword} {text}: it has no token {found[0]}",
                 host=host,
                 hint=f"correct {keyword} in ~/.ssh/config; a percent sign itself is written %%",
             )
@@ -219,7 +217,7 @@ def expand(text: str, tokens: Mapping[str, str], host: str, keyword: str) -> str
 
 
 def expand_path(text: str, tokens: Mapping[str, str], host: str, keyword: str) -> str:
-    """Fill in a leading ~, %-tokens and ${VARIABLES}. Raises HostError for what is not known, as ssh does."""
+    """Fill in a leading ~, %-tokens and ${VARIABLES}. Raises HostError for an unknown one, as ssh does."""
 
     def fill(found: re.Match[str]) -> str:
         value = os.environ.get(found[1])
@@ -228,7 +226,7 @@ def expand_path(text: str, tokens: Mapping[str, str], host: str, keyword: str) -
             raise HostError(f"{keyword} {text}: ${{{found[1]}}} is not set here", host=host, hint=hint)
         return value
 
-    # Both at once: what a variable holds is not filled in again.
+    # Both in one pass: tokens in the value of a variable are not filled in.
     parts = re.split(r"(\$\{\w+\})", _expand_home(text))
     return "".join(
         re.sub(r"\$\{(\w+)\}", fill, part) if number % 2 else expand(part, tokens, host, keyword)
@@ -237,7 +235,7 @@ def expand_path(text: str, tokens: Mapping[str, str], host: str, keyword: str) -
 
 
 def _expand_home(text: str) -> str:
-    """Fill in a leading ~ or ~user from the accounts: ssh does not ask $HOME."""
+    """Fill in a leading ~ or ~user from the list of accounts: ssh does not read $HOME."""
     if not text.startswith("~"):
         return text
     user, slash, rest = text[1:].partition("/")
@@ -249,7 +247,7 @@ def _expand_home(text: str) -> str:
 
 
 def split_paths(text: str | None) -> Iterator[Path]:
-    """Yield the paths of a value in which `ssh -G` leaves out the quotes: of words, the longest run that is a file."""
+    """Yield the paths of a value. `ssh -G` omits quotes, so the longest run of words that is a file counts as one."""
     words = (text or "").split(" ")
     while words:
         for count in range(len(words), 0, -1):
@@ -273,7 +271,7 @@ def _find_agent(text: str) -> str | None:
 
 
 def _find_environment(values: Mapping[str, list[str]]) -> dict[str, str]:
-    """Return what SendEnv and SetEnv send; the language of this terminal is not for programs elsewhere."""
+    """Return what SendEnv and SetEnv send, without the language of this terminal: it is not for other hosts."""
     sent = {
         key: value
         for key, value in os.environ.items()

@@ -1,7 +1,7 @@
-"""From a host's settings to a trusted connection: dial, jump, check the host key, notice when the host is gone.
+"""From a host's settings to a trusted connection: connect, jump, check the host key, notice when the host is gone.
 
-It behaves as `ssh HOST` would: same configuration, jumps and known_hosts. It never asks a question and never accepts a
-host key by itself. Whom to trust is `ssh_trust`'s, which key opens the door `ssh_login`'s; what for, `ssh`'s.
+It behaves as `ssh HOST` does: same configuration, jumps and known_hosts. It never asks a question and never accepts a
+host key by itself. `ssh.trust` checks the host's key, `ssh.login` logs in.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def open_transport(
 ) -> paramiko.Transport:
     """Connect, check the host key and log in; `opened` closes what was opened, jump hosts last.
 
-    `through` names the hosts to which this one is the jump. The transport ends by itself when nothing was heard of the
-    host for DEAD_AFTER_S. Raises Unreachable, HostKeyError, AuthFailed, HostError.
+    `through` names the hosts for which this one is the jump host. The transport ends by itself when the host has sent
+    nothing for DEAD_AFTER_S. Raises Unreachable, HostKeyError, AuthFailed, HostError.
     """
     with _explain(settings, through), contextlib.ExitStack() as explained:
         line = _Line(_dial(settings, config, opened, through, explained))
-        transport = Transport(cast(paramiko.Channel, line))  # anything like a socket will do
+        transport = Transport(cast(paramiko.Channel, line))  # paramiko takes any object like a socket
         opened.callback(transport.close)
-        transport.banner_timeout = 2 * settings.connect_timeout_s  # start_client's time is up first, see below
+        transport.banner_timeout = 2 * settings.connect_timeout_s  # longer than the timeout of start_client in `_start`
         transport.auth_timeout = 30.0
         _start(transport, settings, line)
         log_in(transport, settings)
@@ -54,7 +54,7 @@ def open_transport(
 
 @contextlib.contextmanager
 def _explain(settings: SSHSettings, through: tuple[str, ...]) -> Iterator[None]:
-    """Map what paramiko and the sockets raise to the most specific of our errors."""
+    """Turn the errors of paramiko and of sockets into the most specific of ours."""
     way = f" (jump host to {through[0]})" if through else ""
     name = settings.name
     try:
@@ -90,7 +90,7 @@ def _dial(
     through: tuple[str, ...],
     explained: contextlib.ExitStack,
 ) -> Any:
-    """Return something like a socket to the host's sshd: direct, by ProxyJump or by ProxyCommand."""
+    """Return a socket, or an object like one, to the host's sshd: direct, by ProxyJump or by ProxyCommand."""
     if settings.proxy_jump and settings.proxy_jump[-1] != settings.name:
         return _jump(settings, config, opened, through)
     if settings.proxy_command is not None:
@@ -105,7 +105,7 @@ def _dial(
 
 
 def _connect(settings: SSHSettings) -> socket.socket:
-    """Try each address of the host, again and again as ConnectionAttempts says."""
+    """Try each address of the host, as many times as ConnectionAttempts says."""
     values = settings.values
     family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(values.get("addressfamily", ""), socket.AF_UNSPEC)
     attempts = int(values.get("connectionattempts", 1))
@@ -167,30 +167,30 @@ def _parse_hop(text: str, settings: SSHSettings) -> Host:
         return parse_host_string(text.removeprefix("ssh://").rstrip("/")).hosts[0]
     except HostsError:
         raise HostError(
-            f"ProxyJump {text}: it is no [user@]host[:port]",
+            f"ProxyJump {text} is not [user@]host[:port]",
             host=settings.name,
             hint="correct ProxyJump in ~/.ssh/config; it takes the tokens %%, %h, %n, %p and %r",
         ) from None
 
 
 class _Line:
-    """A socket, or a channel through a jump host, that breaks when the other end falls silent.
+    """A socket, or a channel through a jump host, that breaks when the other end stops answering.
 
-    The kernel's own timers see the first hop only, so this asks sshd itself, as ssh's ServerAliveInterval does.
+    The kernel's own timers see only the first hop, so this asks sshd itself, as ssh's ServerAliveInterval does.
     """
 
     def __init__(self, sock: Any) -> None:
         self._sock = sock
         direct = isinstance(sock, socket.socket) and sock.family in (socket.AF_INET, socket.AF_INET6)
         self.address = str(sock.getpeername()[0]) if direct else None
-        self.first = b""  # what it said first: SSH-2.0, or why it will not speak
-        self._heard = math.inf  # not watched yet: until the login, paramiko has timeouts
+        self.first = b""  # the beginning of its greeting: SSH-2.0, or a reason
+        self._heard = math.inf  # not watched yet: until the login, paramiko's timeouts are enough
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sock, name)
 
     def watch(self, transport: paramiko.Transport) -> None:
-        """Ask the host for a sign of life again and again, and expect to hear something from now on."""
+        """Send keepalive requests, and expect that the host sends something from now on."""
         self._heard = time.monotonic()
 
         def ask() -> None:
@@ -223,14 +223,14 @@ class _Line:
         return sent
 
     def close(self) -> None:
-        # A channel says goodbye through the jump host, which may be gone first.
+        # Closing a channel sends a message through the jump host, which may be gone already.
         with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
             self._sock.close()
 
     def _give_up(self) -> None:
         if time.monotonic() - self._heard > DEAD_AFTER_S:
-            # With a number: paramiko formats both parts of an OSError.
-            raise ConnectionError(errno.EHOSTDOWN, f"nothing was heard for {DEAD_AFTER_S:g} s")
+            # With a number, because paramiko prints both parts of an OSError.
+            raise ConnectionError(errno.EHOSTDOWN, f"the host sent nothing for {DEAD_AFTER_S:g} s")
 
 
 def _start(transport: Transport, settings: SSHSettings, line: _Line) -> None:
@@ -244,10 +244,10 @@ def _start(transport: Transport, settings: SSHSettings, line: _Line) -> None:
             raise found from None
         if not transport.remote_version:
             said = " ".join(line.first.decode("utf-8", "replace").split())[:200]
-            reason = f"it does not greet as an SSH server: {said}" if said else "it hung up before it greeted"
+            reason = f"it does not greet as an SSH server: {said}" if said else "it closed the connection at once"
             raise paramiko.SSHException(reason) from None
         raise
-    if not transport.initial_kex_done:  # it returns when the time is up, and says nothing
+    if not transport.initial_kex_done:  # it returns after its timeout, without an error
         raise TimeoutError
     key = transport.get_remote_server_key()
     blob = getattr(key, "public_blob", None)

@@ -1,6 +1,6 @@
-"""Who we are to a host: keys and certificates, of an agent and in files, in the order in which ssh offers them.
+"""The keys and certificates to offer to a host, of an agent and in files, in the order in which ssh offers them.
 
-It asks for no passphrase and sends nothing to the host. What cannot be offered is kept with its reason.
+It asks for no passphrase and sends nothing to the host. For a key that cannot be offered it keeps the reason.
 """
 
 from __future__ import annotations
@@ -18,25 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import paramiko
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    PublicFormat,
-    SSHCertificate,
-    SSHCertificateType,
     load_pem_private_key,
     load_ssh_private_key,
-    load_ssh_public_identity,
 )
 from paramiko.agent import AgentSSH
 
+from moectl.hosts.ssh.certificates import is_user_certificate, key_words, read_certificate
 from moectl.hosts.ssh.config import SSHSettings
 
 AGENT_S = 30.0
-CERT_SUFFIX = "-cert-v01@openssh.com"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +42,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A key that could not be offered: why, and the command that mends it."""
+    """A key that could not be offered: why, and the command that helps."""
 
     reason: str
     hint: str | None = None
@@ -55,20 +50,20 @@ class Left:
 
 @dataclass(slots=True)
 class Identities:
-    """All that can be offered to one host. `left` is complete when all `offers` were taken."""
+    """The keys for one host. `left` is complete when all `offers` were taken."""
 
     settings: SSHSettings
     agent_keys: list[AgentKey] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
 
     def offers(self) -> Iterator[Offer]:
-        """Yield ssh's order: CertificateFile, the agent's keys that are configured, its others, keys in files."""
+        """Yield ssh's order: CertificateFile, the agent's configured keys, its other keys, keys in files."""
         return (offer for offer in self._all() if self._is_allowed(offer))
 
     def _all(self) -> Iterator[Offer]:
         files = {path: read_public(path) for path in self.settings.identity_files}
         certificates = [(path, blob) for path in self.settings.certificate_files if (blob := self._read_cert(path))]
-        # Those beside the keys count where none is configured.
+        # Certificates beside the keys count where none is configured.
         beside = {} if self.settings.certificate_files else {path: _read_text(Path(f"{path}-cert")) for path in files}
         blobs = {*files.values(), *beside.values()}
         named = [key for key in self.agent_keys if key.blob in blobs]
@@ -85,7 +80,7 @@ class Identities:
                 yield from self._certified(path.name, certificate, named + others, {path: public})
 
     def _is_allowed(self, offer: Offer) -> bool:
-        """Leave out what PubkeyAcceptedAlgorithms or RequiredRSASize forbid."""
+        """Return whether PubkeyAcceptedAlgorithms and RequiredRSASize allow a key."""
         values = self.settings.values
         name = "pubkeyacceptedalgorithms" if "pubkeyacceptedalgorithms" in values else "pubkeyacceptedkeytypes"
         allowed = self.settings.list_values(name)
@@ -105,11 +100,11 @@ class Identities:
     def _certified(
         self, label: str, certificate: bytes, agent_keys: list[AgentKey], files: dict[Path, bytes | None]
     ) -> Iterator[Offer]:
-        """Offer a certificate with the private key that it belongs to, of an agent or in a file."""
-        plain = plain_blob(certificate)
+        """Offer a certificate with its private key, of an agent or in a file."""
+        plain = base64.b64decode(key_words(read_certificate(certificate).public_key())[1])
         key: paramiko.PKey | None = None
         if held := [one for one in agent_keys if one.blob == plain]:
-            key = AgentKey(held[0].agent, plain, held[0].comment)  # its own, since it gets the certificate
+            key = AgentKey(held[0].agent, plain, held[0].comment)  # a copy, because it gets the certificate
         else:
             for path, public in files.items():
                 found = self._load(path) if public in (plain, None) else None
@@ -124,7 +119,7 @@ class Identities:
     def _read_cert(self, path: Path) -> bytes | None:
         blob = _read_text(path)
         if blob is None or not is_user_certificate(blob):
-            self.left.append(Left(f"CertificateFile {path} is no certificate for a user"))
+            self.left.append(Left(f"CertificateFile {path} is not a certificate for a user"))
             return None
         return blob
 
@@ -138,7 +133,7 @@ class Identities:
             yield Offer(path.name, key)
 
     def _load(self, path: Path) -> paramiko.PKey | None:
-        """Read a private key; keep why it is no help otherwise."""
+        """Read a private key; where it cannot be used, keep the reason."""
         try:
             status, data = path.stat(), path.read_bytes()
         except OSError as error:
@@ -153,17 +148,17 @@ class Identities:
             return load_private(data)
         except TypeError:
             self._leave(f"{path.name} needs a passphrase and is not in an agent", f"ssh-add {shlex.quote(str(path))}")
-        except Exception:  # whatever stumbles over foreign formats
+        except Exception:  # a reader of a format raises any error
             self._leave(*_describe(path, data))
         return None
 
     def note_refusal(self, offer: Offer) -> None:
-        """Keep that an agent did not sign with a key that was offered."""
+        """Keep that the agent did not sign with an offered key."""
         if isinstance(offer.key, AgentKey) and offer.key.refused:
             name = offer.key.comment or offer.key.get_name()
             self._leave(
                 f"the agent did not sign with {name}",
-                "ssh-add -T KEY.pub has to sign: is the agent locked, or did it ask for leave?",
+                "ssh-add -T KEY.pub has to sign: is the agent locked, or did it ask for permission?",
             )
 
     def _leave(self, reason: str, hint: str | None = None) -> None:
@@ -172,9 +167,9 @@ class Identities:
 
 
 class AgentKey(paramiko.AgentKey):
-    """A key in an agent, which signs for what the agent calls it: a certificate too."""
+    """A key in an agent; it signs under the agent's name of it, for a certificate too."""
 
-    refused = False  # an agent may ask a person first
+    refused = False  # the agent may ask its user first, who says no
 
     def asbytes(self) -> bytes:
         blob: bytes = self.blob
@@ -184,7 +179,7 @@ class AgentKey(paramiko.AgentKey):
         try:
             return super().sign_ssh_data(data, algorithm)
         except (paramiko.SSHException, OSError):
-            # An exception would end the connection; the host refuses this, and the next key has its turn, as in ssh.
+            # An exception would end the connection. The host refuses an empty signature, and the next key is tried.
             self.refused = True
             empty = paramiko.Message()
             empty.add_string(algorithm or self.name)
@@ -193,7 +188,7 @@ class AgentKey(paramiko.AgentKey):
 
 
 class _Agent(AgentSSH):
-    """The agent at a socket of our choice: IdentityAgent may name another than SSH_AUTH_SOCK."""
+    """The agent at any socket: IdentityAgent may name another one than SSH_AUTH_SOCK."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -218,13 +213,12 @@ def open_identities(settings: SSHSettings, opened: contextlib.ExitStack) -> Iden
         found.left.append(Left(f"no agent answers at {settings.agent}"))
         return found
     opened.callback(agent.sock.close)
-    keys = [AgentKey(agent, key.blob, key.comment) for key in agent.get_keys()]
-    found.agent_keys = keys
+    found.agent_keys = [AgentKey(agent, key.blob, key.comment) for key in agent.get_keys()]
     return found
 
 
 def read_public(path: Path) -> bytes | None:
-    """Return the public key of an IdentityFile as ssh finds it: in the private one, in its place, or in .pub."""
+    """Return the public key of an IdentityFile as ssh finds it: within the private key, in the file itself, in .pub."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -233,7 +227,7 @@ def read_public(path: Path) -> bytes | None:
         with contextlib.suppress(ValueError, IndexError):
             body = data.split(b"-----")[2]
             message = paramiko.Message(base64.b64decode(body).removeprefix(b"openssh-key-v1\0"))
-            for _ in range(3):  # cipher, how the passphrase becomes its key, with what
+            for _ in range(3):  # the cipher, the key derivation, its options
                 message.get_binary()
             if message.get_int() == 1:
                 return message.get_binary()
@@ -241,34 +235,12 @@ def read_public(path: Path) -> bytes | None:
 
 
 def _read_text(path: Path) -> bytes | None:
-    """Return the blob of a public key or certificate in a file, or in the one with .pub at its end."""
+    """Return the blob of a public key or certificate in a file, or in the file of that name with .pub."""
     for place in (path, Path(f"{path}.pub")):
         with contextlib.suppress(OSError, UnicodeDecodeError, ValueError, IndexError, paramiko.SSHException):
             words = place.read_text(encoding="utf-8").split()
             return bytes(paramiko.pkey.PublicBlob.from_string(" ".join(words[:2])).key_blob)
     return None
-
-
-def _read_certificate(blob: bytes) -> SSHCertificate | None:
-    kind = paramiko.Message(blob).get_text()
-    if not kind.endswith(CERT_SUFFIX):
-        return None
-    with contextlib.suppress(ValueError, UnsupportedAlgorithm):
-        found = load_ssh_public_identity(f"{kind} {base64.b64encode(blob).decode()}".encode())
-        return found if isinstance(found, SSHCertificate) else None
-    return None
-
-
-def is_user_certificate(blob: bytes) -> bool:
-    found = _read_certificate(blob)
-    return found is not None and found.type is SSHCertificateType.USER
-
-
-def plain_blob(certificate: bytes) -> bytes:
-    """Return the public key in a certificate."""
-    found = _read_certificate(certificate)
-    assert found is not None
-    return base64.b64decode(found.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1])
 
 
 def load_private(data: bytes) -> paramiko.PKey:
@@ -285,14 +257,14 @@ def load_private(data: bytes) -> paramiko.PKey:
     )
     for kind, made in kinds:
         if isinstance(key, kind):
-            # paramiko reads one format of all three.
+            # paramiko reads only this format for all three kinds.
             text = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
             return made.from_private_key(io.StringIO(text.decode()))
     raise ValueError("a kind of key that paramiko does not have")
 
 
 def _describe(path: Path, data: bytes) -> tuple[str, str | None]:
-    """Say what a file is that is no private key, and what to do about it."""
+    """Say what a file is that holds no private key, and what to do."""
     quoted = shlex.quote(str(path))
     public = read_public(path)
     if b"PRIVATE KEY" not in data and public is not None:

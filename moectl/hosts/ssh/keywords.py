@@ -1,7 +1,7 @@
 """Every keyword that `ssh -G` prints, OpenSSH 8.0 to 10.5, and what moectl does where it is set.
 
-Data to be read: `ssh_config` refuses, `ssh_login` and `ssh_trust` name what they did not use. The names are those of
-readconf.c (dump_client_config), of Debian's and Fedora's GSSAPI patch and of Apple's.
+Data only: `ssh.config` refuses, `ssh.login` and `ssh.trust` name in errors what they did not use. The names come from
+readconf.c (dump_client_config), from Debian's and Fedora's GSSAPI patch and from Apple's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class KeywordVerdict(Enum):
     HONOURED = "as ssh does"
     HARMLESS = "nothing that moectl does depends on it"
     REFUSED = "refused by name before anything is connected"
-    LOGIN = "one more way to log in: named when no key opened the door"
-    TRUST = "one more way to trust: moectl is stricter, and names it when it refuses a host key"
+    LOGIN = "another way to log in: named when no key was accepted"
+    TRUST = "another way to trust a host: moectl does not use it, and names it when it refuses a host key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ KEYWORDS: tuple[Keyword, ...] = (
         AddressFamily                8.0  which addresses of the name are tried
         BindAddress                  8.0  the address to connect from
         ConnectTimeout               8.0  for one attempt; 10 s where it is not set
-        ConnectionAttempts           8.0  so often, a second apart
+        ConnectionAttempts           8.0  as many attempts, a second apart
         CanonicalizeHostname         8.0  ssh -G did it
         CanonicalizeFallbackLocal    8.0  ssh -G did it
         CanonicalizeMaxDots          8.0  ssh -G did it
@@ -79,7 +79,7 @@ KEYWORDS: tuple[Keyword, ...] = (
         RevokedHostKeys              8.0  lists of keys and KRLs, all files
         KnownHostsCommand            8.5  run, with its tokens
         SetEnv                       8.0  sent for each command
-        SendEnv                      8.0  sent for each command, but for the language of this terminal (LANG, LC_*)
+        SendEnv                      8.0  sent for each command, except the language of this terminal (LANG, LC_*)
         """,
     ),
     *_rows(
@@ -145,7 +145,7 @@ KEYWORDS: tuple[Keyword, ...] = (
         XAuthLocation                8.0  moectl forwards nothing
         """,
     ),
-    # Refused: what ssh would do differently, and moectl cannot do.
+    # Refused: here ssh would behave differently from moectl.
     Keyword(
         "BindInterface",
         "8.0",
@@ -194,7 +194,7 @@ KEYWORDS: tuple[Keyword, ...] = (
         "default",
         "set 'SessionType default' for this host",
     ),
-    # Named when the login fails.
+    # Named in the error when the login fails.
     Keyword("ControlPath", "8.0", KeywordVerdict.LOGIN, "moectl does not use connections that ssh holds open", "none"),
     Keyword("GSSAPIAuthentication", "8.0", KeywordVerdict.LOGIN, "moectl uses no Kerberos tickets", _NO),
     Keyword("HostbasedAuthentication", "8.0", KeywordVerdict.LOGIN, "moectl does not log in as a host", _NO),
@@ -205,7 +205,7 @@ KEYWORDS: tuple[Keyword, ...] = (
         "SecurityKeyProvider", "8.2", KeywordVerdict.LOGIN, "moectl uses security keys from an agent only", "internal"
     ),
     Keyword("UseKeychain", "8.0", KeywordVerdict.LOGIN, "moectl takes no passphrase from the keychain (ssh-add)", _NO),
-    # Named when a host key is refused.
+    # Named in the error when a host key is refused.
     Keyword("GSSAPIKeyExchange", "8.0", KeywordVerdict.TRUST, "a ticket vouches for no host key", _NO),
     Keyword("NoHostAuthenticationForLocalhost", "8.0", KeywordVerdict.TRUST, "localhost needs a known key too", _NO),
     Keyword("StrictHostKeyChecking", "8.0", KeywordVerdict.TRUST, "no key is accepted unseen", f"ask|{_YES}"),
@@ -216,7 +216,7 @@ TABLE: Mapping[str, Keyword] = {row.name.lower(): row for row in KEYWORDS}
 
 
 def find_set(verdict: KeywordVerdict, values: Mapping[str, str]) -> Iterator[tuple[Keyword, str]]:
-    """Yield the keywords of a verdict that have another value than one that changes nothing."""
+    """Yield the keywords of a verdict whose value changes something."""
     for row in KEYWORDS:
         value = values.get(row.name.lower())
         if row.verdict is verdict and value is not None and not re.fullmatch(row.unset, value):

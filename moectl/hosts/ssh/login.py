@@ -1,6 +1,6 @@
-"""Which key opens the door: what `ssh_identity` offers, in its order, and what to say when none does.
+"""The login: the keys of `ssh.identity` one after the other, and an error that explains why none was accepted.
 
-It never asks for a passphrase or a password. The connection is `ssh_connect`'s.
+It never asks for a passphrase or a password. `ssh.connect` makes the connection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:
             if offer.label not in tried:
                 tried.append(offer.label)
             more = _try_key(transport, settings, offer, tried)
-            heard.add(transport.get_banner())  # of this attempt: it comes once
+            heard.add(transport.get_banner())  # the host sends it at one of the attempts
             if more is None:
                 identities.note_refusal(offer)
             elif not more:
@@ -38,18 +38,18 @@ def log_in(transport: paramiko.Transport, settings: SSHSettings) -> None:
             elif "publickey" not in more:
                 raise _auth_error(settings, f"the host asks for more than a key ({', '.join(more)})")
             else:
-                accepted.append(offer.label)  # and the host wants a further one
+                accepted.append(offer.label)  # and the host asks for another one
         methods = _ask_methods(transport, settings)
         if accepted:
             raise _auth_error(settings, f"the host asks for a further key beside {', '.join(accepted)}")
-        if transport.is_authenticated():  # a host that lets everyone in, as ssh would have noticed first
+        if transport.is_authenticated():  # this host needs no key at all
             return
         raise _no_key_error(settings, tried, identities.left, methods)
 
 
 @contextlib.contextmanager
 def _quote_banner(transport: paramiko.Transport) -> Iterator[set[bytes | None]]:
-    """Add what the host says at its door, which may be why it stays closed."""
+    """Add the host's banner to an error: it may say why the login failed."""
     heard: set[bytes | None] = set()
     try:
         yield heard
@@ -64,7 +64,7 @@ def _quote_banner(transport: paramiko.Transport) -> Iterator[set[bytes | None]]:
 def _try_key(
     transport: paramiko.Transport, settings: SSHSettings, offer: Offer, tried: Sequence[str]
 ) -> list[str] | None:
-    """Return by which methods the host wants more, none when one is in; None when it refused this key."""
+    """Return the methods that the host still asks for, none after the login; None when it refused this key."""
     try:
         return transport.auth_publickey(settings.user, offer.key)
     except paramiko.BadAuthenticationType as error:
@@ -82,7 +82,7 @@ def _try_key(
 
 
 def _ask_methods(transport: paramiko.Transport, settings: SSHSettings) -> Sequence[str]:
-    """Return by which methods the host lets one in, as far as it says so."""
+    """Return the host's methods of login, as far as it names them."""
     try:
         transport.auth_none(settings.user)
     except paramiko.BadAuthenticationType as error:
@@ -93,7 +93,7 @@ def _ask_methods(transport: paramiko.Transport, settings: SSHSettings) -> Sequen
 
 
 def _list_unused(settings: SSHSettings, methods: Sequence[str]) -> list[str]:
-    """Name what ssh might have got in with. What comes with many systems counts only where it could have helped."""
+    """Name the settings by which ssh might log in. Those that many systems set count only where they could help."""
     needs = {"GSSAPIAuthentication": "gssapi-with-mic", "HostbasedAuthentication": "hostbased"}
     return [
         f"{row.name} is set, but {row.words}"
@@ -130,20 +130,16 @@ def _no_key_error(
 
 
 def _copy_tried(settings: SSHSettings, tried: Sequence[str]) -> str:
-    """Return what gives the host the key that was tried: by itself ssh-copy-id takes an agent's or id_*."""
+    """Return the command that gives the tried key to the host: alone, ssh-copy-id takes an agent's key or id_*."""
     key = next((path for path in settings.identity_files if path.name in tried), None)
     if key is None or key in _usual_keys():
         return _copy_command(settings)
-    made = "" if Path(f"{key}.pub").exists() else _write_public(key)
-    return made + _copy_command(settings, key)
-
-
-def _write_public(key: Path) -> str:
-    return f"ssh-keygen -y -f {shlex.quote(str(key))} > {shlex.quote(f'{key}.pub')} && "
+    public = f"ssh-keygen -y -f {shlex.quote(str(key))} > {shlex.quote(f'{key}.pub')} && "
+    return ("" if Path(f"{key}.pub").exists() else public) + _copy_command(settings, key)
 
 
 def _make_command(settings: SSHSettings) -> str:
-    """Return how to make the key that would be offered."""
+    """Return the command that makes the key to offer."""
     if not settings.identity_files:
         return "remove 'IdentityFile none' for this host (~/.ssh/config)"
     if _usual_keys()[0] in settings.identity_files:
@@ -159,6 +155,6 @@ def _copy_command(settings: SSHSettings, key: Path | None = None) -> str:
 
 
 def _usual_keys() -> list[Path]:
-    """Return where ssh looks when it is not told, ssh-keygen's own first."""
+    """Return the files that ssh tries without IdentityFile, ssh-keygen's own default first."""
     home = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".ssh"
     return [home / f"id_{kind}" for kind in ("ed25519", "ecdsa", "rsa")]

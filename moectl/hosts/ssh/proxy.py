@@ -1,6 +1,6 @@
-"""A ProxyCommand: the user's own program that carries a connection, and what it said when it could not.
+"""A ProxyCommand: the user's own program that carries a connection, and its last line when it fails.
 
-It is run as ssh runs it: by the user's shell, in the place of that shell.
+It is run as ssh runs it: by the user's shell, which it replaces.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import paramiko
 
 from moectl.errors import Unreachable
 from moectl.hosts.ssh.config import SSHSettings
+from moectl.text import last_line
 
-GRACE_S = 2.0  # for a program that hung up to end, and to say why
+GRACE_S = 2.0  # for a program that closed the connection to end, and to say why
 
 
 class Proxy:
@@ -49,24 +50,23 @@ class Proxy:
 
     @contextlib.contextmanager
     def explain(self, settings: SSHSettings) -> Iterator[None]:
-        """Raise Unreachable with its exit code and last words where a connection failed since the command ended."""
+        """Raise Unreachable with its exit code and its last line where a connection failed because it ended."""
         try:
             yield
         except (paramiko.SSHException, OSError, EOFError):
             try:
                 code = self._child.wait(GRACE_S)
             except subprocess.TimeoutExpired:
-                raise  # it runs, so it is not the one to blame
+                raise  # it still runs, so it is not the cause
             self._listener.join(GRACE_S)
-            last = self._said.decode("utf-8", "replace").strip().split("\n")[-1].strip()
             raise Unreachable(
-                f"its ProxyCommand ended with exit code {code}: {last or 'it said nothing'}",
+                f"its ProxyCommand ended with exit code {code}: {last_line(self._said) or 'it printed no reason'}",
                 host=settings.name,
                 hint=f"this has to greet with SSH-2.0: {self.command}",
             ) from None
 
     def _listen(self) -> None:
-        """Keep the last words, and pass none on: they would stand in the middle of moectl's own."""
+        """Keep the last line, and print none: they would mix with moectl's own output."""
         assert self._child.stderr is not None
         with self._child.stderr as stderr:
             for line in stderr:

@@ -1,12 +1,8 @@
-"""A host over SSH: the `Remote` contract on paramiko.
-
-It runs commands and sends files; the way to the host is `ssh_connect`'s. It knows nothing of models, shards or ranks.
-"""
+"""A host over SSH: the `Remote` contract on paramiko. It runs commands and sends files; `ssh.connect` connects."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import shlex
@@ -14,32 +10,26 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import paramiko
 
 from moectl.errors import CommandFailed, IntegrityError, Unreachable
 from moectl.hosts.hostfile import Host
-from moectl.hosts.login_shell import ANNOUNCE, NOISE_BYTES, ShellError, encode_line, explain_shell, split_noise
+from moectl.hosts.login_shell import ANNOUNCE, NOISE_BYTES, encode_line, explain_shell, split_noise
 from moectl.hosts.onhost.prelude import parse_answer
-from moectl.hosts.remote import (
-    Completed,
-    check_completed,
-    put_error,
-    read_failure,
-    read_program,
-    refuse_unfit,
-    source_size,
-    timeout_error,
-)
+from moectl.hosts.refusals import put_error, read_failure, source_size
+from moectl.hosts.remote import Completed, check_completed, read_program, refuse_unfit, timeout_error
 from moectl.hosts.ssh.config import read_ssh_settings
 from moectl.hosts.ssh.connect import WINDOW_BYTES, open_transport
+from moectl.hosts.ssh.process import SSHProcess, close_channel
+from moectl.text import last_line
 
 BLOCK_BYTES = 1 << 20
 STALL_S = 120.0
 VERDICT_S = 600.0  # the host may have to flush gigabytes to a slow disk before it answers
 
-# Everything that goes wrong becomes one of our errors; paramiko's own log would print tracebacks beside it.
+# Every failure becomes one of our errors; paramiko's own log would print tracebacks beside it.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 
 
@@ -64,24 +54,24 @@ class SSHRemote:
         stdin: bytes = b"",
         timeout_s: float | None = 60.0,
         check: bool = True,
-        leash: bool = False,
+        hold_stdin: bool = False,
     ) -> Completed:
         channel = self._execute(argv)
         expired = threading.Event()
 
         def expire() -> None:
             expired.set()
-            _close(channel)
+            close_channel(channel)
 
         timer = threading.Timer(timeout_s, expire) if timeout_s is not None else None
         try:
             if timer:
                 timer.start()
-            done = _communicate(channel, stdin, leash)
+            done = _communicate(channel, stdin, hold_stdin)
         finally:
             if timer:
                 timer.cancel()
-            _close(channel)
+            close_channel(channel)
         if expired.is_set():
             raise timeout_error(argv, timeout_s, self.name)
         if done.code == -1 and not cast(paramiko.Transport, channel.transport).is_active():
@@ -102,7 +92,7 @@ class SSHRemote:
         count = on_bytes or (lambda _count: None)
         answer = self._send(source, size, destination, sha256, count)
         if answer.get("error") == "mismatch" and read_failure(answer, self.name).kept:
-            count(-size)  # what an earlier push had left was wrong, and is gone now
+            count(-size)  # the partial file of an earlier push was wrong, and has been removed
             answer = self._send(source, size, destination, sha256, count)
         if "error" in answer:
             raise put_error(answer, source, destination, sha256, self.name)
@@ -142,7 +132,7 @@ class SSHRemote:
     def _send(
         self, source: Path, size: int, destination: str, sha256: str, count: Callable[[int], None]
     ) -> dict[str, Any]:
-        """Stream one file into `node.receive` on the host and return its verdict."""
+        """Send one file to the program that receives on the host, and return its answer."""
         header = json.dumps({"path": destination, "bytes": size, "sha256": sha256}).encode() + b"\n"
         try:
             channel, answers, answer = self._ask_receiver(header)
@@ -171,117 +161,17 @@ class SSHRemote:
         try:
             return *self._receiver, _offer(*self._receiver, header)
         except OSError:
-            # It ended at once; its last words say why.
+            # It ended at once; its last line says why.
             return *self._receiver, self._receiver[1].read()
 
     def _drop_receiver(self) -> None:
         if self._receiver is not None:
-            _close(self._receiver[0])
+            close_channel(self._receiver[0])
             self._receiver = None
 
 
-class SSHProcess:
-    """A child at the other end of an exec channel without a terminal."""
-
-    def __init__(self, channel: paramiko.Channel, host: str) -> None:
-        self._channel = channel
-        self._host = host
-        self._killed = False
-        self.stdin: IO[bytes] = io.BufferedWriter(_ChannelWriter(channel))
-        self.stdout: IO[bytes] = io.BufferedReader(_CommandReader(channel.recv, host), 1 << 16)
-        self.stderr: IO[bytes] = io.BufferedReader(_ChannelReader(channel.recv_stderr), 1 << 16)
-
-    def wait(self, timeout_s: float | None = None) -> int:
-        if not self._channel.status_event.wait(timeout_s):
-            raise TimeoutError(f"still running after {timeout_s:g} s")
-        code = self._channel.exit_status
-        if code != -1:
-            return code
-        if self._killed:
-            return -9
-        if not self._transport.is_active():
-            raise Unreachable("the connection was lost", host=self._host)
-        return -1
-
-    def kill(self) -> None:
-        if self._channel.status_event.is_set():
-            return
-        self._killed = True
-        # Closing the channel alone would wait for a peer that may be gone.
-        self._transport.close()
-
-    def close(self) -> None:
-        self.kill()
-        for stream in (self.stdin, self.stdout, self.stderr):
-            with contextlib.suppress(OSError):
-                stream.close()
-        _close(self._channel)
-
-    @property
-    def _transport(self) -> paramiko.Transport:
-        return cast(paramiko.Transport, self._channel.transport)
-
-
-class _ChannelReader(io.RawIOBase):
-    def __init__(self, receive: Callable[[int], bytes]) -> None:
-        self._receive = receive
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._receive(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-class _CommandReader(_ChannelReader):
-    """A command's own output: what the login shell prints before it is left out, and told where no command comes."""
-
-    def __init__(self, receive: Callable[[int], bytes], host: str) -> None:
-        super().__init__(receive)
-        self._host = host
-        self._held: bytes | None = b""  # what the shell has said so far; None once the command has begun
-
-    def readinto(self, buffer: Any) -> int:
-        while self._held is not None:
-            data = self._receive(len(buffer))
-            noise, own = split_noise(self._held + data)
-            if own is None and (not data or len(noise) > NOISE_BYTES):
-                self._held = None
-                if noise.strip():  # without a word it is a connection that was lost, or a shell that says why on stderr
-                    raise ShellError(explain_shell(noise, b"", 0, self._host).message)
-                return 0
-            self._held = noise if own is None else None
-            if own:
-                buffer[: len(own)] = own
-                return len(own)
-        return super().readinto(buffer)
-
-
-class _ChannelWriter(io.RawIOBase):
-    def __init__(self, channel: paramiko.Channel) -> None:
-        self._channel = channel
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        try:
-            self._channel.sendall(bytes(data))
-        except (OSError, EOFError, paramiko.SSHException) as error:
-            raise BrokenPipeError(f"the process is gone: {error}") from None
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
-                self._channel.shutdown_write()
-        super().close()
-
-
 class _Answers:
-    """The lines that `node` prints, told from whatever the host's login shell prints beside them."""
+    """The answers of a program on the host, without the lines that its login shell prints."""
 
     def __init__(self, channel: paramiko.Channel, host: str) -> None:
         self._channel = channel
@@ -309,38 +199,32 @@ class _Answers:
         code = self._channel.recv_exit_status()
         if code == -1:
             raise Unreachable("the connection was lost", host=self._host)
-        said = self._channel.recv_stderr(1 << 16).strip().decode("utf-8", "replace").split("\n")[-1]
+        said = last_line(self._channel.recv_stderr(1 << 16))
         raise CommandFailed(f"its python cannot receive files: {said or f'exit code {code}'}", host=self._host)
 
 
 def quote_command(argv: Sequence[str], env: Mapping[str, str] | None = None, *, announce: bool = False) -> str:
-    """Return argv as one line for the login shell of the host, in which nothing is interpreted.
+    """Return argv as one line for the login shell of the host, which interprets nothing in it.
 
-    A leading `~/` of argv[0] becomes $HOME. `announce` has `BEGUN` printed before the command begins.
+    A leading `~/` of argv[0] becomes $HOME. With `announce` it prints `BEGUN` before the command begins.
     """
     program = f'"$HOME"/{shlex.quote(argv[0][2:])}' if argv[0].startswith("~/") else shlex.quote(argv[0])
     words = [program, *map(shlex.quote, argv[1:])]
     if env:
-        # sshd's AcceptEnv is not to be relied on. A path with `=` in it would be one more variable to env, not to sh.
+        # sshd's AcceptEnv may not allow them. env would read a path with `=` in it as one more variable, sh does not.
         variables = [shlex.quote(f"{key}={value}") for key, value in env.items()]
         words = ["env", *variables, "sh", "-c", """'exec "$0" "$@"'""", *words]
     return encode_line((ANNOUNCE if announce else "") + " ".join(["exec", *words]))
 
 
-def _close(channel: paramiko.Channel) -> None:
-    """Close a channel, though its connection may just have gone."""
-    with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
-        channel.close()
-
-
-def _communicate(channel: paramiko.Channel, stdin: bytes, leash: bool) -> Completed:
-    """Feed stdin and drain both outputs at once, so that neither end waits for the other."""
+def _communicate(channel: paramiko.Channel, stdin: bytes, hold_stdin: bool) -> Completed:
+    """Write stdin and read both outputs at once, so that neither side waits for the other."""
     stderr: list[bytes] = []
 
     def feed() -> None:
-        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):  # a command need not read its stdin
+        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):  # a command may leave its stdin unread
             channel.sendall(stdin)
-            if not leash:
+            if not hold_stdin:
                 channel.shutdown_write()
 
     def drain() -> None:
@@ -356,7 +240,7 @@ def _communicate(channel: paramiko.Channel, stdin: bytes, leash: bool) -> Comple
         stdout += block
         begun = begun or split_noise(bytes(stdout))[1] is not None
         if not begun and len(stdout) > NOISE_BYTES:
-            _close(channel)  # a shell that prints without end
+            close_channel(channel)  # a shell that prints without end
             break
     threads[1].join()
     code = channel.recv_exit_status()
@@ -364,7 +248,7 @@ def _communicate(channel: paramiko.Channel, stdin: bytes, leash: bool) -> Comple
 
 
 def _offer(channel: paramiko.Channel, answers: _Answers, header: bytes) -> dict[str, Any]:
-    channel.settimeout(VERDICT_S)  # it first hashes what an earlier push left
+    channel.settimeout(VERDICT_S)  # it first hashes the partial file of an earlier push
     channel.sendall(header)
     return answers.read()
 
@@ -377,7 +261,7 @@ def _read_kept(answer: Mapping[str, Any], size: int, host: str) -> int:
 
 
 def _stream_file(source: Path, start: int, size: int, channel: paramiko.Channel, count: Callable[[int], None]) -> None:
-    """Send a file from `start` on; stop where the host stops reading, since its answer tells why."""
+    """Send a file from `start` on; stop where the host stops reading: its answer says why."""
     left = size - start
     for block in _read_blocks(source, start, left):
         try:

@@ -1,6 +1,6 @@
-"""Whom to trust: the keys on file for a host, revoked ones, authorities, and the verdict on the key that it shows.
+"""Whether to trust a host's key: by the known keys of that host, revoked keys and certificate authorities.
 
-As ssh does, only that no key is accepted that was not known before. It opens no connection.
+It follows ssh, but never accepts a key that is not known yet. It opens no connection.
 """
 
 from __future__ import annotations
@@ -19,32 +19,27 @@ from pathlib import Path
 
 import paramiko
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    SSHCertificate,
-    SSHCertificateType,
-    load_ssh_public_identity,
-)
+from cryptography.hazmat.primitives.serialization import SSHCertificateType
 
 from moectl.errors import HostKeyError
+from moectl.hosts.ssh.certificates import CERT_SUFFIX, key_words, read_certificate, signature_algorithm
 from moectl.hosts.ssh.config import NO_FILES, SSH_PORT, SSHSettings, expand_path, run_openssh, split_paths
 from moectl.hosts.ssh.keywords import KeywordVerdict, find_set
+from moectl.text import last_line
 
 COMMAND_S = 30.0
-CERT_SUFFIX = "-cert-v01@openssh.com"
 
 Key = tuple[str, str]  # type, base64
 
 
 @dataclass(frozen=True, slots=True)
 class KnownKeys:
-    """What known_hosts files and KnownHostsCommand say of one name."""
+    """The keys of one name in the known_hosts files and in the output of KnownHostsCommand."""
 
     accepted: frozenset[Key] = frozenset()
     authorities: frozenset[Key] = frozenset()  # of @cert-authority lines
     revoked: frozenset[Key] = frozenset()
-    files: tuple[Path, ...] = ()  # where the accepted ones are
+    files: tuple[Path, ...] = ()  # that hold the accepted ones
     fallback: frozenset[Key] = frozenset()  # accepted under the name without the port
 
 
@@ -69,9 +64,9 @@ class Shown:
 
 
 def find_known_keys(settings: SSHSettings, shown: Shown | None = None) -> KnownKeys:
-    """Return the keys on file for a host; like ssh, look for the name without the port as well.
+    """Return the known keys of a host; as ssh does, look for the name without the port too.
 
-    Before the host showed its key, KnownHostsCommand is asked for what to prefer (ORDER). Raises HostKeyError.
+    Before the host has shown its key, KnownHostsCommand is asked which keys to prefer (ORDER). Raises HostKeyError.
     """
     name = settings.host_key_name
     found = _look_up(name, settings, shown, "HOSTNAME" if shown else "ORDER")
@@ -87,7 +82,7 @@ def find_known_keys(settings: SSHSettings, shown: Shown | None = None) -> KnownK
 
 
 def check_host_key(shown: Shown, known: KnownKeys, settings: SSHSettings, peer: str | None) -> None:
-    """Say whether a host's key is trusted, by raising HostKeyError where it is not. `peer` is its address."""
+    """Raise HostKeyError where the host's key cannot be trusted. `peer` is its address."""
     if _has_command(settings):
         known = find_known_keys(settings, shown)
     _check_size(shown, settings)
@@ -134,7 +129,7 @@ def _look_up(name: str, settings: SSHSettings, shown: Shown | None = None, reaso
 
 
 def _run_command(name: str, settings: SSHSettings, shown: Shown | None, reason: str) -> bytes:
-    """Return what KnownHostsCommand prints. Raises HostKeyError where it fails: ssh goes no further either."""
+    """Return what KnownHostsCommand prints. Raises HostKeyError where it fails, as ssh stops too."""
     text = settings.values["knownhostscommand"]
     tokens: Mapping[str, str] = {
         **settings.tokens,
@@ -151,9 +146,8 @@ def _run_command(name: str, settings: SSHSettings, shown: Shown | None, reason: 
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise _command_error(text, str(error), settings) from None
     if done.returncode != 0 or not program.startswith("/"):
-        said = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1]
         reason = f"exit code {done.returncode}" if done.returncode else "its path has to be absolute"
-        raise _command_error(text, ": ".join(filter(None, (reason, said))), settings)
+        raise _command_error(text, ": ".join(filter(None, (reason, last_line(done.stderr)))), settings)
     return done.stdout
 
 
@@ -179,7 +173,7 @@ def _check_revoked(shown: Shown, known: KnownKeys, settings: SSHSettings) -> Non
     keys = {shown.plain}
     if shown.certificate:
         with contextlib.suppress(ValueError, UnsupportedAlgorithm):
-            keys.add(_authority(_parse(shown.certificate)))
+            keys.add(key_words(read_certificate(shown.certificate).signature_key()))
     revoked_in = "known_hosts" if keys & known.revoked else None
     reason = f"was revoked in {revoked_in}{_not_followed(settings)}" if revoked_in else None
     for path in split_paths(settings.values.get("revokedhostkeys")):
@@ -191,7 +185,7 @@ def _check_revoked(shown: Shown, known: KnownKeys, settings: SSHSettings) -> Non
 
 
 def _find_revoked(shown: Shown, keys: set[Key], path: Path, settings: SSHSettings) -> str | None:
-    """Say how a file of RevokedHostKeys forbids a key; one that cannot be read forbids every key, as in ssh."""
+    """Say why a file of RevokedHostKeys forbids a key; a file that cannot be read forbids every key, as in ssh."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -212,7 +206,7 @@ def _find_revoked(shown: Shown, keys: set[Key], path: Path, settings: SSHSetting
         try:
             paramiko.pkey.PublicBlob.from_string(" ".join(words[:2]))
         except Exception:  # paramiko raises what its parts raise
-            return f"cannot be checked: {path} holds a line that is no public key"
+            return f"cannot be checked: {path} holds a line that is not a public key"
         if (words[0].removesuffix(CERT_SUFFIX), words[1]) in keys or " ".join(words[:2]) == shown.line:
             return f"was revoked in {path}"
     return None
@@ -221,27 +215,13 @@ def _find_revoked(shown: Shown, keys: set[Key], path: Path, settings: SSHSetting
 # Certificates.
 
 
-def _parse(blob: bytes) -> SSHCertificate:
-    """Read a certificate. Raises ValueError, UnsupportedAlgorithm."""
-    kind = paramiko.Message(blob).get_text()
-    found = load_ssh_public_identity(f"{kind} {base64.b64encode(blob).decode()}".encode())
-    if not isinstance(found, SSHCertificate):
-        raise ValueError("it is no certificate")
-    return found
-
-
-def _authority(certificate: SSHCertificate) -> Key:
-    kind, text = certificate.signature_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[:2]
-    return kind.decode(), text.decode()
-
-
 def _why_uncertified(shown: Shown, known: KnownKeys, settings: SSHSettings) -> str | None:
     """Say why a host's certificate does not count; None when it does."""
     blob = shown.certificate
     assert blob is not None
     try:
-        certificate = _parse(blob)
-        authority = _authority(certificate)
+        certificate = read_certificate(blob)
+        authority = key_words(certificate.signature_key())
         certificate.verify_cert_signature()
     except InvalidSignature:
         return "its signature is wrong"
@@ -249,7 +229,7 @@ def _why_uncertified(shown: Shown, known: KnownKeys, settings: SSHSettings) -> s
         return "moectl cannot read it"
     names = [principal.decode("utf-8", "replace") for principal in certificate.valid_principals]
     name = settings.values.get("hostkeyalias", settings.hostname)
-    allowed = settings.list_values("casignaturealgorithms")
+    allowed = settings.list_values("casignaturealgorithms") or [signature_algorithm(blob)]
     now = time.time()
     reasons = (
         (authority not in known.authorities, "no @cert-authority line for this host has the key that signed it"),
@@ -258,27 +238,13 @@ def _why_uncertified(shown: Shown, known: KnownKeys, settings: SSHSettings) -> s
         (now >= certificate.valid_before, "it has expired"),
         (name not in names, f"it is for {', '.join(names) or 'no name'}, not for {name}"),
         (bool(certificate.critical_options), "it has critical options"),
-        (bool(allowed) and _signed_with(blob) not in allowed, "CASignatureAlgorithms does not allow its signature"),
+        (signature_algorithm(blob) not in allowed, "CASignatureAlgorithms does not allow its signature"),
     )
     return next((reason for failed, reason in reasons if failed), None)
 
 
-def _signed_with(blob: bytes) -> str:
-    """Return the signature algorithm of a certificate that could be parsed (PROTOCOL.certkeys)."""
-    message = paramiko.Message(blob)
-    kind = message.get_text()
-    for _ in range(2 if "ed25519" in kind else 3):  # the nonce, then the key: curve and point, or e and n
-        message.get_binary()
-    message.get_int64(), message.get_int()  # serial, type
-    message.get_binary(), message.get_binary()  # key id, names
-    message.get_int64(), message.get_int64()  # valid from, to
-    for _ in range(4):  # critical options, extensions, reserved, the authority's key
-        message.get_binary()
-    return paramiko.Message(message.get_binary()).get_text()
-
-
 def _check_address(shown: Shown, settings: SSHSettings, peer: str | None) -> None:
-    """With CheckHostIP: refuse a key where another is on file for the address, as ssh does. `peer` is the address."""
+    """With CheckHostIP: refuse a key where another key is known for the address `peer`, as ssh does."""
     if settings.values.get("checkhostip") != "yes" or peer is None:
         return
     name = peer if settings.port == SSH_PORT else f"[{peer}]:{settings.port}"
@@ -290,7 +256,7 @@ def _check_address(shown: Shown, settings: SSHSettings, peer: str | None) -> Non
     if known.accepted and shown.plain not in known.accepted:
         remove = " && ".join(_removals(name, known.files, settings)) or "correct KnownHostsCommand"
         raise HostKeyError(
-            f"another host key is on file for its address {peer} (CheckHostIP).",
+            f"another host key is known for its address {peer} (CheckHostIP).",
             host=settings.name,
             hint=f"if that address belonged to another host before, run '{remove}'.",
         )
@@ -329,7 +295,7 @@ def _unknown_error(shown: Shown, settings: SSHSettings, uncertified: str | None)
 
 
 def _accept(settings: SSHSettings) -> tuple[str, str]:
-    """Return what has to be done first, and the command with which ssh asks about a key and keeps the answer."""
+    """Return what to do first, and the command with which ssh asks about a key and keeps the answer."""
     options = []
     if settings.values.get("stricthostkeychecking") not in (None, "ask"):
         options += ["-o", "StrictHostKeyChecking=ask"]
@@ -345,6 +311,6 @@ def _accept(settings: SSHSettings) -> tuple[str, str]:
 
 
 def _not_followed(settings: SSHSettings) -> str:
-    """Name what would let ssh accept a key that is not on file."""
+    """Name the settings that let ssh accept a key that is not known."""
     found = [f"{row.name} {value}" for row, value in find_set(KeywordVerdict.TRUST, settings.values)]
     return f"; moectl does not follow {', '.join(found)}" if found else ""
