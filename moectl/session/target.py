@@ -117,15 +117,17 @@ def open_session(
     target: Target,
     *,
     backend: str = "auto",
+    remotes: Sequence[Remote] | None = None,
     on_made: Callable[[Session], None] = lambda session: None,
     **options: Any,
 ) -> Iterator[Session]:
     """Start the target's workers and yield their session; `options` are Session's. Everything ends with the block.
 
-    `on_made` gets the session before it starts: closing it ends the start.
+    `remotes` are the connections to a deployment's hosts where the caller has them. `on_made` gets the session before
+    it starts: closing it ends the start.
     """
     with contextlib.ExitStack() as held:
-        ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held)
+        ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held, remotes)
         wanted = backend
         if isinstance(target, Deployment) and backend == "auto" and target.backend:
             wanted = target.backend
@@ -153,13 +155,14 @@ def share_cores(ranks: int) -> dict[str, str]:
     return {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
 
 
-def _deployed_ranks(target: Deployment, held: contextlib.ExitStack) -> list[RankSpec]:
+def _deployed_ranks(target: Deployment, held: contextlib.ExitStack, remotes: Sequence[Remote] | None) -> list[RankSpec]:
     from moectl.hosts.connect import connect
 
     hosts = [rank.host for rank in target.ranks]
-    remotes = connect(hosts)
-    for remote in remotes:
-        held.callback(remote.close)
+    if remotes is None:
+        remotes = connect(hosts)
+        for remote in remotes:
+            held.callback(remote.close)
     env = split_envs(target.envs)
     addresses = find_addresses(hosts, remotes)
     return [
@@ -181,7 +184,7 @@ def split_envs(envs: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in (e.partition("=") for e in envs)}
 
 
-def find_addresses(hosts: list[Host], remotes: list[Remote]) -> list[tuple[str, ...]]:
+def find_addresses(hosts: Sequence[Host], remotes: Sequence[Remote]) -> list[tuple[str, ...]]:
     """Return each host's IPv4 addresses for tensor traffic: `ip=`, else the one that SSH reached it by.
 
     sshd tells both ends of the connection in SSH_CONNECTION, so aliases and jump hosts need no guess, and this machine

@@ -27,6 +27,7 @@ from moectl.cluster.deploy.wheelhouse import (
     make_platform,
 )
 from moectl.errors import CommandFailed, IntegrityError, StateError, Unreachable, UsageError, VersionMismatch
+from moectl.hosts.connect import open_remotes
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import platform
 from tests.cli.test_cli import run
@@ -61,10 +62,12 @@ def make_wheel(directory: Path, name: str, version: str, tag: str = "py3-none-an
 def test_platforms_of_hosts_are_asked_over_ssh(sshd: Server, tmp_path: Path) -> None:
     hosts = [Host(sshd.add_alias(f"node{i}"), python=sys.executable, dir=str(tmp_path)) for i in range(2)]
     dead = Host(sshd.add_alias("dead", f"Port {find_free_port()}"))
-    assert ask_platforms([*hosts, dead, Host("localhost")]) == [make_platform(HERE)]
-    with pytest.raises(Unreachable):
-        ask_platforms([dead])
-    assert ask_platforms([Host("localhost")]) == []
+    listed = [*hosts, dead, Host("localhost")]
+    with open_remotes(listed) as remotes:
+        assert ask_platforms(listed, remotes) == [make_platform(HERE)]
+        with pytest.raises(Unreachable):
+            ask_platforms([dead], remotes[2:3])
+        assert ask_platforms([Host("localhost")], remotes[3:]) == []
 
 
 def test_tags_that_a_host_takes() -> None:

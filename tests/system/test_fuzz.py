@@ -355,9 +355,9 @@ def test_what_a_host_answers_to_deploy(
 
     def read(data: bytes) -> None:
         host = FakeHost(b"motd\n" + ANSWER + data + b"\n")
-        monkeypatch.setattr("moectl.hosts.connect.make_remote", lambda _: cast(Remote, host))
+        monkeypatch.setattr("moectl.cluster.deploy.provision.make_remote", lambda _: cast(Remote, host))
         try:
-            inspect_host(task)
+            inspect_host(task, cast(Remote, host))
             deploy_host(task)
         except MoectlError:
             if data not in valid:

@@ -104,12 +104,13 @@ def _at_terminal() -> bool:
 def _set_up(common: Common, options: dict[str, Any]) -> None:
     from moectl.cluster.setup import run as setup_run
     from moectl.cluster.setup.plan import plan_setup
+    from moectl.hosts.connect import open_remotes
 
     hosts = common.require_hosts()
     output, wish = options["output"], _wish(options, len(hosts.hosts))
     if output is not None:
         _check_output(output, force=options["force"])
-    with setup_run.open_remotes(hosts.hosts) as remotes:
+    with open_remotes(hosts.hosts) as remotes:
         common.say(f"Looking at {', '.join(host.address for host in hosts.hosts)}")
         plan = plan_setup(setup_run.look(hosts.hosts, remotes), hosts, wish)
         content = file_text(plan, str(output)) if output else ""  # what it cannot hold is told first
@@ -222,6 +223,7 @@ def _apply(
 def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
     from moectl.cluster.setup import run as setup_run
     from moectl.cluster.setup.record import open_record, read_record
+    from moectl.hosts.connect import open_remotes
 
     listed: tuple[Host, ...] | None = None
     if named:
@@ -240,7 +242,7 @@ def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
     if not yes and not _ask(f"Run {count} as root on {', '.join(host.name for host in at)}?"):
         common.say("Nothing was changed.")
         return
-    with setup_run.open_remotes(at) as remotes, open_record() as record:
+    with open_remotes(at) as remotes, open_record() as record:
         sudo = _become_root(remotes)
         entries = setup_run.choose_entries(record.entries, listed)  # another setup may have come between
         by_host = {host.address: remote for host, remote in zip(at, remotes, strict=True)}

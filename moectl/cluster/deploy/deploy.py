@@ -6,9 +6,9 @@ what happens, results what came of it.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -24,9 +24,10 @@ from moectl.errors import (
     UsageError,
     VersionMismatch,
 )
-from moectl.hosts.connect import raise_failures
+from moectl.hosts.connect import open_remotes, raise_failures
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import hash_file
+from moectl.hosts.remote import Remote
 from moectl.model import manifest as manifest_file
 from moectl.model.manifest import FileEntry, Manifest
 from moectl.session.deployment import DeployedRank, Deployment, check_writable, find_deployment, write_deployment
@@ -66,6 +67,7 @@ def deploy(
     shard_dir: Path,
     manifest: Manifest | Growing,
     *,
+    remotes: Sequence[Remote] | None = None,
     wheelhouse: Path | None = None,
     jobs: int | None = None,
     only: Sequence[str] = (),
@@ -78,7 +80,8 @@ def deploy(
 ) -> DeployResult:
     """Bring every host its interpreter and its rank's files, and record the deployment.
 
-    `only` names the hosts to deploy to, by name or address (all when empty), `jobs` bounds how many work at once,
+    `remotes` are the ways to all hosts where the caller has them. `only` names the hosts to deploy to, by name or
+    address (all when empty), `jobs` bounds how many work at once,
     `verify` hashes again what is recorded as right, `wheelhouse` is a directory of wheels for hosts without internet.
     With `relay`, hosts pass on to each other what all of them need. A set that is still `Growing` is pushed as it
     grows. A host that fails is in the result; only what concerns all is raised: PlanError (number of hosts),
@@ -92,7 +95,7 @@ def deploy(
         manifest_file.refuse_links_outside(shard_dir)
     if not dry_run:
         check_writable()
-    with tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
+    with ExitStack() as held, tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
         versions = wanted_versions()
         wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse, Path(scratch))
         tasks = [
@@ -114,7 +117,9 @@ def deploy(
             )
             for rank in chosen
         ]
-        result = DeployResult(run_tasks(tasks, jobs or len(tasks), on_event, growing.feed if growing else None))
+        ways = remotes or held.enter_context(open_remotes(hosts))
+        feed = growing.feed if growing else None
+        result = DeployResult(run_tasks(tasks, [ways[r] for r in chosen], jobs or len(tasks), on_event, feed))
     if not dry_run and result.succeeded:
         _record(result, hosts, shard_dir.resolve(), manifest.name, backend, tuple(envs))
     return result
@@ -195,7 +200,7 @@ def _record(
 ) -> None:
     """Make this the current deployment; hosts that were left out keep the entry they had for the same set."""
     ranks = {rank: DeployedRank(host) for rank, host in enumerate(hosts)}
-    with contextlib.suppress(MoectlError):
+    with suppress(MoectlError):
         earlier = find_deployment()
         if earlier and earlier.name == name and earlier.shards == str(shards):
             ranks |= {i: r for i, r in enumerate(earlier.ranks) if i in ranks and r.host == ranks[i].host}

@@ -36,6 +36,7 @@ from moectl.cluster.deploy.push import Push
 from moectl.cluster.deploy.relay import Admit, Chain, Down, Joined, More, Opened, TakeFrom, Up, Wants
 from moectl.errors import MoectlError
 from moectl.hosts.connect import as_ours
+from moectl.hosts.remote import Remote
 from moectl.model import manifest as manifest_file
 from moectl.model.manifest import FileEntry
 
@@ -80,7 +81,7 @@ class Feed:
 
 
 def run_tasks(
-    tasks: Sequence[HostTask], jobs: int, on_event: OnEvent, feed: Feed | None = None
+    tasks: Sequence[HostTask], remotes: Sequence[Remote], jobs: int, on_event: OnEvent, feed: Feed | None = None
 ) -> tuple[HostResult, ...]:
     """Look at all hosts in threads; each that lacks something then gets a process, `jobs` at once.
 
@@ -89,7 +90,7 @@ def run_tasks(
     """
     fleet = _Fleet(tasks, max(1, jobs), on_event, feed)
     try:
-        fleet.run()
+        fleet.run(remotes)
     finally:
         fleet.end()
     return tuple(fleet.results[rank] for rank in sorted(fleet.results))
@@ -111,9 +112,9 @@ class _Fleet:
         self._chain = Chain()
         self._tokens: dict[tuple[int, int], str] = {}  # (source, taker) → what will let the taker in
 
-    def run(self) -> None:
-        """Work until every host has a result."""
-        self._looking = {_start_look(task): task for task in self._tasks.values()}
+    def run(self, remotes: Sequence[Remote]) -> None:
+        """Work until every host has a result; `remotes` are the tasks' hosts'."""
+        self._looking = {_start_look(*each): each[0] for each in zip(self._tasks.values(), remotes, strict=True)}
         while len(self.results) < len(self._tasks):
             while self._waiting and self._busy < self._jobs:
                 self._start(self._waiting.pop(0))
@@ -264,13 +265,13 @@ def _part(more: More, rank: int) -> More:
     return More({n: e for n, e in more.files.items() if manifest_file.is_for(n, rank)}, more.last)
 
 
-def _start_look(task: HostTask) -> Pipe:
+def _start_look(task: HostTask, remote: Remote) -> Pipe:
     ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def look() -> None:
         started = time.monotonic()
         try:
-            seen = inspect_host(task)
+            seen = inspect_host(task, remote)
         except Exception as error:
             seen = Look(HostResult(task.rank, task.host, as_ours(error, task.host)), 0)
         result = replace(seen.result, duration_s=time.monotonic() - started)

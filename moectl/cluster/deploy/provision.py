@@ -164,14 +164,13 @@ class EventPipe(Protocol):
         ...
 
 
-def inspect_host(task: HostTask) -> Look:
+def inspect_host(task: HostTask, remote: Remote) -> Look:
     """Look at a host and tell what a deployment would do there.
 
     At most the record of verified files is written, in a dry run not even that. Nothing to do: `copied_bytes` is 0 and
     `python` is set. Raises what `deployed_host` would raise so far.
     """
-    with contextlib.closing(make_remote(task.host)) as remote:
-        found = _survey(remote, task)
+    found = _survey(remote, task)
     lacks = _missing_bytes(task, found)
     shared = sum(size for name, size in lacks.items() if manifest_file.is_shared(name) and name != MANIFEST)
     return Look(_plan(task, found), shared, found)

@@ -27,11 +27,11 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from moectl.cluster.deploy.provision import PIP_S, reason_of
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
 from moectl.files import explain_refusal, write_whole
-from moectl.hosts.connect import make_remote, on_each
+from moectl.hosts.connect import on_each
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import hash_file
 from moectl.hosts.programs import OLDEST_PYTHON, ask, list_bases
-from moectl.hosts.remote import LocalRemote
+from moectl.hosts.remote import LocalRemote, Remote
 
 LIST = "requirements.txt"
 HEADER = "# moectl wheelhouse: each wheel here and its hash; pip takes no other bytes"
@@ -56,22 +56,22 @@ class Platform:
 # Asking.
 
 
-def ask_platforms(hosts: Sequence[Host]) -> list[Platform]:
+def ask_platforms(hosts: Sequence[Host], remotes: Sequence[Remote]) -> list[Platform]:
     """Return the distinct platforms of the hosts that are not this machine.
 
     A host that does not answer is left out; when none does, its error is raised.
     """
-    remote = [host for host in hosts if not host.is_local]
-    found = on_each(remote, lambda _, host: _ask_platform(host))
+    places = [place for place, host in enumerate(hosts) if not host.is_local]
+    others = [hosts[place] for place in places]
+    found = on_each(others, lambda index, host: _ask_platform(host, remotes[places[index]]))
     platforms = [one for one in found if isinstance(one, Platform)]
-    if remote and not platforms:
+    if others and not platforms:
         raise next(one for one in found if isinstance(one, MoectlError))
     return list(dict.fromkeys(platforms))
 
 
-def _ask_platform(host: Host) -> Platform:
-    with contextlib.closing(make_remote(host)) as remote:
-        answer = ask(remote, list_bases(host), "platform", {}, timeout_s=ASK_S, oldest=OLDEST_PYTHON)
+def _ask_platform(host: Host, remote: Remote) -> Platform:
+    answer = ask(remote, list_bases(host), "platform", {}, timeout_s=ASK_S, oldest=OLDEST_PYTHON)
     try:
         return make_platform(answer)
     except VersionMismatch as error:

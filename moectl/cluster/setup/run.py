@@ -6,15 +6,14 @@ by its stdin if it wants one, never as an argument.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moectl.cluster.setup.machine import Machine, read_machine
 from moectl.cluster.setup.plan import SetupPlan, Step
 from moectl.cluster.setup.record import Record, RecordedCommand
 from moectl.errors import AuthFailed, CommandFailed, HostError, MoectlError, PartialFailure
-from moectl.hosts.connect import make_remote, on_each, take_all
+from moectl.hosts.connect import on_each, take_all
 from moectl.hosts.hostfile import Host, parse_host_string
 from moectl.hosts.remote import Completed, Remote, check_completed
 from moectl.hosts.survey import survey_host
@@ -40,17 +39,6 @@ class Sudo:
             return remote.run([*_RUN, "sudo", "-n", *argv], timeout_s=COMMAND_S, check=False)
         line = self.password.encode() + b"\n"
         return remote.run([*_RUN, "sudo", "-S", "-p", "", *argv], stdin=line, timeout_s=COMMAND_S, check=False)
-
-
-@contextlib.contextmanager
-def open_remotes(hosts: Sequence[Host]) -> Iterator[list[Remote]]:
-    """Yield the ways to some hosts; each connects when first used."""
-    remotes = [make_remote(host) for host in hosts]
-    try:
-        yield remotes
-    finally:
-        for remote in remotes:
-            remote.close()
 
 
 def look(hosts: Sequence[Host], remotes: Sequence[Remote]) -> tuple[Machine, ...]:
