@@ -1,7 +1,7 @@
-"""Carry out what `setup_plan` proposed, and take it back: host by host, each command recorded before it runs.
+"""Run what `setup` proposed, and undo it: host by host, each command recorded before it runs.
 
-It decides nothing: the plan says what to run, the record what to undo. Commands run through sudo, which gets a password
-by its stdin if it wants one, never as an argument.
+The plan says what to run, the record what to undo. Commands run through sudo. If sudo wants a password, it gets it on
+stdin, never as an argument.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from moectl.cluster.setup.commands import Step
 from moectl.cluster.setup.machine import Machine, read_machine
-from moectl.cluster.setup.plan import SetupPlan, Step
+from moectl.cluster.setup.plan import SetupPlan
 from moectl.cluster.setup.record import Record, RecordedCommand
 from moectl.errors import AuthFailed, CommandFailed, HostError, MoectlError, PartialFailure
 from moectl.hosts.connect import on_each, take_all
@@ -35,10 +36,8 @@ class Sudo:
 
     def run(self, remote: Remote, argv: Sequence[str]) -> Completed:
         """Run a command as root; its exit code is the caller's to judge."""
-        if self.password is None:
-            return remote.run([*_RUN, "sudo", "-n", *argv], timeout_s=COMMAND_S, check=False)
-        line = self.password.encode() + b"\n"
-        return remote.run([*_RUN, "sudo", "-S", "-p", "", *argv], stdin=line, timeout_s=COMMAND_S, check=False)
+        flags, stdin = (["-n"], b"") if self.password is None else (["-S", "-p", ""], self.password.encode() + b"\n")
+        return remote.run([*_RUN, "sudo", *flags, *argv], stdin=stdin, timeout_s=COMMAND_S, check=False)
 
 
 def look(hosts: Sequence[Host], remotes: Sequence[Remote]) -> tuple[Machine, ...]:
@@ -53,11 +52,8 @@ def look(hosts: Sequence[Host], remotes: Sequence[Remote]) -> tuple[Machine, ...
     return tuple(take_all(hosts, on_each(hosts, ask)))
 
 
-# sudo.
-
-
 def who_wants_password(remotes: Sequence[Remote]) -> tuple[str, ...]:
-    """Return the hosts on which sudo asks for a password; one that is not reached will tell when it is needed."""
+    """Return the hosts on which sudo asks for a password; a host that is not reached is told when it is needed."""
     return tuple(remote.name for remote in remotes if _try_sudo(Sudo(), remote) is not None)
 
 
@@ -105,7 +101,7 @@ def _do(host: Host, remote: Remote, step: Step, record: Record, sudo: Sudo, on_c
     entry = RecordedCommand(0, host.address, step.argv, step.undo, step.interface, step.address, step.needed)
     number = record.begin(entry)
     on_command(host.name, step.argv, "run")
-    done = sudo.run(remote, step.argv)  # one whose end is never heard of stays in the record
+    done = sudo.run(remote, step.argv)  # a command whose end is not known stays in the record
     if done.code == 0:
         record.finish(number)
         return True
@@ -146,10 +142,10 @@ def find_hosts_of(entries: Sequence[RecordedCommand]) -> tuple[Host, ...]:
 def undo(
     entries: Sequence[RecordedCommand], remotes: Mapping[str, Remote], record: Record, sudo: Sudo, on_command: OnCommand
 ) -> int:
-    """Take back each entry, host by host, in the order given; return how many commands were run.
+    """Undo each entry, host by host, in the order given; return how many commands were run.
 
-    An address that its interface has no more, as after a restart, is left alone. What cannot be undone stays in the
-    record, and the other hosts are undone nevertheless. Raises PartialFailure, or the error that all hosts met.
+    An address that its interface does not have any more, as after a restart, is left alone. What cannot be undone stays
+    in the record, and the other hosts are undone all the same. Raises PartialFailure, or a single host's error.
     """
     count, failed = 0, []
     for name, remote in remotes.items():
@@ -175,7 +171,7 @@ def _undo_host(
     count, first = 0, None
     for entry in entries:
         if entry.address is not None and (entry.interface, entry.address) not in have:
-            on_command(name, entry.undo, f"left out: {entry.interface} has {entry.address} no more")
+            on_command(name, entry.undo, f"left out: {entry.interface} does not have {entry.address} any more")
             record.forget(entry.number)
             continue
         on_command(name, entry.undo, "undo")
