@@ -20,7 +20,8 @@ from typing import Any, cast
 import pytest
 
 from moectl.cluster import probed_plan
-from moectl.cluster.deploy.provision import HostTask, inspect_host
+from moectl.cluster.deploy.provision import inspect_host
+from moectl.cluster.deploy.task import HostTask
 from moectl.cluster.probe import Site, measure_links
 from moectl.engine import protocol
 from moectl.engine.request import Request, Stats

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moectl.cluster.deploy import provision
-from moectl.cluster.deploy.provision import HostTask, inspect_host
+from moectl.cluster.deploy.provision import inspect_host
+from moectl.cluster.deploy.task import HostResult, HostTask
 from moectl.errors import CheckpointError, CommandFailed, HostError, HostsError, MoectlError
 from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host, parse_host_string, parse_hosts
@@ -196,7 +197,7 @@ def test_hostile_paths_reach_a_host_as_they_are(ssh_host: Host, here: Path, tmp_
         except MoectlError:
             return  # refused
         found = look.result
-        assert isinstance(found, provision.HostResult)
+        assert isinstance(found, HostResult)
         assert found.root == os.path.abspath(root)  # noqa: PTH100 - as the host does it
         assert found.copied_bytes == 1
 

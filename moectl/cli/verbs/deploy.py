@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from moectl.cli.terminal import Bar, Progress
     from moectl.cluster.deploy.deploy import DeployResult
-    from moectl.cluster.deploy.provision import HostResult
+    from moectl.cluster.deploy.task import HostResult
     from moectl.cluster.deploy.uninstall import Cleared
     from moectl.hosts.hostfile import HostList
     from moectl.hosts.remote import Remote
@@ -344,7 +344,7 @@ def _deploy_growing(
 
 def _draw_deploy(common: Common, bars: Progress) -> Callable[[Any], None]:
     """Return what draws a bar per host; how each ended is told afterwards."""
-    from moectl.cluster.deploy.provision import Advanced, Planned, Working
+    from moectl.cluster.deploy.task import Advanced, Planned, Working
 
     drawn: dict[str, Bar] = {}
 

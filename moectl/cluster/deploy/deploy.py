@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 
 import moectl
 from moectl.cluster.deploy.fleet import Feed, run_tasks
-from moectl.cluster.deploy.provision import PACKAGES, HostResult, HostTask, OnEvent
+from moectl.cluster.deploy.provision import PACKAGES
+from moectl.cluster.deploy.task import HostResult, HostTask, OnEvent
 from moectl.cluster.deploy.wheel import download_command, hash_code, is_ours, pack_wheel
 from moectl.errors import (
     IntegrityError,

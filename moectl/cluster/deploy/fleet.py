@@ -20,20 +20,10 @@ from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import Any
 
-from moectl.cluster.deploy.provision import (
-    Advanced,
-    Event,
-    HostResult,
-    HostTask,
-    Look,
-    OnEvent,
-    Planned,
-    Working,
-    deployed_host,
-    inspect_host,
-)
+from moectl.cluster.deploy.provision import Look, deployed_host, inspect_host
 from moectl.cluster.deploy.push import Push
 from moectl.cluster.deploy.relay import Admit, Chain, Down, Joined, More, Opened, TakeFrom, Up, Wants
+from moectl.cluster.deploy.task import Advanced, Event, HostResult, HostTask, OnEvent, Planned, Working
 from moectl.errors import MoectlError
 from moectl.hosts.connect import as_ours
 from moectl.hosts.remote import Remote

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from moectl.cluster.deploy.provision import PIP_S, reason_of
+from moectl.cluster.deploy.environment import PIP_S, reason_of
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
 from moectl.files import explain_refusal, write_whole
 from moectl.hosts.connect import on_each
