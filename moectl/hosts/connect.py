@@ -74,6 +74,12 @@ def make_remote(host: Host) -> Remote:
     return SSHRemote(host)
 
 
+def ask_addresses(remote: Remote) -> tuple[str, str]:
+    """Return (this machine's address, the host's address) as the host's sshd sees them; empty when it does not say."""
+    words = remote.run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode("utf-8", "replace").split()
+    return (words[0], words[2]) if len(words) == 4 else ("", "")
+
+
 @contextlib.contextmanager
 def open_remotes(hosts: Sequence[Host]) -> Iterator[list[Remote]]:
     """Yield the way to each host, for all questions of a command: it logs in when first used, and stays."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl.errors import HostsError, NotDeployed
+from moectl.hosts.connect import ask_addresses, connect
 from moectl.hosts.hostfile import NAMES_ONLY, Host, HostList
 from moectl.hosts.remote import LocalRemote, Remote
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
@@ -156,8 +157,6 @@ def share_cores(ranks: int) -> dict[str, str]:
 
 
 def _deployed_ranks(target: Deployment, held: contextlib.ExitStack, remotes: Sequence[Remote] | None) -> list[RankSpec]:
-    from moectl.hosts.connect import connect
-
     hosts = [rank.host for rank in target.ranks]
     if remotes is None:
         remotes = connect(hosts)
@@ -193,7 +192,7 @@ def find_addresses(hosts: Sequence[Host], remotes: Sequence[Remote]) -> list[tup
     # A localhost among remote hosts has to know how those see it, even where they all have ip=.
     need_ours = any(h.is_local and not h.ips for h in hosts) and not all(h.is_local for h in hosts)
     seen = {
-        h.address: _ssh_connection(r)
+        h.address: ask_addresses(r)
         for h, r in zip(hosts, remotes, strict=True)
         if not h.is_local and (need_ours or not h.ips)
     }
@@ -208,9 +207,3 @@ def find_addresses(hosts: Sequence[Host], remotes: Sequence[Remote]) -> list[tup
                     hint=f"write '{host.name} ip=10.0.0.1' with its own address in the hosts file",
                 )
     return found
-
-
-def _ssh_connection(remote: Remote) -> tuple[str, str]:
-    """Return (this machine's address, the host's address) as the host's sshd sees them; empty when it does not say."""
-    words = remote.run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode().split()
-    return (words[0], words[2]) if len(words) == 4 else ("", "")

@@ -1,7 +1,6 @@
-"""The same verb on N hosts: connect to all, deploy to all. One host's failure never hides another's.
+"""Deploy a shard set to all hosts, and record the deployment. One host's failure never hides another's.
 
-What happens on one host is `provision`'s, and doing it on all of them at once `fleet`'s. It prints nothing: events tell
-what happens, results what came of it.
+`fleet` works on all hosts at once, `provision` on one of them.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class DeployResult:
 
 @dataclass(frozen=True, slots=True)
 class Growing:
-    """A shard set that is being made: its name, for how many hosts, and the bytes of each weight file."""
+    """A shard set that is being made: its name, its number of hosts, and the bytes of each weight file."""
 
     name: str
     world_size: int
@@ -86,8 +85,7 @@ def deploy(
     `verify` hashes again what is recorded as right, `wheelhouse` is a directory of wheels for hosts without internet.
     With `relay`, hosts pass on to each other what all of them need. A set that is still `Growing` is pushed as it
     grows. A host that fails is in the result; only what concerns all is raised: PlanError (number of hosts),
-    UsageError, VersionMismatch, IntegrityError, StateError (the deployment cannot be
-    recorded here), and fleet.Cancelled when the feed is.
+    UsageError, VersionMismatch, IntegrityError, StateError (the deployment cannot be recorded here), and FeedCancelled.
     """
     _check_request(hosts, manifest.name, manifest.world_size, only, wheelhouse)
     growing = manifest if isinstance(manifest, Growing) else None
@@ -111,7 +109,7 @@ def deploy(
                 wheels=wheels,
                 dry_run=dry_run,
                 verify=verify,
-                # This machine is where the files come from.
+                # This machine itself has all files.
                 relay=relay and not hosts[rank].is_local and sum(not hosts[r].is_local for r in chosen) > 1,
                 growing=growing is not None,
                 planned=_planned_of(growing, rank),

@@ -14,6 +14,7 @@ from moectl.cluster.doctor.finding import Finding, Level, at_host, fail, fail_wi
 from moectl.errors import CommandFailed, MoectlError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.login_shell import describe_quiet
+from moectl.hosts.programs import end_process
 from moectl.hosts.remote import Process, Remote
 from moectl.hosts.ssh.config import SSHSettings, read_ssh_settings
 from moectl.text import count_text
@@ -85,7 +86,7 @@ def check_sessions(host: Host, remote: Remote) -> list[Finding]:
         return [fail("ssh", f"the connection broke: {error}", at_host(host, "true"))]
     finally:
         for process in opened:
-            _end(process)
+            end_process(process, PING_S)
     return [ok("ssh", f"ssh {1e3 * seconds:.1f} ms", latency_s=seconds)]
 
 
@@ -113,13 +114,6 @@ def _ping(process: Process) -> float:
     if len(seconds) < PINGS:
         raise ConnectionError("it closed the session")
     return statistics.median(seconds)
-
-
-def _end(process: Process) -> None:
-    """End a `cat` by its stdin: killing it would drop the connection."""
-    for close in (process.stdin.close, lambda: process.wait(PING_S), process.close):
-        with contextlib.suppress(OSError, TimeoutError, MoectlError):
-            close()
 
 
 def _ask_shell(remote: Remote) -> str:

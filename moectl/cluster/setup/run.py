@@ -14,7 +14,7 @@ from moectl.cluster.setup.machine import Machine, read_machine
 from moectl.cluster.setup.plan import SetupPlan
 from moectl.cluster.setup.record import Record, RecordedCommand
 from moectl.errors import AuthFailed, CommandFailed, HostError, MoectlError, PartialFailure
-from moectl.hosts.connect import on_each, take_all
+from moectl.hosts.connect import ask_addresses, on_each, take_all
 from moectl.hosts.hostfile import Host, parse_host_string
 from moectl.hosts.remote import Completed, Remote, check_completed
 from moectl.hosts.survey import survey_host
@@ -45,9 +45,7 @@ def look(hosts: Sequence[Host], remotes: Sequence[Remote]) -> tuple[Machine, ...
 
     def ask(place: int, host: Host) -> Machine:
         survey = survey_host(remotes[place])
-        words = remotes[place].run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode("utf-8", "replace")
-        mine = words.split()
-        return read_machine(host, survey, mine[2] if len(mine) == 4 and not host.is_local else None)
+        return read_machine(host, survey, None if host.is_local else ask_addresses(remotes[place])[1] or None)
 
     return tuple(take_all(hosts, on_each(hosts, ask)))
 
