@@ -1,7 +1,7 @@
 """Bring one host what its rank needs: an interpreter with the operator's versions, and its files, verified.
 
-The order is look, compare, install, push; what is right already is left alone, so running it again resumes it. How the
-files get there is `push`'s. It knows one host: doing this on N hosts is `cluster`'s, running workers is `session`'s.
+The order is look, compare, install, push. What is right already is left alone: to run it again is to resume it.
+`environment` installs, `push` sends the files, `fleet` does this on all hosts.
 """
 
 from __future__ import annotations
@@ -46,15 +46,14 @@ class EventPipe(Protocol):
         ...
 
     def connect(self, push: Push) -> None:
-        """Let the messages that come down reach the push, those that have come already too."""
+        """Pass the messages that come down on to the push, also those that have come already."""
         ...
 
 
 def inspect_host(task: HostTask, remote: Remote) -> Look:
-    """Look at a host and tell what a deployment would do there.
+    """Look at a host and tell what a deployment would do there; nothing: `copied_bytes` is 0 and `python` is set.
 
-    At most the record of verified files is written, in a dry run not even that. Nothing to do: `copied_bytes` is 0 and
-    `python` is set. Raises what `deployed_host` would raise so far.
+    At most the record of verified files is written, in a dry run not even that. Raises HostError, RemoteError.
     """
     found = _survey(remote, task)
     lacks = _missing_bytes(task, found)
@@ -72,7 +71,7 @@ def survey_environment(remote: Remote, host: Host) -> FileSurvey:
 
 @contextlib.contextmanager
 def deployed_host(task: HostTask, on_event: OnEvent, line: EventPipe) -> Iterator[HostResult]:
-    """Install and copy what a host lacks; inside the block, other hosts can take from it what it has.
+    """Install and copy what a host lacks; inside the block, other hosts can take files from it.
 
     Raises HostError, RemoteError and IntegrityError of any kind.
     """
@@ -126,7 +125,7 @@ def _plan(task: HostTask, found: FileSurvey) -> HostResult:
     if not python:
         needed += sum(f.bytes - found.wheels.get(w.name, f.bytes) for w, f in task.wheels.items())
     _check_room(task, found, needed)
-    # Of files that are being made, those that an earlier push brought will most likely be right.
+    # Files that are still being made and that an earlier push brought will most likely be the same.
     likely = sum(size for name, size in task.planned.items() if name in found.known and found.begun[name] == size)
     return HostResult(
         rank=task.rank,
@@ -168,7 +167,9 @@ def _survey(remote: Remote, task: HostTask) -> FileSurvey:
 
 
 def _check_room(task: HostTask, found: FileSurvey, needed: int) -> None:
-    made = next(place for place in (task.shards, *task.shards.parents) if place.exists())  # it may be about to be
+    made = next(
+        place for place in (task.shards, *task.shards.parents) if place.exists()
+    )  # the set itself may be about to be made
     if task.host.is_local and found.device == made.stat().st_dev:
         return  # hard links take no room
     if needed > found.free:

@@ -66,7 +66,7 @@ class Advanced:
 
 @dataclass(frozen=True, slots=True)
 class HostResult:
-    """What came of one host. Paths are absolute there; `python` is empty when a dry run would make it."""
+    """The result for one host. Paths are absolute there; `python` is empty when a dry run would make it."""
 
     rank: int
     host: Host
@@ -91,7 +91,7 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class HostTask:
-    """Everything that one host's process has to know."""
+    """Everything that the process for one host has to know."""
 
     rank: int
     host: Host
@@ -104,8 +104,8 @@ class HostTask:
     dry_run: bool
     verify: bool
     relay: bool = False  # whether this host may take files from others, and give them
-    growing: bool = False  # `files` is empty: they are told as they are made
-    planned: dict[str, int] = field(default_factory=dict)  # sizes of those that are being made
+    growing: bool = False  # `files` is empty: they are added as they are made
+    planned: dict[str, int] = field(default_factory=dict)  # sizes of the files that are being made
     floor_bytes_s: float = FLOOR_BYTES_S
     found: FileSurvey | None = None  # what the host told already
 
