@@ -34,6 +34,11 @@ def size_text(size_bytes: float) -> str:
     return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
+def count_text(count: int, noun: str) -> str:
+    """Return "1 host", "2 hosts"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def time_text(seconds: float) -> str:
     """Return a duration as "0.4 s", "41.0 s" or "10m51s"."""
     if seconds < 60:

@@ -1,6 +1,6 @@
 """The logs of all ranks, merged: which files there are, their last lines in order of time, and what is appended.
 
-`onhost.logs` reads them on each host, this machine included. It prints nothing, and leaves no process behind.
+`onhost.logs` reads them on each host, this machine included. No process is left behind.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from moectl.session.deployment import Deployment
 from moectl.session.target import target_key
 
 CONTROLLER = "controller"
-END_S = 5.0  # for a reader to go once its leash is let go
-PATIENCE_S = 5.0  # for a host's past, while others have something new
+END_S = 5.0  # for a reader to end once its stdin is closed
+PATIENCE_S = 5.0  # for a host's old lines, while others have new ones
 LOCAL = Host("localhost")
 _Heard = dict[str, Any] | MoectlError | None  # what a reader answered, its failure, or its end
 _COPY = re.compile(r"\[[^\]]+\] ")
@@ -49,7 +49,7 @@ class LogFile:
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """What one rank said, when (seconds since 1970; None where it is not known)."""
+    """A line of a rank's log, and when it was written (seconds since 1970; None where it is not known)."""
 
     source: LogFile
     time_s: float | None
@@ -58,7 +58,7 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """A host whose logs cannot be read, or not any more; or a log that is not there (`error` None), or has a gap."""
+    """A host whose logs cannot be read (any more); with no `error`, a log that does not exist or has a gap."""
 
     label: str
     text: str
@@ -136,7 +136,7 @@ def _age(path: Path) -> float:
 
 
 class LogReader:
-    """Reads logs on all their hosts at once; use as a context manager: its end is the end of every reader there."""
+    """Reads logs on all their hosts at once; use as a context manager: its end ends every reader there."""
 
     def __init__(self, sources: Sequence[LogFile], asked: LogQuery) -> None:
         self._asked = asked
@@ -173,14 +173,14 @@ class LogReader:
         return tuple(self._groups)
 
     def read(self) -> Iterator[LogLine | Trouble]:
-        """Yield the past of all in order of time, then with `follow` what comes as it comes, until all hosts are gone.
+        """Yield the old lines of all in order of time, then with `follow` new ones as they come, until all hosts end.
 
         A host that cannot be read is a Trouble with its error; the others go on.
         """
         for host in self._groups:
             threading.Thread(target=self._listen, args=(host,), daemon=True).start()
         alive = set(self._groups)  # that have not ended
-        behind = set(self._groups)  # whose past has not been told whole: until then everything waits to be sorted
+        behind = set(self._groups)  # whose old lines have not all come: until then everything waits to be sorted
         past: list[LogLine] = []
         deadline = time.monotonic() + PATIENCE_S
         while alive:
@@ -216,7 +216,7 @@ class LogReader:
             yield Trouble(source.label, "its log was rotated more than once at a time: lines may be missing")
         for when, text in heard.get("lines", ()):
             if when is not None and source.label == CONTROLLER and len(self._labels) > 1 and _COPY.match(text):
-                continue  # what a worker said while all began: it is in that rank's own log
+                continue  # a copy of what a worker said at its start: that rank's own log has it
             self.lines += 1
             yield LogLine(source, when, text)
 
@@ -270,7 +270,7 @@ def _read_all(process: Process) -> bytes:
 
 
 def in_order(lines: Sequence[LogLine]) -> list[LogLine]:
-    """Return lines of several sources by time; each source's stay in their order, those without a time with theirs."""
+    """Return lines of several sources by time; each source keeps its order, also where a line has no time."""
     latest: dict[LogFile, float] = {}
     keyed = []
     for index, line in enumerate(lines):

@@ -20,6 +20,7 @@ from moectl.hosts.connect import map_at_once
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.prelude import parse_answer
+from moectl.hosts.programs import end_process
 from moectl.hosts.remote import Process, Remote, read_program
 from moectl.planner.measured import Job, Matrix, Speed, read_speeds
 from moectl.records import build
@@ -206,7 +207,7 @@ def _listener(site: Site, secret: str) -> Iterator[int]:
     except OSError:
         raise CommandFailed("its python ended before it listened", host=site.remote.name) from None
     finally:
-        _end(process)
+        end_process(process, LISTEN_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,12 +281,3 @@ def _parse(line: bytes) -> _Answer | None:
         return None if answer is None else build(_Answer, answer)
     except ValueError:
         return None
-
-
-def _end(process: Process) -> None:
-    """Let a listener go by its leash; make sure of it where that can be done without dropping a connection."""
-    for close in (process.stdin.close, lambda: process.wait(LISTEN_S), process.close):
-        try:
-            close()
-        except (OSError, TimeoutError, MoectlError):
-            continue

@@ -1,6 +1,6 @@
-"""The shard sets on this machine and the current deployment, with their sizes; and which sets are old enough to go.
+"""The shard sets on this machine and the current deployment, with their sizes; and which sets may be deleted.
 
-It asks no host, only this machine's controllers for what they have loaded.
+Only this machine's controllers are asked, for what they have loaded; no host is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moectl.errors import MoectlError, NotSharded, StateError
@@ -42,7 +42,7 @@ class ShardSet:
 
 @dataclass(frozen=True, slots=True)
 class DeployedSize:
-    """What one host holds of the deployed set; `bytes` is None when this machine does not know any more."""
+    """What one host has of the deployed set; `bytes` is None when this machine does not know it any more."""
 
     rank: int
     host: str
@@ -71,8 +71,8 @@ def make_listing() -> Listing:
     deployment = find_deployment()
     deployed = Path(deployment.shards) if deployment else None
     running = {Path(one["shards"]).resolve() for one in _described()}
-    places = [(path, "data") for path in _directories(data_dir() / "shards")]
-    places += [(path, "cache") for path in _directories(cache_dir() / "shards")]
+    roots = {"data": data_dir(), "cache": cache_dir()}
+    places = [(path, place) for place, root in roots.items() for path in _directories(root / "shards")]
     if deployed and deployed.is_dir() and deployed.resolve() not in {path.resolve() for path, _ in places}:
         places.append((deployed, "elsewhere"))
     sets = []
@@ -82,7 +82,9 @@ def make_listing() -> Listing:
         sets.append(_look(path, place, use))
     sizes = None
     if deployment:
-        manifest = _manifest_of(Path(deployment.shards))
+        manifest = None
+        with contextlib.suppress(MoectlError):
+            manifest = read_manifest(Path(deployment.shards))
         ranks = [
             DeployedSize(i, r.host.address, r.directory, _rank_bytes(manifest, i) if r.directory else None)
             for i, r in enumerate(deployment.ranks)
@@ -109,7 +111,7 @@ def choose_old(listing: Listing) -> tuple[ShardSet, ...]:
 
 
 def delete_set(one: ShardSet) -> None:
-    """Delete a set's directory, the manifest first, so that nobody takes it for a whole one.
+    """Delete a set's directory, the manifest first: without it, the rest is not taken for a whole set.
 
     Raises StateError when it is in use by now, when another moectl works on it, or when the disk refuses.
     """
@@ -149,7 +151,6 @@ def _directories(root: Path) -> list[Path]:
 
 
 def _look(path: Path, place: str, use: str) -> ShardSet:
-    size = _size(path)
     state, manifest = "complete", None
     try:
         manifest = read_manifest(path)
@@ -158,22 +159,11 @@ def _look(path: Path, place: str, use: str) -> ShardSet:
     except MoectlError:
         state = "damaged"
     changed = path / MANIFEST_NAME if manifest else path
-    found = ShardSet(path.name, path, place, size, changed.stat().st_mtime, state, use)
+    found = ShardSet(path.name, path, place, _size(path), changed.stat().st_mtime, state, use)
     if manifest is None:
         return found
     bits = manifest.quantization.bits if manifest.quantization else 16
-    return ShardSet(
-        path.name,
-        path,
-        place,
-        size,
-        found.changed_s,
-        state,
-        use,
-        ranks=manifest.world_size,
-        split=manifest.split,
-        bits=bits,
-    )
+    return replace(found, ranks=manifest.world_size, split=manifest.split, bits=bits)
 
 
 def _size(directory: Path) -> int:
@@ -183,12 +173,6 @@ def _size(directory: Path) -> int:
             with contextlib.suppress(OSError):
                 total += (Path(place) / name).lstat().st_size
     return total
-
-
-def _manifest_of(directory: Path) -> Manifest | None:
-    with contextlib.suppress(MoectlError):
-        return read_manifest(directory)
-    return None
 
 
 def _rank_bytes(manifest: Manifest | None, rank: int) -> int | None:

@@ -1,6 +1,6 @@
 """What each host is doing: what the controllers here say, and what is seen on the hosts themselves.
 
-It asks at each look and keeps nothing but the connections; it starts, stops and prints nothing.
+Each look asks again; only the connections are kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StatusRow:
     memory_bytes: int | None = None
     up_s: float | None = None
     tokens: int | None = None  # generated since it was loaded; of the whole model, told with its first rank
-    tok_s: float | None = None  # of late, of all answers together
+    tok_s: float | None = None  # recently, of all answers together
     link_bytes_s: float | None = None  # that this rank sends for these tokens, by their count and the model's shape
     error: MoectlError | None = None  # why it is down, or not known
 
@@ -63,7 +63,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What one host's own python told."""
+    """What one host's python told."""
 
     system: str
     deployed: bool
@@ -90,7 +90,7 @@ class Observer:
         close_all(self._remotes)
 
     def look(self) -> Status:
-        """Ask everybody once, all at the same time; within some 15 seconds, whatever hangs."""
+        """Ask all once, at the same time; a host that hangs is given up after the limit, 15 seconds."""
         described, silent = _describe_all()
         seen = on_each([rank.host for rank in self._ranks], self._see, limit_s=self._limit_s)
         rows = [self._row(rank, found) for rank, found in enumerate(seen)]
@@ -136,7 +136,7 @@ class Observer:
         return replace(row, state=IDLE)
 
     def _strangers(self, seen: Sequence[_Seen | MoectlError]) -> list[StatusRow]:
-        """Return the workers under the hosts' roots that are not this deployment's: somebody else's, or another set."""
+        """Return the workers under the hosts' roots that are not this deployment's, but another user's or set's."""
         found = []
         for rank, one in enumerate(seen):
             if isinstance(one, MoectlError):
@@ -179,7 +179,7 @@ def _is_whole(described: dict[str, Any]) -> bool:
 
 
 def _add_controller(row: StatusRow, described: dict[str, Any]) -> StatusRow:
-    """Return a rank's row with what its controller knows, which has a leash to it even where nobody else comes in."""
+    """Return a rank's row with what its controller knows: it has a connection even where a new login fails."""
     assert row.rank is not None
     memory = described["memory_bytes"][row.rank] or row.memory_bytes
     if _is_whole(described):
@@ -189,7 +189,7 @@ def _add_controller(row: StatusRow, described: dict[str, Any]) -> StatusRow:
 
 
 def _controller_rows(described: dict[str, Any]) -> list[StatusRow]:
-    """Return the ranks of a controller of which nothing is known but what it says."""
+    """Return the ranks of a controller; only what it says itself is known of them."""
     state = RUNNING if _is_whole(described) else UNKNOWN
     rows = [StatusRow(host, rank, state, described["name"]) for rank, host in enumerate(described["hosts"])]
     rows = [_add_controller(row, described) for row in rows]

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
@@ -72,6 +72,22 @@ def make_remote(host: Host) -> Remote:
     from moectl.hosts.ssh.remote import SSHRemote
 
     return SSHRemote(host)
+
+
+def ask_addresses(remote: Remote) -> tuple[str, str]:
+    """Return (this machine's address, the host's address) as the host's sshd sees them; empty when it does not say."""
+    words = remote.run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode("utf-8", "replace").split()
+    return (words[0], words[2]) if len(words) == 4 else ("", "")
+
+
+@contextlib.contextmanager
+def open_remotes(hosts: Sequence[Host]) -> Iterator[list[Remote]]:
+    """Yield the way to each host, for all questions of a command: it logs in when first used, and stays."""
+    remotes = [make_remote(host) for host in hosts]
+    try:
+        yield remotes
+    finally:
+        close_all(remotes)
 
 
 def close_all(remotes: Sequence[Remote]) -> None:

@@ -5,6 +5,7 @@ The programs are in `onhost`; they need nothing installed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,13 @@ def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping
     except OSError:
         pass  # its exit code and its output say why
     return process
+
+
+def end_process(process: Process, wait_s: float) -> None:
+    """End a program by its stdin: killing it would drop the connection."""
+    for close in (process.stdin.close, lambda: process.wait(wait_s), process.close):
+        with contextlib.suppress(OSError, ValueError, TimeoutError, MoectlError):
+            close()
 
 
 def explain_silence(host: str, code: int, stderr: bytes, oldest: tuple[int, int] = OLDEST) -> MoectlError:

@@ -78,6 +78,12 @@ class Survey:
         return self.hardware.os == "macOS"
 
     @property
+    def macos_version(self) -> tuple[int, int] | None:
+        """Return macOS's version, (26, 2)."""
+        match = re.match(r"(\d{1,4})(?:\.(\d{1,4}))?", self.hardware.os_version or "")
+        return (int(match[1]), int(match[2] or 0)) if match and self.is_mac else None
+
+    @property
     def build(self) -> str | None:
         """Return macOS's build, "25C56"."""
         match = re.search(r"^BuildVersion:\s*(\S+)", self.sections.get("sw_vers", ""), re.MULTILINE)

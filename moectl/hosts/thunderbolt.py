@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 THUNDERBOLT_5_BIT_S = 80_000_000_000  # Thunderbolt 3, 4 and USB4 links do 40 Gb/s
+RDMA_MACOS = (26, 2)  # the first macOS that has RDMA over Thunderbolt
 _GBIT = 1_000_000_000
 _SPEED = re.compile(r"(up to )?(\d{1,4}) ?gb/s", re.IGNORECASE)
 _INTERFACE = re.compile(r"([A-Za-z][\w.-]{0,30}): flags=[0-9a-fA-F]{1,8}<([^>]*)>(?:.*\bmtu (\d{1,9}))?")
@@ -71,6 +72,10 @@ class Cable:
     b: int
     a_port: Port
     b_port: Port
+
+    @property
+    def ends(self) -> tuple[tuple[int, Port], tuple[int, Port]]:
+        return (self.a, self.a_port), (self.b, self.b_port)
 
     @property
     def link_bit_s(self) -> int | None:

@@ -7,13 +7,14 @@ before anything is touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moectl.errors import HostsError, MoectlError, PlanError
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, parse_size
+from moectl.hosts.remote import Remote
 from moectl.model.catalog import MODELS, CatalogModel
 from moectl.model.manifest import Manifest, Quantization
 from moectl.model.placement import Placement
@@ -161,12 +162,17 @@ def find_prompt(asked: PlanOptions, context: int) -> int:
 
 
 def place_on(
-    hosts: Sequence[Host], asked: PlanOptions, *, force: bool, say: Callable[[str], None], probe: bool = False
+    hosts: Sequence[Host],
+    asked: PlanOptions,
+    *,
+    force: bool,
+    say: Callable[[str], None],
+    remotes: Sequence[Remote] | None = None,
 ) -> Callable[[Checkpoint, Wanted, Quantization | None], Placement]:
     """Return what chooses a placement on these hosts and refuses one that they cannot hold (see `prepare.shard`).
 
-    Where every host's chip and memory are known, `auto` is what the plan finds fastest. With `probe`, hosts without
-    memory= are asked before they are believed to hold their part.
+    Where every host's chip and memory are known, `auto` is what the plan finds fastest. Hosts without memory= are asked
+    first where there are `remotes`.
     """
     nodes = [known_node(host, asked) for host in hosts]
 
@@ -174,7 +180,7 @@ def place_on(
         count = wanted.nodes or len(wanted.shares or hosts)
         if None in nodes or count != len(nodes):
             placement = prepare.place(checkpoint, wanted, quantization)
-            known = ask_hosts(hosts, nodes) if probe and not force else nodes
+            known = ask_hosts(hosts, nodes, remotes) if remotes and not force else nodes
             check_fit(checkpoint.source, placement, quantization, known[:count], force=force, warn=say)
             return placement
         frequencies = find_frequencies(wanted, checkpoint.geometry)
@@ -257,32 +263,36 @@ def check_fit(
 
 
 def check_hosts(
-    hosts: Sequence[Host], manifest: Manifest, *, force: bool, warn: Callable[[str], None], probe: bool = False
+    hosts: Sequence[Host],
+    manifest: Manifest,
+    *,
+    force: bool,
+    warn: Callable[[str], None],
+    remotes: Sequence[Remote] | None = None,
 ) -> None:
-    """Refuse a shard set that some of its hosts cannot hold; with `probe`, hosts without memory= are asked.
+    """Refuse a shard set that some of its hosts cannot hold; with `remotes`, hosts without memory= are asked.
 
     A host that does not answer is left to the command that follows, which names it.
     """
     if len(hosts) == manifest.world_size:
         nodes = [known_node(host, PlanOptions()) for host in hosts]
-        if probe and not force:
-            nodes = ask_hosts(hosts, nodes)
+        if remotes and not force:
+            nodes = ask_hosts(hosts, nodes, remotes)
         check_fit(manifest.name, manifest.placement, manifest.quantization, nodes, force=force, warn=warn)
 
 
-def ask_hosts(hosts: Sequence[Host], nodes: Sequence[Node | None]) -> list[Node | None]:
+def ask_hosts(hosts: Sequence[Host], nodes: Sequence[Node | None], remotes: Sequence[Remote]) -> list[Node | None]:
     """Ask those hosts of which nothing is known yet, all at once."""
     from moectl.hosts.connect import map_at_once
 
-    return map_at_once(lambda rank: nodes[rank] or ask_host(hosts[rank]), range(len(hosts)))
+    return map_at_once(lambda rank: nodes[rank] or ask_host(hosts[rank], remotes[rank]), range(len(hosts)))
 
 
-def ask_host(host: Host) -> Node | None:
+def ask_host(host: Host, remote: Remote) -> Node | None:
     """Ask a host over SSH what it is made of; None when it does not say."""
-    from moectl.hosts.connect import make_remote
     from moectl.hosts.survey import read_hardware
 
-    with suppress(MoectlError), closing(make_remote(host)) as remote:
+    with suppress(MoectlError):
         return known_node(host, PlanOptions(found={host.name: read_hardware(remote)}))
     return None
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl.errors import HostsError, NotDeployed
+from moectl.hosts.connect import ask_addresses, connect
 from moectl.hosts.hostfile import NAMES_ONLY, Host, HostList
 from moectl.hosts.remote import LocalRemote, Remote
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
@@ -117,15 +118,17 @@ def open_session(
     target: Target,
     *,
     backend: str = "auto",
+    remotes: Sequence[Remote] | None = None,
     on_made: Callable[[Session], None] = lambda session: None,
     **options: Any,
 ) -> Iterator[Session]:
     """Start the target's workers and yield their session; `options` are Session's. Everything ends with the block.
 
-    `on_made` gets the session before it starts: closing it ends the start.
+    `remotes` are the connections to a deployment's hosts where the caller has them. `on_made` gets the session before
+    it starts: closing it ends the start.
     """
     with contextlib.ExitStack() as held:
-        ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held)
+        ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held, remotes)
         wanted = backend
         if isinstance(target, Deployment) and backend == "auto" and target.backend:
             wanted = target.backend
@@ -153,13 +156,12 @@ def share_cores(ranks: int) -> dict[str, str]:
     return {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
 
 
-def _deployed_ranks(target: Deployment, held: contextlib.ExitStack) -> list[RankSpec]:
-    from moectl.hosts.connect import connect
-
+def _deployed_ranks(target: Deployment, held: contextlib.ExitStack, remotes: Sequence[Remote] | None) -> list[RankSpec]:
     hosts = [rank.host for rank in target.ranks]
-    remotes = connect(hosts)
-    for remote in remotes:
-        held.callback(remote.close)
+    if remotes is None:
+        remotes = connect(hosts)
+        for remote in remotes:
+            held.callback(remote.close)
     env = split_envs(target.envs)
     addresses = find_addresses(hosts, remotes)
     return [
@@ -181,7 +183,7 @@ def split_envs(envs: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in (e.partition("=") for e in envs)}
 
 
-def find_addresses(hosts: list[Host], remotes: list[Remote]) -> list[tuple[str, ...]]:
+def find_addresses(hosts: Sequence[Host], remotes: Sequence[Remote]) -> list[tuple[str, ...]]:
     """Return each host's IPv4 addresses for tensor traffic: `ip=`, else the one that SSH reached it by.
 
     sshd tells both ends of the connection in SSH_CONNECTION, so aliases and jump hosts need no guess, and this machine
@@ -190,7 +192,7 @@ def find_addresses(hosts: list[Host], remotes: list[Remote]) -> list[tuple[str, 
     # A localhost among remote hosts has to know how those see it, even where they all have ip=.
     need_ours = any(h.is_local and not h.ips for h in hosts) and not all(h.is_local for h in hosts)
     seen = {
-        h.address: _ssh_connection(r)
+        h.address: ask_addresses(r)
         for h, r in zip(hosts, remotes, strict=True)
         if not h.is_local and (need_ours or not h.ips)
     }
@@ -205,9 +207,3 @@ def find_addresses(hosts: list[Host], remotes: list[Remote]) -> list[tuple[str, 
                     hint=f"write '{host.name} ip=10.0.0.1' with its own address in the hosts file",
                 )
     return found
-
-
-def _ssh_connection(remote: Remote) -> tuple[str, str]:
-    """Return (this machine's address, the host's address) as the host's sshd sees them; empty when it does not say."""
-    words = remote.run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode().split()
-    return (words[0], words[2]) if len(words) == 4 else ("", "")

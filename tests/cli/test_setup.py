@@ -108,7 +108,7 @@ def test_apply_restart_and_undo(call: Call, pair: list[FakeMac]) -> None:
     pair[1].restart(1)
     code, out, err = call("setup", "--undo", "--yes")
     assert (code, out) == (0, "9 commands run: what setup had changed is undone.\n"), err
-    assert "left out: en2 has 192.168.0.2 no more" in err
+    assert "left out: en2 does not have 192.168.0.2 any more" in err
     back = ["sysctl iogpu.wired_limit_mb=0", "pmset -c sleep 10"]
     assert pair[0].commands == [*PAIR[0], *settings, *PAIR[0], *back, *UNDO[0]]
     assert pair[1].commands == [*PAIR[1], *settings, *back, UNDO[1][0], UNDO[1][2]]

@@ -17,7 +17,7 @@ import pytest
 from moectl.cluster.deploy.deploy import deploy
 from moectl.cluster.deploy.uninstall import clear_hosts
 from moectl.cluster.doctor.finding import Level
-from moectl.cluster.doctor.host import check_locale, check_sessions, check_sshd_limits
+from moectl.cluster.doctor.login import check_locale, check_sessions, check_sshd_limits
 from moectl.cluster.logs import LogQuery, find_sources
 from moectl.cluster.setup.record import open_record
 from moectl.errors import CommandFailed, IntegrityError, PlanError, StateError, UsageError

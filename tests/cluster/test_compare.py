@@ -21,6 +21,7 @@ from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.remote import LocalRemote
 from moectl.hosts.survey import Survey
+from tests.cluster.test_host import environment
 from tests.support import cabling
 
 INTERFACES = {1: "en2", 2: "en3", 3: "en4", 4: "en5"}
@@ -40,7 +41,7 @@ def mac(
         sections["ibv_devices"] = cabling.ibv_devices_text(list(INTERFACES.values()))
     visit = Visit(Host(f"mac{number}"), number, LocalRemote())
     visit.survey = Survey(Hardware(os="macOS", os_version="26.2"), sections)
-    visit.environment = {"version": python, "packages": {"moectl": "0.1.0", "mlx": "0.32.4"}, "python": "/p"}
+    visit.environment = environment(version=python, packages={"moectl": "0.1.0", "mlx": "0.32.4"})
     return visit
 
 
@@ -78,7 +79,7 @@ def test_another_build_and_another_python() -> None:
 
 def test_other_packages() -> None:
     other = mac(1)
-    other.environment = {"version": "3.12.0", "packages": {"moectl": "0.1.0", "mlx": "0.31.0"}}
+    other.environment = environment(version="3.12.0", packages={"moectl": "0.1.0", "mlx": "0.31.0"})
     found = only(check_packages([mac(0), other]))
     assert (found.level, "mlx 0.31.0, moectl 0.1.0 on mac1" in found.text) == (Level.FAIL, True)
 

@@ -24,7 +24,7 @@ import pytest
 import moectl
 import moectl.cluster.deploy.deploy
 from moectl.cluster.deploy.deploy import DeployResult, deploy
-from moectl.cluster.deploy.provision import Advanced, Event, HostResult, Planned, Working
+from moectl.cluster.deploy.task import Advanced, Event, HostResult, Planned, Working
 from moectl.cluster.deploy.wheel import pack_wheel, write_wheel
 from moectl.errors import (
     AuthFailed,
@@ -584,7 +584,7 @@ def test_ctrl_c_ends_every_process_and_the_next_run_goes_on(sshd: Server, tmp_pa
         "from moectl.cluster.deploy.deploy import deploy\n"
         "from moectl.hosts.hostfile import parse_hosts\n"
         "from moectl.model.manifest import read_manifest\n"
-        "from moectl.cluster.deploy.provision import Advanced\n"
+        "from moectl.cluster.deploy.task import Advanced\n"
         "def main():\n"
         "    hosts = parse_hosts(Path(sys.argv[1]).read_text()).hosts\n"
         "    say = lambda e: isinstance(e, Advanced) and print('moving', flush=True)\n"

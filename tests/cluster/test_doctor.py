@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moectl.cluster.doctor import diagnose as doctor, host as doctor_host
+from moectl.cluster.doctor import diagnose as doctor, login
 from moectl.cluster.doctor.diagnose import choose_hosts, diagnose
 from moectl.cluster.doctor.finding import Level
 from moectl.hosts.connect import run_at_once
@@ -156,7 +156,7 @@ def test_a_wall_between_two_hosts_and_an_address_that_moved(
 
 def test_a_host_that_hangs_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "HOST_S", 1.5)
-    monkeypatch.setattr(doctor_host, "PING_S", 20.0)
+    monkeypatch.setattr(login, "PING_S", 20.0)
     with run_sshd(tmp_path / "sshd", "ForceCommand sleep 60") as server:
         monkeypatch.setenv("MOECTL_SSH_CONFIG", str(server.config))
         where = HostList((Host("localhost"), Host(server.add_alias("stuck"))), source="hosts.txt")

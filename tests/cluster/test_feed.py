@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from moectl.cli.app import cli
 from moectl.cli.options import Failed
 from moectl.cluster.deploy.feed import shard_and_deploy
-from moectl.cluster.deploy.provision import Event, HostResult
+from moectl.cluster.deploy.task import Event, HostResult
 from moectl.errors import CheckpointError, PartialFailure, UsageError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import RECORD, hash_file

@@ -22,9 +22,9 @@ import pytest
 import moectl
 from moectl.cluster.deploy import fleet, relay
 from moectl.cluster.deploy.deploy import DeployResult, deploy, manifest_entry
-from moectl.cluster.deploy.provision import Advanced, Event, HostTask, Working
 from moectl.cluster.deploy.push import Found, PeerLink, Push
 from moectl.cluster.deploy.relay import Admit, More, TakeFrom, Wants
+from moectl.cluster.deploy.task import Advanced, Event, HostTask, Working
 from moectl.errors import Unreachable
 from moectl.hosts.remote import LocalRemote
 from moectl.model.manifest import NAME, Manifest, is_shared
@@ -210,7 +210,7 @@ def test_after_kill_9_nothing_is_left_and_the_next_run_goes_on(netns: Cluster, s
         "from moectl.cluster.deploy.deploy import deploy\n"
         "from moectl.hosts.hostfile import parse_hosts\n"
         "from moectl.model.manifest import read_manifest\n"
-        "from moectl.cluster.deploy.provision import Advanced\n"
+        "from moectl.cluster.deploy.task import Advanced\n"
         "def main():\n"
         "    hosts = parse_hosts(Path(sys.argv[1]).read_text()).hosts\n"
         "    say = lambda e: isinstance(e, Advanced) and print(e.bytes, flush=True)\n"

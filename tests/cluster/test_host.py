@@ -13,23 +13,20 @@ from typing import Any
 
 import pytest
 
-from moectl.cluster.doctor import host as doctor_host
+from moectl.cluster.deploy.task import FileSurvey
+from moectl.cluster.doctor import host as doctor_host, login
 from moectl.cluster.doctor.finding import Finding, Level, at_host
 from moectl.cluster.doctor.host import (
     Expected,
     Visit,
     check_addresses,
-    check_agent,
-    check_clock,
     check_disk,
-    check_locale,
     check_memory,
-    check_noise,
     check_shards,
-    check_sshd_limits,
     check_versions,
     visit_host,
 )
+from moectl.cluster.doctor.login import check_agent, check_clock, check_locale, check_noise, check_sshd_limits
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
@@ -107,7 +104,7 @@ def test_a_host_that_takes_the_call_and_says_nothing(sshd: Server) -> None:
 
 
 def test_a_shell_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_host, "PING_S", 0.5)
+    monkeypatch.setattr(login, "PING_S", 0.5)
     with run_sshd(tmp_path / "sshd", "ForceCommand sleep 60") as server:
         monkeypatch.setenv("MOECTL_SSH_CONFIG", str(server.config))
         found = visit(Host(server.add_alias("stuck")))
@@ -218,10 +215,29 @@ def test_a_clock_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 # The software and the shard set.
 
 
-def environment(**changes: Any) -> dict[str, Any]:
+def environment(**changes: Any) -> FileSurvey:
+    """What a host tells that has everything."""
     packages = {"moectl": "1", "mlx": "2", "mlx-lm": "3"}
-    usual = {"python": "/p", "packages": packages, "code": "c", "free": 10**12, "root": "/r", "writable": True}
-    return {**usual, **changes}
+    usual = FileSurvey(
+        python="/p",
+        version="3.12.4",
+        root="/r",
+        directory="/r/shards/tiny",
+        free=10**12,
+        device=1,
+        env=True,
+        writable=True,
+        packages=packages,
+        code="c",
+        stamp="",
+        wheels={},
+        missing={},
+        kept=[],
+        corrupt=[],
+        known={},
+        begun={},
+    )
+    return replace(usual, **changes)
 
 
 EXPECTED = Expected({"moectl": "1", "mlx": "2", "mlx-lm": "3"}, "c", deploy="moectl deploy hosts.txt")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moectl.cluster.deploy.provision import reason_of
+from moectl.cluster.deploy.environment import reason_of
 from moectl.hosts.onhost import deploy
 
 NO_MATCH = """\

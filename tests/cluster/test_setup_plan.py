@@ -15,8 +15,9 @@ from hypothesis import given, settings, strategies as st
 from moectl.cli.verbs.setup import file_text, plan_json
 from moectl.cluster.doctor.compare import check_backend
 from moectl.cluster.doctor.finding import Level
+from moectl.cluster.setup.commands import Wish
 from moectl.cluster.setup.machine import Machine, read_machine
-from moectl.cluster.setup.plan import SetupPlan, Wish, plan_setup
+from moectl.cluster.setup.plan import SetupPlan, plan_setup
 from moectl.errors import HostsError, PlanError
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList, format_hosts, parse_hosts

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from moectl.cluster.deploy.provision import HostResult, HostTask, deployed_host
+from moectl.cluster.deploy.provision import deployed_host
 from moectl.cluster.deploy.push import Push
+from moectl.cluster.deploy.task import HostResult, HostTask
 
 
 class _Nobody:

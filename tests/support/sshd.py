@@ -33,6 +33,10 @@ class Server:
     config: Path
     process: subprocess.Popen[bytes]
 
+    def count_logins(self) -> int:
+        """Return how many logins it has accepted so far."""
+        return (self.directory / "sshd.log").read_text().count("Accepted publickey for")
+
     def add_alias(self, alias: str, *lines: str, port: int | None = None, base: bool = True) -> str:
         """Add `Host alias` to the configuration, with `lines` before the usual ones; return the alias."""
         usual = [

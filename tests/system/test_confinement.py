@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from moectl.cluster.deploy import deploy
-from moectl.cluster.deploy.provision import HostTask
+from moectl.cluster.deploy.task import HostTask
 from moectl.errors import CommandFailed, IntegrityError, MoectlError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import files as node

@@ -62,13 +62,18 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
     refused = moectl(*PROMPT, *at, check=8).stderr
     assert refused.splitlines() == ["Error: no model is deployed on left, right.", f"Hint: moectl deploy {hosts}"]
 
+    before = sshd.count_logins()
     deployed = moectl("deploy", str(hosts), "--json", MOECTL_DEPLOY_NO_CHECK="0")
+    # One of this machine for all that it asks and starts there, one of the process that fills the host.
+    assert sshd.count_logins() - before == 2 * len(lines)
     assert "Checked: every rank computes what it should" in deployed.stderr
     first = json.loads(deployed.stdout)
     assert [h["ok"] for h in first["hosts"]] == [True, True]
     assert all(h["copied_bytes"] > 0 for h in first["hosts"])
-    second = json.loads(moectl("deploy", str(hosts), "--json").stdout)
+    before = sshd.count_logins()
+    second = json.loads(moectl("deploy", str(hosts), "--json", MOECTL_DEPLOY_NO_CHECK="0").stdout)
     assert [h["copied_bytes"] for h in second["hosts"]] == [0, 0]
+    assert sshd.count_logins() - before == len(lines)  # nothing to copy: one, the start for the check included
 
     assert moectl(*PROMPT).stdout == alone  # the deployment is remembered
     assert moectl(*PROMPT, *at).stdout == alone

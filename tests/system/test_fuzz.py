@@ -20,7 +20,8 @@ from typing import Any, cast
 import pytest
 
 from moectl.cluster import probed_plan
-from moectl.cluster.deploy.provision import HostTask, inspect_host
+from moectl.cluster.deploy.provision import inspect_host
+from moectl.cluster.deploy.task import HostTask
 from moectl.cluster.probe import Site, measure_links
 from moectl.engine import protocol
 from moectl.engine.request import Request, Stats
@@ -356,9 +357,9 @@ def test_what_a_host_answers_to_deploy(
 
     def read(data: bytes) -> None:
         host = FakeHost(b"motd\n" + ANSWER + data + b"\n")
-        monkeypatch.setattr("moectl.hosts.connect.make_remote", lambda _: cast(Remote, host))
+        monkeypatch.setattr("moectl.cluster.deploy.provision.make_remote", lambda _: cast(Remote, host))
         try:
-            inspect_host(task)
+            inspect_host(task, cast(Remote, host))
             deploy_host(task)
         except MoectlError:
             if data not in valid:

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moectl.cluster.deploy import provision
-from moectl.cluster.deploy.provision import HostTask, inspect_host
+from moectl.cluster.deploy.provision import inspect_host
+from moectl.cluster.deploy.task import HostResult, HostTask
 from moectl.errors import CheckpointError, CommandFailed, HostError, HostsError, MoectlError
+from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host, parse_host_string, parse_hosts
 from moectl.hosts.remote import LocalRemote
 from moectl.hosts.ssh.remote import SSHRemote, quote_command
@@ -175,9 +178,11 @@ def survey(host: Host, shards: Path, name: str, file: str) -> provision.Look:
     wheel = shards / "moectl.whl"
     wheel.write_bytes(b"")
     entry = FileEntry(1, "0" * 64)
-    return inspect_host(
-        HostTask(0, host, shards, name, {file: entry}, {"moectl": "0"}, "", {wheel: entry}, dry_run=True, verify=False)
+    task = HostTask(
+        0, host, shards, name, {file: entry}, {"moectl": "0"}, "", {wheel: entry}, dry_run=True, verify=False
     )
+    with closing(make_remote(host)) as remote:
+        return inspect_host(task, remote)
 
 
 def test_hostile_paths_reach_a_host_as_they_are(ssh_host: Host, here: Path, tmp_path: Path) -> None:
@@ -192,7 +197,7 @@ def test_hostile_paths_reach_a_host_as_they_are(ssh_host: Host, here: Path, tmp_
         except MoectlError:
             return  # refused
         found = look.result
-        assert isinstance(found, provision.HostResult)
+        assert isinstance(found, HostResult)
         assert found.root == os.path.abspath(root)  # noqa: PTH100 - as the host does it
         assert found.copied_bytes == 1
 

@@ -18,13 +18,14 @@ from moectl.errors import error_json
 from moectl.text import size_text, table_text, time_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from moectl.cli.terminal import Bar, Progress
     from moectl.cluster.deploy.deploy import DeployResult
-    from moectl.cluster.deploy.provision import HostResult
+    from moectl.cluster.deploy.task import HostResult
     from moectl.cluster.deploy.uninstall import Cleared
     from moectl.hosts.hostfile import HostList
+    from moectl.hosts.remote import Remote
 
 
 def deploy_text(result: DeployResult, *, dry_run: bool) -> str:
@@ -216,29 +217,30 @@ def deploy(
       moectl deploy --only mac2 --verify
       moectl deploy --wheelhouse wheels
     """
+    from moectl.hosts.connect import open_remotes
     from moectl.session.deployment import recall_hosts
 
     listed = recall_hosts(common.require_hosts())
     cut = {
         name: options.pop(name) for name in (*_WANTED, "output", "revision", "tokenizer", "keep_source", "no_canary")
     }
-    options |= {"backend": listed.backend, "envs": listed.envs}
-    force = options["force"]
-    _fill_wheelhouse(common, listed, wheelhouse_build, options)
-    if model is None:
-        _refuse_alone(cut)
-        name, result = _deploy_cut(common, listed, shards, options)
-    else:
-        refuse_both({"--shard": model}, {"--shards": shards})
-        name, result = _deploy_growing(common, listed, model, cut, options)
-    dry_run = options["dry_run"]
-    common.print(deploy_text(result, dry_run=dry_run), deploy_json(result, name, dry_run=dry_run))
-    result.raise_failures()
-    if not (dry_run or options["only"] or no_check):
-        _check_results(common, force=force)
+    force, dry_run = options["force"], options["dry_run"]
+    with open_remotes(listed.hosts) as remotes:
+        options |= {"backend": listed.backend, "envs": listed.envs, "remotes": remotes}
+        _fill_wheelhouse(common, listed, wheelhouse_build, options)
+        if model is None:
+            _refuse_alone(cut)
+            name, result = _deploy_cut(common, listed, shards, options)
+        else:
+            refuse_both({"--shard": model}, {"--shards": shards})
+            name, result = _deploy_growing(common, listed, model, cut, options)
+        common.print(deploy_text(result, dry_run=dry_run), deploy_json(result, name, dry_run=dry_run))
+        result.raise_failures()
+        if not (dry_run or options["only"] or no_check):
+            _check_results(common, remotes, force=force)
 
 
-def _check_results(common: Common, *, force: bool) -> None:
+def _check_results(common: Common, remotes: Sequence[Remote], *, force: bool) -> None:
     """Start what was just deployed, and end it; raises when a rank computes something else."""
     from moectl.model.manifest import read_manifest
     from moectl.server import attach
@@ -251,7 +253,7 @@ def _check_results(common: Common, *, force: bool) -> None:
         common.say("Not checked: it is running. 'moectl stop', then the next start checks it.")
     else:
         common.say("Starting it once to check its results")
-        with launch.open_session(target, force=force) as session:
+        with launch.open_session(target, remotes=remotes, force=force) as session:
             off = session.model.deviation
         common.say(f"Checked: every rank computes what it should (off by {off:.1g} at most). Next: moectl run")
 
@@ -273,7 +275,7 @@ def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: di
         return
     from moectl.cluster.deploy import wheelhouse
 
-    platforms = wheelhouse.ask_platforms(listed.hosts)
+    platforms = wheelhouse.ask_platforms(listed.hosts, options["remotes"])
     wheelhouse.build(directory, platforms, deploy_.wanted_versions(), say=common.say)
 
 
@@ -296,7 +298,8 @@ def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: d
     common.say(f"{manifest.name} on {', '.join(host.address for host in listed.hosts)}")
     if stray := find_stray(directory, manifest):
         common.say(f"Warning: {stray}")
-    check_hosts(listed.hosts, manifest, force=options.pop("force"), warn=common.say, probe=True)
+    force = options.pop("force")
+    check_hosts(listed.hosts, manifest, force=force, warn=common.say, remotes=options["remotes"])
     with progress(quiet=common.quiet) as bars:
         on_event = _draw_deploy(common, bars)
         return manifest.name, deploy_.deploy(listed.hosts, directory, manifest, on_event=on_event, **options)
@@ -327,7 +330,7 @@ def _deploy_growing(
             tokenizer=cut["tokenizer"],
             keep_source=cut["keep_source"],
             no_canary=cut["no_canary"],
-            choose_place=place_on(hosts, PlanOptions(), force=force, say=common.say, probe=True),
+            choose_place=place_on(hosts, PlanOptions(), force=force, say=common.say, remotes=options["remotes"]),
         )
         try:
             fed = shard_and_deploy(shard, hosts, on_event=_draw_deploy(common, bars), **options)
@@ -341,7 +344,7 @@ def _deploy_growing(
 
 def _draw_deploy(common: Common, bars: Progress) -> Callable[[Any], None]:
     """Return what draws a bar per host; how each ended is told afterwards."""
-    from moectl.cluster.deploy.provision import Advanced, Planned, Working
+    from moectl.cluster.deploy.task import Advanced, Planned, Working
 
     drawn: dict[str, Bar] = {}
 

@@ -1,13 +1,10 @@
-"""The verb that sets Macs up for each other: setup.
-
-Imports of the working modules are inside the commands, so that `--help` and Tab load click only.
-"""
+"""`moectl setup`: addresses and RDMA for Macs that are cabled to each other."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +14,17 @@ from moectl import errors
 from moectl.cli import suggest
 from moectl.cli.options import Common, common, refuse_both
 from moectl.cli.verb import verb
+from moectl.text import count_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from moectl.cluster.setup.plan import Advice, SetupPlan, Step, Wish
+    from moectl.cluster.setup.commands import Step, Wish
+    from moectl.cluster.setup.plan import SetupPlan
     from moectl.cluster.setup.record import RecordedCommand
     from moectl.cluster.setup.run import OnCommand, Sudo
-    from moectl.hosts.hostfile import Host, HostList
+    from moectl.cluster.setup.shape import Advice
+    from moectl.hosts.hostfile import HostList
     from moectl.hosts.remote import Remote
     from moectl.hosts.thunderbolt import Cable
 
@@ -104,12 +104,14 @@ def _at_terminal() -> bool:
 def _set_up(common: Common, options: dict[str, Any]) -> None:
     from moectl.cluster.setup import run as setup_run
     from moectl.cluster.setup.plan import plan_setup
+    from moectl.files import write_whole
+    from moectl.hosts.connect import open_remotes
 
     hosts = common.require_hosts()
     output, wish = options["output"], _wish(options, len(hosts.hosts))
     if output is not None:
         _check_output(output, force=options["force"])
-    with setup_run.open_remotes(hosts.hosts) as remotes:
+    with open_remotes(hosts.hosts) as remotes:
         common.say(f"Looking at {', '.join(host.address for host in hosts.hosts)}")
         plan = plan_setup(setup_run.look(hosts.hosts, remotes), hosts, wish)
         content = file_text(plan, str(output)) if output else ""  # what it cannot hold is told first
@@ -117,14 +119,15 @@ def _set_up(common: Common, options: dict[str, Any]) -> None:
     if count is None:
         return
     if output is not None:
-        _write(output, content, force=options["force"])
+        _check_output(output, force=options["force"])  # it may have come between
+        write_whole(output, content.encode())
     state = "applied" if options["apply"] else "planned"
     document = plan_json(plan, state=state, written=str(output) if output else None, run=count)
     common.print(_result_text(common, plan, output, applied=count if options["apply"] else None), document)
 
 
 def _wish(options: dict[str, Any], world_size: int) -> Wish:
-    from moectl.cluster.setup.plan import Wish
+    from moectl.cluster.setup.commands import Wish
     from moectl.hosts.hostfile import parse_size
 
     limit = options["wired_limit"]
@@ -137,16 +140,14 @@ def _wish(options: dict[str, Any], world_size: int) -> Wish:
 
 
 def _needs(world_size: int) -> tuple[int, ...]:
-    """Return the bytes that each rank of the newest shard set needs at the context that plans assume."""
-    from moectl.planner.memory import rank_need
-    from moectl.planner.this_machine import CONTEXT
+    """Return the bytes that each rank of the newest shard set needs."""
+    from moectl.planner.memory import METAL_DTYPE_BYTES
+    from moectl.planner.this_machine import least_need
     from moectl.shards.prepare import newest_shards
 
     _, manifest = newest_shards(world_size)
-    context = min(CONTEXT, manifest.geometry.max_seq_len)
-    return tuple(
-        rank_need(manifest.placement, manifest.quantization, rank, context=context).total for rank in range(world_size)
-    )
+    placement, quantization = manifest.placement, manifest.quantization
+    return tuple(least_need(placement, quantization, [rank], METAL_DTYPE_BYTES) for rank in range(world_size))
 
 
 def _check_output(output: Path, *, force: bool) -> None:
@@ -158,27 +159,20 @@ def _check_output(output: Path, *, force: bool) -> None:
         raise errors.UsageError(f"{output} is there already", hint="choose another name, or --force to overwrite it")
 
 
-def _write(output: Path, content: str, *, force: bool) -> None:
-    from moectl.files import write_whole
-
-    _check_output(output, force=force)
-    write_whole(output, content.encode())
-
-
 def _result_text(common: Common, plan: SetupPlan, output: Path | None, *, applied: int | None) -> str:
-
     if applied:  # the plan was shown before the question
-        lines = [f"{applied} command{'s' * (applied != 1)} run; moectl setup --undo takes them back."]
+        lines = [f"{count_text(applied, 'command')} run; moectl setup --undo takes them back."]
     else:
         lines = [plan_text(plan, verbose=common.verbose > 0), ""]
     if output is not None:
         lines.append(f"The hosts file is in {output}.")
     else:
-        lines += ["The hosts file (-o FILE writes it):", hosts_text(plan)]
+        name = "hosts.json" if plan.hosts.envs else "hosts.txt"  # text cannot hold variables
+        lines += ["The hosts file (-o FILE writes it):", file_text(plan, name)]
     if applied == 0:
         lines.append("Nothing had to be changed.")
     elif applied is None and any(plan.to_do):
-        lines.append(f"Nothing was changed. --apply runs {commands_text(plan.to_do)}.")
+        lines.append(f"Nothing was changed. --apply runs {_to_do_text(plan)}.")
     elif applied is None:
         lines.append("Nothing has to be changed on the hosts.")
     return "\n".join(lines)
@@ -195,24 +189,19 @@ def _apply(
     if plan.blockers:
         found = plan.blockers[0]
         raise errors.PlanError(found.text.partition(": ")[0], host=found.host, hint=found.text.partition(": ")[2])
-    at = [
-        (machine.host, remote)
-        for machine, remote, steps in zip(plan.machines, remotes, plan.to_do, strict=True)
-        if steps
-    ]
-    if not at:
+    changed = [place for place, steps in enumerate(plan.to_do) if steps]
+    if not changed:
         return 0
-    names = ", ".join(host.name for host, _ in at)
+    names = ", ".join(plan.machines[place].host.name for place in changed)
     common.say(plan_text(plan, verbose=common.verbose > 0))
-    if not yes and not _ask(f"Run {commands_text(plan.to_do)} as root on {names}?"):
+    if not yes and not _ask(f"Run {_to_do_text(plan)} as root on {names}?"):
         common.say("Nothing was changed.")
         return None
-    sudo = _become_root([remote for _, remote in at])
+    sudo = _become_root([remotes[place] for place in changed])
     with open_record() as record:
         count = setup_run.apply(plan, remotes, record, sudo, _teller(common))
     again = plan_setup(setup_run.look(hosts.hosts, remotes), hosts, wish)
-    lacks = setup_run.find_unfinished(again)
-    if lacks:
+    if lacks := setup_run.find_unfinished(again):
         raise errors.PartialFailure(
             f"{len(lacks)} of the commands ended well and had no effect: {'; '.join(lacks)}", hint=setup_run.UNDO
         )
@@ -222,10 +211,9 @@ def _apply(
 def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
     from moectl.cluster.setup import run as setup_run
     from moectl.cluster.setup.record import open_record, read_record
+    from moectl.hosts.connect import open_remotes
 
-    listed: tuple[Host, ...] | None = None
-    if named:
-        listed = common.require_hosts().hosts
+    listed = common.require_hosts().hosts if named else None
     entries = setup_run.choose_entries(read_record(), listed)
     if not entries:
         common.print("There is nothing to undo.", undo_json((), state="undone", run=0))
@@ -236,17 +224,17 @@ def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
         return
     at = setup_run.find_hosts_of(entries)
     common.say(undo_text(entries))
-    count = f"{len(entries)} command{'s' * (len(entries) != 1)}"
-    if not yes and not _ask(f"Run {count} as root on {', '.join(host.name for host in at)}?"):
+    names = ", ".join(host.name for host in at)
+    if not yes and not _ask(f"Run {count_text(len(entries), 'command')} as root on {names}?"):
         common.say("Nothing was changed.")
         return
-    with setup_run.open_remotes(at) as remotes, open_record() as record:
+    with open_remotes(at) as remotes, open_record() as record:
         sudo = _become_root(remotes)
         entries = setup_run.choose_entries(record.entries, listed)  # another setup may have come between
         by_host = {host.address: remote for host, remote in zip(at, remotes, strict=True)}
         ran = setup_run.undo(entries, by_host, record, sudo, _teller(common))
     document = undo_json(entries, state="undone", run=ran)
-    common.print(f"{ran} command{'s' * (ran != 1)} run: what setup had changed is undone.", document)
+    common.print(f"{count_text(ran, 'command')} run: what setup had changed is undone.", document)
 
 
 def _become_root(remotes: Sequence[Remote]) -> Sudo:
@@ -272,7 +260,6 @@ def _ask(question: str) -> bool:
 
 
 def _teller(common: Common) -> OnCommand:
-
     def tell(host: str, argv: tuple[str, ...], what: str) -> None:
         common.say(f"[{host}] {command_text(argv)}" + ("" if what in ("run", "undo") else f": {what}"))
 
@@ -290,11 +277,6 @@ def plan_text(plan: SetupPlan, *, verbose: bool = False) -> str:
     return "\n".join([*lines, "", *told] if told else lines)
 
 
-def hosts_text(plan: SetupPlan) -> str:
-    """Return the hosts file in text; MLX's JSON where the text cannot hold it."""
-    return file_text(plan, "hosts.json" if plan.hosts.envs else "hosts.txt")
-
-
 def file_text(plan: SetupPlan, name: str) -> str:
     """Return what a hosts file of this name holds: MLX's JSON for .json. Raises HostsError."""
     from moectl.hosts.hostfile import format_hosts
@@ -305,10 +287,8 @@ def file_text(plan: SetupPlan, name: str) -> str:
     return f"# {_title(plan)}; written by moectl setup\n{format_hosts(plan.hosts)}"
 
 
-def commands_text(steps: Sequence[Sequence[Step]]) -> str:
-    """Return "12 commands"."""
-    count = sum(map(len, steps))
-    return f"{count} command{'s' * (count != 1)}"
+def _to_do_text(plan: SetupPlan) -> str:
+    return count_text(sum(map(len, plan.to_do)), "command")
 
 
 def command_text(argv: Sequence[str]) -> str:
@@ -331,8 +311,8 @@ def plan_json(plan: SetupPlan, *, state: str, written: str | None, run: int = 0)
             {"host": machine.host.address, "mac": machine.is_mac, "commands": [_step_json(step) for step in steps]}
             for machine, steps in zip(plan.machines, plan.steps, strict=True)
         ],
-        "advice": [{"host": advice.host, "text": advice.text} for advice in plan.advice],
-        "blockers": [{"host": advice.host, "text": advice.text} for advice in plan.blockers],
+        "advice": [asdict(advice) for advice in plan.advice],
+        "blockers": [asdict(advice) for advice in plan.blockers],
         "hostfile": _hostfile_json(plan.hosts),
         "commands_run": run,
         "written": written,
@@ -357,29 +337,23 @@ def undo_json(entries: Sequence[RecordedCommand], *, state: str, run: int) -> di
 
 
 def _title(plan: SetupPlan) -> str:
-    count = len(plan.machines)
+    count, backend = len(plan.machines), plan.hosts.backend
     if plan.shape == "ethernet":
-        return f"{count} host{'s' * (count != 1)} over the addresses that they have (TCP)"
-    cables = len(plan.topology.cables)
-    return (
-        f"Thunderbolt {plan.shape} of {count} Macs, {cables} cable{'s' * (cables != 1)}: "
-        f"{_CARRIES[plan.hosts.backend]} ({plan.hosts.backend})"
-    )
+        return f"{count_text(count, 'host')} over the addresses that they have (TCP)"
+    cables = count_text(len(plan.topology.cables), "cable")
+    return f"Thunderbolt {plan.shape} of {count} Macs, {cables}: {_CARRIES[backend]} ({backend})"
 
 
 def _cable_lines(plan: SetupPlan) -> Iterator[str]:
     names = [machine.host.name for machine in plan.machines]
     for cable in plan.topology.cables:
         speed = f"{cable.link_bit_s / 1e9:.0f} Gb/s" if cable.link_bit_s else "unknown speed"
-        ends = (
-            f"{names[place]} port {port.receptacle} ({port.interface})"
-            for place, port in ((cable.a, cable.a_port), (cable.b, cable.b_port))
-        )
+        ends = (f"{names[place]} port {port.receptacle} ({port.interface})" for place, port in cable.ends)
         yield f"  {' - '.join(ends)}  {speed}"
 
 
 def _step_lines(steps: Sequence[Step], *, verbose: bool) -> Iterator[str]:
-    """Commands stand alone on their lines, to be copied; zsh would take a comment behind one for words of it."""
+    """Yield each command on a line of its own, to be copied: zsh would take a comment behind it for a part of it."""
     for step in steps:
         yield f"  {step.why}{', in effect already' if step.already else ''}:"
         yield f"    {command_text(step.argv)}"
@@ -396,11 +370,10 @@ def _advice_texts(told: Sequence[Advice]) -> list[str]:
 
 
 def _cable_json(cable: Cable, names: Sequence[str]) -> dict[str, Any]:
-    ends = ((cable.a, cable.a_port), (cable.b, cable.b_port))
     return {
         "ends": [
             {"host": names[place], "port": port.receptacle, "interface": port.interface, "rdma": port.rdma}
-            for place, port in ends
+            for place, port in cable.ends
         ],
         "bit_s": cable.link_bit_s,
     }

@@ -1,21 +1,21 @@
-"""The same verb on N hosts: connect to all, deploy to all. One host's failure never hides another's.
+"""Deploy a shard set to all hosts, and record the deployment. One host's failure never hides another's.
 
-What happens on one host is `provision`'s, and doing it on all of them at once `fleet`'s. It prints nothing: events tell
-what happens, results what came of it.
+`fleet` works on all hosts at once, `provision` on one of them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 import moectl
 from moectl.cluster.deploy.fleet import Feed, run_tasks
-from moectl.cluster.deploy.provision import PACKAGES, HostResult, HostTask, OnEvent
+from moectl.cluster.deploy.provision import PACKAGES
+from moectl.cluster.deploy.task import HostResult, HostTask, OnEvent
 from moectl.cluster.deploy.wheel import download_command, hash_code, is_ours, pack_wheel
 from moectl.errors import (
     IntegrityError,
@@ -24,9 +24,10 @@ from moectl.errors import (
     UsageError,
     VersionMismatch,
 )
-from moectl.hosts.connect import raise_failures
+from moectl.hosts.connect import open_remotes, raise_failures
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import hash_file
+from moectl.hosts.remote import Remote
 from moectl.model import manifest as manifest_file
 from moectl.model.manifest import FileEntry, Manifest
 from moectl.session.deployment import DeployedRank, Deployment, check_writable, find_deployment, write_deployment
@@ -53,7 +54,7 @@ class DeployResult:
 
 @dataclass(frozen=True, slots=True)
 class Growing:
-    """A shard set that is being made: its name, for how many hosts, and the bytes of each weight file."""
+    """A shard set that is being made: its name, its number of hosts, and the bytes of each weight file."""
 
     name: str
     world_size: int
@@ -66,6 +67,7 @@ def deploy(
     shard_dir: Path,
     manifest: Manifest | Growing,
     *,
+    remotes: Sequence[Remote] | None = None,
     wheelhouse: Path | None = None,
     jobs: int | None = None,
     only: Sequence[str] = (),
@@ -78,12 +80,12 @@ def deploy(
 ) -> DeployResult:
     """Bring every host its interpreter and its rank's files, and record the deployment.
 
-    `only` names the hosts to deploy to, by name or address (all when empty), `jobs` bounds how many work at once,
+    `remotes` are the ways to all hosts where the caller has them. `only` names the hosts to deploy to, by name or
+    address (all when empty), `jobs` bounds how many work at once,
     `verify` hashes again what is recorded as right, `wheelhouse` is a directory of wheels for hosts without internet.
     With `relay`, hosts pass on to each other what all of them need. A set that is still `Growing` is pushed as it
     grows. A host that fails is in the result; only what concerns all is raised: PlanError (number of hosts),
-    UsageError, VersionMismatch, IntegrityError, StateError (the deployment cannot be
-    recorded here), and fleet.Cancelled when the feed is.
+    UsageError, VersionMismatch, IntegrityError, StateError (the deployment cannot be recorded here), and FeedCancelled.
     """
     _check_request(hosts, manifest.name, manifest.world_size, only, wheelhouse)
     growing = manifest if isinstance(manifest, Growing) else None
@@ -92,7 +94,7 @@ def deploy(
         manifest_file.refuse_links_outside(shard_dir)
     if not dry_run:
         check_writable()
-    with tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
+    with ExitStack() as held, tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
         versions = wanted_versions()
         wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse, Path(scratch))
         tasks = [
@@ -107,14 +109,16 @@ def deploy(
                 wheels=wheels,
                 dry_run=dry_run,
                 verify=verify,
-                # This machine is where the files come from.
+                # This machine itself has all files.
                 relay=relay and not hosts[rank].is_local and sum(not hosts[r].is_local for r in chosen) > 1,
                 growing=growing is not None,
                 planned=_planned_of(growing, rank),
             )
             for rank in chosen
         ]
-        result = DeployResult(run_tasks(tasks, jobs or len(tasks), on_event, growing.feed if growing else None))
+        ways = remotes or held.enter_context(open_remotes(hosts))
+        feed = growing.feed if growing else None
+        result = DeployResult(run_tasks(tasks, [ways[r] for r in chosen], jobs or len(tasks), on_event, feed))
     if not dry_run and result.succeeded:
         _record(result, hosts, shard_dir.resolve(), manifest.name, backend, tuple(envs))
     return result
@@ -195,7 +199,7 @@ def _record(
 ) -> None:
     """Make this the current deployment; hosts that were left out keep the entry they had for the same set."""
     ranks = {rank: DeployedRank(host) for rank, host in enumerate(hosts)}
-    with contextlib.suppress(MoectlError):
+    with suppress(MoectlError):
         earlier = find_deployment()
         if earlier and earlier.name == name and earlier.shards == str(shards):
             ranks |= {i: r for i, r in enumerate(earlier.ranks) if i in ranks and r.host == ranks[i].host}

@@ -1,15 +1,16 @@
-"""Cut a model and bring it to the hosts at the same time: each file is pushed as soon as it is whole and hashed.
+"""Cut a model and deploy it at the same time: each file is pushed as soon as it is whole and hashed.
 
-The cut works in the calling thread and the push in another; what each does is `prepare`'s and `cluster`'s. Either stops
-cleanly when the other has failed, and the same command resumes both. The manifest goes last, as ever.
+`prepare` cuts in the calling thread, `deploy` pushes in another. Each stops when the other has failed, and the same
+command resumes both. The manifest goes last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from moectl.shards.prepare import Made
 
 
 class _NoHostLeft(Exception):
-    """Every host has failed: there is nobody to cut for."""
+    """Every host has failed: the cut has no purpose any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """What came of both: the name of the set, the cut (None: given up, as every host had failed), the push."""
+    """The name of the set, the result of the cut (None: stopped, as every host had failed), and that of the push."""
 
     name: str
     made: Made | None
@@ -37,8 +38,8 @@ class Fed:
 def shard_and_deploy(shard: Callable[..., Made], hosts: Sequence[Host], **options: Any) -> Fed:
     """Run `shard` (`prepare.shard` without its `on_files` and `on_file`) and push what it makes meanwhile.
 
-    `options` are `cluster.deploy`'s. Hosts that fail are in the result, and do not keep the cut from the others. Raises
-    what both raise; whichever raises first ends the other.
+    `options` are `deploy`'s. Hosts that fail are in the result; the others go on. Raises what both raise; the first
+    error ends both.
     """
     push = _Push(hosts, options)
     made = None
@@ -64,23 +65,19 @@ class _Push:
         self.feed = Feed()
         self._hosts = hosts
         self._options = options
-        self._thread: threading.Thread | None = None
-        self._result: DeployResult | None = None
-        self._error: BaseException | None = None
+        self._pushed: Future[DeployResult] | None = None
 
     def begin(self, name: str, directory: Path, placement: Placement, planned: Mapping[str, int]) -> None:
         """Start to push a set that is about to be made."""
         self.name = name
         growing = Growing(name, placement.world_size, planned, self.feed)
-        work = partial(deploy, self._hosts, directory, growing, **self._options)
-        self._thread = threading.Thread(target=self._work, args=(work,), name="push", daemon=True)
-        self._thread.start()
+        self._pushed = Future()
+        threading.Thread(target=self._work, args=(self._pushed, directory, growing), name="push", daemon=True).start()
 
     def add(self, name: str, entry: FileEntry) -> None:
         """Push a file that is whole. Raises what has ended the push, so that the cut stops."""
-        if self._thread is not None and not self._thread.is_alive():
-            if self._error is not None:
-                raise self._error
+        if self._pushed is not None and self._pushed.done():
+            self._pushed.result()
             raise _NoHostLeft
         self.feed.add({name: entry})
 
@@ -91,24 +88,21 @@ class _Push:
             self.feed.add({**files, NAME: manifest_entry(directory)}, last=True)
 
     def wait(self) -> DeployResult:
-        """Return what came of all hosts. Raises what `deploy` raises."""
-        if self._thread is not None:
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self._result is not None
-        return self._result
+        """Return the results of all hosts. Raises what `deploy` raises."""
+        assert self._pushed is not None
+        return self._pushed.result()
 
     def cancel(self) -> None:
         """End the push; what has arrived stays."""
         self.feed.cancel()
-        if self._thread is not None:
-            self._thread.join()
+        if self._pushed is not None:
+            self._pushed.exception()  # waits for its end
 
-    def _work(self, work: Callable[[], DeployResult]) -> None:
+    def _work(self, pushed: Future[DeployResult], directory: Path, growing: Growing) -> None:
         try:
-            self._result = work()
+            with contextlib.closing(self.feed.pipe):  # a write to it must not wait after the end
+                result = deploy(self._hosts, directory, growing, **self._options)
         except BaseException as error:  # the calling thread raises it
-            self._error = error
-        finally:
-            self.feed.pipe.close()  # nobody reads it any more, and who writes must not wait
+            pushed.set_exception(error)
+        else:
+            pushed.set_result(result)

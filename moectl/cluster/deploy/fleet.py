@@ -1,7 +1,6 @@
-"""One process per host: start them, pass word between them, and gather what came of each.
+"""One process per host, as one Python process cannot fill several fast links: start them, pass on their messages.
 
-One Python process cannot fill several fast links. What a host's process does is `provision`'s, who takes files from
-whom `chain`'s. It prints nothing: events tell what happens.
+`provision` is what a host's process does; `relay.Chain` decides which host takes files from which.
 """
 
 from __future__ import annotations
@@ -20,22 +19,13 @@ from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import Any
 
-from moectl.cluster.deploy.provision import (
-    Advanced,
-    Event,
-    HostResult,
-    HostTask,
-    Look,
-    OnEvent,
-    Planned,
-    Working,
-    deployed_host,
-    inspect_host,
-)
+from moectl.cluster.deploy.provision import Look, deployed_host, inspect_host
 from moectl.cluster.deploy.push import Push
 from moectl.cluster.deploy.relay import Admit, Chain, Down, Joined, More, Opened, TakeFrom, Up, Wants
+from moectl.cluster.deploy.task import Advanced, Event, HostResult, HostTask, OnEvent, Planned, Working
 from moectl.errors import MoectlError
 from moectl.hosts.connect import as_ours
+from moectl.hosts.remote import Remote
 from moectl.model import manifest as manifest_file
 from moectl.model.manifest import FileEntry
 
@@ -47,7 +37,7 @@ Pipe = connection.Connection
 
 
 class FeedCancelled(Exception):
-    """Whoever feeds the files has given up."""
+    """The files that are still missing will not come: the cut has failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +46,18 @@ class _Cancel:
 
 
 class Feed:
-    """Files that become ready while hosts are being deployed to; any thread may tell."""
+    """Files that become ready while hosts are being deployed to; any thread may add them."""
 
     def __init__(self) -> None:
         self.pipe, self._inlet = multiprocessing.Pipe(duplex=False)
         self._lock = threading.Lock()
 
     def add(self, files: Mapping[str, FileEntry], *, last: bool = False) -> None:
-        """Tell that these files are whole; after the last ones, none may come."""
+        """Add files that are whole; after the last ones, none may come."""
         self._send(More(files, last))
 
     def cancel(self) -> None:
-        """Tell that the rest will never come: the deployment ends with Cancelled."""
+        """End the deployment with FeedCancelled: the rest will not come."""
         self._send(_Cancel())
 
     def close(self) -> None:
@@ -80,16 +70,16 @@ class Feed:
 
 
 def run_tasks(
-    tasks: Sequence[HostTask], jobs: int, on_event: OnEvent, feed: Feed | None = None
+    tasks: Sequence[HostTask], remotes: Sequence[Remote], jobs: int, on_event: OnEvent, feed: Feed | None = None
 ) -> tuple[HostResult, ...]:
     """Look at all hosts in threads; each that lacks something then gets a process, `jobs` at once.
 
-    Most deployments find little to do, and a process costs more than looking. A host goes on as soon as it was looked
-    at, whatever the others do. Leaving early, by Ctrl-C too, ends all processes. Raises Cancelled.
+    Most deployments find little to do, and a process costs more than looking. No host waits for another to be looked
+    at. Leaving early, by Ctrl-C too, ends all processes. Raises FeedCancelled.
     """
     fleet = _Fleet(tasks, max(1, jobs), on_event, feed)
     try:
-        fleet.run()
+        fleet.run(remotes)
     finally:
         fleet.end()
     return tuple(fleet.results[rank] for rank in sorted(fleet.results))
@@ -111,9 +101,9 @@ class _Fleet:
         self._chain = Chain()
         self._tokens: dict[tuple[int, int], str] = {}  # (source, taker) → what will let the taker in
 
-    def run(self) -> None:
-        """Work until every host has a result."""
-        self._looking = {_start_look(task): task for task in self._tasks.values()}
+    def run(self, remotes: Sequence[Remote]) -> None:
+        """Work until every host has a result; `remotes` are the tasks' hosts'."""
+        self._looking = {_start_look(*each): each[0] for each in zip(self._tasks.values(), remotes, strict=True)}
         while len(self.results) < len(self._tasks):
             while self._waiting and self._busy < self._jobs:
                 self._start(self._waiting.pop(0))
@@ -180,7 +170,7 @@ class _Fleet:
             error = MoectlError("its deploy process exited unexpectedly", host=task.host.address)
             message = HostResult(task.rank, task.host, error)
         if isinstance(message, Up):
-            self._take_word(message)
+            self._take_request(message)
             return
         if isinstance(message, HostResult):
             self._take_result(pipe, message)
@@ -216,13 +206,13 @@ class _Fleet:
             self._send(task.rank, _part(More(self._files, self._last), task.rank))
 
     def _send(self, rank: int, message: Down) -> None:
-        with contextlib.suppress(OSError):  # it has ended, as we are about to hear
+        with contextlib.suppress(OSError):  # it has ended: its pipe will say so
             self._pipes[rank].send(message)
 
-    # Who takes from whom.
+    # Which host takes from which.
 
-    def _take_word(self, word: Up) -> None:
-        match word:
+    def _take_request(self, message: Up) -> None:
+        match message:
             case Joined(rank=rank):
                 self._chain.join(rank)
             case Wants(rank=rank, failed=failed, why=why):
@@ -252,7 +242,7 @@ class _Fleet:
             self._send(source, Admit(rank, token))
 
     def _forget(self, rank: int) -> None:
-        """Find other sources for those who were about to take from a host that has failed."""
+        """Find other sources for the hosts that were about to take from one that has failed."""
         self._chain.drop(rank)
         for source, taker in [pair for pair in self._tokens if rank in pair]:
             del self._tokens[source, taker]
@@ -264,17 +254,17 @@ def _part(more: More, rank: int) -> More:
     return More({n: e for n, e in more.files.items() if manifest_file.is_for(n, rank)}, more.last)
 
 
-def _start_look(task: HostTask) -> Pipe:
+def _start_look(task: HostTask, remote: Remote) -> Pipe:
     ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def look() -> None:
         started = time.monotonic()
         try:
-            seen = inspect_host(task)
+            seen = inspect_host(task, remote)
         except Exception as error:
             seen = Look(HostResult(task.rank, task.host, as_ours(error, task.host)), 0)
         result = replace(seen.result, duration_s=time.monotonic() - started)
-        with contextlib.suppress(OSError):  # nobody waits any more
+        with contextlib.suppress(OSError):  # the fleet has ended
             theirs.send(replace(seen, result=result))
         theirs.close()
 
@@ -316,7 +306,7 @@ def _serve_task(pipe: Pipe, task: HostTask) -> None:
 
 
 class _Line:
-    """The way to the parent: words up as they are, words down to the push once there is one."""
+    """The way to the parent: messages up as they are, messages down to the push once there is one."""
 
     def __init__(self, pipe: Pipe, send: _Throttle) -> None:
         self.tell = send.tell
@@ -330,7 +320,7 @@ class _Line:
         threading.Thread(target=self._pass_on, args=(push,), daemon=True).start()
 
     def linger(self) -> None:
-        """Stay until the parent needs us no more."""
+        """Stay until the parent does not need this process any more."""
         self._finished = True
         self._ended.wait()
 
@@ -354,7 +344,7 @@ class _Line:
 
 
 class _Throttle:
-    """Sends events up. It adds up progress, ten times a second; everything else goes at once, after it."""
+    """Sends events up: progress added up, ten times a second, everything else at once."""
 
     def __init__(self, task: HostTask, pipe: Pipe) -> None:
         self._task = task
@@ -372,10 +362,10 @@ class _Throttle:
             for ready in self._flush(event):
                 self._pipe.send(ready)
 
-    def tell(self, word: Up) -> None:
-        """Send what is no event."""
+    def tell(self, message: Up) -> None:
+        """Send a message that is not an event."""
         with self._lock, contextlib.suppress(OSError):  # the parent is gone, as the main thread will see
-            self._pipe.send(word)
+            self._pipe.send(message)
 
     def _flush(self, event: Event) -> Iterator[Event]:
         if self._pending:

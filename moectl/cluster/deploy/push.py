@@ -1,7 +1,7 @@
 """Bring one host its files as they become ready: from this machine, or from another host that has them already.
 
-Shared files come over `handover` where somebody has them, all others, and all when that fails, over `Remote.put`. What
-has arrived is verified and stays; the manifest goes last. It knows one host and does not decide whom it takes from.
+Files that all hosts share come from another host where one has them (`relay`). All other files, and all when that
+fails, come from this machine (`Remote.put`). What has arrived is verified and stays; the manifest goes last.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Arrived:
 
 
 class Push:
-    """The files of one host while they arrive. `run` works in one thread, the rest is told from others."""
+    """The files of one host while they arrive. `run` works in one thread, other threads call the rest."""
 
     def __init__(
         self, remote: Remote, shards: Path, found: Found, on_bytes: Callable[[int], None], link: PeerLink | None
@@ -82,7 +82,7 @@ class Push:
         self._giver: Giver | None = None
         self._closed = False
 
-    # What other threads tell.
+    # For other threads.
 
     def add(self, more: More) -> None:
         """Push these as well, those that were told before not again; files that are there already are only counted."""
@@ -205,7 +205,7 @@ class Push:
         if manifest_file.is_shared(name) and name != manifest_file.NAME:
             self._here[name] = entry
             if self._giver is not None:
-                with contextlib.suppress(MoectlError):  # who takes from us will notice
+                with contextlib.suppress(MoectlError):  # the host that takes from this one will notice
                     self._giver.offer(self._offers({name: entry}))
 
     def _offers(self, files: Mapping[str, FileEntry]) -> dict[str, tuple[str, int]]:

@@ -1,7 +1,6 @@
-"""The operator's end of `relay`: its two programs on one host, each on a leash, and the messages about them.
+"""Hosts that pass files on: the relay's two programs on a host, the messages about them, and who takes from whom.
 
-Who takes from whom is `chain`'s to say, and what is taken `push`'s. Tokens go down the leash's stdin, never into an
-argument list, a log or a message that people see.
+Tokens go to a program's stdin, never into an argument list, a log or a message that people see.
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moectl.errors import MoectlError, Unreachable
+from moectl.hosts.connect import ask_addresses
 from moectl.hosts.onhost.prelude import parse_answer
 from moectl.hosts.onhost.relay import BEAT_S, Address
+from moectl.hosts.programs import end_process
 from moectl.hosts.remote import Process, Remote
 from moectl.model.manifest import FileEntry
 
 HOLD_S = 10.0  # how long a host waits for one that has more already
 HEAD = -1  # the place of those that lack nothing
 MAX_TRIES = 2  # hosts that fail one host before it takes from the operator's machine
-
-
 ANSWER_S = 30.0  # for a program to start and answer
 SILENCE_S = 60.0
 END_S = 10.0
-FLOOR_BYTES_S = 250_000.0  # a host that is slower than this is as good as none
+FLOOR_BYTES_S = 250_000.0  # a source that is slower than this is given up
 
 
-# Up: from a host's process to the one that runs them all.
+# Up: from a host's process to the one that started it.
 @dataclass(frozen=True, slots=True)
 class Joined:
     """A host has its interpreter, and can pass on what it has."""
@@ -87,8 +86,8 @@ Up = Joined | Wants | Opened
 Down = Admit | TakeFrom | More
 
 
-class Leashed:
-    """One program of `relay` on a host. It is sent signs of life until it is closed."""
+class RelayProgram:
+    """One program of `onhost.relay` on a host. It gets heartbeats until it is closed."""
 
     def __init__(self, remote: Remote, command: str) -> None:
         """Start it. Raises HostError, RemoteError."""
@@ -114,13 +113,11 @@ class Leashed:
                         yield answer
 
     def close(self) -> None:
-        """Let the leash go and wait until the program has ended; idempotent."""
+        """End the program by its stdin and wait for it; idempotent."""
         self._closed.set()
         with self._lock, contextlib.suppress(OSError, ValueError):
             self._process.stdin.close()
-        with contextlib.suppress(TimeoutError, MoectlError):
-            self._process.wait(END_S)
-        self._process.close()
+        end_process(self._process, END_S)
 
     def _beat(self) -> None:
         with contextlib.suppress(MoectlError):
@@ -133,7 +130,7 @@ class Leashed:
                 self._process.stdin.write(line)
                 self._process.stdin.flush()
         except (OSError, ValueError):
-            raise Unreachable("its relay has ended", host=self._host) from None
+            raise Unreachable("its relay program has ended", host=self._host) from None
 
 
 class Giver:
@@ -141,8 +138,11 @@ class Giver:
 
     def __init__(self, remote: Remote, addresses: Sequence[str]) -> None:
         """Start it at the host's addresses (those for tensors; none: the one SSH reached). Raises MoectlError."""
-        addresses = addresses or [_find_address(remote)]
-        self._program = Leashed(remote, "serve")
+        if not addresses:
+            addresses = [ask_addresses(remote)[1]]
+            if not addresses[0]:
+                raise Unreachable("its address is not known", host=remote.name)
+        self._program = RelayProgram(remote, "serve")
         self._answers = self._program.answers()
         try:
             self._program.say({"bind": list(addresses)})
@@ -171,7 +171,7 @@ class Giver:
         finally:
             timer.cancel()
         if "error" in answer:
-            raise Unreachable(f"its relay cannot listen: {answer.get('reason', answer['error'])}")
+            raise Unreachable(f"its relay program cannot listen: {answer.get('reason', answer['error'])}")
         return answer
 
 
@@ -179,7 +179,7 @@ class Taker:
     """The program on a host that takes files from another host."""
 
     def __init__(self, remote: Remote, source: TakeFrom, floor: float) -> None:
-        self._program = Leashed(remote, "take")
+        self._program = RelayProgram(remote, "take")
         self._program.say({"at": source.at, "token": source.token, "floor": floor})
 
     def want(self, path: str, entry: FileEntry) -> None:
@@ -217,19 +217,11 @@ class Taker:
         self._program.close()
 
 
-def _find_address(remote: Remote) -> str:
-    """Return the address that SSH reached the host by. Raises MoectlError."""
-    words = remote.run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode().split()
-    if len(words) != 4:
-        raise Unreachable("its address is not known", host=remote.name)
-    return words[2]
-
-
 @dataclass(slots=True)
 class _Member:
     lacks_bytes: int  # of shared files
     joined: bool = False
-    late: bool = False  # busy with something else; nobody waits for it
+    late: bool = False  # busy with something else; no host waits for it
     place: int | None = None  # in the chain; whole ones stand at its head
     takers: int = 0
     wants_since: float | None = None
@@ -261,7 +253,7 @@ class Chain:
             member.place = HEAD
 
     def want(self, rank: int, now_s: float, failed: int | None = None) -> None:
-        """Note that a host asks for a source; the one it had, if any, does not do."""
+        """Note that a host asks for a source; the one that it had, if any, has failed."""
         member = self._members[rank]
         member.wants_since = now_s
         if failed is not None:

@@ -1,6 +1,6 @@
-"""What helps when a host stays away: a shard set by which the others could go on without it.
+"""What helps when a host stays away: a shard set with which the other hosts could go on.
 
-It looks at the sets on this machine and asks the remaining hosts what they hold; it changes nothing.
+It looks at the sets on this machine and asks the remaining hosts what they have; it changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moectl.text import format_gb
 def find_remedy(target: Deployment, lost: str) -> str | None:
     """Return in one line how the other hosts could answer without `lost`, a host's name; None when they could not.
 
-    Asks them over SSH what is on their disks, which takes some seconds.
+    They are asked over SSH what is on their disks, which takes some seconds.
     """
     rest = [rank.host for rank in target.ranks if rank.host.name != lost]
     if not rest or len(rest) == len(target.ranks):
@@ -44,7 +44,7 @@ def find_remedy(target: Deployment, lost: str) -> str | None:
 
 
 def _sets_for(source: str, hosts: list[Host]) -> Iterator[tuple[Path, Manifest]]:
-    """Yield the sets of this source, cut for this many hosts, that these have the memory for as far as is known."""
+    """Yield the sets of this source for this many hosts, unless one of them is known to have too little memory."""
     for path in sorted((data_dir() / "shards").glob(f"*/{MANIFEST_NAME}")):
         with contextlib.suppress(MoectlError):
             manifest = read_manifest(path.parent)

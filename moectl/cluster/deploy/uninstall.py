@@ -1,6 +1,6 @@
-"""Remove from hosts what moectl put there: `deploy`'s other half. It asks nobody whether that is wished.
+"""Remove from hosts what moectl put there.
 
-What is moectl's on a host is for `onhost.clear` to say, whether a worker runs there for `onhost.workers`.
+`onhost.clear` knows what is moectl's on a host, `onhost.workers` whether a worker runs there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLEAR_S = 600.0  # an environment has tens of thousands of files
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """What was found or removed on one host; `left` is under moectl's root and not moectl's."""
+    """What was found or removed on one host; `left` is what is under moectl's root and not moectl's."""
 
     host: str
     root: str = ""
@@ -43,15 +43,11 @@ class Cleared:
 def clear_hosts(hosts: Sequence[Host], *, dry_run: bool) -> list[Cleared]:
     """Remove what moectl put on each host, or only look; a host's error is in its result.
 
-    StateError where a worker runs under moectl's root there or a deploy is at work: nothing is removed on that host
-    then. What has been removed is forgotten as deployed.
+    The error is a StateError where a worker runs under moectl's root there or a deploy is at work; nothing is removed
+    on that host then. The record of the deployment forgets what has been removed.
     """
     keep = _own_sets() if any(host.is_local for host in hosts) else []
-
-    def clear(_: int, host: Host) -> Cleared:
-        return _clear(host, keep, dry_run)
-
-    found = on_each(hosts, clear)
+    found = on_each(hosts, lambda _, host: _clear(host, keep, dry_run))
     results = [
         Cleared(host.address, error=one) if isinstance(one, MoectlError) else one
         for host, one in zip(hosts, found, strict=True)
@@ -95,7 +91,7 @@ def _find_running(remote: Remote, pythons: Sequence[str], root: str) -> list[int
 
 
 def _is_under(worker: dict[str, object], root: str, pythons: Sequence[str]) -> bool:
-    """Whether a worker uses this root; one that keeps no log may, if it is this user's and in one of these pythons."""
+    """Whether a worker uses this root; without a log it counts as one if it is this user's and in these pythons."""
     logs = worker["logs"]
     assert isinstance(logs, list)
     paths = [str(worker["python"]), *map(str, logs)]

@@ -1,7 +1,7 @@
-"""Pack the moectl that is running into a wheel, so that every node gets exactly this one.
+"""Pack the moectl that is running into a wheel, so that every host gets exactly this one.
 
-It works from the imported package and its installed metadata, so `pip install .` and `pip install -e .`
-both serve and no build tool or source tree is needed. Equal files give equal bytes. It installs nothing.
+It packs the imported package and its installed metadata: no build tool or source tree is needed. Equal files give
+equal bytes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def write_wheel(path: Path, info: str, files: dict[str, bytes]) -> None:
         for name, content in [*sorted(files.items()), (f"{info}/RECORD", record.encode())]:
             entry = zipfile.ZipInfo(name, EPOCH)
             entry.external_attr = 0o644 << 16
-            # Weights shrink little, and squeezing the demo's would be half of what a deploy with nothing to do costs.
+            # Weights shrink little, and compressing the demo's would take half the time of a deploy without copies.
             weights = name.endswith(".safetensors")
             entry.compress_type = zipfile.ZIP_STORED if weights else zipfile.ZIP_DEFLATED
             archive.writestr(entry, content)

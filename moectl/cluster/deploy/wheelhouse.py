@@ -1,8 +1,7 @@
 """A wheelhouse: every wheel that moectl needs on hosts without internet, and a list of their hashes.
 
-It is filled here, by this machine's pip, for the hosts' pythons and systems, in this machine's own versions wherever
-they serve. Sending it and installing from it is `provision`'s. `requirements.txt` in it pins each file, so that pip
-takes these bytes or none.
+This machine's pip fills it for the hosts' pythons and systems, in this machine's versions where they fit.
+`requirements.txt` in it pins each file, so that pip takes these bytes or none.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from moectl.cluster.deploy.provision import PIP_S, reason_of
+from moectl.cluster.deploy.environment import PIP_S, reason_of
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
 from moectl.files import explain_refusal, write_whole
-from moectl.hosts.connect import make_remote, on_each
+from moectl.hosts.connect import on_each
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.files import hash_file
 from moectl.hosts.programs import OLDEST_PYTHON, ask, list_bases
-from moectl.hosts.remote import LocalRemote
+from moectl.hosts.remote import LocalRemote, Remote
 
 LIST = "requirements.txt"
 HEADER = "# moectl wheelhouse: each wheel here and its hash; pip takes no other bytes"
 ASK_S = 60.0
-# What older names of the same promise stand for, in versions of glibc.
+# The older names of these tags, by the minor version of glibc.
 _LEGACY = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
 _SYSTEMS = {"macosx": "darwin", "manylinux": "linux", "musllinux": "linux", "linux": "linux", "win": "win32"}
 
@@ -53,25 +52,22 @@ class Platform:
         return f"python {self.python} on {self.tags[0]}"
 
 
-# Asking.
-
-
-def ask_platforms(hosts: Sequence[Host]) -> list[Platform]:
+def ask_platforms(hosts: Sequence[Host], remotes: Sequence[Remote]) -> list[Platform]:
     """Return the distinct platforms of the hosts that are not this machine.
 
     A host that does not answer is left out; when none does, its error is raised.
     """
-    remote = [host for host in hosts if not host.is_local]
-    found = on_each(remote, lambda _, host: _ask_platform(host))
+    places = [place for place, host in enumerate(hosts) if not host.is_local]
+    others = [hosts[place] for place in places]
+    found = on_each(others, lambda index, host: _ask_platform(host, remotes[places[index]]))
     platforms = [one for one in found if isinstance(one, Platform)]
-    if remote and not platforms:
+    if others and not platforms:
         raise next(one for one in found if isinstance(one, MoectlError))
     return list(dict.fromkeys(platforms))
 
 
-def _ask_platform(host: Host) -> Platform:
-    with contextlib.closing(make_remote(host)) as remote:
-        answer = ask(remote, list_bases(host), "platform", {}, timeout_s=ASK_S, oldest=OLDEST_PYTHON)
+def _ask_platform(host: Host, remote: Remote) -> Platform:
+    answer = ask(remote, list_bases(host), "platform", {}, timeout_s=ASK_S, oldest=OLDEST_PYTHON)
     try:
         return make_platform(answer)
     except VersionMismatch as error:
@@ -219,9 +215,9 @@ def write_list(directory: Path) -> None:
 
 
 def check(directory: Path) -> None:
-    """Compare a wheelhouse with its list, and add to the list what is new; one without a list gets one.
+    """Compare a wheelhouse with its list, and add new wheels to the list; make the list where there is none.
 
-    Raises IntegrityError when a wheel is not what the list says, or has gone; what `make_list` raises.
+    Raises IntegrityError when a wheel is not what the list says, or is gone; what `make_list` raises.
     """
     path = directory / LIST
     text = ""
@@ -232,12 +228,12 @@ def check(directory: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     if text and not text.startswith(HEADER):
-        return  # somebody else's
+        return  # not written by moectl
     listed = {name: sha256 for sha256, name in re.findall(r"^# ([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
     there = {wheel.name for wheel in directory.glob("*.whl")}
     for name, sha256 in listed.items():
         if name not in there:
-            what = f"{name}, which {LIST} lists, has gone"
+            what = f"{name}, which {LIST} lists, is gone"
         elif _hash(directory / name) != sha256:
             what = f"{name} is not the file that {LIST} lists"
         else:
@@ -254,8 +250,8 @@ def check(directory: Path) -> None:
 def make_list(wheels: Iterable[Path]) -> str:
     """Return a requirements file for `pip install --require-hashes` that pins exactly these wheels.
 
-    A project whose wheels are for some systems or pythons only is asked for on those. Raises UsageError for two
-    versions of one project, for a name that is no wheel's, and for a wheel that cannot be read.
+    A project whose wheels are for some systems or pythons only is installed on those. Raises UsageError for two
+    versions of one project, for a file that is not named as a wheel, and for a wheel that cannot be read.
     """
     projects: dict[str, dict[str, list[tuple[Path, frozenset[Tag]]]]] = defaultdict(dict)
     for path in wheels:
@@ -288,7 +284,7 @@ def _parse(path: Path) -> tuple[str, str, frozenset[Tag]]:
     try:
         name, version, _, tags = parse_wheel_filename(path.name)
     except InvalidWheelFilename:
-        raise UsageError(f"{path} has no wheel's name") from None
+        raise UsageError(f"{path} does not have the name of a wheel") from None
     return str(name), str(version), tags
 
 

@@ -40,9 +40,7 @@ def check_systems(visits: Sequence[Visit]) -> Finding | None:
 
 def check_pythons(visits: Sequence[Visit]) -> Finding | None:
     """Say whether all interpreters are of one minor version."""
-    told = {
-        v.host.name: "python " + ".".join(str(v.environment["version"]).split(".")[:2]) for v in visits if v.environment
-    }
+    told = {v.host.name: "python " + ".".join(v.environment.version.split(".")[:2]) for v in visits if v.environment}
     if len(told) < 2:
         return None
     if len(set(told.values())) == 1:
@@ -54,9 +52,9 @@ def check_pythons(visits: Sequence[Visit]) -> Finding | None:
 def check_packages(visits: Sequence[Visit]) -> Finding | None:
     """Say whether hosts have the same packages; those without moectl are left out."""
     told = {
-        v.host.name: ", ".join(f"{name} {version}" for name, version in sorted(v.environment["packages"].items()))
+        v.host.name: ", ".join(f"{name} {version}" for name, version in sorted(v.environment.packages.items()))
         for v in visits
-        if v.environment and "moectl" in v.environment["packages"]
+        if v.environment and "moectl" in v.environment.packages
     }
     if len(told) < 2 or len(set(told.values())) == 1:
         return None

@@ -14,10 +14,17 @@ from moectl.cluster.doctor.finding import Finding, at_host, fail, ok, warn
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, split_devices
 from moectl.hosts.survey import Survey
-from moectl.hosts.thunderbolt import Interface, Port, find_generation, parse_ibv_devinfo, parse_ifconfig
+from moectl.hosts.thunderbolt import (
+    RDMA_MACOS,
+    Interface,
+    Port,
+    find_generation,
+    parse_ibv_devinfo,
+    parse_ifconfig,
+)
 from moectl.planner.chips import default_working_set_bytes
+from moectl.planner.memory import Memory
 
-RDMA_MACOS = (26, 2)
 _SETUP = "moectl setup shows the commands that mend it"
 _FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 _GIB = 1 << 30
@@ -47,8 +54,7 @@ def check_version(host: Host, survey: Survey, *, wants_rdma: bool) -> Finding:
     """Say which macOS it is, and whether that can do what the hosts file asks."""
     version = survey.hardware.os_version or "?"
     text = f"macOS {version}" + (f" ({survey.build})" if survey.build else "")
-    known = re.match(r"(\d{1,4})(?:\.(\d{1,4}))?", version)
-    if wants_rdma and known and (int(known[1]), int(known[2] or 0)) < RDMA_MACOS:
+    if wants_rdma and (survey.macos_version or RDMA_MACOS) < RDMA_MACOS:
         least = ".".join(map(str, RDMA_MACOS))
         fix = f"{at_host(host, 'sudo softwareupdate -ia -R')}, or leave rdma= out"
         return fail("system", f"{text}: RDMA over Thunderbolt needs {least} or newer", fix)
@@ -79,7 +85,7 @@ def check_wired_limit(host: Host, hardware: Hardware) -> Finding | None:
         return None
     default = default_working_set_bytes(memory)
     sizes = f"{limit / _GIB:.1f} GiB (default {default / _GIB:.1f})"
-    if limit > memory - min(4 * _GIB, memory // 4):
+    if limit > Memory(memory).budget:
         fix = at_host(host, "sudo sysctl iogpu.wired_limit_mb=0")
         text = f"wired memory limit {sizes} leaves macOS too little of {memory / _GIB:.0f} GiB: it may panic"
         return warn("wired_limit", text, fix, bytes=limit)
@@ -161,7 +167,7 @@ def check_devices(host: Host, ports: Sequence[Port], states: dict[str, str]) -> 
 def check_bridge(
     host: Host, interfaces: Sequence[Interface], ports: Sequence[Port], *, wants_rdma: bool
 ) -> Finding | None:
-    """Say whether the Thunderbolt bridge stands in the way: RDMA cannot use its members, and a ring of them loops."""
+    """Say whether the Thunderbolt bridge is in the way: RDMA cannot use its members, and a ring of them loops."""
     bridge = next((interface for interface in interfaces if interface.name == "bridge0"), None)
     if bridge is None or not bridge.is_up or not bridge.members:
         return None if bridge is None else ok("bridge", "bridge0 off")

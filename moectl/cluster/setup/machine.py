@@ -18,7 +18,7 @@ _FIRST = ("en0", "en1")  # where mlx.distributed_config looks for a Mac's addres
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One host; None or nothing where it did not say."""
+    """One host; None or empty is what it did not tell."""
 
     host: Host
     is_mac: bool = True
@@ -33,11 +33,10 @@ class Machine:
 
     @property
     def generation(self) -> int | None:
-        """Return of which Thunderbolt generation it is: 5, or 4 for all older ones."""
+        """Return its Thunderbolt generation: 5, or 4 for all older ones."""
         return find_generation(self.ports)
 
     def interface(self, name: str | None) -> Interface | None:
-        """Return an interface by its name."""
         return next((interface for interface in self.interfaces if interface.name == name), None)
 
     def find_address(self, not_on: frozenset[str]) -> str | None:
@@ -54,16 +53,13 @@ class Machine:
         first = [next((ip for ip, name in own.items() if name == wanted), None) for wanted in _FIRST]
         known = own if self.interfaces else self.addresses
         reached = self.reached_at if self.reached_at in known else None
-        for ip in (*first, reached, *known):
-            if ip is not None and not ipaddress.ip_address(ip).is_loopback and not _is_link_local(ip):
-                return ip
-        return None
+        found = (ip for ip in (*first, reached, *known) if ip is not None)
+        return next((ip for ip in found if not _is_of_host_alone(ipaddress.ip_address(ip))), None)
 
 
 def read_machine(host: Host, survey: Survey, reached_at: str | None = None) -> Machine:
     """Return what a survey told; `reached_at` is the host's own address in SSH_CONNECTION."""
     sections, hardware = survey.sections, survey.hardware
-    version = re.match(r"(\d{1,4})(?:\.(\d{1,4}))?", hardware.os_version or "")
     # What setup changes is the setting on mains power; what `pmset -g` tells is a MacBook's on battery, while it is.
     mains = re.search(r"^AC Power:$(.*?)(?:^\S|\Z)", sections.get("pmset_custom", ""), re.MULTILINE | re.DOTALL)
     told = mains[1] if mains else sections.get("pmset", "")
@@ -76,12 +72,12 @@ def read_machine(host: Host, survey: Survey, reached_at: str | None = None) -> M
         interfaces=parse_ifconfig(sections.get("ifconfig", "")) if survey.is_mac else (),
         addresses=survey.addresses,
         reached_at=reached_at,
-        version=(int(version[1]), int(version[2] or 0)) if version and survey.is_mac else None,
+        version=survey.macos_version,
         memory_bytes=hardware.memory_bytes,
         wired_limit_bytes=hardware.wired_limit_bytes,
         sleep_minutes=0 if disabled else int(sleep[1]) if sleep else None,
     )
 
 
-def _is_link_local(ip: str) -> bool:
-    return ipaddress.ip_address(ip).is_link_local
+def _is_of_host_alone(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return address.is_loopback or address.is_link_local

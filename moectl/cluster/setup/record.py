@@ -1,7 +1,7 @@
-"""What `setup --apply` ran on which host, written down before it ran, so that `--undo` takes back exactly that.
+"""What `setup --apply` ran on which host, written down before it ran, so that `--undo` undoes exactly that.
 
-One file of JSON lines in the state directory (0600 in 0700), only ever added to; gone when nothing is left to undo. A
-command that was begun and whose end is not known counts as run. It runs nothing.
+It is one file of JSON lines in the state directory (0600 in 0700). Lines are only added; the file is removed when
+nothing is left to undo. A command whose end is not known counts as run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Record:
             if (old.host, old.argv) == (entry.host, entry.argv):
                 return old.number
         self._last += 1
-        self._write({"begin": self._last, "at": int(time.time()), **_fields(entry)})
+        fields = {name: value for name, value in asdict(entry).items() if name not in ("number", "done")}
+        self._write({"begin": self._last, "at": int(time.time()), **fields})
         self._entries[self._last] = replace(entry, number=self._last)
         return self._last
 
@@ -132,7 +133,7 @@ def _open(path: Path, fd: int) -> Record:
         record._write({"schema": SCHEMA})
         sync_directory(path.parent)
     elif whole < len(data):
-        os.ftruncate(fd, whole)  # a line that a power cut tore
+        os.ftruncate(fd, whole)  # a power cut left a part of a line
     return record
 
 
@@ -164,16 +165,9 @@ def _replay(line: dict[str, Any], entries: dict[int, RecordedCommand]) -> int:
         fields = {name: value for name, value in line.items() if name not in ("begin", "at")}
         entries[number] = build(RecordedCommand, {**fields, "number": number})
         return number
+    number = int(line["done"] if "done" in line else line["undone"])
     if "done" in line:
-        number = int(line["done"])
         entries[number] = replace(entries[number], done=True)
-        return number
-    number = int(line["undone"])
-    del entries[number]
+    else:
+        del entries[number]
     return number
-
-
-def _fields(entry: RecordedCommand) -> dict[str, Any]:
-    fields = asdict(entry)
-    del fields["number"], fields["done"]
-    return fields

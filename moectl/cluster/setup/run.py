@@ -1,20 +1,20 @@
-"""Carry out what `setup_plan` proposed, and take it back: host by host, each command recorded before it runs.
+"""Run what `setup` proposed, and undo it: host by host, each command recorded before it runs.
 
-It decides nothing: the plan says what to run, the record what to undo. Commands run through sudo, which gets a password
-by its stdin if it wants one, never as an argument.
+The plan says what to run, the record what to undo. Commands run through sudo. If sudo wants a password, it gets it on
+stdin, never as an argument.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from moectl.cluster.setup.commands import Step
 from moectl.cluster.setup.machine import Machine, read_machine
-from moectl.cluster.setup.plan import SetupPlan, Step
+from moectl.cluster.setup.plan import SetupPlan
 from moectl.cluster.setup.record import Record, RecordedCommand
 from moectl.errors import AuthFailed, CommandFailed, HostError, MoectlError, PartialFailure
-from moectl.hosts.connect import make_remote, on_each, take_all
+from moectl.hosts.connect import ask_addresses, on_each, take_all
 from moectl.hosts.hostfile import Host, parse_host_string
 from moectl.hosts.remote import Completed, Remote, check_completed
 from moectl.hosts.survey import survey_host
@@ -36,21 +36,8 @@ class Sudo:
 
     def run(self, remote: Remote, argv: Sequence[str]) -> Completed:
         """Run a command as root; its exit code is the caller's to judge."""
-        if self.password is None:
-            return remote.run([*_RUN, "sudo", "-n", *argv], timeout_s=COMMAND_S, check=False)
-        line = self.password.encode() + b"\n"
-        return remote.run([*_RUN, "sudo", "-S", "-p", "", *argv], stdin=line, timeout_s=COMMAND_S, check=False)
-
-
-@contextlib.contextmanager
-def open_remotes(hosts: Sequence[Host]) -> Iterator[list[Remote]]:
-    """Yield the ways to some hosts; each connects when first used."""
-    remotes = [make_remote(host) for host in hosts]
-    try:
-        yield remotes
-    finally:
-        for remote in remotes:
-            remote.close()
+        flags, stdin = (["-n"], b"") if self.password is None else (["-S", "-p", ""], self.password.encode() + b"\n")
+        return remote.run([*_RUN, "sudo", *flags, *argv], stdin=stdin, timeout_s=COMMAND_S, check=False)
 
 
 def look(hosts: Sequence[Host], remotes: Sequence[Remote]) -> tuple[Machine, ...]:
@@ -58,18 +45,13 @@ def look(hosts: Sequence[Host], remotes: Sequence[Remote]) -> tuple[Machine, ...
 
     def ask(place: int, host: Host) -> Machine:
         survey = survey_host(remotes[place])
-        words = remotes[place].run(["printenv", "SSH_CONNECTION"], check=False).stdout.decode("utf-8", "replace")
-        mine = words.split()
-        return read_machine(host, survey, mine[2] if len(mine) == 4 and not host.is_local else None)
+        return read_machine(host, survey, None if host.is_local else ask_addresses(remotes[place])[1] or None)
 
     return tuple(take_all(hosts, on_each(hosts, ask)))
 
 
-# sudo.
-
-
 def who_wants_password(remotes: Sequence[Remote]) -> tuple[str, ...]:
-    """Return the hosts on which sudo asks for a password; one that is not reached will tell when it is needed."""
+    """Return the hosts on which sudo asks for a password; a host that is not reached is told when it is needed."""
     return tuple(remote.name for remote in remotes if _try_sudo(Sudo(), remote) is not None)
 
 
@@ -117,7 +99,7 @@ def _do(host: Host, remote: Remote, step: Step, record: Record, sudo: Sudo, on_c
     entry = RecordedCommand(0, host.address, step.argv, step.undo, step.interface, step.address, step.needed)
     number = record.begin(entry)
     on_command(host.name, step.argv, "run")
-    done = sudo.run(remote, step.argv)  # one whose end is never heard of stays in the record
+    done = sudo.run(remote, step.argv)  # a command whose end is not known stays in the record
     if done.code == 0:
         record.finish(number)
         return True
@@ -158,10 +140,10 @@ def find_hosts_of(entries: Sequence[RecordedCommand]) -> tuple[Host, ...]:
 def undo(
     entries: Sequence[RecordedCommand], remotes: Mapping[str, Remote], record: Record, sudo: Sudo, on_command: OnCommand
 ) -> int:
-    """Take back each entry, host by host, in the order given; return how many commands were run.
+    """Undo each entry, host by host, in the order given; return how many commands were run.
 
-    An address that its interface has no more, as after a restart, is left alone. What cannot be undone stays in the
-    record, and the other hosts are undone nevertheless. Raises PartialFailure, or the error that all hosts met.
+    An address that its interface does not have any more, as after a restart, is left alone. What cannot be undone stays
+    in the record, and the other hosts are undone all the same. Raises PartialFailure, or a single host's error.
     """
     count, failed = 0, []
     for name, remote in remotes.items():
@@ -187,7 +169,7 @@ def _undo_host(
     count, first = 0, None
     for entry in entries:
         if entry.address is not None and (entry.interface, entry.address) not in have:
-            on_command(name, entry.undo, f"left out: {entry.interface} has {entry.address} no more")
+            on_command(name, entry.undo, f"left out: {entry.interface} does not have {entry.address} any more")
             record.forget(entry.number)
             continue
         on_command(name, entry.undo, "undo")
