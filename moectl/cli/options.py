@@ -143,7 +143,7 @@ def common(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-def _confirm(question: str, *, yes: bool) -> None:
+def confirm(question: str, *, yes: bool) -> None:
     """Ask; exit 1 on "no". Raises UsageError where there is nobody to ask."""
     if yes:
         return
@@ -244,7 +244,7 @@ def refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
             raise errors.UsageError(f"{one} and {other} exclude each other")
 
 
-def _was_given(name: str) -> bool:
+def was_given(name: str) -> bool:
     source = click.get_current_context().get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
@@ -268,10 +268,10 @@ _CUT = (
     click.option("--no-canary", is_flag=True, help="Do not run the set once for later starts to be compared with."),
 )
 
-_WANTED = ("split", "shares", "replicas", "routing_stats", "q_bits", "q_group_size", "q_mode")
+WANTED = ("split", "shares", "replicas", "routing_stats", "q_bits", "q_group_size", "q_mode")
 
 
-def _cut_options(command: F) -> F:
+def cut_options(command: F) -> F:
     """Give a command the flags that say how to cut a model."""
     for option in reversed(_CUT):
         command = option(command)

@@ -193,7 +193,7 @@ def prepare_local(model: str | None, wanted: Wanted, *, shard: Callable[[str, Wa
     return Local(directory, read_manifest(directory))
 
 
-def _find_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
+def find_deployment_or_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
     """Return the deployment to look at; or hosts that are named and are not its own."""
     from moectl.session.deployment import find_deployment
 
@@ -207,7 +207,7 @@ def _find_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
     return None, listed.hosts
 
 
-def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
+def read_wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
     from moectl.model.routing import read_routing
     from moectl.shards.prepare import Wanted
 

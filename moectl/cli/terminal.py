@@ -198,7 +198,7 @@ def progress(*, quiet: bool = False) -> Iterator[Progress]:
         group.close()
 
 
-def _log_printer(common: Common) -> Callable[[str, str], None]:
+def log_printer(common: Common) -> Callable[[str, str], None]:
     if not common.verbose:
         return lambda host, line: None
     from moectl.text import printable

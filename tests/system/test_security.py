@@ -296,7 +296,7 @@ def test_no_host_and_no_model_gets_hold_of_a_terminal(monkeypatch: pytest.Monkey
     out, log, file = Screen(), Screen(), io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
     common = Common(hosts=None, hostfile=None, json=False, quiet=False, verbose=1, color="auto")
-    terminal._log_printer(common)("mac1", ESCAPE)
+    terminal.log_printer(common)("mac1", ESCAPE)
     assert log.getvalue().strip().isprintable()
     for screen in (out, file):
         monkeypatch.setattr("sys.stdout", screen)

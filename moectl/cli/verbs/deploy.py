@@ -11,8 +11,8 @@ import click
 
 from moectl import errors
 from moectl.cli import suggest
-from moectl.cli.options import _WANTED, Common, _confirm, _cut_options, _was_given, common, refuse_both
-from moectl.cli.target import _wanted, shard_model
+from moectl.cli.options import WANTED, Common, common, confirm, cut_options, refuse_both, was_given
+from moectl.cli.target import read_wanted, shard_model
 from moectl.cli.verb import verb
 from moectl.errors import error_json
 from moectl.text import size_text, table_text, time_text
@@ -146,7 +146,7 @@ def uninstall(common: Common, dry_run: bool, yes: bool) -> None:
             total = size_text(sum(one.bytes for one in results))
             if not (common.json or common.quiet):
                 click.echo(uninstall_text(results, dry_run=True), err=True)
-            _confirm(f"Remove {total} from {sum(bool(one.items) for one in results)} of {len(results)} hosts?", yes=yes)
+            confirm(f"Remove {total} from {sum(bool(one.items) for one in results)} of {len(results)} hosts?", yes=yes)
         if not dry_run:
             results = clear_hosts(listed.hosts, dry_run=False)
     common.print(uninstall_text(results, dry_run=dry_run), uninstall_json(results, dry_run=dry_run))
@@ -168,7 +168,7 @@ def uninstall(common: Common, dry_run: bool, yes: bool) -> None:
     shell_complete=suggest.models,
     help="Cut this model, and push each file as soon as it is made.",
 )
-@_cut_options
+@cut_options
 @click.option("-n", "--dry-run", is_flag=True, help="Show what would be copied.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Hosts at once (default: all).")
 @click.option(
@@ -219,9 +219,7 @@ def deploy(
     from moectl.session.deployment import recall_hosts
 
     listed = recall_hosts(common.require_hosts())
-    cut = {
-        name: options.pop(name) for name in (*_WANTED, "output", "revision", "tokenizer", "keep_source", "no_canary")
-    }
+    cut = {name: options.pop(name) for name in (*WANTED, "output", "revision", "tokenizer", "keep_source", "no_canary")}
     options |= {"backend": listed.backend, "envs": listed.envs}
     force = options["force"]
     _fill_wheelhouse(common, listed, wheelhouse_build, options)
@@ -280,7 +278,7 @@ def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: di
 def _refuse_alone(cut: dict[str, Any]) -> None:
     """Raise UsageError when a flag says how to cut, and nothing is to be cut."""
     for name in cut:
-        if _was_given(name):
+        if was_given(name):
             raise errors.UsageError(f"--{name.replace('_', '-')} needs --shard MODEL")
 
 
@@ -311,7 +309,7 @@ def _deploy_growing(
     from moectl.planner.questions import PlanOptions, place_on, refuse_early
 
     hosts, force = listed.hosts, options.pop("force")
-    wanted = _wanted(cut, len(hosts))
+    wanted = read_wanted(cut, len(hosts))
     if not force:
         refuse_early(model, wanted, hosts)
     with progress(quiet=common.quiet) as bars:

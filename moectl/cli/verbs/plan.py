@@ -18,11 +18,11 @@ from moectl.cli.options import (
     Q_MODE,
     SPLIT,
     Common,
-    _was_given,
     common,
     refuse_both,
+    was_given,
 )
-from moectl.cli.target import _wanted
+from moectl.cli.target import read_wanted
 from moectl.cli.verb import verb
 from moectl.text import size_text, table_text, time_text
 
@@ -259,7 +259,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
     from moectl.planner.plan import refusal
     from moectl.planner.questions import plan_cluster, plan_purchase
 
-    asked, wanted = _asked(options), _wanted(options)
+    asked, wanted = _asked(options), read_wanted(options)
     if options["what_if"]:
         names = ("split", "shares", "memory", "probe", "local", "routing_stats")
         given = {f"--{name.replace('_', '-')}": options[name] not in (None, False, "auto") for name in names}
@@ -268,7 +268,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
         priced, rows = plan_purchase(model, wanted, asked)
         common.print(what_if_text(priced, rows), what_if_json(priced, rows))
         return
-    if options["local"] and model == DEFAULT_MODEL and not _was_given("model"):
+    if options["local"] and model == DEFAULT_MODEL and not was_given("model"):
         from moectl.demo import demo_dir
 
         model = str(demo_dir())  # as run and bench do

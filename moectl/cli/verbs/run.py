@@ -13,7 +13,7 @@ import click
 from moectl import errors
 from moectl.cli.options import Common, Duration, common, count_restarts, restart_options, target_options, unwritable
 from moectl.cli.target import choose_target, session_options
-from moectl.cli.terminal import _log_printer
+from moectl.cli.terminal import log_printer
 from moectl.cli.verb import verb
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
 
     def connect() -> attach.Attached:
         settings = ControllerOptions(attach.place_of(target), keep_alive, restarts=count_restarts(options))
-        return attach.attach(target, wanted, settings, say=common.say, on_log=_log_printer(common))
+        return attach.attach(target, wanted, settings, say=common.say, on_log=log_printer(common))
 
     found = connect()
     fields = {"max_tokens": options["max_tokens"], "temperature": options["temp"], "top_p": options["top_p"]}

@@ -9,7 +9,7 @@ import click
 from moectl import errors
 from moectl.cli.options import FILE, Common, Duration, common, count_restarts, restart_options, target_options
 from moectl.cli.target import advise, choose_target, session_options
-from moectl.cli.terminal import _log_printer
+from moectl.cli.terminal import log_printer
 from moectl.cli.verb import verb
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
 
     wanted = session_options(common, options)
     if detach:
-        on_ready(attach.start(target, settings, wanted, on_log=_log_printer(common)))
+        on_ready(attach.start(target, settings, wanted, on_log=log_printer(common)))
         return
     common.say(f"Loading {target.name}")
     run_controller(
@@ -91,7 +91,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
         on_ready=lambda sockets: on_ready(sockets[1].getsockname()[1]),
         say=common.say,
         advise=advise,
-        on_log=_log_printer(common),
+        on_log=log_printer(common),
         **wanted,
     )
 

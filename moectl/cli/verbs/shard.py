@@ -9,8 +9,8 @@ import click
 
 from moectl import errors
 from moectl.cli import suggest
-from moectl.cli.options import _WANTED, DEFAULT_MODEL, Common, _cut_options, common, refuse_both
-from moectl.cli.target import _wanted, shard_model
+from moectl.cli.options import DEFAULT_MODEL, WANTED, Common, common, cut_options, refuse_both
+from moectl.cli.target import read_wanted, shard_model
 from moectl.cli.terminal import download_bars
 from moectl.cli.verb import verb
 from moectl.text import size_text
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @verb("Prepare")
 @click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
 @click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
-@_cut_options
+@cut_options
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Streams at once (default: all cores but one, at most 4).")
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
 @click.option("--force", is_flag=True, help="Make a shard set anew over another one.")
@@ -70,8 +70,8 @@ def shard(
         if hosts is None:
             raise errors.UsageError("how many nodes? There is no hosts file", hint="use --nodes N or --hostfile FILE")
         nodes = len(hosts.hosts)
-    wanted = _wanted(options, nodes)
-    for name in _WANTED:
+    wanted = read_wanted(options, nodes)
+    for name in WANTED:
         del options[name]
     if hosts is not None:
         if nodes in (None, len(hosts.hosts)) and not options["force"]:
