@@ -445,8 +445,8 @@ def test_a_system_message_of_several_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    ["temperature hot", "temperature -1", "temperature nan", "top_p -1", "max_tokens 0", "max_tokens 1.5", "seed -1",
-     "top_q 1", "temperature", "system", 'stop "a', "repetition_penalty 0"],
+    ["temperature hot", "temperature 2.5", "temperature -1", "temperature nan", "top_p -1", "max_tokens 0",
+     "max_tokens 1.5", "seed -1", "top_q 1", "temperature", "system", 'stop "a', "repetition_penalty 0"],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_line(tmp_path: Path, wrong: str) -> None:
     name, _, value = wrong.partition(" ")
@@ -460,7 +460,7 @@ def test_the_chat_goes_on_after_a_wrong_setting(tmp_path: Path) -> None:
     with Talk(tmp_path) as talk:
         talk.ready()
         assert talk.enter("/set temperature hot") == [
-            "Error: temperature should be a number, 0 (greedy) or more: it is 'hot'"
+            "Error: temperature should be a number, between 0 (greedy) and 2: it is 'hot'"
         ]
         assert talk.enter("/set top_q 1") == ["Error: there is no setting 'top_q': /set lists them"]
         talk.enter("hello")
@@ -664,7 +664,7 @@ settings = st.builds(
     ChatSettings,
     max_tokens=st.integers(1, 2**31 - 1),
     system=st.none() | st.text(st.characters(codec="utf-8"), min_size=1),
-    temperature=st.floats(0, 1e6),
+    temperature=st.floats(0, 2),
     top_p=st.floats(0, 1),
     top_k=st.integers(0, 10**6),
     min_p=st.floats(0, 1),

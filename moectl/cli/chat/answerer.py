@@ -1,12 +1,12 @@
-"""The chat's questions, answered by a controller: its messages and settings become the API's fields.
+"""The chat's questions, answered by a controller: messages and settings become the fields of an API request.
 
-The controller may leave in a long pause, so that every question looks for it again.
+The controller may end in a long pause: every question looks for it again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moectl.cli.chat.chat import Finished
@@ -33,10 +33,9 @@ class ControllerAnswerer:
 
     def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Finished, None, None]:
         """Yield an answer as it comes; see `chat.Answerer`."""
-        fields = {name: value for name, value in asdict(settings).items() if name != "system" and value is not None}
-        fields["messages"] = [{"role": message.role, "content": message.content} for message in messages]
+        said = [{"role": message.role, "content": message.content} for message in messages]
         # Closing the connection is the cancel.
-        with contextlib.closing(self.connect().chat(fields)) as events:
+        with contextlib.closing(self.connect().chat({**settings.api_fields(), "messages": said})) as events:
             for event in events:
                 if isinstance(event, Notice):
                     self.say(f"\n[{event.text}]")

@@ -138,20 +138,34 @@ def _measured_json(measured: Sample) -> dict[str, float | None]:
 
 
 @verb("Use")
-@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="To read.")
-@click.option("-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="To generate.")
-@click.option("-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True, help="To average.")
-@click.option("--plan", type=FILE, metavar="FILE", help="Put the prediction of `plan --json` beside it.")
-@click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw a picture (needs moectl[plot]).")
-@click.option("--compare", type=FILE, multiple=True, metavar="FILE", help="For --plot: a result of `bench --json`.")
-@click.option("--routing-stats", type=FILE, metavar="FILE", help="Write how often each expert was chosen.")
+@click.option(
+    "-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prompt."
+)
+@click.option(
+    "-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens to generate."
+)
+@click.option(
+    "-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True, help="Trials to take the mean of."
+)
+@click.option(
+    "--plan", type=FILE, metavar="FILE", help="Show beside it the prediction that 'plan --json' wrote to this file."
+)
+@click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw the results (needs moectl[plot]).")
+@click.option(
+    "--compare",
+    type=FILE,
+    multiple=True,
+    metavar="FILE",
+    help="For --plot: draw this result of 'bench --json' too (repeatable).",
+)
+@click.option("--routing-stats", type=FILE, metavar="FILE", help="Write to this file how often each expert was chosen.")
 @target_options
 @common
 def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[Path, ...], **options: Any) -> None:
     """Measure prompt and generation speed, and where the time goes.
 
-    Prompts are random tokens. After the trials every rank takes some decode steps apart: computing, all-reduce (with
-    the wait for the slowest rank), and the rest.
+    Prompts are random tokens. After the trials every rank times the parts of some decode steps: computing, all-reduce
+    (with the wait for the slowest rank), and the rest.
 
     \b
     Examples:

@@ -20,11 +20,11 @@ from moectl.text import size_text, table_text, time_text
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moectl.cli.terminal import Bar, Progress
     from moectl.cluster.deploy.deploy import DeployResult
     from moectl.cluster.deploy.provision import HostResult
     from moectl.cluster.deploy.uninstall import Cleared
     from moectl.hosts.hostfile import HostList
+    from moectl.shards.prepare import Bars
 
 
 def deploy_text(result: DeployResult, *, dry_run: bool) -> str:
@@ -284,7 +284,7 @@ def _refuse_alone(cut: dict[str, Any]) -> None:
 
 def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: dict[str, Any]) -> tuple[str, Any]:
     """Deploy a shard set that is there; return its name and what came of it."""
-    from moectl.cli.terminal import progress
+    from moectl.cli.progress import progress
     from moectl.cluster.deploy import deploy as deploy_
     from moectl.planner.questions import check_hosts
     from moectl.shards import prepare
@@ -304,7 +304,7 @@ def _deploy_growing(
     common: Common, listed: HostList, model: str, cut: dict[str, Any], options: dict[str, Any]
 ) -> tuple[str, Any]:
     """Cut a model and deploy it meanwhile; return the set's name and what came of the hosts."""
-    from moectl.cli.terminal import progress
+    from moectl.cli.progress import progress
     from moectl.cluster.deploy.feed import shard_and_deploy
     from moectl.planner.questions import PlanOptions, place_on, refuse_early
 
@@ -337,18 +337,18 @@ def _deploy_growing(
     return fed.name, fed.result
 
 
-def _draw_deploy(common: Common, bars: Progress) -> Callable[[Any], None]:
+def _draw_deploy(common: Common, bars: Bars) -> Callable[[Any], None]:
     """Return what draws a bar per host; how each ended is told afterwards."""
     from moectl.cluster.deploy.provision import Advanced, Planned, Working
 
-    drawn: dict[str, Bar] = {}
+    drawn: dict[str, Callable[[int], None]] = {}
 
     def on_event(event: Any) -> None:
         match event:
             case Planned(host=host, copy_bytes=size) if size:
-                drawn[host] = bars.bar(host, size)
+                drawn[host] = bars(host, size)
             case Advanced(host=host, bytes=n) if host in drawn:
-                drawn[host].advance(n)
+                drawn[host](n)
             case Working(host=host, what=what):
                 common.say(f"[{host}] {what}")
 
