@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 import signal
+import sys
 from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from moectl.cli.options import unwritable
 from moectl.text import printable, size_text, time_text
 
 if TYPE_CHECKING:
@@ -85,6 +87,17 @@ def on_ctrl_t(describe: Callable[[], str], say: Callable[[str], None]) -> Iterat
         yield
     finally:
         signal.signal(number, before)
+
+
+def write_answer(text: str) -> None:
+    """Write a part of an answer to standard output; a terminal gets no control characters. Raises StateError."""
+    try:
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise unwritable(error) from None
 
 
 def stats_text(stats: Stats) -> str:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import given, strategies as st
 
@@ -495,7 +496,7 @@ def test_clear_forgets_what_was_said_but_not_the_settings(tmp_path: Path) -> Non
 def test_show_tells_the_model_and_the_settings(tmp_path: Path) -> None:
     with Talk(tmp_path) as talk:
         talk.ready()
-        info = ["  model     DBRX on 4 hosts", "  context   4096 tokens", "  messages  0"]
+        info = ["  model     DBRX on 4 hosts", "  messages  0"]
         assert talk.enter("/show info") == info
         assert talk.enter("/show") == info + talk.enter("/set")
 
@@ -567,15 +568,6 @@ def test_what_the_hint_about_an_answer_that_broke_off_says_is_answered(tmp_path:
         talk.ready()
         assert talk.enter("cut") == ["You said: cut", "Error: the answer broke off", "Hint: ask again"]
         assert talk.enter("and again")[0] == "You said: and again"
-
-
-def test_a_session_that_is_over_ends_the_chat(tmp_path: Path) -> None:
-    with Talk(tmp_path) as talk:
-        talk.ready()
-        talk.type("lose\r")
-        assert talk.end() == 6
-        assert talk.lines[-2:] == ["Over: mac3: rank 2: connection reset", ""]
-        assert talk.echoes
 
 
 def test_an_answers_control_characters_do_not_drive_the_terminal(tmp_path: Path) -> None:
@@ -686,6 +678,7 @@ transcripts = st.builds(
 )
 
 
+@hypothesis.settings(deadline=None)  # the first chat that is read loads pydantic
 @given(transcripts)
 def test_a_transcript_survives_its_file(tmp_path_factory: pytest.TempPathFactory, transcript: Transcript) -> None:
     path = tmp_path_factory.mktemp("chat") / "chat.json"
@@ -712,6 +705,7 @@ nearly = st.fixed_dictionaries(
 )
 
 
+@hypothesis.settings(deadline=None)
 @given(st.binary() | (json_values | nearly).map(lambda value: json.dumps(value).encode()))
 def test_any_other_file_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("chat") / "chat.json"

@@ -21,7 +21,6 @@ import pytest
 
 from moectl.cli import terminal
 from moectl.cli.options import Common
-from moectl.cli.verbs import run as run_
 from moectl.engine.answer import read_prompt
 from moectl.engine.request import Request
 from moectl.errors import MoectlError, UsageError
@@ -300,7 +299,7 @@ def test_no_host_and_no_model_gets_hold_of_a_terminal(monkeypatch: pytest.Monkey
     assert log.getvalue().strip().isprintable()
     for screen in (out, file):
         monkeypatch.setattr("sys.stdout", screen)
-        run_._write(ESCAPE)
+        terminal.write_answer(ESCAPE)
     assert out.getvalue().isprintable()
     assert file.getvalue() == ESCAPE  # what goes to a file stays as it is
 

@@ -32,14 +32,10 @@ class ChatSettings:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, list):  # JSON has no tuples
-            object.__setattr__(self, "stop", tuple(self.stop))
         for name in _NUMBERS:
             if not PARAMETERS[name].allows(value := getattr(self, name)):
                 raise UsageError(f"{name} should be {_allowed_text(name)}: it is {value!r}")
-        if not (self.system is None or isinstance(self.system, str)):
-            raise UsageError(f"system should be {_TEXTS['system']}: it is {self.system!r}")
-        if not (isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)):
+        if not all(self.stop):
             raise UsageError(f"stop should be {_TEXTS['stop']}: it is {self.stop!r}")
 
     def api_fields(self) -> dict[str, Any]:

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
-from moectl.cli.options import Common, Duration, F, common, count_restarts, restart_options, target_options, unwritable
+from moectl.cli.options import Common, Duration, F, common, count_restarts, restart_options, target_options
 from moectl.cli.target import choose_target, session_options
-from moectl.cli.terminal import log_printer
+from moectl.cli.terminal import log_printer, stats_text, write_answer
 from moectl.cli.verb import verb
 from moectl.engine.parameters import PARAMETERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from moectl.cli.chat.settings import ChatSettings
+    from moectl.cli.chat.transcript import Message
     from moectl.engine.protocol import Done
     from moectl.server.attach import Attached
     from moectl.server.client import Client
@@ -114,12 +115,22 @@ def _ask(client: Client, text: str, settings: ChatSettings, *, raw: bool) -> Gen
 def _chat(
     common: Common, settings: ChatSettings, connect: Callable[[], Attached], title: str, *, stats: bool, history: bool
 ) -> None:
-    from moectl.cli.chat.answerer import ControllerAnswerer
     from moectl.cli.chat.chat import chat
     from moectl.paths import state_dir
+    from moectl.server.contracts import Notice
 
-    answerer = ControllerAnswerer(title, lambda: connect().client, say=common.say)
-    chat(answerer, settings, history=state_dir() / "history" if history else None, stats=stats, color=common.color)
+    def answer(messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Done, None, None]:
+        said = [{"role": message.role, "content": message.content} for message in messages]
+        # A controller may end in a long pause: each question looks for it again. To close the connection is to cancel.
+        with contextlib.closing(connect().client.chat({**settings.api_fields(), "messages": said})) as events:
+            for event in events:
+                if isinstance(event, Notice):
+                    common.say(f"\n[{event.text}]")
+                else:
+                    yield event
+
+    path = state_dir() / "history" if history else None
+    chat(title, answer, settings, history=path, stats=stats, color=common.color)
 
 
 def _at_terminal() -> bool:
@@ -141,7 +152,6 @@ def _prompt_text(words: tuple[str, ...], common: Common) -> str:
 
 def _answer(common: Common, events: Generator[str | Done | Notice, None, None], stats: bool) -> None:
     """Print an answer as it comes; Ctrl-C cancels it."""
-    from moectl.cli import terminal
     from moectl.engine.protocol import Done
     from moectl.server.contracts import Notice
 
@@ -156,10 +166,10 @@ def _answer(common: Common, events: Generator[str | Done | Notice, None, None], 
                     _say_between(common, event.text, pieces)
                 else:
                     pieces.append(event)
-                    _write("" if common.json else event)
+                    write_answer("" if common.json else event)
         except KeyboardInterrupt:
             if not common.json:
-                _write("\n")
+                write_answer("\n")
             raise
     if done is None:
         raise errors.RemoteError("the answer ended before it was done")
@@ -167,27 +177,15 @@ def _answer(common: Common, events: Generator[str | Done | Notice, None, None], 
     if common.json:
         click.echo(json.dumps(run_json(whole, done)))
     elif not whole.endswith("\n"):
-        _write("\n")
+        write_answer("\n")
     if stats:
-        click.echo(terminal.stats_text(done.stats), err=True)
+        click.echo(stats_text(done.stats), err=True)
 
 
 def _say_between(common: Common, text: str, pieces: list[str]) -> None:
     # On a terminal the answer so far ends in the middle of a line.
     begun = bool(pieces) and not "".join(pieces[-1:]).endswith("\n") and not common.json
     common.say("\n" * (begun and sys.stdout.isatty()) + text)
-
-
-def _write(text: str) -> None:
-    from moectl.text import printable
-
-    try:
-        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise unwritable(error) from None
 
 
 def run_json(text: str, done: Done) -> dict[str, Any]:
