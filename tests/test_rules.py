@@ -17,7 +17,7 @@ from tests.support.architecture import BEGIN, END, GUIDE, ORDER, PACKAGE, arrows
 # Who may import a library at all: packages, sub-packages or modules.
 USERS = {
     "click": ["cli", "__main__"],
-    "tqdm": ["cli.terminal"],
+    "tqdm": ["cli.progress"],
     "prompt_toolkit": ["cli.chat"],
     "matplotlib": ["cli.plot"],
     "starlette": ["server"],

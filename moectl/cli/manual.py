@@ -1,7 +1,7 @@
-"""The man pages, made from the tree of verbs and the tables below. It runs no verb and asks nothing of this machine.
+"""The man pages, made from the verbs, the guides and the tables below.
 
-Equal sources give equal pages, so that a test can compare: the date is the release's. click-man would leave out
-arguments, environment, files and the exit status, and lists nothing by section.
+Equal sources give equal pages on every machine, so that a test can compare: the date is the release's. click-man would
+leave out arguments, environment, files and the exit status, and lists nothing by section.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ import click
 
 from moectl import __date__, __version__
 from moectl.cli.guides import TOPICS, Guide, read_guide
-from moectl.cli.markdown import NEEDS_TBL, RAGGED, to_roff
-from moectl.cli.roff import bold, escape, line, sentences
-from moectl.cli.verb import EXIT_CODES, Verb, Verbs
+from moectl.cli.roff import NEEDS_TBL, RAGGED, below, bold, escape, literal, sentences, to_roff
+from moectl.cli.verb import Verb, Verbs
 from moectl.errors import StateError
 from moectl.files import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
 class ManualEntry:
-    """A variable or a file, and the parameters of which a verb has to have one to make use of it (none: all verbs)."""
+    """A variable, a file or a key. A verb makes use of it if it has one of the parameters (none: every verb does)."""
 
     name: str
     text: str
@@ -40,31 +39,36 @@ _CHAT = frozenset({"no_history"})
 _SETUP = frozenset({"undo"})
 
 ENVIRONMENT = (
-    ManualEntry("MOECTL_HOSTFILE", "The hosts file, where --hostfile does not name one.", _HOSTS),
+    ManualEntry("MOECTL_HOSTFILE", "The hosts file, where --hostfile names none.", _HOSTS),
     ManualEntry(
-        "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE", "Where downloads are kept, who asks, and whether to ask at all.", _MODEL
+        "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE",
+        "The cache of downloads, the token for them, and offline work.",
+        _MODEL,
     ),
     ManualEntry("SSH_AUTH_SOCK", "The agent that holds the keys for the hosts.", _HOSTS),
     ManualEntry("MOECTL_SSH_CONFIG", "An ssh configuration to use in place of ~/.ssh/config.", _HOSTS),
     ManualEntry(
-        "NO_COLOR, FORCE_COLOR", "No colours, or colours also where the output is no terminal; --color overrides."
+        "NO_COLOR, FORCE_COLOR",
+        "No colours; or colours also without a terminal. --color comes before both.",
     ),
-    ManualEntry("COLUMNS", "The width of tables, where the terminal does not tell."),
+    ManualEntry("COLUMNS", "The width of tables, where the terminal does not tell it."),
     ManualEntry(
         "XDG_CONFIG_HOME, XDG_STATE_HOME, XDG_DATA_HOME, XDG_CACHE_HOME, XDG_RUNTIME_DIR",
-        "Directories that take the place of ~/.config, ~/.local/state, ~/.local/share and ~/.cache below, and where "
-        "controllers listen.",
+        "Directories to use in place of ~/.config, ~/.local/state, ~/.local/share and ~/.cache below, and for the "
+        "sockets of controllers.",
     ),
-    ManualEntry("MOECTL_DEBUG", "1 shows where in moectl an error arose, for reports."),
+    ManualEntry("MOECTL_DEBUG", "1 shows where in moectl an error happened, for reports."),
 )
 FILES = (
     ManualEntry(
-        "./hosts.txt, ~/.config/moectl/hosts.txt", "The hosts, where nothing else names them; moectl-hosts(5).", _HOSTS
+        "./hosts.txt, ~/.config/moectl/hosts.txt",
+        "The hosts, where nothing else names them; moectl-hosts(5).",
+        _HOSTS,
     ),
     ManualEntry("./moectl.toml, ~/.config/moectl/config.toml", "Defaults of options; see CONFIGURATION in moectl(1)."),
     ManualEntry("~/.local/state/moectl/deployment.json", "The current deployment: which host has which rank.", _HOSTS),
     ManualEntry("~/.local/state/moectl/setup.jsonl", "What setup ran on which host, and what undoes it.", _SETUP),
-    ManualEntry("~/.local/state/moectl/history", "What was typed in chats; only its owner may read it.", _CHAT),
+    ManualEntry("~/.local/state/moectl/history", "What was typed in chats; only its owner can read it.", _CHAT),
     ManualEntry("~/.local/state/moectl/run/, $XDG_RUNTIME_DIR/moectl/", "Where running controllers listen.", _HOSTS),
     ManualEntry("~/.local/share/moectl/shards/", "Shard sets, one directory each.", _SHARDS),
     ManualEntry(
@@ -76,42 +80,44 @@ CONFIGURATION = (
     "An option's value comes from the command line; else from the variable MOECTL_VERB_OPTION, such as "
     "MOECTL_RUN_MAX_TOKENS for 'moectl run --max-tokens'; else from ./moectl.toml; else from "
     "~/.config/moectl/config.toml; else it is the built-in one. In these files a key at the top is the default of "
-    "every verb that has such an option, and a table holds one verb's:",
-    'hostfile = "~/cluster/hosts.txt"\n[run]\nmax_tokens = 512',
+    "every verb that has such an option, and a table holds one verb's:\n\n"
+    '\b\nhostfile = "~/cluster/hosts.txt"\n[run]\nmax_tokens = 512'
 )
 OUTPUT = (
     "The answer or the table is written to standard output, all else to standard error. With --json, standard output "
     "is one document with a 'schema' field, sizes in bytes and times in seconds; an error is the last line of standard "
-    'error, as {"error": {"code": …, "message": …, "hint": …}}. Running a verb again resumes what was interrupted.',
+    'error, as {"error": {"code": …, "message": …, "hint": …}}. Running a verb again resumes what was interrupted.'
 )
 _CODES = {
     0: "Done; also where there was nothing to do.",
     1: "A bug in moectl, or a reason that has no code of its own.",
-    2: "The command line makes no sense.",
-    3: "Some hosts or checks failed, others did not. Where all fail in the same way, it is that way's code.",
-    4: "The hosts file is wrong, or the model cannot be run so.",
-    5: "A host is out of reach, took no key, or has an unknown or a changed host key.",
+    2: "The command line is wrong.",
+    3: "Some hosts or checks failed. Where all failed for one reason, the code is that of the reason.",
+    4: "The hosts file is wrong, or the model cannot run in this way.",
+    5: "A host cannot be reached, refuses the login, or has an unknown or a changed host key.",
     6: "A command on a host failed, or versions differ.",
-    7: "Bytes on disk are not those that were promised.",
+    7: "Files are damaged: their bytes do not have the right hash.",
     8: "Something has to be done first: nothing is sharded, deployed or running, or it is running already.",
     130: "Interrupted with Ctrl-C.",
-    141: "What read the output has closed it, as 'head' does; 0 where all was written before.",
+    141: "The reader of the output has closed it, as 'head' does. It is 0 where all was written before.",
     143: "Terminated.",
 }
 _HOST_KEYS = (
     ManualEntry(
         "ip=ADDRESS[,ADDRESS...]",
-        "Addresses for tensor traffic; several for several links. Without it, the address by "
-        "which SSH reached the host.",
+        "Addresses for tensor traffic, one for each link. Without it, the address by which SSH reached the host.",
     ),
     ManualEntry(
         "rdma=DEVICE[,DEVICE...]",
         "The RDMA device towards each rank in order, - for the host itself: JACCL over Thunderbolt 5. Several cables "
         "to one host are joined by +. moectl setup writes it.",
     ),
-    ManualEntry("memory=SIZE", "What plans may count on, such as 120GB (10^9 bytes) or 112GiB (2^30)."),
-    ManualEntry("chip=NAME", "The chip, for plans: m2-ultra, m4-max and so on; completion lists them."),
-    ManualEntry("price=USD", "What the host cost, for plans that compare."),
+    ManualEntry("memory=SIZE", "The memory that plans may use, such as 120GB (10^9 bytes) or 112GiB (2^30)."),
+    ManualEntry(
+        "chip=NAME",
+        "The chip, for plans: m2-ultra, m4-max and so on; completion of --chip lists them.",
+    ),
+    ManualEntry("price=USD", "The price of the host, for plans: they show the speed per dollar."),
     ManualEntry("python=PATH", "The interpreter to use, if not the first suitable python3."),
     ManualEntry("dir=PATH", "Where moectl keeps its files there, if not in ~/.moectl."),
 )
@@ -148,36 +154,39 @@ def write_files(directory: Path, files: dict[str, str]) -> None:
 def _main_page(cli: Verbs) -> str:
     page = _Page("moectl", 1, cli.summary)
     page.section("SYNOPSIS")
-    page.line(r"\fBmoectl\fR \fIVERB\fR [\fIOPTION\fR]... [\fIARGUMENT\fR]...")
+    page.add(r"\fBmoectl\fR \fIVERB\fR [\fIOPTION\fR]... [\fIARGUMENT\fR]...")
     page.section("DESCRIPTION")
     page.paragraphs(
         f"{cli.help}\n\nEach verb has a page of its own, such as moectl-run(1), and answers to --help. "
         "Guides are pages of section 7, such as moectl-daily(7); 'moectl help' lists them."
     )
     for section, verbs in cli.by_section().items():
-        page.subsection(section)
+        page.add(f".SS {section}")
         for name, verb in verbs.items():
             also = "".join(f", {alias}" for alias in cli.aliases(verb))
             page.item(bold(f"moectl {name}") + escape(also), verb.summary)
     page.section("OPTIONS")
     page.options(cli, _context(cli))
     page.section("CONFIGURATION")
-    page.paragraphs(CONFIGURATION[0])
-    page.literal(CONFIGURATION[1])
+    page.paragraphs(CONFIGURATION)
     page.section("OUTPUT")
-    page.paragraphs(OUTPUT[0])
+    page.paragraphs(OUTPUT)
     page.ending(cli.examples, ENVIRONMENT, FILES)
     others = [f"moectl-{name}(1)" for verbs in cli.by_section().values() for name in verbs]
-    page.see_also([*others, "moectl-hosts(5)", *(f"moectl-{topic}(7)" for topic in TOPICS), "ssh_config(5)"])
+    page.see_also(*others, "moectl-hosts(5)", *(f"moectl-{topic}(7)" for topic in TOPICS), "ssh_config(5)")
     return page.text
 
 
 def _verb_page(cli: Verbs, verb: Verb) -> str:
     parameters = {parameter.name or "" for parameter in verb.params}
+
+    def used(entry: ManualEntry) -> bool:
+        return not entry.parameters or not entry.parameters.isdisjoint(parameters)
+
     page = _Page(f"moectl-{verb.name}", 1, verb.summary)
     page.section("SYNOPSIS")
     arguments = " ".join(_argument(p) for p in verb.params if isinstance(p, click.Argument))
-    page.line(rf"{bold(f'moectl {verb.name}')} [\fIOPTION\fR]... {arguments}".rstrip())
+    page.add(rf"{bold(f'moectl {verb.name}')} [\fIOPTION\fR]... {arguments}".rstrip())
     page.section("DESCRIPTION")
     page.paragraphs(verb.help or "")
     page.section("OPTIONS")
@@ -185,40 +194,40 @@ def _verb_page(cli: Verbs, verb: Verb) -> str:
     variable = ManualEntry(
         f"MOECTL_{(verb.name or '').upper()}_OPTION", "The default of an option; see CONFIGURATION in moectl(1)."
     )
-    page.ending(verb.examples, [variable, *_of(ENVIRONMENT, parameters)], _of(FILES, parameters))
-    page.see_also(["moectl(1)", *(["moectl-hosts(5)"] if "hosts" in parameters else [])])
+    page.ending(verb.examples, filter(used, (variable, *ENVIRONMENT)), filter(used, FILES))
+    page.see_also("moectl(1)", *(["moectl-hosts(5)"] if "hosts" in parameters else []))
     return page.text
 
 
 def _hosts_page() -> str:
     page = _Page("moectl-hosts", 5, "the list of hosts that moectl runs a model on")
     page.section("SYNOPSIS")
-    page.line(r"\fI[user@]host[:port]\fR [\fIkey\fR=\fIvalue\fR]... [# \fIcomment\fR]")
+    page.add(r"\fI[user@]host[:port]\fR [\fIkey\fR=\fIvalue\fR]... [# \fIcomment\fR]")
     page.section("DESCRIPTION")
     page.paragraphs(
         "A hosts file is UTF-8 text with one host per line. Line order is rank order, and the first host coordinates. "
         "A # at the beginning of a line or after a space begins a comment. No host may be listed twice; 'localhost' is "
         "this machine, without SSH.\n\n"
-        "A host is an alias of ssh_config(5), a DNS name, an IPv4 address, or an IPv6 address; that one stands in "
-        "brackets where a port follows or its end could be one. Everything that ssh knows (user, port, key, jump host) "
-        "is best said in ~/.ssh/config.\n\n"
-        "MLX's JSON hostfiles are read as well: a file that begins with { or [ is taken for one, and memory, python "
-        "and dir may stand among its keys. So is the ring's own file (MLX_HOSTFILE), whose addresses are then what ssh "
-        "is given; moectl chooses the ports itself. 'moectl hosts --mlx' writes a hostfile.\n\n"
-        "Of several lists the one in force is that of --hosts a,b, else --hostfile, else $MOECTL_HOSTFILE, else "
-        "./hosts.txt, else ~/.config/moectl/hosts.txt. With '--hostfile -' it is read from standard input."
+        "A host is an alias of ssh_config(5), a DNS name, an IPv4 address, or an IPv6 address. An IPv6 address stands "
+        "in brackets where a port follows, or where its end could be a port. Everything that ssh knows (user, port, "
+        "key, jump host) belongs in ~/.ssh/config.\n\n"
+        "moectl also reads MLX's JSON hostfiles: files that begin with { or [. The keys memory, python and dir may "
+        "stand in them. It also reads the ring's own file (MLX_HOSTFILE): ssh then gets its addresses, and moectl "
+        "chooses the ports itself. 'moectl hosts --mlx' writes a hostfile.\n\n"
+        "moectl takes the hosts of --hosts a,b; else of --hostfile; else of $MOECTL_HOSTFILE; else of ./hosts.txt; "
+        "else of ~/.config/moectl/hosts.txt. With '--hostfile -' it reads them from standard input."
     )
     page.section("OPTIONS")
     page.paragraphs("Any other key is an error.")
     for key in _HOST_KEYS:
         page.item(bold(key.name), key.text)
     page.section("EXAMPLES")
-    page.literal(_HOSTS_EXAMPLE)
+    page.add(*literal(_HOSTS_EXAMPLE))
     page.entries("ENVIRONMENT", ENVIRONMENT[:1])
     page.entries("FILES", FILES[:1])
     page.section("EXIT STATUS")
     page.paragraphs("Every verb exits with 4 when the hosts file in force is wrong, and names file and line.")
-    page.see_also(["moectl(1)", "moectl-hosts(1)", "ssh_config(5)"])
+    page.see_also("moectl(1)", "moectl-hosts(1)", "ssh_config(5)")
     return page.text
 
 
@@ -226,7 +235,7 @@ def _guide_page(guide: Guide) -> str:
     page = _Page(f"moectl-{guide.topic}", 7, guide.summary)
     page.section("DESCRIPTION")
     page.markdown(guide.text("moectl-{}(7)"))
-    page.see_also(["moectl(1)", *(f"moectl-{topic}(7)" for topic in TOPICS if topic != guide.topic)])
+    page.see_also("moectl(1)", *(f"moectl-{topic}(7)" for topic in TOPICS if topic != guide.topic))
     return page.text
 
 
@@ -238,54 +247,38 @@ class _Page:
         self._lines = [title.replace(__date__.replace("-", r"\-"), __date__)]
         self.section("NAME")
         summary = summary.rstrip(".")
-        self.line(rf"{escape(name, code=True)} \- {escape(summary[:1].lower() + summary[1:])}")
+        self.add(rf"{escape(name, code=True)} \- {escape(summary[:1].lower() + summary[1:])}")
 
     @property
     def text(self) -> str:
         return "\n".join(self._lines) + "\n"
 
-    def line(self, source: str) -> None:
-        """Add a line of source; no text of others becomes a macro."""
-        self._lines.append(line(source))
+    def add(self, *lines: str) -> None:
+        """Add lines of source."""
+        self._lines += below(self._lines[-1], lines)
 
     def section(self, title: str) -> None:
-        self._lines.append(f".SH {title}")
-
-    def subsection(self, title: str) -> None:
-        self._lines.append(f".SS {title}")
+        self.add(f".SH {title}")
 
     def paragraphs(self, text: str) -> None:
         """Add paragraphs that are divided by empty lines; what click was told not to wrap stays as it is."""
         for paragraph in text.split("\n\n"):
-            if not self._lines[-1].startswith(".S"):
-                self._lines.append(".PP")
             if paragraph.startswith("\b\n"):
-                self.literal(paragraph[2:])
+                self.add(*literal(paragraph[2:]))
             else:
-                self._prose(" ".join(paragraph.split()))
-
-    def literal(self, text: str) -> None:
-        """Add lines as they are to be typed or read, indented."""
-        if not self._lines[-1].startswith((".S", ".PP")):
-            self._lines.append(".PP")
-        self._lines += [".RS 4", ".EX"]
-        for source in text.splitlines():
-            self.line(escape(source, code=True))
-        self._lines += [".EE", ".RE"]
+                self.add(".PP", *sentences(escape(" ".join(paragraph.split()))))
 
     def markdown(self, text: str) -> None:
         """Add a text in Markdown."""
         lines = to_roff(text)
         if ".TS" in lines:
             self._lines.insert(0, NEEDS_TBL)
-            self._lines += RAGGED
-        self._lines += lines
+            self.add(*RAGGED)
+        self.add(*lines)
 
     def item(self, tag: str, text: str) -> None:
         """Add a tagged paragraph; the tag is source, the text is not."""
-        self._lines.append(".TP")
-        self.line(tag)
-        self._prose(text)
+        self.add(".TP", tag, *sentences(escape(text)))
 
     def options(self, command: click.Command, ctx: click.Context) -> None:
         """Add a command's options, in the order of its --help."""
@@ -293,39 +286,30 @@ class _Page:
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 self.item(_option(parameter), _option_text(parameter))
 
-    def entries(self, title: str, entries: Sequence[ManualEntry]) -> None:
-        """Add a section of variables or files."""
+    def entries(self, title: str, entries: Iterable[ManualEntry]) -> None:
+        """Add a section of variables, files or keys."""
         self.section(title)
         for entry in entries:
             self.item(", ".join(bold(name) for name in entry.name.split(", ")), entry.text)
 
-    def ending(self, examples: Iterable[str], environment: Sequence[ManualEntry], files: Sequence[ManualEntry]) -> None:
+    def ending(self, examples: Iterable[str], environment: Iterable[ManualEntry], files: Iterable[ManualEntry]) -> None:
         """Add what stands at the end of every verb's page."""
         self.section("EXAMPLES")
-        self.literal("\n".join(examples))
+        self.add(*literal("\n".join(examples)))
         self.entries("ENVIRONMENT", environment)
         self.entries("FILES", files)
         self.section("EXIT STATUS")
-        for code in EXIT_CODES:
-            self.item(bold(str(code)), _CODES[code])
+        for code, text in _CODES.items():
+            self.item(bold(str(code)), text)
 
-    def see_also(self, names: Sequence[str]) -> None:
+    def see_also(self, *names: str) -> None:
         self.section("SEE ALSO")
-        for number, name in enumerate(names, 1):
-            base, _, section = name.rstrip(")").partition("(")
-            comma = "," if number < len(names) else ""
-            self.line(rf"{bold(base)}({section}){comma}")
-
-    def _prose(self, text: str) -> None:
-        self._lines += sentences(escape(text))
+        pages = (name.rstrip(")").split("(") for name in names)
+        self.add(*",\n".join(rf"{bold(base)}({section})" for base, section in pages).split("\n"))
 
 
 def _context(cli: Verbs) -> click.Context:
     return click.Context(cli, info_name="moectl", help_option_names=cli.context_settings["help_option_names"])
-
-
-def _of(entries: Sequence[ManualEntry], parameters: set[str]) -> list[ManualEntry]:
-    return [entry for entry in entries if not entry.parameters or entry.parameters & parameters]
 
 
 def _argument(argument: click.Argument) -> str:

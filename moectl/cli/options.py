@@ -1,11 +1,13 @@
-"""The flags that every command has, and how a command's result is printed under them. It knows no command."""
+"""The flags that verbs share, and how a verb's result is printed under them. It knows no verb."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,18 +42,16 @@ class Duration(click.ParamType[float]):
         return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+@dataclass(frozen=True, slots=True)
 class Common:
-    """The values of the flags that every command has."""
+    """The values of the flags that every verb has."""
 
-    def __init__(
-        self, *, hosts: str | None, hostfile: str | None, json: bool, quiet: bool, verbose: int, color: str
-    ) -> None:
-        self.hosts = hosts
-        self.hostfile = hostfile
-        self.json = json
-        self.quiet = quiet
-        self.verbose = verbose
-        self.color = color
+    hosts: str | None
+    hostfile: str | None
+    json: bool
+    quiet: bool
+    verbose: int
+    color: str
 
     def host_list(self) -> HostList | None:
         """Return the hosts in force, or None."""
@@ -67,14 +67,10 @@ class Common:
         return found
 
     def print(self, text: str, document: dict[str, Any], quiet_text: str | None = None) -> None:
-        """Print a command's result on stdout in the form that was asked for.
-
-        `quiet_text` is its shorter form for --quiet, where it has one.
-        """
+        """Print a verb's result on stdout; `quiet_text` is its shorter form for --quiet, where it has one."""
         shown = json.dumps(document) if self.json else text if not self.quiet or quiet_text is None else quiet_text
-        if not shown:
-            return
-        click.echo(shown)
+        if shown:
+            click.echo(shown)
 
     def say(self, text: str) -> None:
         """Say something to a person, on stderr."""
@@ -89,7 +85,7 @@ def unwritable(error: OSError | ValueError) -> errors.StateError:
 
 
 class Failed(Exception):
-    """An error on its way out of a command, with the flags that say how to print it."""
+    """An error on its way out of a verb, with the flags that say how to print it."""
 
     def __init__(self, error: Exception, flags: Common) -> None:
         super().__init__(str(error))
@@ -97,15 +93,50 @@ class Failed(Exception):
         self.flags = flags
 
 
+def _together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Return one decorator for several options, in the order in which --help lists them."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_common_options = _together(
+    click.option("-H", "--hosts", metavar="LIST", shell_complete=suggest.host_list, help="Hosts in rank order: a,b,c."),
+    click.option(
+        "--hostfile",
+        metavar="FILE",
+        envvar="MOECTL_HOSTFILE",
+        shell_complete=suggest.files,
+        help="Hosts file: hosts.txt or MLX's JSON; - is standard input.",
+    ),
+    click.option("--json", is_flag=True, help="Print one JSON document."),
+    click.option("-q", "--quiet", is_flag=True, help="Print results only."),
+    click.option("-v", "--verbose", count=True, help="Show what happens, and the workers' logs."),
+    click.option(
+        "--color",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        show_default=True,
+        help="Use colours; auto: only on a terminal.",
+    ),
+)
+
+
 def common(command: F) -> F:
-    """Give a command the flags that all commands have, and pass them as one `common` argument."""
+    """Give a verb the flags that all verbs have, and pass them as one `common` argument."""
 
     @click.pass_context
+    @functools.wraps(command)
     def wrapped(ctx: click.Context, /, *args: Any, **kw: Any) -> Any:
         from moectl.text import colour_wanted
 
-        flags = Common(**{k: kw.pop(k) for k in ("hosts", "hostfile", "json", "quiet", "verbose", "color")})
-        flags.hostfile = kw.pop("hostfile_", None) or flags.hostfile  # [HOSTFILE], of some commands
+        values = {field.name: kw.pop(field.name) for field in fields(Common)}
+        values["hostfile"] = kw.pop("hostfile_", None) or values["hostfile"]  # [HOSTFILE], of some verbs
+        flags = Common(**values)
         ctx.color = colour_wanted(flags.color, sys.stdout)
         try:
             return ctx.invoke(command, *args, common=flags, **kw)
@@ -114,37 +145,11 @@ def common(command: F) -> F:
         except Exception as error:
             raise Failed(error, flags) from error
 
-    wrapped.__doc__ = command.__doc__
-    wrapped.__name__ = command.__name__
-    options = (
-        click.option(
-            "-H", "--hosts", metavar="LIST", shell_complete=suggest.host_list, help="Hosts in rank order: a,b,c."
-        ),
-        click.option(
-            "--hostfile",
-            metavar="FILE",
-            envvar="MOECTL_HOSTFILE",
-            shell_complete=suggest.files,
-            help="hosts.txt or MLX's JSON; - is stdin.",
-        ),
-        click.option("--json", is_flag=True, help="Print one JSON document."),
-        click.option("-q", "--quiet", is_flag=True, help="Print results only."),
-        click.option("-v", "--verbose", count=True, help="Show what happens, and the workers' logs."),
-        click.option(
-            "--color",
-            type=click.Choice(["auto", "always", "never"]),
-            default="auto",
-            show_default=True,
-            help="Colours; auto: at a terminal.",
-        ),
-    )
-    for option in reversed(options):
-        wrapped = option(wrapped)
-    return wrapped  # type: ignore[return-value]
+    return _common_options(wrapped)  # type: ignore[return-value]
 
 
-def _confirm(question: str, *, yes: bool) -> None:
-    """Ask; exit 1 on "no". Raises UsageError where there is nobody to ask."""
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask; exit 1 on "no". Raises UsageError where there is no terminal to ask at."""
     if yes:
         return
     if sys.stdin is None or not sys.stdin.isatty():
@@ -154,89 +159,6 @@ def _confirm(question: str, *, yes: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def restart_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the flags that say how often a failed cluster may start again; `count_restarts` reads them."""
-    command = click.option(
-        "--max-restarts",
-        type=click.IntRange(0),
-        default=5,
-        show_default=True,
-        metavar="N",
-        help="Restart failed workers at most N times in ten minutes, and go on with the answers.",
-    )(command)
-    return click.option("--no-restart", is_flag=True, help="When a worker fails, end with its error.")(command)
-
-
-def count_restarts(options: dict[str, Any]) -> int:
-    """Return how often a failed cluster may be started again."""
-    most: int = options["max_restarts"]
-    return 0 if options["no_restart"] else most
-
-
-MAX_START_S = 86400.0
-
-
-def target_options(command: F) -> F:
-    """Give a command the flags that say which model to run, where and how; the functions below read them."""
-    options = (
-        click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine."),
-        click.option(
-            "--shards", metavar="DIR", shell_complete=suggest.shard_sets, help="Use this shard set on this machine."
-        ),
-        click.option(
-            "--model",
-            metavar="DIR|REPO",
-            shell_complete=suggest.models,
-            help="Use this model on this machine; sharded first when needed.",
-        ),
-        click.option("--split", type=SPLIT, help="For --model (default: auto)."),
-        click.option("--shares", metavar="A,B,…", help="For --model: uneven parts."),
-        click.option("--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert."),
-        click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight."),
-        click.option("--force", is_flag=True, help="Try it although memory will not do."),
-        click.option(
-            "--no-canary", is_flag=True, help="Do not check first whether every rank computes what it should."
-        ),
-        click.option("--agree-routing", is_flag=True, help="Rank 0 chooses the experts for all: for unlike chips."),
-        click.option("--paranoia", is_flag=True, help="Let all ranks compare what they compute, again and again."),
-        click.option(
-            "--backend",
-            type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]),
-            default="auto",
-            show_default=True,
-            help="How ranks reach each other: ring is TCP, jaccl RDMA.",
-        ),
-        click.option(
-            "--start-timeout",
-            type=click.FloatRange(1, MAX_START_S),
-            default=30.0,
-            show_default=True,
-            metavar="SECONDS",
-            help="For all ranks to join and load.",
-        ),
-        click.option(
-            "--prefill-step",
-            type=click.IntRange(1),
-            metavar="TOKENS",
-            help="Of a prompt, read at once: others wait for no more than that (default: 512).",
-        ),
-        click.option(
-            "--speculate",
-            type=click.IntRange(0, 64),
-            default=0,
-            show_default=True,
-            metavar="TOKENS",
-            help="Guess up to TOKENS from the text so far, and check them in one pass.",
-        ),
-        click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Arithmetic (default: the device's)."
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
     """Raise UsageError when a flag of each is given: one of them would be ignored."""
     for one in (name for name, value in these.items() if value):
@@ -244,35 +166,129 @@ def refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
             raise errors.UsageError(f"{one} and {other} exclude each other")
 
 
-def _was_given(name: str) -> bool:
+def was_given(name: str) -> bool:
+    """Return whether a parameter's value is another than the built-in one."""
     source = click.get_current_context().get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
 
-_OUTPUT = click.Path(path_type=Path, file_okay=False)
+restart_options = _together(
+    click.option("--no-restart", is_flag=True, help="When a worker fails, do not restart it: end with its error."),
+    click.option(
+        "--max-restarts",
+        type=click.IntRange(0),
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="Restart failed workers at most N times in ten minutes, and go on with the answers.",
+    ),
+)
 
-_CUT = (
-    click.option("-o", "--output", type=_OUTPUT, help="Directory of the shard set."),
-    click.option("--split", type=SPLIT, default="auto", show_default=True, help="auto: what 'plan' finds fastest."),
-    click.option("--shares", metavar="A,B,…", help="Uneven parts: experts, units of the hidden dimension, or layers."),
-    click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each expert."),
-    click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 copies."),
+
+def count_restarts(options: dict[str, Any]) -> int:
+    """Return how often a failed cluster may be started again, as `restart_options` say."""
+    most: int = options["max_restarts"]
+    return 0 if options["no_restart"] else most
+
+
+MAX_START_S = 86400.0
+
+# Which model to run, where and how; cli.target reads them.
+target_options = _together(
+    click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine."),
+    click.option(
+        "--shards", metavar="DIR", shell_complete=suggest.shard_sets, help="Use this shard set on this machine."
+    ),
+    click.option(
+        "--model",
+        metavar="DIR|REPO",
+        shell_complete=suggest.models,
+        help="Use this model on this machine; sharded first when needed.",
+    ),
+    click.option("--split", type=SPLIT, help="For --model: how ranks share the work (default: auto)."),
+    click.option("--shares", metavar="A,B,…", help="For --model: uneven parts, a number for each rank."),
+    click.option("--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert."),
+    click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight."),
+    click.option("--force", is_flag=True, help="Try it although there is too little memory."),
+    click.option("--no-canary", is_flag=True, help="Do not check at the start that every rank computes right results."),
+    click.option(
+        "--agree-routing", is_flag=True, help="Rank 0 chooses the experts for all ranks; for hosts with unlike chips."
+    ),
+    click.option("--paranoia", is_flag=True, help="Let all ranks compare their results again and again."),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]),
+        default="auto",
+        show_default=True,
+        help="How ranks exchange numbers: ring uses TCP, jaccl uses RDMA.",
+    ),
+    click.option(
+        "--start-timeout",
+        type=click.FloatRange(1, MAX_START_S),
+        default=30.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Time for all ranks to join and load the model.",
+    ),
+    click.option(
+        "--prefill-step",
+        type=click.IntRange(1),
+        metavar="TOKENS",
+        help="Tokens of a prompt to read in one step; other answers wait for one step at most (default: 512).",
+    ),
+    click.option(
+        "--speculate",
+        type=click.IntRange(0, 64),
+        default=0,
+        show_default=True,
+        metavar="TOKENS",
+        help="Guess up to TOKENS from the text so far, and check them in one pass.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Numbers to compute with (default: the device's).",
+    ),
+)
+
+# How to place a model on ranks and to quantise it; cli.target.read_wanted reads them.
+WANTED = ("split", "shares", "replicas", "q_bits", "q_group_size", "q_mode", "routing_stats")
+wanted_options = _together(
+    click.option(
+        "--split",
+        type=SPLIT,
+        default="auto",
+        show_default=True,
+        help="How ranks share the work; auto: the fastest split that fits.",
+    ),
+    click.option(
+        "--shares",
+        metavar="A,B,…",
+        help="Uneven parts, a number for each rank: experts, units of the hidden dimension, or layers.",
+    ),
+    click.option(
+        "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert."
+    ),
+    click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 is bf16 (default: as the model is)."),
     click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's)."),
-    click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's way to quantise."),
-    click.option("--routing-stats", type=FILE, metavar="FILE", help="Place experts by what 'moectl bench' counted."),
+    click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's mode of quantisation."),
+    click.option(
+        "--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted."
+    ),
+)
+
+# How to cut a model.
+cut_options = _together(
+    click.option(
+        "-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Directory of the shard set."
+    ),
+    wanted_options,
     click.option("--revision", help="Branch, tag or commit on the Hub."),
     click.option(
         "--tokenizer", metavar="REPO|DIR", help="Take the tokenizer from here (default: the model's own, or DBRX's)."
     ),
     click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache."),
-    click.option("--no-canary", is_flag=True, help="Do not run the set once for later starts to be compared with."),
+    click.option(
+        "--no-canary", is_flag=True, help="Do not compute the canary, with which later starts compare results."
+    ),
 )
-
-_WANTED = ("split", "shares", "replicas", "routing_stats", "q_bits", "q_group_size", "q_mode")
-
-
-def _cut_options(command: F) -> F:
-    """Give a command the flags that say how to cut a model."""
-    for option in reversed(_CUT):
-        command = option(command)
-    return command

@@ -1,4 +1,4 @@
-"""Which model to run, where and how: the flags that run, serve and bench share, and what they come to."""
+"""What flags ask for: which model to run and where, how to cut it, which hosts to look at."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from moectl import errors
 from moectl.cli.options import Common, refuse_both
-from moectl.cli.terminal import download_bars
 from moectl.demo import demo_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from moectl.cli.terminal import Bar, Progress
     from moectl.hosts.hostfile import Host
     from moectl.model.canary import Canary
     from moectl.model.manifest import Manifest
     from moectl.session.deployment import Deployment
-    from moectl.session.target import Local, Target
-    from moectl.shards.prepare import Made, Wanted
+    from moectl.session.target import Target
+    from moectl.shards.prepare import Bars, Made, Wanted
 
 PARANOIA = (
     32  # steps from one comparison to the next: often enough to stop nonsense soon, and seldom enough to cost nothing
@@ -77,14 +73,15 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
     bits = int(options["q_bits"]) if options["q_bits"] else None
     nodes = local or (None if shares else 2)
     wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits=bits)
-    place = place_here(force, common.say)
-    return prepare_local(
-        model,
+    made = shard_model(
+        common,
+        model or str(demo_dir()),
         wanted,
-        shard=lambda m, w: (
-            shard_model(common, m, w, cached=True, choose_place=place, no_canary=options["no_canary"]).directory
-        ),
+        cached=True,
+        choose_place=place_here(force, common.say),
+        no_canary=options["no_canary"],
     )
+    return target_.Local(made.directory, read_manifest(made.directory))
 
 
 def shard_model(
@@ -92,36 +89,32 @@ def shard_model(
     model: str,
     wanted: Wanted,
     *,
-    dry_run: bool = False,
     no_canary: bool = False,
     tokenizer: str | None = None,
-    among: Progress | None = None,
+    among: Bars | None = None,
     **options: Any,
 ) -> Made:
     """Cut a model with progress on the terminal, `among` other bars; `options` are `prepare.shard`'s."""
-    from moectl.cli.terminal import progress
+    from moectl.cli.progress import progress
     from moectl.model.canary import describe_unmet
     from moectl.shards import prepare
     from moectl.shards.tokenizer_files import choose_tokenizer
 
+    canaries: list[Canary] = []
     with contextlib.nullcontext(among) if among else progress(quiet=common.quiet) as bars:
-        cutting: list[Bar] = []
-        canaries: list[Canary] = []
 
-        def on_plan(directory: Path, output_bytes: int) -> bool:
-            cutting.append(bars.bar(directory.name, output_bytes))
-            return not dry_run
+        def compute_canary(directory: Path, manifest: Manifest) -> Canary:
+            canaries.append(_compute_canary(directory, manifest, bars))
+            return canaries[-1]
 
         made = prepare.shard(
             model,
             wanted,
             quantise=_quantise,
             choose_tokenizer=choose_tokenizer(model, tokenizer, _can_read, common.say),
-            compute_canary=None if no_canary else _canary_drawer(bars, canaries.append),
-            on_note=lambda note: common.say(f"Warning: {note}"),
-            on_plan=on_plan,
-            on_download=download_bars(bars),
-            on_bytes=lambda n: cutting[0].advance(n),
+            compute_canary=None if no_canary else compute_canary,
+            say=common.say,
+            bars=bars,
             **options,
         )
     for warning in filter(None, map(describe_unmet, canaries)):
@@ -136,23 +129,15 @@ def _can_read(directory: Path) -> None:
     open_tokenizer(directory)
 
 
-def _canary_drawer(bars: Progress, on_canary: Callable[[Canary], None]) -> Callable[[Path, Manifest], Canary]:
-    """Return what runs a finished set once, with a bar over its layers; `on_canary` is told what came of it."""
+def _compute_canary(directory: Path, manifest: Manifest, bars: Bars) -> Canary:
+    """Run a finished set once, with a bar over its layers."""
+    from moectl.engine.network.canary_run import compute_canary
 
-    def compute(directory: Path, manifest: Manifest) -> Canary:
-        from moectl.engine.network.canary_run import compute_canary
-
-        weights = sum(entry.bytes for entry in manifest.files.values())
-        bar = bars.bar("canary", weights)
-
-        def on_layer(done: int, of: int) -> None:
-            bar.advance(weights * done // of - weights * (done - 1) // of)
-
-        canary = compute_canary(directory, manifest, on_layer=on_layer)
-        on_canary(canary)
-        return canary
-
-    return compute
+    weights = sum(entry.bytes for entry in manifest.files.values())
+    advance = bars("canary", weights)
+    return compute_canary(
+        directory, manifest, on_layer=lambda done, of: advance(weights * done // of - weights * (done - 1) // of)
+    )
 
 
 def _quantise(memory_bytes: int) -> Any:
@@ -184,16 +169,7 @@ def advise(target: Target, failure: errors.MoectlError) -> str | None:
     return find_remedy(target, failure.host)
 
 
-def prepare_local(model: str | None, wanted: Wanted, *, shard: Callable[[str, Wanted], Path]) -> Local:
-    """Return a local target for a model (None: the bundled demo), which `shard` finds or makes."""
-    from moectl.model.manifest import read_manifest
-    from moectl.session.target import Local
-
-    directory = shard(model or str(demo_dir()), wanted)
-    return Local(directory, read_manifest(directory))
-
-
-def _find_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
+def find_deployment_or_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
     """Return the deployment to look at; or hosts that are named and are not its own."""
     from moectl.session.deployment import find_deployment
 
@@ -207,7 +183,8 @@ def _find_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
     return None, listed.hosts
 
 
-def _wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
+def read_wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
+    """Return what `wanted_options` ask for. Raises UsageError."""
     from moectl.model.routing import read_routing
     from moectl.shards.prepare import Wanted
 

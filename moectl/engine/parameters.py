@@ -1,12 +1,7 @@
-"""The numbers that say how to sample: what each may be, wherever it is given. It samples nothing.
-
-Requests and the chat's settings take these limits from here. The API and the command line have narrower ones of their
-own where OpenAI has: a temperature of 2 at most.
-"""
+"""The numbers that say how to sample: what each may be, in a flag, in the chat, in the API and in a request."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 MAX_LOGPROBS = 20  # as OpenAI
@@ -34,7 +29,7 @@ class Parameter:
 _PENALTY = Parameter(float, -2, 2, "between -2 and 2")  # as OpenAI defines them, over the tokens generated so far
 PARAMETERS = {
     "max_tokens": Parameter(int, 1, 2**31 - 1, "1 or more"),
-    "temperature": Parameter(float, 0, sys.float_info.max, "0 (greedy) or more"),
+    "temperature": Parameter(float, 0, 2, "between 0 (greedy) and 2"),  # as OpenAI
     "top_p": Parameter(float, 0, 1, "0 or more and at most 1"),
     "top_k": Parameter(int, 0, 2**31 - 1, "between 0 (all) and 2^31-1"),
     "min_p": Parameter(float, 0, 1, "between 0 and 1"),

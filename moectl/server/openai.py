@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from moectl import __version__
-from moectl.engine.parameters import MAX_LOGPROBS
+from moectl.engine.parameters import MAX_LOGPROBS, PARAMETERS
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.engine.request import Request, Stats, too_long
 from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
@@ -234,7 +234,8 @@ def _read_prompt(prompt: Any, model: Ready) -> Fields:
 
 def _read_parameters(fields: Fields, model: Ready) -> Fields:
     """Return what both endpoints share, as keyword arguments of a Request."""
-    temperature = read_number(fields, "temperature", 0, 2)
+    limits = PARAMETERS["temperature"]
+    temperature = read_number(fields, "temperature", limits.low, limits.high)
     seed = read_integer(fields, "seed", -(2**63), 2**64 - 1)
     read: Fields = {
         "temperature": 1.0 if temperature is None else temperature if temperature >= _GREEDY_BELOW else 0.0,

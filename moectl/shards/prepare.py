@@ -55,6 +55,7 @@ class Made:
 
 
 Place = Callable[[Checkpoint, Wanted, Quantization | None], Placement]
+Bars = Callable[[str, int], Callable[[int], None]]  # (label, total bytes) begins a bar; gives what counts more bytes
 
 
 def choose_quantization(wanted: Wanted, checkpoint: Described) -> Quantization | None:
@@ -146,26 +147,25 @@ def shard(
     jobs: int | None = None,
     force: bool = False,
     cached: bool = False,
+    dry_run: bool = False,
     choose_place: Place | None = None,
     choose_tokenizer: Callable[[Checkpoint], Checkpoint] | None = None,
     compute_canary: ComputeCanary | None = None,
-    on_note: Callable[[str], None] = lambda _: None,
-    on_plan: Callable[[Path, int], bool] = lambda *_: True,
+    say: Callable[[str], None] = lambda _: None,
+    bars: Bars = lambda *_: lambda _: None,
     on_files: Callable[[str, Path, Placement, Mapping[str, int]], None] = lambda *_: None,
-    on_download: Callable[[str, int, int], None] | None = None,
-    on_bytes: Callable[[int], None] = lambda _: None,
     on_file: OnHashed = lambda *_: None,
 ) -> Made:
-    """Make (or finish, or find) a shard set; say where it is.
+    """Make (or finish, or find) a shard set; return where it is. `dry_run` writes nothing.
 
-    `on_note` is told first what the model's files ask for and moectl leaves to each request. `on_plan(directory,
-    output_bytes)` is told what will be made before anything is written; when it returns False
-    nothing is. Before that, `on_files` is told the set's name, its directory, who holds what and the bytes of each
-    weight file; `on_file` is `shards.cut`'s. `choose_place` decides who holds what (default: `place`) and may refuse;
-    `choose_tokenizer` returns the checkpoint with the tokenizer that it is to have, and may refuse it;
-    `compute_canary` runs what was cut, so that every start can be compared with it (None: not done). `force` starts
-    afresh. `cached` sets live in the cache, apart from those that a person made, and one of another source or with
-    other settings is replaced.
+    `force` starts afresh. `cached` sets live in the cache, apart from those that a person made, and one of another
+    source or with other settings is replaced. `choose_place` decides who holds what (default: `place`) and may refuse.
+    `choose_tokenizer` returns the checkpoint with the tokenizer that it is to have, and may refuse it.
+    `compute_canary` runs what was cut, so that every start can be compared with it (None: not done).
+
+    `say` is told what the model's files ask for and moectl leaves to each request. `bars` shows downloads and the cut.
+    Before anything is written, `on_files` gets the set's name, its directory, who holds what and the bytes of each
+    weight file; then `on_file` gets each file that is whole, as in `build.cut`.
     """
     check_numbers()  # the canary loads huggingface_hub, when all is cut
     checkpoint = open_checkpoint(
@@ -173,11 +173,11 @@ def shard(
         revision=revision,
         work_dir=_work_dir(directory, source, cached),
         keep_source=keep_source,
-        on_bytes=on_download,
+        on_bytes=download_bars(bars),
     )
     try:
         for note in checkpoint.notes:
-            on_note(note)
+            say(f"Warning: {note}")
         checkpoint = choose_tokenizer(checkpoint) if choose_tokenizer else checkpoint
         quantization = choose_quantization(wanted, checkpoint)
         placement = (choose_place or place)(checkpoint, wanted, quantization)
@@ -188,7 +188,7 @@ def shard(
         if force or not (directory / MANIFEST_NAME).exists():
             _check_tokenizer(checkpoint)
         on_files(name, directory, placement, {f.path: f.bytes for f in files})
-        if on_plan(directory, output_bytes):
+        if not dry_run:
             cut = partial(
                 build.cut,
                 checkpoint,
@@ -198,7 +198,7 @@ def shard(
                 name=name,
                 quantise=quantise,
                 jobs=jobs or build.default_jobs(),
-                on_bytes=on_bytes,
+                on_bytes=bars(directory.name, output_bytes),
                 on_file=on_file,
                 compute_canary=compute_canary,
                 wait_s=_WAIT_S if cached else 0.0,
@@ -214,6 +214,18 @@ def shard(
         return Made(directory, placement, output_bytes)
     finally:
         checkpoint.close()
+
+
+def download_bars(bars: Bars) -> Callable[[str, int, int], None]:
+    """Return what shows a bar for each file that comes from the Hub."""
+    downloads: dict[str, tuple[Callable[[int], None], int]] = {}
+
+    def on_download(file: str, done: int, total: int) -> None:
+        advance, before = downloads.get(file) or (bars(file, total), 0)
+        advance(done - before)
+        downloads[file] = (advance, done)
+
+    return on_download
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import given, strategies as st
 
@@ -445,8 +446,8 @@ def test_a_system_message_of_several_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    ["temperature hot", "temperature -1", "temperature nan", "top_p -1", "max_tokens 0", "max_tokens 1.5", "seed -1",
-     "top_q 1", "temperature", "system", 'stop "a', "repetition_penalty 0"],
+    ["temperature hot", "temperature 2.5", "temperature -1", "temperature nan", "top_p -1", "max_tokens 0",
+     "max_tokens 1.5", "seed -1", "top_q 1", "temperature", "system", 'stop "a', "repetition_penalty 0"],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_line(tmp_path: Path, wrong: str) -> None:
     name, _, value = wrong.partition(" ")
@@ -460,7 +461,7 @@ def test_the_chat_goes_on_after_a_wrong_setting(tmp_path: Path) -> None:
     with Talk(tmp_path) as talk:
         talk.ready()
         assert talk.enter("/set temperature hot") == [
-            "Error: temperature should be a number, 0 (greedy) or more: it is 'hot'"
+            "Error: temperature should be a number, between 0 (greedy) and 2: it is 'hot'"
         ]
         assert talk.enter("/set top_q 1") == ["Error: there is no setting 'top_q': /set lists them"]
         talk.enter("hello")
@@ -495,7 +496,7 @@ def test_clear_forgets_what_was_said_but_not_the_settings(tmp_path: Path) -> Non
 def test_show_tells_the_model_and_the_settings(tmp_path: Path) -> None:
     with Talk(tmp_path) as talk:
         talk.ready()
-        info = ["  model     DBRX on 4 hosts", "  context   4096 tokens", "  messages  0"]
+        info = ["  model     DBRX on 4 hosts", "  messages  0"]
         assert talk.enter("/show info") == info
         assert talk.enter("/show") == info + talk.enter("/set")
 
@@ -567,15 +568,6 @@ def test_what_the_hint_about_an_answer_that_broke_off_says_is_answered(tmp_path:
         talk.ready()
         assert talk.enter("cut") == ["You said: cut", "Error: the answer broke off", "Hint: ask again"]
         assert talk.enter("and again")[0] == "You said: and again"
-
-
-def test_a_session_that_is_over_ends_the_chat(tmp_path: Path) -> None:
-    with Talk(tmp_path) as talk:
-        talk.ready()
-        talk.type("lose\r")
-        assert talk.end() == 6
-        assert talk.lines[-2:] == ["Over: mac3: rank 2: connection reset", ""]
-        assert talk.echoes
 
 
 def test_an_answers_control_characters_do_not_drive_the_terminal(tmp_path: Path) -> None:
@@ -664,7 +656,7 @@ settings = st.builds(
     ChatSettings,
     max_tokens=st.integers(1, 2**31 - 1),
     system=st.none() | st.text(st.characters(codec="utf-8"), min_size=1),
-    temperature=st.floats(0, 1e6),
+    temperature=st.floats(0, 2),
     top_p=st.floats(0, 1),
     top_k=st.integers(0, 10**6),
     min_p=st.floats(0, 1),
@@ -686,6 +678,7 @@ transcripts = st.builds(
 )
 
 
+@hypothesis.settings(deadline=None)  # the first chat that is read loads pydantic
 @given(transcripts)
 def test_a_transcript_survives_its_file(tmp_path_factory: pytest.TempPathFactory, transcript: Transcript) -> None:
     path = tmp_path_factory.mktemp("chat") / "chat.json"
@@ -712,6 +705,7 @@ nearly = st.fixed_dictionaries(
 )
 
 
+@hypothesis.settings(deadline=None)
 @given(st.binary() | (json_values | nearly).map(lambda value: json.dumps(value).encode()))
 def test_any_other_file_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("chat") / "chat.json"

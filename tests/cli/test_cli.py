@@ -19,7 +19,7 @@ import pytest
 from moectl import __main__, __version__, errors
 from moectl.cli import app as cli
 from moectl.cli.options import Failed
-from moectl.cli.terminal import progress
+from moectl.cli.progress import progress
 from moectl.cli.verb import SECTIONS, Verb
 from moectl.text import colour_wanted, size_text, table_text, time_text
 from tests.support.tiny import write_checkpoint, write_words
@@ -367,11 +367,11 @@ def test_sizes_and_times() -> None:
 
 
 def test_no_bar_says_more_than_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.cli.terminal.QUIET_S", -1.0)
+    monkeypatch.setattr("moectl.cli.progress.QUIET_S", -1.0)
     with progress(quiet=False) as bars:
-        bar = bars.bar("mac1", 1_000_000)
+        advance = bars("mac1", 1_000_000)
         for count in (500_000, 500_000, 200_000, -100_000, 100_000):
-            bar.advance(count)
+            advance(count)
     said = capsys.readouterr().err.splitlines()
     assert said == ["mac1  50%  500.0 kB of 1.0 MB", "mac1  100%  1.0 MB of 1.0 MB"]
 

@@ -20,8 +20,8 @@ from moectl.cli.app import cli
 from moectl.cli.completion import FILES
 from moectl.cli.guides import TOPICS
 from moectl.cli.manual import _CODES, _HOST_KEYS, pages, write_files
-from moectl.cli.markdown import NEEDS_TBL, to_roff
 from moectl.cli.options import common
+from moectl.cli.roff import NEEDS_TBL, to_roff
 from moectl.cli.verb import EXIT_CODES, Verb, Verbs, verb
 from moectl.errors import MoectlError
 from moectl.hosts import hostfile

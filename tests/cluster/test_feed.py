@@ -88,7 +88,7 @@ def test_deploy_shard_brings_what_shard_and_deploy_bring(model: Path, hosts: lis
 
 
 def test_a_dry_run_tells_and_makes_nothing(model: Path, hosts: list[Host], tmp_path: Path) -> None:
-    shard = partial(cutting(model, tmp_path / "set"), on_plan=lambda *_: False)
+    shard = partial(cutting(model, tmp_path / "set"), dry_run=True)
     fed = shard_and_deploy(shard, hosts, dry_run=True)
     assert fed.made is not None
     assert sum(r.copied_bytes for r in fed.result.results) >= fed.made.bytes  # what both need counts twice

@@ -44,7 +44,7 @@ def routed(*counts: int, layers: int = 2) -> Routing:
     ],
 )
 def test_shard_sets_are_named_after_what_they_are(wanted: Wanted, name: str, model: Path) -> None:
-    made = prepare.shard(str(model), wanted, quantise=quantizer, on_plan=lambda *_: False)
+    made = prepare.shard(str(model), wanted, quantise=quantizer, dry_run=True)
     assert made.directory == data_dir() / "shards" / name
     assert not made.directory.exists()
 
@@ -52,7 +52,7 @@ def test_shard_sets_are_named_after_what_they_are(wanted: Wanted, name: str, mod
 def test_sets_placed_by_frequency_are_told_apart(model: Path) -> None:
     def name(*counts: int) -> str:
         wanted = Wanted(nodes=2, routing=routed(*counts))
-        return prepare.shard(str(model), wanted, quantise=quantizer, on_plan=lambda *_: False).directory.name
+        return prepare.shard(str(model), wanted, quantise=quantizer, dry_run=True).directory.name
 
     one, other = name(*range(16)), name(9, 8, 7, *range(13))
     assert one.startswith("tiny-bf16-experts-2-")
@@ -64,7 +64,7 @@ def test_sets_placed_by_frequency_are_told_apart(model: Path) -> None:
 def test_another_models_routing_is_refused(model: Path) -> None:
     wanted = Wanted(nodes=2, routing=routed(*range(16), layers=3))
     with pytest.raises(PlanError, match="are of tiny, with 3 layers of 16 experts; this model has 2 of 16"):
-        prepare.shard(str(model), wanted, quantise=quantizer, on_plan=lambda *_: False)
+        prepare.shard(str(model), wanted, quantise=quantizer, dry_run=True)
 
 
 def test_defaults_of_quantisation_are_mlxs(model: Path) -> None:

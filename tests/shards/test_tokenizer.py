@@ -321,14 +321,14 @@ def test_a_text_that_the_vocabulary_cannot_spell_is_refused() -> None:
 def test_shard_refuses_before_it_writes(write: Callable[..., Path], tmp_path: Path, files: Files) -> None:
     write_checkpoint(tmp_path)
     source = write(files)
-    planned: list[Path] = []
+    planned: list[str] = []
 
-    def plan(directory: Path, _: int) -> bool:
-        planned.append(directory)
-        return True
+    def begin(label: str, _: int) -> Callable[[int], None]:
+        planned.append(label)
+        return lambda _: None
 
     with pytest.raises(CheckpointError, match=next(iter(files))):
-        prepare.shard(str(source), prepare.Wanted(), directory=tmp_path / "out", quantise=_never, on_plan=plan)
+        prepare.shard(str(source), prepare.Wanted(), directory=tmp_path / "out", quantise=_never, bars=begin)
     assert not planned
     assert not (tmp_path / "out").exists()
 

@@ -19,9 +19,10 @@ from typing import Any
 
 from moectl.__main__ import TERMINATED, Terminated
 from moectl.cli.chat import keyboard
-from moectl.cli.chat.chat import Finished, chat
+from moectl.cli.chat.chat import chat
 from moectl.cli.chat.settings import ChatSettings
 from moectl.cli.chat.transcript import Message
+from moectl.engine.protocol import Done
 from moectl.engine.request import Stats
 from moectl.errors import MoectlError, PeerLost, UsageError
 
@@ -31,19 +32,15 @@ HOSTILE = "a\x1b]0;owned\x07b\x1b[2Jc\x9b2Jd\re\x08\x7ff\tg\nh"
 class Ruled:
     """Answers by the question's first word."""
 
-    model = "DBRX on 4 hosts"
-    details = (("context", "4096 tokens"),)
-
     def __init__(self, log: Path) -> None:
         self._log = log
-        self.over = False
 
-    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Finished, None, None]:
+    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Done, None, None]:
         """Return an answer and hold on to it, so that it ends when it is closed and not when it is forgotten."""
         self._held = self._stream(messages, settings)
         return self._held
 
-    def _stream(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Finished, None, None]:
+    def _stream(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Done, None, None]:
         word, *rest = messages[-1].content.split()
         ended = False
         try:
@@ -55,7 +52,7 @@ class Ruled:
             ended = True
             if word == "cut":  # the answer never says that it is over
                 return
-            yield Finished("length" if word == "long" else "stop", Stats(20, pieces, 0.5, 2.0, 0.5, 74_300_000_000))
+            yield Done(1, "length" if word == "long" else "stop", Stats(20, pieces, 0.5, 2.0, 0.5, 74_300_000_000))
         finally:
             if not ended:
                 self._stop(word, rest)
@@ -73,7 +70,7 @@ class Ruled:
                 return self._wait(Path(rest[0]))
             case "hostile":
                 return iter(HOSTILE)
-            case "refuse" | "break" | "lose":
+            case "refuse" | "break":
                 return self._fail(word)
             case _:
                 return iter(("You ", "said: ", " ".join((word, *rest))))
@@ -99,7 +96,6 @@ class Ruled:
         if word == "refuse":
             raise UsageError("the context is full\x1b[2J", hint="use /clear")
         yield "Half"
-        self.over = word == "lose"
         raise PeerLost("rank 2: connection reset", host="mac3", hint="moectl logs mac3")
 
     def _note(self, **what: Any) -> None:
@@ -119,7 +115,8 @@ def main() -> int:
         keyboard.PATIENCE_S = float(rest[1])
     settings = ChatSettings(**{"max_tokens": 256, **json.loads(rest[0] if rest else "{}")})
     try:
-        chat(Ruled(Path(log)), settings, history=None if history == "-" else Path(history), color="never")
+        path = None if history == "-" else Path(history)
+        chat("DBRX on 4 hosts", Ruled(Path(log)).chat, settings, history=path, color="never")
     except MoectlError as error:
         sys.stderr.write(f"Over: {error}\n")
         return error.exit_code

@@ -21,7 +21,6 @@ import pytest
 
 from moectl.cli import terminal
 from moectl.cli.options import Common
-from moectl.cli.verbs import run as run_
 from moectl.engine.answer import read_prompt
 from moectl.engine.request import Request
 from moectl.errors import MoectlError, UsageError
@@ -296,11 +295,11 @@ def test_no_host_and_no_model_gets_hold_of_a_terminal(monkeypatch: pytest.Monkey
     out, log, file = Screen(), Screen(), io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
     common = Common(hosts=None, hostfile=None, json=False, quiet=False, verbose=1, color="auto")
-    terminal._log_printer(common)("mac1", ESCAPE)
+    terminal.log_printer(common)("mac1", ESCAPE)
     assert log.getvalue().strip().isprintable()
     for screen in (out, file):
         monkeypatch.setattr("sys.stdout", screen)
-        run_._write(ESCAPE)
+        terminal.write_answer(ESCAPE)
     assert out.getvalue().isprintable()
     assert file.getvalue() == ESCAPE  # what goes to a file stays as it is
 

@@ -1,7 +1,6 @@
-"""A conversation at the terminal: what `moectl run` opens when it is given no prompt. It feels like ollama's.
+"""A conversation at the terminal, as `moectl run` opens it without a prompt. It is used like ollama's.
 
-It knows no HTTP, no session and no model: an `Answerer` answers. stdout carries the answers, everything else goes to
-stderr. Reading the keyboard is `lineedit`'s, the saved file `transcript`'s.
+It knows no HTTP and no session: an `Answer` answers. stdout carries the answers, everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -9,22 +8,26 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from moectl.cli.chat.settings import ALIASES, ChatSettings, change_setting, settings_table, split_words, value_text
 from moectl.cli.chat.transcript import Message, Transcript, load_transcript, save_transcript
-from moectl.cli.options import unwritable
-from moectl.cli.terminal import stats_text
+from moectl.cli.terminal import stats_text, write_answer
+from moectl.engine.protocol import Done
 from moectl.errors import MoectlError, RemoteError, UsageError
 from moectl.text import colour_wanted, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
-
     from moectl.cli.chat.keyboard import Keyboard
     from moectl.engine.request import Stats
+
+# Yields the answer to a conversation, which begins with the system message if there is one; the last item is Done.
+# A KeyboardInterrupt while it waits, or `close()`, has to stop the answer on the cluster: in a `finally`, which no
+# second one disturbs for two seconds. Raises MoectlError.
+Answer = Callable[[Sequence[Message], ChatSettings], Generator[str | Done, None, None]]
 
 HELP = '''\
 Available commands:
@@ -69,51 +72,25 @@ _SYSTEM = re.compile(r'\A/set\s+(?:parameter\s+)?system\s+(?=""")')
 _CLOSING = re.compile(r'"""[ \t]*$', re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The end of an answer: "stop", "length" or "cancelled"."""
-
-    reason: str
-    stats: Stats
-
-
-class Answerer(Protocol):
-    """Who answers."""
-
-    @property
-    def model(self) -> str:
-        """What the banner says: "DBRX on 4 hosts"."""
-
-    @property
-    def details(self) -> Sequence[tuple[str, str]]:
-        """What `/show info` says: labels and values."""
-
-    @property
-    def over(self) -> bool:
-        """Whether no further question can be answered; after an error the chat ends with it then."""
-
-    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Finished, None, None]:
-        """Yield an answer as it comes; the last item is Finished.
-
-        `messages` is the whole conversation, the system message first where there is one (`settings.system` is the
-        same again). A KeyboardInterrupt while it waits, or `close()`, has to stop the answer on the cluster: end it in
-        a `finally`, which no second one disturbs for two seconds. Raises MoectlError.
-        """
-
-
 def chat(
-    answerer: Answerer, settings: ChatSettings, *, history: Path | None, stats: bool = False, color: str = "auto"
+    model: str,
+    answer: Answer,
+    settings: ChatSettings,
+    *,
+    history: Path | None,
+    stats: bool = False,
+    color: str = "auto",
 ) -> None:
     """Talk with the person at the terminal until they leave; call it in the main thread, which gets the signals.
 
-    `history` is the file that remembers what they typed (None: no file). Raises UsageError where there is no terminal,
-    and the answerer's error when that is over.
+    `model` is what the banner says, such as "DBRX on 4 hosts"; `history` is the file that remembers what was typed
+    (None: no file). Raises UsageError where there is no terminal.
     """
     from moectl.cli.chat.keyboard import Keyboard
 
     screen = sys.stderr if sys.stderr.isatty() else sys.stdout
     coloured = colour_wanted(color, screen)
-    talk = _Chat(answerer, settings, sys.stdout, screen, stats=stats, coloured=coloured)
+    talk = _Chat(model, answer, settings, screen, stats=stats, coloured=coloured)
     keyboard = Keyboard(screen, history=history, is_open=is_open, say=talk.say, coloured=coloured)
     with keyboard.attached():
         talk.run(keyboard)
@@ -136,12 +113,12 @@ def read_block(text: str) -> str | None:
     if closing is None:
         return None
     if body[closing.end() :].strip():
-        return text  # what looked like the end is in the midst of it: a pasted Python file, say
+        return text  # quotes within a text, such as a pasted Python file
     return body[: closing.start()].removeprefix("\n").removesuffix("\n")
 
 
 def is_command(text: str) -> bool:
-    """Return whether a text is for the chat itself; one of several lines that begins with a path is for the model."""
+    """Return whether a text is a command; several lines that begin with a path are for the model."""
     return text.startswith("/") and ("\n" not in text.strip() or _SYSTEM.match(text) is not None)
 
 
@@ -151,11 +128,11 @@ class _Leave(Exception):
 
 class _Chat:
     def __init__(
-        self, answerer: Answerer, settings: ChatSettings, out: TextIO, screen: TextIO, *, stats: bool, coloured: bool
+        self, model: str, answer: Answer, settings: ChatSettings, screen: TextIO, *, stats: bool, coloured: bool
     ) -> None:
-        self._answerer = answerer
+        self._model, self._answer = model, answer
         self._settings = settings
-        self._out, self._screen = out, screen
+        self._screen = screen
         self._stats, self._coloured = stats, coloured
         self._messages: tuple[Message, ...] = ()
         self._last: Stats | None = None
@@ -174,7 +151,7 @@ class _Chat:
 
     def run(self, keyboard: Keyboard) -> None:
         self._keyboard = keyboard
-        self.say(f"{self._answerer.model}. /? for help, Ctrl-D to leave.")
+        self.say(f"{self._model}. /? for help, Ctrl-D to leave.")
         with contextlib.suppress(_Leave):
             while True:
                 try:
@@ -196,11 +173,9 @@ class _Chat:
                 block = read_block(text)
                 self._ask(text if block is None else block)
         except MoectlError as error:
-            if self._answerer.over:
-                raise
             self._say_error(error)
 
-    # What is said. The answer goes to `out`, all else to the screen.
+    # What is said. The answer goes to stdout, all else to the screen.
 
     def say(self, text: str) -> None:
         self._screen.write(printable(text) + "\n")
@@ -212,15 +187,6 @@ class _Chat:
         if error.hint:
             self._screen.write(f"Hint: {printable(error.hint)}\n")
         self._screen.flush()
-
-    def _write(self, text: str) -> None:
-        try:
-            self._out.write(printable(text) if self._out.isatty() else text)
-            self._out.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise unwritable(error) from None
 
     # Questions and answers.
 
@@ -234,26 +200,26 @@ class _Chat:
         try:
             with self._keyboard.waiting():
                 finished = self._stream(question, pieces)
-            reason = finished.reason
+            reason = finished.finish_reason
         except KeyboardInterrupt:
             interrupted = True
         finally:
             self._end_line("".join(pieces), interrupted)
-        # A question that got no word of an answer is taken back, like one that failed: roles have to take turns.
+        # A question without any answer is taken back, like one that failed: roles have to take turns.
         if pieces or finished:
             answer = Message("assistant", "".join(pieces), reason)
             self._messages = (*self._messages, question, answer)
         self._say_end(finished)
 
-    def _stream(self, question: Message, pieces: list[str]) -> Finished:
+    def _stream(self, question: Message, pieces: list[str]) -> Done:
         system = self._settings.system
         before = (Message("system", system),) if system else ()
-        with contextlib.closing(self._answerer.chat((*before, *self._messages, question), self._settings)) as stream:
+        with contextlib.closing(self._answer((*before, *self._messages, question), self._settings)) as stream:
             for event in self._keyboard.interruptible(stream):
-                if isinstance(event, Finished):
+                if isinstance(event, Done):
                     return event
                 pieces.append(event)
-                self._write(event)
+                write_answer(event)
         raise RemoteError("the answer broke off", hint="ask again")
 
     def _end_line(self, answer: str, interrupted: bool) -> None:
@@ -261,12 +227,12 @@ class _Chat:
         self._screen.flush()
         unfinished = bool(answer) and not answer.endswith("\n")
         if unfinished:
-            self._write("\n")
-        if interrupted and not (unfinished and self._out.isatty()):
+            write_answer("\n")
+        if interrupted and not (unfinished and sys.stdout.isatty()):
             self.say("")
 
-    def _say_end(self, finished: Finished | None) -> None:
-        if finished and finished.reason == "length":
+    def _say_end(self, finished: Done | None) -> None:
+        if finished and finished.finish_reason == "length":
             limit = self._settings.max_tokens
             self.say(f"[ended at max_tokens, {limit}: /set max_tokens {4 * limit} allows more]")
         if finished:
@@ -326,10 +292,7 @@ class _Chat:
             self.say(f"Unknown command '/show {what}'. Type /? for help.")
 
     def _show_info(self) -> None:
-        details = (("model", self._answerer.model), *self._answerer.details, ("messages", str(len(self._messages))))
-        width = max(len(label) for label, _ in details)
-        for label, value in details:
-            self.say(f"  {label:{width}}  {value}")
+        self.say(f"  model     {self._model}\n  messages  {len(self._messages)}")
 
     def _show_system(self) -> None:
         self.say(self._settings.system or "There is no system message.")
@@ -340,7 +303,7 @@ class _Chat:
 
     def _save(self, rest: str) -> None:
         path = _read_path("/save", rest)
-        save_transcript(path, Transcript(self._answerer.model, self._settings, self._messages))
+        save_transcript(path, Transcript(self._model, self._settings, self._messages))
         self.say(f"Saved {len(self._messages)} messages in {path}.")
 
     def _load(self, rest: str) -> None:

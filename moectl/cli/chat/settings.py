@@ -1,13 +1,10 @@
-"""How answers are to be made: what `/set` changes and a saved chat remembers. It samples nothing and asks nobody.
-
-Which values a model refuses for other reasons (a context too long, say) is for the model to tell.
-"""
+"""The settings of answers: what `/set` changes and a saved chat remembers."""
 
 from __future__ import annotations
 
 import shlex
 import textwrap
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from moectl.engine.parameters import PARAMETERS
@@ -15,8 +12,6 @@ from moectl.errors import UsageError
 
 # Names that people bring from ollama and mlx_lm.
 ALIASES = {"num_predict": "max_tokens", "temp": "temperature", "repeat_penalty": "repetition_penalty"}
-
-
 _TEXTS = {"system": 'a text, or "" for none', "stop": 'texts that end an answer, or "" for none'}
 
 
@@ -37,15 +32,15 @@ class ChatSettings:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, list):  # JSON has no tuples
-            object.__setattr__(self, "stop", tuple(self.stop))
         for name in _NUMBERS:
             if not PARAMETERS[name].allows(value := getattr(self, name)):
                 raise UsageError(f"{name} should be {_allowed_text(name)}: it is {value!r}")
-        if not (self.system is None or isinstance(self.system, str)):
-            raise UsageError(f"system should be {_TEXTS['system']}: it is {self.system!r}")
-        if not (isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)):
+        if not all(self.stop):
             raise UsageError(f"stop should be {_TEXTS['stop']}: it is {self.stop!r}")
+
+    def api_fields(self) -> dict[str, Any]:
+        """Return the settings as fields of an API request; the system message is one of its messages."""
+        return {name: value for name, value in asdict(self).items() if name != "system" and value is not None}
 
 
 _NUMBERS = [field.name for field in fields(ChatSettings) if field.name not in _TEXTS]

@@ -1,4 +1,4 @@
-"""What has been said in a chat, and the file that keeps it: `/save` and `/load`. It talks to nobody.
+"""What was said in a chat, and the file that keeps it: `/save` and `/load`.
 
 The file is JSON, `{"schema": "moectl.chat/1", "model", "settings": {…}, "messages": [{"role", "content",
 "finish_reason"}]}`; fields may be added, never renamed.
@@ -6,6 +6,7 @@ The file is JSON, `{"schema": "moectl.chat/1", "model", "settings": {…}, "mess
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moectl.cli.chat.settings import ChatSettings
 from moectl.errors import MoectlError, UsageError
 from moectl.files import replace_file
+from moectl.records import build
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +25,7 @@ ROLES = ("user", "assistant")  # in turns; the system message is one of the sett
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn; `finish_reason` of an assistant's is why it ended: "stop", "length", or "cancelled" part of the way."""
+    """One turn; `finish_reason` says why an assistant's ended: "stop", "length" or "cancelled"."""
 
     role: str
     content: str
@@ -32,7 +34,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """Complete exchanges (a user's message and its answer, in turns) and how they were asked for."""
+    """A chat: its settings, and in turns a user's message and the answer."""
 
     model: str
     settings: ChatSettings
@@ -65,7 +67,7 @@ def _check_replaceable(path: Path, settings: ChatSettings) -> None:
 def load_transcript(path: Path, settings: ChatSettings) -> Transcript:
     """Read a saved chat; settings that it does not name are those given. Raises UsageError in one line."""
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe may never end
+        if path.exists() and not path.is_file():  # reading a device or a pipe may never end
             raise UsageError(f"cannot read {path}: not a regular file")
         raw = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text to send
@@ -82,21 +84,21 @@ def load_transcript(path: Path, settings: ChatSettings) -> Transcript:
 def _read_document(raw: Any, settings: ChatSettings) -> Transcript:
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         raise ValueError(f"its schema is not {SCHEMA}")
-    model, said, given = raw.get("model", ""), raw.get("messages"), raw.get("settings", {})
-    if not (isinstance(model, str) and isinstance(said, list) and isinstance(given, dict)):
-        raise ValueError("model should be a text, messages a list and settings an object")
-    known = asdict(settings) | {f.name: given[f.name] for f in fields(ChatSettings) if f.name in given}
-    messages = tuple(_read_message(number, message) for number, message in enumerate(said))
-    if len(messages) % len(ROLES):
+    raw = {"model": "", **_known(raw, Transcript)}
+    raw["settings"] = asdict(settings) | _known(raw.get("settings", {}), ChatSettings)
+    if isinstance(raw.get("messages"), list):
+        raw["messages"] = [_known(message, Message) for message in raw["messages"]]
+    transcript = build(Transcript, raw)
+    for number, (message, role) in enumerate(zip(transcript.messages, itertools.cycle(ROLES), strict=False), 1):
+        if message.role != role:
+            raise ValueError(f"message {number} should be of the role '{role}'")
+    if len(transcript.messages) % len(ROLES):
         raise ValueError("its last message has no answer")
-    return Transcript(model, ChatSettings(**known), messages)
+    return transcript
 
 
-def _read_message(number: int, raw: Any) -> Message:
-    expected = ROLES[number % len(ROLES)]
-    if not isinstance(raw, dict) or raw.get("role") != expected or not isinstance(raw.get("content"), str):
-        raise ValueError(f"message {number + 1} should be a text of the role '{expected}'")
-    reason = raw.get("finish_reason")
-    if not (reason is None or isinstance(reason, str)):
-        raise ValueError(f"the finish_reason of message {number + 1} should be a text")
-    return Message(expected, raw["content"], reason)
+def _known(raw: Any, kind: type[Any]) -> dict[str, Any]:
+    """Return those fields of an object that this version of moectl knows."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{raw!r:.40} should be an object")
+    return {field.name: raw[field.name] for field in fields(kind) if field.name in raw}

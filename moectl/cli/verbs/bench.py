@@ -12,15 +12,15 @@ import click
 from moectl import errors
 from moectl.cli.options import FILE, Common, common, target_options
 from moectl.cli.target import choose_target, session_options
-from moectl.cli.terminal import _log_printer
+from moectl.cli.terminal import log_printer
 from moectl.cli.verb import verb
 from moectl.text import columns, size_text, table_text, time_text
 
 if TYPE_CHECKING:
-    from moectl.session.bench import Benchmark, MeanDeviation as Sample, Predicted
+    from moectl.session.bench import Benchmark, Predicted
     from moectl.session.target import Target
 
-# Barriers always cost something; parts that exceed an ordinary step by more than this say little about it.
+# Barriers cost time: the parts may exceed an ordinary step. By more than this, they say little about it.
 DOUBTFUL_EXCESS = 0.1
 
 
@@ -53,33 +53,25 @@ def bench_text(result: Benchmark, *, width: int | None = None) -> str:
 
 def _speed_table(result: Benchmark, width: int) -> str:
     predicted = result.predicted
-    header = ["", "TOK/S", "± SD"]
-    prompt, generate = (
-        [name, f"{speed.mean:.1f}", "-" if speed.sd is None else f"{speed.sd:.1f}"]
-        for name, speed in (("prompt", result.prefill_tok_s), ("generate", result.decode_tok_s))
-    )
+    speeds = (result.prefill_tok_s, result.decode_tok_s)
+    table = [
+        ("", "prompt", "generate"),
+        ("TOK/S", *(f"{speed.mean:.1f}" for speed in speeds)),
+        ("± SD", *("-" if speed.sd is None else f"{speed.sd:.1f}" for speed in speeds)),
+        ("FIRST TOKEN", "", _duration_text(result.ttft_s.mean)),
+    ]
     if predicted:
-        header.append("PREDICTED")
-        prompt.append(f"{predicted.prefill_tok_s:.1f}")
-        generate.append(f"{predicted.decode_tok_s:.1f}")
-    header.append("FIRST TOKEN")
-    prompt.append("")
-    generate.append(_duration_text(result.ttft_s.mean))
-    if predicted:
-        header.append("PREDICTED")
-        prompt.append("")
-        generate.append(_duration_text(predicted.ttft_s))
-    lines = table_text(header, [prompt, generate], right="bcdefg", width=width).split("\n")
+        table.insert(3, ("PREDICTED", f"{predicted.prefill_tok_s:.1f}", f"{predicted.decode_tok_s:.1f}"))
+        table.append(("PREDICTED", "", _duration_text(predicted.ttft_s)))
+    header, *rows = zip(*table, strict=True)
+    lines = table_text(header, rows, right="bcdefg", width=width).split("\n")
     trials = len(result.trials)
-    hosts = len(dict.fromkeys(rank.host for rank in result.ranks))
-    where = (
-        f"{hosts} hosts"
-        if hosts == len(result.ranks) > 1
-        else f"{len(result.ranks)} rank{'s'[: len(result.ranks) > 1]}"
-    )
+    hosts, ranks = len({rank.host for rank in result.ranks}), len(result.ranks)
+    where = f"{hosts} hosts" if hosts == ranks > 1 else f"{ranks} rank{'s' * (ranks > 1)}"
+    precision = "bf16" if result.model.bits is None else f"{result.model.bits} bits"
     note = (
-        f"({trials} trial{'s'[: trials > 1]}, {result.prompt_tokens} prompt + {result.generation_tokens} generated, "
-        f"{where}, {_precision_text(result.model.bits)})"
+        f"({trials} trial{'s' * (trials > 1)}, {result.prompt_tokens} prompt + {result.generation_tokens} generated, "
+        f"{where}, {precision})"
     )
     if len(lines[0]) + 4 + len(note) <= width:
         lines[0] += "    " + note
@@ -97,10 +89,6 @@ def _token_line(result: Benchmark) -> str:
     return f"per token {total:.{digits}f} ms = {compute:.{digits}f} compute + {all_reduce:.{digits}f} all-reduce {rest}"
 
 
-def _precision_text(bits: int | None) -> str:
-    return "bf16" if bits is None else f"{bits} bits"
-
-
 def _duration_text(seconds: float) -> str:
     return f"{1e3 * seconds:.0f} ms" if seconds < 1 else time_text(seconds)
 
@@ -115,43 +103,49 @@ def bench_json(result: Benchmark) -> dict[str, Any]:
         "bits": result.model.bits,
         "prompt_tokens": result.prompt_tokens,
         "generation_tokens": result.generation_tokens,
-        "prefill_tok_s": _measured_json(result.prefill_tok_s),
-        "decode_tok_s": _measured_json(result.decode_tok_s),
-        "ttft_s": _measured_json(result.ttft_s),
+        "prefill_tok_s": asdict(result.prefill_tok_s),
+        "decode_tok_s": asdict(result.decode_tok_s),
+        "ttft_s": asdict(result.ttft_s),
         "trials": [asdict(trial) for trial in result.trials],
         "step_s": result.step_s,
         "communication_share": result.communication_share,
         "ranks": [asdict(rank) for rank in result.ranks],
         "busiest_experts": result.busiest_experts,
         "imbalance": result.imbalance,
-        "routing": {
-            "tokens": result.routing.tokens,
-            "top_k": result.routing.top_k,
-            "counts": [list(layer) for layer in result.routing.counts],
-        },
+        "routing": {name: getattr(result.routing, name) for name in ("tokens", "top_k", "counts")},
         "predicted": None if predicted is None else asdict(predicted),
     }
 
 
-def _measured_json(measured: Sample) -> dict[str, float | None]:
-    return {"mean": measured.mean, "sd": measured.sd}
-
-
 @verb("Use")
-@click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="To read.")
-@click.option("-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="To generate.")
-@click.option("-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True, help="To average.")
-@click.option("--plan", type=FILE, metavar="FILE", help="Put the prediction of `plan --json` beside it.")
-@click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw a picture (needs moectl[plot]).")
-@click.option("--compare", type=FILE, multiple=True, metavar="FILE", help="For --plot: a result of `bench --json`.")
-@click.option("--routing-stats", type=FILE, metavar="FILE", help="Write how often each expert was chosen.")
+@click.option(
+    "-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prompt."
+)
+@click.option(
+    "-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens to generate."
+)
+@click.option(
+    "-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True, help="Trials to take the mean of."
+)
+@click.option(
+    "--plan", type=FILE, metavar="FILE", help="Show beside it the prediction that 'plan --json' wrote to this file."
+)
+@click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw the results (needs moectl[plot]).")
+@click.option(
+    "--compare",
+    type=FILE,
+    multiple=True,
+    metavar="FILE",
+    help="For --plot: draw this result of 'bench --json' too (repeatable).",
+)
+@click.option("--routing-stats", type=FILE, metavar="FILE", help="Write to this file how often each expert was chosen.")
 @target_options
 @common
 def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[Path, ...], **options: Any) -> None:
     """Measure prompt and generation speed, and where the time goes.
 
-    Prompts are random tokens. After the trials every rank takes some decode steps apart: computing, all-reduce (with
-    the wait for the slowest rank), and the rest.
+    Prompts are random tokens. After the trials every rank times the parts of some decode steps: computing, all-reduce
+    (with the wait for the slowest rank), and the rest.
 
     \b
     Examples:
@@ -180,7 +174,7 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
         speeds = f"prompt {trial.prefill_tok_s:.1f} tok/s, generate {trial.decode_tok_s:.1f} tok/s"
         common.say(f"trial {number} of {trials}: {speeds}")
 
-    with launch.open_session(target, on_log=_log_printer(common), **session_options(common, options)) as session:
+    with launch.open_session(target, on_log=log_printer(common), **session_options(common, options)) as session:
         counts = {key: options[key] for key in ("prompt_tokens", "generation_tokens")}
         result = benchmark.bench(session, target.name, trials=trials, predicted=predicted, on_trial=on_trial, **counts)
     document = bench_json(result)
@@ -192,7 +186,7 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
 
 
 def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Predicted | None:
-    """Return what a plan, or the last `plan --probe` of these hosts, expects of these trials, if there is one."""
+    """Return what a plan expects of these trials: the one given, else the last `plan --probe` of these hosts."""
     from moectl.cluster import probed_plan
     from moectl.model.manifest import read_manifest
     from moectl.session import target as launch
@@ -224,5 +218,5 @@ def _refuse_beside_controller(target: Target) -> None:
 
     if attach.is_loaded(target):
         raise errors.StateError(
-            f"{target.name} is loaded by a controller: measuring beside it would load it twice", hint="moectl stop"
+            f"{target.name} is loaded by a controller: to measure beside it would load it twice", hint="moectl stop"
         )

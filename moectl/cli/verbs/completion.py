@@ -16,8 +16,8 @@ from moectl.cli.verb import Verbs, verb
 def completion(common: Common, shell: str) -> None:
     """Print a shell completion script.
 
-    What it completes is asked of moectl at each Tab: hosts come from the hosts file in force, never from the network.
-    A moectl that was installed from a wheel has brought the scripts already.
+    At each Tab the script asks moectl: hosts come from the hosts file in force, never from the network. Where moectl
+    was installed from a wheel, the scripts are installed already.
 
     \b
     Examples:

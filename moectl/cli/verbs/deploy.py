@@ -11,8 +11,8 @@ import click
 
 from moectl import errors
 from moectl.cli import suggest
-from moectl.cli.options import _WANTED, Common, _confirm, _cut_options, _was_given, common, refuse_both
-from moectl.cli.target import _wanted, shard_model
+from moectl.cli.options import WANTED, Common, common, confirm, cut_options, refuse_both, was_given
+from moectl.cli.target import read_wanted, shard_model
 from moectl.cli.verb import verb
 from moectl.errors import error_json
 from moectl.text import size_text, table_text, time_text
@@ -20,12 +20,12 @@ from moectl.text import size_text, table_text, time_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from moectl.cli.terminal import Bar, Progress
     from moectl.cluster.deploy.deploy import DeployResult
     from moectl.cluster.deploy.task import HostResult
     from moectl.cluster.deploy.uninstall import Cleared
     from moectl.hosts.hostfile import HostList
     from moectl.hosts.remote import Remote
+    from moectl.shards.prepare import Bars
 
 
 def deploy_text(result: DeployResult, *, dry_run: bool) -> str:
@@ -147,7 +147,7 @@ def uninstall(common: Common, dry_run: bool, yes: bool) -> None:
             total = size_text(sum(one.bytes for one in results))
             if not (common.json or common.quiet):
                 click.echo(uninstall_text(results, dry_run=True), err=True)
-            _confirm(f"Remove {total} from {sum(bool(one.items) for one in results)} of {len(results)} hosts?", yes=yes)
+            confirm(f"Remove {total} from {sum(bool(one.items) for one in results)} of {len(results)} hosts?", yes=yes)
         if not dry_run:
             results = clear_hosts(listed.hosts, dry_run=False)
     common.print(uninstall_text(results, dry_run=dry_run), uninstall_json(results, dry_run=dry_run))
@@ -169,7 +169,7 @@ def uninstall(common: Common, dry_run: bool, yes: bool) -> None:
     shell_complete=suggest.models,
     help="Cut this model, and push each file as soon as it is made.",
 )
-@_cut_options
+@cut_options
 @click.option("-n", "--dry-run", is_flag=True, help="Show what would be copied.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Hosts at once (default: all).")
 @click.option(
@@ -221,9 +221,7 @@ def deploy(
     from moectl.session.deployment import recall_hosts
 
     listed = recall_hosts(common.require_hosts())
-    cut = {
-        name: options.pop(name) for name in (*_WANTED, "output", "revision", "tokenizer", "keep_source", "no_canary")
-    }
+    cut = {name: options.pop(name) for name in (*WANTED, "output", "revision", "tokenizer", "keep_source", "no_canary")}
     force, dry_run = options["force"], options["dry_run"]
     with open_remotes(listed.hosts) as remotes:
         options |= {"backend": listed.backend, "envs": listed.envs, "remotes": remotes}
@@ -282,13 +280,13 @@ def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: di
 def _refuse_alone(cut: dict[str, Any]) -> None:
     """Raise UsageError when a flag says how to cut, and nothing is to be cut."""
     for name in cut:
-        if _was_given(name):
+        if was_given(name):
             raise errors.UsageError(f"--{name.replace('_', '-')} needs --shard MODEL")
 
 
 def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: dict[str, Any]) -> tuple[str, Any]:
     """Deploy a shard set that is there; return its name and what came of it."""
-    from moectl.cli.terminal import progress
+    from moectl.cli.progress import progress
     from moectl.cluster.deploy import deploy as deploy_
     from moectl.planner.questions import check_hosts
     from moectl.shards import prepare
@@ -309,12 +307,12 @@ def _deploy_growing(
     common: Common, listed: HostList, model: str, cut: dict[str, Any], options: dict[str, Any]
 ) -> tuple[str, Any]:
     """Cut a model and deploy it meanwhile; return the set's name and what came of the hosts."""
-    from moectl.cli.terminal import progress
+    from moectl.cli.progress import progress
     from moectl.cluster.deploy.feed import shard_and_deploy
     from moectl.planner.questions import PlanOptions, place_on, refuse_early
 
     hosts, force = listed.hosts, options.pop("force")
-    wanted = _wanted(cut, len(hosts))
+    wanted = read_wanted(cut, len(hosts))
     if not force:
         refuse_early(model, wanted, hosts)
     with progress(quiet=common.quiet) as bars:
@@ -342,18 +340,18 @@ def _deploy_growing(
     return fed.name, fed.result
 
 
-def _draw_deploy(common: Common, bars: Progress) -> Callable[[Any], None]:
+def _draw_deploy(common: Common, bars: Bars) -> Callable[[Any], None]:
     """Return what draws a bar per host; how each ended is told afterwards."""
     from moectl.cluster.deploy.task import Advanced, Planned, Working
 
-    drawn: dict[str, Bar] = {}
+    drawn: dict[str, Callable[[int], None]] = {}
 
     def on_event(event: Any) -> None:
         match event:
             case Planned(host=host, copy_bytes=size) if size:
-                drawn[host] = bars.bar(host, size)
+                drawn[host] = bars(host, size)
             case Advanced(host=host, bytes=n) if host in drawn:
-                drawn[host].advance(n)
+                drawn[host](n)
             case Working(host=host, what=what):
                 common.say(f"[{host}] {what}")
 

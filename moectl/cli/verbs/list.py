@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
-from moectl.cli.options import Common, _confirm, common
+from moectl.cli.options import Common, common, confirm
 from moectl.cli.verb import verb
 from moectl.text import clock_text, columns, size_text, table_text
 
@@ -110,7 +110,7 @@ def _prune(common: Common, found: Listing, *, dry_run: bool, yes: bool) -> None:
         text = f"Dry run: nothing was deleted. {total} would be."
         common.print(text, {**list_json(found, ()), "would_prune": [one.name for one in old]})
         return
-    _confirm(f"Delete {_count(old)}, {total}?", yes=yes)
+    confirm(f"Delete {_count(old)}, {total}?", yes=yes)
     for one in old:
         listing.delete_set(one)
     common.print(f"Deleted {_count(old)}, {total}.", list_json(listing.make_listing(), old))

@@ -10,7 +10,7 @@ import click
 from moectl import errors
 from moectl.cli import suggest
 from moectl.cli.options import Common, Duration, common
-from moectl.cli.target import _find_hosts
+from moectl.cli.target import find_deployment_or_hosts
 from moectl.cli.verb import verb
 from moectl.errors import error_json
 from moectl.text import clock_text
@@ -67,7 +67,7 @@ def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
     from moectl.cli.terminal import on_ctrl_t
     from moectl.cluster.logs import LogQuery, LogReader, find_sources
 
-    deployment, hosts = _find_hosts(common)
+    deployment, hosts = find_deployment_or_hosts(common)
     if hosts:
         listed = ", ".join(host.address for host in hosts)
         raise errors.NotDeployed(f"no model is deployed on {listed}.", hint="moectl deploy")

@@ -1,7 +1,4 @@
-"""Results as text for people and as JSON documents for scripts. It computes and prints nothing.
-
-JSON: sizes in bytes, times in seconds, snake_case; fields may be added, never renamed.
-"""
+"""`moectl plan`: which host would hold what, whether it fits, and how fast it would be."""
 
 from __future__ import annotations
 
@@ -11,18 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl.cli import suggest
-from moectl.cli.options import (
-    DEFAULT_MODEL,
-    FILE,
-    Q_BITS,
-    Q_MODE,
-    SPLIT,
-    Common,
-    _was_given,
-    common,
-    refuse_both,
-)
-from moectl.cli.target import _wanted
+from moectl.cli.options import DEFAULT_MODEL, Common, common, refuse_both, wanted_options, was_given
+from moectl.cli.target import read_wanted
 from moectl.cli.verb import verb
 from moectl.text import size_text, table_text, time_text
 
@@ -167,14 +154,14 @@ def plan_json(
 
 
 def what_if_text(model: CatalogModel, rows: list[WhatIfRow]) -> str:
-    """Return predicted tok/s of clusters that one could buy, with the split that gives it."""
+    """Return predicted tok/s of clusters that you could buy, with the split that gives it."""
     counts = [count for count, _ in rows[0].cells]
     header = ("CHIP", "MEMORY", "LINK", "BITS", *(f"{count} NODE{'S' * (count > 1)}" for count in counts))
     lines = [
         (row.chip, f"{row.memory_gib} GB", row.link, str(row.bits), *(_cell_text(plan) for _, plan in row.cells))
         for row in rows
     ]
-    note = "tok/s, predicted, of one answer at a time; ~ borderline memory, - does not fit."
+    note = "Predicted tok/s of one answer at a time; ~ memory is borderline, - does not fit."
     return "\n".join([table_text(header, lines, right="bdefghi"), note])
 
 
@@ -213,16 +200,17 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
 
 @verb("Prepare")
 @click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
-@click.option("--ctx", type=click.IntRange(1), help="Tokens of context to keep (default: 4096, or the model's own).")
+@click.option(
+    "--ctx", type=click.IntRange(1), help="Tokens of context to plan for (default: 4096, or the model's own)."
+)
 @click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Answers at once.")
-@click.option("-p", "--prompt-tokens", type=click.IntRange(1), help="For TTFT (default: 512, or the context).")
-@click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 is bf16 (default: as the model is).")
-@click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's).")
-@click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's way to quantise.")
-@click.option("--split", type=SPLIT, default="auto", show_default=True, help="auto: the fastest that fits.")
-@click.option("--shares", metavar="A,B,…", help="Uneven parts instead of those that the plan would choose.")
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert.")
-@click.option("--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted.")
+@click.option(
+    "-p",
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    help="Tokens of the prompt, for the time to the first token (default: 512, or the context).",
+)
+@wanted_options
 @click.option(
     "--chip", metavar="NAME", shell_complete=suggest.chips, help="Chip of hosts without chip=, such as m2-ultra."
 )
@@ -231,7 +219,7 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
     "--link",
     metavar="NAME",
     shell_complete=suggest.links,
-    help="rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.",
+    help="Link between hosts: rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.",
 )
 @click.option(
     "--calibration",
@@ -241,14 +229,14 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
     help="Constants of the prediction: moectl's, or those that fit the paper's measurements.",
 )
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Plan N ranks on this machine (implies --probe).")
-@click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them, in some 10 seconds.")
-@click.option("--what-if", is_flag=True, help="Show clusters that one could buy, without hosts.")
+@click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them; this takes about 10 seconds.")
+@click.option("--what-if", is_flag=True, help="Show what clusters that you could buy would do; needs no hosts.")
 @common
 def plan(common: Common, model: str, **options: Any) -> None:
     """Show which host would hold what, whether it fits, and how fast it would be.
 
-    Nothing is downloaded or sent: DBRX is known by name, hosts by their keys in hosts.txt, by --chip and --memory, or
-    by what they say when asked with --probe.
+    It downloads and sends nothing. It knows DBRX by its name, and hosts by their keys in hosts.txt, by --chip and
+    --memory, or by what they answer with --probe.
 
     \b
     Examples:
@@ -259,7 +247,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
     from moectl.planner.advice import refusal
     from moectl.planner.questions import plan_cluster, plan_purchase
 
-    asked, wanted = _asked(options), _wanted(options)
+    asked, wanted = _asked(options), read_wanted(options)
     if options["what_if"]:
         names = ("split", "shares", "memory", "probe", "local", "routing_stats")
         given = {f"--{name.replace('_', '-')}": options[name] not in (None, False, "auto") for name in names}
@@ -268,7 +256,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
         priced, rows = plan_purchase(model, wanted, asked)
         common.print(what_if_text(priced, rows), what_if_json(priced, rows))
         return
-    if options["local"] and model == DEFAULT_MODEL and not _was_given("model"):
+    if options["local"] and model == DEFAULT_MODEL and not was_given("model"):
         from moectl.demo import demo_dir
 
         model = str(demo_dir())  # as run and bench do

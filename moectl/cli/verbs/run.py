@@ -1,4 +1,4 @@
-"""The verbs that use a model: run, serve, stop, bench; and the controller that the first two start."""
+"""`moectl run`: one answer, or a chat at a terminal."""
 
 from __future__ import annotations
 
@@ -11,54 +11,62 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
-from moectl.cli.options import Common, Duration, common, count_restarts, restart_options, target_options, unwritable
+from moectl.cli.options import Common, Duration, F, common, count_restarts, restart_options, target_options
 from moectl.cli.target import choose_target, session_options
-from moectl.cli.terminal import _log_printer
+from moectl.cli.terminal import log_printer, stats_text, write_answer
 from moectl.cli.verb import verb
+from moectl.engine.parameters import PARAMETERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
+    from moectl.cli.chat.settings import ChatSettings
+    from moectl.cli.chat.transcript import Message
     from moectl.engine.protocol import Done
     from moectl.server.attach import Attached
     from moectl.server.client import Client
     from moectl.server.contracts import Notice
 
-_END_S = 15.0  # for a controller that nobody needs any more
+_END_S = 15.0  # for a controller to unload the model
+
+
+def _sampling(parameter: str, *names: str, help: str, default: float | None = None) -> Callable[[F], F]:
+    """Return the flag of a sampling parameter: it takes what requests may have."""
+    allowed = PARAMETERS[parameter]
+    kind: click.ParamType[Any] = click.FloatRange(allowed.low, allowed.high)
+    if allowed.kind is int:
+        kind = click.IntRange(int(allowed.low), int(allowed.high))
+    return click.option(*names, type=kind, default=default, show_default=default is not None, help=help)
 
 
 @verb("Use")
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
-@click.option("-m", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the answer.")
-@click.option("-t", "--temp", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1),
-    default=1.0,
-    show_default=True,
-    help="Sample from the likeliest tokens with so much probability together.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Make sampling repeatable.")
+@_sampling("max_tokens", "-m", "--max-tokens", default=256, help="Tokens of an answer at most.")
+@_sampling("temperature", "-t", "--temp", default=0.0, help="Temperature of sampling; 0 takes the likeliest token.")
+@_sampling("top_p", "--top-p", default=1.0, help="Sample from the likeliest tokens that together are this probable.")
+@_sampling("seed", "--seed", help="Make sampling repeatable.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
-@click.option("--stats", is_flag=True, help="Print speeds on stderr afterwards (-v implies it).")
+@click.option("--stats", is_flag=True, help="Print speeds on standard error afterwards, as -v does.")
 @click.option(
     "--keep-alive",
     type=Duration(),
     metavar="TIME",
     default="5m",
     show_default=True,
-    help="Keep the model loaded for so long after the last answer; 0: unload at once, -1: for ever.",
+    help="Time to keep the model loaded after the last answer; 0: unload at once, -1: for ever.",
 )
-@click.option("--no-history", is_flag=True, help="Forget what is typed in a chat.")
+@click.option("--no-history", is_flag=True, help="Do not remember what is typed in a chat.")
 @restart_options
 @target_options
 @common
-def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float, **options: Any) -> None:
+def run(
+    common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float, no_history: bool, **options: Any
+) -> None:
     """Generate text; without PROMPT at a terminal, chat.
 
-    Standard input, when it is not a terminal, comes before PROMPT. With neither hosts nor a deployment, the bundled
-    demo model answers on two local ranks. The model stays loaded for a while; 'moectl stop' unloads it.
+    When standard input is not a terminal, its text comes before PROMPT. Without hosts and without a deployment, the
+    bundled demo model answers on two local ranks. The model stays loaded for some time; 'moectl stop' unloads it.
 
     \b
     Examples:
@@ -66,6 +74,7 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
       git diff | moectl run "Write a commit message for this diff."
       moectl run --local 2 --model ./my-dbrx "Hello"
     """
+    from moectl.cli.chat.settings import ChatSettings
     from moectl.server import attach
     from moectl.server.contracts import ControllerOptions
 
@@ -76,46 +85,52 @@ def run(common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float,
 
     def connect() -> attach.Attached:
         settings = ControllerOptions(attach.place_of(target), keep_alive, restarts=count_restarts(options))
-        return attach.attach(target, wanted, settings, say=common.say, on_log=_log_printer(common))
+        return attach.attach(target, wanted, settings, say=common.say, on_log=log_printer(common))
 
     found = connect()
-    fields = {"max_tokens": options["max_tokens"], "temperature": options["temp"], "top_p": options["top_p"]}
-    if options["seed"] is not None:
-        fields["seed"] = options["seed"]
+    sampling = ChatSettings(
+        temperature=options["temp"], **{name: options[name] for name in ("max_tokens", "system", "top_p", "seed")}
+    )
+    stats = stats or bool(common.verbose)
     try:
         if chats:
-            _chat(common, options, connect, attach.describe_place(target), stats or bool(common.verbose))
+            _chat(common, sampling, connect, attach.describe_place(target), stats=stats, history=not no_history)
         else:
-            _answer(common, _ask(found.client, text, options, fields), stats or bool(common.verbose))
+            _answer(common, _ask(found.client, text, sampling, raw=options["raw"]), stats)
     finally:
         if keep_alive == 0:
-            with contextlib.suppress(errors.MoectlError):  # it may have left already
+            with contextlib.suppress(errors.MoectlError):  # it may have ended already
                 found.client.keep_alive(0, asks=False)
             if found.started:
                 found.client.wait_until_gone(_END_S)
 
 
-def _ask(
-    client: Client, text: str, options: dict[str, Any], fields: dict[str, Any]
-) -> Generator[str | Done | Notice, None, None]:
-    if options["raw"]:
-        return client.complete({**fields, "prompt": text})
-    system = [{"role": "system", "content": options["system"]}] if options["system"] is not None else []
-    return client.chat({**fields, "messages": [*system, {"role": "user", "content": text}]})
+def _ask(client: Client, text: str, settings: ChatSettings, *, raw: bool) -> Generator[str | Done | Notice, None, None]:
+    if raw:
+        return client.complete({**settings.api_fields(), "prompt": text})
+    system = [{"role": "system", "content": settings.system}] if settings.system is not None else []
+    return client.chat({**settings.api_fields(), "messages": [*system, {"role": "user", "content": text}]})
 
 
-def _chat(common: Common, options: dict[str, Any], connect: Callable[[], Attached], title: str, stats: bool) -> None:
-    from moectl.cli.chat.answerer import ControllerAnswerer
+def _chat(
+    common: Common, settings: ChatSettings, connect: Callable[[], Attached], title: str, *, stats: bool, history: bool
+) -> None:
     from moectl.cli.chat.chat import chat
-    from moectl.cli.chat.settings import ChatSettings
     from moectl.paths import state_dir
+    from moectl.server.contracts import Notice
 
-    settings = ChatSettings(
-        temperature=options["temp"], **{k: options[k] for k in ("max_tokens", "system", "top_p", "seed")}
-    )
-    history = None if options["no_history"] else state_dir() / "history"
-    answerer = ControllerAnswerer(title, lambda: connect().client, say=common.say)
-    chat(answerer, settings, history=history, stats=stats, color=common.color)
+    def answer(messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Done, None, None]:
+        said = [{"role": message.role, "content": message.content} for message in messages]
+        # A controller may end in a long pause: each question looks for it again. To close the connection is to cancel.
+        with contextlib.closing(connect().client.chat({**settings.api_fields(), "messages": said})) as events:
+            for event in events:
+                if isinstance(event, Notice):
+                    common.say(f"\n[{event.text}]")
+                else:
+                    yield event
+
+    path = state_dir() / "history" if history else None
+    chat(title, answer, settings, history=path, stats=stats, color=common.color)
 
 
 def _at_terminal() -> bool:
@@ -123,7 +138,7 @@ def _at_terminal() -> bool:
 
 
 def _prompt_text(words: tuple[str, ...], common: Common) -> str:
-    # What `--hostfile -` reads from standard input is not the prompt.
+    # With `--hostfile -`, standard input is the hosts file and not the prompt.
     typed = sys.stdin is None or sys.stdin.isatty() or common.hostfile == "-"
     try:
         piped = "" if typed else sys.stdin.buffer.read().decode()
@@ -137,7 +152,6 @@ def _prompt_text(words: tuple[str, ...], common: Common) -> str:
 
 def _answer(common: Common, events: Generator[str | Done | Notice, None, None], stats: bool) -> None:
     """Print an answer as it comes; Ctrl-C cancels it."""
-    from moectl.cli import terminal
     from moectl.engine.protocol import Done
     from moectl.server.contracts import Notice
 
@@ -152,10 +166,10 @@ def _answer(common: Common, events: Generator[str | Done | Notice, None, None], 
                     _say_between(common, event.text, pieces)
                 else:
                     pieces.append(event)
-                    _write("" if common.json else event)
+                    write_answer("" if common.json else event)
         except KeyboardInterrupt:
             if not common.json:
-                _write("\n")
+                write_answer("\n")
             raise
     if done is None:
         raise errors.RemoteError("the answer ended before it was done")
@@ -163,27 +177,15 @@ def _answer(common: Common, events: Generator[str | Done | Notice, None, None], 
     if common.json:
         click.echo(json.dumps(run_json(whole, done)))
     elif not whole.endswith("\n"):
-        _write("\n")
+        write_answer("\n")
     if stats:
-        click.echo(terminal.stats_text(done.stats), err=True)
+        click.echo(stats_text(done.stats), err=True)
 
 
 def _say_between(common: Common, text: str, pieces: list[str]) -> None:
     # On a terminal the answer so far ends in the middle of a line.
     begun = bool(pieces) and not "".join(pieces[-1:]).endswith("\n") and not common.json
     common.say("\n" * (begun and sys.stdout.isatty()) + text)
-
-
-def _write(text: str) -> None:
-    from moectl.text import printable
-
-    try:
-        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise unwritable(error) from None
 
 
 def run_json(text: str, done: Done) -> dict[str, Any]:

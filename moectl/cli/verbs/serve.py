@@ -1,4 +1,4 @@
-"""`moectl serve` and `moectl stop`: an OpenAI-compatible API over the cluster."""
+"""`moectl serve` and `moectl stop`, and the hidden verbs of the processes that moectl starts itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from moectl import errors
 from moectl.cli.options import FILE, Common, Duration, common, count_restarts, restart_options, target_options
 from moectl.cli.target import advise, choose_target, session_options
-from moectl.cli.terminal import _log_printer
+from moectl.cli.terminal import log_printer
 from moectl.cli.verb import verb
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @verb(hidden=True)
 def worker() -> None:
-    """Serve one rank on a leash (stdin and stdout); started by moectl itself."""
+    """Run one rank, driven over stdin and stdout; started by moectl itself."""
     from moectl.engine import worker as process
 
     process.main()
@@ -26,26 +26,31 @@ def worker() -> None:
 
 @verb("Use")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Interface; another than this machine needs a key."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at; one that other machines reach needs a key.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
-@click.option("--api-key", metavar="KEY", help="What clients have to send as their bearer token.")
-@click.option("--api-key-file", type=FILE, metavar="FILE", help="The same, from the first line of a file.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen at; 0: any free one."
+)
+@click.option("--api-key", metavar="KEY", help="Key that clients have to send as their bearer token.")
+@click.option("--api-key-file", type=FILE, metavar="FILE", help="Read the key from the first line of this file.")
 @click.option(
     "--allow-origin",
     "--allowed-origins",
     "allow_origin",
     multiple=True,
     metavar="ORIGIN",
-    help="Let pages of this origin in, as http://localhost:3000 (CORS; repeatable); '*', all of them, needs a key.",
+    help="Let in web pages of this origin, such as http://localhost:3000 (CORS; repeatable); '*', all, needs a key.",
 )
 @click.option(
     "--allow-host",
     multiple=True,
     metavar="NAME",
-    help="Another name of this server that clients may use without a key, as host.docker.internal (repeatable).",
+    help="Another name of this server that clients may use without a key, such as host.docker.internal (repeatable).",
 )
-@click.option("-d", "--detach", is_flag=True, help="Leave it running in the background.")
+@click.option("-d", "--detach", is_flag=True, help="Run in the background.")
 @restart_options
 @target_options
 @common
@@ -82,7 +87,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
 
     wanted = session_options(common, options)
     if detach:
-        on_ready(attach.start(target, settings, wanted, on_log=_log_printer(common)))
+        on_ready(attach.start(target, settings, wanted, on_log=log_printer(common)))
         return
     common.say(f"Loading {target.name}")
     run_controller(
@@ -91,7 +96,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
         on_ready=lambda sockets: on_ready(sockets[1].getsockname()[1]),
         say=common.say,
         advise=advise,
-        on_log=_log_printer(common),
+        on_log=log_printer(common),
         **wanted,
     )
 
@@ -110,7 +115,9 @@ def _api_key(key: str | None, file: Path | None) -> str | None:
 
 
 @verb("Observe")
-@click.option("-t", "--timeout", type=Duration(), default="10s", show_default=True, help="For answers in progress.")
+@click.option(
+    "-t", "--timeout", type=Duration(), default="10s", show_default=True, help="Time for answers in progress to end."
+)
 @click.option("--now", is_flag=True, help="Do not wait for answers in progress.")
 @common
 def stop(common: Common, timeout: float, now: bool) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that prepare: plan, shard, pull, deploy."""
+"""`moectl shard` and `moectl pull`: from a checkpoint to a shard set on this machine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import click
 
 from moectl import errors
 from moectl.cli import suggest
-from moectl.cli.options import _WANTED, DEFAULT_MODEL, Common, _cut_options, common, refuse_both
-from moectl.cli.target import _wanted, shard_model
-from moectl.cli.terminal import download_bars
+from moectl.cli.options import DEFAULT_MODEL, WANTED, Common, common, cut_options, refuse_both
+from moectl.cli.target import read_wanted, shard_model
 from moectl.cli.verb import verb
 from moectl.text import size_text
 
@@ -22,21 +21,21 @@ if TYPE_CHECKING:
 @verb("Prepare")
 @click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
 @click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
-@_cut_options
-@click.option("-j", "--jobs", type=click.IntRange(1), help="Streams at once (default: all cores but one, at most 4).")
+@cut_options
+@click.option("-j", "--jobs", type=click.IntRange(1), help="Parallel streams (default: all cores but one, at most 4).")
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
-@click.option("--force", is_flag=True, help="Make a shard set anew over another one.")
+@click.option("--force", is_flag=True, help="Make the set anew, also over another one.")
 @click.option(
     "--verify",
     type=click.Path(path_type=Path),
     metavar="DIR",
     shell_complete=suggest.directories,
-    help="Hash every file of a shard set instead.",
+    help="Cut nothing; check the hash of every file of this shard set.",
 )
 @click.option(
     "--add-tokenizer",
     metavar="REPO|DIR",
-    help="Give the shard set of --output (default: the newest) this tokenizer instead.",
+    help="Cut nothing; give the shard set of --output (default: the newest) this tokenizer.",
 )
 @common
 def shard(
@@ -45,7 +44,7 @@ def shard(
     """Cut a checkpoint into one shard per node.
 
     MODEL is a directory or a Hugging Face repository (default: databricks/dbrx-instruct, or a mirror of it when that is
-    out of reach). Running the same command again resumes it.
+    out of reach). After an interruption the same command goes on.
 
     \b
     Examples:
@@ -70,8 +69,8 @@ def shard(
         if hosts is None:
             raise errors.UsageError("how many nodes? There is no hosts file", hint="use --nodes N or --hostfile FILE")
         nodes = len(hosts.hosts)
-    wanted = _wanted(options, nodes)
-    for name in _WANTED:
+    wanted = read_wanted(options, nodes)
+    for name in WANTED:
         del options[name]
     if hosts is not None:
         if nodes in (None, len(hosts.hosts)) and not options["force"]:
@@ -92,19 +91,18 @@ def _add_tokenizer(common: Common, source: str, where: Path | None) -> None:
         directory, _ = prepare.find_shards(where)
     manifest = tokenizer_files.add_tokenizer(directory, source)
     document = {"schema": "moectl.tokenizer/1", "directory": str(directory), "name": manifest.name, "source": source}
-    text = f"{manifest.name} in {directory} has the tokenizer of {source} now. Where it is deployed: moectl deploy"
+    text = f"{manifest.name} in {directory} has the tokenizer of {source} now. To bring it to the hosts: moectl deploy"
     common.print(text, document, str(directory))
 
 
 def _verify(common: Common, directory: Path) -> None:
-    from moectl.cli.terminal import progress
+    from moectl.cli.progress import progress
     from moectl.model.manifest import read_manifest
     from moectl.shards import build
-    from moectl.text import size_text
 
     total = sum(f.bytes for f in read_manifest(directory).files.values())
     with progress(quiet=common.quiet) as bars:
-        manifest = build.verify(directory, on_bytes=bars.bar(directory.name, total).advance)
+        manifest = build.verify(directory, on_bytes=bars(directory.name, total))
     count = len(manifest.files)
     document = {"schema": "moectl.verify/1", "files": count, "bytes": total}
     common.print(f"{count} files, {size_text(total)}: every hash is right.", document)
@@ -117,14 +115,15 @@ def _verify(common: Common, directory: Path) -> None:
 def pull(common: Common, model: str, revision: str | None) -> None:
     """Download a checkpoint into the Hugging Face cache, without cutting it.
 
-    `moectl shard` downloads by itself, file by file; this keeps everything.
+    'moectl shard' downloads by itself, file by file, and keeps none of it; this verb keeps everything.
 
     \b
     Example:
       moectl pull mlx-community/dbrx-instruct-4bit
     """
-    from moectl.cli.terminal import progress
+    from moectl.cli.progress import progress
     from moectl.shards import checkpoint
+    from moectl.shards.prepare import download_bars
 
     with progress(quiet=common.quiet) as bars:
         directory = checkpoint.pull(model, revision=revision, on_bytes=download_bars(bars))

@@ -11,7 +11,7 @@ import click
 
 from moectl import errors
 from moectl.cli.options import Common, common
-from moectl.cli.target import _find_hosts
+from moectl.cli.target import find_deployment_or_hosts
 from moectl.cli.verb import verb
 from moectl.errors import error_json
 from moectl.text import clock_text, columns, size_text, table_text
@@ -49,7 +49,7 @@ def status(common: Common, watch: bool) -> None:
     from moectl.cli.terminal import can_redraw, on_ctrl_t
     from moectl.cluster.status import Observer
 
-    deployment, hosts = _find_hosts(common)
+    deployment, hosts = find_deployment_or_hosts(common)
     begin = time.monotonic()
     redraws = watch and can_redraw(sys.stdout) and not (common.json or common.quiet)
     with (
