@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import IO, Any
 
 from moectl.engine.request import Request, Stats
@@ -23,23 +23,37 @@ MAX_LINE_BYTES = 64 * 1024 * 1024
 NONCE_BITS = 31
 
 
+def _shared(default: Any) -> Any:
+    """Return a field in which those who use one controller have to agree."""
+    return field(default=default, metadata={"shared": True})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """How a model is run; the same on every rank."""
+    """How a model is run, as the flags of `run`, `serve` and `bench` say; the same on every rank."""
 
-    dtype: str | None = None  # None: what suits the device
-    force: bool = False  # load although the host's memory will not do
+    backend: str = _shared("auto")  # "auto": what the hosts suit
+    start_timeout_s: float = 30.0  # for all ranks to join
+    dtype: str | None = _shared(None)  # None: what suits the device
+    force: bool = False  # load although the host's memory is too small
     canary: bool = True  # compare what the model computes with the set's canary
-    agree_routing: bool = False  # rank 0 chooses the experts for all
-    paranoia: int = 0  # after this number of steps all ranks compare what they computed; 0: never
+    agree_routing: bool = _shared(False)  # rank 0 chooses the experts for all
+    paranoia: int = _shared(0)  # after this number of steps all ranks compare what they computed; 0: never
     cache_tokens: int | None = None  # for past answers at most; None: what the running ones leave
-    prefill_step: int | None = None  # tokens of a prompt that are read at a time; None: the engine's
-    speculate: int = 0  # tokens that prompt lookup may propose at once; 0: none
+    prefill_step: int | None = _shared(None)  # tokens of a prompt that are read at a time; None: the engine's
+    speculate: int = _shared(0)  # tokens that prompt lookup may propose at once; 0: none
+
+    def shared(self) -> dict[str, Any]:
+        """Return the options in which those who use one controller have to agree, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if "shared" in field.metadata}
+
+
+DEFAULT_OPTIONS = RunOptions()
 
 
 # Down: orders.
 @dataclass(frozen=True, slots=True)
-class Start(RunOptions):
+class Start:
     """Open the shard set and find free ports; answered by Listening."""
 
     rank: int
@@ -49,6 +63,7 @@ class Start(RunOptions):
     init_timeout_s: float
     log: str | None = None  # file on the worker's host for a copy of its log
     ranks_here: int = 1  # that share this host's memory
+    run: RunOptions = DEFAULT_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,18 +199,18 @@ def _serve(leash: Leash) -> None:
         raise errors.NotDeployed(
             f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
         )
-    if start.paranoia and manifest.placement.split == "layers":
+    if start.run.paranoia and manifest.placement.split == "layers":
         raise errors.UsageError(
             "--paranoia compares what all ranks compute, and with --split layers each computes its own layers",
             hint="leave it out: the canary at the start checks them",
         )
-    if sys.platform != "darwin" and not start.force:  # before any rank here has taken memory
+    if sys.platform != "darwin" and not start.run.force:  # before any rank here has taken memory
         check_own_memory(manifest, start.rank, ranks_here=start.ranks_here)
     group = open_group(leash, start, count_kv_tokens(manifest, start.rank, ranks_here=start.ranks_here))
     load: Load = leash.take(Load)
     import mlx.core as mx  # not before the group's environment is set
 
-    if mx.metal.is_available() and not start.force:
+    if mx.metal.is_available() and not start.run.force:
         gpu = int(mx.device_info()["max_recommended_working_set_size"])
         check_own_memory(manifest, start.rank, ranks_here=start.ranks_here, working_set_bytes=gpu)
     begin = time.perf_counter()
@@ -220,9 +220,9 @@ def _serve(leash: Leash) -> None:
     from moectl.shards.verified import check_files
 
     check_files(directory, manifest, start.rank)  # in the phase that may take long: some files may have to be hashed
-    dtype = getattr(mx, start.dtype) if start.dtype else None
+    dtype = getattr(mx, start.run.dtype) if start.run.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
-    if start.agree_routing:
+    if start.run.agree_routing:
         for layer in model.layers:
             layer.ffn.follow_first_rank()
     tokenizer = open_tokenizer(directory)
@@ -233,11 +233,11 @@ def _serve(leash: Leash) -> None:
         head_rank=manifest.placement.head_rank,
         group=group,
         max_seq_len=manifest.geometry.max_seq_len,
-        prefill_step=start.prefill_step or PREFILL_STEP,
+        prefill_step=start.run.prefill_step or PREFILL_STEP,
         kv_tokens=load.kv_tokens,
-        cache_tokens=start.cache_tokens,
-        speculate=start.speculate,
-        check_every=start.paranoia,
+        cache_tokens=start.run.cache_tokens,
+        speculate=start.run.speculate,
+        check_every=start.run.paranoia,
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     q, geometry = manifest.quantization, manifest.geometry
@@ -267,7 +267,7 @@ def _tell(leash: Leash, engine: Engine, event: Event) -> None:
 
 def _check_results(ready: Ready, model: Any, manifest: Manifest, start: Start) -> Ready:
     """Return `ready` with what came of the canary, where there is one."""
-    if manifest.canary is None or not start.canary:
+    if manifest.canary is None or not start.run.canary:
         return ready
     from moectl.engine.network.canary_run import check
 

@@ -33,14 +33,6 @@ ALIVE_S = 5.0  # a rank that has not answered a heartbeat for so long is not wel
 GRACE_S = 5.0
 READING_S = 600.0  # for somebody who has paused in reading the last answer
 BYTES_PER_TOKEN = 256  # more than any token has: longer prompts need not travel to be refused
-SAME = (
-    "dtype",
-    "backend",
-    "prefill_step",
-    "speculate",
-    "agree_routing",
-    "paranoia",
-)  # what two who share a controller have to agree on
 MAX_FAILURES = 3  # an answer that was in progress at this many of them ends: it may be their cause
 _RETRY_S = 5.0
 

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from moectl import errors
 from moectl.engine.protocol import (
     BEAT_S,
+    DEFAULT_OPTIONS,
     Beat,
     Cancel,
     Done,
@@ -66,28 +66,26 @@ class Session:
     def __init__(
         self,
         ranks: Sequence[RankSpec],
+        options: RunOptions = DEFAULT_OPTIONS,
         *,
         backend: str = "ring",
-        start_timeout_s: float = 30.0,
         load_timeout_s: float = 1800.0,
         step_timeout_s: float = 120.0,
         patience: float = 1.0,
         kv_tokens: int | None = None,
         on_log: Callable[[str, str], None] = lambda host, line: None,
-        **run: Any,
     ) -> None:
-        """Take what to run; `patience` stretches the time that a step may take, after a session that was too slow.
+        """Take what to run, and the backend that was chosen for these ranks.
 
-        `kv_tokens`: how many tokens' keys and values there is room for, whatever the hosts say now. `run` is what
-        `RunOptions` takes.
+        `patience` multiplies the time that a step may take, after a session that was too slow. `kv_tokens` is for how
+        many tokens' keys and values there is room; None: as many as the hosts report.
         """
         self._ranks = ranks
         self._backend = backend
-        self._start_timeout_s = start_timeout_s
         self._load_timeout_s = load_timeout_s
         self._step_timeout_s = step_timeout_s
         self._patience = patience
-        self._run = RunOptions(**run)
+        self._options = options
         self._kv_tokens = kv_tokens
         self._events: queue.SimpleQueue[Heard] = queue.SimpleQueue()
         self._tethers = [Tether(rank, spec.host, spec.remote, self._events, on_log) for rank, spec in enumerate(ranks)]
@@ -99,7 +97,7 @@ class Session:
         self._unanswered: set[int] = set()  # ids of what was asked and has not ended
         self._sleep = Sleep()
         self._blame = Blame(ranks, self._tethers, self._events, self._sleep)
-        self._deadline = StepDeadline(step_timeout_s, self._run.prefill_step or PREFILL_STEP, patience)
+        self._deadline = StepDeadline(step_timeout_s, options.prefill_step or PREFILL_STEP, patience)
         self._joined = False  # a worker that joins cannot answer
 
     def __enter__(self) -> Session:
@@ -121,8 +119,8 @@ class Session:
         for rank, spec in enumerate(self._ranks):
             self._refuse_closed()
             self._launch(rank, spec)
-        up = StartUp(self._ranks, self._tethers, self._events, self._blame, self._start_timeout_s, self._refuse_closed)
-        listening = up.listen(self._run)
+        up = StartUp(self._ranks, self._tethers, self._events, self._blame, self._options, self._refuse_closed)
+        listening = up.listen()
         if len(self._ranks) > 1:
             up.connect(listening, self._backend)
         self._joined = True

@@ -9,7 +9,7 @@ import queue
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moectl.engine.protocol import (
@@ -65,19 +65,20 @@ class StartUp:
         tethers: Sequence[Tether],
         events: queue.SimpleQueue[Heard],
         blame: Blame,
-        timeout_s: float,
+        options: RunOptions,
         refuse_closed: Callable[[], None],
     ) -> None:
         self._ranks = ranks
         self._tethers = tethers
         self._events = events
         self._blame = blame
-        self._start_timeout_s = timeout_s
+        self._options = options
+        self._start_timeout_s = options.start_timeout_s
         self._refuse_closed = refuse_closed
         self._early: dict[tuple[type[Any], int], Any] = {}  # events of a phase that has not begun for all
         self._gathered: dict[int, str] = {}  # a JACCL exchange under way
 
-    def listen(self, run: RunOptions) -> dict[int, Listening]:
+    def listen(self) -> dict[int, Listening]:
         """Tell every worker what to open; return what each answers, of equal versions."""
         for rank, spec in enumerate(self._ranks):
             self._tethers[rank].send(
@@ -90,7 +91,7 @@ class StartUp:
                     3 * self._start_timeout_s + INIT_EXTRA_S,
                     spec.log,
                     sum(other.host.address == spec.host.address for other in self._ranks),
-                    **asdict(run),
+                    self._options,
                 )
             )
         listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, _STARTING)

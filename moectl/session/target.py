@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moectl.engine.protocol import RunOptions
 from moectl.errors import HostsError, NotDeployed
 from moectl.hosts.hostfile import NAMES_ONLY, Host, HostList
 from moectl.hosts.remote import LocalRemote, Remote
@@ -115,22 +116,22 @@ def find_deployment(hosts: HostList | None) -> Deployment | None:
 @contextlib.contextmanager
 def open_session(
     target: Target,
+    options: RunOptions,
     *,
-    backend: str = "auto",
     on_made: Callable[[Session], None] = lambda session: None,
-    **options: Any,
+    **of_session: Any,
 ) -> Iterator[Session]:
-    """Start the target's workers and yield their session; `options` are Session's. Everything ends with the block.
+    """Start the target's workers and yield their session. Everything ends with the block.
 
-    `on_made` gets the session before it starts: closing it ends the start.
+    `on_made` gets the session before it starts: closing it ends the start. `of_session` are further arguments of
+    Session.
     """
     with contextlib.ExitStack() as held:
         ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held)
-        wanted = backend
-        if isinstance(target, Deployment) and backend == "auto" and target.backend:
+        wanted = options.backend
+        if isinstance(target, Deployment) and wanted == "auto" and target.backend:
             wanted = target.backend
-        chosen = choose_backend(wanted, [spec.host for spec in ranks])
-        session = Session(ranks, backend=chosen, **options)
+        session = Session(ranks, options, backend=choose_backend(wanted, [spec.host for spec in ranks]), **of_session)
         on_made(session)
         yield held.enter_context(session)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from moectl.engine.protocol import Done, Refused, Token
+from moectl.engine.protocol import Done, Refused, RunOptions, Token
 from moectl.engine.request import Request
 from moectl.errors import MoectlError
 from moectl.server.contracts import Notice
@@ -43,7 +43,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def session(shards: Path) -> Iterator[Session]:
     """One session for all: an error that ends it fails every test after it."""
-    with Session(specs(shards, WORKER), prefill_step=16) as session:
+    with Session(specs(shards, WORKER), RunOptions(prefill_step=16)) as session:
         yield session
 
 

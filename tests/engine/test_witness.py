@@ -16,7 +16,7 @@ from moectl.engine.engine import _CONTROL_WORDS, Engine
 from moectl.engine.network.dbrx import Model
 from moectl.engine.network.fingerprint import take_fingerprint
 from moectl.engine.network.witness import Witness, find_dissent
-from moectl.engine.protocol import Done, Fatal, Generate, Order, Prefilled, Token
+from moectl.engine.protocol import Done, Fatal, Generate, Order, Prefilled, RunOptions, Token
 from moectl.engine.request import Request
 from moectl.engine.worker import describe_failure
 from moectl.errors import RanksDisagree, UsageError
@@ -100,7 +100,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(shards: Path, *, paranoia: int = 0, agree_routing: bool = False) -> list[int]:
-    with Session(specs(shards), paranoia=paranoia, agree_routing=agree_routing) as session:
+    with Session(specs(shards), RunOptions(paranoia=paranoia, agree_routing=agree_routing)) as session:
         answer = session.generate(Request(1, "hello", 40, ignore_eos=True))
         return [event.token for event in answer if isinstance(event, Token)]
 
@@ -139,7 +139,7 @@ def test_a_rank_that_goes_astray_is_stopped(shards: Path, tmp_path: Path) -> Non
     astray = damage(shards, tmp_path / "astray", "common/layer-001.safetensors")
     first, second = specs(shards)
     with (
-        Session([first, replace(second, shards=str(astray))], paranoia=4) as session,
+        Session([first, replace(second, shards=str(astray))], RunOptions(paranoia=4)) as session,
         pytest.raises(RanksDisagree, match=r"the ranks (chose other experts|computed another state)") as caught,
     ):
         list(session.generate(Request(1, "hello", 100, ignore_eos=True)))
@@ -153,7 +153,7 @@ def test_a_pipeline_has_nothing_to_compare(shards: Path, tmp_path: Path) -> None
     directory = cut_case(source, tmp_path / "layers", "layers", (1, 1), 16)
     with (
         pytest.raises(UsageError, match="each computes its own layers") as caught,
-        Session(specs(directory), paranoia=4),
+        Session(specs(directory), RunOptions(paranoia=4)),
     ):
         pass
     assert caught.value.hint == "leave it out: the canary at the start checks them"

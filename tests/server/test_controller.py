@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -467,13 +468,12 @@ def test_whoever_waits_while_others_come_further_is_not_to_blame_for_naps() -> N
     restart(test, *naps, last)
 
 
-def test_a_restart_keeps_the_room_that_the_first_start_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_keeps_the_room_that_the_first_start_found() -> None:
     opened: list[dict[str, Any]] = []
-    monkeypatch.setattr(run, "open_session", lambda target, **options: opened.append(options))
+    open_: Any = lambda **options: opened.append(options)  # noqa: E731
     first: Any = FakeSession()
-    target: Any = None
     made: Any = None
-    run.open_like(first, target, {"dtype": "float32"})(2.0, made)
+    run.open_like(first, functools.partial(open_, dtype="float32"))(2.0, made)
     assert opened == [{"dtype": "float32", "kv_tokens": 5000, "patience": 2.0, "on_made": None}]
 
 

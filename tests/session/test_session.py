@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from moectl.engine.protocol import LEASH_LOST, SILENCE_S, AllGather, Done, Gathered, Prefilled, Token, decode, encode
+from moectl.engine.protocol import (
+    LEASH_LOST,
+    SILENCE_S,
+    AllGather,
+    Done,
+    Gathered,
+    Prefilled,
+    RunOptions,
+    Token,
+    decode,
+    encode,
+)
 from moectl.engine.request import Request
 from moectl.engine.worker import Leash, own_versions, side_channel
 from moectl.errors import (
@@ -458,7 +469,7 @@ def test_a_peer_that_never_joins_is_bounded(shards: Path) -> None:
     ranks[1] = replace(ranks[1], argv=stand_in("silent"))
     begin = time.monotonic()
     with pytest.raises(Unreachable, match=r"no answer while connecting within 6 s \(waiting for host0, host1\)"):
-        Session(ranks, start_timeout_s=6).__enter__()
+        Session(ranks, RunOptions(start_timeout_s=6)).__enter__()
     assert time.monotonic() - begin < 60  # bounded at all is the point
     assert worker_pids() == before
 
@@ -482,7 +493,7 @@ def test_a_jaccl_exchange_that_stalls_is_bounded(shards: Path) -> None:
         for i, (spec, mode) in enumerate(zip(specs(shards), ("gather", "silent"), strict=True))
     ]
     with pytest.raises(Unreachable, match="no answer while connecting within 1 s"):
-        Session(ranks, backend="jaccl", start_timeout_s=1).__enter__()
+        Session(ranks, RunOptions(start_timeout_s=1), backend="jaccl").__enter__()
 
 
 def test_the_workers_side_of_the_exchange() -> None:

@@ -23,6 +23,7 @@ from moectl.cluster import probed_plan
 from moectl.cluster.deploy.provision import HostTask, inspect_host
 from moectl.cluster.probe import Site, measure_links
 from moectl.engine import protocol
+from moectl.engine.protocol import RunOptions
 from moectl.engine.request import Request, Stats
 from moectl.engine.worker import Leash
 from moectl.errors import MoectlError, RemoteError
@@ -509,7 +510,7 @@ def test_a_session_that_hears_nonsense_names_the_host(said: str, monkeypatch: py
         RankSpec(Host(name), LocalRemote(), (sys.executable, "-c", text), "", ("127.0.0.1",))
         for name, text in (("mac1", good), ("mac2", program))
     ]
-    session = Session(ranks, start_timeout_s=20)
+    session = Session(ranks, RunOptions(start_timeout_s=20))
     try:
         with pytest.raises(MoectlError) as caught:
             session.start()
