@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from moectl.engine.protocol import RunOptions, Token
+from moectl.engine.protocol import Done, RunOptions
 from moectl.engine.request import Request
 from moectl.errors import CommandFailed, MoectlError, Unreachable
 from moectl.hosts.connect import map_at_once
@@ -64,9 +64,9 @@ def measure_speed(
     limit_s = SPEED_S + len(job.placements) * 4 * job.budget_s
     options = RunOptions(start_timeout_s=start_timeout_s)
     with Session(ranks, options, backend=backend, step_timeout_s=limit_s, on_log=on_log) as session:
-        events = session.generate(Request(1, job.to_json(), 1, raw=True))
-        text = "".join(event.text for event in events if isinstance(event, Token))
-    return read_speeds(text)
+        *_, done = session.generate(Request(1, job.to_json(), 1, raw=True))
+    assert isinstance(done, Done)
+    return read_speeds(done.rest)
 
 
 # Links.

@@ -554,15 +554,15 @@ def _serve(leash: Leash) -> None:
     leash.tell(Loaded())
     leash.tell(Ready("", None, 0, 0, 0))  # there is no model before there is a job
     order: Generate = leash.take(Generate)
-    # Without text: that is the answer's alone.
+    # Without text: the findings come with the end.
     speeds = measure(
         read_job(order.request.prompt),
         Group(start.rank, start.world_size, group),
         lambda token: leash.tell(Token(order.request.id, token, "")),
     )
     if start.rank == 0:
-        leash.tell(Token(order.request.id, -1, json.dumps([speed.to_json() for speed in speeds])))
-        leash.tell(Done(order.request.id, "stop", Stats(0, 0, 0.0, 0.0, 0.0, mx.get_peak_memory())))
+        stats = Stats(0, 0, 0.0, 0.0, 0.0, mx.get_peak_memory())
+        leash.tell(Done(order.request.id, "stop", stats, json.dumps([speed.to_json() for speed in speeds])))
     leash.join()  # the controller lets go once it has heard rank 0
 
 

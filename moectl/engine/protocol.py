@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import IO, Any
 
 from moectl.engine.request import Request, Stats
-from moectl.errors import BadField, MoectlError, RemoteError
+from moectl.errors import BadField, MoectlError, RemoteError, from_json, to_json
 from moectl.records import build
 
 BEAT_S = 1.0  # the controller sends a line at least this often
@@ -184,7 +184,7 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Text that became final with one more token; may be empty while a character is incomplete."""
+    """One more token, and the text that became final with it: none while a character is incomplete."""
 
     id: int
     token: int
@@ -201,6 +201,7 @@ class Done:
     id: int
     finish_reason: str
     stats: Stats
+    rest: str = ""  # text that was held back until the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,27 +230,30 @@ class Refused:
     """A request that cannot be answered, or whose answer an error in moectl has ended; the worker goes on."""
 
     id: int
-    message: str
-    hint: str | None = None
-    param: str | None = None  # the field of an API request that is at fault
+    error: dict[str, Any]  # by `to_json`
+    param: str | None = None  # these two are BadField's
     code: str | None = None
-    internal: bool = False  # the error is moectl's; else the request makes no sense
 
-    @property
-    def error(self) -> MoectlError:
-        """The error that it was, for its asker."""
-        if self.internal:
-            return MoectlError(self.message, hint=self.hint)
-        return BadField(self.message, hint=self.hint, param=self.param, code=self.code)
+    @classmethod
+    def make(cls, request_id: int, error: MoectlError) -> Refused:
+        """Return the message that tells an error."""
+        if isinstance(error, BadField):
+            return cls(request_id, to_json(error), error.param, error.code)
+        return cls(request_id, to_json(error))
+
+    def to_error(self) -> MoectlError:
+        """Return the error that was told."""
+        error = from_json(self.error)
+        if isinstance(error, BadField):
+            return BadField(error.message, hint=error.hint, param=self.param, code=self.code)
+        return error
 
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
-    """Why this worker is about to exit; `kind` names a class of moectl.errors."""
+    """Why this worker is about to exit."""
 
-    kind: str
-    message: str
-    hint: str | None = None
+    error: dict[str, Any]  # by `to_json`
     rank: int | None = None  # that is at fault; None: the one that tells it
 
 

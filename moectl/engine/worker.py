@@ -56,7 +56,7 @@ from moectl.engine.protocol import (
     decode,
     encode,
 )
-from moectl.errors import MoectlError
+from moectl.errors import MoectlError, to_json
 from moectl.shards.hub_environment import HUB_VARIABLES
 
 if TYPE_CHECKING:
@@ -178,10 +178,10 @@ def describe_failure(error: BaseException) -> Fatal:
     """Return what the controller is told of an error that ends a worker."""
     if isinstance(error, MoectlError):
         guilty = error.rank if isinstance(error, errors.RanksDisagree) else None
-        return Fatal(type(error).__name__, error.message, error.hint, guilty)
+        return Fatal(to_json(error), guilty)
     if isinstance(error, RuntimeError) and str(error).startswith(BACKEND_ERRORS):
-        return Fatal(errors.PeerLost.__name__, str(error))
-    return Fatal(MoectlError.__name__, f"unexpected {type(error).__name__}: {error}")
+        return Fatal(to_json(errors.PeerLost(str(error))))
+    return Fatal(to_json(MoectlError(f"unexpected {type(error).__name__}: {error}")))
 
 
 def _serve(leash: Leash) -> None:
@@ -262,7 +262,7 @@ def _tell(leash: Leash, engine: Engine, event: Event) -> None:
         leash.tell(event)
     for error in failures:
         engine.fail(event.id)
-        leash.tell(Refused(event.id, error.message, error.hint, internal=True))
+        leash.tell(Refused.make(event.id, error))
 
 
 def _check_results(ready: Ready, model: Any, manifest: Manifest, start: Start) -> Ready:

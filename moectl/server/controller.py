@@ -266,7 +266,7 @@ class Controller:
     def _take(self, event: Prefilled | Token | Done | Refused) -> None:
         self._progress_s = time.monotonic()
         self._restarts.progress()
-        if isinstance(event, Token) and event.token >= 0:
+        if isinstance(event, Token):
             self.throughput.add(self._progress_s)
         answer = self._numbered.get(event.id)
         if answer is None:

@@ -400,7 +400,7 @@ class _Answering:
         error: MoectlError
         try:
             async for event in answer:
-                if isinstance(event, Token) and event.token >= 0:
+                if isinstance(event, Token):
                     now = time.monotonic()
                     self._metrics.count_token(now - before, first=first)
                     before, first = now, False

@@ -303,16 +303,19 @@ class Reply:
         """Note an event of a choice; yield what a stream says of it."""
         if isinstance(event, Done):
             self._done[index] = event
+            yield from self._take_text(index, event.rest, [])
             end: Fields = {"delta": {}} if self._asked.chat else {"text": ""}
             yield self._chunk(index, end, event)
-            return
-        self._texts[index].append(event.text)
-        told = self._asked.logprobs is not None and event.logprob is not None
-        if told:
-            self._logprobs[index].append(event)
-        if event.text or told:
-            text: Fields = {"delta": {"content": event.text}} if self._asked.chat else {"text": event.text}
-            yield self._chunk(index, {**text, "logprobs": self._tell_logprobs([event])})
+        else:
+            told = self._asked.logprobs is not None and event.logprob is not None
+            yield from self._take_text(index, event.text, [event] if told else [])
+
+    def _take_text(self, index: int, text: str, logprobs: list[Token]) -> Iterator[Fields]:
+        self._texts[index].append(text)
+        self._logprobs[index] += logprobs
+        if text or logprobs:
+            content: Fields = {"delta": {"content": text}} if self._asked.chat else {"text": text}
+            yield self._chunk(index, {**content, "logprobs": self._tell_logprobs(logprobs)})
 
     def end(self) -> Iterator[Fields]:
         """Yield the chunk with the usage, if it was asked for."""
@@ -359,10 +362,9 @@ class Reply:
     def _tell_logprobs(self, tokens: list[Token]) -> Fields | None:
         if self._asked.logprobs is None:
             return None
-        told = [token for token in tokens if token.logprob is not None]
         if self._asked.chat:
-            return {"content": [_tell_token(token, self._asked.logprobs) for token in told], "refusal": None}
-        return _tell_legacy(told, self._asked.logprobs)
+            return {"content": [_tell_token(token, self._asked.logprobs) for token in tokens], "refusal": None}
+        return _tell_legacy(tokens, self._asked.logprobs)
 
 
 def _tell_token(token: Token, k: int) -> Fields:

@@ -56,7 +56,6 @@ class ResumedAnswer:
         self._inbox: asyncio.Queue[Token | Done | Notice | MoectlError] = asyncio.Queue()
         self._cancel = cancel
         self._tokens: list[int] = []
-        self._rest: list[Token] = []  # text that no token brings: told with the end, or it would come again
         self._furthest_read = 0  # tokens of the prompt
         self._asked_s = time.monotonic()
         self._first_s = 0.0
@@ -85,19 +84,15 @@ class ResumedAnswer:
         """Take what the session tells of it; return whether it has come further than in any session before."""
         self.started = True
         match event:
-            case Token(token=token) if token >= 0:
+            case Token(token=token):
                 self._first_s = self._first_s or time.monotonic()
                 self._tokens.append(token)
                 self._inbox.put_nowait(event)
                 return True
-            case Token():
-                self._rest.append(event)
             case Done():
-                for rest in self._rest:
-                    self._inbox.put_nowait(rest)
                 self._inbox.put_nowait(replace(event, stats=self._over_all(event.stats)))
             case Refused():
-                self.fail(event.error)
+                self.fail(event.to_error())
             case Prefilled(tokens=tokens) if tokens > self._furthest_read:
                 self._furthest_read = tokens
                 return True
@@ -109,7 +104,6 @@ class ResumedAnswer:
         """Note that its session is over; the next one begins after the last token."""
         self.restarts += 1
         self.failures += is_failure
-        self._rest.clear()
 
     def tell(self, text: str) -> None:
         """Tell whoever waits for it."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moectl.engine.protocol import LEASH_LOST, Event, Fatal
-from moectl.errors import LeashLost, MoectlError, PeerLost, RemoteError, Unreachable, find_kind
+from moectl.errors import LeashLost, MoectlError, PeerLost, RemoteError, Unreachable, from_json
 from moectl.session.liveness import Sleep
 from moectl.session.worker_link import Ended, Heard, Tether
 
@@ -55,7 +55,8 @@ class Blame:
         if not isinstance(event, Fatal):
             return self.failure(rank, f"an unexpected {type(event).__name__} while {phase}")
         guilty = rank if event.rank is None or event.rank not in range(len(self._ranks)) else event.rank
-        return self.failure(guilty, event.message, kind=find_kind(event.kind), hint=event.hint)
+        error = from_json(event.error)
+        return self.failure(guilty, error.message, kind=type(error), hint=error.hint)
 
     def _explain_end(self, rank: int, event: Ended, phase: str) -> MoectlError:
         slept_s = self._sleep.slept_s
@@ -92,7 +93,7 @@ class Blame:
 
 def _is_about_others(event: Event | Ended) -> bool:
     # A rank that cannot join may be without fault as well: its neighbour died.
-    return isinstance(event, Fatal) and event.kind in (PeerLost.__name__, Unreachable.__name__)
+    return isinstance(event, Fatal) and type(from_json(event.error)) in (PeerLost, Unreachable)
 
 
 def _describe_code(code: int | None) -> str:

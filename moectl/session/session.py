@@ -164,7 +164,7 @@ class Session:
                     yield event
                     return
                 case Refused(id=id_) if id_ == request.id:
-                    raise event.error
+                    raise event.to_error()
                 case _:
                     pass  # progress, or the tail of an answer that nobody waits for any more
 

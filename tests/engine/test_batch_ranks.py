@@ -58,7 +58,7 @@ def test_a_worker_obeys_the_limits_it_is_started_with(tmp_path: Path) -> None:
                 break
         beats.set()
         worker.kill()
-    assert [e.id for e in events if isinstance(e, Refused) and "memory for 60" in e.message] == [1]
+    assert [e.id for e in events if isinstance(e, Refused) and "memory for 60" in str(e.to_error())] == [1]
     assert [e.stats.cached_tokens for e in events if isinstance(e, Done)] == [0, 0]
     assert {e.tokens for e in events if isinstance(e, Prefilled) and e.id == 2} >= {16, 32}
 

@@ -19,7 +19,7 @@ from moectl.engine.network.witness import Witness, find_dissent
 from moectl.engine.protocol import Done, Fatal, Generate, Order, Prefilled, RunOptions, Token
 from moectl.engine.request import Request
 from moectl.engine.worker import describe_failure
-from moectl.errors import RanksDisagree, UsageError
+from moectl.errors import RanksDisagree, UsageError, to_json
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
 from moectl.session.session import Session
@@ -57,7 +57,7 @@ def test_the_engine_tells_who_it_is() -> None:
     word = [0] * _CONTROL_WORDS
     with pytest.raises(RanksDisagree, match=r"^chose other experts than the others$") as caught:
         engine._read_word(mx.array([*word, *words((7, 0.5), (7, 0.5), (8, 0.5))], dtype=mx.int32))
-    assert describe_failure(caught.value) == Fatal("RanksDisagree", caught.value.message, caught.value.hint, rank=2)
+    assert describe_failure(caught.value) == Fatal(to_json(caught.value), rank=2)
     with pytest.raises(RanksDisagree, match=r"^the ranks chose other experts") as caught:
         engine._read_word(mx.array([*word, *words((7, 0.5), (8, 0.5))], dtype=mx.int32))
     assert describe_failure(caught.value).rank is None

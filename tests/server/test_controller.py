@@ -172,7 +172,7 @@ def test_a_refusal_is_the_askers_alone() -> None:
             await ask(controller, session, Request(0, "a", 5)),
             await ask(controller, session, Request(0, "b", 5)),
         )
-        session.heard.put(Refused(1, "too long", "shorten it"))
+        session.heard.put(Refused.make(1, UsageError("too long", hint="shorten it")))
         session.heard.put(Done(2, "stop", STATS))
         with pytest.raises(UsageError, match="too long"):
             await collect(refused)
@@ -291,15 +291,15 @@ def test_the_rest_of_a_text_is_told_once_when_only_the_end_was_lost() -> None:
 
     async def test(controller: Controller, sessions: Any) -> None:
         answer = await ask(controller, sessions[0], Request(0, "a", 2, stop=("!",)))
-        for before in (Token(1, 7, "x"), Token(1, 8, ""), Token(1, -1, "rest"), PeerLost("gone")):
+        for before in (Token(1, 7, "x"), Token(1, 8, ""), PeerLost("gone")):
             sessions[0].heard.put(before)
         await until(lambda: len(second.submitted) == 1)
         assert second.submitted[0].answered == (7, 8)
-        for event in (Token(1, -1, "rest"), Done(1, "length", STATS)):
-            second.heard.put(event)
+        second.heard.put(Done(1, "length", STATS, "rest"))
         told = [event for event in await collect(answer) if not isinstance(event, Notice)]
-        assert [e.text for e in told if isinstance(e, Token)] == ["x", "", "rest"]
+        assert [e.text for e in told if isinstance(e, Token)] == ["x", ""]
         assert isinstance(told[-1], Done)
+        assert told[-1].rest == "rest"
 
     restart(test, second)
 

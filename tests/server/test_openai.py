@@ -409,9 +409,9 @@ def test_a_stream_and_a_whole_say_the_same() -> None:
     asked = read_chat(n=2, stream=True, stream_options={"include_usage": True})
     reply = make_reply(asked)
     chunks = list(reply.start())
-    for index, event in [(0, Token(1, 5, "a")), (1, Token(2, 6, "")), (1, Token(2, 7, "é")), (0, Token(1, -1, "b"))]:
+    for index, event in [(0, Token(1, 5, "a")), (1, Token(2, 6, "")), (1, Token(2, 7, "é"))]:
         chunks += reply.take(index, event)
-    chunks += [*reply.take(1, Done(2, "stop", STATS)), *reply.take(0, Done(1, "length", STATS)), *reply.end()]
+    chunks += [*reply.take(1, Done(2, "stop", STATS)), *reply.take(0, Done(1, "length", STATS, "b")), *reply.end()]
     texts = ["", ""]
     for chunk in chunks[:-1]:
         assert chunk["usage"] is None

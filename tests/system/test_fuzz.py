@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import pytest
 
+from moectl import errors
 from moectl.cluster import probed_plan
 from moectl.cluster.deploy.provision import HostTask, inspect_host
 from moectl.cluster.probe import Site, measure_links
@@ -251,8 +252,8 @@ EVENTS: list[protocol.Event] = [
     protocol.Prefilled(1, 5),
     protocol.Token(1, 65, "A", -0.5, [(65, "A", -0.5), (66, "B", -1.5)]),
     protocol.Done(1, "stop", Stats(1, 2, 0.25, 0.5, 0.25, 1 << 30)),
-    protocol.Refused(2, "no", "hint"),
-    protocol.Fatal("PeerLost", "gone"),
+    protocol.Refused.make(2, errors.BadField("no", hint="hint")),
+    protocol.Fatal(errors.to_json(errors.PeerLost("gone"))),
     protocol.AllGather("00ff"),
 ]
 
@@ -493,7 +494,7 @@ WORKERS_NONSENSE = {
     "another event": 'print(\'{"type": "Connecting"}\')',
     "wrong types": 'print(\'{"type": "Listening", "versions": [], "ports": {}}\')',
     "wrong ports": 'print(\'{"type": "Listening", "versions": {}, "ports": []}\')',
-    "an unknown failure": 'print(\'{"type": "Fatal", "kind": "__name__", "message": "a\\\\nb"}\')',
+    "unknown kind": 'print(\'{"type": "Fatal", "error": {"kind": "__name__", "message": "a\\\\nb", "hint": 5}}\')',
     "a line of 100 MB": "[sys.stdout.write('x' * (1 << 20)) for _ in range(100)]",
 }
 
