@@ -43,7 +43,7 @@ class Terminated(BaseException):
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    if sys.argv[1:2] == ["worker"]:  # ends by itself, with its leash
+    if sys.argv[1:2] == ["worker"]:  # ends by itself, with its link to the controller
         sys.exit(run())
     # A stream that was closed (`>&-`), or a terminal that lacks a letter, is no reason to stop.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the rest of the process

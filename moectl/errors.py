@@ -17,7 +17,7 @@ MoectlError (1)
 │   ├── VersionMismatch          python, mlx, mlx-lm or moectl differ
 │   ├── PeerLost                 a rank's connection to another rank broke
 │   │   └── Stalled              nothing comes over it any more, or too slowly
-│   ├── LeashLost                the workers went because this machine was not there
+│   ├── LinkLost                 the workers ended because this machine slept or was stopped
 │   └── RanksDisagree            ranks that should compute the same do not
 ├── IntegrityError (7)           bytes on disk are not those that were promised
 └── StateError (8)               something has to be done first
@@ -140,7 +140,7 @@ class Stalled(PeerLost):
     pass
 
 
-class LeashLost(RemoteError):
+class LinkLost(RemoteError):
     pass
 
 

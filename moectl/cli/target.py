@@ -202,7 +202,7 @@ def _find_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
     listed = common.host_list() if named or deployment is None else None
     if listed is None:
         return deployment, ()
-    if deployment is not None and [r.host.address for r in deployment.ranks] == [h.address for h in listed.hosts]:
+    if deployment is not None and deployment.addresses == tuple(h.address for h in listed.hosts):
         return deployment, ()
     return None, listed.hosts
 

@@ -1,6 +1,6 @@
-"""From what is to run to a client of the controller that runs it: the one that is there, or a new one.
+"""From what is to run to a client of the controller that runs it: a running one, or a new one.
 
-There is one controller for each set of ranks on its hosts; where its socket is follows from what it runs.
+There is one controller for each set of ranks on its hosts; its socket's name follows from what it runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moectl.records import build
 from moectl.server import background
 from moectl.server.client import Client, is_running, last_beat, socket_path
 from moectl.server.contracts import ControllerOptions
-from moectl.session.target import Local, Target, count_ranks, decode_target, encode_target, target_key
+from moectl.session.target import Local, Target, decode_target, encode_target, target_key
 
 OnLog = Callable[[str, str], None]
 _OPEN = (None, "auto", 0, False)  # values that agree with any other
@@ -28,7 +28,7 @@ _LEAVING_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """A controller to talk to; `started`: it was not there before."""
+    """A controller to talk to; `started`: it was not running before."""
 
     client: Client
     started: bool
@@ -50,8 +50,9 @@ def attach(
     for _ in range(_ATTEMPTS):
         if is_running(client.path) and _join(client, target, options, settings.keep_alive_s):
             return Attached(client, False)
-        say(f"Loading {target.name} on {count_ranks(target)} rank{'s' * (count_ranks(target) > 1)}.")
-        with contextlib.suppress(AlreadyRunning):  # somebody else was quicker: join that one
+        ranks = len(target.addresses)
+        say(f"Loading {target.name} on {ranks} rank{'s' * (ranks > 1)}.")
+        with contextlib.suppress(AlreadyRunning):  # another process has started one meanwhile: join that
             start(target, options, settings, on_log=on_log)
             return Attached(client, True)
     raise StateError(f"the controller of {target.name} keeps exiting", hint="moectl stop --now, then run it again")
@@ -92,7 +93,7 @@ def place_of(target: Target) -> Path:
 
 def describe_place(target: Target) -> str:
     """Return in words what runs where."""
-    ranks = count_ranks(target)
+    ranks = len(target.addresses)
     where = f"{ranks} rank{'s' * (ranks > 1)} of this machine" if isinstance(target, Local) else f"{ranks} hosts"
     return f"{target.name} on {where}"
 
@@ -120,7 +121,7 @@ def start(target: Target, options: RunOptions, settings: ControllerOptions, *, o
 
 
 def obey(advise: Callable[[Target, MoectlError], str | None]) -> None:
-    """Be the controller that `start` started, until it is over; `advise` is `controller.run`'s."""
+    """Be the controller that `start` started, until it is over; `advise` is `run`'s."""
     from moectl.server.run import run
 
     order = background.take_order()

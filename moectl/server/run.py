@@ -1,4 +1,4 @@
-"""The controller as a process: opened, served, told about, ended."""
+"""The controller as a process: it starts a session, serves it on its sockets, and ends with it or by a signal."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from moectl.server.controller import GRACE_S, READING_S, Controller, KeepAlive, 
 from moectl.server.http import Grace, make_app, serve as serve_http
 from moectl.server.restarts import Restarts
 from moectl.server.sockets import beating, listen_tcp, listen_unix
-from moectl.session.deployment import Deployment
 from moectl.session.session import Session
-from moectl.session.target import Target, count_ranks, open_session
+from moectl.session.target import Target, open_session
 
 
 def run(
@@ -54,7 +53,7 @@ def run(
             return Controller(
                 session,
                 target.name,
-                ranks=count_ranks(target),
+                ranks=len(target.addresses),
                 keep_alive=keep_alive,
                 open_=open_like(session, open_),
                 restarts=Restarts(settings.restarts),
@@ -113,15 +112,12 @@ def open_like(first: Session, open_: Callable[..., AbstractContextManager[Sessio
 
 def describe_run(target: Target, options: RunOptions) -> dict[str, Any]:
     """Return what a controller runs, as JSON; `attach` compares it with what is wanted."""
-    hosts = ["localhost"] * count_ranks(target)
-    if isinstance(target, Deployment):
-        hosts = [rank.host.address for rank in target.ranks]
-    shards = target.shards if isinstance(target, Deployment) else str(target.directory)
-    return {"name": target.name, "hosts": hosts, "shards": shards, "options": options.shared()}
+    hosts = list(target.addresses)
+    return {"name": target.name, "hosts": hosts, "shards": target.shards, "options": options.shared()}
 
 
 class _Control:
-    """The owner's hands on a running controller."""
+    """What the owner of a running controller may do to it; see `contracts.Control`."""
 
     def __init__(
         self, controller: Controller, description: dict[str, Any], keep_alive: KeepAlive, *, stays: bool
@@ -163,11 +159,11 @@ class _Control:
         self.stopping.set()
 
     def leave(self) -> None:
-        """End because nobody needs it any more, or it has failed; who still reads an answer may go on reading."""
+        """End because it was idle for long enough, or has failed; clients may read their answers to the end."""
         if not self.stopping.is_set():
             self.stop(GRACE_S if self._controller.failure is not None else READING_S)
 
     def on_signal(self, number: int) -> None:
-        # A second one does not wait for answers any more.
+        # A second signal does not wait for answers any more.
         self.stop(0.0 if self.stopping.is_set() else GRACE_S)
         self.signal = number

@@ -46,6 +46,15 @@ class Local:
     def name(self) -> str:
         return self.directory.name
 
+    @property
+    def shards(self) -> str:
+        return str(self.directory)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The host of each rank."""
+        return ("localhost",) * self.manifest.world_size
+
 
 Target = Local | Deployment
 
@@ -64,19 +73,13 @@ def decode_target(text: str) -> Target:
 
 
 def target_key(target: Target) -> str:
-    """Return the same short name for the same ranks on the same hosts, however they were asked for."""
+    """Return a short name that is the same for the same ranks on the same hosts."""
     where = [str(target.directory.resolve())] if isinstance(target, Local) else [target.name]
     if isinstance(target, Deployment):
         where += [f"{rank.host.address} {rank.directory}" for rank in target.ranks]
-    shards = target.directory if isinstance(target, Local) else Path(target.shards)
-    with contextlib.suppress(OSError):  # a set that was cut anew in its place is another one
-        where.append(hashlib.sha256((shards / MANIFEST_NAME).read_bytes()).hexdigest())
+    with contextlib.suppress(OSError):  # a set that was cut again in its place is another one
+        where.append(hashlib.sha256((Path(target.shards) / MANIFEST_NAME).read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(where).encode()).hexdigest()[:12]
-
-
-def count_ranks(target: Target) -> int:
-    """Return the world size."""
-    return target.manifest.world_size if isinstance(target, Local) else len(target.ranks)
 
 
 def find_deployment(hosts: HostList | None) -> Deployment | None:
@@ -87,14 +90,13 @@ def find_deployment(hosts: HostList | None) -> Deployment | None:
     recorded = find_recorded()
     if hosts is None:
         return None if recorded is None else read_deployment()
-    names = [host.address for host in hosts.hosts]
+    names = tuple(host.address for host in hosts.hosts)
     hint = f"moectl deploy {hosts.source}" if hosts.source.endswith(".txt") else "moectl deploy"
     if recorded is None:
         raise NotDeployed(f"no model is deployed on {', '.join(names)}.", hint=hint)
-    deployed = [rank.host.address for rank in recorded.ranks]
-    if deployed != names:
+    if recorded.addresses != names:
         raise NotDeployed(
-            f"{recorded.name} is deployed on {', '.join(deployed)}, not on {', '.join(names)}.", hint=hint
+            f"{recorded.name} is deployed on {', '.join(recorded.addresses)}, not on {', '.join(names)}.", hint=hint
         )
     complete = read_deployment()
     for rank, host in zip(complete.ranks, hosts.hosts, strict=True):

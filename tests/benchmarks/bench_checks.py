@@ -79,8 +79,8 @@ def measure(name: str, directory: Path, rounds: int) -> None:
 def cpu_s(session: Session) -> float:
     """Return the processor time that a session's workers have taken."""
     ticks = 0
-    for tether in session._tethers:
-        fields = Path(f"/proc/{tether.pid}/stat").read_text().rpartition(")")[2].split()
+    for link in session._links:
+        fields = Path(f"/proc/{link.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -12,7 +12,8 @@ import mlx.core as mx
 import pytest
 import tokenizers
 
-from moectl.engine.engine import _CONTROL_WORDS, Engine
+from moectl.engine.agreement import check_seen
+from moectl.engine.engine import Engine
 from moectl.engine.network.dbrx import Model
 from moectl.engine.network.fingerprint import take_fingerprint
 from moectl.engine.network.witness import Witness, find_dissent
@@ -52,14 +53,11 @@ def test_who_is_alone_is_named() -> None:
 
 
 def test_the_engine_tells_who_it_is() -> None:
-    model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
-    engine = Engine(model, NO_TOKENS, max_seq_len=64)
-    word = [0] * _CONTROL_WORDS
     with pytest.raises(RanksDisagree, match=r"^chose other experts than the others$") as caught:
-        engine._read_word(mx.array([*word, *words((7, 0.5), (7, 0.5), (8, 0.5))], dtype=mx.int32))
+        check_seen(words((7, 0.5), (7, 0.5), (8, 0.5)))
     assert describe_failure(caught.value) == Fatal(to_json(caught.value), rank=2)
     with pytest.raises(RanksDisagree, match=r"^the ranks chose other experts") as caught:
-        engine._read_word(mx.array([*word, *words((7, 0.5), (8, 0.5))], dtype=mx.int32))
+        check_seen(words((7, 0.5), (8, 0.5)))
     assert describe_failure(caught.value).rank is None
 
 
@@ -113,19 +111,20 @@ def test_what_is_seen_of_a_prompt_waits_for_no_later_step() -> None:
     """A chunk's last layer is of no use to the caches; its exchanges would come in no certain order beside others."""
     model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
     engine = Engine(model, NO_TOKENS, max_seq_len=64, prefill_step=8)
-    engine._witness, engine._check_every = Witness(model), 1  # one rank alone has none
+    witness = Witness(model)
+    engine._agreement._witness, engine._agreement._check_every = witness, 1  # one rank alone has none
     inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
     inbox.put(Generate(Request(1, "", 4, prompt_tokens=tuple(range(30)))))
     serving = engine.serve(inbox)
     assert isinstance(next(serving), Prefilled)
-    seen = [*engine._witness._routing, *engine._witness._states]
+    seen = [*witness._routing, *witness._states]
     assert len(seen) == len(model.layers) + 1
     assert count_lazy(seen) == 0
-    engine._witness.take()
+    witness.take()
     mx.eval(model(mx.array([[1]])))
-    engine._witness.looks = True
+    witness.looks = True
     model(mx.array([[1]]))
-    assert count_lazy(engine._witness._states) > 0
+    assert count_lazy(witness._states) > 0
 
 
 def count_lazy(arrays: list[mx.array]) -> int:

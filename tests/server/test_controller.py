@@ -29,7 +29,7 @@ from moectl.engine.request import Request, Stats
 from moectl.errors import (
     CommandFailed,
     IntegrityError,
-    LeashLost,
+    LinkLost,
     MoectlError,
     PeerLost,
     PlanError,
@@ -406,7 +406,7 @@ def test_going_on_without_a_host_is_advised_when_it_is_away(
 
 
 @pytest.mark.parametrize(
-    "kind", [CommandFailed, IntegrityError, LeashLost, PeerLost, PlanError, RanksDisagree, Stalled, VersionMismatch]
+    "kind", [CommandFailed, IntegrityError, LinkLost, PeerLost, PlanError, RanksDisagree, Stalled, VersionMismatch]
 )
 def test_a_host_that_is_there_is_not_advised_away(monkeypatch: pytest.MonkeyPatch, kind: type[MoectlError]) -> None:
     monkeypatch.setattr("moectl.cluster.deploy.remedy.find_remedy", lambda target, lost: f"without {lost}")
@@ -422,7 +422,7 @@ def test_sleeping_often_ends_no_answer() -> None:
         answer = await ask(controller, sessions[0], Request(0, "a", 5))
         for number, session in enumerate(sessions[:-1]):
             session.heard.put(Token(1, 7 + number, "x"))
-            session.heard.put(LeashLost("slept"))
+            session.heard.put(LinkLost("slept"))
             await until(lambda n=number: len(sessions[n + 1].submitted) == 1)  # type: ignore[misc]
         last.heard.put(Done(1, "stop", STATS))
         told = await collect(answer)
@@ -438,10 +438,10 @@ def test_a_machine_that_sleeps_before_anything_comes_of_an_answer_ends_it_some_t
         answer = await ask(controller, sessions[0], Request(0, "a", 5))
         for number, session in enumerate(sessions[:-1]):
             session.heard.put(Prefilled(1, 512))  # no further than the time before
-            session.heard.put(LeashLost(f"slept {number}"))
+            session.heard.put(LinkLost(f"slept {number}"))
             if number < MAX_FAILURES:
                 await until(lambda n=number: len(sessions[n + 1].submitted) == 1)  # type: ignore[misc]
-        with pytest.raises(LeashLost, match=f"slept {MAX_FAILURES}"):
+        with pytest.raises(LinkLost, match=f"slept {MAX_FAILURES}"):
             await collect(answer)
 
     restart(test, *naps, FakeSession())
@@ -458,7 +458,7 @@ def test_whoever_waits_while_others_come_further_is_not_to_blame_for_naps() -> N
         )
         for number, session in enumerate(sessions[:-1]):
             session.heard.put(Prefilled(1, 512 * (number + 1)))
-            session.heard.put(LeashLost("slept"))
+            session.heard.put(LinkLost("slept"))
             await until(lambda n=number: len(sessions[n + 1].submitted) == 2)  # type: ignore[misc]
         last.heard.put(Done(1, "stop", STATS))
         last.heard.put(Done(2, "stop", STATS))
@@ -1020,4 +1020,4 @@ def test_targets_have_a_place_each(tmp_path: Path) -> None:
     one, two = (launch.decode_target(f"local {tmp_path / name}") for name in ("a", "b"))
     assert launch.decode_target(launch.encode_target(one)) == one
     assert launch.target_key(one) != launch.target_key(two)
-    assert (launch.count_ranks(one), launch.count_ranks(two)) == (1, 2)
+    assert (len(one.addresses), len(two.addresses)) == (1, 2)

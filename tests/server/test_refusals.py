@@ -14,7 +14,7 @@ import pytest
 from moectl.engine.protocol import Refused, decode, encode
 from moectl.engine.request import MAX_PROMPT_BYTES, TOO_LONG, Request, too_long
 from moectl.errors import BadField, QueueFull, UsageError
-from moectl.server import openai as api
+from moectl.server import replies
 from moectl.server.client import _rebuild
 from moectl.server.http import MAX_BODY_BYTES, make_app
 from tests.server.test_http import GOOD, KEY, Site, run_site, say
@@ -194,7 +194,7 @@ def test_a_refusal_of_the_ranks_comes_through_whole() -> None:
     ],
 )
 def test_the_command_line_says_a_hint_once(error: UsageError) -> None:
-    again = _rebuild(api.describe_error(error)[1]["error"])
+    again = _rebuild(replies.describe_error(error)[1]["error"])
     assert (str(again), again.hint, type(again)) == (str(error), error.hint, type(error))
 
 

@@ -9,7 +9,7 @@ from moectl.errors import (
     CheckpointError,
     HostsError,
     IntegrityError,
-    LeashLost,
+    LinkLost,
     MoectlError,
     NotDeployed,
     PeerLost,
@@ -65,7 +65,7 @@ def test_memory_and_addresses_may_take_a_while_to_come_back(kind: type[MoectlErr
 def test_sleep_is_nobodys_fault() -> None:
     restarts = Restarts(1, clock=lambda: 0.0)
     for _ in range(5):
-        assert restarts.delay_s(LeashLost("x")) == FIRST_S
+        assert restarts.delay_s(LinkLost("x")) == FIRST_S
         restarts.come_up()
     assert restarts.delay_s(PeerLost("x")) == FIRST_S
 
@@ -81,5 +81,5 @@ def test_slowness_is_met_with_patience() -> None:
 
 def test_a_sleep_before_anything_started_counts() -> None:
     restarts = Restarts(2)
-    assert restarts.delay_s(LeashLost("slept")) is not None
-    assert [restarts.delay_s(LeashLost("slept")) is None for _ in range(3)] == [False, False, True]
+    assert restarts.delay_s(LinkLost("slept")) is not None
+    assert [restarts.delay_s(LinkLost("slept")) is None for _ in range(3)] == [False, False, True]

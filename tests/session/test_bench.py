@@ -245,7 +245,7 @@ def test_orders_that_reach_ranks_at_different_times(source: Path) -> None:
     with Session(specs(shards), step_timeout_s=30) as session:
         for rank in range(2):
             for order in orders:
-                session._tethers[rank].send(order)
+                session._links[rank].send(order)
             time.sleep(0.3)
         events: list[tuple[int, Any]] = []
         while len([e for _, e in events if isinstance(e, Profiled)]) < 4:

@@ -43,9 +43,9 @@ def block(x, exchange):
 reduce.run_exchange = block
 """
 STRANGER = """
-import moectl.engine.worker as worker
-real = worker._check_peers
-worker._check_peers = lambda group, start, nonce: real(group, start, nonce ^ 1)
+import moectl.engine.group as group_
+real = group_._check_peers
+group_._check_peers = lambda group, start, nonce: real(group, start, nonce ^ 1)
 """
 
 

@@ -199,9 +199,8 @@ def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Pr
     from moectl.session.bench import Predicted, read_prediction
 
     manifest = None
-    hosts = ["localhost"] * launch.count_ranks(target)
     if isinstance(target, launch.Local):
-        manifest = target.manifest
+        manifest, hosts = target.manifest, list(target.addresses)
     else:
         hosts = [rank.host.name for rank in target.ranks]
         with contextlib.suppress(errors.MoectlError):  # the operator's copy may be gone

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @verb(hidden=True)
 def worker() -> None:
-    """Serve one rank on a leash (stdin and stdout); started by moectl itself."""
+    """Serve one rank over stdin and stdout; started by moectl itself."""
     from moectl.engine import worker as process
 
     process.main()
