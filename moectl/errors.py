@@ -184,11 +184,12 @@ def to_json(error: MoectlError) -> dict[str, Any]:
 
 
 def from_json(raw: Mapping[str, Any]) -> MoectlError:
-    """Return the error that `to_json` of another process described."""
-    return find_kind(raw.get("kind"))(str(raw.get("message", "")), hint=raw.get("hint"), host=raw.get("host"))
+    """Return the error that `to_json` of another process described; a hint or host that is no text is left out."""
+    hint, host = (value if isinstance(value := raw.get(name), str) else None for name in ("hint", "host"))
+    return _find_kind(raw.get("kind"))(str(raw.get("message", "")), hint=hint, host=host)
 
 
-def find_kind(name: object) -> type[MoectlError]:
+def _find_kind(name: object) -> type[MoectlError]:
     """Return the class of an error by its name; RemoteError for an unknown name."""
     kind = globals().get(str(name))
     return kind if isinstance(kind, type) and issubclass(kind, MoectlError) else RemoteError

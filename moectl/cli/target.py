@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from moectl.cli.options import Common, refuse_both
 from moectl.demo import demo_dir
 
 if TYPE_CHECKING:
+    from moectl.engine.protocol import RunOptions
     from moectl.hosts.hostfile import Host
     from moectl.model.canary import Canary
     from moectl.model.manifest import Manifest
@@ -23,19 +25,17 @@ PARANOIA = (
 )
 
 
-def session_options(common: Common, options: dict[str, Any]) -> dict[str, Any]:
-    """Return what `launch.open_session` wants of the flags."""
-    return {
-        "backend": options["backend"],
-        "start_timeout_s": options["start_timeout"],
-        "dtype": options["dtype"],
-        "force": options["force"],
-        "prefill_step": options["prefill_step"],
-        "speculate": options["speculate"],
-        "canary": not options["no_canary"],
-        "agree_routing": options["agree_routing"],
-        "paranoia": PARANOIA if options["paranoia"] else 0,
+def run_options(flags: dict[str, Any]) -> RunOptions:
+    """Return how to run a model, as the flags of `target_options` say."""
+    from moectl.engine.protocol import RunOptions
+
+    named = {field.name: flags[field.name] for field in fields(RunOptions) if field.name in flags}
+    named |= {
+        "start_timeout_s": flags["start_timeout"],
+        "canary": not flags["no_canary"],
+        "paranoia": PARANOIA if flags["paranoia"] else 0,
     }
+    return RunOptions(**named)
 
 
 def choose_target(common: Common, options: dict[str, Any]) -> Target:
@@ -178,7 +178,7 @@ def find_deployment_or_hosts(common: Common) -> tuple[Deployment | None, tuple[H
     listed = common.host_list() if named or deployment is None else None
     if listed is None:
         return deployment, ()
-    if deployment is not None and [r.host.address for r in deployment.ranks] == [h.address for h in listed.hosts]:
+    if deployment is not None and deployment.addresses == tuple(h.address for h in listed.hosts):
         return deployment, ()
     return None, listed.hosts
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from moectl.engine.protocol import Token
+from moectl.engine.protocol import Done, RunOptions
 from moectl.engine.request import Request
 from moectl.errors import CommandFailed, MoectlError, Unreachable
 from moectl.hosts.connect import map_at_once
@@ -63,12 +63,11 @@ def measure_speed(
     """Run a job on all sites as one group, with the workers' environment, backend and leash. Raises as a session."""
     ranks = [RankSpec(site.host, site.remote, (site.python, *MEASURE), "", site.addresses, site.env) for site in sites]
     limit_s = SPEED_S + len(job.placements) * 4 * job.budget_s
-    with Session(
-        ranks, backend=backend, start_timeout_s=start_timeout_s, step_timeout_s=limit_s, on_log=on_log
-    ) as session:
-        events = session.generate(Request(1, job.to_json(), 1, raw=True))
-        text = "".join(event.text for event in events if isinstance(event, Token))
-    return read_speeds(text)
+    options = RunOptions(start_timeout_s=start_timeout_s)
+    with Session(ranks, options, backend=backend, step_timeout_s=limit_s, on_log=on_log) as session:
+        *_, done = session.generate(Request(1, job.to_json(), 1, raw=True))
+    assert isinstance(done, Done)
+    return read_speeds(done.rest)
 
 
 # Links.

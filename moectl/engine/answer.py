@@ -112,12 +112,9 @@ class Answer:
             offset, piece = self._length, self._text.feed(token)
             self._length += len(piece)
             yield Token(self.request.id, token, self._stop.feed(piece), *self._read(token, odds), offset)
-        if finish_reason is not None:
-            yield from self._tell_rest(self._stop.feed(self._text.finish()))
-        if self._stop.found:
-            yield self._done("stop")
-        elif finish_reason is not None:
-            yield self._done(finish_reason)
+        last = self._stop.feed(self._text.finish()) if finish_reason is not None else ""
+        if self._stop.found or finish_reason is not None:
+            yield self._done(finish_reason or "stop", last)
 
     @property
     def has_stop(self) -> bool:
@@ -129,11 +126,9 @@ class Answer:
         yield from self._tell_or_fail(self._end(finish_reason))
 
     def _end(self, finish_reason: str) -> Iterator[Event]:
-        if self.ended:
-            return
-        assert self._text is not None
-        yield from self._tell_rest(self._stop.feed(self._text.finish()))
-        yield self._done("stop" if self._stop.found else finish_reason)
+        if not self.ended:
+            assert self._text is not None
+            yield self._done(finish_reason, self._stop.feed(self._text.finish()))
 
     def cancel(self) -> Iterator[Event]:
         """Tell that it ends here, unless that has been told."""
@@ -141,8 +136,7 @@ class Answer:
 
     def _cancel(self) -> Iterator[Event]:
         if not self.ended:
-            yield from self._tell_rest("")
-            yield self._done("stop" if self._stop.found else "cancelled")
+            yield self._done("cancelled")
 
     def refuse_for(self, reason: MoectlError) -> None:
         """Note, on every rank, why it takes no row."""
@@ -155,13 +149,7 @@ class Answer:
 
     def _refuse(self, error: MoectlError) -> Refused:
         self.ended = True
-        if isinstance(error, BadField):
-            return Refused(self.request.id, error.message, error.hint, error.param, error.code)
-        return Refused(self.request.id, error.message, error.hint, internal=True)
-
-    def _tell_rest(self, text: str) -> Iterator[Event]:
-        if rest := text + self._stop.flush():
-            yield Token(self.request.id, -1, rest)
+        return Refused.make(self.request.id, error)
 
     def _read(self, token: int, odds: Odds | None) -> tuple[float | None, list[tuple[int, str, float]]]:
         """Return the token's log-probability, and those of the most probable ones with it among them."""
@@ -176,7 +164,8 @@ class Answer:
             known.append((token, chosen))
         return chosen, [(i, self._tokenizer.tell(i), logprob) for i, logprob in known]
 
-    def _done(self, finish_reason: str) -> Done:
+    def _done(self, finish_reason: str, last: str = "") -> Done:
+        """Return the end, with the last piece of text: "stop" where a stop text is complete, else as given."""
         self.ended = True
         now = time.perf_counter()
         first = self.first_s or now
@@ -191,7 +180,7 @@ class Answer:
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
         )
-        return Done(self.request.id, finish_reason, stats)
+        return Done(self.request.id, "stop" if self._stop.found else finish_reason, stats, last + self._stop.flush())
 
 
 class StopText:

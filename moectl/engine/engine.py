@@ -29,27 +29,19 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
 
 from moectl.engine.admission import Admission, held_tokens
+from moectl.engine.agreement import MAX_CANCELS, Agreement
 from moectl.engine.answer import Answer, measure_reach, read_prompt
 from moectl.engine.isolation import isolated
 from moectl.engine.network.dbrx import Model
-from moectl.engine.network.witness import WORDS, Witness, find_dissent
 from moectl.engine.profile import profile
 from moectl.engine.prompt_cache import PromptCache
-from moectl.engine.protocol import Cancel, Event, Generate, Order, Prefilled, Profile
+from moectl.engine.protocol import PREFILL_STEP, Cancel, Event, Generate, Order, Prefilled, Profile
 from moectl.engine.sampling import Sampler
 from moectl.engine.speculation import Speculation
-from moectl.errors import BadField, RanksDisagree
+from moectl.errors import BadField
 from moectl.shards.tokenizer import Tokenizer
 
-PREFILL_STEP = 512
-MAX_BATCH = 8
-_CANCELS = MAX_BATCH  # in one control word: all that run may be cancelled at once
-_CONTROL_WORDS = 1 + _CANCELS  # admit up to, cancel
-_NOBODY = 0  # request ids start at 1
-_DISAGREE = (
-    "run it again; if it fails at once, the hosts round differently: --agree-routing; "
-    "otherwise one host computes wrong results"
-)
+MAX_BATCH = MAX_CANCELS  # so that one control word can cancel all
 
 
 class Engine:
@@ -80,11 +72,6 @@ class Engine:
         self._tokenizer = tokenizer
         self._rank = rank
         self._leads = rank == head_rank
-        self._head_rank = head_rank
-        self._group = group if group is not None and group.size() > 1 else None
-        self._witness = Witness(model) if check_every and self._group is not None else None
-        self._check_every = check_every
-        self._steps = 0
         self._max_seq_len = max_seq_len
         self._prefill_step = prefill_step
         self._kv_tokens = kv_tokens
@@ -99,23 +86,24 @@ class Engine:
             completion_batch_size=MAX_BATCH,
             prefill_step_size=prefill_step,
         )
+        self._admission = Admission(max_rows=MAX_BATCH, kv_tokens=kv_tokens, max_cancels=MAX_CANCELS)  # leader
+        make_word = self._admission.make_word if self._leads else None
+        self._agreement = Agreement(model, group, head_rank=head_rank, check_every=check_every, make_word=make_word)
         self._stop = StopSequences([[t] for t in sorted(tokenizer.eos_token_ids)])
         self._speculation = Speculation(
             model,
             most=speculate,
             leads=self._leads,
             stop_tokens=frozenset(tokenizer.eos_token_ids),
-            agree=self._agree,
+            agree=self._agreement.agree,
         )
         self._cache = PromptCache()
-        self._admission = Admission(max_rows=MAX_BATCH, kv_tokens=kv_tokens, max_cancels=_CANCELS)  # leader
         self._arrived: dict[int, Answer] = {}  # by request id, not yet admitted
         self._withdrawn: set[int] = set()  # cancelled while they waited: passed by when the count gets there
         self._profiles: dict[int, Profile] = {}  # by id, waiting for their turn and for idleness
         self._running: dict[int, Answer] = {}  # by request id, in the generator
         self._prefilling: deque[Answer] = deque()
         self._decoding: list[Answer] = []  # in the order of the batch's rows
-        self._spoken: deque[mx.array] = deque()  # control words, oldest first, not yet obeyed
         self._in_flight: tuple[list[Answer], mx.array] = ([], mx.array([]))  # rows, and their tokens last sampled
         self._sampled_rows = False  # whether this step's running rows have been sampled
         self._admitted = 0  # highest request id so far
@@ -277,21 +265,18 @@ class Engine:
     # One step: compute, tell, obey.
 
     def _step(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
-        self._steps += 1
-        if self._witness is not None:
-            self._witness.looks = self._steps % self._check_every == 0
+        self._agreement.begin_step()
         if self._speculation.has_row or self._foresees():
             yield from self._speculate(inbox)
         else:
             yield from self._generate(inbox)
 
     def _generate(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
-        earlier = len(self._spoken)
+        earlier = self._agreement.unread
         self._sampled_rows = not self._decoding
         rows = {answer.uid: answer for answer in self._decoding}
         prompts, responses = self._generator.next()
-        if self._witness is not None:
-            self._witness.settle()
+        self._agreement.settle()
         if self._leads:
             # Without the one that has just joined, and without those whose end has been told.
             reading = {answer.uid: answer for answer in self._prefilling if not answer.ended}
@@ -300,17 +285,17 @@ class Engine:
                 yield Prefilled(answer.request.id, answer.cached + part.progress[0], answer.cached)
         for response in responses:
             yield from self._hear(rows[response.uid], response)
-        if len(self._spoken) == 0:  # only prefill so far: nothing was sampled, so speak by itself
-            self._speak()
+        if self._agreement.unread == 0:  # only prefill so far: no token was sampled
+            self._agreement.agree_on_word(self._generator.stream)
             earlier = 1
         while earlier:
             for _ in range(earlier):
-                yield from self._obey(self._read_word(self._spoken.popleft()), inbox)
+                yield from self._obey(self._agreement.read_word(self._generator.stream), inbox)
             if self._running:
                 return
             # Idle means nothing in flight and nothing unheard, or the leader would wait for what it has already said.
             mx.synchronize(self._generator.stream)
-            earlier = len(self._spoken)
+            earlier = self._agreement.unread
 
     def _hear(self, answer: Answer, response: Any) -> Iterator[Event]:
         """Take one more token of a row."""
@@ -337,7 +322,7 @@ class Engine:
             responses = self._speculation.verify() if self._speculation.has_row else self._take_out(answer)
         for response in responses:
             yield from self._hear(answer, response)
-        words = [self._read_word(self._spoken.popleft()) for _ in range(len(self._spoken))]
+        words = [self._agreement.read_word(self._generator.stream) for _ in range(self._agreement.unread)]
         if self._speculation.has_row and (self._speculation.is_stuck or any(map(self._is_news, words))):
             self._put_back()
         for word in words:
@@ -355,20 +340,6 @@ class Engine:
         answer, tokens, layers = self._speculation.give_back()
         self._decoding.remove(answer)
         self._line_up_row(answer, tokens, len(tokens) - 1, layers, [])
-
-    def _speak(self) -> None:
-        with mx.stream(self._generator.stream):
-            word = self._from_leader(mx.array([], dtype=mx.int32), mx.array(0))
-            mx.eval(word)
-        self._spoken.append(word)
-
-    def _read_word(self, word: mx.array) -> list[int]:
-        with mx.stream(self._generator.stream):
-            said: list[int] = word.tolist()  # type: ignore[assignment]
-        if (dissent := find_dissent(said[_CONTROL_WORDS:])) is not None:
-            said_of = f"the ranks {dissent.what}" if dissent.rank is None else dissent.what
-            raise RanksDisagree(f"{said_of} than the others", hint=_DISAGREE, rank=dissent.rank)
-        return said[:_CONTROL_WORDS]
 
     def _is_news(self, word: list[int]) -> bool:
         return word[0] > self._admitted or any(word[1:])
@@ -392,7 +363,7 @@ class Engine:
         if self._leads:
             yield from answer.cancel()
 
-    # Sampling and agreement; called by the generator while it builds a step's graph.
+    # Sampling; called by the generator while it builds a step's graph.
 
     def _agree_on_tokens(self, logprobs: mx.array) -> mx.array:
         """Return the tokens (B,) that the leader samples from its logprobs (B, V), on every rank."""
@@ -406,35 +377,8 @@ class Engine:
             tokens = _sample(answers, logprobs).astype(mx.int32)
         else:
             tokens = mx.zeros((len(answers),), dtype=mx.int32)
-        self._in_flight = list(answers), self._agree(tokens, logprobs)
+        self._in_flight = list(answers), self._agreement.agree(tokens, logprobs)
         return self._in_flight[1]
-
-    def _agree(self, tokens: mx.array, after: mx.array) -> mx.array:
-        """Return the leader's tokens (n,) on every rank, and keep its control word to be obeyed."""
-        agreed = self._from_leader(tokens, after)
-        self._spoken.append(agreed[tokens.size :])
-        return agreed[: tokens.size].astype(mx.uint32)
-
-    def _from_leader(self, tokens: mx.array, after: mx.array) -> mx.array:
-        """Return the leader's [tokens…, admit, cancels…] on every rank, exchanged after `after` was computed.
-
-        Where ranks are compared, what each of them saw follows.
-        """
-        admit, cancels = self._admission.make_word() if self._leads else (_NOBODY, [])
-        word = [admit, *cancels, *[_NOBODY] * (_CANCELS - len(cancels))]
-        vector = mx.concatenate([tokens, mx.array(word, dtype=mx.int32)])
-        if self._group is None:
-            return vector
-        seen = 0
-        if self._witness is not None:
-            vector = mx.concatenate([vector, self._witness.take()])
-            seen = WORDS
-        # Followers' vector must not overtake the last layer's sum, or ranks would add up different things.
-        vector = mx.depends([vector], [after])[0]
-        rows = mx.distributed.all_gather(vector[None], group=self._group)
-        if not seen:
-            return rows[self._head_rank]
-        return mx.concatenate([rows[self._head_rank, :-seen], rows[:, -seen:].reshape(-1)])
 
 
 def _sample(answers: list[Answer], logprobs: mx.array) -> mx.array:

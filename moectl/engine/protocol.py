@@ -1,7 +1,7 @@
 """The protocol between the controller and a worker: one JSON object per line, each a dataclass below.
 
-Down a worker's stdin go orders and heartbeats, up its stdout come events; stderr is the worker's log. End of file, or
-three seconds without a line, is the leash let go: the worker exits. It neither opens nor closes any stream.
+Orders and heartbeats go to a worker's stdin, events come from its stdout; stderr is the worker's log. At end of file,
+or after three seconds without a line, the worker exits. This module opens and closes no stream.
 """
 
 from __future__ import annotations
@@ -9,37 +9,52 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import IO, Any
 
 from moectl.engine.request import Request, Stats
-from moectl.errors import BadField, MoectlError, RemoteError
+from moectl.errors import BadField, MoectlError, RemoteError, from_json, to_json
 from moectl.records import build
 
 BEAT_S = 1.0  # the controller sends a line at least this often
 SILENCE_S = 3.0  # a worker that hears nothing for this long exits
-LEASH_LOST = 75  # with this code, which no crash has (EX_TEMPFAIL)
+LINK_LOST = 75  # with this code, which no crash has (EX_TEMPFAIL)
 MAX_LINE_BYTES = 64 * 1024 * 1024
 NONCE_BITS = 31
+PREFILL_STEP = 512  # tokens of a prompt that are read at a time, where a run says nothing else
+
+
+def _shared(default: Any) -> Any:
+    """Return a field in which those who use one controller have to agree."""
+    return field(default=default, metadata={"shared": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """How a model is run; the same on every rank."""
+    """How a model is run, as the flags of `run`, `serve` and `bench` say; the same on every rank."""
 
-    dtype: str | None = None  # None: what suits the device
-    force: bool = False  # load although the host's memory will not do
+    backend: str = _shared("auto")  # "auto": what the hosts suit
+    start_timeout_s: float = 30.0  # for all ranks to join
+    dtype: str | None = _shared(None)  # None: what suits the device
+    force: bool = False  # load although the host's memory is too small
     canary: bool = True  # compare what the model computes with the set's canary
-    agree_routing: bool = False  # rank 0 chooses the experts for all
-    paranoia: int = 0  # after this number of steps all ranks compare what they computed; 0: never
+    agree_routing: bool = _shared(False)  # rank 0 chooses the experts for all
+    paranoia: int = _shared(0)  # after this number of steps all ranks compare what they computed; 0: never
     cache_tokens: int | None = None  # for past answers at most; None: what the running ones leave
-    prefill_step: int | None = None  # tokens of a prompt that are read at a time; None: the engine's
-    speculate: int = 0  # tokens that prompt lookup may propose at once; 0: none
+    prefill_step: int | None = _shared(None)  # tokens of a prompt that are read at a time; None: PREFILL_STEP
+    speculate: int = _shared(0)  # tokens that prompt lookup may propose at once; 0: none
+
+    def shared(self) -> dict[str, Any]:
+        """Return the options in which those who use one controller have to agree, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if "shared" in field.metadata}
+
+
+DEFAULT_OPTIONS = RunOptions()
 
 
 # Down: orders.
 @dataclass(frozen=True, slots=True)
-class Start(RunOptions):
+class Start:
     """Open the shard set and find free ports; answered by Listening."""
 
     rank: int
@@ -49,6 +64,7 @@ class Start(RunOptions):
     init_timeout_s: float
     log: str | None = None  # file on the worker's host for a copy of its log
     ranks_here: int = 1  # that share this host's memory
+    run: RunOptions = DEFAULT_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +74,14 @@ class Connect:
     backend: str
     env: dict[str, str]
     files: dict[str, str]  # variable that names the file → its contents
-    nonce: int = 0  # that every rank of this launch, and nobody else, knows
+    nonce: int = 0  # known to the ranks of this launch alone
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """Read the weights; answered by Loaded, then Ready."""
 
-    kv_tokens: int | None = None  # keys and values of this many tokens fit on every rank; None: nobody counted
+    kv_tokens: int | None = None  # keys and values of this many tokens fit on every rank; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +93,9 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Take the decode steps of these tokens apart; every rank answers with Profiled, rank 0 with Prefilled before.
+    """Measure the parts of these tokens' decode steps; every rank answers with Profiled, rank 0 with Prefilled before.
 
-    `id` is of the same count as requests', so that it falls between the same two of them on every rank.
+    `id` counts up with those of requests, so that it comes between the same two of them on every rank.
     """
 
     id: int
@@ -119,7 +135,7 @@ class Listening:
 
 @dataclass(frozen=True, slots=True)
 class Connecting:
-    """About to enter mlx.distributed.init, where nothing can be heard or said."""
+    """About to enter mlx.distributed.init, which blocks the worker: no heartbeat is answered there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +148,12 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The weights are in memory; what follows takes no longer than steps do."""
+    """The weights are in memory; from now on a step's time limit holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Questions may come; what kind of model it is."""
+    """Requests may come; what kind of model it is."""
 
     split: str
     bits: int | None  # per weight; None: not quantised
@@ -145,7 +161,7 @@ class Ready:
     max_seq_len: int
     top_k: int
     checked: bool = False  # whether the set's canary was run; the next fields are its findings
-    deviation: float = 0.0  # the largest, in parts of what was to be expected
+    deviation: float = 0.0  # the largest, relative to the expected number
     wrong_at: int | None = None  # the first exchange that is off
     token_s: float = 0.0  # for each token of a prompt
     step_s: float = 0.0  # for a single token
@@ -169,7 +185,7 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Text that became final with one more token; may be empty while a character is incomplete."""
+    """One more token, and the text that became final with it: none while a character is incomplete."""
 
     id: int
     token: int
@@ -186,6 +202,7 @@ class Done:
     id: int
     finish_reason: str
     stats: Stats
+    rest: str = ""  # text that was held back until the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,27 +231,30 @@ class Refused:
     """A request that cannot be answered, or whose answer an error in moectl has ended; the worker goes on."""
 
     id: int
-    message: str
-    hint: str | None = None
-    param: str | None = None  # the field of an API request that is at fault
+    error: dict[str, Any]  # by `to_json`
+    param: str | None = None  # these two are BadField's
     code: str | None = None
-    internal: bool = False  # the error is moectl's; else the request makes no sense
 
-    @property
-    def error(self) -> MoectlError:
-        """The error that it was, for its asker."""
-        if self.internal:
-            return MoectlError(self.message, hint=self.hint)
-        return BadField(self.message, hint=self.hint, param=self.param, code=self.code)
+    @classmethod
+    def make(cls, request_id: int, error: MoectlError) -> Refused:
+        """Return the message that tells an error."""
+        if isinstance(error, BadField):
+            return cls(request_id, to_json(error), error.param, error.code)
+        return cls(request_id, to_json(error))
+
+    def to_error(self) -> MoectlError:
+        """Return the error that was told."""
+        error = from_json(self.error)
+        if isinstance(error, BadField):
+            return BadField(error.message, hint=error.hint, param=self.param, code=self.code)
+        return error
 
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
-    """Why this worker is about to exit; `kind` names a class of moectl.errors."""
+    """Why this worker is about to exit."""
 
-    kind: str
-    message: str
-    hint: str | None = None
+    error: dict[str, Any]  # by `to_json`
     rank: int | None = None  # that is at fault; None: the one that tells it
 
 
@@ -275,7 +295,7 @@ def decode(line: bytes) -> Order | Event:
         fields = json.loads(line)
         message: Order | Event = build(_KINDS[fields.pop("type")], fields)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        # What a login shell says helps to mend it; a part of a message may hold a prompt, and is not shown.
+        # The words of a login shell help to find the cause; a part of a message may hold a prompt and is not shown.
         shown = (
             "" if {*b'{"}'} & {*line[:4096], *line[-4096:]} else f": {line[:80].decode('utf-8', 'replace').rstrip()!r}"
         )

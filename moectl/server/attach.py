@@ -1,6 +1,6 @@
-"""From what is to run to a client of the controller that runs it: the one that is there, or a new one.
+"""From what is to run to a client of the controller that runs it: a running one, or a new one.
 
-There is one controller for each set of ranks on its hosts; where its socket is follows from what it runs.
+There is one controller for each set of ranks on its hosts; its socket's name follows from what it runs.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moectl.engine.protocol import RunOptions
 from moectl.errors import AlreadyRunning, MoectlError, RemoteError, StateError
 from moectl.records import build
 from moectl.server import background
 from moectl.server.client import Client, is_running, last_beat, socket_path
 from moectl.server.contracts import ControllerOptions
-from moectl.session.target import Local, Target, count_ranks, decode_target, encode_target, target_key
+from moectl.session.target import Local, Target, decode_target, encode_target, target_key
 
 OnLog = Callable[[str, str], None]
-_OPEN = (None, "auto", 0, False)
-_SAFEGUARDS = ("agree_routing", "paranoia")  # who asks for them shall have them
+_OPEN = (None, "auto", 0, False)  # values that agree with any other
+_SAFEGUARDS = ("agree_routing", "paranoia")  # wanted ones have to be on
 _ATTEMPTS = 3
 _LEAVING_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """A controller to talk to; `started`: it was not there before."""
+    """A controller to talk to; `started`: it was not running before."""
 
     client: Client
     started: bool
@@ -35,13 +36,13 @@ class Attached:
 
 def attach(
     target: Target,
-    options: Mapping[str, Any],
+    options: RunOptions,
     settings: ControllerOptions,
     *,
     say: Callable[[str], None] = lambda text: None,
     on_log: OnLog = lambda host, line: None,
 ) -> Attached:
-    """Return a client of the target's controller, which is started when there is none; `options` are the session's.
+    """Return a client of the target's controller, which is started when there is none.
 
     Waits until the model is loaded. Raises StateError when one runs with other options, and what starting raises.
     """
@@ -49,34 +50,40 @@ def attach(
     for _ in range(_ATTEMPTS):
         if is_running(client.path) and _join(client, target, options, settings.keep_alive_s):
             return Attached(client, False)
-        say(f"Loading {target.name} on {count_ranks(target)} rank{'s' * (count_ranks(target) > 1)}.")
-        with contextlib.suppress(AlreadyRunning):  # somebody else was quicker: join that one
-            start(target, settings, options, on_log=on_log)
+        ranks = len(target.addresses)
+        say(f"Loading {target.name} on {ranks} rank{'s' * (ranks > 1)}.")
+        with contextlib.suppress(AlreadyRunning):  # another process has started one meanwhile: join that
+            start(target, options, settings, on_log=on_log)
             return Attached(client, True)
     raise StateError(f"the controller of {target.name} keeps exiting", hint="moectl stop --now, then run it again")
 
 
-def _join(client: Client, target: Target, options: Mapping[str, Any], keep_alive_s: float) -> bool:
+def _join(client: Client, target: Target, options: RunOptions, keep_alive_s: float) -> bool:
     """Tell a running controller that a question comes; return whether it will be there for that."""
     try:
-        described = client.describe(timeout_s=None)
-        for name, value in described["options"].items():
-            # What was left open, here or there, fits anything.
-            if value not in _OPEN and options.get(name) not in (*_OPEN, value):
-                raise StateError(f"{target.name} is loaded with {name} {value}", hint="moectl stop, then run it again")
-            if name == "dtype" and value in _OPEN and options.get(name) not in _OPEN:
-                raise StateError(
-                    f"{target.name} is loaded with the device's own dtype", hint="moectl stop, then run it again"
-                )
-        for name in _SAFEGUARDS:
-            if options.get(name) and not described["options"].get(name):
-                flag = f"--{name.replace('_', '-')}"
-                raise StateError(f"{target.name} is loaded without {flag}", hint="moectl stop, then run it again")
+        _compare(target, options, client.describe(timeout_s=None)["options"])
         client.keep_alive(keep_alive_s, asks=True)
         return True
     except RemoteError:  # it is leaving
         client.wait_until_gone(_LEAVING_S)
         return False
+
+
+def _compare(target: Target, options: RunOptions, running: Mapping[str, Any]) -> None:
+    """Raise StateError when a controller runs with other options than are wanted."""
+    for name, wanted in options.shared().items():
+        loaded = running.get(name)
+        if wanted in _OPEN or wanted == loaded:
+            continue
+        if loaded not in _OPEN:
+            state = f"with {name} {loaded}"
+        elif name in _SAFEGUARDS:
+            state = f"without --{name.replace('_', '-')}"
+        elif name == "dtype":
+            state = "with the device's own dtype"
+        else:
+            continue
+        raise StateError(f"{target.name} is loaded {state}", hint="moectl stop, then run it again")
 
 
 def place_of(target: Target) -> Path:
@@ -86,7 +93,7 @@ def place_of(target: Target) -> Path:
 
 def describe_place(target: Target) -> str:
     """Return in words what runs where."""
-    ranks = count_ranks(target)
+    ranks = len(target.addresses)
     where = f"{ranks} rank{'s' * (ranks > 1)} of this machine" if isinstance(target, Local) else f"{ranks} hosts"
     return f"{target.name} on {where}"
 
@@ -102,19 +109,19 @@ def refuse_second(target: Target) -> None:
         raise StateError(f"{target.name} is loaded already, by another controller", hint="moectl stop")
 
 
-def start(target: Target, settings: ControllerOptions, options: Mapping[str, Any], *, on_log: OnLog) -> int | None:
+def start(target: Target, options: RunOptions, settings: ControllerOptions, *, on_log: OnLog) -> int | None:
     """Start a controller in the background; return its TCP port. Raises what went wrong there."""
     order = {
         "target": encode_target(target),
         "settings": {**asdict(settings), "socket_path": str(settings.socket_path)},
-        "options": dict(options),
+        "options": asdict(options),
     }
     name = f"{target.name}-{target_key(target)}"
     return background.start(order, name=name, on_log=on_log, sign=lambda: last_beat(settings.socket_path))
 
 
 def obey(advise: Callable[[Target, MoectlError], str | None]) -> None:
-    """Be the controller that `start` started, until it is over; `advise` is `controller.run`'s."""
+    """Be the controller that `start` started, until it is over; `advise` is `run`'s."""
     from moectl.server.run import run
 
     order = background.take_order()
@@ -122,12 +129,12 @@ def obey(advise: Callable[[Target, MoectlError], str | None]) -> None:
     try:
         run(
             decode_target(order["target"]),
+            build(RunOptions, order["options"]),
             settings,
             on_ready=lambda sockets: background.tell_ready(sockets[1].getsockname()[1] if settings.tcp else None),
             on_log=background.tell_log,
             say=background.note,
             advise=advise,
-            **order["options"],
         )
     except MoectlError as error:
         background.tell_failure(error)

@@ -1,7 +1,7 @@
-"""A controller in the background: how one process starts it, and how the other says that it is ready, or why not.
+"""A controller in the background: how one process starts it, and how the new one says that it is ready, or why not.
 
-The one that starts writes a line of JSON to the other's stdin and reads lines from its stdout; nothing else passes
-between them, and both may end without the other. Talking to a controller that runs is `client`'s.
+The first writes a line of JSON to the other's stdin and reads lines from its stdout. After that each may end without
+the other. `client` talks to a controller that runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moectl.paths import state_dir
 
 VERB = "controller"
 _MOST_BYTES = 1_000_000  # of a log that is continued
-_SILENT_S = 60.0  # without a sign: Python itself may take a while to start on a machine that is busy
+_SILENT_S = 60.0  # without a sign of life: Python itself may take long to start on a busy machine
 _TERM_S = 15.0  # for a controller that is told to end while it starts
 
 
@@ -32,8 +32,8 @@ def start(
 ) -> int | None:
     """Start a controller, wait until it is ready, return its TCP port; Ctrl-C ends both. Raises what went wrong there.
 
-    `order` is what `take_order` returns there; `on_log(host, line)` hears the workers until it is ready; `sign()` is
-    another value from time to time for as long as it lives. Its log is in the state directory, under logs/.
+    `take_order` returns `order` there; `on_log` gets a host's name and a line of its worker's log until it is ready;
+    `sign()` returns a new value from time to time while it lives. Its log is in the state directory, under logs/.
     """
     log = _open_log(name)
     try:
@@ -62,7 +62,7 @@ def start(
             process.kill()
             process.wait()
         raise
-    # It goes on by itself; this process does not wait for its end, and must not be warned about that.
+    # It goes on by itself: without this, Popen would warn that it still runs.
     threading.Thread(target=_reap, args=(process.pid,), daemon=True).start()
     process.returncode = 0
     return port
@@ -74,7 +74,7 @@ def _reap(pid: int) -> None:
 
 
 def _read_lines(pipe: int, sign: Callable[[], object]) -> Iterator[bytes]:
-    """Yield what comes through a pipe until its end. Raises StateError when whoever writes gives no sign of life."""
+    """Yield a pipe's lines until its end. Raises StateError when the process that writes gives no sign of life."""
     seen, rest = sign(), b""
     while True:
         if not select.select([pipe], [], [], _SILENT_S)[0]:
@@ -122,7 +122,7 @@ def _open_log(name: str) -> int:
                 path.unlink()
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError:
-        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)  # a log is no reason to fail
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)  # without a log it can still run
 
 
 # The other end.
@@ -131,7 +131,7 @@ _ready = False
 
 
 def take_order() -> dict[str, Any]:
-    """Return what the process that started this one wants. Raises ValueError when stdin has none."""
+    """Return the order of the process that started this one. Raises ValueError when stdin has none."""
     order = json.loads(sys.stdin.buffer.readline())
     if not isinstance(order, dict):
         raise ValueError("not an order")
@@ -139,7 +139,7 @@ def take_order() -> dict[str, Any]:
 
 
 def tell_ready(port: int | None) -> None:
-    """Say that clients may come; nothing is heard from here after that."""
+    """Say that the controller is ready; nothing more is written to stdout after that."""
     global _ready
     _ready = True
     _tell({"ready": port})
@@ -148,7 +148,7 @@ def tell_ready(port: int | None) -> None:
 
 
 def tell_log(host: str, line: str) -> None:
-    """Pass on a line of a worker's log, and keep it, until all is ready; every rank keeps a log of its own."""
+    """Pass on a line of a worker's log until all is ready; every rank keeps a log of its own."""
     if _ready:
         return
     print(f"[{host}] {line}", file=sys.stderr, flush=True)  # noqa: T201 - this process's log
@@ -156,7 +156,7 @@ def tell_log(host: str, line: str) -> None:
 
 
 def note(text: str) -> None:
-    """Keep a line in this process's log."""
+    """Write a line to this process's log."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - this process's log
 
 
@@ -166,6 +166,6 @@ def tell_failure(error: MoectlError) -> None:
 
 
 def _tell(answer: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError, ValueError):  # whoever started it may be gone
+    with contextlib.suppress(OSError, ValueError):  # the process that started it may be gone
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()

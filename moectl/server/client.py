@@ -1,7 +1,6 @@
-"""Talk to a controller over its Unix socket: HTTP, as any other client of the API would, and what only its owner may.
+"""Talk to a controller over its Unix socket: the HTTP API that all clients have, and what only its owner may do.
 
-It finds controllers by their sockets and raises what they tell as the errors that they were. Starting one is
-`background`'s.
+It finds controllers by their sockets and raises the errors that they send. `background` starts them.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from moectl.engine.request import Stats
 from moectl.errors import MoectlError, RemoteError, StateError, from_json
 from moectl.paths import runtime_dir
 from moectl.server.contracts import NOTICE, SILENCE_S, Notice
-from moectl.server.openai import hint_suffix
+from moectl.server.replies import hint_suffix
 
 SUFFIX = ".sock"
 _NOTICE = f": {NOTICE}".encode()
 _CONNECT_S = 5.0
 _ANSWER_S = 30.0  # for what needs no computing
-_BUSY_S = 3.0  # who does not answer a stop within this time loads, or hangs
-_SILENT_S = 4 * SILENCE_S  # a controller that gives no sign for so long is frozen
+_BUSY_S = 3.0  # a controller that does not answer a stop within this time loads, or hangs
+_SILENT_S = 4 * SILENCE_S  # a controller without a sign of life for this long is frozen
 
 
 def socket_path(key: str) -> Path:
-    """Return where the controller of this key listens (`launch.target_key`)."""
+    """Return where the controller of this key listens (`target.target_key`)."""
     return runtime_dir() / f"{key}{SUFFIX}"
 
 
@@ -77,19 +76,19 @@ class Client:
     def describe(self, *, timeout_s: float | None = _ANSWER_S) -> dict[str, Any]:
         """Return what it runs and how it is; with None, waits for as long as it loads.
 
-        Raises StateError when it does not answer, or not a sign of life comes of it.
+        Raises StateError when it does not answer, or gives no sign of life.
         """
         return self._ask("GET", "/moectl", timeout_s=timeout_s)
 
     def keep_alive(self, seconds: float, *, asks: bool) -> None:
-        """Let it stay for so long when idle, below 0 for ever; `asks`: a question is about to come."""
+        """Let it stay for this long when idle, below 0 for ever; `asks`: a question is about to come."""
         self._ask("POST", f"/moectl/keep-alive?seconds={seconds}&asks={int(asks)}")
 
     def stop(self, grace_s: float) -> dict[str, Any] | None:
         """End it, after answers in progress had this many seconds; return its last description once it has gone.
 
-        One that does not listen, because it loads or is leaving, or was stopped, is told by SIGTERM; there is no
-        description then. With 0 s it is killed if it does not go by itself. Raises StateError when it does not go.
+        A controller that does not answer, because it loads, is leaving or was stopped, gets SIGTERM; then there is no
+        description. With 0 s it is killed if it does not end by itself. Raises StateError when it does not end.
         """
         described: dict[str, Any] | None = None
         try:
@@ -100,7 +99,7 @@ class Client:
             return described
         if grace_s:
             raise StateError("the controller does not end", hint="moectl stop --now")
-        self._signal(signal.SIGKILL)  # its workers' leashes end with it
+        self._signal(signal.SIGKILL)  # its links to the workers end with it, and so do they
         if not self.wait_until_gone(_ANSWER_S):
             raise StateError("the controller cannot be killed", hint=f"ps -p {self._pid()} says what holds it")
         return described
@@ -188,7 +187,7 @@ def _receive(connection: _Connection) -> http.client.HTTPResponse:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Say what it means for a person that a controller does not answer, or has broken the connection."""
+    """Explain a controller that does not answer, or that has broken the connection."""
     try:
         yield
     except TimeoutError:
@@ -229,7 +228,7 @@ def _read_chunk(chunk: dict[str, Any]) -> Iterator[str | Done]:
 
 
 def _rebuild(error: Mapping[str, Any]) -> MoectlError:
-    """Return the error that a controller met, with its own exit code."""
+    """Return the error that a controller sent, of the same class."""
     message = str(error.get("message", "the controller failed")).removesuffix(hint_suffix(error.get("hint")))
     if host := error.get("host"):
         message = message.removeprefix(f"{host}: ")  # the error puts it there again

@@ -1,6 +1,6 @@
-"""The seam between the HTTP server and what answers: a cluster, an answer, and how they are.
+"""What the HTTP server needs of a cluster, of an answer and of a controller.
 
-Only shapes. The controller implements them over a session; tests implement them over nothing.
+Only types: the controller implements them over a session, tests without one.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any, Protocol
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.engine.request import Request
 
-NOTICE = "moectl: "  # how a comment in a stream begins that is meant for people
-SILENCE_S = 5.0  # a stream that has nothing to say for so long says a comment: its reader knows that the server lives
+NOTICE = "moectl: "  # the beginning of a comment in a stream that is meant for people
+SILENCE_S = 5.0  # a stream without data for this long sends a comment, so that its reader knows that the server lives
 FOR_EVER = -1.0  # seconds to keep a controller alive
-STALLED_S = 60.0  # without progress for so long while there is work: not healthy
+STALLED_S = 60.0  # work without progress for this long is not healthy
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What a person who waits for an answer should know meanwhile; no part of it."""
+    """News for a person who waits for an answer; no part of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How the cluster is at this moment, as far as the controller knows without asking anybody."""
+    """The state of the cluster, as the controller knows it without asking the workers."""
 
     ranks: int
-    ranks_answered: int  # that were heard of within their time
-    progress_age_s: float  # since the last token or piece of a prompt, or since there is work, whichever is later
+    ranks_answered: int  # that have answered a heartbeat in time
+    progress_age_s: float  # since the last token or piece of a prompt, or since work came, if that is later
     running: int  # requests that are being answered
     queued: int  # requests that wait for room
     memory_bytes: tuple[int, ...]  # per rank; 0 where it is not known
@@ -40,7 +40,7 @@ class Health:
 
     @property
     def healthy(self) -> bool:
-        """Whether every rank answered, and work, where there is some, goes on."""
+        """Whether every rank answered and any work goes on."""
         idle = self.running == 0 and self.queued == 0
         return self.ranks_answered == self.ranks and (idle or self.progress_age_s <= STALLED_S)
 
@@ -48,27 +48,27 @@ class Health:
 class AnswerEvents(Protocol):
     """One request's events: Token…, then exactly one Done, then the end; a Notice may come at any time before that.
 
-    Iterating raises UsageError when the request is refused (before any Token), another MoectlError when the cluster
+    Iterating raises UsageError when the request is refused, before any Token, and another MoectlError when the cluster
     fails; both end it.
     """
 
     def __aiter__(self) -> AsyncIterator[Token | Done | Notice]: ...
 
     def cancel(self) -> None:
-        """Stop soon. May be called at any time, more than once, and after the end; nobody need iterate any further."""
+        """Stop soon. May be called at any time and more than once; iterating further is not necessary."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerOptions:
-    """How to run a controller; what to run, and with what options, are the session's."""
+    """How to run a controller; a target and RunOptions say what it runs."""
 
     socket_path: Path
     keep_alive_s: float
     tcp: tuple[str, int] | None = None  # host and port
     api_key: str | None = None
-    restarts: int = 0  # of a failed cluster, within a while
-    origins: tuple[str, ...] = ()  # whose pages may ask, as `visitors` reads them
+    restarts: int = 0  # of a failed cluster, within ten minutes
+    origins: tuple[str, ...] = ()  # their pages may ask; as `visitors` reads them
     hosts: tuple[str, ...] = ()  # names of this server that are allowed without a key
 
 
@@ -80,9 +80,9 @@ class Control(Protocol):
         ...
 
     def keep_alive(self, seconds: float, *, asks: bool) -> None:
-        """Stay for so long when idle, below 0 for ever; `asks`: a question is about to come, wait for that first.
+        """Stay for this long when idle, below 0 for ever; `asks`: wait first for a question that is about to come.
 
-        Raises RemoteError when it is too late for that.
+        Raises RemoteError when the controller is leaving already.
         """
         ...
 

@@ -1,9 +1,7 @@
-"""The controller: one process that owns a running session, keeps it warm, and serves many users of it at once.
+"""The controller: one process that owns a running session, keeps it loaded, and serves many users of it at once.
 
-`Controller` is a `serving.Cluster` over a session, and over the next one when that fails: answers in progress go on
-after the tokens that were told. `run` puts it behind the HTTP server until somebody stops it, it has been idle for long
-enough, or the session fails for good. In the foreground (`moectl serve`) and in the background (started
-by `moectl run`) it is the same code. It decides who waits; what runs beside what is the engine's.
+`Controller` is a `contracts.Cluster` over a session, and over the next one when that fails: answers in progress go on
+after the tokens that were sent. It decides which requests wait; the engine decides which ones run together.
 """
 
 from __future__ import annotations
@@ -26,30 +24,19 @@ from moectl.server.restarts import Restarts, ResumedAnswer
 from moectl.session.session import Session
 
 FIRST_S = 60.0  # for the first question to come
-
-
 MAX_WAITING = 64  # requests beside those that are being answered
 ALIVE_S = 5.0  # a rank that has not answered a heartbeat for so long is not well
 GRACE_S = 5.0
-READING_S = 600.0  # for somebody who has paused in reading the last answer
-BYTES_PER_TOKEN = 256  # more than any token has: longer prompts need not travel to be refused
-SAME = (
-    "dtype",
-    "backend",
-    "prefill_step",
-    "speculate",
-    "agree_routing",
-    "paranoia",
-)  # what two who share a controller have to agree on
-MAX_FAILURES = 3  # an answer that was in progress at this many of them ends: it may be their cause
+READING_S = 600.0  # for a client that is still reading the last answer
+BYTES_PER_TOKEN = 256  # more than any token has: a longer prompt is refused here, not on the workers
+MAX_FAILURES = 3  # an answer that was in progress at this many failures ends: it may be their cause
 _RETRY_S = 5.0
-
 
 Open = Callable[[float, Callable[[Session], None]], AbstractContextManager[Session]]
 
 
 class Controller:
-    """A session that many use, and the next one when it fails; lives in one event loop, hears them in a thread.
+    """A session with many users, and the next one when it fails; lives in one event loop, reads events in a thread.
 
     `open_` (patience, on_made) opens another session; `restarts` says when.
     """
@@ -85,13 +72,13 @@ class Controller:
         self._closed = False
         self._shut = threading.Event()  # the session is to end for good
         self._closing = threading.Lock()
-        self._changed = asyncio.Event()  # somebody came or went
+        self._changed = asyncio.Event()  # a request came or ended
         self._unfinished: list[ResumedAnswer] = []  # in the order in which they came
         self._numbered: dict[int, ResumedAnswer] = {}  # of those: handed to the session, by its request ids
         self._last_id = 0
         self._is_up = True
-        self._downs = 0  # how often it was not
-        self._came_further = False  # some answer, since it is up
+        self._downs = 0  # how often it went down
+        self._came_further = False  # whether an answer has, since it is up
         self._in_use = session  # as the loop knows: the one that is up, or was
         self._handing_over = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,11 +92,11 @@ class Controller:
         return self._model
 
     async def submit(self, request: Request) -> ResumedAnswer:
-        """Line a request up, to be numbered and handed to every rank; see `serving.Cluster.submit`."""
+        """Line a request up, to be numbered and handed to every rank; see `contracts.Cluster.submit`."""
         if self.failure is not None:
             raise self.failure
         if self._closed:
-            raise StateError("moectl is stopping", hint="ask again: that starts it anew")
+            raise StateError("moectl is stopping", hint="ask again: that starts it again")
         _refuse_too_long(request, self.model.max_seq_len)
         if sum(not answer.started for answer in self._unfinished) >= self._max_waiting:
             raise QueueFull(
@@ -127,8 +114,7 @@ class Controller:
         return answer
 
     def _hand_over_soon(self) -> None:
-        # Not while the asker waits: leashes are pipes and SSH channels, and a full one would keep a stream from saying
-        # that it lives.
+        # In a task of its own: links to workers are pipes and SSH channels, and a full one would block this loop.
         task = asyncio.ensure_future(self._hand_over_all(self._downs))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -144,23 +130,23 @@ class Controller:
                     self._numbered[answer.number] = answer
                     try:
                         await asyncio.to_thread(self._in_use.submit, answer.remaining)
-                    except Exception as error:  # nobody else would hear of it; the number is the next one's
+                    except Exception as error:  # the client has to hear of it; the next request gets this number
                         self._end(answer, error if isinstance(error, MoectlError) else unexpected(error))
                     else:
                         self._last_id += downs == self._downs  # a session that came since counts anew
 
     @property
     def is_closed(self) -> bool:
-        """Whether it accepts nothing any more."""
+        """Whether it accepts no more requests."""
         return self._closed or self.failure is not None
 
     def close(self) -> None:
-        """Accept nothing any more, and start nothing anew."""
+        """Accept no more requests, and do not restart."""
         self._closed = True
         self._shut.set()
 
     def end_session(self) -> None:
-        """End the session, also one that is starting. Blocks until its workers are gone."""
+        """End the session, also while it starts. Blocks until its workers are gone."""
         self._shut.set()
         self._close_session()
 
@@ -179,12 +165,12 @@ class Controller:
         )
 
     async def wait_until_over(self) -> None:
-        """Return when the session has failed for good, or nobody has asked anything for the time to keep it alive."""
+        """Return when the session has failed for good, or was idle for the time to keep it alive."""
         while not self._ended.is_set():
             self._changed.clear()
             left_s = None if self._unfinished else self._keep_alive.left_s()
             if left_s is not None and left_s <= 0:
-                self.close()  # at once: who comes now is told so
+                self.close()  # at once: the next client gets an error
                 return
             waits = [
                 asyncio.create_task(event.wait()) for event in (self._ended, self._changed, self._keep_alive.changed)
@@ -197,14 +183,14 @@ class Controller:
     def _cancel(self, answer: ResumedAnswer) -> None:
         if self._numbered.get(answer.number) is answer:
             threading.Thread(target=self._in_use.cancel, args=(answer.number,), daemon=True).start()
-        else:  # no session has it, and none needs it
+        else:  # no session has it
             self._end(answer, StateError("the answer was cancelled before it began"))
 
     def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # whoever listens may be gone; answers go on all the same
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone; answers go on
             self._say_to_owner(text)
 
-    # The session's thread: hear one, and the next, until there shall be no other.
+    # The session's thread: it reads the events of one session, then of the next.
 
     def _listen(self) -> None:
         failure, is_up = self._hear(), True
@@ -216,21 +202,21 @@ class Controller:
                 self._call(self._resume, self._session)
                 again = self._hear()
             failure = again
-        if self._shut.is_set() and not is_up:  # nobody waits for what is mended no more
+        if self._shut.is_set() and not is_up:  # it was stopped before it was up again
             self._call(self._stop)
         else:
             if not self._shut.is_set():
-                with contextlib.suppress(Exception):  # looking for advice may fail as well; who waits has to hear
+                with contextlib.suppress(Exception):  # looking for advice may fail; clients still get the failure
                     failure = with_hint(failure, self._advise(failure))
             self._call(self._fail, failure)
-        with contextlib.suppress(Exception):  # one that came up while another thread ended what there was
+        with contextlib.suppress(Exception):  # a session that came up while another thread ended the one before
             self._close_session()
 
     def _find_delay(self, failure: MoectlError) -> float | None:
         return None if self._open is None else self._restarts.delay_s(failure)
 
     def _hear(self) -> MoectlError:
-        """Pass on what a session tells; return why that ended."""
+        """Pass on a session's events; return why they ended."""
         try:
             for event in self._session.events():
                 self._call(self._take, event)
@@ -239,7 +225,7 @@ class Controller:
         raise AssertionError("a session's events never end")
 
     def _reopen(self, failure: MoectlError, delay_s: float) -> MoectlError | None:
-        """Start anew after a failure; return None, or the next failure."""
+        """Start again after a failure; return None, or the next failure."""
         assert self._open is not None
         self._call(self._pause, failure)
         self._close_session()
@@ -274,14 +260,14 @@ class Controller:
     def _take(self, event: Prefilled | Token | Done | Refused) -> None:
         self._progress_s = time.monotonic()
         self._restarts.progress()
-        if isinstance(event, Token) and event.token >= 0:
+        if isinstance(event, Token):
             self.throughput.add(self._progress_s)
         answer = self._numbered.get(event.id)
         if answer is None:
             return
         try:
             self._came_further |= answer.take(event)
-        except Exception as error:  # this answer's alone, and the loop would keep it to itself
+        except Exception as error:  # it concerns this answer alone; the loop would only log it
             answer.cancel()
             self._end(answer, explain(event.id, error))
             return
@@ -289,7 +275,7 @@ class Controller:
             self._forget(answer)
 
     def _forget(self, answer: ResumedAnswer) -> None:
-        if self._numbered.get(answer.number) is answer:  # not if that was its number in a session before
+        if self._numbered.get(answer.number) is answer:  # not if it had that number in an earlier session
             del self._numbered[answer.number]
         self._unfinished.remove(answer)
         if not self._unfinished:
@@ -302,12 +288,12 @@ class Controller:
             answer.fail(error)
 
     def _pause(self, failure: MoectlError) -> None:
-        """Tell who waits that the cluster is down, and will be up again."""
+        """Tell the clients that the cluster is down, and will be up again."""
         self._is_up = False
         self._downs += 1
-        # A sleep is nobody's fault; but if this machine is never there for long enough, that has to end too.
+        # A sleep of this machine is no failure, unless it sleeps again before any answer came further.
         is_failure = not (isinstance(failure, LinkLost) and self._came_further)
-        for answer in self._numbered.values():  # not at a start that fails: nobody had begun with it
+        for answer in self._numbered.values():  # none at a start that fails: no session had it
             answer.break_off(is_failure=is_failure)
         self._numbered.clear()
         self._came_further = False
@@ -334,8 +320,8 @@ class Controller:
         self._end_all(error)
 
     def _stop(self) -> None:
-        hint = "ask again: that starts it anew"
-        self._end_all(StateError("moectl is stopping, and starts its failed cluster no more", hint=hint))
+        hint = "ask again: that starts it again"
+        self._end_all(StateError("moectl is stopping and does not restart its failed cluster", hint=hint))
 
     def _end_all(self, error: MoectlError) -> None:
         for answer in self._unfinished:
@@ -356,11 +342,11 @@ class KeepAlive:
     def __init__(self, seconds: float) -> None:
         self.changed = asyncio.Event()
         self._seconds = seconds
-        # Whoever started it for one question has to come first.
+        # The client that started it needs time to ask its question.
         self._until_s = time.monotonic() + max(seconds, FIRST_S)
 
     def renew(self, seconds: float | None = None, *, asks: bool = False) -> None:
-        """Begin the time again, with another length if wished; `asks`: somebody is about to ask."""
+        """Begin the time again, with another length if one is given; `asks`: a question is about to come."""
         self._seconds = self._seconds if seconds is None else seconds
         self._until_s = time.monotonic() + (max(self._seconds, FIRST_S) if asks else self._seconds)
         self.changed.set()

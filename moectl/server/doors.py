@@ -1,6 +1,6 @@
-"""What every request over TCP passes before an endpoint: the pages that may ask (CORS), this server's names, the key.
+"""The checks of every request over TCP, before an endpoint: its page (CORS), this server's name, the key.
 
-And the form of the refusals that are HTTP's own. It knows no endpoint.
+The form of HTTP's own refusals is here, too. It knows no endpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from moectl.server import openai
+from moectl.server import replies
 from moectl.server.visitors import HOST_FLAG, KEY_FLAG, NO_ORIGIN, ORIGIN_FLAG, host_name, names_this_machine
 
 CONTROL = "/moectl"  # the owner's paths, over the Unix socket only
@@ -35,16 +35,16 @@ def refuse(
 ) -> Response:
     """Return a refusal in OpenAI's shape."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return write_json(openai.error_body(message, kind, param=param, code=code, hint=hint), status, headers)
+    return write_json(replies.error_body(message, kind, param=param, code=code, hint=hint), status, headers)
 
 
 def write_json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return a reply of JSON."""
-    return Response(openai.encode_json(value), status, headers, "application/json")
+    return Response(replies.encode_json(value), status, headers, "application/json")
 
 
 class Doors:
-    """The application behind the checks; CORS is outermost, so that pages can read every reply, errors too."""
+    """The application behind the checks; CORS is outermost, so that pages can read every reply, also errors."""
 
     def __init__(
         self, app: ASGIApp, *, api_key: str | None, origins: Collection[str] = (), hosts: Collection[str] = ()
@@ -56,7 +56,7 @@ class Doors:
             self._check,
             allow_origins=origins,
             allow_methods=_METHODS,
-            allow_headers=("*",),  # those that are asked for: SDKs bring a dozen of their own
+            allow_headers=("*",),  # all that are asked for: SDKs send a dozen of their own
             allow_private_network=True,
             expose_headers=("retry-after",),
         )
@@ -95,7 +95,7 @@ class Doors:
 
 
 class _Pages(CORSMiddleware):
-    """starlette's CORS; its refusals of a browser's preflight are text, and would not say which flag allows it."""
+    """starlette's CORS, with refusals in JSON that name the flag to allow a page."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
         origin, method = request_headers["origin"], request_headers["access-control-request-method"]
@@ -122,7 +122,7 @@ def _is_unix(scope: Scope) -> bool:
 
 
 def _given_key(headers: Headers) -> str | None:
-    """Return the key that a request brings, as OpenAI's clients do or as Anthropic's."""
+    """Return a request's key, sent as OpenAI's clients do or as Anthropic's."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and bearer.strip():
         return bearer.strip()

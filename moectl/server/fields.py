@@ -1,4 +1,4 @@
-"""The fields of a request's JSON object by type, each refused by its name; and the names that cannot be obeyed.
+"""Read the fields of a request's JSON object by type, and refuse those that moectl does not have.
 
 It knows no endpoint and no model.
 """
@@ -15,8 +15,8 @@ Fields = dict[str, Any]
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
-# What other servers have and moectl has not, with the values that change nothing beside _EMPTY. To pass over any other
-# value would be to give another answer than was asked for.
+# Fields of other servers that moectl does not have, with the values beside _EMPTY that change nothing. Other values
+# would change the answer, so they are refused.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("echo", "use_beam_search", "include_stop_str_in_output", "continue_final_message"), (False,)),
     **dict.fromkeys(("suffix", "audio", "web_search_options", "chat_template", "truncate_prompt_tokens"), ()),
@@ -64,7 +64,7 @@ def read_typed(fields: Fields, name: str, kind: type[Any]) -> Any:
 
 
 def read_boolean(fields: Fields, name: str, place: str | None = None) -> bool:
-    """Return a field that is true or false; `place` is how an error names it."""
+    """Return a field that is true or false; an error calls it `place`."""
     value = fields.get(name)
     if value is not None and not isinstance(value, bool):
         refuse(place or name, f"should be true or false, it is {kind_of(value)}")

@@ -1,7 +1,7 @@
-"""The HTTP server: routes, streams and their ends, over a `serving.Cluster`.
+"""The HTTP server: its routes and its end, over a `contracts.Cluster`.
 
-It knows HTTP and nothing of sessions or models; what JSON means is api's. It logs no prompt and no answer. uvicorn is
-imported here only.
+It knows HTTP and nothing of sessions or models; `openai` and `replies` know the JSON, `answering` is one reply. It logs
+no prompt and no answer. uvicorn is imported here only.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moectl.engine.protocol import Done, Token
 from moectl.engine.request import TOO_LONG
-from moectl.errors import MoectlError, QueueFull, StateError, UsageError
-from moectl.server import openai
-from moectl.server.contracts import NOTICE, SILENCE_S, AnswerEvents, Cluster, Control, Notice
+from moectl.errors import MoectlError, QueueFull, StateError
+from moectl.server import openai, replies
+from moectl.server.answering import REPORT, Answering
+from moectl.server.contracts import SILENCE_S, AnswerEvents, Cluster, Control
 from moectl.server.doors import CONTROL, Doors, no_such_path, refuse, write_json
 from moectl.server.metrics import CONTENT_TYPE, Metrics
 
 CHAT = "/v1/chat/completions"
 MAX_BODY_BYTES = 16 * 1024 * 1024
-BODY_S = 60.0  # a body that takes longer to arrive is given up
+BODY_S = 60.0  # for a body to arrive
 _IDLE_CONNECTION_S = 75
-_LAST_WORDS_S = 2  # for replies to end by themselves once they were told to
-_REPORT = "the server's log says more; report it"
-_CLIENT_CLOSED = 499  # nginx' number; only ever counted, nobody is there to see it
+_LAST_WORDS_S = 2  # for replies to end by themselves once they have to
+_CLIENT_CLOSED = 499  # nginx' number; only counted, since the client has gone
 _log = logging.getLogger("moectl.server")
-logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what strangers send is no news
+logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # malformed requests need no log
 
 
 def make_app(
@@ -55,8 +54,8 @@ def make_app(
 ) -> App:
     """Return the ASGI application that serves a cluster.
 
-    With a key, everything but /health wants it as a bearer token, except over a Unix socket, whose mode is its key.
-    Pages of `origins` may ask; without a key, `hosts` are names of this server beside localhost and addresses.
+    With a key, everything but /health needs it as a bearer token, except over the Unix socket, which only its user can
+    open. Pages of `origins` may ask; without a key, `hosts` are names of this server beside localhost and addresses.
     `control` is reached over the Unix socket alone.
     """
     metrics = Metrics(cluster.health)
@@ -99,7 +98,7 @@ def _control_routes(control: Control) -> list[Route]:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without hands on the signals: those are the controller's."""
+    """uvicorn without its signal handlers: the controller has its own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -114,12 +113,12 @@ class Grace:
         self.changed = asyncio.Event()
 
     def change(self, seconds: float) -> None:
-        """Give them another time, counted from the beginning of the stop."""
+        """Set another time, counted from the beginning of the stop."""
         self.seconds = seconds
         self.changed.set()
 
     async def wait(self, task: asyncio.Task[None]) -> None:
-        """Return when a task is done, or the time is over."""
+        """Return when a task is done or the time is over."""
         begin = time.monotonic()
         while not task.done() and (left_s := begin + self.seconds - time.monotonic()) > 0:
             self.changed.clear()
@@ -131,7 +130,7 @@ class Grace:
 async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event, grace: Grace) -> None:
     """Serve an application on listening sockets until `stopping` is set; closes the sockets.
 
-    Then nobody else is let in, and answers in progress have their grace to end before they end with an error.
+    Then it accepts no new connections, and answers in progress have their grace before they end with an error.
     """
     config = uvicorn.Config(
         app,
@@ -152,7 +151,7 @@ async def serve(app: App, sockets: Sequence[socket], *, stopping: asyncio.Event,
         await asyncio.wait({serving, wish}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         wish.cancel()
-        # Longer than `grace`, which may get shorter: then the answers are ended below, and connections with them.
+        # Longer than the grace, which may get shorter: the answers are ended below, and connections with them.
         config.timeout_graceful_shutdown = math.ceil(grace.seconds) + _LAST_WORDS_S
         server.should_exit = True
         await grace.wait(serving)
@@ -174,17 +173,17 @@ async def _answer_http_error(http: HttpRequest, error: HTTPException) -> Respons
 
 
 async def _answer_bug(http: HttpRequest, error: Exception) -> Response:
-    return refuse(500, f"unexpected {type(error).__name__} (a bug in moectl)", hint=_REPORT)
+    return refuse(500, f"unexpected {type(error).__name__} (a bug in moectl)", hint=REPORT)
 
 
 async def _answer_error(http: HttpRequest, error: MoectlError) -> Response:
-    status, body = openai.describe_error(error)
+    status, body = replies.describe_error(error)
     headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, QueueFull) else None
     return write_json(body, status, headers)
 
 
 class App:
-    """What came of every request, and a last resort for bugs; who may come in is the doors' to say."""
+    """The outermost application: it counts every request's status and logs bugs; `Doors` checks who may ask."""
 
     def __init__(self, app: Doors, service: _Service, metrics: Metrics, paths: set[str]) -> None:
         self._app = app
@@ -213,7 +212,7 @@ class App:
         except Exception as error:
             _log.error("unexpected %s in %s", type(error).__name__, scope["path"], exc_info=error)
             if not complete:
-                raise  # too late for a reply: the connection breaks
+                raise  # too late for a status: the connection breaks
         finally:
             self._metrics.count_http(scope["path"] if scope["path"] in self._paths else "other", status)
 
@@ -225,7 +224,7 @@ class _Service:
         self._cluster = cluster
         self._metrics = metrics
         self._silence_s = silence_s
-        self.answering: weakref.WeakSet[_Answering] = weakref.WeakSet()
+        self.answering: weakref.WeakSet[Answering] = weakref.WeakSet()
 
     async def chat(self, http: HttpRequest) -> ASGIApp:
         return await self._answer(http, openai.read_chat)
@@ -261,7 +260,7 @@ class _Service:
         return Response(self._metrics.write(), headers={"content-type": CONTENT_TYPE})
 
     def _model(self) -> dict[str, Any]:
-        return openai.describe_model(self._cluster.name, self._cluster.created, self._cluster.model)
+        return replies.describe_model(self._cluster.name, self._cluster.created, self._cluster.model)
 
     async def _answer(self, http: HttpRequest, read: openai.Reader) -> ASGIApp:
         refusal = _check_headers(http)
@@ -272,8 +271,8 @@ class _Service:
             return body
         name, model = self._cluster.name, self._cluster.model
         asked = read(openai.parse_body(body), name, model)
-        reply = openai.Reply(asked, reply_id=uuid.uuid4().hex, created=int(time.time()), name=name, model=model)
-        answering = _Answering(asked, reply, await self._submit(asked), self._metrics, self._silence_s)
+        reply = replies.Reply(asked, reply_id=uuid.uuid4().hex, created=int(time.time()), name=name, model=model)
+        answering = Answering(asked, reply, await self._submit(asked), self._metrics, self._silence_s)
         self.answering.add(answering)
         return answering
 
@@ -293,7 +292,7 @@ class _Service:
 
 def _check_headers(http: HttpRequest) -> Response | None:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # curl -d sends a form's type where none is given. From a page it stays refused: a browser sends forms unasked.
+    # curl -d sends a form's type by default. From a page it is refused: browsers send forms without asking first.
     is_lax = kind in ("", "application/x-www-form-urlencoded") and "origin" not in http.headers
     if kind != "application/json" and not is_lax:
         shown = kind[:100] or "not given"
@@ -308,14 +307,14 @@ async def _read_body(http: HttpRequest) -> bytes | Response:
     body = bytearray()
     length = http.headers.get("content-length", "")
     is_too_large = length.isdigit() and (len(length) > 18 or int(length) > MAX_BODY_BYTES)
-    if is_too_large and "expect" in http.headers:  # the client waits for a word before it sends
+    if is_too_large and "expect" in http.headers:  # the client waits for permission before it sends
         return _too_large(http)
     try:
         async with asyncio.timeout(BODY_S):
             async for chunk in http.stream():
                 body += chunk
                 is_too_large = is_too_large or len(body) > MAX_BODY_BYTES
-                if is_too_large:  # read on: who is still sending would lose the reply with the connection
+                if is_too_large:  # read on: a client that is still sending would lose the reply
                     body.clear()
     except TimeoutError:
         return refuse(
@@ -335,163 +334,3 @@ def _too_large(http: HttpRequest) -> Response:
         hint="shorten the prompt",
         headers={"connection": "close"},
     )
-
-
-def _explain(unknown: Exception) -> MoectlError:
-    _log.error("unexpected %s in an answer", type(unknown).__name__, exc_info=unknown)
-    return MoectlError(f"unexpected {type(unknown).__name__} (a bug in moectl)", hint=_REPORT)
-
-
-class _Gone(Exception):
-    """The client has closed the connection."""
-
-
-_Entry = tuple[int, Token | Done | Notice]
-_EVERY = -1  # instead of a choice's index
-
-
-class _Answering:
-    """One reply: the events of all its choices as they come, until they end, fail, or nobody listens any more."""
-
-    def __init__(
-        self,
-        asked: openai.ApiRequest,
-        reply: openai.Reply,
-        answers: list[AnswerEvents],
-        metrics: Metrics,
-        silence_s: float,
-    ) -> None:
-        self._asked = asked
-        self._reply = reply
-        self._answers = answers
-        self._metrics = metrics
-        self._silence_s = silence_s
-        self._inbox: asyncio.Queue[tuple[int, Token | Done | Notice | MoectlError | None]] = asyncio.Queue()
-        self._open = set(range(len(answers)))
-        self._gone = False
-        self._said_s = time.monotonic()  # when the stream last carried anything
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tasks = [asyncio.create_task(self._pump(i, answer)) for i, answer in enumerate(self._answers)]
-        tasks.append(asyncio.create_task(self._watch(receive)))
-        try:
-            await (self._stream if self._asked.stream else self._collect)(scope, receive, send)
-        except _Gone:
-            pass
-        finally:
-            self._cancel()
-            for _ in self._open:
-                self._metrics.count_end("cancelled")
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def end(self, error: MoectlError) -> None:
-        """Let the reply end with this error, soon."""
-        self._inbox.put_nowait((_EVERY, error))
-
-    def _cancel(self) -> None:
-        for index in self._open:
-            self._answers[index].cancel()
-
-    async def _pump(self, index: int, answer: AnswerEvents) -> None:
-        before = time.monotonic()
-        first = True
-        error: MoectlError
-        try:
-            async for event in answer:
-                if isinstance(event, Token) and event.token >= 0:
-                    now = time.monotonic()
-                    self._metrics.count_token(now - before, first=first)
-                    before, first = now, False
-                self._inbox.put_nowait((index, event))
-                if isinstance(event, Done):
-                    return
-            error = MoectlError("the answer ended before it was done (a bug in moectl)", hint=_REPORT)
-        except MoectlError as known:
-            error = known
-        except Exception as unknown:
-            error = _explain(unknown)
-        self._inbox.put_nowait((index, error))
-
-    def _give_up(self, unknown: Exception) -> MoectlError:
-        self._cancel()
-        for _ in self._open:
-            self._metrics.count_end("failed")
-        self._open.clear()
-        return _explain(unknown)
-
-    async def _watch(self, receive: Receive) -> None:
-        # uvicorn lets one write to a client that has gone; only who listens hears of it.
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._gone = True
-        self._cancel()
-        self._inbox.put_nowait((_EVERY, None))
-
-    async def _next(self) -> _Entry | None:
-        """Return the next (choice, event), or None when the stream is silent for too long; raise what an answer raised.
-
-        Many events are nothing to a client, as tokens of a text that is held back.
-        """
-        try:
-            async with asyncio.timeout(max(0.0, self._said_s + self._silence_s - time.monotonic())):
-                index, event = await self._inbox.get()
-        except TimeoutError:
-            return None
-        if self._gone or event is None:
-            raise _Gone
-        if isinstance(event, MoectlError):
-            if index != _EVERY:
-                self._open.remove(index)
-                self._metrics.count_end("refused" if isinstance(event, UsageError) else "failed")
-            raise event
-        if isinstance(event, Done):
-            self._open.remove(index)
-            self._metrics.count_end(event.finish_reason, event.stats)
-        return index, event
-
-    async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
-        while self._open:
-            entry = await self._next()
-            if entry is None:
-                self._said_s = time.monotonic()
-            elif not isinstance(entry[1], Notice):
-                for _ in self._reply.take(entry[0], entry[1]):
-                    pass
-        await write_json(self._reply.whole())(scope, receive, send)
-
-    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A refusal comes before the first token: it may still have a status of its own.
-        entry = await self._next()
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        try:
-            await self._say_chunks(send, self._reply.start())
-            await self._send_entry(send, entry)
-            while self._open:
-                await self._send_entry(send, await self._next())
-            await self._say_chunks(send, self._reply.end())
-        except MoectlError as error:
-            await self._say_chunks(send, iter([openai.describe_error(error)[1]]))
-        except _Gone:
-            raise
-        except Exception as unknown:  # too late for a status: else the connection would break without a word
-            await self._say_chunks(send, iter([openai.describe_error(self._give_up(unknown))[1]]))
-        await send({"type": "http.response.body", "body": openai.encode_event(None), "more_body": False})
-
-    async def _send_entry(self, send: Send, entry: _Entry | None) -> None:
-        if entry is None:
-            await self._say(send, b": still working\n\n")
-        elif not isinstance(entry[1], Notice):
-            await self._say_chunks(send, self._reply.take(entry[0], entry[1]))
-        elif entry[0] == min(self._open):  # the same for all choices of a reply
-            await self._say(send, f": {NOTICE}{' '.join(entry[1].text.split())}\n\n".encode())
-
-    async def _say_chunks(self, send: Send, chunks: Iterator[dict[str, Any]]) -> None:
-        if body := b"".join(map(openai.encode_event, chunks)):
-            await self._say(send, body)
-
-    async def _say(self, send: Send, body: bytes) -> None:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-        self._said_s = time.monotonic()

@@ -1,7 +1,4 @@
-"""What the server has seen, in Prometheus' text format.
-
-Counts and times of answers are kept here; the cluster's own state is asked for at each scrape.
-"""
+"""The server's counters and times, in Prometheus' text format; the cluster's state is read at each scrape."""
 
 from __future__ import annotations
 
@@ -15,16 +12,14 @@ from prometheus_client.registry import Collector
 from moectl.engine.request import Stats
 from moectl.server.contracts import Health
 
-WINDOW_S = 10  # "of late"
-
-
+WINDOW_S = 10  # of the speed that `status` shows
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 _INTER_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.64, 1.28, 2.56, 5)
 
 
 class Metrics:
-    """The counters of one server; `health` is asked at each scrape."""
+    """The counters of one server; `health` is called at each scrape."""
 
     def __init__(self, health: Callable[[], Health]) -> None:
         self._registry = r = CollectorRegistry()
@@ -75,7 +70,7 @@ class _ClusterCollector(Collector):
             "moectl_requests_running": ("Requests that are being answered.", health.running),
             "moectl_requests_queued": ("Requests that wait for room.", health.queued),
             "moectl_ranks": ("Ranks of the cluster.", health.ranks),
-            "moectl_ranks_answered": ("Ranks that were heard of within their time.", health.ranks_answered),
+            "moectl_ranks_answered": ("Ranks that answered a heartbeat in time.", health.ranks_answered),
             "moectl_progress_age_seconds": ("Since the last sign of work.", health.progress_age_s),
         }
         for name, (text, value) in gauges.items():
@@ -96,7 +91,7 @@ class Throughput:
         self._recent: deque[tuple[int, int]] = deque()  # (second, tokens in it), none older than the window
 
     def add(self, now_s: float, tokens: int = 1) -> None:
-        """Count tokens that came now."""
+        """Count tokens that came at this time."""
         self.tokens += tokens
         second = int(now_s)
         before = self._recent.pop()[1] if self._recent and self._recent[-1][0] == second else 0
@@ -104,7 +99,7 @@ class Throughput:
         self._forget(now_s)
 
     def rate(self, now_s: float) -> float:
-        """Return tokens per second since the first one within the window; 0 when none came for so long."""
+        """Return tokens per second since the first one within the window; 0 without any."""
         self._forget(now_s)
         if not self._recent:
             return 0.0

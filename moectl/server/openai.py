@@ -1,24 +1,23 @@
-"""OpenAI's JSON: from a body to requests, from tokens to a reply, from an error to its body and status.
+"""OpenAI's JSON, read: from the body of an HTTP request to what the model is asked.
 
-Pure: no HTTP library, no clock, no cluster. Fields and their limits are those of OpenAI's API reference, with the
-additions that vLLM and llama.cpp share (top_k, min_p, repetition_penalty, ignore_eos), and what those take that OpenAI
-does not: -1 for no limit and for any seed, empty stop texts, messages without content. Unknown fields are ignored;
-known ones that would change what an answer is, and that moectl does not have, are refused.
+It knows no HTTP library, no clock and no cluster. Fields and their limits are those of OpenAI's API reference, with the
+additions that vLLM and llama.cpp share (top_k, min_p, repetition_penalty, ignore_eos) and the values that only those
+two accept: -1 for no limit and for any seed, empty stop texts, messages without content. Unknown fields are ignored.
+Known fields that moectl does not have, and that would change the answer, are refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from moectl import __version__
 from moectl.engine.parameters import MAX_LOGPROBS, PARAMETERS
-from moectl.engine.protocol import Done, Ready, Token
-from moectl.engine.request import Request, Stats, too_long
-from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
+from moectl.engine.protocol import Ready
+from moectl.engine.request import Request, too_long
+from moectl.errors import BadField, UsageError
 from moectl.server.fields import (
     Fields,
     kind_of,
@@ -34,10 +33,9 @@ from moectl.server.fields import (
 MAX_CHOICES = 64  # prompts × n of one HTTP request
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI
 _GREEDY_BELOW = 1e-3  # a temperature below this differs from 0 only in how it overflows
-_LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its text
-_NO_LIMITS = (-1, -2)  # LM Studio's and llama.cpp's; ollama's "what is left of the context"
+_NO_LIMITS = (-1, -2)  # LM Studio's and llama.cpp's; ollama's "the rest of the context"
 _ANY_SEED = -1  # llama.cpp's and vLLM's
 _BODY = 'send one JSON object, as {"messages": [{"role": "user", "content": "hello"}]}'
 
@@ -54,7 +52,7 @@ class ApiRequest:
     logprobs: int | None
 
 
-# Reading.
+Reader = Callable[[Fields, str, Ready], ApiRequest]
 
 
 def parse_body(body: bytes) -> Fields:
@@ -108,7 +106,7 @@ def read_completion(fields: Fields, name: str, model: Ready) -> ApiRequest:
 
 
 def _read_limit(fields: Fields, model: Ready, default: int) -> int:
-    """Return the most tokens that an answer may have; what is beyond the context is cut to it by everybody."""
+    """Return the most tokens that an answer may have, no more than the context."""
     limit = None
     for name in ("max_completion_tokens", "max_tokens", "n_predict"):
         value = read_integer(fields, name, min(_NO_LIMITS))
@@ -168,7 +166,7 @@ def _read_messages(fields: Fields) -> tuple[dict[str, str], ...]:
         refuse("messages", "should be a list of at least one message")
     read = tuple(_read_message(message, f"messages[{i}]") for i, message in enumerate(messages))
     if not any(message["content"] for message in read):
-        refuse("messages", "should say something, every content is empty")
+        refuse("messages", "should have some text, every content is empty")
     return read
 
 
@@ -182,7 +180,7 @@ def _read_message(message: Any, place: str) -> dict[str, str]:
 
 
 def _read_content(content: Any, place: str) -> str:
-    if content is None:  # a turn that said nothing, or called a tool
+    if content is None:  # an empty turn, or one that called a tool
         return ""
     if isinstance(content, str):
         return content
@@ -274,191 +272,3 @@ def _read_bias(fields: Fields, model: Ready) -> tuple[tuple[int, float], ...]:
             refuse("logit_bias", f"should name tokens from 0 to {model.vocab_size - 1}, here is {show(key)}")
         read.append((int(key), read_number(bias, key, -100, 100, f"logit_bias.{key}") or 0.0))
     return tuple(read)
-
-
-# Writing.
-
-
-class Reply:
-    """One HTTP reply in the making: give it every choice's events, take chunks for a stream or the whole."""
-
-    def __init__(self, asked: ApiRequest, *, reply_id: str, created: int, name: str, model: Ready) -> None:
-        self._asked = asked
-        self._head = {
-            "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{reply_id}",
-            "created": created,
-            "model": name,
-            "system_fingerprint": f"moectl-{__version__}-{model.split}-{model.bits or 16}bit",
-        }
-        self._texts: list[list[str]] = [[] for _ in asked.requests]
-        self._logprobs: list[list[Token]] = [[] for _ in asked.requests]
-        self._done: dict[int, Done] = {}
-
-    def start(self) -> Iterator[Fields]:
-        """Yield the chunks with which a stream begins."""
-        if self._asked.chat:
-            for index in range(len(self._texts)):
-                yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
-
-    def take(self, index: int, event: Token | Done) -> Iterator[Fields]:
-        """Note an event of a choice; yield what a stream says of it."""
-        if isinstance(event, Done):
-            self._done[index] = event
-            end: Fields = {"delta": {}} if self._asked.chat else {"text": ""}
-            yield self._chunk(index, end, event)
-            return
-        self._texts[index].append(event.text)
-        told = self._asked.logprobs is not None and event.logprob is not None
-        if told:
-            self._logprobs[index].append(event)
-        if event.text or told:
-            text: Fields = {"delta": {"content": event.text}} if self._asked.chat else {"text": event.text}
-            yield self._chunk(index, {**text, "logprobs": self._tell_logprobs([event])})
-
-    def end(self) -> Iterator[Fields]:
-        """Yield the chunk with the usage, if it was asked for."""
-        if self._asked.include_usage:
-            yield {**self._head, "object": self._object(), "choices": [], "usage": self._usage()}
-
-    def whole(self) -> Fields:
-        """Return the reply of one that does not stream, once every choice is done."""
-        choices = [self._choice(index, self._whole_choice(index), self._done[index]) for index in sorted(self._done)]
-        kind = "chat.completion" if self._asked.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
-
-    def _whole_choice(self, index: int) -> Fields:
-        text = "".join(self._texts[index])
-        logprobs = self._tell_logprobs(self._logprobs[index])
-        if self._asked.chat:
-            return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
-        return {"text": text, "logprobs": logprobs}
-
-    def _chunk(self, index: int, content: Fields, done: Done | None = None) -> Fields:
-        usage = {"usage": None} if self._asked.include_usage else {}
-        return {**self._head, "object": self._object(), "choices": [self._choice(index, content, done)], **usage}
-
-    def _choice(self, index: int, content: Fields, done: Done | None) -> Fields:
-        choice = {"index": index, "logprobs": None, **content, "finish_reason": done.finish_reason if done else None}
-        if done:  # moectl's own addition, as llama.cpp has its timings
-            choice["stats"] = dataclasses.asdict(done.stats)
-        return choice
-
-    def _object(self) -> str:
-        return "chat.completion.chunk" if self._asked.chat else "text_completion"
-
-    def _usage(self) -> Fields:
-        stats: dict[int, Stats] = {index: done.stats for index, done in self._done.items()}
-        prompts = [s for index, s in stats.items() if index % self._asked.n == 0]  # each prompt counts once
-        prompt, completion = sum(s.prompt_tokens for s in prompts), sum(s.completion_tokens for s in stats.values())
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in prompts)},
-        }
-
-    def _tell_logprobs(self, tokens: list[Token]) -> Fields | None:
-        if self._asked.logprobs is None:
-            return None
-        told = [token for token in tokens if token.logprob is not None]
-        if self._asked.chat:
-            return {"content": [_tell_token(token, self._asked.logprobs) for token in told], "refusal": None}
-        return _tell_legacy(told, self._asked.logprobs)
-
-
-def _tell_token(token: Token, k: int) -> Fields:
-    top = [_tell_text(text, logprob) for _, text, logprob in token.top[:k]]
-    return {**_tell_text(_own_text(token), token.logprob or 0.0), "top_logprobs": top}
-
-
-def _tell_text(text: str, logprob: float) -> Fields:
-    exact = "\ufffd" not in text  # else it is a part of a character, whose bytes the text does not tell
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if exact else None}
-
-
-def _tell_legacy(tokens: list[Token], k: int) -> Fields:
-    return {
-        "tokens": [_own_text(token) for token in tokens],
-        "token_logprobs": [_finite(token.logprob or 0.0) for token in tokens],
-        "top_logprobs": [{text: _finite(logprob) for _, text, logprob in token.top[:k]} for token in tokens] or None,
-        "text_offset": [token.offset for token in tokens],
-    }
-
-
-def _own_text(token: Token) -> str:
-    # What became final with a token may be less or more than its own text (held back for a stop text, or after it).
-    return next((text for number, text, _ in token.top if number == token.token), token.text)
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, _LEAST_LOGPROB) if logprob == logprob else _LEAST_LOGPROB
-
-
-def describe_model(name: str, created: int, model: Ready) -> Fields:
-    """Return one entry of /v1/models; max_model_len as vLLM has it."""
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": "moectl",
-        "max_model_len": model.max_seq_len,
-    }
-
-
-# Errors.
-
-_STATUS: dict[type[MoectlError], tuple[int, str]] = {
-    QueueFull: (429, "rate_limit_error"),
-    UsageError: (400, "invalid_request_error"),
-    StateError: (503, "server_error"),
-    RemoteError: (503, "server_error"),
-    HostError: (503, "server_error"),
-    MoectlError: (500, "server_error"),
-}
-_CODES = {"rate_limit_error": "rate_limit_exceeded"}
-
-
-def describe_error(error: MoectlError) -> tuple[int, Fields]:
-    """Return the HTTP status and the body of an error."""
-    status, kind = next(entry for cls in type(error).__mro__ if (entry := _STATUS.get(cls)))
-    param, code = (error.param, error.code) if isinstance(error, BadField) else (None, _CODES.get(kind))
-    if code == "model_not_found":
-        status = 404
-    own = type(error).__name__
-    return status, error_body(str(error), kind, param=param, code=code, kind=own, hint=error.hint, host=error.host)
-
-
-def error_body(
-    message: str,
-    type_: str,
-    *,
-    param: str | None = None,
-    code: str | None = None,
-    kind: str = MoectlError.__name__,
-    hint: str | None = None,
-    host: str | None = None,
-) -> Fields:
-    """Return the body of an error in OpenAI's shape; kind, hint and host are moectl's own.
-
-    The hint is in the message as well: that is all that most clients show.
-    """
-    own = {"kind": kind, "hint": hint, "host": host}
-    return {"error": {"message": message + hint_suffix(hint), "type": type_, "param": param, "code": code, **own}}
-
-
-def hint_suffix(hint: str | None) -> str:
-    """Return how an error's message ends where it has a hint."""
-    return f" (hint: {hint})" if hint else ""
-
-
-def encode_json(value: Fields) -> bytes:
-    """Return JSON in ASCII: clients that split a stream at every Unicode line end then read it, too."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
-
-
-def encode_event(value: Fields | None) -> bytes:
-    """Return a server-sent event; None is the last one, [DONE]."""
-    return b"data: " + (b"[DONE]" if value is None else encode_json(value)) + b"\n\n"
-
-
-Reader = Callable[[Fields, str, Ready], ApiRequest]

@@ -1,6 +1,6 @@
-"""One answer over restarts: what its asker hears, and what is left of its request when the cluster is up again.
+"""Restarts of a failed cluster: when to start again, and one answer that goes on over them.
 
-Lives in the controller's event loop. When to start again, and what to hand over then, is the controller's.
+It lives in the controller's event loop; the controller starts sessions and hands requests over.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from moectl.errors import (
 from moectl.server.contracts import Notice
 
 WITHIN_S = 600.0  # in which restarts are counted
-FIRST_S = 0.5  # to wait before a start; twice as long after each one that came to nothing
+FIRST_S = 0.5  # to wait before a start; twice as long after each start without progress
 MOST_S = 30.0
-# What will be the same next time. Too little memory and an address that is not there are not among it: the cluster was
-# up, so the memory is still being freed after its worker was killed, or the interface is about to come back.
+# Errors that a restart does not mend. Too little memory and a missing address are not among them: the cluster was up,
+# so the memory of a killed worker is still being freed, or the interface is about to come back.
 _LASTING = (
     AuthFailed,
     CheckpointError,
@@ -44,26 +44,25 @@ _LASTING = (
 
 
 class ResumedAnswer:
-    """One request's events as they come, over restarts; see `serving.Answer`."""
+    """One request's events as they come, over restarts; see `contracts.AnswerEvents`."""
 
     def __init__(self, request: Request, cancel: Callable[[ResumedAnswer], None]) -> None:
         self.number = 0  # the session's
         self.started = False  # a sign of work on it was seen
         self.cancelled = False
         self.restarts = 0  # of sessions that had it
-        self.failures = 0  # of those: as far as this machine's sleep is no excuse
+        self.failures = 0  # of those: not caused by a sleep of this machine
         self._request = request
         self._inbox: asyncio.Queue[Token | Done | Notice | MoectlError] = asyncio.Queue()
         self._cancel = cancel
         self._tokens: list[int] = []
-        self._rest: list[Token] = []  # text that no token brings: told with the end, or it would come again
         self._furthest_read = 0  # tokens of the prompt
         self._asked_s = time.monotonic()
         self._first_s = 0.0
 
     @property
     def remaining(self) -> Request:
-        """The request, to go on after what was told of the answer already."""
+        """The request, to go on after the tokens that were sent."""
         return replace(self._request, id=self.number, answered=tuple(self._tokens))
 
     async def __aiter__(self) -> AsyncIterator[Token | Done | Notice]:
@@ -76,28 +75,24 @@ class ResumedAnswer:
                 return
 
     def cancel(self) -> None:
-        """Stop soon; the ranks' Done follows and is heard by nobody."""
+        """Stop soon; the Done that follows is ignored."""
         if not self.cancelled:
             self.cancelled = True
             self._cancel(self)
 
     def take(self, event: Prefilled | Token | Done | Refused) -> bool:
-        """Take what the session tells of it; return whether it has come further than in any session before."""
+        """Take an event of the session; return whether the answer has come further than in any session before."""
         self.started = True
         match event:
-            case Token(token=token) if token >= 0:
+            case Token(token=token):
                 self._first_s = self._first_s or time.monotonic()
                 self._tokens.append(token)
                 self._inbox.put_nowait(event)
                 return True
-            case Token():
-                self._rest.append(event)
             case Done():
-                for rest in self._rest:
-                    self._inbox.put_nowait(rest)
                 self._inbox.put_nowait(replace(event, stats=self._over_all(event.stats)))
             case Refused():
-                self.fail(event.error)
+                self.fail(event.to_error())
             case Prefilled(tokens=tokens) if tokens > self._furthest_read:
                 self._furthest_read = tokens
                 return True
@@ -109,18 +104,17 @@ class ResumedAnswer:
         """Note that its session is over; the next one begins after the last token."""
         self.restarts += 1
         self.failures += is_failure
-        self._rest.clear()
 
     def tell(self, text: str) -> None:
-        """Tell whoever waits for it."""
+        """Tell the client some news."""
         self._inbox.put_nowait(Notice(text))
 
     def fail(self, error: MoectlError) -> None:
-        """End it with an error."""
+        """End the answer with an error."""
         self._inbox.put_nowait(error)
 
     def _over_all(self, stats: Stats) -> Stats:
-        # The last session knows only its own part of the time.
+        # The last session has measured only its own part of the time.
         if not self.restarts or not self._first_s:
             return stats
         now_s = time.monotonic()
@@ -128,24 +122,24 @@ class ResumedAnswer:
 
 
 class Restarts:
-    """The count of restarts, and what was learnt from them; `most` 0: none at all."""
+    """When a failed cluster starts again: at most `most` times within WITHIN_S."""
 
     def __init__(self, most: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.most = most
         self.total = 0  # since the beginning
-        self.patience = 1.0  # doubled by each session that was too slow, or seemed so
+        self.patience = 1.0  # doubled by each session that stalled
         self._clock = clock
         self._recent: deque[float] = deque()
-        self._in_vain = 0  # starts since the last sign of work
+        self._in_vain = 0  # starts since the last progress
         self._was_up = True  # since the last failure
 
     @property
     def recent(self) -> int:
-        """How many count at the moment."""
+        """How many count at this moment."""
         return len(self._recent)
 
     def progress(self) -> None:
-        """Note a sign of work: what was started is good for something."""
+        """Note that an answer makes progress."""
         self._in_vain = 0
 
     def come_up(self) -> None:
@@ -155,7 +149,7 @@ class Restarts:
     def delay_s(self, failure: MoectlError) -> float | None:
         """Count a failure; return how long to wait before the next start, None when there shall be none.
 
-        A sleep of this machine is nobody's fault and does not count, unless nothing had started since the last failure.
+        A sleep of this machine does not count, unless the cluster was not up since the last failure.
         """
         if self.most == 0 or isinstance(failure, _LASTING):
             return None

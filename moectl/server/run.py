@@ -1,76 +1,82 @@
-"""The controller as a process: opened, served, told about, ended."""
+"""The controller as a process: it starts a session, serves it on its sockets, and ends with it or by a signal."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from socket import socket
 from typing import Any
 
+from moectl.engine.protocol import RunOptions
 from moectl.errors import MoectlError, RemoteError
 from moectl.server.contracts import SILENCE_S, ControllerOptions
-from moectl.server.controller import GRACE_S, READING_S, SAME, Controller, KeepAlive, Open
+from moectl.server.controller import GRACE_S, READING_S, Controller, KeepAlive, Open
 from moectl.server.http import Grace, make_app, serve as serve_http
 from moectl.server.restarts import Restarts
 from moectl.server.sockets import beating, listen_tcp, listen_unix
-from moectl.session.deployment import Deployment
 from moectl.session.session import Session
-from moectl.session.target import Target, count_ranks, open_session
+from moectl.session.target import Target, open_session
 
 
 def run(
     target: Target,
+    options: RunOptions,
     settings: ControllerOptions,
     *,
-    on_ready: Callable[[Sequence[socket]], None] = lambda sockets: None,
-    say: Callable[[str], None] = lambda text: None,
-    advise: Callable[[Target, MoectlError], str | None] = lambda target, failure: None,
-    **options: Any,
+    on_ready: Callable[[Sequence[socket]], None],
+    on_log: Callable[[str, str], None],
+    say: Callable[[str], None],
+    advise: Callable[[Target, MoectlError], str | None],
 ) -> None:
-    """Run a session behind its sockets until it is over; `options` are `launch.open_session`'s.
+    """Run a session behind its sockets until it is over.
 
-    `say` is told of failures that a restart mends; `advise` returns what else than mending could help, when none does.
+    `on_ready` gets the sockets once the model is loaded, `on_log` a host's name and a line of its worker's log, `say`
+    what happens while a failed session restarts. `advise` returns a hint for a failure that no restart mends.
 
     Raises what starting raises, the session's failure, and KeyboardInterrupt after SIGINT.
     """
+    open_ = functools.partial(open_session, target, options, on_log=on_log)
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(listen_unix(settings.socket_path))]
         if settings.tcp is not None:
             sockets.append(held.enter_context(listen_tcp(*settings.tcp, has_key=settings.api_key is not None)))
         with beating(settings.socket_path, SILENCE_S):
-            session = held.enter_context(open_session(target, **options))
+            session = held.enter_context(open_())
+
+        def make_controller(keep_alive: KeepAlive) -> Controller:
+            return Controller(
+                session,
+                target.name,
+                ranks=len(target.addresses),
+                keep_alive=keep_alive,
+                open_=open_like(session, open_),
+                restarts=Restarts(settings.restarts),
+                advise=lambda failure: advise(target, failure),
+                say=say,
+            )
+
         # Not asyncio.run: its handler for SIGINT would cancel what ends by itself.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(_run(target, session, settings, sockets, on_ready, options, say, advise))
+            runner.run(_run(make_controller, describe_run(target, options), settings, sockets, on_ready))
 
 
 async def _run(
-    target: Target,
-    session: Session,
+    make_controller: Callable[[KeepAlive], Controller],
+    description: dict[str, Any],
     settings: ControllerOptions,
     sockets: list[socket],
     on_ready: Callable[[Sequence[socket]], None],
-    options: dict[str, Any],
-    say: Callable[[str], None],
-    advise: Callable[[Target, MoectlError], str | None],
 ) -> None:
     keep_alive = KeepAlive(settings.keep_alive_s)
-    controller = Controller(
-        session,
-        target.name,
-        ranks=count_ranks(target),
-        keep_alive=keep_alive,
-        open_=open_like(session, target, options),
-        restarts=Restarts(settings.restarts),
-        advise=lambda failure: advise(target, failure),
-        say=say,
-    )
-    # Whoever serves others does not leave because one of them has had enough.
-    control = _Control(controller, describe_run(target, options), keep_alive, stays=settings.tcp is not None)
+    controller = make_controller(keep_alive)
+    # A server for others stays when one client asks for another time to keep it alive.
+    control = _Control(controller, description, keep_alive, stays=settings.tcp is not None)
     app = make_app(
         controller, api_key=settings.api_key, origins=settings.origins, hosts=settings.hosts, control=control
     )
@@ -95,29 +101,23 @@ async def _run(
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def open_like(first: Session, target: Target, options: Mapping[str, Any]) -> Open:
+def open_like(first: Session, open_: Callable[..., AbstractContextManager[Session]]) -> Open:
     """Return how to open another session that takes over from the first one.
 
-    It has the same room for answers: what is free right after a worker was killed may be less than what soon will be,
-    and an answer that fitted before would be cut off, or refused.
+    It has the same room for answers. Right after a worker was killed its memory may not be free yet; a smaller room
+    would cut off or refuse an answer that fitted before.
     """
-    return lambda patience, on_made: open_session(
-        target, on_made=on_made, patience=patience, **{**options, "kv_tokens": first.kv_tokens}
-    )
+    return lambda patience, on_made: open_(on_made=on_made, patience=patience, kv_tokens=first.kv_tokens)
 
 
-def describe_run(target: Target, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a controller runs, as JSON: what another one would have to agree with to be used in its place."""
-    hosts = ["localhost"] * count_ranks(target)
-    if isinstance(target, Deployment):
-        hosts = [rank.host.address for rank in target.ranks]
-    shards = target.shards if isinstance(target, Deployment) else str(target.directory)
-    wanted = {name: options.get(name) for name in SAME}
-    return {"name": target.name, "hosts": hosts, "shards": shards, "options": wanted}
+def describe_run(target: Target, options: RunOptions) -> dict[str, Any]:
+    """Return what a controller runs, as JSON; `attach` compares it with what is wanted."""
+    hosts = list(target.addresses)
+    return {"name": target.name, "hosts": hosts, "shards": target.shards, "options": options.shared()}
 
 
 class _Control:
-    """The owner's hands on a running controller."""
+    """What the owner of a running controller may do to it; see `contracts.Control`."""
 
     def __init__(
         self, controller: Controller, description: dict[str, Any], keep_alive: KeepAlive, *, stays: bool
@@ -159,11 +159,11 @@ class _Control:
         self.stopping.set()
 
     def leave(self) -> None:
-        """End because nobody needs it any more, or it has failed; who still reads an answer may go on reading."""
+        """End because it was idle for long enough, or has failed; clients may read their answers to the end."""
         if not self.stopping.is_set():
             self.stop(GRACE_S if self._controller.failure is not None else READING_S)
 
     def on_signal(self, number: int) -> None:
-        # A second one does not wait for answers any more.
+        # A second signal does not wait for answers any more.
         self.stop(0.0 if self.stopping.is_set() else GRACE_S)
         self.signal = number

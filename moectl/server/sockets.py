@@ -1,6 +1,6 @@
-"""The sockets that the controller listens on: one Unix socket of this user's own, and TCP if wished.
+"""The sockets that the controller listens on: a Unix socket that only this user can open, and TCP if it is wanted.
 
-They listen from here on, so a client that comes early waits instead of being refused.
+They listen before the model is loaded, so a client that comes early waits instead of being refused.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _ATTEMPTS, _ATTEMPT_S = 5, 0.1  # to get the lock
 
 @contextlib.contextmanager
 def listen_unix(path: Path) -> Iterator[socket.socket]:
-    """Listen on a Unix socket of mode 0600, its directory made with mode 0700; the socket's file goes in the end.
+    """Listen on a Unix socket of mode 0600 in a directory of mode 0700; the socket's file is removed at the end.
 
-    A lock beside it, which the kernel lets go with the process, tells a live controller's socket from a stale one: the
-    stale one is replaced. Raises StateError when another controller has it, UsageError when the place is unfit.
+    A lock beside it, which the kernel frees with the process, tells a live controller's socket from a stale one, which
+    is replaced. Raises StateError when another controller has it, UsageError when the directory cannot be used.
     """
     _open_directory(path.parent)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -39,7 +39,7 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
     try:
         _take_lock(lock, path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            young = path.with_name(path.name + "~")  # whoever finds it under its own name can connect
+            young = path.with_name(path.name + "~")  # under its own name it appears once it listens
             young.unlink(missing_ok=True)
             try:
                 listener.bind(str(young))
@@ -47,7 +47,7 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
                 raise UsageError(
                     f"cannot listen on {path}: {error.strerror or error}", hint="set XDG_RUNTIME_DIR to a shorter path"
                 ) from None
-            young.chmod(0o600)  # nobody can have connected: it does not listen yet
+            young.chmod(0o600)  # before it listens, so no other user can have connected
             listener.listen(_BACKLOG)
             young.replace(path)
             try:
@@ -60,7 +60,7 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def beating(path: Path, every_s: float) -> Iterator[None]:
-    """Give signs of life while the block runs, in the age of the lock beside a socket: nobody answers there yet."""
+    """Touch the lock beside a socket while the block runs: a sign of life while no request is answered yet."""
     over = threading.Event()
 
     def beat() -> None:
@@ -78,7 +78,7 @@ def beating(path: Path, every_s: float) -> Iterator[None]:
 
 
 def _take_lock(lock: int, path: Path) -> None:
-    """Take the lock and write who has it; who only looks whether somebody does holds it for a moment."""
+    """Take the lock and write our pid; `client.is_running` may hold it for a moment, so try more than once."""
     for attempt in range(_ATTEMPTS):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +106,7 @@ def _open_directory(directory: Path) -> None:
         raise _unfit(directory, error) from None
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
         raise UsageError(
-            f"{directory} is no place for the controller's socket: others can write there",
+            f"{directory} cannot hold the controller's socket: other users can write there",
             hint=f"chmod 700 {directory}",
         )
 
@@ -122,10 +122,10 @@ def listen_tcp(host: str, port: int, *, has_key: bool) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise UsageError(f"cannot listen on {host!r} port {port}: {error}") from None
-    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # IPv4 where there is a choice
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # IPv4 if there is one
     if not (has_key or ipaddress.ip_address(address[0]).is_loopback):
         raise UsageError(
-            f"refusing to listen on {host} without an API key: everybody who reaches it could use the model",
+            f"refusing to listen on {host} without an API key: every machine that reaches it could use the model",
             hint="give --api-key or --api-key-file, or keep to --host 127.0.0.1",
         )
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -1,7 +1,7 @@
-"""Who may come in by a browser: pages of which origins, and by which names of this machine. Pure: words, no HTTP.
+"""Which pages in a browser may use the server: by their origin, and by the name that they have for this machine.
 
-A page of any site can send requests to an address of this machine. What keeps it out: the browser asks first whether
-its origin may (CORS), and a page that made its own name point here (DNS rebinding) cannot bring another name than that.
+A page of any site can send requests to an address of this machine. Two things keep it out: the browser first asks
+whether its origin is allowed (CORS), and a page that made its own name point here (DNS rebinding) sends that name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moectl.errors import UsageError
 
 ORIGIN_FLAG, HOST_FLAG, KEY_FLAG = "--allow-origin", "--allow-host", "--api-key-file"
 ANY_ORIGIN = "*"
-NO_ORIGIN = "null"  # of files, and of what hides its origin
+NO_ORIGIN = "null"  # of files, and of pages that hide their origin
 _USUAL_PORTS = {"http": 80, "https": 443}  # browsers leave them out
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 
@@ -24,7 +24,7 @@ _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 def read_origins(values: Sequence[str], *, has_key: bool) -> tuple[str, ...]:
     """Return the origins that were allowed, as browsers write them; each value may be several, with commas.
 
-    Raises UsageError for what no browser sends, and for all origins at once without a key.
+    Raises UsageError for an origin that no browser sends, and for all origins at once without a key.
     """
     origins = tuple(dict.fromkeys(_read_origin(one) for one in _split(values, ORIGIN_FLAG)))
     for origin in origins:
@@ -45,7 +45,7 @@ def read_host_names(values: Sequence[str]) -> tuple[str, ...]:
         if not _NAME.fullmatch(name):
             raise UsageError(
                 f"{HOST_FLAG} should be a name without scheme, port or pattern, it is {value!r}",
-                hint=f"as {HOST_FLAG} host.docker.internal; with {KEY_FLAG} any name is taken",
+                hint=f"as {HOST_FLAG} host.docker.internal; with {KEY_FLAG} any name is accepted",
             )
         names.append(name)
     return tuple(dict.fromkeys(names))
@@ -70,7 +70,7 @@ def _read_origin(value: str) -> str:
             return f"{parts.scheme}://{host}" + ("" if usual else f":{parts.port}")
     raise UsageError(
         f"{ORIGIN_FLAG} should be scheme://host[:port], it is {value!r}",
-        hint=f"as {ORIGIN_FLAG} http://localhost:3000; * stands alone, for all origins",
+        hint=f"as {ORIGIN_FLAG} http://localhost:3000; * alone means all origins",
     )
 
 
@@ -83,7 +83,7 @@ def host_name(header: str) -> str:
 
 
 def names_this_machine(name: str, allowed: Collection[str]) -> bool:
-    """Whether nobody but this machine's owner can have made this name point here."""
+    """Whether only this machine's owner can have made this name point here."""
     if name == "localhost" or name.endswith(".localhost") or name in allowed:
         return True
     with contextlib.suppress(ValueError):

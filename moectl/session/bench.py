@@ -176,7 +176,7 @@ def _answer(session: Session, request: Request) -> tuple[list[int], Trial]:
     tokens: list[int] = []
     for event in session.generate(request):
         match event:
-            case Token(token=token) if token >= 0:
+            case Token(token=token):
                 tokens.append(token)
             case Done(stats=stats):
                 check_unseen(stats)

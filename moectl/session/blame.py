@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moectl.engine.protocol import LEASH_LOST, Event, Fatal
-from moectl.errors import LinkLost, MoectlError, PeerLost, RemoteError, Unreachable, find_kind
+from moectl.engine.protocol import LINK_LOST, Event, Fatal
+from moectl.errors import LinkLost, MoectlError, PeerLost, RemoteError, Unreachable, from_json
 from moectl.session.liveness import Sleep
-from moectl.session.worker_link import Ended, Heard, Tether
+from moectl.session.worker_link import Ended, Heard, WorkerLink
 
 if TYPE_CHECKING:
     from moectl.session.session import RankSpec
@@ -25,10 +25,10 @@ class Blame:
     """What finds the rank at fault among a session's workers."""
 
     def __init__(
-        self, ranks: Sequence[RankSpec], tethers: Sequence[Tether], events: queue.SimpleQueue[Heard], sleep: Sleep
+        self, ranks: Sequence[RankSpec], links: Sequence[WorkerLink], events: queue.SimpleQueue[Heard], sleep: Sleep
     ) -> None:
         self._ranks = ranks
-        self._tethers = tethers
+        self._links = links
         self._events = events
         self._sleep = sleep
 
@@ -37,7 +37,7 @@ class Blame:
         reports: list[tuple[int, Event | Ended]] = [(rank, event)]
         deadline = time.monotonic() + BLAME_S
         if isinstance(event, Ended) and event.silent:
-            self._tethers[rank].is_silent = True
+            self._links[rank].is_silent = True
         while all(_is_about_others(e) for _, e in reports):
             try:
                 other, heard = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -55,12 +55,13 @@ class Blame:
         if not isinstance(event, Fatal):
             return self.failure(rank, f"an unexpected {type(event).__name__} while {phase}")
         guilty = rank if event.rank is None or event.rank not in range(len(self._ranks)) else event.rank
-        return self.failure(guilty, event.message, kind=find_kind(event.kind), hint=event.hint)
+        error = from_json(event.error)
+        return self.failure(guilty, error.message, kind=type(error), hint=error.hint)
 
     def _explain_end(self, rank: int, event: Ended, phase: str) -> MoectlError:
         slept_s = self._sleep.slept_s
-        code = self._tethers[rank].find_exit_code() if event == Ended() else None
-        if slept_s is not None and code in (None, LEASH_LOST):
+        code = self._links[rank].find_exit_code() if event == Ended() else None
+        if slept_s is not None and code in (None, LINK_LOST):
             return self.failure(
                 rank,
                 f"the worker let go while {phase}: this machine slept, or was stopped, for {slept_s:.0f} s",
@@ -73,7 +74,7 @@ class Blame:
 
     def _explain_python(self, rank: int, code: int | None) -> str | None:
         """Return what to do when a worker could not even start: its interpreter, or what that needs, has gone."""
-        log = self._tethers[rank].log
+        log = self._links[rank].log
         words = next((line for line in reversed(log) if "No module named" in line), None)
         if words is None and code not in (126, 127):
             return None
@@ -84,7 +85,7 @@ class Blame:
         self, rank: int, message: str, *, kind: type[MoectlError] = RemoteError, hint: str | None = None
     ) -> MoectlError:
         """Return the error of one rank, with its last words where nothing else is of help."""
-        log = list(self._tethers[rank].log)[-3:]
+        log = list(self._links[rank].log)[-3:]
         if log and hint is None:
             hint = "its last words: " + " | ".join(log)
         return kind(f"rank {rank}: {message}", host=self._ranks[rank].host.name, hint=hint)
@@ -92,7 +93,7 @@ class Blame:
 
 def _is_about_others(event: Event | Ended) -> bool:
     # A rank that cannot join may be without fault as well: its neighbour died.
-    return isinstance(event, Fatal) and event.kind in (PeerLost.__name__, Unreachable.__name__)
+    return isinstance(event, Fatal) and type(from_json(event.error)) in (PeerLost, Unreachable)
 
 
 def _describe_code(code: int | None) -> str:

@@ -1,7 +1,7 @@
 """The current deployment: which hosts hold which shard set, and where.
 
-`deploy` writes it to `$XDG_STATE_HOME/moectl/deployment.json`, the other verbs read it. It is a note
-about what was done; whether it still holds is for the hosts to say.
+`deploy` writes it to `$XDG_STATE_HOME/moectl/deployment.json`, the other verbs read it. It records what was done;
+only the hosts know whether it is still true.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class Deployment:
     envs: tuple[str, ...] = ()
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """The host of each rank."""
+        return tuple(rank.host.address for rank in self.ranks)
+
+    @property
     def missing(self) -> tuple[str, ...]:
         """Addresses of the hosts that have not been deployed to yet."""
         return tuple(r.host.address for r in self.ranks if not r.python)
@@ -56,7 +61,7 @@ def deployment_path() -> Path:
 
 
 def check_writable() -> None:
-    """Raise StateError where a deployment could not be recorded, before anybody works for one."""
+    """Raise StateError where a deployment could not be recorded, before any work is done for one."""
     directory = deployment_path().parent
     try:
         make_private_directory(directory)
@@ -116,7 +121,7 @@ def decode_deployment(text: str) -> Deployment:
 
 
 def read_deployment() -> Deployment:
-    """Return the current deployment. Raises NotDeployed when there is none or a rank lacks."""
+    """Return the current deployment. Raises NotDeployed when there is none or a rank is missing."""
     deployment = find_deployment()
     if deployment is None:
         raise NotDeployed("no model is deployed.", hint=HINT)
@@ -127,9 +132,9 @@ def read_deployment() -> Deployment:
 
 
 def recall_hosts(names: HostList) -> HostList:
-    """Return hosts that are mere names (--hosts) with what the current deployment knows of them.
+    """Return hosts that are only names (--hosts) with what the current deployment knows of them.
 
-    That is where things are there, which interpreter, and the addresses and devices between those that are listed.
+    That is the directory, the interpreter, and the addresses and devices between the listed hosts.
     """
     deployment = None
     with contextlib.suppress(StateError):  # a damaged record knows nothing
@@ -146,7 +151,7 @@ def recall_hosts(names: HostList) -> HostList:
 
 
 def _among(host: Host, places: Sequence[int | None]) -> Host:
-    """Return a host as one of those that were at these places of the list, with None for new ones."""
+    """Return a host among those that had these places in the list; None is a new one."""
     row = tuple(None if place is None or place >= len(host.rdma) else host.rdma[place] for place in places)
     return replace(host, rdma=row if any(row) and None not in places else ())
 

@@ -1,8 +1,8 @@
-"""A model running on its hosts: its start and its use, over one leash per rank; the same for one machine and for many.
+"""A model running on its hosts: started and used over one link per rank; the same for one machine and for many.
 
 `Session` starts the workers, makes them join and load, hands them requests, and fails as a whole: the first dead rank,
-broken protocol or error ends all of them. How one leash is held is `tether`'s. It knows nothing of terminals, HTTP or
-how a shard came to a host.
+broken protocol or error ends all of them. `worker_link` is the link to one worker. Nothing here knows terminals, HTTP
+or how a shard came to a host.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from moectl import errors
 from moectl.engine.protocol import (
     BEAT_S,
+    DEFAULT_OPTIONS,
+    PREFILL_STEP,
     Beat,
     Cancel,
     Done,
@@ -39,9 +40,7 @@ from moectl.hosts.remote import Remote
 from moectl.session.blame import Blame
 from moectl.session.liveness import LOADING_MISSES, MISSES, Sleep, StepDeadline
 from moectl.session.startup import LINK_HINT, StartUp
-from moectl.session.worker_link import Ended, Heard, Tether, end_all
-
-PREFILL_STEP = 512  # the engine's, where nothing else is asked for
+from moectl.session.worker_link import Ended, Heard, WorkerLink, end_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,50 +56,50 @@ class RankSpec:
     log: str | None = None  # file on the host for a copy of the worker's log
 
 
-_WAKE = (0, None)  # among the events: look again whether to go on, and for how long
+_WAKE = (0, None)  # an event that only makes the reader look again whether to go on, and for how long
 
 
 class Session:
-    """Workers on a leash; use as a context manager, or call `close`."""
+    """The workers of one run; use as a context manager, or call `close`."""
 
     def __init__(
         self,
         ranks: Sequence[RankSpec],
+        options: RunOptions = DEFAULT_OPTIONS,
         *,
         backend: str = "ring",
-        start_timeout_s: float = 30.0,
         load_timeout_s: float = 1800.0,
         step_timeout_s: float = 120.0,
         patience: float = 1.0,
         kv_tokens: int | None = None,
         on_log: Callable[[str, str], None] = lambda host, line: None,
-        **run: Any,
     ) -> None:
-        """Take what to run; `patience` stretches the time that a step may take, after a session that was too slow.
+        """Take what to run, and the backend that was chosen for these ranks.
 
-        `kv_tokens`: how many tokens' keys and values there is room for, whatever the hosts say now. `run` is what
-        `RunOptions` takes.
+        `patience` multiplies the time that a step may take, after a session that was too slow. `kv_tokens` is for how
+        many tokens' keys and values there is room; None: as many as the hosts report.
         """
         self._ranks = ranks
         self._backend = backend
-        self._start_timeout_s = start_timeout_s
         self._load_timeout_s = load_timeout_s
         self._step_timeout_s = step_timeout_s
         self._patience = patience
-        self._run = RunOptions(**run)
+        self._options = options
         self._kv_tokens = kv_tokens
         self._events: queue.SimpleQueue[Heard] = queue.SimpleQueue()
-        self._tethers = [Tether(rank, spec.host, spec.remote, self._events, on_log) for rank, spec in enumerate(ranks)]
+        self._links = [
+            WorkerLink(rank, spec.host, spec.remote, self._events, on_log) for rank, spec in enumerate(ranks)
+        ]
         self._closed = threading.Event()
-        self._changing = threading.Lock()  # while a worker is added, or it is closed: none is added after that
+        self._changing = threading.Lock()  # while a worker is added or the session is closed: none is added after that
         self._closer: threading.Thread | None = None
         self._failure_so_far: MoectlError | None = None
         self._ready: Ready | None = None
         self._unanswered: set[int] = set()  # ids of what was asked and has not ended
         self._sleep = Sleep()
-        self._blame = Blame(ranks, self._tethers, self._events, self._sleep)
-        self._deadline = StepDeadline(step_timeout_s, self._run.prefill_step or PREFILL_STEP, patience)
-        self._joined = False  # a worker that joins cannot answer
+        self._blame = Blame(ranks, self._links, self._events, self._sleep)
+        self._deadline = StepDeadline(step_timeout_s, options.prefill_step or PREFILL_STEP, patience)
+        self._joined = False  # before that, a worker cannot answer heartbeats
 
     def __enter__(self) -> Session:
         try:
@@ -121,24 +120,24 @@ class Session:
         for rank, spec in enumerate(self._ranks):
             self._refuse_closed()
             self._launch(rank, spec)
-        up = StartUp(self._ranks, self._tethers, self._events, self._blame, self._start_timeout_s, self._refuse_closed)
-        listening = up.listen(self._run)
+        up = StartUp(self._ranks, self._links, self._events, self._blame, self._options, self._refuse_closed)
+        listening = up.listen()
         if len(self._ranks) > 1:
             up.connect(listening, self._backend)
         self._joined = True
-        if self._kv_tokens is None:  # every rank holds every token's, so that the least room is all there is
+        if self._kv_tokens is None:  # every rank holds every token's, so the smallest room counts
             known = [event.kv_tokens for event in listening.values() if event.kv_tokens is not None]
             self._kv_tokens = min(known, default=None)
         ready = up.load(self._kv_tokens, self._load_timeout_s, self._step_timeout_s * self._patience)
         self._deadline.learn(max(r.token_s for r in ready.values()), max(r.step_s for r in ready.values()))
         self._ready = ready[0]
-        self._send_all(Beat())  # whose answer says what they hold
+        self._send_all(Beat())  # the answer says how much memory a rank holds
 
     def _launch(self, rank: int, spec: RankSpec) -> None:
-        process = spec.remote.start(spec.argv, env=spec.env)  # may take long: nobody who closes waits for it
+        process = spec.remote.start(spec.argv, env=spec.env)  # not under the lock: it may take long
         with self._changing:
             if not self._closed.is_set():
-                self._tethers[rank].hold(process)
+                self._links[rank].hold(process)
                 return
         with contextlib.suppress(OSError, ValueError, MoectlError):
             process.close()
@@ -153,9 +152,9 @@ class Session:
     def generate(self, request: Request) -> Iterator[Token | Done]:
         """Yield an answer as it comes; the last item is Done.
 
-        Raises UsageError when the model refuses the request and MoectlError itself when an error ended this answer
-        alone (the session goes on), any other when a rank failed or nothing came for `step_timeout_s` (the session is
-        over, and says so again when asked again).
+        Raises UsageError when the model refuses the request, and MoectlError itself when an error ended this answer
+        alone: the session goes on. Any other error means that a rank failed or nothing came in time: the session is
+        over, and further calls raise the same.
         """
         self.submit(request)
         for event in self.events():
@@ -166,24 +165,24 @@ class Session:
                     yield event
                     return
                 case Refused(id=id_) if id_ == request.id:
-                    raise event.error
+                    raise event.to_error()
                 case _:
-                    pass  # progress, or the tail of an answer that nobody waits for any more
+                    pass  # progress, or the end of an answer that was given up
 
     def submit(self, request: Request) -> None:
-        """Hand a request to every rank; what comes of it is among `events`. Ids count up from 1, without gaps."""
+        """Hand a request to every rank; `events` yields its answer. Ids count up from 1, without gaps."""
         self._deadline.expect(request.id, is_first=not self._unanswered, chars=request.chars)
         self._unanswered.add(request.id)
-        self._events.put(_WAKE)  # whoever waits for ever may wait for so long only now
+        self._events.put(_WAKE)  # a reader that waited without an end has a deadline now
         try:
             self._send_all(Generate(request))
-        except BaseException:  # it cannot be encoded, so no rank has got it, and the number is free
+        except BaseException:  # it cannot be encoded: no rank has got it, and the next request gets its number
             self._unanswered.discard(request.id)
             self._deadline.forget(request.id)
             raise
 
     def events(self) -> Iterator[Prefilled | Token | Done | Refused]:
-        """Yield what comes of all requests, for ever; waiting has an end only while a request is unanswered.
+        """Yield the events of all requests, for ever; waiting has a deadline only while a request is unanswered.
 
         Raises MoectlError when a rank failed, nothing came in time, or the session was closed.
         """
@@ -214,12 +213,12 @@ class Session:
     @property
     def memory_bytes(self) -> tuple[int, ...]:
         """Bytes of arrays that each rank holds, as it last said."""
-        return tuple(tether.memory_bytes for tether in self._tethers)
+        return tuple(link.memory_bytes for link in self._links)
 
     def count_alive(self, within_s: float) -> int:
         """Return how many ranks have answered a heartbeat in this time."""
         now = time.monotonic()
-        return sum(now - tether.pulse.heard_s <= within_s for tether in self._tethers)
+        return sum(now - link.pulse.heard_s <= within_s for link in self._links)
 
     def profile(self, order: Profile) -> list[Profiled]:
         """Take decode steps apart on every rank; return what each measured, by rank.
@@ -268,12 +267,12 @@ class Session:
             if self._sleep.slept_s is not None:
                 self._deadline.forgive()
                 return _WAKE
-            if self._find_quiet(1) is not None:  # somebody may be gone: soon it is known who
+            if self._find_quiet(1) is not None:  # a rank may be gone: soon it is known which
                 try:
                     return self._events.get(timeout=(MISSES + 1) * BEAT_S)
                 except queue.Empty:
                     if (rank := self._find_quiet(MISSES)) is not None:
-                        return rank, self._tethers[rank].describe_silence()
+                        return rank, self._links[rank].describe_silence()
             hosts = ", ".join(spec.host.name for spec in self._ranks)
             waited_s = self._deadline.seconds if self._unanswered else self._step_timeout_s
             raise self._fail(
@@ -284,7 +283,7 @@ class Session:
             ) from None
 
     def _find_quiet(self, beats: int) -> int | None:
-        return next((rank for rank, tether in enumerate(self._tethers) if tether.pulse.quiet >= beats), None)
+        return next((rank for rank, link in enumerate(self._links) if link.pulse.quiet >= beats), None)
 
     def _fail(self, error: MoectlError) -> MoectlError:
         """Remember why the session is over; return the error."""
@@ -296,11 +295,11 @@ class Session:
         self._send_all(Cancel(request_id))
 
     def close(self) -> None:
-        """Let go of every leash and return when each worker is gone; idempotent, and any thread's to call."""
+        """Close every link and return when each worker is gone; idempotent, any thread may call it."""
         with self._changing:
             if self._closer is None:
                 self._closed.set()
-                # No daemon: this process does not end before its workers have, whoever gives up waiting here.
+                # No daemon: this process must not end before its workers have.
                 closer = threading.Thread(target=self._end, name="close")
                 closer.start()
                 self._closer = closer
@@ -308,17 +307,17 @@ class Session:
 
     def _end(self) -> None:
         self._events.put(_WAKE)
-        end_all(self._tethers)
+        end_all(self._links)
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_S):
             self._sleep.beat()
             most = MISSES if self._ready is not None else LOADING_MISSES
-            for rank, tether in enumerate(self._tethers):
-                asked = tether.beat()
-                if self._joined and tether.pulse.count(most, asked=asked):
-                    self._events.put((rank, tether.describe_silence()))
+            for rank, link in enumerate(self._links):
+                asked = link.beat()
+                if self._joined and link.pulse.count(most, asked=asked):
+                    self._events.put((rank, link.describe_silence()))
 
     def _send_all(self, order: Order) -> None:
-        for tether in self._tethers:
-            tether.send(order)
+        for link in self._links:
+            link.send(order)

@@ -9,7 +9,7 @@ import queue
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moectl.engine.protocol import (
@@ -28,7 +28,7 @@ from moectl.engine.protocol import (
 from moectl.errors import IntegrityError, MoectlError, Stalled, Unreachable, VersionMismatch
 from moectl.session.backend import make_connect
 from moectl.session.blame import Blame
-from moectl.session.worker_link import Heard, Tether
+from moectl.session.worker_link import Heard, WorkerLink
 
 if TYPE_CHECKING:
     from moectl.session.session import RankSpec
@@ -62,25 +62,26 @@ class StartUp:
     def __init__(
         self,
         ranks: Sequence[RankSpec],
-        tethers: Sequence[Tether],
+        links: Sequence[WorkerLink],
         events: queue.SimpleQueue[Heard],
         blame: Blame,
-        timeout_s: float,
+        options: RunOptions,
         refuse_closed: Callable[[], None],
     ) -> None:
         self._ranks = ranks
-        self._tethers = tethers
+        self._links = links
         self._events = events
         self._blame = blame
-        self._start_timeout_s = timeout_s
+        self._options = options
+        self._start_timeout_s = options.start_timeout_s
         self._refuse_closed = refuse_closed
         self._early: dict[tuple[type[Any], int], Any] = {}  # events of a phase that has not begun for all
         self._gathered: dict[int, str] = {}  # a JACCL exchange under way
 
-    def listen(self, run: RunOptions) -> dict[int, Listening]:
+    def listen(self) -> dict[int, Listening]:
         """Tell every worker what to open; return what each answers, of equal versions."""
         for rank, spec in enumerate(self._ranks):
-            self._tethers[rank].send(
+            self._links[rank].send(
                 Start(
                     rank,
                     len(self._ranks),
@@ -90,19 +91,19 @@ class StartUp:
                     3 * self._start_timeout_s + INIT_EXTRA_S,
                     spec.log,
                     sum(other.host.address == spec.host.address for other in self._ranks),
-                    **asdict(run),
+                    self._options,
                 )
             )
         listening = self._collect(Listening, range(len(self._ranks)), self._start_timeout_s, _STARTING)
         for rank, event in listening.items():
-            self._tethers[rank].pid = event.pid
+            self._links[rank].pid = event.pid
         self._check_versions(listening)
         return listening
 
     def load(self, kv_tokens: int | None, load_timeout_s: float, check_timeout_s: float) -> dict[int, Ready]:
         """Let all load the model; return what each found when it computed for the first time."""
-        for tether in self._tethers:
-            tether.send(Load(kv_tokens))
+        for link in self._links:
+            link.send(Load(kv_tokens))
         everyone = range(len(self._ranks))
         self._collect(Loaded, everyone, load_timeout_s, _LOADING, early=Ready)
         ready = self._collect(Ready, everyone, check_timeout_s, _CHECKING)
@@ -126,7 +127,7 @@ class StartUp:
         # The ring's init has no handshake: the last rank dials first, so its neighbours have to be listening by then.
         for some in (range(last), range(last, last + 1)):
             for rank in some:
-                self._tethers[rank].send(make_connect(backend, hosts, endpoints, rank, nonce))
+                self._links[rank].send(make_connect(backend, hosts, endpoints, rank, nonce))
             # A rank that need not wait for the last one may be connected before others are ready to be.
             self._collect(Connecting, some, self._start_timeout_s, _CONNECTING, early=Connected)
         self._collect(Connected, range(last + 1), self._start_timeout_s, _CONNECTING)
@@ -204,5 +205,5 @@ class StartUp:
         if len(self._gathered) == len(self._ranks):
             everything = "".join(self._gathered[r] for r in range(len(self._ranks)))
             self._gathered.clear()
-            for tether in self._tethers:
-                tether.send(Gathered(everything))
+            for link in self._links:
+                link.send(Gathered(everything))

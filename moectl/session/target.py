@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moectl.engine.protocol import RunOptions
 from moectl.errors import HostsError, NotDeployed
 from moectl.hosts.connect import ask_addresses, connect
 from moectl.hosts.hostfile import NAMES_ONLY, Host, HostList
@@ -46,6 +47,15 @@ class Local:
     def name(self) -> str:
         return self.directory.name
 
+    @property
+    def shards(self) -> str:
+        return str(self.directory)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The host of each rank."""
+        return ("localhost",) * self.manifest.world_size
+
 
 Target = Local | Deployment
 
@@ -64,19 +74,13 @@ def decode_target(text: str) -> Target:
 
 
 def target_key(target: Target) -> str:
-    """Return the same short name for the same ranks on the same hosts, however they were asked for."""
+    """Return a short name that is the same for the same ranks on the same hosts."""
     where = [str(target.directory.resolve())] if isinstance(target, Local) else [target.name]
     if isinstance(target, Deployment):
         where += [f"{rank.host.address} {rank.directory}" for rank in target.ranks]
-    shards = target.directory if isinstance(target, Local) else Path(target.shards)
-    with contextlib.suppress(OSError):  # a set that was cut anew in its place is another one
-        where.append(hashlib.sha256((shards / MANIFEST_NAME).read_bytes()).hexdigest())
+    with contextlib.suppress(OSError):  # a set that was cut again in its place is another one
+        where.append(hashlib.sha256((Path(target.shards) / MANIFEST_NAME).read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(where).encode()).hexdigest()[:12]
-
-
-def count_ranks(target: Target) -> int:
-    """Return the world size."""
-    return target.manifest.world_size if isinstance(target, Local) else len(target.ranks)
 
 
 def find_deployment(hosts: HostList | None) -> Deployment | None:
@@ -87,14 +91,13 @@ def find_deployment(hosts: HostList | None) -> Deployment | None:
     recorded = find_recorded()
     if hosts is None:
         return None if recorded is None else read_deployment()
-    names = [host.address for host in hosts.hosts]
+    names = tuple(host.address for host in hosts.hosts)
     hint = f"moectl deploy {hosts.source}" if hosts.source.endswith(".txt") else "moectl deploy"
     if recorded is None:
         raise NotDeployed(f"no model is deployed on {', '.join(names)}.", hint=hint)
-    deployed = [rank.host.address for rank in recorded.ranks]
-    if deployed != names:
+    if recorded.addresses != names:
         raise NotDeployed(
-            f"{recorded.name} is deployed on {', '.join(deployed)}, not on {', '.join(names)}.", hint=hint
+            f"{recorded.name} is deployed on {', '.join(recorded.addresses)}, not on {', '.join(names)}.", hint=hint
         )
     complete = read_deployment()
     for rank, host in zip(complete.ranks, hosts.hosts, strict=True):
@@ -116,24 +119,23 @@ def find_deployment(hosts: HostList | None) -> Deployment | None:
 @contextlib.contextmanager
 def open_session(
     target: Target,
+    options: RunOptions,
     *,
-    backend: str = "auto",
     remotes: Sequence[Remote] | None = None,
     on_made: Callable[[Session], None] = lambda session: None,
-    **options: Any,
+    **of_session: Any,
 ) -> Iterator[Session]:
-    """Start the target's workers and yield their session; `options` are Session's. Everything ends with the block.
+    """Start the target's workers and yield their session. Everything ends with the block.
 
     `remotes` are the connections to a deployment's hosts where the caller has them. `on_made` gets the session before
-    it starts: closing it ends the start.
+    it starts: closing it ends the start. `of_session` are further arguments of Session.
     """
     with contextlib.ExitStack() as held:
         ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held, remotes)
-        wanted = backend
-        if isinstance(target, Deployment) and backend == "auto" and target.backend:
+        wanted = options.backend
+        if isinstance(target, Deployment) and wanted == "auto" and target.backend:
             wanted = target.backend
-        chosen = choose_backend(wanted, [spec.host for spec in ranks])
-        session = Session(ranks, backend=chosen, **options)
+        session = Session(ranks, options, backend=choose_backend(wanted, [spec.host for spec in ranks]), **of_session)
         on_made(session)
         yield held.enter_context(session)
 

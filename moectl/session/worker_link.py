@@ -1,7 +1,7 @@
-"""The controller's end of one leash: what goes down to a worker, what comes up from it, and how it is ended.
+"""The controller's end of its link to one worker: orders go down, events come up, and the worker is ended.
 
-Each stream has a thread of its own, so that a worker which is frozen keeps nobody waiting. It knows one rank and none
-of the others; what events mean is `session`'s.
+Each stream has a thread of its own, so that a frozen worker blocks no other. It knows one rank and none of the others;
+`session` decides what events mean.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from moectl.session.liveness import Pulse
 
 LOG_LINES = 20
 EXIT_GRACE_S = 5.0
-STUCK_S = 1.0  # for an order to go out before the leash is let go
-KILL_S = 3.0  # for a host to end a worker that does not end by itself
+STUCK_S = 1.0  # for orders to go out before the link is closed
+KILL_S = 3.0  # for a host to kill a worker
 PIECE_BYTES = 16384  # of an order: less than a beat's time on any line worth having
 # The host may have been restarted meanwhile, and the number be another's.
 _KILL = 'ps -o args= -p "$0" | grep -q "moectl worker" && kill -9 "$0"'
@@ -40,8 +40,8 @@ class Ended:
 Heard = tuple[int, Event | Ended | None]
 
 
-class Tether:
-    """One rank's leash; what it hears goes to `events`, but for answers to heartbeats."""
+class WorkerLink:
+    """The link to one rank; its events go to `events`, except answers to heartbeats."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Tether:
         self.pulse = Pulse()
         self.memory_bytes = 0  # of arrays, as it last said
         self.pid: int | None = None  # on its host
-        self.is_silent = False  # it is waited for no more
+        self.is_silent = False  # it is not waited for any more
         self.log: deque[str] = deque(maxlen=LOG_LINES)
         self.process: Process | None = None
         self._rank = rank
@@ -62,15 +62,15 @@ class Tether:
         self._remote = remote
         self._events = events
         self._on_log = on_log
-        self._orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # as they are sent; None: let go
+        self._orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # as they are sent; None: close the link
         self._is_writing = False
         self._pieces = 0  # of orders that have gone out so far
         self._pieces_before = 0  # that was at the beat before
-        self._has_let_go = threading.Event()
+        self._is_closed = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def hold(self, process: Process) -> None:
-        """Begin to send to a worker and to hear it."""
+        """Begin to send orders to a worker and to read its events."""
         self.process = process
         for target in (self._write_orders, self._read_events, self._read_log):
             name = f"{target.__name__.strip('_')}-{self._rank}"
@@ -79,13 +79,13 @@ class Tether:
             thread.start()
 
     def send(self, order: Order) -> None:
-        """Hand it an order, in its turn; never waits."""
-        self._orders.put(encode(order))  # here, so that one that cannot be encoded is an error of who sends it
+        """Send an order after those before it; never waits."""
+        self._orders.put(encode(order))  # here, so that an order that cannot be encoded is the caller's error
 
     def beat(self) -> bool:
         """Send a heartbeat; return whether an answer is due.
 
-        Orders on their way hold a beat up and are as good as one, for as long as their bytes move.
+        While the bytes of an order move, they take the place of the heartbeat.
         """
         if self.process is None:
             return False
@@ -96,7 +96,7 @@ class Tether:
         return True
 
     def describe_silence(self) -> Ended:
-        """Return what its silence comes to."""
+        """Return the end of a worker that does not answer."""
         silent_s = self.pulse.quiet * BEAT_S
         return Ended(f"the worker has not answered for {silent_s:g} s: it is frozen, or its host is gone", silent=True)
 
@@ -108,14 +108,14 @@ class Tether:
         except (TimeoutError, MoectlError, OSError):
             return None
 
-    def let_go(self) -> None:
-        """Let go of the leash once all orders are out."""
+    def finish(self) -> None:
+        """Close the link once all orders are out."""
         self._orders.put(None)
 
-    def wait(self, let_go_by_s: float, gone_by_s: float) -> bool:
+    def wait(self, closed_by_s: float, gone_by_s: float) -> bool:
         """Return whether the worker has gone by itself, until these times on the monotonic clock."""
         assert self.process is not None
-        if self.is_silent or not self._has_let_go.wait(_left(let_go_by_s)):
+        if self.is_silent or not self._is_closed.wait(_left(closed_by_s)):
             return False
         try:
             self.process.wait(_left(gone_by_s))
@@ -124,9 +124,9 @@ class Tether:
         return True
 
     def kill(self) -> None:
-        """End a worker that does not mind its leash."""
+        """Kill a worker that does not end with its link."""
         assert self.process is not None
-        # One that is stopped minds nothing, and over SSH letting go of it is all that its process can do.
+        # A stopped worker does not see the end of its link, and over SSH the process can do no more than that.
         if not self._host.is_local and self.pid is not None:
             argv = ["sh", "-c", _KILL, str(self.pid)]
             _quietly(lambda: self._remote.run(argv, timeout_s=KILL_S, check=False))
@@ -135,7 +135,7 @@ class Tether:
     def close(self) -> None:
         """Close the streams of a worker that has gone, or cannot be reached to be ended."""
         assert self.process is not None
-        _quietly(self.process.kill)  # or what reads it would wait for a host that is not there
+        _quietly(self.process.kill)  # else its readers would wait for a host that is not there
         for thread in self._threads:
             thread.join(EXIT_GRACE_S)
         _quietly(self.process.close)
@@ -152,10 +152,10 @@ class Tether:
                     self._pieces += 1
                 self._is_writing = False
         except (OSError, ValueError):
-            pass  # its death is reported by the thread that reads it, with the reason
+            pass  # the thread that reads events reports its end, with the reason
         finally:
             _quietly(process.stdin.close)
-            self._has_let_go.set()
+            self._is_closed.set()
 
     def _read_events(self, process: Process) -> None:
         reason = None
@@ -177,33 +177,33 @@ class Tether:
             for raw in process.stderr:
                 line = raw.decode("utf-8", "replace").rstrip()
                 self.log.append(line)
-                with contextlib.suppress(OSError):  # whoever listens may be gone; the worker must not block on that
+                with contextlib.suppress(OSError):  # the terminal may be gone; the worker must not block on that
                     self._on_log(self._host.name, line)
         except (OSError, ValueError):
             pass  # closed under us
 
 
-def end_all(tethers: Sequence[Tether]) -> None:
-    """Let go of all leashes at once, and end those workers that do not go within the grace; bounded."""
-    held = [tether for tether in tethers if tether.process is not None]
+def end_all(links: Sequence[WorkerLink]) -> None:
+    """Close all links at once, and kill the workers that do not end in time; bounded."""
+    held = [link for link in links if link.process is not None]
     now_s = time.monotonic()
-    let_go_by_s, gone_by_s = now_s + STUCK_S, now_s + EXIT_GRACE_S
-    silent = [tether for tether in held if tether.is_silent]
-    others = [tether for tether in held if tether not in silent]
-    for tether in others:
-        tether.let_go()
-    killers = [_spawn_killer(tether) for tether in silent]
-    killers += [_spawn_killer(tether) for tether in others if not tether.wait(let_go_by_s, gone_by_s)]
+    closed_by_s, gone_by_s = now_s + STUCK_S, now_s + EXIT_GRACE_S
+    silent = [link for link in held if link.is_silent]
+    others = [link for link in held if link not in silent]
+    for link in others:
+        link.finish()
+    killers = [_spawn_killer(link) for link in silent]
+    killers += [_spawn_killer(link) for link in others if not link.wait(closed_by_s, gone_by_s)]
     killed_by_s = time.monotonic() + EXIT_GRACE_S
     for thread in killers:
         thread.join(_left(killed_by_s))
-    for tether in held:
-        tether.let_go()  # also the thread of one that was killed has to end
-        tether.close()
+    for link in held:
+        link.finish()  # the threads of a killed worker have to end, too
+        link.close()
 
 
-def _spawn_killer(tether: Tether) -> threading.Thread:
-    thread = threading.Thread(target=tether.kill, name="kill", daemon=True)
+def _spawn_killer(link: WorkerLink) -> threading.Thread:
+    thread = threading.Thread(target=link.kill, name="kill", daemon=True)
     thread.start()
     return thread
 

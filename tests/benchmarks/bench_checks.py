@@ -15,11 +15,10 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from moectl.cli.target import PARANOIA
 from moectl.demo import demo_dir
-from moectl.engine.protocol import Done
+from moectl.engine.protocol import Done, RunOptions
 from moectl.engine.request import Request
 from moectl.engine.unseen import Prompts, check_unseen
 from moectl.session.session import Session
@@ -29,10 +28,10 @@ from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.tiny import write_checkpoint
 
 PROMPT, TOKENS = 6, 256
-WAYS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "--paranoia": {"paranoia": PARANOIA},
-    "--agree-routing": {"agree_routing": True},
+WAYS = {
+    "plain": RunOptions(),
+    "--paranoia": RunOptions(paranoia=PARANOIA),
+    "--agree-routing": RunOptions(agree_routing=True),
 }
 
 
@@ -52,7 +51,7 @@ def main() -> None:
 
 def measure(name: str, directory: Path, rounds: int) -> None:
     with ExitStack() as held:
-        sessions = {way: held.enter_context(Session(specs(directory), **options)) for way, options in WAYS.items()}
+        sessions = {way: held.enter_context(Session(specs(directory), options)) for way, options in WAYS.items()}
         wall: dict[str, list[float]] = {way: [] for way in WAYS}
         cpu: dict[str, list[float]] = {way: [] for way in WAYS}
         prompts = Prompts(VOCAB_SIZE)
@@ -80,8 +79,8 @@ def measure(name: str, directory: Path, rounds: int) -> None:
 def cpu_s(session: Session) -> float:
     """Return the processor time that a session's workers have taken."""
     ticks = 0
-    for tether in session._tethers:
-        fields = Path(f"/proc/{tether.pid}/stat").read_text().rpartition(")")[2].split()
+    for link in session._links:
+        fields = Path(f"/proc/{link.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.dbrx import Model, ModelArgs
 
-from moectl.engine.protocol import Done
+from moectl.engine.protocol import Done, RunOptions
 from moectl.engine.request import Request
 from moectl.engine.unseen import Prompts, check_unseen
 from moectl.hosts.hostfile import Host
@@ -63,7 +63,7 @@ def time_moectl(shards: Path, ranks: int, length: int, count: int) -> tuple[floa
     worker = (sys.executable, "-m", "moectl", "worker")
     spec = RankSpec(Host("localhost"), LocalRemote(), worker, str(shards), ("127.0.0.1",), rank_env())
     prompts = Prompts(VOCAB_SIZE)
-    with Session([spec] * ranks, start_timeout_s=120) as session:
+    with Session([spec] * ranks, RunOptions(start_timeout_s=120)) as session:
         for number in (1, 2):
             request = Request(number, "", count, prompt_tokens=prompts.draw(length), ignore_eos=True)
             done = list(session.generate(request))[-1]

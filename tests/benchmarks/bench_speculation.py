@@ -56,7 +56,7 @@ def answer(parts: tuple[Any, Any], prompt: tuple[int, ...], count: int, speculat
     tokens: list[int] = []
     wall, cpu = [], []
     for event in engine.serve(inbox):
-        if isinstance(event, Token) and event.token >= 0:
+        if isinstance(event, Token):
             tokens.append(event.token)
             wall.append(time.perf_counter())
             cpu.append(time.process_time())

@@ -14,7 +14,19 @@ from typing import IO, Any
 import pytest
 
 from moectl.demo import demo_dir
-from moectl.engine.protocol import Beat, Done, Generate, Load, Order, Prefilled, Refused, Start, encode, read_messages
+from moectl.engine.protocol import (
+    Beat,
+    Done,
+    Generate,
+    Load,
+    Order,
+    Prefilled,
+    Refused,
+    RunOptions,
+    Start,
+    encode,
+    read_messages,
+)
 from moectl.engine.request import Request
 from moectl.model.placement import make_placement
 from moectl.shards.build import cut
@@ -28,7 +40,7 @@ def test_a_worker_obeys_the_limits_it_is_started_with(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(demo_dir()))
     shards = tmp_path / "shards"
     cut(checkpoint, make_placement(checkpoint.geometry, "hidden", 1), None, shards, name="one", quantise=quantizer)
-    start = Start(0, 1, str(shards), [], 10, cache_tokens=0, prefill_step=16)
+    start = Start(0, 1, str(shards), [], 10, run=RunOptions(cache_tokens=0, prefill_step=16))
     asked = [Request(1, "a " * 70, 40, raw=True), *(Request(n, "a " * 40, 2, raw=True) for n in (2, 3))]
     command = [sys.executable, "-m", "moectl", "worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=process_env()) as worker:
@@ -46,7 +58,7 @@ def test_a_worker_obeys_the_limits_it_is_started_with(tmp_path: Path) -> None:
                 break
         beats.set()
         worker.kill()
-    assert [e.id for e in events if isinstance(e, Refused) and "memory for 60" in e.message] == [1]
+    assert [e.id for e in events if isinstance(e, Refused) and "memory for 60" in str(e.to_error())] == [1]
     assert [e.stats.cached_tokens for e in events if isinstance(e, Done)] == [0, 0]
     assert {e.tokens for e in events if isinstance(e, Prefilled) and e.id == 2} >= {16, 32}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from moectl.engine.protocol import Done, Refused, Token
+from moectl.engine.protocol import Done, Refused, RunOptions, Token
 from moectl.engine.request import Request
 from moectl.errors import MoectlError
 from moectl.server.contracts import Notice
@@ -43,7 +43,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def session(shards: Path) -> Iterator[Session]:
     """One session for all: an error that ends it fails every test after it."""
-    with Session(specs(shards, WORKER), prefill_step=16) as session:
+    with Session(specs(shards, WORKER), RunOptions(prefill_step=16)) as session:
         yield session
 
 
@@ -71,7 +71,7 @@ def serve(session: Session, requests: list[Request]) -> tuple[dict[int, list[int
     left = len(requests)
     for event in session.events():
         index = event.id - first
-        if isinstance(event, Token) and event.token >= 0:
+        if isinstance(event, Token):
             tokens[index].append(event.token)
         if isinstance(event, Refused):
             assert index not in refused
@@ -110,9 +110,10 @@ def clean(session: Session, count: Count) -> dict[int, list[int]]:
 def test_an_error_ends_its_own_answer_only(place: str, session: Session, count: Count, clean: Any) -> None:
     tokens, refused = serve(session, count.take(seed_of(place)))
     assert list(refused) == [BAD]
-    assert refused[BAD].internal
-    assert "internal error in this request" in refused[BAD].message
-    assert "poison" in refused[BAD].message
+    error = refused[BAD].to_error()
+    assert type(error) is MoectlError
+    assert "internal error in this request" in error.message
+    assert "poison" in error.message
     bad = tokens.pop(BAD)
     assert len(bad) <= LENGTH
     assert tokens == {index: row for index, row in clean.items() if index != BAD}
@@ -157,9 +158,9 @@ def test_a_poisoned_answer_is_not_replayed_after_a_restart(shards: Path) -> None
         with pytest.raises(MoectlError, match="internal error in this request: TypeError: poison"):
             await collect(answers[BAD])
         assert controller.health().restarts == 0
-        os.kill(controller._session._tethers[1].pid or 0, signal.SIGKILL)
+        os.kill(controller._session._links[1].pid or 0, signal.SIGKILL)
         others = [await collect(answer) for index, answer in enumerate(answers) if index != BAD]
-        assert all(len([e for e in events if isinstance(e, Token) and e.token >= 0]) == 400 for events in others)
+        assert all(len([e for e in events if isinstance(e, Token)]) == 400 for events in others)
         assert controller.health().restarts == 1
 
     control(shards, ask, Spied)

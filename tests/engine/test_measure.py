@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 from mlx.utils import tree_flatten
 
-from moectl.engine.measure import Weights, fit_pass, scale_up, shrink, weigh_layers, with_depth
+from moectl.engine.measure import fit_pass, scale_up, weigh_layers
+from moectl.engine.random_model import Weights, shrink, with_depth
 from moectl.model.geometry import read_geometry
 from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement

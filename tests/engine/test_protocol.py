@@ -28,6 +28,7 @@ requests = st.builds(
     ignore_eos=st.booleans(),
 )
 texts = st.text()
+failures = st.fixed_dictionaries({"kind": texts, "message": texts, "hint": st.none() | texts})
 messages = st.one_of(
     st.builds(
         protocol.Start,
@@ -36,8 +37,8 @@ messages = st.one_of(
         texts,
         st.lists(texts),
         st.just(30.0),
-        dtype=st.none() | texts,
         log=st.none() | texts,
+        run=st.builds(protocol.RunOptions, dtype=st.none() | texts),
     ),
     st.builds(protocol.Connect, texts, st.dictionaries(texts, texts), st.dictionaries(texts, texts)),
     st.builds(protocol.Load),
@@ -53,7 +54,7 @@ messages = st.one_of(
     st.builds(protocol.Ready, texts, st.none() | numbers, numbers, numbers, numbers),
     st.builds(protocol.Prefilled, numbers, numbers),
     st.builds(protocol.Token, numbers, numbers, texts),
-    st.builds(protocol.Done, numbers, texts, stats),
+    st.builds(protocol.Done, numbers, texts, stats, texts),
     st.builds(
         protocol.Profiled,
         id=numbers,
@@ -68,8 +69,8 @@ messages = st.one_of(
         own_experts=st.floats(0, 16),
         busiest_experts=st.floats(0, 16),
     ),
-    st.builds(protocol.Refused, numbers, texts, st.none() | texts),
-    st.builds(protocol.Fatal, texts, texts, st.none() | texts, st.none() | numbers),
+    st.builds(protocol.Refused, numbers, failures, st.none() | texts, st.none() | texts),
+    st.builds(protocol.Fatal, failures, st.none() | numbers),
     st.builds(protocol.AllGather, texts),
 )
 

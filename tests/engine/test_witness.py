@@ -12,14 +12,15 @@ import mlx.core as mx
 import pytest
 import tokenizers
 
-from moectl.engine.engine import _CONTROL_WORDS, Engine
+from moectl.engine.agreement import check_seen
+from moectl.engine.engine import Engine
 from moectl.engine.network.dbrx import Model
 from moectl.engine.network.fingerprint import take_fingerprint
 from moectl.engine.network.witness import Witness, find_dissent
-from moectl.engine.protocol import Done, Fatal, Generate, Order, Prefilled, Token
+from moectl.engine.protocol import Done, Fatal, Generate, Order, Prefilled, RunOptions, Token
 from moectl.engine.request import Request
 from moectl.engine.worker import describe_failure
-from moectl.errors import RanksDisagree, UsageError
+from moectl.errors import RanksDisagree, UsageError, to_json
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
 from moectl.session.session import Session
@@ -52,14 +53,11 @@ def test_who_is_alone_is_named() -> None:
 
 
 def test_the_engine_tells_who_it_is() -> None:
-    model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
-    engine = Engine(model, NO_TOKENS, max_seq_len=64)
-    word = [0] * _CONTROL_WORDS
     with pytest.raises(RanksDisagree, match=r"^chose other experts than the others$") as caught:
-        engine._read_word(mx.array([*word, *words((7, 0.5), (7, 0.5), (8, 0.5))], dtype=mx.int32))
-    assert describe_failure(caught.value) == Fatal("RanksDisagree", caught.value.message, caught.value.hint, rank=2)
+        check_seen(words((7, 0.5), (7, 0.5), (8, 0.5)))
+    assert describe_failure(caught.value) == Fatal(to_json(caught.value), rank=2)
     with pytest.raises(RanksDisagree, match=r"^the ranks chose other experts") as caught:
-        engine._read_word(mx.array([*word, *words((7, 0.5), (8, 0.5))], dtype=mx.int32))
+        check_seen(words((7, 0.5), (8, 0.5)))
     assert describe_failure(caught.value).rank is None
 
 
@@ -100,7 +98,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(shards: Path, *, paranoia: int = 0, agree_routing: bool = False) -> list[int]:
-    with Session(specs(shards), paranoia=paranoia, agree_routing=agree_routing) as session:
+    with Session(specs(shards), RunOptions(paranoia=paranoia, agree_routing=agree_routing)) as session:
         answer = session.generate(Request(1, "hello", 40, ignore_eos=True))
         return [event.token for event in answer if isinstance(event, Token)]
 
@@ -113,19 +111,20 @@ def test_what_is_seen_of_a_prompt_waits_for_no_later_step() -> None:
     """A chunk's last layer is of no use to the caches; its exchanges would come in no certain order beside others."""
     model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
     engine = Engine(model, NO_TOKENS, max_seq_len=64, prefill_step=8)
-    engine._witness, engine._check_every = Witness(model), 1  # one rank alone has none
+    witness = Witness(model)
+    engine._agreement._witness, engine._agreement._check_every = witness, 1  # one rank alone has none
     inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
     inbox.put(Generate(Request(1, "", 4, prompt_tokens=tuple(range(30)))))
     serving = engine.serve(inbox)
     assert isinstance(next(serving), Prefilled)
-    seen = [*engine._witness._routing, *engine._witness._states]
+    seen = [*witness._routing, *witness._states]
     assert len(seen) == len(model.layers) + 1
     assert count_lazy(seen) == 0
-    engine._witness.take()
+    witness.take()
     mx.eval(model(mx.array([[1]])))
-    engine._witness.looks = True
+    witness.looks = True
     model(mx.array([[1]]))
-    assert count_lazy(engine._witness._states) > 0
+    assert count_lazy(witness._states) > 0
 
 
 def count_lazy(arrays: list[mx.array]) -> int:
@@ -139,7 +138,7 @@ def test_a_rank_that_goes_astray_is_stopped(shards: Path, tmp_path: Path) -> Non
     astray = damage(shards, tmp_path / "astray", "common/layer-001.safetensors")
     first, second = specs(shards)
     with (
-        Session([first, replace(second, shards=str(astray))], paranoia=4) as session,
+        Session([first, replace(second, shards=str(astray))], RunOptions(paranoia=4)) as session,
         pytest.raises(RanksDisagree, match=r"the ranks (chose other experts|computed another state)") as caught,
     ):
         list(session.generate(Request(1, "hello", 100, ignore_eos=True)))
@@ -153,7 +152,7 @@ def test_a_pipeline_has_nothing_to_compare(shards: Path, tmp_path: Path) -> None
     directory = cut_case(source, tmp_path / "layers", "layers", (1, 1), 16)
     with (
         pytest.raises(UsageError, match="each computes its own layers") as caught,
-        Session(specs(directory), paranoia=4),
+        Session(specs(directory), RunOptions(paranoia=4)),
     ):
         pass
     assert caught.value.hint == "leave it out: the canary at the start checks them"

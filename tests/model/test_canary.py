@@ -18,7 +18,7 @@ from hypothesis import given, strategies as st
 from moectl.demo import demo_dir
 from moectl.engine.network import canary_run
 from moectl.engine.network.canary_run import compute_canary
-from moectl.engine.protocol import Done
+from moectl.engine.protocol import Done, RunOptions
 from moectl.engine.request import Request
 from moectl.errors import IntegrityError
 from moectl.hosts.onhost.files import RECORD
@@ -276,7 +276,7 @@ def test_what_the_hint_about_all_ranks_says_starts_them(sets: dict[str, Path], t
     with Session(specs(again)) as session:
         assert isinstance(list(session.generate(Request(1, "hello", 4)))[-1], Done)
     wrong = damage(sets["hidden"], tmp_path / "wrong", "common/layer-001.safetensors")
-    with Session(specs(wrong), canary=False) as session:
+    with Session(specs(wrong), RunOptions(canary=False)) as session:
         assert isinstance(list(session.generate(Request(1, "hello", 4)))[-1], Done)
 
 
@@ -303,7 +303,7 @@ def test_each_expert_of_each_layer_counts(sets: dict[str, Path], tmp_path: Path,
 
 def test_a_wrong_one_starts_when_nobody_asks(sets: dict[str, Path], tmp_path: Path) -> None:
     wrong = damage(sets["hidden"], tmp_path / "wrong", "rank-1/layer-001.safetensors")
-    with Session(specs(wrong), canary=False) as session:
+    with Session(specs(wrong), RunOptions(canary=False)) as session:
         assert not session.model.checked
         assert isinstance(list(session.generate(Request(1, "hello", 4)))[-1], Done)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moectl.demo import demo_dir
-from moectl.engine.protocol import Done
+from moectl.engine.protocol import Done, RunOptions
 from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
 from moectl.planner.memory import CPU_DTYPE_BYTES, rank_need
@@ -31,7 +31,7 @@ def measure(model: Path, wanted: Wanted, prompt: str, directory: Path) -> float:
     """Return the estimate of rank 0's arrays divided by its measured peak, after a long prompt and a few tokens."""
     made = prepare.shard(str(model), wanted, quantise=quantizer, directory=directory)
     manifest = read_manifest(made.directory)
-    with target.open_session(target.Local(made.directory, manifest)) as session:
+    with target.open_session(target.Local(made.directory, manifest), RunOptions()) as session:
         *_, done = session.generate(Request(1, prompt, max_tokens=8, raw=True))
     assert isinstance(done, Done)
     tokens = done.stats.prompt_tokens

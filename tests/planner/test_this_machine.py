@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moectl.demo import demo_dir
-from moectl.engine.protocol import Done
+from moectl.engine.protocol import Done, RunOptions
 from moectl.engine.request import Request
 from moectl.errors import PlanError
 from moectl.hosts.hostfile import Host
@@ -66,5 +66,5 @@ def test_a_worker_refuses_what_its_host_cannot_hold(manifest: tuple[Path, Manife
     ):
         pass
     assert caught.value.hint == "'moectl plan' says what would fit; --force tries it all the same"
-    with Session([spec], force=True) as session:
+    with Session([spec], RunOptions(force=True)) as session:
         assert isinstance(list(session.generate(Request(1, "Hello", 2)))[-1], Done)

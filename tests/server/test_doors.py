@@ -215,7 +215,7 @@ def test_what_a_hint_of_a_flag_says_is_taken() -> None:
     assert visitors.read_origins([PAGE], has_key=False) == (PAGE,)
     with pytest.raises(UsageError) as caught:
         visitors.read_origins(["localhost"], has_key=True)
-    assert caught.value.hint == "as --allow-origin http://localhost:3000; * stands alone, for all origins"
+    assert caught.value.hint == "as --allow-origin http://localhost:3000; * alone means all origins"
     for origin in (caught.value.hint.partition(";")[0].split()[-1], "*"):
         assert visitors.read_origins([origin], has_key=True) == (origin,)
 
@@ -223,7 +223,7 @@ def test_what_a_hint_of_a_flag_says_is_taken() -> None:
 def test_what_a_hint_about_names_says_lets_in(site: Site, open_site: Site) -> None:
     with pytest.raises(UsageError) as caught:
         visitors.read_host_names(["http://host.docker.internal:80"])
-    assert caught.value.hint == "as --allow-host host.docker.internal; with --api-key-file any name is taken"
+    assert caught.value.hint == "as --allow-host host.docker.internal; with --api-key-file any name is accepted"
     [name] = visitors.read_host_names([caught.value.hint.partition(";")[0].split()[-1]])
     assert ask(open_site, "GET", "/v1/models", host=name).status_code == 200
     key = f"Bearer {KEY}"

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moectl.engine.protocol import Token
 from moectl.engine.request import TOO_LONG
-from moectl.server import openai as api
+from moectl.server import replies
 from moectl.server.http import MAX_BODY_BYTES, Grace, make_app, serve
 from moectl.server.sockets import listen_tcp, listen_unix
 from tests.support.fake_cluster import ENDS_AFTER, MODEL, FakeCluster
@@ -236,14 +236,14 @@ def test_an_error_in_a_stream_is_an_event_before_done(site: Site) -> None:
 def test_an_error_in_writing_a_stream_is_its_last_event_and_no_others(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = api.Reply.take
+    take = replies.Reply.take
 
-    def poisoned(self: api.Reply, index: int, event: Any) -> Any:
+    def poisoned(self: replies.Reply, index: int, event: Any) -> Any:
         if isinstance(event, Token) and self._asked.requests[0].seed == 666:
             raise TypeError("secret")
         return take(self, index, event)
 
-    monkeypatch.setattr(api.Reply, "take", poisoned)
+    monkeypatch.setattr(replies.Reply, "take", poisoned)
 
     async def one(client: openai.AsyncOpenAI, seed: int) -> str:
         try:

@@ -14,7 +14,7 @@ from moectl import errors
 from moectl.engine.protocol import Done, Generate as GenerateOrder, Token, decode, encode
 from moectl.engine.request import MAX_BIASES, Request, Stats
 from moectl.errors import BadField, MoectlError, PeerLost, QueueFull, UsageError
-from moectl.server import openai
+from moectl.server import openai, replies
 from tests.support.fake_cluster import MODEL
 
 SAY_HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -355,7 +355,7 @@ def test_completion_refusals(name: str, value: Any, reason: str) -> None:
 
 def check_form(error: BadField, name: str) -> None:
     """Check that an error has its form: the field by its name, and what would be right."""
-    status, body = openai.describe_error(error)
+    status, body = replies.describe_error(error)
     told = body["error"]
     assert (status, told["type"]) == (404 if told["code"] == "model_not_found" else 400, "invalid_request_error")
     assert re.split(r"[.\[]", str(told["param"]))[0] == name
@@ -390,7 +390,7 @@ def test_bodies_that_are_no_json(body: bytes, reason: str) -> None:
         openai.parse_body(body)
 
 
-def test_a_request_travels_down_the_leash_whole() -> None:
+def test_a_request_travels_to_the_workers_whole() -> None:
     asked = read_chat(logit_bias={"7": 1}, stop=["x"], logprobs=True, n=2, seed=4)
     for request in asked.requests:
         assert decode(encode(GenerateOrder(request))) == GenerateOrder(request)
@@ -401,17 +401,17 @@ def test_a_request_travels_down_the_leash_whole() -> None:
 STATS = Stats(7, 2, 0.1, 0.2, 0.1, 1000, cached_tokens=3)
 
 
-def make_reply(asked: openai.ApiRequest) -> openai.Reply:
-    return openai.Reply(asked, reply_id="1", created=5, name="tiny", model=MODEL)
+def make_reply(asked: openai.ApiRequest) -> replies.Reply:
+    return replies.Reply(asked, reply_id="1", created=5, name="tiny", model=MODEL)
 
 
 def test_a_stream_and_a_whole_say_the_same() -> None:
     asked = read_chat(n=2, stream=True, stream_options={"include_usage": True})
     reply = make_reply(asked)
     chunks = list(reply.start())
-    for index, event in [(0, Token(1, 5, "a")), (1, Token(2, 6, "")), (1, Token(2, 7, "é")), (0, Token(1, -1, "b"))]:
+    for index, event in [(0, Token(1, 5, "a")), (1, Token(2, 6, "")), (1, Token(2, 7, "é"))]:
         chunks += reply.take(index, event)
-    chunks += [*reply.take(1, Done(2, "stop", STATS)), *reply.take(0, Done(1, "length", STATS)), *reply.end()]
+    chunks += [*reply.take(1, Done(2, "stop", STATS)), *reply.take(0, Done(1, "length", STATS, "b")), *reply.end()]
     texts = ["", ""]
     for chunk in chunks[:-1]:
         assert chunk["usage"] is None
@@ -449,15 +449,15 @@ def test_logprobs_in_both_shapes() -> None:
         "top_logprobs": [{"a": -0.25}, {}],
         "text_offset": [0, 0],
     }
-    json.loads(openai.encode_json(chat.whole()))
+    json.loads(replies.encode_json(chat.whole()))
 
 
 def test_events_are_ascii_lines() -> None:
-    event = openai.encode_event({"text": "é\u2028\n\ud800"})
+    event = replies.encode_event({"text": "é\u2028\n\ud800"})
     assert event.startswith(b"data: ")
     assert event.count(b"\n") == 2
     assert event.isascii()
-    assert openai.encode_event(None) == b"data: [DONE]\n\n"
+    assert replies.encode_event(None) == b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize(
@@ -474,6 +474,6 @@ def test_events_are_ascii_lines() -> None:
     ],
 )
 def test_errors_have_openais_shape(error: MoectlError, status: int, kind: str) -> None:
-    found, body = openai.describe_error(error)
+    found, body = replies.describe_error(error)
     assert (found, body["error"]["type"], body["error"]["kind"]) == (status, kind, type(error).__name__)
     assert set(body["error"]) == {"message", "type", "param", "code", "kind", "hint", "host"}

@@ -12,9 +12,9 @@ import openai
 import pytest
 
 from moectl.engine.protocol import Refused, decode, encode
-from moectl.engine.request import MAX_PROMPT_BYTES, TOO_LONG, Request
+from moectl.engine.request import MAX_PROMPT_BYTES, TOO_LONG, Request, too_long
 from moectl.errors import BadField, QueueFull, UsageError
-from moectl.server import openai as api
+from moectl.server import replies
 from moectl.server.client import _rebuild
 from moectl.server.http import MAX_BODY_BYTES, make_app
 from tests.server.test_http import GOOD, KEY, Site, run_site, say
@@ -172,9 +172,9 @@ def test_a_prompt_that_is_too_long_has_openais_code(form: str, stream: bool) -> 
 
 
 def test_a_refusal_of_the_ranks_comes_through_whole() -> None:
-    refused = Refused(3, "the prompt has 60 tokens", "shorten the prompt", "messages", TOO_LONG)
+    refused = Refused.make(3, too_long("the prompt has 60 tokens", "messages"))
     assert decode(encode(refused)) == refused
-    error = refused.error
+    error = refused.to_error()
     assert isinstance(error, BadField)
     assert (error.message, error.hint, error.param, error.code) == (
         "the prompt has 60 tokens",
@@ -194,7 +194,7 @@ def test_a_refusal_of_the_ranks_comes_through_whole() -> None:
     ],
 )
 def test_the_command_line_says_a_hint_once(error: UsageError) -> None:
-    again = _rebuild(api.describe_error(error)[1]["error"])
+    again = _rebuild(replies.describe_error(error)[1]["error"])
     assert (str(again), again.hint, type(again)) == (str(error), error.hint, type(error))
 
 

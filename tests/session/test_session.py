@@ -14,9 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from moectl.engine.protocol import LEASH_LOST, SILENCE_S, AllGather, Done, Gathered, Prefilled, Token, decode, encode
+from moectl.engine.controller_link import ControllerLink
+from moectl.engine.group import own_versions, side_channel
+from moectl.engine.protocol import (
+    LINK_LOST,
+    SILENCE_S,
+    AllGather,
+    Done,
+    Gathered,
+    Prefilled,
+    RunOptions,
+    Token,
+    decode,
+    encode,
+)
 from moectl.engine.request import Request
-from moectl.engine.worker import Leash, own_versions, side_channel
 from moectl.errors import (
     MoectlError,
     NotDeployed,
@@ -68,7 +80,7 @@ def worker_pids() -> set[int]:
 
 
 def text_of(events: list[Token | Done]) -> str:
-    return "".join(e.text for e in events if isinstance(e, Token))
+    return "".join(e.text if isinstance(e, Token) else e.rest for e in events)
 
 
 def test_an_answer_streams_and_repeats(session: Session) -> None:
@@ -78,7 +90,7 @@ def test_an_answer_streams_and_repeats(session: Session) -> None:
     done = first[-1]
     assert isinstance(done, Done)
     assert (done.finish_reason, done.stats.completion_tokens) == ("length", 12)
-    assert len([e for e in first if isinstance(e, Token) and e.token >= 0]) == 12
+    assert len([e for e in first if isinstance(e, Token)]) == 12
     assert done.stats.prompt_tokens == 3 + len("user\nhello\nassistant\n")  # three special tokens
     assert 0 < done.stats.prompt_s <= done.stats.ttft_s
 
@@ -159,7 +171,7 @@ def test_a_rank_that_stalls_is_bounded_and_the_session_stays_over(shards: Path) 
         list(session.generate(Request(3, "hello", 1)))
 
 
-def test_a_slow_launch_keeps_the_leashes_alive(shards: Path) -> None:
+def test_a_slow_launch_keeps_the_links_alive(shards: Path) -> None:
     class Slow(LocalRemote):
         def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> LocalProcess:
             time.sleep(SILENCE_S + 1)
@@ -215,7 +227,7 @@ class Watched(LocalRemote):
 
 
 def deaf(remote: LocalRemote) -> Session:
-    """Return a session whose workers do not mind their leash, as frozen ones do not."""
+    """Return a session whose workers do not end with their link, as frozen ones do not."""
     return Session([replace(spec, remote=remote) for spec in specs(Path("/nowhere"), ("sleep", "1000"), count=3)])
 
 
@@ -329,7 +341,8 @@ def obey(kind, order):
         if MODE in ("quick", "dissents", "stalls", "freezes"):
             tell("Connected", rank=int(rank), world_size=3)
         elif MODE == "blames":
-            tell("Fatal", kind="Unreachable", message="cannot join the ring group: [ring] the neighbour has gone")
+            error = {"kind": "Unreachable", "message": "cannot join the ring group: [ring] the neighbour has gone"}
+            tell("Fatal", error=error)
         elif MODE == "dies":
             time.sleep(0.3)
             os.kill(os.getpid(), 9)
@@ -339,7 +352,7 @@ def obey(kind, order):
         print(bytes.fromhex(order["data"]).decode(), file=sys.stderr, flush=True)
         tell("Connected", rank=0, world_size=3)
     elif kind == "Load" and MODE == "dissents":
-        tell("Fatal", kind="RanksDisagree", message="chose other experts than the others", rank=2)
+        tell("Fatal", error={"kind": "RanksDisagree", "message": "chose other experts than the others"}, rank=2)
     elif kind == "Load":
         tell("Loaded")
         if MODE == "stalls":
@@ -430,7 +443,7 @@ class Slept:
         ("kill -9 $$", "killed by signal 9 while starting"),
         ("exit 3", "exit code 3 while starting"),
         ("exit 1", "ended with exit code 1"),
-        (f"exit {LEASH_LOST}", "slept, or was stopped, for 60 s"),
+        (f"exit {LINK_LOST}", "slept, or was stopped, for 60 s"),
     ],
 )
 def test_a_sleep_explains_no_other_death(script: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,12 +471,12 @@ def test_a_peer_that_never_joins_is_bounded(shards: Path) -> None:
     ranks[1] = replace(ranks[1], argv=stand_in("silent"))
     begin = time.monotonic()
     with pytest.raises(Unreachable, match=r"no answer while connecting within 6 s \(waiting for host0, host1\)"):
-        Session(ranks, start_timeout_s=6).__enter__()
+        Session(ranks, RunOptions(start_timeout_s=6)).__enter__()
     assert time.monotonic() - begin < 60  # bounded at all is the point
     assert worker_pids() == before
 
 
-def test_jaccl_exchanges_its_metadata_over_the_leash(shards: Path) -> None:
+def test_jaccl_exchanges_its_metadata_over_the_link(shards: Path) -> None:
     devices = [(None, "rdma_en3", "rdma_en4"), ("rdma_en2", None, "rdma_en4"), ("rdma_en2", "rdma_en3", None)]
     heard: list[str] = []
     ranks = [
@@ -482,7 +495,7 @@ def test_a_jaccl_exchange_that_stalls_is_bounded(shards: Path) -> None:
         for i, (spec, mode) in enumerate(zip(specs(shards), ("gather", "silent"), strict=True))
     ]
     with pytest.raises(Unreachable, match="no answer while connecting within 1 s"):
-        Session(ranks, backend="jaccl", start_timeout_s=1).__enter__()
+        Session(ranks, RunOptions(start_timeout_s=1), backend="jaccl").__enter__()
 
 
 def test_the_workers_side_of_the_exchange() -> None:
@@ -494,14 +507,14 @@ def test_the_workers_side_of_the_exchange() -> None:
         os.fdopen(events_read, "rb") as events,
         os.fdopen(events_write, "wb") as up,
     ):
-        leash = Leash(down, up, on_end=lambda reason: None)
-        all_gather = side_channel(leash)(0, 2)
+        link = ControllerLink(down, up, on_end=lambda reason: None)
+        all_gather = side_channel(link)(0, 2)
         controller.write(encode(Gathered(b"abcdef".hex())))
         controller.flush()
         assert all_gather(b"abc-and-more", 3) == b"abcdef"
         assert decode(events.readline()) == AllGather(b"abc".hex())
         controller.close()
-        leash.join()
+        link.join()
 
 
 def test_versions_that_differ_are_refused_with_all_differences(shards: Path) -> None:
@@ -525,7 +538,7 @@ def test_a_worker_ends_when_its_controller_vanishes_with_all_pipes() -> None:
     for stream in (process.stdin, process.stdout, process.stderr):
         assert stream is not None
         stream.close()
-    assert process.wait(20) == LEASH_LOST
+    assert process.wait(20) == LINK_LOST
 
 
 def start_worker() -> subprocess.Popen[bytes]:
@@ -537,15 +550,15 @@ def start_worker() -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
-        (lambda p: p.stdin.close(), b"let go of the leash"),
+        (lambda p: p.stdin.close(), b"the controller closed the link"),
         (lambda p: None, b"nothing heard from the controller for 3 s"),
         (lambda p: (p.stdin.write(b"rubbish\n"), p.stdin.flush()), b"not a message"),
     ],
 )
-def test_a_worker_ends_with_its_leash(act: Callable[[subprocess.Popen[bytes]], object], reason: bytes) -> None:
+def test_a_worker_ends_with_its_link(act: Callable[[subprocess.Popen[bytes]], object], reason: bytes) -> None:
     process = start_worker()
     act(process)
-    assert process.wait(20) == LEASH_LOST
+    assert process.wait(20) == LINK_LOST
     assert process.stderr is not None
     assert reason in process.stderr.read()
     for stream in (process.stdin, process.stdout, process.stderr):

@@ -1,4 +1,4 @@
-"""The controller's end of a leash, over processes that stand in for workers."""
+"""The controller's end of its link to a worker, over processes that stand in for workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moectl.engine.protocol import Cancel, Generate, Load, Order
 from moectl.engine.request import Request
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import Completed, LocalRemote
-from moectl.session.worker_link import _KILL, Ended, Heard, Tether, end_all
+from moectl.session.worker_link import _KILL, Ended, Heard, WorkerLink, end_all
 from tests.support.running import wait_for
 
 
@@ -38,52 +38,52 @@ class Noted(LocalRemote):
 
 def tie(
     *argv: str, host: str = "localhost", remote: LocalRemote | None = None
-) -> tuple[Tether, queue.SimpleQueue[Heard]]:
+) -> tuple[WorkerLink, queue.SimpleQueue[Heard]]:
     events: queue.SimpleQueue[Heard] = queue.SimpleQueue()
     remote = remote or LocalRemote()
-    tether = Tether(3, Host(host), remote, events, lambda host, line: None)
-    tether.hold(remote.start(argv))
-    return tether, events
+    link = WorkerLink(3, Host(host), remote, events, lambda host, line: None)
+    link.hold(remote.start(argv))
+    return link, events
 
 
 def test_all_orders_go_out_before_it_is_let_go() -> None:
-    tether, events = tie("cat")
+    link, events = tie("cat")
     orders: list[Order] = [Load(7), Generate(Request(1, "x" * 500_000, 4)), Cancel(1)]
     for order in orders:
-        tether.send(order)
-    end_all([tether])
+        link.send(order)
+    end_all([link])
     heard = [events.get_nowait() for _ in range(4)]
     assert heard == [*((3, order) for order in orders), (3, Ended())]
-    assert tether.find_exit_code() == 0
+    assert link.find_exit_code() == 0
 
 
 def test_an_order_on_its_way_is_as_good_as_a_beat_while_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moectl.session.worker_link.STUCK_S", 0.1)
-    tether, _ = tie("sleep", "1000")
-    assert tether.beat()
-    tether.send(Generate(Request(1, "x" * 1_000_000, 4)))
-    wait_for(lambda: not tether.beat())  # the pipe takes the first of it
-    wait_for(tether.beat)  # and no more
-    end_all([tether])
-    assert tether.find_exit_code() == -9
+    link, _ = tie("sleep", "1000")
+    assert link.beat()
+    link.send(Generate(Request(1, "x" * 1_000_000, 4)))
+    wait_for(lambda: not link.beat())  # the pipe takes the first of it
+    wait_for(link.beat)  # and no more
+    end_all([link])
+    assert link.find_exit_code() == -9
 
 
 def test_what_was_never_started_has_no_end() -> None:
-    tether = Tether(0, Host("mac1"), LocalRemote(), queue.SimpleQueue(), lambda host, line: None)
-    assert not tether.beat()
-    end_all([tether])
+    link = WorkerLink(0, Host("mac1"), LocalRemote(), queue.SimpleQueue(), lambda host, line: None)
+    assert not link.beat()
+    end_all([link])
 
 
 @pytest.mark.parametrize("silent", [True, False])
-def test_who_does_not_mind_its_leash_is_ended_on_its_host(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_ignores_its_link_is_killed_on_its_host(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moectl.session.worker_link.EXIT_GRACE_S", 0.3)
     remote = Noted()
-    tethers = [tie("sleep", "1000", host=host, remote=remote)[0] for host in ("mac1", "mac2")]
-    for pid, tether in enumerate(tethers, 41):
-        tether.pid, tether.is_silent = pid, silent
-    end_all(tethers)
+    links = [tie("sleep", "1000", host=host, remote=remote)[0] for host in ("mac1", "mac2")]
+    for pid, link in enumerate(links, 41):
+        link.pid, link.is_silent = pid, silent
+    end_all(links)
     assert sorted(argv[-1] for argv in remote.ran) == ["41", "42"]
-    assert [tether.find_exit_code() for tether in tethers] == [-9, -9]
+    assert [link.find_exit_code() for link in links] == [-9, -9]
 
 
 def test_a_number_that_is_another_process_now_is_left_alone() -> None:

@@ -138,10 +138,12 @@ def test_offsets_count_what_is_held_back() -> None:
     """Each token begins where the answer's text says, whatever a stop text holds back meanwhile."""
     tokens = MAKERS["cl100k"]()
     answer = tokens.encode(" return 42, then é").ids
-    told = [event for event in tell(tokens, answer, stop=(" return 42; ",)) if isinstance(event, Token)]
-    text = "".join(token.text for token in told)
+    *told, done = tell(tokens, answer, stop=(" return 42; ",))
+    assert isinstance(done, Done)
+    tokens_told = [event for event in told if isinstance(event, Token)]
+    text = "".join(token.text for token in tokens_told) + done.rest
     assert text == " return 42, then é"
-    for token in told[:-1]:
+    for token in tokens_told:
         said = tokens.decode([token.token])
         assert text[token.offset : token.offset + len(said)] == said
 

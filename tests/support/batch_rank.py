@@ -89,7 +89,7 @@ def load(engine: Engine, job: dict[str, Any], rank: int) -> tuple[dict[int, list
     reasons: dict[int, str] = {}
     accepted = 0
     for event in engine.serve(inbox):
-        if isinstance(event, Token) and event.token >= 0:
+        if isinstance(event, Token):
             tokens.setdefault(event.id, []).append(event.token)
         if isinstance(event, Done):
             assert event.id not in reasons

@@ -14,6 +14,10 @@ from moectl.engine.protocol import Cancel, Done, Event, Generate, Refused, Token
 from moectl.engine.request import Request, Stats
 
 
+def _text(event: Token | Done) -> str:
+    return event.text if isinstance(event, Token) else event.rest
+
+
 class Driven:
     """An engine that leads, its inbox, and everything it has told."""
 
@@ -59,10 +63,10 @@ class Driven:
         return told
 
     def tokens(self, number: int) -> list[int]:
-        return [e.token for e in self.events if isinstance(e, Token) and e.id == number and e.token >= 0]
+        return [e.token for e in self.events if isinstance(e, Token) and e.id == number]
 
     def text(self, number: int) -> str:
-        return "".join(e.text for e in self.events if isinstance(e, Token) and e.id == number)
+        return "".join(_text(e) for e in self.events if isinstance(e, Token | Done) and e.id == number)
 
     def reason(self, number: int) -> str:
         [reason] = [e.finish_reason for e in self.events if isinstance(e, Done) and e.id == number]
@@ -73,8 +77,8 @@ class Driven:
         return stats
 
     def refusal(self, number: int) -> str:
-        [message] = [e.message for e in self.events if isinstance(e, Refused) and e.id == number]
-        return str(message)
+        [message] = [e.to_error().message for e in self.events if isinstance(e, Refused) and e.id == number]
+        return message
 
     def held_bytes(self) -> int:
         """Return what MLX's arrays take once past answers are let go of."""

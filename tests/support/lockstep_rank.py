@@ -52,7 +52,7 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
     answers: dict[int, list[int]] = {number: [] for number in range(1, len(case["prompts"]) + 1)}
     for event in engine.serve(inbox):
         assert rank == leader, f"a follower told {event}"
-        if isinstance(event, Token) and event.token >= 0:
+        if isinstance(event, Token):
             answers[event.id].append(event.token)
         if isinstance(event, Done):
             accepted += event.stats.accepted_tokens

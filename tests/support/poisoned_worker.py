@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moectl.engine import answer as answer_module, engine as engine_module, worker
+from moectl.engine import answer as answer_module, controller_link, engine as engine_module, worker
 from moectl.engine.answer import Answer
 from moectl.engine.protocol import Done, Prefilled, Token
 from moectl.engine.sampling import Sampler
@@ -103,7 +103,7 @@ def poison() -> None:
     fail_where(Answer, "_read", lambda self, *_: is_poisoned(self.request, "odds") and self.count > AFTER)
     kinds = {"progress sent": Prefilled, "token sent": Token, "end sent": Done}
     fail_where(
-        worker,
+        controller_link,
         "encode",
         lambda event: (place := places.get(getattr(event, "id", 0))) in kinds and type(event) is kinds[place],
     )

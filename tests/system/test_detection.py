@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moectl.engine.protocol import Done
+from moectl.engine.protocol import Done, RunOptions
 from moectl.engine.request import Request
 from moectl.errors import PeerLost, Stalled, Unreachable
 from moectl.hosts.hostfile import Host
@@ -43,9 +43,9 @@ def block(x, exchange):
 reduce.run_exchange = block
 """
 STRANGER = """
-import moectl.engine.worker as worker
-real = worker._check_peers
-worker._check_peers = lambda group, start, nonce: real(group, start, nonce ^ 1)
+import moectl.engine.group as group_
+real = group_._check_peers
+group_._check_peers = lambda group, start, nonce: real(group, start, nonce ^ 1)
 """
 
 
@@ -71,7 +71,7 @@ def over_rdma(ranks: list[RankSpec]) -> list[RankSpec]:
 def test_an_init_that_blocks_is_bounded(shards: Path, backend: str) -> None:
     ranks = over_rdma(specs(shards, program(BLOCKED_INIT)))
     with pytest.raises(Unreachable, match=r"no answer while connecting within 3 s \(waiting for host0, host1\)"):
-        Session(ranks, backend=backend, start_timeout_s=3).__enter__()
+        Session(ranks, RunOptions(start_timeout_s=3), backend=backend).__enter__()
     wait_for(lambda: not workers())
 
 
@@ -80,8 +80,9 @@ import sys
 from tests.system.test_detection import BLOCKED_INIT, program
 from tests.session.test_session import specs
 from pathlib import Path
+from moectl.engine.protocol import RunOptions
 from moectl.session.session import Session
-Session(specs(Path(sys.argv[1]), program(BLOCKED_INIT)), start_timeout_s=60).start()
+Session(specs(Path(sys.argv[1]), program(BLOCKED_INIT)), RunOptions(start_timeout_s=60)).start()
 """
 
 
@@ -155,5 +156,5 @@ def test_a_port_that_is_taken_is_told(shards: Path) -> None:
     ranks = specs(shards)
     ranks[0] = replace(ranks[0], argv=program(PORT_TAKEN))
     with pytest.raises(Unreachable, match="host0: rank 0: cannot join the ring group"):
-        Session(ranks, start_timeout_s=20).__enter__()
+        Session(ranks, RunOptions(start_timeout_s=20)).__enter__()
     wait_for(lambda: not workers())

@@ -19,13 +19,15 @@ from typing import Any, cast
 
 import pytest
 
+from moectl import errors
 from moectl.cluster import probed_plan
 from moectl.cluster.deploy.provision import inspect_host
 from moectl.cluster.deploy.task import HostTask
 from moectl.cluster.probe import Site, measure_links
 from moectl.engine import protocol
+from moectl.engine.controller_link import ControllerLink
+from moectl.engine.protocol import RunOptions
 from moectl.engine.request import Request, Stats
-from moectl.engine.worker import Leash
 from moectl.errors import MoectlError, RemoteError
 from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts, read_hosts
 from moectl.hosts.mlx_hostfile import to_mlx_json
@@ -227,7 +229,7 @@ def test_journals(tmp_path: Path, seconds: float) -> None:
     fuzz("journal", [whole], read, seconds=seconds)
 
 
-# The leash, both ends.
+# The worker protocol, both ends.
 
 ORDERS: list[protocol.Order] = [
     protocol.Start(0, 2, "/shards", ["127.0.0.1"], 30.0, log="/log"),
@@ -252,13 +254,13 @@ EVENTS: list[protocol.Event] = [
     protocol.Prefilled(1, 5),
     protocol.Token(1, 65, "A", -0.5, [(65, "A", -0.5), (66, "B", -1.5)]),
     protocol.Done(1, "stop", Stats(1, 2, 0.25, 0.5, 0.25, 1 << 30)),
-    protocol.Refused(2, "no", "hint"),
-    protocol.Fatal("PeerLost", "gone"),
+    protocol.Refused.make(2, errors.BadField("no", hint="hint")),
+    protocol.Fatal(errors.to_json(errors.PeerLost("gone"))),
     protocol.AllGather("00ff"),
 ]
 
 
-def test_leash_messages(seconds: float) -> None:
+def test_worker_messages(seconds: float) -> None:
     def read(data: bytes) -> None:
         for message in protocol.read_messages(io.BytesIO(data)):
             # Right types all through: it can be written, and is the same when it is read again.
@@ -266,17 +268,17 @@ def test_leash_messages(seconds: float) -> None:
             assert again == message or "NaN" in str(asdict(message)).replace("nan", "NaN")
 
     valid = [protocol.encode(m) for m in (*ORDERS, *EVENTS)]
-    fuzz("leash", [*valid, b"".join(valid)], read, seconds=seconds)
+    fuzz("worker protocol", [*valid, b"".join(valid)], read, seconds=seconds)
 
 
-def test_a_workers_end_of_the_leash(seconds: float) -> None:
-    """Whatever comes down, the leash tells in the end why it is over, and hands on nothing but orders."""
+def test_a_workers_end_of_the_link(seconds: float) -> None:
+    """Whatever bytes come, the link tells in the end why it is over, and hands on nothing but orders."""
 
     def read(data: bytes) -> None:
         down, feed = os.pipe()
         reasons: list[str] = []
         with os.fdopen(down, "rb") as stream:
-            held = Leash(stream, io.BytesIO(), on_end=reasons.append)
+            held = ControllerLink(stream, io.BytesIO(), on_end=reasons.append)
             with os.fdopen(feed, "wb") as f:
                 f.write(data)
             held.join()
@@ -286,7 +288,7 @@ def test_a_workers_end_of_the_leash(seconds: float) -> None:
             assert isinstance(held.orders.get(), protocol.Order)
 
     valid = b"".join(map(protocol.encode, ORDERS))
-    fuzz("worker's leash", [valid], read, seconds=seconds)
+    fuzz("worker's link", [valid], read, seconds=seconds)
 
 
 # node.py, both ends.
@@ -495,7 +497,7 @@ WORKERS_NONSENSE = {
     "another event": 'print(\'{"type": "Connecting"}\')',
     "wrong types": 'print(\'{"type": "Listening", "versions": [], "ports": {}}\')',
     "wrong ports": 'print(\'{"type": "Listening", "versions": {}, "ports": []}\')',
-    "an unknown failure": 'print(\'{"type": "Fatal", "kind": "__name__", "message": "a\\\\nb"}\')',
+    "unknown kind": 'print(\'{"type": "Fatal", "error": {"kind": "__name__", "message": "a\\\\nb", "hint": 5}}\')',
     "a line of 100 MB": "[sys.stdout.write('x' * (1 << 20)) for _ in range(100)]",
 }
 
@@ -505,14 +507,14 @@ def test_a_session_that_hears_nonsense_names_the_host(said: str, monkeypatch: py
     before = threading.active_count()
     monkeypatch.setattr(
         "moectl.session.worker_link.EXIT_GRACE_S", 0.5
-    )  # nobody here ends by the leash when its output is full
+    )  # no process here ends with its link when its output is full
     program = f"import sys, time\ntry:\n    {said}\n    sys.stdout.flush()\nexcept OSError:\n    pass\nsys.stdin.read()"
     good = 'import sys\nprint(\'{"type": "Listening", "versions": {}, "ports": [5000]}\', flush=True)\nsys.stdin.read()'
     ranks = [
         RankSpec(Host(name), LocalRemote(), (sys.executable, "-c", text), "", ("127.0.0.1",))
         for name, text in (("mac1", good), ("mac2", program))
     ]
-    session = Session(ranks, start_timeout_s=20)
+    session = Session(ranks, RunOptions(start_timeout_s=20))
     try:
         with pytest.raises(MoectlError) as caught:
             session.start()

@@ -11,7 +11,7 @@ import click
 
 from moectl import errors
 from moectl.cli.options import FILE, Common, common, target_options
-from moectl.cli.target import choose_target, session_options
+from moectl.cli.target import choose_target, run_options
 from moectl.cli.terminal import log_printer
 from moectl.cli.verb import verb
 from moectl.text import columns, size_text, table_text, time_text
@@ -174,7 +174,7 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
         speeds = f"prompt {trial.prefill_tok_s:.1f} tok/s, generate {trial.decode_tok_s:.1f} tok/s"
         common.say(f"trial {number} of {trials}: {speeds}")
 
-    with launch.open_session(target, on_log=log_printer(common), **session_options(common, options)) as session:
+    with launch.open_session(target, run_options(options), on_log=log_printer(common)) as session:
         counts = {key: options[key] for key in ("prompt_tokens", "generation_tokens")}
         result = benchmark.bench(session, target.name, trials=trials, predicted=predicted, on_trial=on_trial, **counts)
     document = bench_json(result)
@@ -193,9 +193,8 @@ def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Pr
     from moectl.session.bench import Predicted, read_prediction
 
     manifest = None
-    hosts = ["localhost"] * launch.count_ranks(target)
     if isinstance(target, launch.Local):
-        manifest = target.manifest
+        manifest, hosts = target.manifest, list(target.addresses)
     else:
         hosts = [rank.host.name for rank in target.ranks]
         with contextlib.suppress(errors.MoectlError):  # the operator's copy may be gone

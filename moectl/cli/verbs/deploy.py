@@ -240,6 +240,7 @@ def deploy(
 
 def _check_results(common: Common, remotes: Sequence[Remote], *, force: bool) -> None:
     """Start what was just deployed, and end it; raises when a rank computes something else."""
+    from moectl.engine.protocol import RunOptions
     from moectl.model.manifest import read_manifest
     from moectl.server import attach
     from moectl.session import target as launch
@@ -251,7 +252,7 @@ def _check_results(common: Common, remotes: Sequence[Remote], *, force: bool) ->
         common.say("Not checked: it is running. 'moectl stop', then the next start checks it.")
     else:
         common.say("Starting it once to check its results")
-        with launch.open_session(target, remotes=remotes, force=force) as session:
+        with launch.open_session(target, RunOptions(force=force), remotes=remotes) as session:
             off = session.model.deviation
         common.say(f"Checked: every rank computes what it should (off by {off:.1g} at most). Next: moectl run")
 

@@ -12,7 +12,7 @@ import click
 
 from moectl import errors
 from moectl.cli.options import Common, Duration, F, common, count_restarts, restart_options, target_options
-from moectl.cli.target import choose_target, session_options
+from moectl.cli.target import choose_target, run_options
 from moectl.cli.terminal import log_printer, stats_text, write_answer
 from moectl.cli.verb import verb
 from moectl.engine.parameters import PARAMETERS
@@ -81,7 +81,7 @@ def run(
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and _at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
     target = choose_target(common, options)
-    wanted = session_options(common, options)
+    wanted = run_options(options)
 
     def connect() -> attach.Attached:
         settings = ControllerOptions(attach.place_of(target), keep_alive, restarts=count_restarts(options))

@@ -8,7 +8,7 @@ import click
 
 from moectl import errors
 from moectl.cli.options import FILE, Common, Duration, common, count_restarts, restart_options, target_options
-from moectl.cli.target import advise, choose_target, session_options
+from moectl.cli.target import advise, choose_target, run_options
 from moectl.cli.terminal import log_printer
 from moectl.cli.verb import verb
 
@@ -85,19 +85,19 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
         ending = "moectl stop ends it" if detach else "Ctrl-C stops serving and unloads; -d would leave it running"
         common.print(f"Serving {url}  ({ending})", {"schema": "moectl.serve/1", "url": url, "model": target.name}, url)
 
-    wanted = session_options(common, options)
+    wanted = run_options(options)
     if detach:
-        on_ready(attach.start(target, settings, wanted, on_log=log_printer(common)))
+        on_ready(attach.start(target, wanted, settings, on_log=log_printer(common)))
         return
     common.say(f"Loading {target.name}")
     run_controller(
         target,
+        wanted,
         settings,
         on_ready=lambda sockets: on_ready(sockets[1].getsockname()[1]),
+        on_log=log_printer(common),
         say=common.say,
         advise=advise,
-        on_log=log_printer(common),
-        **wanted,
     )
 
 

@@ -1,0 +1,203 @@
+"""OpenAI's JSON, written: from tokens to a reply, from an error to its body and status.
+
+It knows no HTTP library, no clock and no cluster; `openai` reads requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+from moectl import __version__
+from moectl.engine.protocol import Done, Ready, Token
+from moectl.engine.request import Stats
+from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
+from moectl.server.fields import Fields
+from moectl.server.openai import ApiRequest
+
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own stand-in
+
+
+class Reply:
+    """One HTTP reply, made of every choice's events: as chunks of a stream, or as a whole."""
+
+    def __init__(self, asked: ApiRequest, *, reply_id: str, created: int, name: str, model: Ready) -> None:
+        self._asked = asked
+        self._head = {
+            "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{reply_id}",
+            "created": created,
+            "model": name,
+            "system_fingerprint": f"moectl-{__version__}-{model.split}-{model.bits or 16}bit",
+        }
+        self._texts: list[list[str]] = [[] for _ in asked.requests]
+        self._logprobs: list[list[Token]] = [[] for _ in asked.requests]
+        self._done: dict[int, Done] = {}
+
+    def start(self) -> Iterator[Fields]:
+        """Yield the chunks with which a stream begins."""
+        if self._asked.chat:
+            for index in range(len(self._texts)):
+                yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
+
+    def take(self, index: int, event: Token | Done) -> Iterator[Fields]:
+        """Note an event of a choice; yield its chunks of a stream."""
+        if isinstance(event, Done):
+            self._done[index] = event
+            yield from self._take_text(index, event.rest, [])
+            end: Fields = {"delta": {}} if self._asked.chat else {"text": ""}
+            yield self._chunk(index, end, event)
+        else:
+            told = self._asked.logprobs is not None and event.logprob is not None
+            yield from self._take_text(index, event.text, [event] if told else [])
+
+    def _take_text(self, index: int, text: str, logprobs: list[Token]) -> Iterator[Fields]:
+        self._texts[index].append(text)
+        self._logprobs[index] += logprobs
+        if text or logprobs:
+            content: Fields = {"delta": {"content": text}} if self._asked.chat else {"text": text}
+            yield self._chunk(index, {**content, "logprobs": self._tell_logprobs(logprobs)})
+
+    def end(self) -> Iterator[Fields]:
+        """Yield the chunk with the usage, if the request wants it."""
+        if self._asked.include_usage:
+            yield {**self._head, "object": self._object(), "choices": [], "usage": self._usage()}
+
+    def whole(self) -> Fields:
+        """Return the whole reply, once every choice is done."""
+        choices = [self._choice(index, self._whole_choice(index), self._done[index]) for index in sorted(self._done)]
+        kind = "chat.completion" if self._asked.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
+
+    def _whole_choice(self, index: int) -> Fields:
+        text = "".join(self._texts[index])
+        logprobs = self._tell_logprobs(self._logprobs[index])
+        if self._asked.chat:
+            return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
+        return {"text": text, "logprobs": logprobs}
+
+    def _chunk(self, index: int, content: Fields, done: Done | None = None) -> Fields:
+        usage = {"usage": None} if self._asked.include_usage else {}
+        return {**self._head, "object": self._object(), "choices": [self._choice(index, content, done)], **usage}
+
+    def _choice(self, index: int, content: Fields, done: Done | None) -> Fields:
+        choice = {"index": index, "logprobs": None, **content, "finish_reason": done.finish_reason if done else None}
+        if done:  # moectl's own addition, as llama.cpp has its timings
+            choice["stats"] = dataclasses.asdict(done.stats)
+        return choice
+
+    def _object(self) -> str:
+        return "chat.completion.chunk" if self._asked.chat else "text_completion"
+
+    def _usage(self) -> Fields:
+        stats: dict[int, Stats] = {index: done.stats for index, done in self._done.items()}
+        prompts = [s for index, s in stats.items() if index % self._asked.n == 0]  # each prompt counts once
+        prompt, completion = sum(s.prompt_tokens for s in prompts), sum(s.completion_tokens for s in stats.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in prompts)},
+        }
+
+    def _tell_logprobs(self, tokens: list[Token]) -> Fields | None:
+        if self._asked.logprobs is None:
+            return None
+        if self._asked.chat:
+            return {"content": [_tell_token(token, self._asked.logprobs) for token in tokens], "refusal": None}
+        return _tell_legacy(tokens, self._asked.logprobs)
+
+
+def _tell_token(token: Token, k: int) -> Fields:
+    top = [_tell_text(text, logprob) for _, text, logprob in token.top[:k]]
+    return {**_tell_text(_own_text(token), token.logprob or 0.0), "top_logprobs": top}
+
+
+def _tell_text(text: str, logprob: float) -> Fields:
+    exact = "\ufffd" not in text  # else it is a part of a character, whose bytes are not in the text
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if exact else None}
+
+
+def _tell_legacy(tokens: list[Token], k: int) -> Fields:
+    return {
+        "tokens": [_own_text(token) for token in tokens],
+        "token_logprobs": [_finite(token.logprob or 0.0) for token in tokens],
+        "top_logprobs": [{text: _finite(logprob) for _, text, logprob in token.top[:k]} for token in tokens] or None,
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def _own_text(token: Token) -> str:
+    # The text that became final with a token may be less or more than its own: a stop text may be held back.
+    return next((text for number, text, _ in token.top if number == token.token), token.text)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB) if logprob == logprob else _LEAST_LOGPROB
+
+
+def describe_model(name: str, created: int, model: Ready) -> Fields:
+    """Return one entry of /v1/models; max_model_len as vLLM has it."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "moectl",
+        "max_model_len": model.max_seq_len,
+    }
+
+
+# Errors.
+
+_STATUS: dict[type[MoectlError], tuple[int, str]] = {
+    QueueFull: (429, "rate_limit_error"),
+    UsageError: (400, "invalid_request_error"),
+    StateError: (503, "server_error"),
+    RemoteError: (503, "server_error"),
+    HostError: (503, "server_error"),
+    MoectlError: (500, "server_error"),
+}
+_CODES = {"rate_limit_error": "rate_limit_exceeded"}
+
+
+def describe_error(error: MoectlError) -> tuple[int, Fields]:
+    """Return the HTTP status and the body of an error."""
+    status, kind = next(entry for cls in type(error).__mro__ if (entry := _STATUS.get(cls)))
+    param, code = (error.param, error.code) if isinstance(error, BadField) else (None, _CODES.get(kind))
+    if code == "model_not_found":
+        status = 404
+    own = type(error).__name__
+    return status, error_body(str(error), kind, param=param, code=code, kind=own, hint=error.hint, host=error.host)
+
+
+def error_body(
+    message: str,
+    type_: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    kind: str = MoectlError.__name__,
+    hint: str | None = None,
+    host: str | None = None,
+) -> Fields:
+    """Return the body of an error in OpenAI's shape; kind, hint and host are moectl's own.
+
+    The hint is in the message as well: most clients show nothing else.
+    """
+    own = {"kind": kind, "hint": hint, "host": host}
+    return {"error": {"message": message + hint_suffix(hint), "type": type_, "param": param, "code": code, **own}}
+
+
+def hint_suffix(hint: str | None) -> str:
+    """Return how an error's message ends where it has a hint."""
+    return f" (hint: {hint})" if hint else ""
+
+
+def encode_json(value: Fields) -> bytes:
+    """Return JSON in ASCII, so that clients which split a stream at every Unicode line end can read it."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def encode_event(value: Fields | None) -> bytes:
+    """Return a server-sent event; None is the last one, [DONE]."""
+    return b"data: " + (b"[DONE]" if value is None else encode_json(value)) + b"\n\n"
