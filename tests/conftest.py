@@ -29,7 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # First, so that none of them begins when all others are done: seconds on two cores.
-LONG_FILES = {"test_end_to_end": 330, "test_controller": 300, "test_lockstep": 240, "test_deploy": 150}
+LONG_FILES = {"test_end_to_end": 130, "test_deploy": 110, "test_controllers": 90, "test_lockstep": 80, "test_crash": 60}
+# Each of them starts the whole program, or a host to log in to.
+SYSTEM_FIXTURES = {"netns_session", "sshd_session"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     for item in items:
-        if item.path.parent.name == "system":
+        if item.path.parent.name == "system" or SYSTEM_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("system")
     items.sort(key=lambda item: -LONG_FILES.get(item.path.stem, 0))
 
@@ -68,19 +70,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hide the user's own configuration, state and agent from every test."""
     for name in list(os.environ):
         if name.startswith(("MOECTL_", "XDG_", "SSH_")) and not name.startswith(KEPT):
             monkeypatch.delenv(name)
-    home = tmp_path_factory.mktemp("xdg")
-    for name in ("CONFIG", "STATE", "DATA", "CACHE"):
-        monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
-    # Names of Unix sockets are short, pytest's directories are not.
     umask = os.umask(0o022)  # what runs on a host makes it stricter, and in a test that is this process
     os.umask(umask)
-    with tempfile.TemporaryDirectory(prefix="moe") as run:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", run)
+    # Not among pytest's directories: their names are too long for Unix sockets, and making one reads all others.
+    with tempfile.TemporaryDirectory(prefix="moe", ignore_cleanup_errors=True) as home:
+        for name in ("CONFIG", "STATE", "DATA", "CACHE"):
+            monkeypatch.setenv(f"XDG_{name}_HOME", f"{home}/{name.lower()}")
+        Path(home, "run").mkdir(mode=0o700)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", f"{home}/run")
         monkeypatch.setenv("MOECTL_RUN_KEEP_ALIVE", "0")  # no test leaves a controller behind
         monkeypatch.setenv("MOECTL_DEPLOY_NO_CHECK", "1")  # where it is not what is tested, it takes long
         yield

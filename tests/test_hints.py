@@ -13,7 +13,7 @@ from tests.support.hints import collect_hints
 
 HERE = Path(__file__).parent
 TABLE: dict[str, Any] = tomllib.loads((HERE / "hints.toml").read_text(encoding="utf-8"))
-MOST_UNFOLLOWED = 25  # fewer is better: lower it with the list
+MOST_UNFOLLOWED = 18  # fewer is better: lower it with the list
 
 
 def test_every_hint_is_in_the_table_once_and_nothing_else() -> None:

@@ -95,14 +95,14 @@ def test_ranks_stay_together_under_load(split: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(demo_dir()))
     shards = tmp_path / "shards"
     cut(checkpoint, make_placement(checkpoint.geometry, split, 2), None, shards, name="two", quantise=quantizer)
-    load = {"requests": 250, "cancels": 200, "seed": 4, "prompts": PROMPTS}
+    load = {"requests": 100, "cancels": 80, "seed": 4, "prompts": PROMPTS}
     zero, one = run_load(load, shards, tmp_path)
     leader, follower = (one, zero) if split == "layers" else (zero, one)
     assert follower["tokens"] == follower["reasons"] == {}
-    assert sorted(map(int, leader["reasons"])) == list(range(1, 251))
-    assert list(leader["reasons"].values()).count("cancelled") > 80
+    assert sorted(map(int, leader["reasons"])) == list(range(1, 101))
+    assert list(leader["reasons"].values()).count("cancelled") > 30
     assert leader["kept"] == follower["kept"] != []
     alone = answer_alone(load_demo(tmp_path / "alone"), PROMPTS[0], 20, ignore_eos=True)
-    assert all(leader["tokens"][str(number)] == alone for number in range(10, 251, 10))
+    assert all(leader["tokens"][str(number)] == alone for number in range(10, 101, 10))
     for rank in (zero, one):
         assert abs(rank["after"] - rank["before"]) <= 0.05 * rank["before"]

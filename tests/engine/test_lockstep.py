@@ -1,10 +1,12 @@
 """Every way of splitting gives the tokens of one process: ranks × splits × shares × precisions × models.
 
-One set of processes per rank count runs all cases on one ring (see `lockstep_rank`).
+One set of processes per rank count runs all cases on one ring (see `lockstep_rank`). Each combination of ranks, split,
+shares and model runs at one precision, which changes from one to the next; `--long` runs all precisions.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import subprocess
@@ -28,7 +30,7 @@ from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.ring import process_env
 from tests.support.tiny import write_checkpoint
 
-TOKENS = 64
+TOKENS = 40  # more than a prefill chunk of the test (32)
 BITS = (16, 8, 4)
 MODELS = ("demo", "random", "deep")
 # Demo: 4 units of the hidden dimension, 4 layers, 2 KV heads; random: 6, 2, 2; deep: 6, 4, 4. All have 16 experts.
@@ -106,63 +108,77 @@ def run_ranks(world_size: int, cases: list[dict[str, Any]], directory: Path) -> 
     return [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def list_cases(world_size: int) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+Case = tuple[str, str, tuple[int, ...], int]
+
+
+def list_cases(world_size: int, *, every: bool) -> Iterator[Case]:
+    """List the cases of so many ranks: each at every precision, or at one, which changes from case to case."""
+    turn = itertools.cycle(BITS[world_size % 3 :] + BITS[: world_size % 3])
     for model in MODELS:
         for split, by_size in SHARES[model].items():
             for shares in by_size.get(world_size, []):
                 # The demo's two heads of one rank are 32 wide, half a quantisation group.
-                for bits in BITS[:1] if (model, split) == ("demo", "tensor") else BITS:
+                possible = BITS[:1] if (model, split) == ("demo", "tensor") else BITS
+                for bits in possible if every else [next(bits for bits in turn if bits in possible)]:
                     yield model, split, shares, bits
 
 
-def make_cases(world_size: int, models: dict[str, Path], directory: Path) -> list[dict[str, Any]]:
+def make_cases(cases: list[Case], models: dict[str, Path], directory: Path) -> list[dict[str, Any]]:
     return [
         {
             "shards": str(
                 cut_case(
                     models[model],
-                    directory / f"{world_size}-{number}",
+                    directory / f"{len(shares)}-{number}",
                     split,
                     shares,
                     bits,
-                    canary=bits == 4 and world_size > 1,
+                    canary=bits == 4 and len(shares) > 1,
                 )
             ),
             "prompts": PROMPTS[model],
             "max_tokens": TOKENS,
             "raw": model != "demo",
         }
-        for number, (model, split, shares, bits) in enumerate(list_cases(world_size))
+        for number, (model, split, shares, bits) in enumerate(cases)
     ]
 
 
 @pytest.fixture(scope="module")
-def alone(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]]:
-    """Results of one process by (model, bits)."""
+def alone(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, Any]]:
+    """Results of one process: by hidden units at every precision, and by experts at one."""
     directory = tmp_path_factory.mktemp("alone")
-    [results] = run_ranks(1, make_cases(1, models, directory), directory)
-    by_case = list(zip(list_cases(1), results, strict=True))
-    return {(model, bits): result for (model, split, _, bits), result in by_case if split == "hidden"} | {
-        (model, bits, "experts"): result for (model, split, _, bits), result in by_case if split == "experts"
-    }
+    every = [case for case in list_cases(1, every=True) if case[1] == "hidden"]
+    cases = every + [case for case in list_cases(1, every=False) if case[1] == "experts"]
+    [results] = run_ranks(1, make_cases(cases, models, directory), directory)
+    return dict(zip(cases, results, strict=True))
 
 
-def test_one_process_gives_enough_tokens(alone: dict[Any, dict[str, Any]]) -> None:
-    for bits in BITS:
-        assert [len(t) for t in alone["random", bits]["tokens"]] == [TOKENS] * 3
-        assert len(alone["demo", bits]["tokens"][0]) == TOKENS
-        for model in MODELS:
-            assert alone[model, bits]["tokens"] == alone[model, bits, "experts"]["tokens"]
+def test_one_process_gives_enough_tokens(alone: dict[Case, dict[str, Any]]) -> None:
+    for (model, split, shares, bits), one in alone.items():
+        answers = [len(tokens) for tokens in one["tokens"]]
+        assert max(answers) == TOKENS
+        assert model == "demo" or set(answers) == {TOKENS}
+        if split == "experts":
+            [units] = SHARES[model]["hidden"][1]
+            assert one["tokens"] == alone[model, "hidden", units, bits]["tokens"], (model, shares)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_tokens_and_logits_equal_one_process(
-    world_size: int, models: dict[str, Path], alone: dict[Any, dict[str, Any]], tmp_path: Path
+    world_size: int,
+    models: dict[str, Path],
+    alone: dict[Case, dict[str, Any]],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
-    results = run_ranks(world_size, make_cases(world_size, models, tmp_path), tmp_path)
-    for number, (model, split, shares, bits) in enumerate(list_cases(world_size)):
+    cases = list(list_cases(world_size, every=request.config.getoption("--long")))
+    assert {bits for *_, bits in cases} == set(BITS)
+    results = run_ranks(world_size, make_cases(cases, models, tmp_path), tmp_path)
+    for number, (model, split, shares, bits) in enumerate(cases):
         case = f"{model} {split} {shares} {bits} bits"
-        one = alone[model, bits]
+        [units] = SHARES[model]["hidden"][1]
+        one = alone[model, "hidden", units, bits]
         leader = results[world_size - 1 if split == "layers" else 0][number]
         assert leader["tokens"] == one["tokens"], case
         np.testing.assert_allclose(leader["logits"], one["logits"], atol=1e-4, rtol=0, err_msg=case)

@@ -114,8 +114,15 @@ def test_ordinary_questions_have_the_same_answers(parts: Parts) -> None:
     assert accepted > 0
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("kv_n_heads", [1, 4])
+@pytest.mark.parametrize(
+    ("bits", "kv_n_heads"),
+    [
+        (16, 1),
+        (4, 4),
+        pytest.param(16, 4, marks=pytest.mark.long),
+        pytest.param(4, 1, marks=pytest.mark.long),
+    ],
+)
 def test_random_models_have_the_same_answers(bits: int, kv_n_heads: int, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", vocab_size=VOCAB_SIZE, n_heads=4, kv_n_heads=kv_n_heads)
     write_tokenizer(tmp_path / "source")
@@ -230,7 +237,7 @@ def test_a_stop_token_may_end_a_draft_anywhere(parts: Parts, quoting: tuple[int,
 def test_a_stop_text_may_end_a_draft_anywhere(parts: Parts, quoting: tuple[int, ...], plain: Driven) -> None:
     text = plain.text(1)
     driven = Driven(parts, speculate=8)
-    for start in range(2, len(text) - 8, 9):
+    for start in range(2, len(text) - 8, 17):
         stop = text[start : start + 6]
         number = driven.ask(prompt_tokens=quoting, max_tokens=SAID, ignore_eos=True, stop=(stop,))
         driven.run()
@@ -381,7 +388,7 @@ def test_ranks_propose_alike(parts: Parts, quoting: tuple[int, ...], tmp_path: P
         assert leader["accepted"] > 0, split
 
 
-@pytest.mark.parametrize("split", ["hidden", "layers"])
+@pytest.mark.parametrize("split", ["hidden", pytest.param("layers", marks=pytest.mark.long)])
 def test_ranks_stay_together_while_requests_come_and_go(
     parts: Parts, quoting: tuple[int, ...], split: str, tmp_path: Path
 ) -> None:

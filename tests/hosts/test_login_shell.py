@@ -126,8 +126,16 @@ def test_a_shell_that_prints_without_end_is_not_heard_to_the_end(
         remote.close()
 
 
-@pytest.mark.parametrize("ip", ["", " ip=127.0.0.1"])
-@pytest.mark.parametrize("size", [40, NOISE_BYTES - 10])
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("ip", "size"),
+    [
+        ("", NOISE_BYTES - 10),
+        pytest.param("", 40, marks=pytest.mark.long),
+        pytest.param(" ip=127.0.0.1", 40, marks=pytest.mark.long),
+        pytest.param(" ip=127.0.0.1", NOISE_BYTES - 10, marks=pytest.mark.long),
+    ],
+)
 def test_a_model_runs_on_a_host_whose_shell_prints(ip: str, size: int, tmp_path: Path) -> None:
     noise = tmp_path / "motd"
     noise.write_text("*" * size)

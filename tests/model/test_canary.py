@@ -145,6 +145,7 @@ def test_a_damaged_one_is_refused(sets: dict[str, Path], change: str) -> None:
             parse_manifest(json.dumps(raw), Path("moectl.json"))
 
 
+@pytest.mark.system
 def test_an_older_one_is_checked_as_it_was_made(
     sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +164,7 @@ def test_an_older_one_is_checked_as_it_was_made(
     with Session(specs(old)) as session:
         assert session.model.checked
         assert session.model.deviation < TOLERANCE / 10
+        assert session.model.wrong_at is None
 
 
 @pytest.mark.parametrize("split", ["hidden", "layers", "tensor"])
@@ -248,11 +250,16 @@ def damage(directory: Path, out: Path, file: str) -> Path:
     ("split", "file", "guilty"),
     [
         ("hidden", "rank-1/layer-002.safetensors", "host1: rank 1 computes wrong results"),
-        ("tensor", "rank-1/layer-001.safetensors", "host1: rank 1 computes wrong results"),
+        pytest.param(
+            "tensor",
+            "rank-1/layer-001.safetensors",
+            "host1: rank 1 computes wrong results",
+            marks=pytest.mark.long,
+        ),
         ("layers", "rank-0/layer-001.safetensors", "host0: rank 0 computes wrong results"),
-        ("hidden", "common/layer-001.safetensors", "all ranks compute other results"),
     ],
 )
+@pytest.mark.system
 def test_the_rank_at_fault_is_named(sets: dict[str, Path], tmp_path: Path, split: str, file: str, guilty: str) -> None:
     wrong = damage(sets[split], tmp_path / "wrong", file)
     with pytest.raises(IntegrityError, match=guilty) as caught, Session(specs(wrong)):
@@ -260,10 +267,12 @@ def test_the_rank_at_fault_is_named(sets: dict[str, Path], tmp_path: Path, split
     assert caught.value.exit_code == 7
 
 
+@pytest.mark.system
 def test_what_the_hint_about_all_ranks_says_starts_them(sets: dict[str, Path], tmp_path: Path) -> None:
     wrong = damage(sets["hidden"], tmp_path / "wrong", "common/layer-001.safetensors")
-    with pytest.raises(IntegrityError) as caught, Session(specs(wrong)):
+    with pytest.raises(IntegrityError, match="all ranks compute other results") as caught, Session(specs(wrong)):
         pass
+    assert caught.value.exit_code == 7
     assert caught.value.hint == (
         "if mlx or the hosts are others than then, 'moectl shard --force' makes it anew; "
         "--no-canary starts it all the same"
@@ -277,6 +286,7 @@ def test_what_the_hint_about_all_ranks_says_starts_them(sets: dict[str, Path], t
         assert isinstance(list(session.generate(Request(1, "hello", 4)))[-1], Done)
     wrong = damage(sets["hidden"], tmp_path / "wrong", "common/layer-001.safetensors")
     with Session(specs(wrong), RunOptions(canary=False)) as session:
+        assert not session.model.checked
         assert isinstance(list(session.generate(Request(1, "hello", 4)))[-1], Done)
 
 
@@ -299,17 +309,3 @@ def test_each_expert_of_each_layer_counts(sets: dict[str, Path], tmp_path: Path,
         found = compute_canary(wrong, replace(manifest, files=files))
         expected = decode_points(manifest.canary.points[1][LONG])
         assert judge(expected, decode_points(found.points[1][LONG]), tolerance=TOLERANCE).wrong_at == layer
-
-
-def test_a_wrong_one_starts_when_nobody_asks(sets: dict[str, Path], tmp_path: Path) -> None:
-    wrong = damage(sets["hidden"], tmp_path / "wrong", "rank-1/layer-001.safetensors")
-    with Session(specs(wrong), RunOptions(canary=False)) as session:
-        assert not session.model.checked
-        assert isinstance(list(session.generate(Request(1, "hello", 4)))[-1], Done)
-
-
-def test_a_right_one_starts(sets: dict[str, Path]) -> None:
-    with Session(specs(sets["layers"])) as session:
-        assert session.model.checked
-        assert session.model.deviation < TOLERANCE / 10
-        assert session.model.wrong_at is None

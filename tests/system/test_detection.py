@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from moectl.engine.protocol import Done, RunOptions
+from moectl.engine.protocol import RunOptions
 from moectl.engine.request import Request
 from moectl.errors import PeerLost, Stalled, Unreachable
 from moectl.hosts.hostfile import Host
 from moectl.session.session import RankSpec, Session
 from tests.engine.test_lockstep import cut_case
-from tests.session.test_session import specs
+from tests.session.test_session import specs, stand_ins
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.ring import process_env
-from tests.support.running import wait_for, workers
+from tests.support.running import processes, wait_for, workers
 from tests.support.tiny import write_checkpoint
 
 # Stands in for a backend that waits for ever and lets no Python thread run meanwhile, as JACCL's init does.
@@ -67,7 +67,7 @@ def over_rdma(ranks: list[RankSpec]) -> list[RankSpec]:
     return [replace(spec, host=Host(f"host{i}", rdma=devices[i])) for i, spec in enumerate(ranks)]
 
 
-@pytest.mark.parametrize("backend", ["jaccl", "ring"])
+@pytest.mark.parametrize("backend", [pytest.param("jaccl", marks=pytest.mark.long), "ring"])
 def test_an_init_that_blocks_is_bounded(shards: Path, backend: str) -> None:
     ranks = over_rdma(specs(shards, program(BLOCKED_INIT)))
     with pytest.raises(Unreachable, match=r"no answer while connecting within 3 s \(waiting for host0, host1\)"):
@@ -96,8 +96,6 @@ def test_workers_whose_interpreter_is_blocked_go_with_their_controller(shards: P
 
 
 def watchers() -> list[int]:
-    from tests.support.running import processes
-
     return processes("hangs_up.poll()")
 
 
@@ -112,6 +110,7 @@ def test_a_step_that_blocks_is_found_though_heartbeats_flow(shards: Path) -> Non
     wait_for(lambda: not workers())
 
 
+@pytest.mark.long  # on a clock: tests/session/test_liveness.py::test_quick_steps_get_the_least_time_and_patience_more
 def test_the_time_for_a_step_follows_from_the_steps_before(shards: Path) -> None:
     ranks = specs(shards)
     ranks[1] = replace(ranks[1], argv=program(BLOCKED_STEP))
@@ -130,10 +129,9 @@ def test_who_does_not_belong_is_found_before_anything_is_summed(shards: Path) ->
     wait_for(lambda: not workers())
 
 
-def test_what_ends_while_idle_is_found_without_a_request(shards: Path) -> None:
-    with Session(specs(shards)) as session:
-        assert isinstance(list(session.generate(Request(1, "hello", 2)))[-1], Done)
-        os.kill(workers()[0], signal.SIGKILL)
+def test_what_ends_while_idle_is_found_without_a_request() -> None:
+    with Session(stand_ins("quick", "quick")) as session:
+        os.kill(processes("def tell(kind_")[0], signal.SIGKILL)
         with pytest.raises(Exception, match="the worker was killed by signal 9 while idle"):
             next(session.events())
 

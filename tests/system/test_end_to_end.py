@@ -105,11 +105,14 @@ def test_copies_of_experts_on_this_machine(model: Path, alone: str) -> None:
     assert "2 copies of an expert need 2 nodes" in moectl(*PROMPT, *where[:1], "1", *where[2:], check=4).stderr
 
 
-@pytest.mark.parametrize("split", ["tensor", "layers"])
-def test_one_step_on_this_machine(split: str, model: Path, alone: str) -> None:
-    """`run --local N --model DIR --split …` cuts and answers."""
+@pytest.mark.parametrize("split", [pytest.param("tensor", marks=pytest.mark.long), "layers"])
+def test_one_step_on_this_machine(split: str, model: Path, alone: str, tmp_path: Path) -> None:
+    """`run --local N --model DIR --split …` cuts and answers; what it cut is never deployed."""
     where = ("--local", "2", "--model", str(model), "--split", split)
     assert moectl(*PROMPT, *where).stdout == alone
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("a\nb\n")
+    assert "there is no shard set for 2 hosts" in moectl("deploy", str(hosts), check=8).stderr
 
 
 def test_mixing_this_machine_with_another(sshd: Server, model: Path, alone: str, tmp_path: Path) -> None:
@@ -122,28 +125,50 @@ def test_mixing_this_machine_with_another(sshd: Server, model: Path, alone: str,
     assert moectl(*PROMPT).stdout == alone
 
 
-@pytest.fixture
-def four_hosts(netns: Cluster, tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def hostfile(netns_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLX hostfile of the four hosts: its "envs" carry the preload to the ranks."""
     rows: list[dict[str, Any]] = [
-        {"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []} for host in netns.hosts()
+        {"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []}
+        for host in netns_session.hosts()
     ]
-    path = tmp_path / "hosts.json"
+    path = tmp_path_factory.mktemp("hosts") / "hosts.json"
     path.write_text(json.dumps({"envs": [f"{k}={v}" for k, v in rank_env().items()], "hosts": rows}))
-    yield path
+    return path
+
+
+@pytest.fixture
+def four_hosts(netns: Cluster, hostfile: Path) -> Iterator[Path]:
+    """The four hosts, on which no worker is left."""
+    yield hostfile
     for rank in range(4):
         left = [line for line in netns.processes(rank).values() if "moectl worker" in line]
         assert left == [], f"node{rank} still runs {left}"
+
+
+@pytest.fixture(scope="module")
+def deployed(
+    netns_session: Cluster, hostfile: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The variables under which one set, of hidden units, is deployed to the four hosts for all tests here."""
+    home = tmp_path_factory.mktemp("deployed")
+    env = {"XDG_STATE_HOME": str(home / "state"), "XDG_DATA_HOME": str(home / "data")}
+    env |= {"MOECTL_SSH_CONFIG": str(netns_session.config), "MOECTL_DEPLOY_NO_CHECK": "1"}
+    at = ("--hostfile", str(hostfile))
+    moectl("shard", str(model), *at, "--split", "hidden", "-q", **env)
+    result = json.loads(moectl("deploy", *at, "--json", **env).stdout)
+    assert [h["ok"] for h in result["hosts"]] == [True] * 4
+    return env
 
 
 @pytest.mark.netns
 @pytest.mark.parametrize(
     ("split", "shares", "copies"),
     [
-        ("hidden", "2,1,1,2", 1),
+        pytest.param("hidden", "2,1,1,2", 1, marks=pytest.mark.long),
         pytest.param("experts", "7,1,2,6", 1, marks=pytest.mark.long),
         ("experts", "9,6,8,7", 2),
-        ("layers", "1,1,1,1", 1),
+        pytest.param("layers", "1,1,1,1", 1, marks=pytest.mark.long),
     ],
 )
 def test_four_hosts_answer_like_one_process(
@@ -159,27 +184,25 @@ def test_four_hosts_answer_like_one_process(
 
 
 @pytest.mark.netns
-def test_a_probe_measures_deployed_hosts_and_bench_compares(four_hosts: Path, model: Path) -> None:
+def test_a_probe_measures_deployed_hosts_and_bench_compares(
+    four_hosts: Path, model: Path, alone: str, deployed: dict[str, Any]
+) -> None:
     at = ("--hostfile", str(four_hosts))
-    moectl("shard", str(model), *at, "--split", "hidden")
-    moectl("deploy", *at)
+    assert moectl(*PROMPT, *at, **deployed).stdout == alone
     words = ("--probe", "--chip", "linux-cpu", "--split", "hidden", "--ctx", "64", "--json")
-    planned = json.loads(moectl("plan", str(model), *at, *words).stdout)
+    planned = json.loads(moectl("plan", str(model), *at, *words, **deployed).stdout)
     measured = planned["measured"]
     assert all(rtt > 0 for i, row in enumerate(measured["rtt_s"]) for j, rtt in enumerate(row) if i != j)
     assert [speed["split"] for speed in measured["speeds"]] == ["hidden"]
     assert len(measured["speeds"][0]["ranks"]) == 4
-    found = json.loads(moectl("bench", *at, "-p", "16", "-g", "8", "-n", "1", "--json").stdout)
+    found = json.loads(moectl("bench", *at, "-p", "16", "-g", "8", "-n", "1", "--json", **deployed).stdout)
     assert found["predicted"]["decode_tok_s"] > 0
 
 
 @pytest.mark.netns
-def test_ctrl_c_leaves_nothing_on_any_host(four_hosts: Path, model: Path, netns: Cluster) -> None:
-    at = ("--hostfile", str(four_hosts))
-    moectl("shard", str(model), *at, "-q")
-    moectl("deploy", *at)
-    command = [*MOECTL, "run", "tell me everything", "-m", "480", *at]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env())
+def test_ctrl_c_leaves_nothing_on_any_host(four_hosts: Path, netns: Cluster, deployed: dict[str, Any]) -> None:
+    command = [*MOECTL, "run", "tell me everything", "-m", "480", "--hostfile", str(four_hosts)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env(**deployed))
     assert process.stdout is not None
     assert process.stdout.read(1)
     running = [any("moectl worker" in line for line in netns.processes(rank).values()) for rank in range(4)]
@@ -191,12 +214,9 @@ def test_ctrl_c_leaves_nothing_on_any_host(four_hosts: Path, model: Path, netns:
 
 
 @pytest.mark.netns
-def test_a_dead_host_is_named(four_hosts: Path, model: Path, netns: Cluster) -> None:
-    at = ("--hostfile", str(four_hosts))
-    moectl("shard", str(model), *at, "-q")
-    moectl("deploy", *at)
+def test_a_dead_host_is_named(four_hosts: Path, netns: Cluster, deployed: dict[str, Any]) -> None:
     netns.unplug(2)
-    done = moectl(*PROMPT, *at, check=5)
+    done = moectl(*PROMPT, "--hostfile", str(four_hosts), check=5, **deployed)
     assert "\nError: node2: " in done.stderr
 
 
@@ -215,7 +235,14 @@ def answering(model: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]
     wait_for(lambda: not workers())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),  # on four hosts above
+        (signal.SIGTERM, 143),
+        (signal.SIGKILL, -9),
+    ],
+)
 def test_signals_end_everything(number: int, code: int, answering: tuple[subprocess.Popen[bytes], list[int]]) -> None:
     process, _ = answering
     process.send_signal(number)
@@ -237,20 +264,14 @@ def test_a_second_ctrl_c_ends_at_once(answering: tuple[subprocess.Popen[bytes], 
     wait_for(lambda: not workers())  # the controller gives up waiting for them
 
 
-def test_a_set_that_run_made_is_never_deployed(model: Path, tmp_path: Path) -> None:
-    moectl("run", "--local", "2", "--model", str(model), "-m", "1", "x")
-    hosts = tmp_path / "hosts.txt"
-    hosts.write_text("a\nb\n")
-    assert "there is no shard set for 2 hosts" in moectl("deploy", str(hosts), check=8).stderr
-
-
 def run_local(model: Path, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
     return moectl("run", "--local", "2", "--model", str(model), *words, **more)
 
 
 def test_json_and_stdin(model: Path) -> None:
-    piped = json.loads(run_local(model, "--raw", "--json", "-m", "4", "fox", stdin="the quick").stdout)
-    typed = json.loads(run_local(model, "--raw", "--json", "-m", "4", "the quick fox").stdout)
+    words = ("--raw", "--json", "-m", "4")
+    piped = json.loads(run_local(model, *words, "--keep-alive", "1m", "fox", stdin="the quick").stdout)
+    typed = json.loads(run_local(model, *words, "--keep-alive", "0", "the quick fox").stdout)
     assert piped["schema"] == "moectl.run/1"
     assert piped["text"] == typed["text"]
     assert piped["finish_reason"] == "length"

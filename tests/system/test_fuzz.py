@@ -359,12 +359,13 @@ def test_what_a_host_answers_to_deploy(
 
     def read(data: bytes) -> None:
         host = FakeHost(b"motd\n" + ANSWER + data + b"\n")
+        # Where it is used: under its first name it would be that of no caller, and "mac1" would be looked for.
         monkeypatch.setattr("moectl.cluster.deploy.provision.make_remote", lambda _: cast(Remote, host))
         try:
             inspect_host(task, cast(Remote, host))
             deploy_host(task)
         except MoectlError:
-            if data not in valid:
+            if data not in valid[1:]:
                 raise
 
     valid = [whole, *(json.dumps(f).encode() for f in failures)]

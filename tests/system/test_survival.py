@@ -118,7 +118,9 @@ def kill(served: Served, number: signal.Signals, which: int) -> Callable[[], Non
     ("number", "cause", "which"),
     [
         (signal.SIGKILL, "the worker was killed by signal 9 while generating", 0),
-        (signal.SIGKILL, "the worker was killed by signal 9 while generating", 1),
+        pytest.param(
+            signal.SIGKILL, "the worker was killed by signal 9 while generating", 1, marks=pytest.mark.long
+        ),  # who asks meanwhile waits for it as well
         (signal.SIGSTOP, "the worker has not answered for 4 s", 1),
     ],
 )
@@ -145,7 +147,7 @@ def test_who_asks_meanwhile_waits(served: Served, undisturbed: dict[str, str]) -
     asking = threading.Thread(target=lambda: late.append(served.stream(GREEDY)))
 
     def act() -> None:
-        kill(served, signal.SIGKILL, 0)()
+        kill(served, signal.SIGKILL, 1)()
         wait_for(lambda: served.health()["status"] == "unhealthy")
         asking.start()
 
