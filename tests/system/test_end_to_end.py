@@ -152,7 +152,7 @@ def deployed(
 ) -> dict[str, Any]:
     """The variables under which one set, of hidden units, is deployed to the four hosts for all tests here."""
     home = tmp_path_factory.mktemp("deployed")
-    env = {"XDG_STATE_HOME": str(home / "state"), "XDG_DATA_HOME": str(home / "data")}
+    env: dict[str, Any] = {"XDG_STATE_HOME": str(home / "state"), "XDG_DATA_HOME": str(home / "data")}
     env |= {"MOECTL_SSH_CONFIG": str(netns_session.config), "MOECTL_DEPLOY_NO_CHECK": "1"}
     at = ("--hostfile", str(hostfile))
     moectl("shard", str(model), *at, "--split", "hidden", "-q", **env)
