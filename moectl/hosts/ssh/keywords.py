@@ -23,7 +23,6 @@ class KeywordVerdict(Enum):
 @dataclass(frozen=True, slots=True)
 class Keyword:
     name: str
-    since: str  # version of OpenSSH whose `ssh -G` prints it first; 8.0 stands for all before as well
     verdict: KeywordVerdict
     words: str  # how it is honoured, why it is harmless, or what an error says of it
     unset: str = ""  # regular expression of the values that change nothing; for the last three verdicts
@@ -31,9 +30,9 @@ class Keyword:
 
 
 def _rows(verdict: KeywordVerdict, text: str) -> list[Keyword]:
-    """Read `name since words`, one keyword a line."""
-    found = (line.split(None, 2) for line in text.strip().splitlines())
-    return [Keyword(name, since, verdict, words) for name, since, words in found]
+    """Read `name words`, one keyword a line."""
+    found = (line.split(None, 1) for line in text.strip().splitlines())
+    return [Keyword(name, verdict, words) for name, words in found]
 
 
 _NO = "no|false"
@@ -43,112 +42,111 @@ KEYWORDS: tuple[Keyword, ...] = (
     *_rows(
         KeywordVerdict.HONOURED,
         """
-        Host                         9.2  the name as typed
-        User                         8.0  the login name
-        Hostname                     8.0  where to connect
-        Port                         8.0  where to connect
-        AddressFamily                8.0  which addresses of the name are tried
-        BindAddress                  8.0  the address to connect from
-        ConnectTimeout               8.0  for one attempt; 10 s where it is not set
-        ConnectionAttempts           8.0  as many attempts, a second apart
-        CanonicalizeHostname         8.0  ssh -G did it
-        CanonicalizeFallbackLocal    8.0  ssh -G did it
-        CanonicalizeMaxDots          8.0  ssh -G did it
-        CanonicalizePermittedCNAMEs  8.0  ssh -G did it
-        CanonicalDomains             8.0  ssh -G did it
-        IgnoreUnknown                8.0  ssh -G did it
-        Tag                          9.4  ssh -G did it (Match tagged)
-        ProxyJump                    8.0  hop by hop, with its tokens
-        ProxyCommand                 8.0  run by $SHELL, with its tokens
-        IdentityFile                 8.0  private keys and public keys of an agent, with tokens
-        CertificateFile              8.0  offered with its key, from a file or an agent
-        IdentitiesOnly               8.0  other keys of an agent are not offered
-        IdentityAgent                8.0  none, SSH_AUTH_SOCK, $VARIABLE, a path
-        PubkeyAcceptedAlgorithms     8.5  other keys are not offered
-        PubkeyAcceptedKeyTypes       8.0  the name of PubkeyAcceptedAlgorithms until 8.4
-        RequiredRSASize              9.1  for keys of both sides
-        Ciphers                      8.0  those of them that paramiko has, AES-GCM first
-        MACs                         8.0  those of them that paramiko has
-        KexAlgorithms                8.0  those of them that paramiko has
-        HostKeyAlgorithms            8.0  those of them that paramiko has, known ones first
-        CASignatureAlgorithms        8.0  for certificates of hosts
-        UserKnownHostsFile           8.0  all files, with @cert-authority, @revoked and hashed names
-        GlobalKnownHostsFile         8.0  all files
-        HostKeyAlias                 8.0  the name that is looked up
-        CheckHostIP                  8.0  another key known for the address is refused
-        RevokedHostKeys              8.0  lists of keys and KRLs, all files
-        KnownHostsCommand            8.5  run, with its tokens
-        SetEnv                       8.0  sent for each command
-        SendEnv                      8.0  sent for each command, except the language of this terminal (LANG, LC_*)
+        Host                         the name as typed
+        User                         the login name
+        Hostname                     where to connect
+        Port                         where to connect
+        AddressFamily                which addresses of the name are tried
+        BindAddress                  the address to connect from
+        ConnectTimeout               for one attempt; 10 s where it is not set
+        ConnectionAttempts           as many attempts, a second apart
+        CanonicalizeHostname         ssh -G did it
+        CanonicalizeFallbackLocal    ssh -G did it
+        CanonicalizeMaxDots          ssh -G did it
+        CanonicalizePermittedCNAMEs  ssh -G did it
+        CanonicalDomains             ssh -G did it
+        IgnoreUnknown                ssh -G did it
+        Tag                          ssh -G did it (Match tagged)
+        ProxyJump                    hop by hop, with its tokens
+        ProxyCommand                 run by $SHELL, with its tokens
+        IdentityFile                 private keys and public keys of an agent, with tokens
+        CertificateFile              offered with its key, from a file or an agent
+        IdentitiesOnly               other keys of an agent are not offered
+        IdentityAgent                none, SSH_AUTH_SOCK, $VARIABLE, a path
+        PubkeyAcceptedAlgorithms     other keys are not offered
+        PubkeyAcceptedKeyTypes       the name of PubkeyAcceptedAlgorithms until 8.4
+        RequiredRSASize              for keys of both sides
+        Ciphers                      those of them that paramiko has, AES-GCM first
+        MACs                         those of them that paramiko has
+        KexAlgorithms                those of them that paramiko has
+        HostKeyAlgorithms            those of them that paramiko has, known ones first
+        CASignatureAlgorithms        for certificates of hosts
+        UserKnownHostsFile           all files, with @cert-authority, @revoked and hashed names
+        GlobalKnownHostsFile         all files
+        HostKeyAlias                 the name that is looked up
+        CheckHostIP                  another key known for the address is refused
+        RevokedHostKeys              lists of keys and KRLs, all files
+        KnownHostsCommand            run, with its tokens
+        SetEnv                       sent for each command
+        SendEnv                      sent for each command, except the language of this terminal (LANG, LC_*)
         """,
     ),
     *_rows(
         KeywordVerdict.HARMLESS,
         """
-        AddKeysToAgent               8.0  moectl unlocks no key
-        BatchMode                    8.0  moectl never asks
-        ChallengeResponseAuthentication 8.0 moectl gives no passwords
-        ChannelTimeout               9.6  moectl's own heartbeats keep its channels busy
-        ClearAllForwardings          8.0  moectl forwards nothing
-        Compression                  8.0  the bytes are the same
-        ControlMaster                8.0  moectl's connections are its own
-        ControlPersist               8.0  moectl's connections are its own
-        DynamicForward               8.0  moectl forwards nothing
-        EnableEscapeCommandline      9.2  for a terminal
-        EnableSSHKeysign             8.0  a setting of ssh-keysign
-        EscapeChar                   8.0  for a terminal
-        ExitOnForwardFailure         8.0  moectl forwards nothing
-        FingerprintHash              8.0  moectl shows SHA256
-        ForkAfterAuthentication      8.7  moectl waits for its commands
-        ForwardAgent                 8.0  moectl forwards no agent
-        ForwardX11                   8.0  moectl forwards nothing
-        ForwardX11Timeout            8.0  moectl forwards nothing
-        ForwardX11Trusted            8.0  moectl forwards nothing
-        GatewayPorts                 8.0  moectl forwards nothing
-        GSSAPIClientIdentity         8.0  see GSSAPIAuthentication
-        GSSAPIDelegateCredentials    8.0  see GSSAPIAuthentication
-        GSSAPIKexAlgorithms          8.0  see GSSAPIKeyExchange
-        GSSAPIRenewalForcesRekey     8.0  see GSSAPIKeyExchange
-        GSSAPIServerIdentity         8.0  see GSSAPIAuthentication
-        GSSAPITrustDns               8.0  see GSSAPIAuthentication
-        HashKnownHosts               8.0  moectl writes no known_hosts
-        HostbasedAcceptedAlgorithms  8.5  see HostbasedAuthentication
-        HostbasedKeyTypes            8.0  see HostbasedAuthentication
-        IPQoS                        8.0  marks of packets
-        KbdInteractiveAuthentication 8.0  moectl gives no passwords
-        KbdInteractiveDevices        8.0  moectl gives no passwords
-        LocalCommand                 8.0  moectl runs nothing here once it is connected
-        LocalForward                 8.0  moectl forwards nothing
-        LogLevel                     8.0  ssh's own messages
-        LogVerbose                   8.5  ssh's own messages
-        NumberOfPasswordPrompts      8.0  moectl gives no passwords
-        ObscureKeystrokeTiming       9.5  for a terminal
-        PasswordAuthentication       8.0  moectl gives no passwords
-        PermitLocalCommand           8.0  moectl runs nothing here once it is connected
-        PermitRemoteOpen             8.5  moectl forwards nothing
-        RekeyLimit                   8.0  paramiko changes its keys every 512 MB
-        RemoteForward                8.0  moectl forwards nothing
-        RequestTTY                   8.0  moectl needs no terminal there
-        ServerAliveCountMax          8.0  moectl has its own signs of life
-        ServerAliveInterval          8.0  moectl has its own signs of life
-        StdinNull                    8.7  moectl's commands have their own stdin
-        StreamLocalBindMask          8.0  moectl forwards nothing
-        StreamLocalBindUnlink        8.0  moectl forwards nothing
-        SyslogFacility               8.0  ssh's own messages
-        TCPKeepAlive                 8.0  moectl has its own signs of life
-        Tunnel                       8.0  moectl forwards nothing
-        TunnelDevice                 8.0  moectl forwards nothing
-        UpdateHostKeys               8.0  moectl writes no known_hosts
-        VersionAddendum              10.0 a word in ssh's greeting
-        VisualHostKey                8.0  ssh's own messages
-        WarnWeakCrypto               10.1 ssh's own messages
-        XAuthLocation                8.0  moectl forwards nothing
+        AddKeysToAgent                   moectl unlocks no key
+        BatchMode                        moectl never asks
+        ChallengeResponseAuthentication  moectl gives no passwords
+        ChannelTimeout                   moectl's own heartbeats keep its channels busy
+        ClearAllForwardings              moectl forwards nothing
+        Compression                      the bytes are the same
+        ControlMaster                    moectl's connections are its own
+        ControlPersist                   moectl's connections are its own
+        DynamicForward                   moectl forwards nothing
+        EnableEscapeCommandline          for a terminal
+        EnableSSHKeysign                 a setting of ssh-keysign
+        EscapeChar                       for a terminal
+        ExitOnForwardFailure             moectl forwards nothing
+        FingerprintHash                  moectl shows SHA256
+        ForkAfterAuthentication          moectl waits for its commands
+        ForwardAgent                     moectl forwards no agent
+        ForwardX11                       moectl forwards nothing
+        ForwardX11Timeout                moectl forwards nothing
+        ForwardX11Trusted                moectl forwards nothing
+        GatewayPorts                     moectl forwards nothing
+        GSSAPIClientIdentity             see GSSAPIAuthentication
+        GSSAPIDelegateCredentials        see GSSAPIAuthentication
+        GSSAPIKexAlgorithms              see GSSAPIKeyExchange
+        GSSAPIRenewalForcesRekey         see GSSAPIKeyExchange
+        GSSAPIServerIdentity             see GSSAPIAuthentication
+        GSSAPITrustDns                   see GSSAPIAuthentication
+        HashKnownHosts                   moectl writes no known_hosts
+        HostbasedAcceptedAlgorithms      see HostbasedAuthentication
+        HostbasedKeyTypes                see HostbasedAuthentication
+        IPQoS                            marks of packets
+        KbdInteractiveAuthentication     moectl gives no passwords
+        KbdInteractiveDevices            moectl gives no passwords
+        LocalCommand                     moectl runs nothing here once it is connected
+        LocalForward                     moectl forwards nothing
+        LogLevel                         ssh's own messages
+        LogVerbose                       ssh's own messages
+        NumberOfPasswordPrompts          moectl gives no passwords
+        ObscureKeystrokeTiming           for a terminal
+        PasswordAuthentication           moectl gives no passwords
+        PermitLocalCommand               moectl runs nothing here once it is connected
+        PermitRemoteOpen                 moectl forwards nothing
+        RekeyLimit                       paramiko changes its keys every 512 MB
+        RemoteForward                    moectl forwards nothing
+        RequestTTY                       moectl needs no terminal there
+        ServerAliveCountMax              moectl has its own signs of life
+        ServerAliveInterval              moectl has its own signs of life
+        StdinNull                        moectl's commands have their own stdin
+        StreamLocalBindMask              moectl forwards nothing
+        StreamLocalBindUnlink            moectl forwards nothing
+        SyslogFacility                   ssh's own messages
+        TCPKeepAlive                     moectl has its own signs of life
+        Tunnel                           moectl forwards nothing
+        TunnelDevice                     moectl forwards nothing
+        UpdateHostKeys                   moectl writes no known_hosts
+        VersionAddendum                  a word in ssh's greeting
+        VisualHostKey                    ssh's own messages
+        WarnWeakCrypto                   ssh's own messages
+        XAuthLocation                    moectl forwards nothing
         """,
     ),
     # Refused: here ssh would behave differently from moectl.
     Keyword(
         "BindInterface",
-        "8.0",
         KeywordVerdict.REFUSED,
         "moectl cannot choose an interface by its name",
         "none",
@@ -156,7 +154,6 @@ KEYWORDS: tuple[Keyword, ...] = (
     ),
     Keyword(
         "ProxyUseFdpass",
-        "8.0",
         KeywordVerdict.REFUSED,
         "moectl talks to a ProxyCommand over its stdin and stdout",
         _NO,
@@ -164,7 +161,6 @@ KEYWORDS: tuple[Keyword, ...] = (
     ),
     Keyword(
         "PubkeyAuthentication",
-        "8.0",
         KeywordVerdict.REFUSED,
         "moectl logs in by key only",
         f"{_YES}|unbound|host-bound",
@@ -172,7 +168,6 @@ KEYWORDS: tuple[Keyword, ...] = (
     ),
     Keyword(
         "PreferredAuthentications",
-        "8.0",
         KeywordVerdict.REFUSED,
         "moectl logs in by key only",
         "(.*,)?publickey(,.*)?",
@@ -180,7 +175,6 @@ KEYWORDS: tuple[Keyword, ...] = (
     ),
     Keyword(
         "RemoteCommand",
-        "8.0",
         KeywordVerdict.REFUSED,
         "ssh runs no other command on such a host, and moectl has to",
         "none",
@@ -188,28 +182,23 @@ KEYWORDS: tuple[Keyword, ...] = (
     ),
     Keyword(
         "SessionType",
-        "8.7",
         KeywordVerdict.REFUSED,
         "moectl has to run commands on the host",
         "default",
         "set 'SessionType default' for this host",
     ),
     # Named in the error when the login fails.
-    Keyword("ControlPath", "8.0", KeywordVerdict.LOGIN, "moectl does not use connections that ssh holds open", "none"),
-    Keyword("GSSAPIAuthentication", "8.0", KeywordVerdict.LOGIN, "moectl uses no Kerberos tickets", _NO),
-    Keyword("HostbasedAuthentication", "8.0", KeywordVerdict.LOGIN, "moectl does not log in as a host", _NO),
-    Keyword(
-        "PKCS11Provider", "8.0", KeywordVerdict.LOGIN, "moectl uses its keys from an agent only (ssh-add -s)", "none"
-    ),
-    Keyword(
-        "SecurityKeyProvider", "8.2", KeywordVerdict.LOGIN, "moectl uses security keys from an agent only", "internal"
-    ),
-    Keyword("UseKeychain", "8.0", KeywordVerdict.LOGIN, "moectl takes no passphrase from the keychain (ssh-add)", _NO),
+    Keyword("ControlPath", KeywordVerdict.LOGIN, "moectl does not use connections that ssh holds open", "none"),
+    Keyword("GSSAPIAuthentication", KeywordVerdict.LOGIN, "moectl uses no Kerberos tickets", _NO),
+    Keyword("HostbasedAuthentication", KeywordVerdict.LOGIN, "moectl does not log in as a host", _NO),
+    Keyword("PKCS11Provider", KeywordVerdict.LOGIN, "moectl uses its keys from an agent only (ssh-add -s)", "none"),
+    Keyword("SecurityKeyProvider", KeywordVerdict.LOGIN, "moectl uses security keys from an agent only", "internal"),
+    Keyword("UseKeychain", KeywordVerdict.LOGIN, "moectl takes no passphrase from the keychain (ssh-add)", _NO),
     # Named in the error when a host key is refused.
-    Keyword("GSSAPIKeyExchange", "8.0", KeywordVerdict.TRUST, "a ticket vouches for no host key", _NO),
-    Keyword("NoHostAuthenticationForLocalhost", "8.0", KeywordVerdict.TRUST, "localhost needs a known key too", _NO),
-    Keyword("StrictHostKeyChecking", "8.0", KeywordVerdict.TRUST, "no key is accepted unseen", f"ask|{_YES}"),
-    Keyword("VerifyHostKeyDNS", "8.0", KeywordVerdict.TRUST, "the DNS vouches for no host key", _NO),
+    Keyword("GSSAPIKeyExchange", KeywordVerdict.TRUST, "a ticket vouches for no host key", _NO),
+    Keyword("NoHostAuthenticationForLocalhost", KeywordVerdict.TRUST, "localhost needs a known key too", _NO),
+    Keyword("StrictHostKeyChecking", KeywordVerdict.TRUST, "no key is accepted unseen", f"ask|{_YES}"),
+    Keyword("VerifyHostKeyDNS", KeywordVerdict.TRUST, "the DNS vouches for no host key", _NO),
 )
 
 TABLE: Mapping[str, Keyword] = {row.name.lower(): row for row in KEYWORDS}
