@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Interface
 from typing import TypeVar
 
 from moectl.errors import CommandFailed
@@ -114,8 +113,7 @@ def read_survey(text: str) -> Survey:
 
 def parse_ip(text: str) -> tuple[str, ...]:
     """Return the addresses of Linux's `ip -o -4 addr show`."""
-    found = (re.search(r"\binet (\S+)", line) for line in text.split("\n"))
-    return tuple(str(IPv4Interface(match[1]).ip) for match in found if match and _is_ipv4(match[1]))
+    return tuple(re.findall(r"\binet (\d{1,3}(?:\.\d{1,3}){3})/", text))
 
 
 def parse_sshd(text: str) -> dict[str, str]:
@@ -126,14 +124,6 @@ def parse_sshd(text: str) -> dict[str, str]:
         if len(words) >= 2:
             limits.setdefault(words[0].lower(), words[1])
     return limits
-
-
-def _is_ipv4(text: str) -> bool:
-    try:
-        IPv4Interface(text)
-    except ValueError:
-        return False
-    return True
 
 
 def read_hardware(remote: Remote) -> Hardware:

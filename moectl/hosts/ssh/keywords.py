@@ -30,9 +30,9 @@ class Keyword:
 
 
 def _rows(verdict: KeywordVerdict, text: str) -> list[Keyword]:
-    """Read `name words`, one keyword a line."""
-    found = (line.split(None, 1) for line in text.strip().splitlines())
-    return [Keyword(name, verdict, words) for name, words in found]
+    """Read `words: name name …`; further lines of names are indented more."""
+    found = re.findall(r"^ {8}(\S.*): (.*(?:\n {12}.*)*)", text, re.MULTILINE)
+    return [Keyword(name, verdict, words) for words, names in found for name in names.split()]
 
 
 _NO = "no|false"
@@ -42,106 +42,70 @@ KEYWORDS: tuple[Keyword, ...] = (
     *_rows(
         KeywordVerdict.HONOURED,
         """
-        Host                         the name as typed
-        User                         the login name
-        Hostname                     where to connect
-        Port                         where to connect
-        AddressFamily                which addresses of the name are tried
-        BindAddress                  the address to connect from
-        ConnectTimeout               for one attempt; 10 s where it is not set
-        ConnectionAttempts           as many attempts, a second apart
-        CanonicalizeHostname         ssh -G did it
-        CanonicalizeFallbackLocal    ssh -G did it
-        CanonicalizeMaxDots          ssh -G did it
-        CanonicalizePermittedCNAMEs  ssh -G did it
-        CanonicalDomains             ssh -G did it
-        IgnoreUnknown                ssh -G did it
-        Tag                          ssh -G did it (Match tagged)
-        ProxyJump                    hop by hop, with its tokens
-        ProxyCommand                 run by $SHELL, with its tokens
-        IdentityFile                 private keys and public keys of an agent, with tokens
-        CertificateFile              offered with its key, from a file or an agent
-        IdentitiesOnly               other keys of an agent are not offered
-        IdentityAgent                none, SSH_AUTH_SOCK, $VARIABLE, a path
-        PubkeyAcceptedAlgorithms     other keys are not offered
-        PubkeyAcceptedKeyTypes       the name of PubkeyAcceptedAlgorithms until 8.4
-        RequiredRSASize              for keys of both sides
-        Ciphers                      those of them that paramiko has, AES-GCM first
-        MACs                         those of them that paramiko has
-        KexAlgorithms                those of them that paramiko has
-        HostKeyAlgorithms            those of them that paramiko has, known ones first
-        CASignatureAlgorithms        for certificates of hosts
-        UserKnownHostsFile           all files, with @cert-authority, @revoked and hashed names
-        GlobalKnownHostsFile         all files
-        HostKeyAlias                 the name that is looked up
-        CheckHostIP                  another key known for the address is refused
-        RevokedHostKeys              lists of keys and KRLs, all files
-        KnownHostsCommand            run, with its tokens
-        SetEnv                       sent for each command
-        SendEnv                      sent for each command, except the language of this terminal (LANG, LC_*)
+        the name as typed: Host
+        the login name: User
+        where to connect: Hostname Port
+        which addresses of the name are tried: AddressFamily
+        the address to connect from: BindAddress
+        for one attempt; 10 s where it is not set: ConnectTimeout
+        tried as many times, a second apart: ConnectionAttempts
+        ssh -G did it: CanonicalizeHostname CanonicalizeFallbackLocal CanonicalizeMaxDots
+            CanonicalizePermittedCNAMEs CanonicalDomains IgnoreUnknown
+        ssh -G did it (Match tagged): Tag
+        hop by hop, with its tokens: ProxyJump
+        run by $SHELL, with its tokens: ProxyCommand
+        private keys and public keys of an agent, with tokens: IdentityFile
+        offered with its key, from a file or an agent: CertificateFile
+        other keys of an agent are not offered: IdentitiesOnly
+        none, SSH_AUTH_SOCK, $VARIABLE, a path: IdentityAgent
+        other keys are not offered: PubkeyAcceptedAlgorithms
+        the name of PubkeyAcceptedAlgorithms until 8.4: PubkeyAcceptedKeyTypes
+        for keys of both sides: RequiredRSASize
+        those of them that paramiko has, AES-GCM first: Ciphers
+        those of them that paramiko has: MACs KexAlgorithms
+        those of them that paramiko has, known ones first: HostKeyAlgorithms
+        for certificates of hosts: CASignatureAlgorithms
+        all files, with @cert-authority, @revoked and hashed names: UserKnownHostsFile
+        all files: GlobalKnownHostsFile
+        the name that is looked up: HostKeyAlias
+        another key known for the address is refused: CheckHostIP
+        lists of keys and KRLs, all files: RevokedHostKeys
+        run, with its tokens: KnownHostsCommand
+        sent for each command: SetEnv
+        sent for each command, except the language of this terminal (LANG, LC_*): SendEnv
         """,
     ),
     *_rows(
         KeywordVerdict.HARMLESS,
         """
-        AddKeysToAgent                   moectl unlocks no key
-        BatchMode                        moectl never asks
-        ChallengeResponseAuthentication  moectl gives no passwords
-        ChannelTimeout                   moectl's own heartbeats keep its channels busy
-        ClearAllForwardings              moectl forwards nothing
-        Compression                      the bytes are the same
-        ControlMaster                    moectl's connections are its own
-        ControlPersist                   moectl's connections are its own
-        DynamicForward                   moectl forwards nothing
-        EnableEscapeCommandline          for a terminal
-        EnableSSHKeysign                 a setting of ssh-keysign
-        EscapeChar                       for a terminal
-        ExitOnForwardFailure             moectl forwards nothing
-        FingerprintHash                  moectl shows SHA256
-        ForkAfterAuthentication          moectl waits for its commands
-        ForwardAgent                     moectl forwards no agent
-        ForwardX11                       moectl forwards nothing
-        ForwardX11Timeout                moectl forwards nothing
-        ForwardX11Trusted                moectl forwards nothing
-        GatewayPorts                     moectl forwards nothing
-        GSSAPIClientIdentity             see GSSAPIAuthentication
-        GSSAPIDelegateCredentials        see GSSAPIAuthentication
-        GSSAPIKexAlgorithms              see GSSAPIKeyExchange
-        GSSAPIRenewalForcesRekey         see GSSAPIKeyExchange
-        GSSAPIServerIdentity             see GSSAPIAuthentication
-        GSSAPITrustDns                   see GSSAPIAuthentication
-        HashKnownHosts                   moectl writes no known_hosts
-        HostbasedAcceptedAlgorithms      see HostbasedAuthentication
-        HostbasedKeyTypes                see HostbasedAuthentication
-        IPQoS                            marks of packets
-        KbdInteractiveAuthentication     moectl gives no passwords
-        KbdInteractiveDevices            moectl gives no passwords
-        LocalCommand                     moectl runs nothing here once it is connected
-        LocalForward                     moectl forwards nothing
-        LogLevel                         ssh's own messages
-        LogVerbose                       ssh's own messages
-        NumberOfPasswordPrompts          moectl gives no passwords
-        ObscureKeystrokeTiming           for a terminal
-        PasswordAuthentication           moectl gives no passwords
-        PermitLocalCommand               moectl runs nothing here once it is connected
-        PermitRemoteOpen                 moectl forwards nothing
-        RekeyLimit                       paramiko changes its keys every 512 MB
-        RemoteForward                    moectl forwards nothing
-        RequestTTY                       moectl needs no terminal there
-        ServerAliveCountMax              moectl has its own signs of life
-        ServerAliveInterval              moectl has its own signs of life
-        StdinNull                        moectl's commands have their own stdin
-        StreamLocalBindMask              moectl forwards nothing
-        StreamLocalBindUnlink            moectl forwards nothing
-        SyslogFacility                   ssh's own messages
-        TCPKeepAlive                     moectl has its own signs of life
-        Tunnel                           moectl forwards nothing
-        TunnelDevice                     moectl forwards nothing
-        UpdateHostKeys                   moectl writes no known_hosts
-        VersionAddendum                  a word in ssh's greeting
-        VisualHostKey                    ssh's own messages
-        WarnWeakCrypto                   ssh's own messages
-        XAuthLocation                    moectl forwards nothing
+        moectl unlocks no key: AddKeysToAgent
+        moectl never asks: BatchMode
+        moectl gives no passwords: ChallengeResponseAuthentication KbdInteractiveAuthentication
+            KbdInteractiveDevices NumberOfPasswordPrompts PasswordAuthentication
+        moectl's own heartbeats keep its channels busy: ChannelTimeout
+        moectl forwards nothing: ClearAllForwardings DynamicForward ExitOnForwardFailure ForwardX11
+            ForwardX11Timeout ForwardX11Trusted GatewayPorts LocalForward PermitRemoteOpen RemoteForward
+            StreamLocalBindMask StreamLocalBindUnlink Tunnel TunnelDevice XAuthLocation
+        the bytes are the same: Compression
+        moectl's connections are its own: ControlMaster ControlPersist
+        for a terminal: EnableEscapeCommandline EscapeChar ObscureKeystrokeTiming
+        a setting of ssh-keysign: EnableSSHKeysign
+        moectl shows SHA256: FingerprintHash
+        moectl waits for its commands: ForkAfterAuthentication
+        moectl forwards no agent: ForwardAgent
+        see GSSAPIAuthentication: GSSAPIClientIdentity GSSAPIDelegateCredentials GSSAPIServerIdentity
+            GSSAPITrustDns
+        see GSSAPIKeyExchange: GSSAPIKexAlgorithms GSSAPIRenewalForcesRekey
+        moectl writes no known_hosts: HashKnownHosts UpdateHostKeys
+        see HostbasedAuthentication: HostbasedAcceptedAlgorithms HostbasedKeyTypes
+        marks of packets: IPQoS
+        moectl runs nothing here once it is connected: LocalCommand PermitLocalCommand
+        ssh's own messages: LogLevel LogVerbose SyslogFacility VisualHostKey WarnWeakCrypto
+        paramiko changes its keys every 512 MB: RekeyLimit
+        moectl needs no terminal there: RequestTTY
+        moectl sends its own keepalives: ServerAliveCountMax ServerAliveInterval TCPKeepAlive
+        moectl's commands have their own stdin: StdinNull
+        a word in ssh's greeting: VersionAddendum
         """,
     ),
     # Refused: here ssh would behave differently from moectl.
