@@ -37,7 +37,7 @@ def raise_failures(
     names = ", ".join(failed)
     raise PartialFailure(
         f"{len(failed)} of {len(errors)} hosts failed: {names}.",
-        hint=f"{first.hint or f'mend {names}'}{then}",
+        hint=f"{first.hint or f'repair {names}'}{then}",
     )
 
 

@@ -5,6 +5,7 @@ The programs are in `onhost`; they need nothing installed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -83,11 +84,9 @@ def ask(
 def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping[str, Any]) -> Process:
     """Start a program that runs until its stdin ends, and send the request. Raises HostError, CommandFailed."""
     process = remote.start(_command(program, "", pythons, OLDEST))
-    try:
+    with contextlib.suppress(OSError):  # its exit code and its output say why
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
-    except OSError:
-        pass  # its exit code and its output say why
     return process
 
 

@@ -85,18 +85,13 @@ def set_task(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequence[Ho
     memory is not known, and what opening a checkpoint raises.
     """
     model, manifest = describe_model(source)
-    question = ask(choose(model, wanted), asked, hosts)
+    question = ask(replace(model, quantization=choose_quantization(wanted, model)), asked, hosts)
     question = replace(question, can_quantise=model.quantization is None)
     question = replace(question, replicas=wanted.replicas, frequencies=find_frequencies(wanted, model.geometry))
     if manifest is not None and wanted.split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
         question = replace(question, replicas=manifest.placement.replicas)
         return PlanTask(model, question, manifest.split, manifest.shares)
     return PlanTask(model, question, wanted.split, wanted.shares)
-
-
-def choose(model: CatalogModel, wanted: Wanted) -> CatalogModel:
-    """Return the model with the precision of its shards."""
-    return replace(model, quantization=choose_quantization(wanted, model))
 
 
 def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Question:
@@ -122,13 +117,13 @@ def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Quest
 def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions) -> tuple[CatalogModel, list[WhatIfRow]]:
     """Return the table of clusters to buy for a model."""
     model, _ = describe_model(source)
-    chosen = choose(model, wanted)
+    quantization = choose_quantization(wanted, model)
     context = find_context(model, asked)
     if asked.link is not None:
         find_link(CALIBRATIONS[asked.calibration], asked.link)
     rows = list(
         what_if(
-            chosen if wanted.bits else model,
+            replace(model, quantization=quantization) if wanted.bits else model,
             CALIBRATIONS[asked.calibration],
             context=context,
             prompt_tokens=find_prompt(asked, context),
@@ -191,7 +186,7 @@ def place_on(
 
 
 def refuse_early(source: str, wanted: Wanted, hosts: Sequence[Host]) -> None:
-    """Refuse a model that is known by name and that these hosts cannot hold, before anybody looks for its files."""
+    """Refuse a model that is known by name and that these hosts cannot hold, before its files are looked for."""
     if source not in MODELS or Path(source).is_dir() or None in [known_node(host, PlanOptions()) for host in hosts]:
         return
     plan = plan_cluster(source, wanted, PlanOptions(), hosts).plan

@@ -73,7 +73,7 @@ def _check_endpoint() -> None:
 def _check_proxy(name: str, value: str) -> None:
     address = value if "://" in value else f"http://{value}"
     if not _is_address(address, _SCHEMES):
-        raise UsageError(f"{name} is not an address such as http://proxy.local:3128", hint=f"mend or unset {name}")
+        raise UsageError(f"{name} is not an address such as http://proxy.local:3128", hint=f"correct or unset {name}")
     if address.startswith("socks") and find_spec("socksio") is None:
         raise UsageError(f"{name} names a SOCKS proxy, which needs a package", hint="pip install socksio")
 

@@ -70,7 +70,7 @@ def hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if proxy := find_proxy(constants.ENDPOINT):
         way = f"{what} of {repo} did not come from {constants.ENDPOINT} through the proxy of {proxy}: {reason}"
-        return Unreachable(way, hint=explain_certificates(reason) or f"mend or unset {proxy}")
+        return Unreachable(way, hint=explain_certificates(reason) or f"correct or unset {proxy}")
     return Unreachable(
         f"{what} of {repo} did not come from {constants.ENDPOINT}: {reason}",
         hint=explain_certificates(reason)

@@ -196,12 +196,12 @@ class _Files:
             if token is not None and tokens.token_to_id(token) is not None:
                 tokens.add_special_tokens([token])
             elif token is not None and name in ("bos_token", "eos_token"):
-                self._refuse(CONFIG, name, f"is {token!r}, which is no token of {TOKENIZER}")
+                self._refuse(CONFIG, name, f"is {token!r}, which is not a token of {TOKENIZER}")
         for file, where in ((CONFIG, self._config), (SPECIAL, self._special)):
             for key in _LISTS:
                 for content in self._contents(file, key, where.get(key)):
                     if tokens.token_to_id(content) is None:
-                        self._refuse(file, key, f"has {content!r}, which is no token of {TOKENIZER}")
+                        self._refuse(file, key, f"has {content!r}, which is not a token of {TOKENIZER}")
                     tokens.add_special_tokens([content])
 
     def _check_number(self, tokens: tokenizers.Tokenizer, file: str, key: str, content: str, number: Any) -> None:
@@ -226,7 +226,7 @@ class _Files:
                 if isinstance(item, str):
                     number = None if item.isdigit() else tokens.token_to_id(item)
                     if number is None:
-                        self._refuse(file, key, f"has {item!r}, which is no token of {TOKENIZER}")
+                        self._refuse(file, key, f"has {item!r}, which is not a token of {TOKENIZER}")
                     ends.add(number)
                 elif isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 31:
                     ends.add(item)

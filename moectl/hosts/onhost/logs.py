@@ -19,7 +19,7 @@ import select
 import time
 from typing import Any
 
-from moectl.hosts.onhost.prelude import tell
+from moectl.hosts.onhost.prelude import read_line, tell
 
 MOST_BYTES = 4_000_000  # of one file's past
 POLL_S = 0.2
@@ -182,21 +182,11 @@ def _follow(logs: list[Log]) -> None:
 
 
 def _main() -> None:
-    request = json.loads(_read_request())
+    request = json.loads(read_line(lambda: os.read(0, 1 << 16)))  # not buffered, because `_follow` selects on stdin
     logs = [Log(path) for path in request["files"]]
     _tell_past(logs, request)
     if request["follow"]:
         _follow(logs)
-
-
-def _read_request() -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):  # not buffered, because `_follow` selects on stdin
-        block = os.read(0, 1 << 16)
-        if not block:
-            break
-        line += block
-    return line
 
 
 if __name__ == "__main__":
