@@ -107,7 +107,7 @@ def read_ports(
         for bus in buses
         if isinstance(bus, dict)
         for key, value in sorted(bus.items(), key=lambda item: str(item[0]))
-        if _is_receptacle(key) and isinstance(value, dict)
+        if re.fullmatch(r"receptacle_\d{1,3}_tag", str(key)) and isinstance(value, dict)
     ]
     return tuple(sorted(found, key=_by_receptacle))
 
@@ -168,10 +168,6 @@ def find_cables(hosts: Sequence[Sequence[Port]]) -> tuple[Cable, ...]:
         (a, a_port), (b, b_port) = sorted(((place, port), there[0]), key=lambda end: end[0])
         found[a, b, a_port.domain or "", b_port.domain or ""] = Cable(a, b, a_port, b_port)
     return tuple(sorted(found.values(), key=lambda cable: (cable.a, cable.b, _by_receptacle(cable.a_port))))
-
-
-def _is_receptacle(key: object) -> bool:
-    return isinstance(key, str) and re.fullmatch(r"receptacle_\d{1,3}_tag", key) is not None
 
 
 def _by_receptacle(port: Port) -> tuple[int, str]:

@@ -136,18 +136,14 @@ def _append(fd: int, read: Callable[[int], bytes], digest: Any, left: int, path:
             raise Cut(left)
         digest.update(block)
         try:
-            _write_all(fd, block)
+            view = memoryview(block)
+            while view:
+                view = view[os.write(fd, view) :]
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Full(shutil.disk_usage(os.path.dirname(path) or ".").free, left) from None
             raise
         left -= len(block)
-
-
-def _write_all(fd: int, block: bytes) -> None:
-    view = memoryview(block)
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def hash_file(path: str) -> str:

@@ -271,9 +271,6 @@ def take_file(peer: Peer, wanted: dict[str, Any], tell: Callable[[dict[str, Any]
     tell({"done": sha256})
 
 
-# The programs.
-
-
 def _orders() -> Iterator[dict[str, Any]]:
     """Yield the orders on stdin until it ends, or is silent for too long."""
     waiting = b""
