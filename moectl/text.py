@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -19,6 +20,12 @@ _SIGNS[ord("\r")] = None  # of a Windows line end; alone it would overwrite the 
 def printable(text: str) -> str:
     """Return a text with a visible sign for each character that would control a terminal."""
     return text.translate(_SIGNS)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a question about the most similar known word, with a blank before it; "" when none is similar."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def last_line(output: bytes) -> str:

@@ -92,7 +92,7 @@ class Batch:
 
 
 def read_corpus(path: Path) -> list[Lesson]:
-    """Read the lessons of a corpus file: blocks of `Q:` lines and one `A:`, parted by blank lines."""
+    """Read the lessons of a corpus file: blocks of `Q:` lines and one `A:`, separated by blank lines."""
     lessons = []
     for block in path.read_text(encoding="utf-8").split("\n\n"):
         if block.startswith("Q: "):
@@ -177,7 +177,7 @@ def predict(model: Any, tokens: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def measure_loss(model: Any, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Return the loss to minimise and, for the eye, the mean loss of the answers' tokens."""
+    """Return the loss to minimise and the mean loss of the answers' tokens, which is printed."""
     logits, balance = predict(model, batch.tokens[:, :-1])
     losses = nn.losses.cross_entropy(logits, batch.tokens[:, 1:])
     weights = batch.weights[:, 1:]
@@ -214,15 +214,12 @@ class Chat:
 
 def vary_question(question: str, rng: random.Random) -> str:
     """Write a question as people type it: sometimes lower case, sometimes without its last mark."""
-    if rng.random() < 0.15:
-        question = question.lower()
-    if rng.random() < 0.15:
-        question = question.rstrip("?.!")
-    return question
+    question = question.lower() if rng.random() < 0.15 else question
+    return question.rstrip("?.!") if rng.random() < 0.15 else question
 
 
 def draw_turns(lessons: list[Lesson], chat: Chat, rng: random.Random) -> Iterator[Turn]:
-    """Yield question-and-answer turns for ever, every lesson once per round (more with many phrasings)."""
+    """Yield question-and-answer turns for ever: in each round every lesson once, or more if it has many questions."""
     rounds = [lesson for lesson in lessons for _ in range(1 + len(lesson.questions) // 3)]
     while True:
         rng.shuffle(rounds)
@@ -316,11 +313,10 @@ def fuse_weights(model: Any) -> dict[str, mx.array]:
 
 
 def write_checkpoint(directory: Path, model: Any, tokenizer: Tokenizer) -> None:
-    """Write what a Hub repository of this model would hold; template and licence are those of the demo."""
+    """Write the files of a Hub repository of this model; template and licence are those of the demo."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("chat_template.jinja", "LICENSE"):
-        text = (demo_dir() / name).read_bytes()
-        (directory / name).write_bytes(text)
+        (directory / name).write_bytes((demo_dir() / name).read_bytes())
     mx.save_safetensors(str(directory / "model.safetensors"), fuse_weights(model), metadata={"format": "pt"})
     tokenizer.save(str(directory / "tokenizer.json"))
     tokenizer_config = {
@@ -333,11 +329,10 @@ def write_checkpoint(directory: Path, model: Any, tokenizer: Tokenizer) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": CONFIG["max_seq_len"],
     }
-    generation_config = {key: CONFIG[key] for key in ("eos_token_id", "pad_token_id")}
     documents = {
         "config.json": CONFIG,
         "tokenizer_config.json": tokenizer_config,
-        "generation_config.json": generation_config,
+        "generation_config.json": {key: CONFIG[key] for key in ("eos_token_id", "pad_token_id")},
     }
     for name, document in documents.items():
         (directory / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Connections to all hosts at once: one login for each, work done on each of them, and the failures told together."""
+"""Connections to all hosts at once: one login for each, work on each of them, and one error for all failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 def raise_failures(
     errors: Mapping[str, MoectlError | None], *, then: str = "; then run it again: the other hosts will be skipped."
 ) -> None:
-    """Raise for hosts that failed: their own error when all failed alike, PartialFailure otherwise."""
+    """Raise an error for the hosts that failed: their own when all failed alike, PartialFailure otherwise."""
     failed = {name: error for name, error in errors.items() if error is not None}
     if not failed:
         return
@@ -37,12 +37,12 @@ def raise_failures(
     names = ", ".join(failed)
     raise PartialFailure(
         f"{len(failed)} of {len(errors)} hosts failed: {names}.",
-        hint=f"{first.hint or f'mend {names}'}{then}",
+        hint=f"{first.hint or f'repair {names}'}{then}",
     )
 
 
 def connect(hosts: Sequence[Host]) -> list[Remote]:
-    """Connect to all hosts at once, for work that needs every one; raise the first host's error when any fails."""
+    """Connect to all hosts at once, for work that needs all of them. Raises the first host's error."""
     remotes = [make_remote(host) for host in hosts]
     try:
         take_all(hosts, on_each(hosts, lambda rank, _: remotes[rank].run(["true"])))
@@ -91,7 +91,7 @@ def open_remotes(hosts: Sequence[Host]) -> Iterator[list[Remote]]:
 
 
 def close_all(remotes: Sequence[Remote]) -> None:
-    """Close connections; one that is still being made, to a host that may be silent, is left to the process's end."""
+    """Close connections, except one that is still being made: to a silent host that could take minutes."""
 
     def close(remote: Remote) -> None:
         with contextlib.suppress(MoectlError, OSError):
@@ -103,9 +103,9 @@ def close_all(remotes: Sequence[Remote]) -> None:
 def on_each(
     hosts: Sequence[Host], work: Callable[[int, Host], _R], *, limit_s: float | None = None
 ) -> list[_R | MoectlError]:
-    """Return work(index, host) of every host, done at once, or the error that it met.
+    """Return work(index, host) of every host, done at once, or its error.
 
-    A host that has not answered after `limit_s` is Unreachable; its thread is left behind.
+    A host that has not answered after `limit_s` is Unreachable; its thread runs on.
     """
     results: list[_R | MoectlError] = [
         Unreachable(f"no answer within {limit_s or 0:g} s", host=host.address) for host in hosts
@@ -122,8 +122,8 @@ def on_each(
 
 
 def run_at_once(tasks: Sequence[Callable[[], None]], limit_s: float | None = None) -> list[bool]:
-    """Run all tasks, each in a thread; return which ended within the time. The others are left to themselves."""
-    # Daemons, not a pool: Ctrl-C has to leave at once, although a silent host may take minutes to give up.
+    """Run all tasks, each in a thread; return which ended in time. The other threads run on."""
+    # Daemons, not a pool: Ctrl-C has to end moectl at once, although a silent host may hold a thread for minutes.
     threads = [threading.Thread(target=task, daemon=True) for task in tasks]
     for thread in threads:
         thread.start()
@@ -143,7 +143,7 @@ def as_ours(error: Exception, host: Host) -> MoectlError:
 
 
 def map_at_once(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """Return work(item) of every item, each in a thread of its own; raise the first error in their order."""
+    """Return work(item) of every item, each in its own thread; raise the error of the first item that has one."""
     futures: list[Future[_R]] = [Future() for _ in items]
 
     def run(future: Future[_R], item: _T) -> None:

@@ -1,7 +1,7 @@
-"""What a host is made of, read from what its own tools print: chip, memory, what is in use, GPU limit, links.
+"""A host's hardware, parsed from the output of its own tools: chip, memory, memory in use, GPU limit, links.
 
-Pure parsers of text; running the tools is `probe`'s. Text that is cut off or strange gives None fields, never an error:
-a plan can do without a number, and says which one it had to assume.
+Pure parsers; `survey` runs the tools. Text that is cut off or strange gives None, never an error: a plan can work
+without a number, and says which one it assumed.
 
 Sources of the formats: sysctl(8), vm_stat(1), system_profiler(8), sw_vers(1), proc(5), os-release(5), nvidia-smi's
 `--help-query-gpu`.
@@ -9,29 +9,27 @@ Sources of the formats: sysctl(8), vm_stat(1), system_profiler(8), sw_vers(1), p
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from moectl.errors import CommandFailed
-from moectl.hosts.thunderbolt import find_generation, read_ports
+from moectl.hosts.thunderbolt import find_generation, parse_ports, read_items
 
-MARK = "moectl-probe "  # in front of each section's name, see `probe.HARDWARE_SCRIPT`
+MARK = "moectl-probe "  # in front of each section's name, see `survey.HARDWARE_SCRIPT`
 _MIB = 1 << 20
-_MOST = 1 << 60  # no machine has more of anything; such a number is noise
+_MOST = 1 << 60  # a larger number is not a size of real hardware
 _APPLE = re.compile(r"Apple (M\d{1,2})(?: (Pro|Max|Ultra))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One host; None where it did not say."""
+    """The hardware of one host; None where it is not known."""
 
     chip: str | None = None  # a name of the chips table, such as "m2-ultra"
     memory_bytes: int | None = None
     in_use_bytes: int | None = None
     wired_limit_bytes: int | None = None  # iogpu.wired_limit_mb where the owner set it
-    working_set_bytes: int | None = None  # what its GPU may use now, where the system says so
+    working_set_bytes: int | None = None  # what its GPU may use now, where the system reports it
     gpu_cores: int | None = None
     cores: int | None = None
     os: str | None = None  # "macOS", "Linux"
@@ -40,9 +38,9 @@ class Hardware:
 
 
 def parse_probe(text: str) -> Hardware:
-    """Return the hardware told by one run of `probe.HARDWARE_SCRIPT`: sections, each behind a line "moectl-probe NAME".
+    """Return the hardware from the output of `survey.HARDWARE_SCRIPT`: sections, each after a line "moectl-probe NAME".
 
-    Raises CommandFailed when there is no section that names a known system.
+    Raises CommandFailed when no section names a known system.
     """
     found = split_sections(text)
     match found.get("system", "").strip():
@@ -57,7 +55,7 @@ def parse_probe(text: str) -> Hardware:
 
 
 def split_sections(text: str) -> dict[str, str]:
-    """Return the text behind each marker line by its name; what a login shell printed before the first is left out."""
+    """Return the text after each marker line by its name, without what a login shell printed before the first."""
     sections: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.split("\n"):
@@ -71,23 +69,22 @@ def split_sections(text: str) -> dict[str, str]:
 def parse_macos(sysctl: str, vm_stat: str, system_profiler: str, sw_vers: str) -> Hardware:
     """Return a Mac's hardware from `sysctl`, `vm_stat`, `system_profiler -json` and `sw_vers`."""
     keys = _pairs(sysctl)
-    profile = _read_json(system_profiler)
-    displays = _items(profile, "SPDisplaysDataType")
-    machines = _items(profile, "SPHardwareDataType")
-    limit = _count(keys.get("iogpu.wired_limit_mb"))
+    displays = read_items(system_profiler, "SPDisplaysDataType")
+    machines = read_items(system_profiler, "SPHardwareDataType")
+    limit = (_count(keys.get("iogpu.wired_limit_mb")) or 0) * _MIB or None  # 0: the system's own choice
     brands = [keys.get("machdep.cpu.brand_string"), *(machine.get("chip_type") for machine in machines)]
     cores = (_count(display.get("sppci_cores")) for display in displays)
     return Hardware(
         chip=next((chip for brand in brands if (chip := apple_chip(brand))), None),
         memory_bytes=_count(keys.get("hw.memsize")),
         in_use_bytes=parse_vm_stat(vm_stat),
-        wired_limit_bytes=limit * _MIB if limit else None,  # 0: the system's own choice
-        working_set_bytes=limit * _MIB if limit else None,
+        wired_limit_bytes=limit,
+        working_set_bytes=limit,
         gpu_cores=next((count for count in cores if count), None),
         cores=_count(keys.get("hw.ncpu")),
         os="macOS",
         os_version=_pairs(sw_vers).get("ProductVersion") or None,
-        thunderbolt=find_generation(read_ports(_items(profile, "SPThunderboltDataType"))),
+        thunderbolt=find_generation(parse_ports(system_profiler)),
     )
 
 
@@ -98,10 +95,10 @@ def apple_chip(brand: object) -> str | None:
 
 
 def parse_vm_stat(text: str) -> int | None:
-    """Return the bytes that cannot be had without taking them from somebody: wired, active and compressed pages.
+    """Return the bytes in use by programs: wired, active and compressed pages.
 
-    Inactive, speculative and free pages are left out, because macOS gives them up for whoever asks. Active ones count
-    although some only cache files: they were used lately and would be read again at once. So the sum errs upwards.
+    Inactive, speculative and free pages do not count, because macOS gives them to any program that asks. Active pages
+    count although some only cache files: they were used lately and would be read again. So the sum is rather too large.
     """
     size = re.search(r"page size of (\d{1,9}) bytes", text)
     keys = _pairs(text)
@@ -114,15 +111,15 @@ def parse_vm_stat(text: str) -> int | None:
 def parse_linux(meminfo: str, cpuinfo: str, os_release: str, nvidia_smi: str = "") -> Hardware:
     """Return a Linux machine's hardware from /proc, os-release and `nvidia-smi`; of several GPUs, the first one's.
 
-    nvidia-smi was asked for name, memory.total and memory.used, without header and units (MiB). In use is what is not
-    MemAvailable: the kernel's own estimate of what can be had without swapping. The working set is the GPU's free
-    memory, since one rank runs on one GPU.
+    nvidia-smi was asked for name, memory.total and memory.used, without header and units (MiB). MemAvailable is the
+    kernel's estimate of the memory that is left without swapping; the rest is in use. The working set is the GPU's free
+    memory, because one rank runs on one GPU.
     """
     keys = _pairs(meminfo)
     total, available = (_kib(keys.get(key)) for key in ("MemTotal", "MemAvailable"))
     gpu = next((row for row in map(_gpu, nvidia_smi.split("\n")) if row), None)
     cores = sum(bool(re.match(r"processor\s*:", line)) for line in cpuinfo.split("\n"))
-    release = _assignments(os_release)
+    release = _pairs(os_release, "=")
     return Hardware(
         chip=gpu[0] if gpu else "linux-cpu" if cores else None,
         memory_bytes=total,
@@ -130,7 +127,7 @@ def parse_linux(meminfo: str, cpuinfo: str, os_release: str, nvidia_smi: str = "
         working_set_bytes=gpu[1] if gpu else None,
         cores=cores or None,
         os="Linux",
-        os_version=release.get("PRETTY_NAME") or None,
+        os_version=release.get("PRETTY_NAME", "").strip("\"'") or None,
     )
 
 
@@ -146,26 +143,9 @@ def _gpu(line: str) -> tuple[str | None, int] | None:
     return name[1].lower() if name else None, (total - used) * _MIB
 
 
-def _pairs(text: str) -> dict[str, str]:
-    split = (line.partition(":") for line in text.split("\n"))
-    return {key.strip(): value.strip() for key, colon, value in split if colon}
-
-
-def _assignments(text: str) -> dict[str, str]:
-    split = (line.partition("=") for line in text.split("\n"))
-    return {key.strip(): value.strip().strip("\"'") for key, equals, value in split if equals}
-
-
-def _read_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _items(profile: Any, kind: str) -> list[dict[str, Any]]:
-    listed = profile.get(kind) if isinstance(profile, dict) else None
-    return [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+def _pairs(text: str, between: str = ":") -> dict[str, str]:
+    split = (line.partition(between) for line in text.split("\n"))
+    return {key.strip(): value.strip() for key, found, value in split if found}
 
 
 def _count(value: object) -> int | None:

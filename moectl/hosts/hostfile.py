@@ -11,7 +11,6 @@ What ssh itself reads (User, Port, IdentityFile, ProxyJump) belongs in ~/.ssh/co
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import math
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from moectl.errors import HostsError
 from moectl.hosts.mlx_rows import read_mlx
 from moectl.paths import config_dir
+from moectl.text import did_you_mean
 
 KEYS = ("ip", "rdma", "memory", "chip", "price", "python", "dir")
 
@@ -221,18 +221,15 @@ def _parse_line(words: Sequence[str], where: str) -> Host:
         if not equals:
             raise HostsError(f"{where}: expected key=value, found {word!r}", hint=f"keys are {', '.join(KEYS)}")
         if key not in KEYS:
-            raise HostsError(f"{where}: unknown key {key!r}.{_suggest(key)}", hint=f"keys are {', '.join(KEYS)}")
+            raise HostsError(
+                f"{where}: unknown key {key!r}.{did_you_mean(key.lower(), KEYS)}", hint=f"keys are {', '.join(KEYS)}"
+            )
         if key in values:
             raise HostsError(f"{where}: {key} is given twice")
         if not value:
             raise HostsError(f"{where}: {key} has no value")
         values[key] = value
     return _apply_keys(host, values, where)
-
-
-def _suggest(key: str) -> str:
-    near = difflib.get_close_matches(key.lower(), KEYS, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _apply_keys(host: Host, values: Mapping[str, str], where: str) -> Host:

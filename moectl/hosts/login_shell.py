@@ -1,4 +1,4 @@
-"""How a command passes the login shell of a host's account, whichever shell it is and whatever it prints.
+"""How a command passes the login shell of a host's account, for every shell, and for a shell that prints.
 
 sshd gives a command to that shell as text. sh, bash, zsh, csh, tcsh and fish treat quotes, backslashes, '!' and line
 ends differently, so the text has none of these: it starts /bin/sh, which decodes the command. What comes before `BEGUN`

@@ -11,38 +11,6 @@ from moectl.errors import HostsError
 from moectl.hosts.hostfile import HostList, split_devices
 
 
-def to_mlx_json(
-    hosts: HostList,
-    *,
-    resolve: Callable[[str], str] | None = None,
-    find_own: Callable[[str], str] | None = None,
-) -> str:
-    """Return the list as an MLX hostfile (`mlx.launch --hostfile`); `resolve(name)` gives addresses that are missing.
-
-    `find_own(address)` gives this machine's address on the way to another host. Raises HostsError for a host with a
-    port (MLX passes the name to ssh as it is) and for a name without an address.
-    """
-    resolve = resolve or resolve_address
-    others = [host for host in hosts.hosts if not host.is_local]
-    rows: list[dict[str, Any]] = []
-    for host in hosts.hosts:
-        if host.port is not None:
-            raise HostsError(
-                "MLX hostfiles cannot hold a port",
-                host=host.address,
-                hint=f"put 'Port {host.port}' under a 'Host' alias in ~/.ssh/config and name the alias",
-            )
-        ssh = "127.0.0.1" if host.is_local else f"{host.user}@{host.name}" if host.user else host.name
-        ips = list(host.ips)
-        if not ips and host.is_local and others:  # 127.0.0.1 would not reach this machine from there
-            ips = [(find_own or find_own_address)(others[0].ips[0] if others[0].ips else resolve(others[0].name))]
-        ips = ips or [resolve("127.0.0.1" if host.is_local else host.name)]
-        row: dict[str, Any] = {"ssh": ssh, "ips": ips, "rdma": [to_mlx_devices(entry) for entry in host.rdma]}
-        extra = {"memory": host.memory_bytes, "python": host.python, "dir": host.dir}
-        rows.append(row | {k: v for k, v in extra.items() if v is not None})
-    return json.dumps({"backend": hosts.backend, "envs": list(hosts.envs), "hosts": rows}, indent=2) + "\n"
-
-
 def to_mlx_devices(entry: str | None) -> str | list[str] | None:
     """Return one entry of `Host.rdma` as MLX writes it: null, a name, or a list of names."""
     devices = split_devices(entry)
@@ -74,3 +42,34 @@ def find_own_address(other: str) -> str:
             host="localhost",
             hint="write 'localhost ip=10.0.0.1' with that address in the hosts file",
         ) from None
+
+
+def to_mlx_json(
+    hosts: HostList,
+    *,
+    resolve: Callable[[str], str] = resolve_address,
+    find_own: Callable[[str], str] = find_own_address,
+) -> str:
+    """Return the list as an MLX hostfile (`mlx.launch --hostfile`); `resolve(name)` gives addresses that are missing.
+
+    `find_own(address)` gives this machine's address on the way to another host. Raises HostsError for a host with a
+    port (MLX passes the name to ssh as it is) and for a name without an address.
+    """
+    others = [host for host in hosts.hosts if not host.is_local]
+    rows: list[dict[str, Any]] = []
+    for host in hosts.hosts:
+        if host.port is not None:
+            raise HostsError(
+                "MLX hostfiles cannot hold a port",
+                host=host.address,
+                hint=f"put 'Port {host.port}' under a 'Host' alias in ~/.ssh/config and name the alias",
+            )
+        ssh = "127.0.0.1" if host.is_local else f"{host.user}@{host.name}" if host.user else host.name
+        ips = list(host.ips)
+        if not ips and host.is_local and others:  # 127.0.0.1 would not reach this machine from there
+            ips = [find_own(others[0].ips[0] if others[0].ips else resolve(others[0].name))]
+        ips = ips or [resolve("127.0.0.1" if host.is_local else host.name)]
+        row: dict[str, Any] = {"ssh": ssh, "ips": ips, "rdma": [to_mlx_devices(entry) for entry in host.rdma]}
+        extra = {"memory": host.memory_bytes, "python": host.python, "dir": host.dir}
+        rows.append(row | {k: v for k, v in extra.items() if v is not None})
+    return json.dumps({"backend": hosts.backend, "envs": list(hosts.envs), "hosts": rows}, indent=2) + "\n"

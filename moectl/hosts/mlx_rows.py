@@ -14,6 +14,7 @@ from typing import Any
 from moectl.errors import HostsError
 
 BACKENDS = ("", "any", "ring", "jaccl", "jaccl-ring", "mpi", "nccl")
+_DEVICE = re.compile(r"[^\s,#+-][^\s,#+]*")
 _WANTED = 'write each host as {"ssh": "mac1", "ips": ["10.0.0.1"]}'
 
 
@@ -62,14 +63,10 @@ def _read_devices(entry: object, where: str) -> str | None:
     if entry is None or entry == []:
         return None
     given = entry if isinstance(entry, list) else [entry]
-    names = [name for name in given if isinstance(name, str) and _is_word(name)]
+    names = [name for name in given if isinstance(name, str) and name != "null" and _DEVICE.fullmatch(name)]
     if len(names) != len(given):
         raise HostsError(f"{where}: rdma has to be a list of device names, or null, per host")
     return "+".join(names)
-
-
-def _is_word(text: str) -> bool:
-    return bool(re.fullmatch(r"[^\s,#+-][^\s,#+]*", text)) and text != "null"
 
 
 def _strings(value: object, where: str) -> tuple[str, ...]:

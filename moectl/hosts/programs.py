@@ -84,11 +84,9 @@ def ask(
 def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping[str, Any]) -> Process:
     """Start a program that runs until its stdin ends, and send the request. Raises HostError, CommandFailed."""
     process = remote.start(_command(program, "", pythons, OLDEST))
-    try:
+    with contextlib.suppress(OSError):  # its exit code and its output say why
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
-    except OSError:
-        pass  # its exit code and its output say why
     return process
 
 

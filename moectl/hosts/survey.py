@@ -1,7 +1,7 @@
-"""One question to a host about all that `doctor` wants to know of its system, and the answer's parts.
+"""A survey of a host: one script that asks for all that `doctor` needs, and the parts of its answer.
 
-It is the script about hardware with more sections. A tool that is missing leaves its section empty. What the parts
-mean is for `cluster.doctor` to say.
+The script is the one about hardware with more sections. The section of a missing tool is empty. `cluster.doctor` says
+what the parts mean.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Interface
 from typing import TypeVar
 
 from moectl.errors import CommandFailed
@@ -20,7 +19,7 @@ from moectl.hosts.thunderbolt import Port, parse_ifconfig, parse_ports
 
 _R = TypeVar("_R")
 HARDWARE_S = 20.0
-# Both systems' own tools, in one run; whatever is missing leaves its section empty.
+# Both systems' own tools, in one run.
 HARDWARE_SCRIPT = f"""
 export LC_ALL=C PATH="$PATH:/usr/bin:/bin:/usr/sbin:/sbin"
 say() {{ printf '\\n{MARK}%s\\n' "$1"; }}
@@ -38,8 +37,6 @@ else
 fi
 exit 0
 """
-
-
 SURVEY_S = 30.0
 _BEFORE = """
 printf '\\nmoectl-probe locale\\n'; locale 2>&1 >/dev/null
@@ -68,7 +65,7 @@ SCRIPT = _BEFORE + HARDWARE_SCRIPT.removesuffix("exit 0\n") + _MORE
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a host told of itself."""
+    """What a host says about itself."""
 
     hardware: Hardware
     sections: Mapping[str, str] = field(default_factory=dict)
@@ -97,7 +94,7 @@ class Survey:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Return its IPv4 addresses; none where it did not tell."""
+        """Return its IPv4 addresses; none where they are not known."""
         if self.is_mac:
             interfaces = parse_ifconfig(self.sections.get("ifconfig", ""))
             return tuple(str(address.ip) for interface in interfaces for address in interface.ipv4)
@@ -105,7 +102,7 @@ class Survey:
 
     @property
     def workers_bytes(self) -> int:
-        """Return the memory of the workers that run there: what is in use is partly theirs."""
+        """Return the memory of the workers that run there: it is a part of the memory in use."""
         kib = (line.split()[0] for line in self.sections.get("workers", "").split("\n") if line.split())
         return sum(int(word) << 10 for word in kib if re.fullmatch(r"[0-9]{1,12}", word))
 
@@ -116,18 +113,17 @@ def survey_host(remote: Remote) -> Survey:
 
 
 def read_survey(text: str) -> Survey:
-    """Return the survey told by one run of the script. Raises CommandFailed for an unknown system."""
+    """Return the survey from the output of the script. Raises CommandFailed for an unknown system."""
     return Survey(parse_probe(text), split_sections(text))
 
 
 def parse_ip(text: str) -> tuple[str, ...]:
     """Return the addresses of Linux's `ip -o -4 addr show`."""
-    found = (re.search(r"\binet (\S+)", line) for line in text.split("\n"))
-    return tuple(str(IPv4Interface(match[1]).ip) for match in found if match and _is_ipv4(match[1]))
+    return tuple(re.findall(r"\binet (\d{1,3}(?:\.\d{1,3}){3})/", text))
 
 
 def parse_sshd(text: str) -> dict[str, str]:
-    """Return sshd's limits by their name in small letters; its first word on an option counts."""
+    """Return sshd's limits by their name in small letters; the first line of an option counts."""
     limits: dict[str, str] = {}
     for line in text.split("\n"):
         words = line.split()
@@ -136,16 +132,8 @@ def parse_sshd(text: str) -> dict[str, str]:
     return limits
 
 
-def _is_ipv4(text: str) -> bool:
-    try:
-        IPv4Interface(text)
-    except ValueError:
-        return False
-    return True
-
-
 def read_hardware(remote: Remote) -> Hardware:
-    """Return what a host is made of, in one command; needs no python there. Raises HostError, CommandFailed."""
+    """Return a host's hardware, in one command; needs no python there. Raises HostError, CommandFailed."""
     return _ask(remote, HARDWARE_SCRIPT, HARDWARE_S, parse_probe)
 
 

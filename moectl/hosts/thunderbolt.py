@@ -1,11 +1,11 @@
-"""Which Thunderbolt ports a Mac has, what hangs on each, and which interface and RDMA device belong to it.
+"""A Mac's Thunderbolt ports, what is connected to each, and its interface and RDMA device; the cables between Macs.
 
-Pure parsers of what macOS's own tools print, and the cables that follow from several Macs' answers. It runs no tool and
-changes nothing. Text that is cut off or strange gives None or nothing, never an error.
+Pure parsers of the output of macOS's own tools. It runs no tool and changes nothing. Text that is cut off or strange
+gives None or nothing, never an error.
 
-A port is joined to its interface by the receptacle's number, as `mlx.distributed_config` does: receptacle 2 is
-networksetup's "Thunderbolt 2". Its RDMA device is `rdma_` and the interface's name (Apple's TN3205). Two Macs are
-cabled where one lists the other's domain UUID; a Mac behind a dock is not, since RDMA needs a cable of its own.
+A port belongs to the interface with the number of its receptacle, as in `mlx.distributed_config`: receptacle 2 is
+networksetup's "Thunderbolt 2". Its RDMA device is `rdma_` and the interface's name (Apple's TN3205). A cable joins two
+Macs where one lists the other's domain UUID; a Mac behind a dock does not count, because RDMA needs a direct cable.
 
 Sources of the formats: system_profiler(8), networksetup(8), ifconfig(8), Apple's TN3205 (ibv_devices, ibv_devinfo,
 bridge0), and the public capture named in tests/recordings/thunderbolt/README.md.
@@ -37,8 +37,8 @@ class Port:
     peer_domain: str | None = None  # the port of the Mac that is cabled to it directly
     peer_name: str | None = None  # "MacBook Pro"
     devices: tuple[str, ...] = ()  # docks, disks and displays on it
-    link_bit_s: int | None = None  # what its link does now; None where nothing is connected
-    most_bit_s: int | None = None  # what it could do, where it says so: only idle ports do
+    link_bit_s: int | None = None  # of its link now; None where nothing is connected
+    most_bit_s: int | None = None  # its maximum, which only idle ports report
     interface: str | None = None  # "en3", of IP over Thunderbolt
     rdma: str | None = None  # "rdma_en3", where ibv_devices lists it
 
@@ -48,7 +48,7 @@ class Port:
 
     @property
     def is_thunderbolt_5(self) -> bool:
-        """Whether its link, or an idle port's promise, is one of Thunderbolt 5; a slow link may be a cable's fault."""
+        """Whether its link, or the maximum of an idle port, is as fast as Thunderbolt 5; a cable can make it slower."""
         return max(self.link_bit_s or 0, self.most_bit_s or 0) >= THUNDERBOLT_5_BIT_S
 
 
@@ -66,7 +66,7 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class Cable:
-    """A direct way between two Macs, by their places in the list (a < b) and the port at each end."""
+    """A direct cable between two Macs, by their places in the list (a < b) and the port at each end."""
 
     a: int
     b: int
@@ -83,23 +83,24 @@ class Cable:
         return min(speeds, default=None)
 
 
-# One Mac.
-
-
 def parse_ports(system_profiler: str, hardware_ports: str = "", ibv_devices: str = "") -> tuple[Port, ...]:
     """Return a Mac's ports in the order of their receptacles.
 
     The texts are those of `system_profiler -json SPThunderboltDataType`, `networksetup -listallhardwareports` and
     `ibv_devices`; without the last two, ports have no interface or no RDMA device.
     """
+    buses = read_items(system_profiler, "SPThunderboltDataType")
+    return read_ports(buses, parse_hardware_ports(hardware_ports), parse_ibv_devices(ibv_devices))
+
+
+def read_items(system_profiler: str, kind: str) -> list[dict[str, Any]]:
+    """Return the objects of one data type in the JSON of system_profiler."""
     try:
         profile = json.loads(system_profiler)
     except (ValueError, RecursionError):
-        return ()
-    buses = profile.get("SPThunderboltDataType") if isinstance(profile, dict) else None
-    interfaces = parse_hardware_ports(hardware_ports)
-    devices = parse_ibv_devices(ibv_devices)
-    return read_ports(buses if isinstance(buses, list) else [], interfaces, devices)
+        return []
+    listed = profile.get(kind) if isinstance(profile, dict) else None
+    return [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
 
 
 def read_ports(
@@ -111,13 +112,13 @@ def read_ports(
         for bus in buses
         if isinstance(bus, dict)
         for key, value in sorted(bus.items(), key=lambda item: str(item[0]))
-        if _is_receptacle(key) and isinstance(value, dict)
+        if re.fullmatch(r"receptacle_\d{1,3}_tag", str(key)) and isinstance(value, dict)
     ]
     return tuple(sorted(found, key=_by_receptacle))
 
 
 def find_generation(ports: Sequence[Port]) -> int | None:
-    """Return 5 when any port is of Thunderbolt 5, 4 for all older ones, None where no port told a speed."""
+    """Return 5 when any port is of Thunderbolt 5, 4 for all older ones, None where no port reports a speed."""
     if any(port.is_thunderbolt_5 for port in ports):
         return 5
     return 4 if any(port.link_bit_s or port.most_bit_s for port in ports) else None
@@ -125,36 +126,21 @@ def find_generation(ports: Sequence[Port]) -> int | None:
 
 def parse_hardware_ports(text: str) -> dict[str, str]:
     """Return the device of each hardware port of `networksetup -listallhardwareports`: {"Thunderbolt 1": "en2"}."""
-    devices: dict[str, str] = {}
-    name = ""
-    for line in text.split("\n"):
-        key, colon, value = line.partition(":")
-        if colon and key.strip() == "Hardware Port":
-            name = value.strip()
-        elif colon and key.strip() == "Device" and name:
-            if value.strip():
-                devices[name] = value.strip()
-            name = ""
-    return devices
+    found = re.findall(r"^[ \t]*Hardware Port:(.+)\n[ \t]*Device:(.+)$", text, re.MULTILINE)
+    return {name.strip(): device.strip() for name, device in found if name.strip() and device.strip()}
 
 
 def parse_ibv_devices(text: str) -> tuple[str, ...]:
-    """Return the RDMA devices that `ibv_devices` lists; none where RDMA is off: it prints its heading only then."""
+    """Return the RDMA devices that `ibv_devices` lists; none where RDMA is off: then it prints only its heading."""
     words = (line.split() for line in text.split("\n"))
     return tuple(row[0] for row in words if len(row) == 2 and re.fullmatch(r"rdma_\w{1,30}", row[0]))
 
 
 def parse_ibv_devinfo(text: str) -> dict[str, str]:
     """Return the port state of each device of `ibv_devinfo`: {"rdma_en2": "PORT_ACTIVE"}; of the first port's."""
-    states: dict[str, str] = {}
-    name = ""
-    for line in text.split("\n"):
-        key, _, value = line.partition(":")
-        if key.strip() == "hca_id":
-            name = (value.split() or [""])[0]
-        elif key.strip() == "state" and name and value.split():
-            states.setdefault(name, value.split()[0])
-    return states
+    devices = re.split(r"^[ \t]*hca_id:[ \t]*", text, flags=re.MULTILINE)[1:]
+    states = ((device, re.search(r"^\s*state:[ \t]*(\S+)", device, re.MULTILINE)) for device in devices)
+    return {device.split()[0]: state[1] for device, state in states if state}
 
 
 def parse_ifconfig(text: str) -> tuple[Interface, ...]:
@@ -169,14 +155,10 @@ def parse_ifconfig(text: str) -> tuple[Interface, ...]:
     return tuple(_read_interface(head, body) for head, body in blocks)
 
 
-# Several Macs.
-
-
 def find_cables(hosts: Sequence[Sequence[Port]]) -> tuple[Cable, ...]:
     """Return the cables between these Macs, in the order of (a, b) and of a's ports.
 
-    One end's word is enough. A domain that two ports of the list claim says nothing, and neither does a cable from a
-    Mac to itself.
+    It is enough that one end lists the other. A domain of two ports, and a cable from a Mac to itself, do not count.
     """
     ends = [(place, port) for place, ports in enumerate(hosts) for port in ports]
     owners: dict[str, list[tuple[int, Port]]] = {}
@@ -191,13 +173,6 @@ def find_cables(hosts: Sequence[Sequence[Port]]) -> tuple[Cable, ...]:
         (a, a_port), (b, b_port) = sorted(((place, port), there[0]), key=lambda end: end[0])
         found[a, b, a_port.domain or "", b_port.domain or ""] = Cable(a, b, a_port, b_port)
     return tuple(sorted(found.values(), key=lambda cable: (cable.a, cable.b, _by_receptacle(cable.a_port))))
-
-
-# Parts.
-
-
-def _is_receptacle(key: object) -> bool:
-    return isinstance(key, str) and re.fullmatch(r"receptacle_\d{1,3}_tag", key) is not None
 
 
 def _by_receptacle(port: Port) -> tuple[int, str]:
@@ -234,7 +209,7 @@ def _speeds(tag: Mapping[str, Any]) -> tuple[int | None, int | None]:
     if speed is None:
         return None, None
     bit_s = int(speed[2]) * _GBIT
-    # "Up to" is a promise. Some docks' ports keep it while something is connected, so it never counts as a link.
+    # "Up to" is a maximum. Some docks' ports show it while something is connected, so it never counts as a link.
     return (None, bit_s) if speed[1] or tag.get("receptacle_status_key") != "receptacle_connected" else (bit_s, None)
 
 

@@ -1,7 +1,7 @@
-"""Share out the selected (token, expert) pairs among the ranks that hold copies of the expert.
+"""Divide the selected (token, expert) pairs among the ranks that hold copies of the expert.
 
-A rule, not a talk: every rank knows the routing, computes the same shares from it, and does its own. No arrays and no
-weights here, only counts.
+The ranks exchange nothing for it: every rank knows the routing, computes the same shares, and does its own. It works on
+counts, without arrays or weights.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ Shares = dict[int, dict[int, int]]  # expert → rank → how many of the expert
 
 
 def share_out(counts: Mapping[int, int], owners: Sequence[Sequence[int]]) -> Shares:
-    """Return who computes how many pairs of each expert, so that the busiest rank has as few as can be.
+    """Return how many pairs of each expert each rank computes, so that the busiest rank has as few as possible.
 
     `counts` are pairs per selected expert, `owners` the ranks that hold each expert. Equal arguments give equal shares
-    everywhere: each expert goes to its least loaded owners, ties to the lowest rank; then work moves along chains of
-    owners away from the busiest rank for as long as that helps (optimal semi-matching: Harvey et al., 2003).
+    everywhere: each expert goes to its least loaded owners, ties to the lowest rank. Then work moves along chains of
+    owners away from the busiest rank while that helps (optimal semi-matching: Harvey et al., 2003).
     """
     loads = dict.fromkeys(sorted({rank for ranks in owners for rank in ranks}), 0)
-    # Experts without a choice first: the others can then fill what these leave.
+    # Experts with few owners first: the others can then use the ranks that are left.
     order = sorted(counts, key=lambda e: (len(owners[e]), e))
     shares = {expert: _fill(counts[expert], owners[expert], loads) for expert in order}
     while _relieve(shares, owners, loads):
@@ -28,7 +28,7 @@ def share_out(counts: Mapping[int, int], owners: Sequence[Sequence[int]]) -> Sha
 
 
 def _fill(count: int, ranks: Sequence[int], loads: dict[int, int]) -> dict[int, int]:
-    """Give out pairs one by one to the least loaded rank, all at once; return who got how many."""
+    """Give each pair to the least loaded rank, computed for all pairs at once; return the pairs of each rank."""
     order = sorted(ranks, key=lambda r: (loads[r], r))
     before = dict(loads)
     for width, rank in enumerate(order, 1):
@@ -44,7 +44,7 @@ def _fill(count: int, ranks: Sequence[int], loads: dict[int, int]) -> dict[int, 
 
 
 def _relieve(shares: Shares, owners: Sequence[Sequence[int]], loads: dict[int, int]) -> bool:
-    """Move pairs from one of the busiest ranks along a chain of owners to one with at least two fewer, if any can."""
+    """Move pairs from one of the busiest ranks along a chain of owners to one with at least two fewer, if possible."""
     busiest = max(loads.values())
     for start in (r for r in loads if loads[r] == busiest):
         came_from = _reach(start, shares, owners)

@@ -1,18 +1,17 @@
-"""The canary: what fixed prompts come to on one machine, kept in the manifest, so that every start can be compared.
+"""The canary: the results of fixed prompts on one machine, kept in the manifest and compared at every start.
 
 Two prompts go through the model, one shorter and one longer than a chunk of prefill. The short one goes to the experts
-that the routers choose; the tokens of the long one are dealt out to all experts in turn, so that each of them is seen,
-with the weights that the routers give them. Of every array that a rank adds to
-an exchange a few numbers are kept, sums over all its elements with fixed random signs; of the last token the largest
-logits. The first exchange at which a rank's numbers are off tells which rank is at fault: up to there it had the same
-input as when the set was cut.
+that the routers choose. The tokens of the long one go to all experts in turn, so that each expert is used, with the
+weights that the routers give. Of every array that a rank adds to an exchange it keeps a few numbers: sums over all
+elements with fixed random signs; of the last token it keeps the largest logits. The first exchange with wrong numbers
+names the rank at fault: up to there it had the same input as when the set was cut.
 
-It proves that ranks compute here and now what the machine that cut the set computed: that no shard, chip or exchange
-changes a number. It does not prove that the model is the one that was trained. The machine that cut the set used the
-same code and the same reading of config.json, so a mistake in either is in the reference too, and passes. What guards
-against that is `config_keys`, which refuses what is not understood, and the tests against transformers' DBRX.
+It proves that the ranks compute what the machine that cut the set computed: no shard, chip or exchange changes a
+number. It does not prove that the model is the one that was trained: the machine that cut the set used the same code
+and read config.json in the same way, so a mistake in either is in the reference too. `config_keys`, which refuses
+unknown keys, and the tests against transformers' DBRX guard against that.
 
-Only data and their comparison; `model.reference` computes them on one machine, `model.selfcheck` on a rank.
+Only data and their comparison; `engine.network.canary_run` computes them.
 """
 
 from __future__ import annotations
@@ -23,33 +22,33 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Tokens that are read at a time, here and there: copies of experts share out a chunk's work. So many of DBRX's are
-# grouped by expert, and so few that reading the weights costs more than computing with them.
+# Tokens in one chunk, on one machine as on the ranks, because copies of experts divide the work of a chunk. It is large
+# enough that DBRX groups tokens by expert, and small enough that reading the weights takes longer than computing.
 CHUNK = 16
-_CHUNK_BEFORE = 512  # in sets whose canary does not say
+_CHUNK_BEFORE = 512  # of a canary that does not name its chunk
 SHORT = 5
 LONG = 1  # the number of the long prompt
 TOP = 16  # logits that are kept
 WIDTH = 4  # numbers for each exchange
 
-# Of what was to be expected. Sums in another order differ by some 1e-6 in float32; in 16 bits or with quantised
-# arithmetic on another device by some percent, and a token whose router is undecided may go to another expert.
+# Parts of the expected value. Sums in another order differ by some 1e-6 in float32. In 16 bits, or with quantised
+# arithmetic on another device, they differ by some percent, and a token may go to another expert where two are close.
 TOLERANCE = 1e-3
 TOLERANCE_LOW_PRECISION = 0.2
-_SMALL = 0.05  # of the usual size: what is smaller is judged by that
+_SMALL = 0.05  # of the mean size: smaller values are compared with that
 
 
 @dataclass(frozen=True, slots=True)
 class Canary:
     """The reference of one shard set."""
 
-    dtype: str  # of the activations that it was computed with
+    dtype: str  # of the activations
     points: tuple[tuple[str, ...], ...]  # by rank and prompt: WIDTH float32 numbers for each exchange, in base64
     top: tuple[tuple[tuple[int, float], ...], ...]  # by prompt: tokens and their logits, largest first
     spread: tuple[float, ...]  # by prompt: the standard deviation of all logits
     chunk: int = _CHUNK_BEFORE  # tokens that were read at a time
-    deals: bool = False  # whether the long prompt's tokens were dealt out to the experts
-    unmet: tuple[tuple[int, int], ...] = ()  # (layer, expert): no token of the prompts, or not of each copy
+    deals: bool = False  # whether the long prompt's tokens went to all experts in turn
+    unmet: tuple[tuple[int, int], ...] = ()  # (layer, expert) that no token reached, or not in each copy
 
     def __post_init__(self) -> None:
         if not 0 < self.chunk <= _CHUNK_BEFORE:
@@ -61,29 +60,29 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class CanaryVerdict:
-    """What a rank found.
+    """The result of a rank's comparison.
 
-    `wrong_at` is the first exchange that is off, counted as all ranks count them; one more than the last: the logits.
+    `wrong_at` is the number of the first wrong exchange, the same on all ranks; one more than the last is the logits.
     """
 
-    worst: float  # deviation, in parts of what was to be expected
+    worst: float  # the largest deviation, in parts of the expected value
     wrong_at: int | None
 
 
 def make_prompts(vocab_size: int, max_seq_len: int, chunk: int = CHUNK) -> list[list[int]]:
-    """Return the prompts as tokens; the same for every model with these sizes, as long as the schema is."""
+    """Return the prompts as tokens, the same for every model with these sizes and every shard set of this schema."""
     lengths = [min(length, max_seq_len) for length in (SHORT, chunk + 9)]
     return [[(7919 * (i + 31 * n) + 13 * i * i) % vocab_size for i in range(n)] for n in lengths]
 
 
 def cut_chunks(tokens: Sequence[int], chunk: int = CHUNK) -> list[list[int]]:
-    """Return a prompt as it is read: chunk by chunk, the last token by itself, as in decode."""
+    """Return a prompt in the chunks in which it is read; the last token is alone, as in decode."""
     body = list(tokens[:-1])
     return [*(body[i : i + chunk] for i in range(0, len(body), chunk)), [tokens[-1]]]
 
 
 def encode_points(points: Sequence[Sequence[float]]) -> str:
-    """Return exchanges' numbers as text, in 5 significant digits: what a run on the same machine may differ in."""
+    """Return exchanges' numbers as text, with 5 significant digits: two runs on one machine may differ beyond these."""
     flat = [float(f"{value:.5g}") for point in points for value in point]
     return base64.b64encode(struct.pack(f"<{len(flat)}f", *flat)).decode()
 
@@ -98,7 +97,7 @@ def decode_points(text: str) -> list[tuple[float, ...]]:
 
 
 def describe_unmet(canary: Canary) -> str | None:
-    """Return what a person is told of experts that the prompts did not reach; None where they reached all."""
+    """Return a sentence about the experts that the prompts do not reach; None where they reach all."""
     if not canary.unmet:
         return None
     layers: dict[int, list[str]] = {}
@@ -115,7 +114,7 @@ def judge(
     *,
     tolerance: float,
 ) -> CanaryVerdict:
-    """Compare one rank's exchanges, in their order, with what they should be."""
+    """Compare one rank's exchanges, in their order, with the expected ones."""
     sizes = [math.hypot(*point) for point in expected]
     least = _SMALL * sum(sizes) / len(sizes) if sizes else 0.0
     worst, wrong_at = 0.0, None
@@ -131,7 +130,7 @@ def judge(
 
 
 def judge_logits(canary: Canary, prompt: int, found: Sequence[float]) -> float:
-    """Return how far logits, of the tokens in `canary.top`, are off, in parts of the spread of all."""
+    """Return the largest error of the logits of the tokens in `canary.top`, in parts of the spread of all logits."""
     if not all(map(math.isfinite, found)):
         return math.inf
     off = max(abs(value - logit) for (_, logit), value in zip(canary.top[prompt], found, strict=True))
@@ -139,5 +138,5 @@ def judge_logits(canary: Canary, prompt: int, found: Sequence[float]) -> float:
 
 
 def choose_tolerance(canary: Canary, dtype: str) -> float:
-    """Return what a deviation may be at most when the activations are of this dtype here."""
+    """Return the largest deviation that is allowed when the activations have this dtype here."""
     return TOLERANCE if canary.dtype == dtype == "float32" else TOLERANCE_LOW_PRECISION

@@ -1,4 +1,4 @@
-"""Models that moectl knows by name, so that a plan for them needs neither network nor files. Data only."""
+"""The models that moectl knows by name: a plan for them needs neither network nor files. Data only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moectl.model.manifest import Quantization
 
 @dataclass(frozen=True, slots=True)
 class CatalogModel:
-    """A model as a planner sees it."""
+    """The parts of a model that the planner needs."""
 
     name: str
     geometry: Geometry

@@ -1,9 +1,9 @@
 """What moectl does with every key of config.json and generation_config.json: one table and its checks.
 
-A key is honoured (READ), changes neither tokens nor numbers (HARMLESS), is for a request to decide (REQUEST), or is
-refused unless it has one of a few values (`Only`). In config.json an unknown key is refused too: nothing tells whether
-it changes numbers. null means "not set" everywhere, as transformers writes it. What the values mean is `geometry`'s,
-`rope`'s and `layouts`' business.
+A key is used (READ), changes neither tokens nor numbers (HARMLESS), is set by each request (`PerRequest`), or is
+refused unless it has one of a few values (`Only`). In config.json an unknown key is refused too, because it could
+change numbers. null means "not set" everywhere, as transformers writes it. `geometry`, `rope` and `shards.tensors` read
+the values.
 
 Sources: transformers' PreTrainedConfig, DbrxConfig and GenerationConfig (4.39 to 5), databricks' configuration_dbrx.py.
 """
@@ -22,14 +22,14 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 
 @dataclass(frozen=True)
 class Only:
-    """The values besides null with which a key changes nothing; any other is refused."""
+    """The values, besides null, with which a key changes nothing; every other value is refused."""
 
     values: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
 class PerRequest:
-    """A key that each request sets for itself; `usual` are the values that need no word."""
+    """A key that each request sets for itself; the `usual` values are not reported."""
 
     usual: tuple[Any, ...] = ()
     flag: str | None = None  # of `moectl run`
@@ -43,7 +43,7 @@ def _all(rule: Rule, names: str) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), rule)
 
 
-# What every configuration class of transformers has, and what writers leave: nothing of it changes numbers.
+# Keys of every configuration class of transformers, and of programs that write configs: none of them changes numbers.
 _LIBRARY: dict[str, Rule] = _all(
     HARMLESS,
     "_name_or_path name_or_path _commit_hash _attn_implementation _attn_implementation_internal attn_implementation"
@@ -55,7 +55,7 @@ _LIBRARY: dict[str, Rule] = _all(
     " unsloth_fixed",
 )
 
-# Greedy answers of transformers depend on the `Only` ones. A shard set is served as if they were not there.
+# Greedy answers of transformers depend on the `Only` keys. moectl does not use them.
 _GENERATION: dict[str, Rule] = {
     **_all(READ, "eos_token_id"),
     **_all(
@@ -103,12 +103,12 @@ _TOP: dict[str, Rule] = {
         # DbrxConfig's own names of sizes and those that its attribute_map has for them.
         " n_layers num_hidden_layers d_model hidden_size n_heads num_attention_heads max_seq_len"
         " max_position_embeddings"
-        # Names for what stands elsewhere already: they must agree with it.
+        # Second names of other keys: they must agree with these.
         " num_key_value_heads head_dim num_experts num_local_experts num_experts_per_tok intermediate_size"
         " moe_intermediate_size"
         " rope_theta rope_parameters rope_scaling partial_rotary_factor",
     ),
-    # Training only, or what is told besides the logits.
+    # For training only, or for other outputs than the logits.
     **_all(HARMLESS, "resid_pdrop emb_pdrop output_router_logits router_aux_loss_coef"),
     **_all(Only((False,)), "tie_word_embeddings tie_encoder_decoder is_encoder_decoder add_cross_attention"),
     **_all(Only((False,)), "attention_bias mlp_bias qkv_bias use_bias bias use_sliding_window use_qk_norm"),
@@ -123,7 +123,7 @@ _TOP: dict[str, Rule] = {
     "model_file": Only(),  # mlx-lm runs this Python file instead of its own network
 }
 
-# Older releases of transformers wrote all of PretrainedConfig into the nested objects, where no reader looks at it.
+# Older releases of transformers wrote all of PretrainedConfig into the nested objects, where it is never read.
 _NESTED: dict[str, Rule] = {
     **dict.fromkeys([*_GENERATION, *_LIBRARY], HARMLESS),
     **_all(
@@ -147,11 +147,11 @@ _FFN: dict[str, Rule] = {
 _COPY = "in a copy of the checkpoint's directory"
 CORRECT = f"correct it {_COPY}: the model's original repository has the right value"
 _REMOVE = f"if the model works without it, remove the key {_COPY}"
-_CLASSES = ("DbrxConfig", "DbrxModel", "DbrxForCausalLM")  # databricks' own code, which moectl computes as
+_CLASSES = ("DbrxConfig", "DbrxModel", "DbrxForCausalLM")  # of databricks' own code, whose results moectl computes
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a key of a DBRX config.json that changes tokens or numbers and would be passed over."""
+    """Raise CheckpointError for a key of a DBRX config.json that changes tokens or numbers and that moectl ignores."""
     _check(config, _TOP, f"{CONFIG}: ")
     for part, table in (("attn_config", _ATTENTION), ("ffn_config", _FFN)):
         nested = config.get(part)
@@ -161,12 +161,12 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_generation(generation: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a key of generation_config.json that would change greedy answers, and does not."""
+    """Raise CheckpointError for a key of generation_config.json that changes greedy answers and that moectl ignores."""
     _check({key: value for key, value in generation.items() if key in _GENERATION}, _GENERATION, f"{GENERATION}: ")
 
 
 def list_ignored(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a sentence for each file that sets what requests decide here, or what moectl does not know."""
+    """Return a sentence for each file with keys that requests set here, or that moectl does not know."""
     notes = []
     for file, given in ((CONFIG, config), (GENERATION, generation)):
         asked, unknown = [], []

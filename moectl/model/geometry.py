@@ -1,4 +1,4 @@
-"""The shape of a DBRX model, read from its config.json: numbers and tensor names, no files and no arrays.
+"""The geometry of a DBRX model, read from its config.json: sizes and names of tensors, no files and no arrays.
 
 Names are those of the checkpoint (mlx-lm's spelling): per expert in a checkpoint, stacked over experts in a shard.
 """
@@ -122,10 +122,10 @@ def stacked_name(layer: int, projection: str) -> str:
 def read_geometry(config: Mapping[str, Any]) -> Geometry:
     """Read the geometry from a parsed config.json.
 
-    Raises CheckpointError when the architecture is not DBRX, the activation is not silu, a field is missing, absurd or
-    at odds with another, or a key changes numbers in a way that moectl does not (`config_keys`). What is absent is as
-    in transformers' DbrxConfig; `attn_config.rope_theta` and `ffn_config.moe_normalize_expert_weights` are honoured,
-    as the original modeling_dbrx.py does.
+    Raises CheckpointError when the architecture is not DBRX, the activation is not silu, a field is missing, not
+    possible or contradicts another, or a key would change numbers and moectl does not support it (`config_keys`).
+    Defaults are those of transformers' DbrxConfig; `attn_config.rope_theta` and
+    `ffn_config.moe_normalize_expert_weights` count, as in the original modeling_dbrx.py.
     """
     if config.get("model_type") != "dbrx":
         raise CheckpointError(
@@ -174,7 +174,7 @@ def read_geometry(config: Mapping[str, Any]) -> Geometry:
     return geometry
 
 
-# DbrxConfig's names of sizes, and what its attribute_map lets a writer call them instead.
+# DbrxConfig's names of sizes, and the other names that its attribute_map allows.
 _SYNONYMS = {
     "n_layers": "num_hidden_layers",
     "d_model": "hidden_size",
@@ -199,7 +199,7 @@ def _check_activation(activation: object) -> None:
 
 
 def _check_agreement(config: Mapping[str, Any], geometry: Geometry) -> None:
-    """Raise CheckpointError where a size has a second name, and that says something else."""
+    """Raise CheckpointError where a size has a second name with another value."""
     ffn = config["ffn_config"]
     seconds: dict[str, tuple[object, str, int]] = {
         **{other: (config.get(other), key, getattr(geometry, key)) for key, other in _SYNONYMS.items()},

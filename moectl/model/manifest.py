@@ -1,7 +1,7 @@
-"""The manifest of a shard set, `moectl.json`: what was made of what, and the bytes and hash of every file.
+"""The manifest of a shard set, `moectl.json`: its source, its settings, and the bytes and hash of every file.
 
-It is the only state that moectl keeps about a model, and the contract between `shard`, `deploy` and the workers. It
-reads and writes that one file; it neither makes nor moves the files that it lists.
+It is the only state that moectl keeps about a model, and the contract between `shard`, `deploy` and the workers. This
+module reads and writes that one file.
 
 Layout of a shard set (paths in the manifest are relative, with forward slashes):
     moectl.json                         this file, written last
@@ -34,7 +34,7 @@ SCHEMA = "moectl.shards/1"
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How weights are quantised, in MLX's words. Router and norms never are."""
+    """How weights are quantised, in MLX's terms. Routers and norms are never quantised."""
 
     bits: int
     group_size: int
@@ -49,14 +49,14 @@ class FileEntry:
     sha256: str
 
 
-@dataclass(frozen=True)  # no slots: what follows from it is kept in it
+@dataclass(frozen=True)  # no slots, because of its cached properties
 class Manifest:
     """One shard set: (model, quantisation, split, shares)."""
 
     name: str
     source: str  # repo id or the directory's name
     revision: str | None  # commit hash of the Hub repository, None for a directory
-    fingerprint: str  # of the source's weight files, see `shards.fingerprint_source`
+    fingerprint: str  # of the source's weight files, see `shards.build.fingerprint_source`
     config: dict[str, Any]  # the source's config.json
     quantization: Quantization | None  # None = 16-bit copy
     split: str
@@ -65,7 +65,7 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     tensors: dict[str, list[str]] = field(default_factory=dict)  # tensor name → the files that hold (a part of) it
     held: Held | None = None  # experts of each rank, see `Placement.held`
-    canary: Canary | None = None  # what it computes, where that was found out
+    canary: Canary | None = None  # None where it was not computed
 
     @property
     def world_size(self) -> int:
@@ -138,7 +138,7 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
     except IntegrityError:
         raise
     except MoectlError as error:
-        # An earlier moectl may have cut what this one refuses.
+        # An earlier moectl may have cut a model that this one refuses.
         fault = "cannot be used" if isinstance(error, CheckpointError) else "is damaged"
         raise IntegrityError(f"{path} {fault}: {error.message}", hint=error.hint or again) from None
     except (ValueError, RecursionError) as error:
@@ -152,8 +152,8 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
 
 
 def refuse_links_outside(directory: Path) -> None:
-    """Raise IntegrityError when a symbolic link in a shard set leads out of it: nothing there is read or written."""
-    from moectl.hosts.onhost import files as node  # Tab reads manifests, and needs to be quick
+    """Raise IntegrityError when a symbolic link in a shard set leads out of it, before anything is read or written."""
+    from moectl.hosts.onhost import files as node  # slow to import, and Tab reads manifests
 
     try:
         node.refuse_links_outside(str(directory))
@@ -171,12 +171,12 @@ def is_inside(name: str) -> bool:
 
 
 def is_entry(entry: FileEntry) -> bool:
-    """Whether an entry that was read holds a size and a SHA-256."""
+    """Whether an entry holds a size and a SHA-256."""
     return is_count(entry.bytes) and isinstance(entry.sha256, str) and bool(re.fullmatch("[0-9a-f]{64}", entry.sha256))
 
 
 def is_count(value: object) -> bool:
-    """Whether a value that was read is a whole number, not negative."""
+    """Whether a value is a whole number, not negative."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

@@ -1,9 +1,8 @@
-"""Decide which rank holds what: pure arithmetic on a geometry, no files, no network, no arrays.
+"""The placement: which rank holds what. Pure arithmetic on a geometry, without files, network or arrays.
 
-Four ways to split. `experts`: whole experts; `hidden`: a span of every expert's hidden dimension; both replicate
-attention, norms, router and embedding, and rank 0 has the head. `tensor`: as `hidden`, and attention heads and their
-keys and values are divided too. `layers`: consecutive layers, whole; the first rank has the embedding, the last one the
-head.
+There are four splits. `experts`: whole experts. `hidden`: a span of every expert's hidden dimension. Both replicate
+attention, norms, router and embedding, and rank 0 has the head. `tensor` is `hidden` with divided attention heads and
+their keys and values. `layers`: whole consecutive layers; the first rank has the embedding, the last one the head.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Placement:
 
     @property
     def head_rank(self) -> int:
-        """The rank that has the head, samples, and so leads the others."""
+        """The rank that has the head: it samples the tokens and leads the others."""
         return self.world_size - 1 if self.split == "layers" else 0
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
@@ -103,13 +102,13 @@ def make_placement(
     replicas: int = 1,
     frequencies: Sequence[float] | None = None,
 ) -> Placement:
-    """Place a model on `nodes` ranks, evenly unless `shares` says how.
+    """Place a model on `nodes` ranks: evenly, or by `shares`.
 
     `shares` are per rank: experts (`experts`), layers (`layers`), or units of the hidden dimension (`hidden` and
     `tensor`, where one unit is one quantisation group: 168 of 64 in DBRX). With `replicas`, `experts` gives each expert
     up to that many copies, and shares count copies: between one and `replicas` of each expert together. With
     `frequencies` (one number per expert: how often it is selected, in any unit) experts are placed so that ranks expect
-    equal work, and the busiest get copies first. Raises PlanError when nodes or shares cannot work, with what would.
+    equal work, and the busiest get copies first. Raises PlanError when nodes or shares cannot work; it says what can.
     """
     if nodes < 1:
         raise PlanError(f"{nodes} nodes cannot hold a model; use 1 or more")
@@ -143,7 +142,7 @@ def make_placement(
 
 
 def place_experts(geometry: Geometry, held: Held) -> Placement:
-    """Return the `experts` placement in which these ranks hold these experts. Raises PlanError when it is none."""
+    """Return the `experts` placement in which the ranks hold these experts. Raises PlanError when it is not valid."""
     numbers = [e for experts in held for e in experts]
     in_order = all(experts and list(experts) == sorted(set(experts)) for experts in held)
     if not in_order or set(numbers) != set(range(geometry.n_experts)):
@@ -156,9 +155,9 @@ def place_experts(geometry: Geometry, held: Held) -> Placement:
 def _check_copies(
     geometry: Geometry, split: str, nodes: int, replicas: int, frequencies: Sequence[float] | None
 ) -> None:
-    """Raise PlanError unless these copies can be had."""
+    """Raise PlanError unless these copies are possible."""
     if replicas < 1:
-        raise PlanError(f"{replicas} copies of an expert cannot be; use 1 or more")
+        raise PlanError(f"{replicas} copies of an expert are not possible; use 1 or more")
     if split != "experts" and replicas > 1:
         raise PlanError(f"only whole experts can have copies, and --split {split} has none", hint="--split experts")
     if split != "experts" and frequencies is not None:
@@ -196,10 +195,10 @@ def _either(numbers: Sequence[int]) -> str:
 def place_copies(slots: Sequence[int], replicas: int, frequencies: Sequence[float]) -> Held:
     """Return the experts of each rank: `slots[rank]` of them, each expert on 1 to `replicas` ranks.
 
-    `frequencies` says how often each expert is selected, in any unit. Where slots are short, the busiest experts get
-    copies first. Copies are spread so that ranks expect equal work, and so that two experts share as few ranks as can
-    be: a rank that is busy with one can then leave the other to somebody else. The slots have to add up to between one
-    and `replicas` copies of each expert, none of them more than there are experts.
+    `frequencies` says how often each expert is selected, in any unit. Where there are few slots, the busiest experts
+    get copies first. Copies are placed so that ranks expect equal work, and so that two experts share as few ranks as
+    possible: a rank that is busy with one expert can then leave the other to another rank. The slots have to add up to
+    between one and `replicas` copies of each expert; no rank has more slots than there are experts.
     """
     copies = _count_copies(slots, replicas, frequencies)
     free, work = list(slots), [0.0] * len(slots)
@@ -224,7 +223,7 @@ def place_copies(slots: Sequence[int], replicas: int, frequencies: Sequence[floa
 
 
 def _count_copies(slots: Sequence[int], replicas: int, frequencies: Sequence[float]) -> list[int]:
-    """Return copies per expert: one each, the rest one by one to the expert whose copies have most to do."""
+    """Return copies per expert: one each, the rest one by one to the expert whose copies have the most work."""
     copies = [1] * len(frequencies)
     for _ in range(sum(slots) - len(copies)):
         for expert in sorted(range(len(copies)), key=lambda e: (-frequencies[e] / copies[e], e)):
@@ -237,6 +236,6 @@ def _count_copies(slots: Sequence[int], replicas: int, frequencies: Sequence[flo
 
 
 def _fit(copies: Sequence[int], slots: Sequence[int]) -> bool:
-    """Whether ranks with this many slots can hold these copies, no rank two of one expert (Gale–Ryser)."""
+    """Whether ranks with these slots can hold these copies, with no expert twice on one rank (Gale–Ryser)."""
     most = sorted(copies, reverse=True)
     return all(sum(most[:k]) <= sum(min(k, s) for s in slots) for k in range(1, len(most) + 1))

@@ -1,7 +1,7 @@
-"""The rotary embedding of a config.json: its base and its scaling, wherever a writer has put them.
+"""The rotary embedding of a config.json: its base and its scaling, in each of the places where they may be.
 
-Releases of transformers differ in the place: `attn_config.rope_theta`, `rope_theta`, `rope_scaling`, `rope_parameters`.
-All that are there have to say the same. It computes nothing; the network does, with mlx-lm's `initialize_rope`.
+Releases of transformers use different places: `attn_config.rope_theta`, `rope_theta`, `rope_scaling`,
+`rope_parameters`. All that are present have to agree. The network computes, with mlx-lm's `initialize_rope`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from moectl.model.config_keys import CONFIG, CORRECT, show
 # Keys and numbers of mlx-lm's scaling_config; empty: no scaling.
 Scaling = tuple[tuple[str, str | int | float], ...]
 
-DEFAULT_THETA = 10_000.0  # DbrxConfig's, where there is none
+DEFAULT_THETA = 10_000.0  # DbrxConfig's default
 _KEEP = (
     "keep the one that the model was trained with, in a copy of the checkpoint's directory "
     "(for DBRX 500000: transformers 5 reads and writes 10000 beside it)"
 )
-# The numbers of each type, and what they are where they are absent (None: they have to be there). Yarn's are its
-# paper's, which transformers and mlx-lm share.
+# The numbers of each type with their defaults (None: required). Yarn's defaults are those of its paper, as in
+# transformers and mlx-lm.
 _NUMBERS: dict[str, dict[str, float | None]] = {
     "default": {"factor": 1.0},
     "linear": {"factor": None},
@@ -95,7 +95,7 @@ def _read_scaling(where: str, table: Mapping[str, Any], theta: float, max_seq_le
     if kind in ("llama3", "yarn"):
         known["original_max_position_embeddings"] = max_seq_len
     if kind == "yarn" and given.get("truncate") is True:
-        del given["truncate"]  # what mlx-lm does
+        del given["truncate"]  # mlx-lm's own behaviour
     for key, value in given.items():
         if key not in known:
             raise _unsupported(f"{where}.{key} is {show(value)}")

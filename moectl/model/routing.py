@@ -1,6 +1,6 @@
-"""Which experts a model's routers choose, counted per layer, and the file that keeps the counts.
+"""How often a model's routers choose each expert, counted per layer, and the file of these counts.
 
-`bench` measures and writes it, placing experts may read it. Counts only: nothing here knows a rank.
+`bench` measures and writes them; the placement of experts may use them. It knows no ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Routing:
 
     @property
     def frequencies(self) -> tuple[tuple[float, ...], ...]:
-        """The part of the tokens that chose each expert, [layer][expert]; top_k / experts where all are alike."""
+        """The part of the tokens that chose each expert, [layer][expert]; top_k / experts where all are equal."""
         return tuple(tuple(count / self.tokens for count in layer) for layer in self.counts)
 
     @property
@@ -60,7 +60,7 @@ def read_routing(path: Path) -> Routing:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", hint=_HINT) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UsageError(f"{path} is no routing statistics", hint=_HINT) from None
+        raise UsageError(f"{path} does not hold routing statistics", hint=_HINT) from None
 
 
 _HINT = "moectl bench --routing-stats FILE writes one"

@@ -1,27 +1,27 @@
-"""The constants of the speed model, each with its evidence: `paper`, `paper-naive` and `default`. Data only.
+"""The constants of the speed model with their sources: `paper`, `paper-naive` and `default`. Data only.
 
 `paper` is the software of arXiv 2506.23635 on M2 Ultra Mac Studios over 10 GbE. Its times per layer at 2 and 4 nodes,
 3.15 and 2.39 ms beside 0.94 and 1.18 ms of communication (6.1 and 7.0 tok/s; 23 and 33 %), give a line through the
 bytes that the busiest node reads (1.23 and 0.80 GB): 70 % of the 800 GB/s, and 0.97 ms that do not depend on them;
 72 % and 0.95 ms meet its four-node cluster better, whose experts have copies here and there. The paper calls the
-latter driver processing: Metal wiring weights that had been idle. At least 96 % of its communication is latency and
-software, so that the message's size hardly counts, and each further node adds 0.12 ms.
+latter driver processing: Metal wires weights that were idle. At least 96 % of its communication is latency and
+software, so the size of a message hardly matters, and each further node adds 0.12 ms.
 
-On NVIDIA's machine there is no such driver: what its 1.15 times less tok/s per USD (at 22 times the price) leaves
-beside the bytes is 0.12 ms per layer of launches and NVLink.
+NVIDIA's machine has no such driver. From its 1.15 times less tok/s per USD (at 22 times the price) follow 0.12 ms per
+layer for launches and NVLink, besides reading the bytes.
 
 `paper-naive` is the same before the paper's three ideas, 1.2 tok/s at 2 nodes, 20.8 ms per layer. Without P and L,
-Metal wires every expert's weights anew: the experts took 5.2 times as long, 14.8 ms instead of 2.8 ms, so that the
-driver's part grows by 12.0 ms. Without D a node hands out inputs and collects outputs: of 20.8 ms that leaves 5.7 ms
-for communication, 6 times the decentralised exchange.
+Metal wires every expert's weights again: the experts took 5.2 times as long, 14.8 ms instead of 2.8 ms, so the
+driver's part grows by 12.0 ms. Without D one node sends all inputs and collects all outputs: of the 20.8 ms, 5.7 ms
+are left for communication, 6 times the decentralised exchange.
 
 `default` is what moectl expects of today's software: 80 % of the bandwidth and 100 µs of launches per layer, the latter
 because the graph of the next step is built while this one runs (building takes 140 µs per layer, measured on Linux) and
-`mx.set_wired_limit` does away with the wiring. In `experts` the host reads the router's choice before it launches the
-rank's own experts, 120 µs more, which nothing hides. The collectives are published ranges at 2 and 4 nodes: RDMA
+`mx.set_wired_limit` avoids the wiring. In `experts` the host has to read the router's choice before it launches the
+rank's own experts: 120 µs more. The collectives are published ranges at 2 and 4 nodes: RDMA
 20-25 µs (27-31 µs seen in an app, 4 µs raw), TCP over Thunderbolt 150-300 µs, 10 GbE 500-700 µs. That of 1 GbE is
-10 GbE's with 100 µs more for the switch, an estimate. Nothing of `default` was measured on a Mac by moectl: `plan
---probe` measures.
+10 GbE's with 100 µs more for the switch, an estimate. moectl measured nothing of `default` on a Mac; `plan --probe`
+measures a cluster.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moectl.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class LinkCost:
-    """What one collective costs over a kind of link."""
+    """The cost of one collective over a kind of link."""
 
     name: str
     latency_s: float  # at 2 nodes
@@ -65,7 +65,7 @@ PAPER = Calibration(
     layer_overhead_s=0.95e-3,
     sync_s=0.0,  # in the overhead
     agreement=False,
-    # Its software on any wire: what it measured at 10 GbE is not the wire.
+    # The same on every wire: the time that was measured at 10 GbE is that of the software.
     links={name: LinkCost(name, 0.94e-3, 0.12e-3, speed) for name, speed in _WIRES.items()},
     nvidia_overhead_s=0.12e-3,
 )

@@ -8,10 +8,11 @@ faster in matrix products, but no figure in TFLOPS is public: its rows count the
 
 from __future__ import annotations
 
-import difflib
+import re
 from dataclasses import dataclass
 
 from moectl.errors import HostsError
+from moectl.text import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,7 @@ def find_chip(name: str) -> Chip:
     key = "-".join(name.lower().replace("_", " ").replace("-", " ").removeprefix("apple ").split())
     if key in CHIPS:
         return CHIPS[key]
-    near = difflib.get_close_matches(key, CHIPS, n=1)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
-    raise HostsError(f"unknown chip {name!r}.{guess}", hint=f"chips are {', '.join(CHIPS)}")
+    raise HostsError(f"unknown chip {name!r}.{did_you_mean(key, CHIPS)}", hint=f"chips are {', '.join(CHIPS)}")
 
 
 def default_working_set_bytes(memory_bytes: int) -> int:
@@ -95,12 +94,9 @@ def default_working_set_bytes(memory_bytes: int) -> int:
 
 def sizes_sold(chip: Chip) -> tuple[int, ...]:
     """Return the memory sizes, in GiB, of all variants of a chip: few owners know which variant they have."""
-    family = chip.name.rstrip("0123456789").rstrip("-") if chip.name[-2:].isdigit() else chip.name
-    return tuple(sorted({size for other in CHIPS.values() if _is_bin(other.name, family) for size in other.memory_gib}))
-
-
-def _is_bin(name: str, family: str) -> bool:
-    return name == family or (name.startswith(f"{family}-") and name.removeprefix(f"{family}-").isdigit())
+    plain = re.sub(r"-\d+$", "", chip.name)
+    variants = (other for other in CHIPS.values() if re.sub(r"-\d+$", "", other.name) == plain)
+    return tuple(sorted({size for other in variants for size in other.memory_gib}))
 
 
 def installed_bytes(chip: Chip, stated_bytes: int) -> int:

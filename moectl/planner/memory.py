@@ -122,9 +122,7 @@ class LayerBytes:
     expert: int
 
 
-def layer_bytes(
-    placement: Placement, quantization: Quantization | None, rank: int, dtype_bytes: int = METAL_DTYPE_BYTES
-) -> LayerBytes:
+def layer_bytes(placement: Placement, quantization: Quantization | None, rank: int, dtype_bytes: int) -> LayerBytes:
     """Return what a rank reads of a layer that it holds."""
     tensors = _Tensors(placement, quantization, rank, dtype_bytes)
     return LayerBytes(tensors.attention(), tensors.expert())

@@ -1,6 +1,6 @@
-"""Make the planner's nodes: hosts as their owner wrote them, the flags, and the chips table, turned into numbers.
+"""Make the planner's nodes: numbers from hosts.txt, the flags, the table of chips, and the results of a probe.
 
-It reads no host; what a probe read comes in as values.
+It asks no host.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moectl.planner.speed import Rates
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What holds for every host that does not say otherwise."""
+    """The chip and memory of every host without its own."""
 
     chip: str | None = None
     memory_bytes: int | None = None
@@ -34,9 +34,9 @@ def make_node(
     *,
     ranks: int = 1,
 ) -> Node:
-    """Return one of a host's ranks as a node: its own keys first, then what was found there, then the defaults.
+    """Return one of a host's ranks as a node: by its own keys, then by what was found there, then by the defaults.
 
-    Raises HostsError when neither says what chip or how much memory it has.
+    Raises HostsError when none of them names its chip or its memory.
     """
     chip = _chip(host, defaults, found)
     return Node(
@@ -66,7 +66,8 @@ def _chip(host: Host, defaults: Defaults, found: Hardware | None) -> Chip:
     try:
         return find_chip(name)
     except HostsError as error:
-        raise HostsError(error.message, host=host.name, hint=error.hint) from None
+        error.host = host.name
+        raise
 
 
 def _memory(host: Host, defaults: Defaults, found: Hardware | None, chip: Chip) -> Memory:
@@ -74,7 +75,7 @@ def _memory(host: Host, defaults: Defaults, found: Hardware | None, chip: Chip) 
         total, working_set = found.memory_bytes, found.wired_limit_bytes or found.working_set_bytes
         if is_apple(chip) and working_set is None:
             working_set = default_working_set_bytes(total)
-        if host.memory_bytes is not None:  # the owner keeps the rest
+        if host.memory_bytes is not None:  # the rest is for its owner
             working_set = min(host.memory_bytes, working_set or host.memory_bytes)
         return Memory(total, working_set, found.in_use_bytes or 0)
     stated = host.memory_bytes or defaults.memory_bytes
@@ -91,7 +92,7 @@ def _memory(host: Host, defaults: Defaults, found: Hardware | None, chip: Chip) 
 def stated_memory(chip: Chip, stated_bytes: int) -> Memory:
     """Return the memory of a host of which only a size is known.
 
-    A size that is sold with the chip is the whole machine; another one is what its owner gives of a larger machine.
+    A size that is sold with the chip is that of the whole machine; another size is a part of a larger machine.
     """
     if not is_apple(chip):
         return Memory(stated_bytes)

@@ -51,10 +51,6 @@ class Question:
     speeds: tuple[Speed, ...] = ()  # of the placements that were measured
     can_quantise: bool = False  # whether to advise fewer bits
 
-    @property
-    def group_size(self) -> int | None:
-        return self.quantization.group_size if self.quantization else None
-
 
 @dataclass(frozen=True, slots=True)
 class NodePlan:
@@ -163,7 +159,8 @@ def _predict(question: Question, placement: Placement) -> Prediction | None:
 
 def _place(question: Question, split: str, shares: Sequence[int] | None) -> Placement:
     nodes = len(question.nodes)
-    make = partial(make_placement, question.geometry, split, nodes, group_size=question.group_size)
+    group_size = question.quantization.group_size if question.quantization else None
+    make = partial(make_placement, question.geometry, split, nodes, group_size=group_size)
     if split == "experts":
         make = partial(make, replicas=question.replicas, frequencies=question.frequencies)
     even = make(shares=shares)

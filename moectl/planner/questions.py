@@ -1,7 +1,7 @@
-"""From what a person asks to a plan: the model by name, the hosts by their keys, the flags, and what probes read.
+"""From the user's question to a plan: the model by name, the hosts by their keys, the flags, and results of probes.
 
-It joins `prepare`, `nodes` and `plan`, and gives the verbs that move bytes one check: what does not fit is refused
-before anything is touched.
+It joins `shards.prepare`, `nodes` and `plan`, and has the check by which all verbs refuse a model that does not fit,
+before they change anything.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROMPT = 512  # tokens
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What a person said about a plan; None is "as it comes"."""
+    """The user's settings for a plan; None leaves the choice to moectl."""
 
     ctx: int | None = None  # CONTEXT, or the model's own if that is less
     concurrency: int = 1
@@ -43,17 +43,17 @@ class PlanOptions:
     memory: str | None = None
     link: str | None = None
     calibration: str = "default"
-    found: Mapping[str, Hardware] = field(default_factory=dict)  # what probes read, by the host's name
+    found: Mapping[str, Hardware] = field(default_factory=dict)  # results of probes, by the host's name
 
     @property
     def defaults(self) -> Defaults:
-        """The chip and memory of hosts that say nothing. Raises HostsError."""
+        """The chip and memory of hosts without their own. Raises HostsError."""
         return Defaults(self.chip, None if self.memory is None else parse_size(self.memory))
 
 
 @dataclass(frozen=True, slots=True)
 class AnsweredPlan:
-    """A plan with what it answers."""
+    """A plan with its model and its question."""
 
     model: CatalogModel
     question: Question
@@ -62,7 +62,7 @@ class AnsweredPlan:
 
 @dataclass(frozen=True, slots=True)
 class PlanTask:
-    """A question, and what of its answer is settled already."""
+    """A question, with the split and the shares that are given."""
 
     model: CatalogModel
     question: Question
@@ -80,24 +80,19 @@ def plan_cluster(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequenc
 
 
 def set_task(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequence[Host]) -> PlanTask:
-    """Put the question of a model on these hosts.
+    """Return the question of a model on these hosts.
 
-    A shard set is planned as it is cut, unless `wanted` says otherwise. Raises HostsError where a host's chip or memory
-    is not known, and what opening a checkpoint raises.
+    A shard set is planned as it is cut, unless `wanted` has another split. Raises HostsError where a host's chip or
+    memory is not known, and what opening a checkpoint raises.
     """
     model, manifest = describe_model(source)
-    question = ask(choose(model, wanted), asked, hosts)
+    question = ask(replace(model, quantization=choose_quantization(wanted, model)), asked, hosts)
     question = replace(question, can_quantise=model.quantization is None)
     question = replace(question, replicas=wanted.replicas, frequencies=find_frequencies(wanted, model.geometry))
     if manifest is not None and wanted.split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
         question = replace(question, replicas=manifest.placement.replicas)
         return PlanTask(model, question, manifest.split, manifest.shares)
     return PlanTask(model, question, wanted.split, wanted.shares)
-
-
-def choose(model: CatalogModel, wanted: Wanted) -> CatalogModel:
-    """Return the model as it would be sharded."""
-    return replace(model, quantization=choose_quantization(wanted, model))
 
 
 def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Question:
@@ -121,15 +116,15 @@ def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Quest
 
 
 def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions) -> tuple[CatalogModel, list[WhatIfRow]]:
-    """Return the table of clusters that one could buy for a model."""
+    """Return the table of clusters to buy for a model."""
     model, _ = describe_model(source)
-    chosen = choose(model, wanted)
+    quantization = choose_quantization(wanted, model)
     context = find_context(model, asked)
     if asked.link is not None:
         find_link(CALIBRATIONS[asked.calibration], asked.link)
     rows = list(
         what_if(
-            chosen if wanted.bits else model,
+            replace(model, quantization=quantization) if wanted.bits else model,
             CALIBRATIONS[asked.calibration],
             context=context,
             prompt_tokens=find_prompt(asked, context),
@@ -197,7 +192,7 @@ def place_on(
 
 
 def refuse_early(source: str, wanted: Wanted, hosts: Sequence[Host]) -> None:
-    """Refuse a model that is known by name and that these hosts cannot hold, before anybody looks for its files."""
+    """Refuse a model that is known by name and that these hosts cannot hold, before its files are looked for."""
     if source not in MODELS or Path(source).is_dir() or None in [known_node(host, PlanOptions()) for host in hosts]:
         return
     plan = plan_cluster(source, wanted, PlanOptions(), hosts).plan

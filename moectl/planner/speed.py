@@ -231,20 +231,15 @@ class _Model:
         attention = 2 * geometry.d_model * (geometry.qkv_dim + geometry.d_model) * share
         start, stop = placement.hidden(rank)
         each = 6 * geometry.d_model * (stop - start)
-        pairs = tokens * geometry.top_k * self._part(rank) if tokens > 1 else experts
+        # Copies of an expert share its tokens.
+        part = placement.shares[rank] / sum(placement.shares) if placement.split == "experts" else 1.0
+        pairs = tokens * geometry.top_k * part if tokens > 1 else experts
         flops = tokens * attention + pairs * each
         return max(read / rates.bytes_s, flops / rates.flops_s)
 
-    def _part(self, rank: int) -> float:
-        placement = self.work.placement
-        if placement.split != "experts":
-            return 1.0
-        return placement.shares[rank] / sum(placement.shares)  # copies of an expert share its tokens
-
     def _head_time(self) -> float:
-        placement = self.work.placement
-        rank = next(r for r in range(placement.world_size) if placement.holds_head(r))
-        return head_bytes(self.work.geometry, self.work.quantization, self.work.dtype_bytes) / self.rates[rank].bytes_s
+        rate = self.rates[self.work.placement.head_rank]
+        return head_bytes(self.work.geometry, self.work.quantization, self.work.dtype_bytes) / rate.bytes_s
 
 
 _layer_bytes = lru_cache(maxsize=256)(layer_bytes)

@@ -1,4 +1,4 @@
-"""Clusters that one could buy: the plan of a model for each chip, link, precision and number of nodes. Pure."""
+"""Clusters to buy: the plan of a model for each chip, link, precision and number of nodes. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moectl.planner.plan import Plan, Question
 
 COUNTS = (1, 2, 3, 4, 8)
 BITS = (4, 8, 16)
-# What people have or can buy: the paper's machine, and current ones.
+# The paper's machine, and current ones.
 MACHINES = (
     ("m2-ultra", 192),
     ("m3-ultra", 96),
@@ -51,7 +51,7 @@ def what_if(
     chip: str | None = None,
     link: str | None = None,
 ) -> Iterator[WhatIfRow]:
-    """Yield the table row by row; `fixed` keeps to the model's own precision, `chip` and `link` to one of each.
+    """Yield the table row by row: with `fixed` only for the model's own precision, with `chip` or `link` only for it.
 
     Raises HostsError for a chip that is not in the table.
     """

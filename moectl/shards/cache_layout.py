@@ -1,6 +1,6 @@
-"""Directories that other programs left: snapshots of the Hugging Face cache, and clones whose large files never came.
+"""Directories of other programs: snapshots in the Hugging Face cache, and git clones without their large files.
 
-It looks at names and at the first bytes of files; nothing is read as a model.
+It looks only at names and at the first bytes of files.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from moectl.errors import CheckpointError, IntegrityError, UsageError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_POINTER_BYTES = 1024  # what Git LFS itself takes for one at most
+_POINTER_BYTES = 1024  # Git LFS reads no larger file as a pointer
 
 
 def find_snapshot(directory: Path, revision: str | None = None) -> Path:
-    """Return the snapshot that a directory models--OWNER--NAME of the cache, or its snapshots, stands for.
+    """Return the snapshot for a directory models--OWNER--NAME of the cache, or for its directory snapshots.
 
-    Any other directory is itself. Raises CheckpointError that names the snapshots when none is meant, UsageError for a
-    revision of another directory.
+    Any other directory is returned unchanged. Raises CheckpointError that names the snapshots when none has this
+    revision, UsageError for a revision of another directory.
     """
     repository = directory.resolve()  # "." has no name
     if repository.name == "snapshots":
@@ -55,7 +55,7 @@ def name_snapshot(directory: Path) -> tuple[str, str] | None:
 
 
 def refuse_pointers(root: Path, files: Iterable[str]) -> None:
-    """Raise IntegrityError when one of a directory's files is what Git LFS leaves in its place."""
+    """Raise IntegrityError when one of a directory's files is a pointer of Git LFS."""
     found = [file for file in files if _is_pointer(root / file)]
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -77,4 +77,4 @@ def _is_pointer(path: Path) -> bool:
         with path.open("rb") as f:
             return f.read(len(_POINTER)) == _POINTER
     except OSError:
-        return False  # who reads it says why
+        return False  # its reader reports the error

@@ -1,6 +1,6 @@
-"""Render a conversation with the model's own template, and find what the template puts after an assistant's turn.
+"""The model's chat template: it renders a conversation, and shows the text after an assistant's turn.
 
-transformers renders in its sandbox; mlx-lm says whether a model thinks first, and has templates that are no Jinja.
+transformers renders in its sandbox; mlx-lm knows whether a model thinks first, and has templates that are not Jinja.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MARK = "moectl-answer"
 
 
 class ChatTemplate:
-    """A template and the special tokens that it may name."""
+    """A template, with the special tokens that it may use."""
 
     def __init__(self, tokens: Tokenizer, template: str | None, own: Callable[..., str] | None, named: Json) -> None:
         from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -25,17 +25,17 @@ class ChatTemplate:
         self._renderer = TokenizerWrapper(_Bare(tokens, template, named), lambda _: None, chat_template=own)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, ask: bool = True) -> str:
-        """Return a conversation as one text, up to where an answer begins if `ask`. Raises what the template raises."""
+        """Return a conversation as one text; with `ask` an answer can follow. Raises what the template raises."""
         told = [{key: value for key, value in message.items() if value is not None} for message in messages]
         return str(self._renderer.apply_chat_template(told, tokenize=False, add_generation_prompt=ask))
 
     def find_turn_end(self) -> str:
-        """Return the text after an assistant's turn, the last or one that a turn follows; "" if there is none."""
+        """Return the text after an assistant's turn, at the end or before another turn; "" if there is none."""
         turns = [{"role": "user", "content": "moectl"}, {"role": "assistant", "content": _MARK}]
         for more in ([], turns[:1]):
             try:
                 _, found, rest = self.render([*turns, *more], ask=False).rpartition(_MARK)
-            except Exception:  # the template is the model's own program; whoever asks with it is told how it fails
+            except Exception:  # the template is a program of the model; a request that uses it shows its error
                 return ""
             if found and rest.strip():
                 return rest.lstrip()
@@ -48,30 +48,30 @@ def open_chat_template(
     """Return the template of chat_template.jinja or of `config`, None where a model has none."""
     template = _choose(config.get("chat_template"), refuse) if file is None else file
     if template is not None and not template.strip():
-        template = None  # it would make an empty prompt of every conversation
+        template = None  # it would make every prompt empty
     own = None
     kind = config.get("chat_template_type", defaults.get("chat_template_type"))
     if kind is not None:
         from mlx_lm.chat_templates import deepseek_v32
 
-        # The second one says how an answer is taken apart, and has no template.
+        # The second one only parses answers, and has no template.
         known = {"deepseek_v32": deepseek_v32.apply_chat_template, "muse_spark": None}
         if not isinstance(kind, str) or kind not in known:
-            refuse("chat_template_type", f"is {kind!r}, and known are {' and '.join(known)}")
+            refuse("chat_template_type", f"is {kind!r}, and moectl knows {' and '.join(known)}")
         if "chat_template_type" in config or template is None:
             own = known[kind]
     return None if template is None and own is None else ChatTemplate(tokens, template, own, named)
 
 
 def find_defaults(model_type: Any) -> Json:
-    """Return what mlx-lm knows of the tokenizers of this type of model where their files say nothing."""
-    from mlx_lm.models import muse_spark  # the only one that says something
+    """Return mlx-lm's defaults for the tokenizers of this type of model."""
+    from mlx_lm.models import muse_spark  # the only model with defaults
 
     return muse_spark.TOKENIZER_DEFAULTS if model_type == "muse_spark" else {}
 
 
 def _choose(told: Any, refuse: Refuse) -> str | None:
-    """Return the template, of several the one named default."""
+    """Return the template; of several, the one with the name default."""
     if told is None or isinstance(told, str):
         return told
     try:
@@ -84,7 +84,7 @@ def _choose(told: Any, refuse: Refuse) -> str | None:
 
 
 class _Bare:
-    """As much of a transformers tokenizer as mlx-lm needs to render."""
+    """The part of a transformers tokenizer that mlx-lm needs to render."""
 
     eos_token_id = None
 

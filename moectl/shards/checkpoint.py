@@ -1,7 +1,7 @@
 """Open a DBRX checkpoint: a directory or a Hub repository at one commit, checked by its headers.
 
-It reads no weights: every error in a checkpoint is found in its headers, before any weight is read or
-downloaded. How files come from the Hub is `hub`'s business, what the tensors are called is `layouts`'.
+It reads no weights: it finds every error of a checkpoint in the headers, before any weight is read or downloaded. `hub`
+downloads files, `tensors` names the tensors.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SIDECARS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# Neither code nor what Python unpickles, whatever it is called.
+# Code, and files that Python unpickles, under all their names.
 _NEVER = (
     *("*.py", "*.pyc", "*.so", "*.dylib", "*.sh", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.p"),
     *("*.joblib", "*.dill", "*.npy", "*.npz", "*.h5", "*.msgpack", "*.gguf", "*.safetensors"),
@@ -58,7 +58,7 @@ _HEADER_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An open checkpoint whose headers have been found good. Close it, or use it as a context manager."""
+    """An open checkpoint with valid headers. Close it, or use it as a context manager."""
 
     source: str  # repo id, or the directory's name
     revision: str | None  # commit hash on the Hub, None for a directory
@@ -67,10 +67,10 @@ class Checkpoint:
     quantization: Quantization | None  # of an already quantised (MLX) checkpoint
     tensors: dict[str, SourceTensor]  # by canonical name; quantised: ….scales (and ….biases) beside ….weight
     sizes: dict[str, int]  # weight file → bytes
-    sidecars: tuple[str, ...]  # small files to carry along: config, tokenizer, licence
-    notes: tuple[str, ...]  # what its files ask for and moectl leaves to each request
+    sidecars: tuple[str, ...]  # small files to copy: config, tokenizer, licence
+    notes: tuple[str, ...]  # settings of its files that moectl leaves to each request
     _store: _Store = field(repr=False, compare=False)
-    added: Mapping[str, Path] = field(default_factory=dict)  # those of them that come from elsewhere: name → path
+    added: Mapping[str, Path] = field(default_factory=dict)  # sidecars from another place: name → path
 
     def quantization_of(self, name: str) -> Quantization | None:
         """Return how a canonical `….weight` is quantised in this checkpoint, None when it is not."""
@@ -85,7 +85,7 @@ class Checkpoint:
         return self.added[file] if file in self.added else self._store.path(file)
 
     def with_files(self, kept: tuple[str, ...], added: Mapping[str, Path]) -> Checkpoint:
-        """Return this checkpoint with these of its small files, and others beside or instead of them."""
+        """Return this checkpoint with only these of its small files, and with added ones."""
         return replace(self, sidecars=tuple(sorted({*kept, *added})), added=dict(added))
 
     def prefetch(self, file: str) -> None:
@@ -93,11 +93,11 @@ class Checkpoint:
         self._store.prefetch(file)
 
     def release(self, file: str) -> None:
-        """Delete a file that was downloaded to the work directory; anything else stays."""
+        """Delete a file that was downloaded to the work directory; other files stay."""
         self._store.release(file)
 
     def close(self) -> None:
-        """Stop downloads; what has come of a file stays for the next run to resume."""
+        """Stop downloads; the next run resumes their partial files."""
         self._store.close()
 
     def __enter__(self) -> Checkpoint:
@@ -117,11 +117,10 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a directory, or a Hub repository at one commit, and check it by its headers.
 
-    Weights of a repository are used in place when the user's Hugging Face cache has them; else `path`
-    downloads them to `work_dir`, or to that cache when `keep_source` is set or there is no `work_dir`.
-    Without network, with HF_HUB_OFFLINE, or when the repository is gone, that cache has to have all. Raises
-    CheckpointError (no model that moectl runs, or not to be had), IntegrityError (damaged), Unreachable
-    (network), StateError (disk).
+    Weights of a repository are used in place when the user's Hugging Face cache has them; otherwise `path` downloads
+    them to `work_dir`, or to that cache when `keep_source` is set or there is no `work_dir`. Without network, with
+    HF_HUB_OFFLINE, or when the repository is gone, the cache has to hold all files. Raises CheckpointError (it cannot
+    be found, or moectl cannot run it), IntegrityError (damaged), Unreachable (network), StateError (disk).
     """
     directory = _find_directory(source)
     if directory is not None:
@@ -144,16 +143,16 @@ def open_store(source: str) -> _Store:
 
 
 def _open_directory(directory: Path, revision: str | None) -> _Directory:
-    """Open a directory; one of the Hugging Face cache goes by its repository's name."""
+    """Open a directory; a snapshot of the Hugging Face cache gets its repository's name."""
     directory = find_snapshot(directory, revision)
     name, commit = name_snapshot(directory) or (None, None)
     return _Directory(directory, name=name, revision=commit)
 
 
 def pull(source: str, *, revision: str | None = None, on_bytes: OnBytes | None = None) -> Path:
-    """Download what moectl needs of a repository into the Hugging Face cache; return its directory there.
+    """Download the files of a repository that moectl needs into the Hugging Face cache; return its directory there.
 
-    A directory is only checked. Files that are there are kept. Raises what `open_checkpoint` raises.
+    A directory is only checked. Files that are there already are kept. Raises what `open_checkpoint` raises.
     """
     with open_checkpoint(source, revision=revision, keep_source=True, on_bytes=on_bytes) as checkpoint:
         for file in (*checkpoint.sidecars, *checkpoint.sizes):
@@ -204,14 +203,14 @@ def _is_sidecar(file: str, size: int) -> bool:
 
 
 def is_plain_data(file: str, size: int) -> bool:
-    """Whether a file is small, and neither code nor anything that is read by running code."""
+    """Whether a file is small, is not code, and is not read by running code."""
     return size <= _SIDECAR_LIMIT_BYTES and not any(fnmatch(file.lower(), p) for p in _NEVER)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Return the JSON object of a file that errors call `what`. Raises CheckpointError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except OSError as error:
         raise CheckpointError(f"{what} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -230,7 +229,7 @@ def _read_headers(store: _Store) -> dict[str, StoredTensor]:
     for file in files:
         for name, place in headers[file].items():
             if index and index.get(name, place.file) != place.file:
-                continue  # the index says which of two copies counts
+                continue  # the index names the copy that counts
             if name in stored:
                 raise CheckpointError(f"{store.name}: {name} is in both {stored[name].file} and {place.file}")
             stored[name] = place
@@ -240,9 +239,9 @@ def _read_headers(store: _Store) -> dict[str, StoredTensor]:
 def _read_in_parallel(
     read: Callable[[str], dict[str, StoredTensor]], files: Sequence[str]
 ) -> dict[str, dict[str, StoredTensor]]:
-    """Return what `read` makes of each file; raise its first error at once.
+    """Return read(file) of each file; raise the first error at once.
 
-    Its threads are daemons, unlike a pool's: a stalled connection must not keep the program from leaving.
+    Its threads are daemons, unlike those of a pool: a stalled connection must not keep the program from ending.
     """
     todo = deque(files)
     done: SimpleQueue[tuple[str, dict[str, StoredTensor] | BaseException]] = SimpleQueue()
@@ -297,9 +296,6 @@ def _weight_files(store: _Store) -> list[str]:
     return files
 
 
-# Where the files are: a directory, or a repository on the Hub.
-
-
 class _Store(Protocol):
     name: str
     files: dict[str, int]  # top-level file → bytes
@@ -315,7 +311,7 @@ class _Store(Protocol):
 
 
 def _find_directory(source: str) -> Path | None:
-    """Return the directory that `source` names, None when it can only be a repository's name."""
+    """Return the directory that `source` names, None when it can only be the name of a repository."""
     try:
         directory = Path(source).expanduser()
         if source and directory.is_dir():
@@ -330,7 +326,7 @@ def _find_directory(source: str) -> Path | None:
 
 
 def _open_cached(repo: str, revision: str | None, why: MoectlError) -> Checkpoint:
-    """Open the Hugging Face cache's copy of a repository out of reach; raise `why` when it is not whole."""
+    """Open the Hugging Face cache's copy of a repository that cannot be reached; raise `why` when it is incomplete."""
     config = find_cached(repo, CONFIG, revision)
     if config is None:
         raise why
@@ -343,7 +339,7 @@ def _open_cached(repo: str, revision: str | None, why: MoectlError) -> Checkpoin
 
 
 class _Directory:
-    """A checkpoint on this machine's disk: never written to."""
+    """A checkpoint in a directory of this machine, which is only read."""
 
     def __init__(self, root: Path, *, name: str | None = None, revision: str | None = None) -> None:
         self.name = name or root.resolve().name
@@ -360,7 +356,7 @@ class _Directory:
     def path(self, file: str) -> Path:
         path = self._root / file
         if not path.is_file() or path.stat().st_size != self.files.get(file):
-            raise IntegrityError(f"{path} has changed or gone since the checkpoint was opened")
+            raise IntegrityError(f"{path} was changed or removed after the checkpoint was opened")
         return path
 
     def refuse_pointers(self, files: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Files of one commit of a Hugging Face Hub repository: headers by range request, downloads that resume and verify.
 
-huggingface_hub does all HTTP and is imported only here and in `hub_errors`, when a repository is opened: it is slow to
-load. What the files mean is `checkpoint`'s business; nothing here decides which of them a model needs.
+huggingface_hub does all HTTP. It is slow to import, so only this module and `hub_errors` import it, when a repository
+is opened. `checkpoint` decides which files a model needs.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from moectl.shards.hub_errors import AGAIN, hub_error, may_pass, retry_after_s
 from moectl.shards.tensors import StoredTensor, header_length, read_header
 from moectl.text import format_gb
 
-OnBytes = Callable[[str, int, int], None]  # weight file, bytes done, bytes in all; from another thread
+OnBytes = Callable[[str, int, int], None]  # weight file, bytes done, bytes in all; called on another thread
 
 _FIRST_READ_BYTES = 64 << 10
 _RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0)
 _TIMEOUT_S = 30
-# A file at the top, under a name that is harmless on a disk, in a terminal and as an argument.
+# A file at the top whose name is harmless on a disk, in a terminal and as an argument.
 _PLAIN_NAME = re.compile(r"[\w(][\w()+=@, .~-]*")
 _T = TypeVar("_T")
 
 
 class _Stopped(Exception):
-    """The download is no longer wanted; leaves a partial file for the next run."""
+    """The download was stopped; the partial file stays for the next run."""
 
 
 class Repository:
     """One commit of a repository. Small files go to the Hugging Face cache, weights there or to `work_dir`."""
 
     def __init__(self, repo: str, revision: str | None, work_dir: Path | None, on_bytes: OnBytes | None) -> None:
-        """Ask the Hub what the commit holds. Raises CheckpointError, Unreachable, or UsageError (the environment)."""
+        """Ask the Hub for the files of the commit. Raises CheckpointError, Unreachable, or UsageError (environment)."""
         check_environment()
         from huggingface_hub import HfApi
         from huggingface_hub.utils import logging
 
-        logging.set_verbosity(logging.log_levels["critical"])  # what matters comes back as our errors
+        logging.set_verbosity(logging.log_levels["critical"])  # failures become our errors
         self.name = repo
         self._asked = revision or "main"
         self._on_bytes = on_bytes or (lambda *_: None)
@@ -63,8 +63,8 @@ class Repository:
         self.files: dict[str, int] = {}
         self._hashes: dict[str, tuple[str, str]] = {}  # file → algorithm, digest
         self.revision = str(info.sha or self._find_commit(info.siblings or []))
-        if not re.fullmatch("[0-9a-f]{40}", self.revision):  # a part of it names a directory
-            raise CheckpointError(f"the Hub says that {repo} is at {self.revision[:60]!r}, which is no commit")
+        if not re.fullmatch("[0-9a-f]{40}", self.revision):  # it becomes a part of a directory's name
+            raise CheckpointError(f"the Hub says that {repo} is at {self.revision[:60]!r}, which is not a commit")
         for entry in info.siblings or []:
             if not _PLAIN_NAME.fullmatch(entry.rfilename):
                 continue
@@ -77,7 +77,7 @@ class Repository:
         self._root = work_dir and work_dir / f"{repo.replace('/', '--')}-{self.revision[:12]}"
 
     def _find_commit(self, entries: Sequence[Any]) -> str:
-        """Return the commit that a file is of, where the listing does not say it; mirrors may not."""
+        """Return the commit from the headers of a file: the listing of a mirror may not name it."""
         names = [entry.rfilename for entry in entries if _PLAIN_NAME.fullmatch(entry.rfilename)]
         found = self._head(min(names, key=lambda name: name != "config.json"), self._asked) if names else None
         if found is None or not found.commit_hash:
@@ -85,7 +85,7 @@ class Repository:
         return str(found.commit_hash)
 
     def _ask_size(self, file: str) -> None:
-        """Take a file's size and hash from its own headers, where the listing has none."""
+        """Take a file's size and hash from its own headers: the listing may not have them."""
         found = self._head(file, self.revision)
         if found.size is None:
             raise self._lacks(f"how large {file} of {self.name} is")
@@ -109,7 +109,7 @@ class Repository:
         """Read a header with one or two range requests, and no weights."""
         local = self._cached(file)
         if local is not None:
-            with contextlib.suppress(MoectlError):  # a power cut may have emptied it: it will be fetched anew
+            with contextlib.suppress(MoectlError):  # a power cut may have emptied it: then it is fetched again
                 return read_header(local, file)
         size = self.files[file]
         start = self._range(file, 0, min(size, _FIRST_READ_BYTES))
@@ -130,21 +130,21 @@ class Repository:
                 self._downloads.pop(file, None)  # a later call tries again
             raise
         except _Stopped:
-            raise StateError(f"{self.name} was closed while {file} was on its way") from None
+            raise StateError(f"{self.name} was closed while {file} was being downloaded") from None
 
     def prefetch(self, file: str) -> None:
-        """Start to download a file in the background, after those that were asked for before."""
+        """Start to download a file in the background, after those that were started before."""
         self._start(file)
 
     def release(self, file: str) -> None:
-        """Delete a file from the work directory, unless it is still on its way there."""
+        """Delete a file from the work directory, unless its download is not finished."""
         with self._guard:
             future = self._downloads.get(file)
             if future is not None and not future.done():
                 return
             self._downloads.pop(file, None)
         if self._root is not None and file in self.files:
-            # An earlier run may have left it: what is released is not needed any more.
+            # Also a file of an earlier run: a released file is no longer needed.
             with contextlib.suppress(OSError):
                 (self._root / file).unlink(missing_ok=True)
 
@@ -152,10 +152,10 @@ class Repository:
         """Do nothing: the Hub sends the files that Git LFS keeps."""
 
     def close(self) -> None:
-        """Stop downloads at their next bytes, without waiting for them."""
+        """Stop downloads when their next bytes arrive, without waiting for them."""
         self._closing.set()
         if self._root is not None:
-            with contextlib.suppress(OSError):  # absent, or it holds what the next run can use
+            with contextlib.suppress(OSError):  # it does not exist, or holds files for the next run
                 self._root.rmdir()
                 self._root.parent.rmdir()
 
@@ -164,7 +164,7 @@ class Repository:
             future = self._downloads.get(file)
             if future is None:
                 future = self._downloads[file] = Future[Path]()
-                # A daemon: a stalled connection must not keep the program from leaving.
+                # A daemon: a stalled connection must not keep the program from ending.
                 threading.Thread(target=self._fill, args=(future, file), daemon=True).start()
         return future
 
@@ -184,7 +184,7 @@ class Repository:
             raise CheckpointError(f"{self.name} has no file {file}")
         cached = self._cached(file)
         if cached is not None:
-            # The cache's files are not made durable before they get their names: one of the right size may be empty.
+            # The cache does not make files durable before they get their names: one of the right size may hold zeros.
             if self._is_intact(cached, file):
                 return cached
             _drop(cached)
@@ -205,7 +205,7 @@ class Repository:
         _require_space(Path(constants.HF_HUB_CACHE), self.files[file], file)
         path = self._download_to_cache(file)
         if not self._is_intact(path, file):
-            _drop(path)  # it may be what an earlier run left in the cache, without a name: once more from the Hub
+            _drop(path)  # its bytes may come from an earlier run: download it once more
             path = self._download_to_cache(file)
         if not self._is_intact(path, file):
             _drop(path)
@@ -216,17 +216,17 @@ class Repository:
         from huggingface_hub import hf_hub_download
 
         bar = self._make_bar(file)
-        # The branch's name, not its commit, makes the cache remember the branch: offline runs look for it.
+        # With the branch's name, not its commit, the cache records the branch: offline runs look for it.
         asked = self._asked if file == "config.json" else self.revision
         path = Path(hf_hub_download(self.name, file, revision=asked, tqdm_class=bar))
-        if path.parent.name != self.revision:  # the branch has moved on since it was opened
+        if path.parent.name != self.revision:  # the branch has a new commit since then
             path = Path(hf_hub_download(self.name, file, revision=self.revision, tqdm_class=bar))
         return path
 
     def _fetch_to_work_dir(self, file: str, path: Path) -> None:
-        """Download to `path`.partial, resuming what is there, and rename when size and hash are right.
+        """Download to `path`.partial, which is resumed, and rename it when size and hash are right.
 
-        Not hf_hub_download: its newer versions start a file afresh once the process has died.
+        Not by hf_hub_download: its newer versions start a file afresh after the process has died.
         """
         partial = path.with_name(path.name + ".partial")
         try:
@@ -237,13 +237,13 @@ class Repository:
                 partial.unlink()
                 if not resumed:
                     raise self._wrong_bytes(file)
-                resumed = self._complete(file, partial)  # what an earlier run left was not what it seemed
+                resumed = self._complete(file, partial)  # the bytes of an earlier run were wrong
             partial.replace(path)
         except OSError as error:
             raise explain_refusal(error, path) from None
 
     def _complete(self, file: str, partial: Path) -> bool:
-        """Download what a partial file lacks; return whether it had some bytes."""
+        """Download the rest of a partial file; return whether it had some bytes."""
         with partial.open("ab") as f:
             _lock(f, partial.parent)
             if f.tell() > self.files[file]:
@@ -288,10 +288,10 @@ class Repository:
         return digest.hexdigest() == promised
 
     def _wrong_bytes(self, file: str) -> IntegrityError:
-        return IntegrityError(f"{file} of {self.name} came with the wrong size or hash, and was deleted", hint=AGAIN)
+        return IntegrityError(f"{file} of {self.name} arrived with a wrong size or hash, and was deleted", hint=AGAIN)
 
     def _make_bar(self, file: str) -> Any:
-        """Return a silent tqdm class that tells `on_bytes` instead of a terminal."""
+        """Return a tqdm class that prints nothing and calls `on_bytes`."""
         from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
         repository = self
@@ -299,7 +299,7 @@ class Repository:
         class Bar(tqdm):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 self.done = int(kwargs.get("initial") or 0)
-                # hf_xet has a second bar for what crosses the network: only what is on disk counts.
+                # hf_xet has a second bar for the bytes on the network: only bytes on the disk count.
                 self.counts = file.endswith(".safetensors") and ".transfer" not in str(kwargs.get("name"))
                 kwargs["disable"] = True
                 super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -314,14 +314,14 @@ class Repository:
         return Bar
 
     def _ask(self, what: str, call: Callable[[], _T]) -> _T:
-        """Do one thing with the Hub: retry what may pass, turn what does not into our errors."""
+        """Make one request to the Hub: retry after passing failures, turn the others into our errors."""
         waits = iter(_RETRY_WAITS_S)
         while True:
             try:
                 return call()
             except (MoectlError, _Stopped):
                 raise
-            except Exception as error:  # httpx, huggingface_hub, hf_xet: each has its own tree
+            except Exception as error:  # httpx, huggingface_hub, hf_xet: each has its own classes
                 wait_s = next(waits, None) if may_pass(error) else None
                 if wait_s is None:
                     raise hub_error(error, self.name, what) from None
@@ -335,7 +335,7 @@ def find_cached(repo: str, file: str, revision: str | None) -> Path | None:
 
     try:
         found = try_to_load_from_cache(repo, file, revision=revision)
-    except (OSError, ValueError):  # unreadable, or no repository's name
+    except (OSError, ValueError):  # it cannot be read, or is not the name of a repository
         return None
     return Path(found) if isinstance(found, str) and Path(found).is_file() else None
 
@@ -345,7 +345,7 @@ def _git_hash(etag: str) -> str:
 
 
 def _drop(cached: Path) -> None:
-    """Delete a file of the cache, and the name under which a commit has it."""
+    """Delete a file of the cache, with its name in the snapshot."""
     cached.resolve().unlink(missing_ok=True)
     cached.unlink(missing_ok=True)
 
@@ -366,12 +366,12 @@ def _read_range(repo: str, file: str, revision: str, start: int, stop: int) -> b
                 break
     data = data[start - first : stop - first]
     if len(data) < stop - start:
-        raise OSError(f"{len(data)} bytes came instead of {stop - start}")
+        raise OSError(f"{len(data)} bytes arrived instead of {stop - start}")
     return data
 
 
 def _read_hollow(header: bytes, file: str, size: int) -> dict[str, StoredTensor]:
-    """Validate a header against its file's length: the safetensors library gets the header and a hole."""
+    """Check a header against its file's size: the safetensors library reads a file with that header and no data."""
     with tempfile.TemporaryDirectory(prefix="moectl-") as directory:
         hollow = Path(directory) / "hollow.safetensors"
         with hollow.open("wb") as f:

@@ -1,7 +1,7 @@
-"""Variables that huggingface_hub, and what it stands on, would trip over: named here before it is loaded.
+"""Environment variables with which huggingface_hub and its libraries fail: checked before they are loaded.
 
-It stops with a ValueError at its import, or with an error that names neither the variable nor the file. Only what is
-set is looked at, and nothing is asked of the network.
+They would fail with a ValueError at their import, or with an error that names neither the variable nor the file. Only
+variables that are set are checked, and nothing is sent over a network.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 from moectl.errors import UsageError
 
 _NUMBERS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
-HUB_VARIABLES = (*_NUMBERS, "HF_ENDPOINT")  # with which it cannot even be loaded
+HUB_VARIABLES = (*_NUMBERS, "HF_ENDPOINT")  # with a wrong one it cannot be imported
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 _SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 def check_numbers() -> None:
-    """Raise UsageError for a number that huggingface_hub cannot be loaded with; for all that load it."""
+    """Raise UsageError for a variable with which huggingface_hub cannot be imported."""
     for name in _NUMBERS:
         value = os.environ.get(name)
         if value is not None and not (value.strip().isascii() and value.strip().isdigit()):
@@ -31,20 +31,20 @@ def check_numbers() -> None:
 
 
 def check_environment() -> None:
-    """Raise UsageError that names the variable with which nothing can come from the Hub."""
+    """Raise UsageError that names a variable with which no download can work."""
     check_numbers()
     for name in _PROXIES:
         for spelled in (name.lower(), name):
             if value := os.environ.get(spelled):
                 _check_proxy(spelled, value)
     _check_certificates()
-    token = (os.environ.get("HF_TOKEN") or "").strip().replace("\r", "").replace("\n", "")  # as it is read there
+    token = (os.environ.get("HF_TOKEN") or "").strip().replace("\r", "").replace("\n", "")  # as the library reads it
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise UsageError("HF_TOKEN holds characters that no token has", hint="copy it again, or unset HF_TOKEN")
 
 
 def explain_certificates(reason: str) -> str | None:
-    """Return what to do where a server's certificate was not believed, None when that was not it."""
+    """Return what to do where a server's certificate was not accepted, None for another reason."""
     if "CERTIFICATE_VERIFY_FAILED" not in reason:
         return None
     named = next((name for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if os.environ.get(name)), None)
@@ -54,7 +54,7 @@ def explain_certificates(reason: str) -> str | None:
 
 
 def find_proxy(address: str) -> str | None:
-    """Return the variable whose proxy an address is asked through, None where it is asked directly."""
+    """Return the variable that names the proxy for an address, None where there is no proxy."""
     parts = urlsplit(address)
     if urllib.request.proxy_bypass(parts.hostname or ""):
         return None
@@ -73,7 +73,7 @@ def _check_endpoint() -> None:
 def _check_proxy(name: str, value: str) -> None:
     address = value if "://" in value else f"http://{value}"
     if not _is_address(address, _SCHEMES):
-        raise UsageError(f"{name} is not an address such as http://proxy.local:3128", hint=f"mend or unset {name}")
+        raise UsageError(f"{name} is not an address such as http://proxy.local:3128", hint=f"correct or unset {name}")
     if address.startswith("socks") and find_spec("socksio") is None:
         raise UsageError(f"{name} names a SOCKS proxy, which needs a package", hint="pip install socksio")
 
@@ -81,7 +81,7 @@ def _check_proxy(name: str, value: str) -> None:
 def _is_address(text: str, schemes: tuple[str, ...]) -> bool:
     try:
         parts = urlsplit(text)
-        _ = parts.port  # raises for what is no number
+        _ = parts.port  # raises ValueError for a port that is not a number
     except ValueError:
         return False
     return parts.scheme in schemes and bool(parts.hostname) and text.isprintable() and " " not in text

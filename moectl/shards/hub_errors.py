@@ -1,6 +1,6 @@
-"""What can go wrong with the Hub, as our errors: its own words, and what to do.
+"""The failures of the Hub as our errors: with the Hub's own message, and what to do.
 
-huggingface_hub is loaded only when something has gone wrong, by which time `hub` has loaded it.
+Its functions import huggingface_hub, which `hub` has imported by then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MIRRORS = (
     "mlx-community/dbrx-instruct-4bit",
 )
 AGAIN = "run the same command again"
-_LONGEST_WAIT_S = 60  # a server that asks for more is not waited for
+_LONGEST_WAIT_S = 60  # moectl does not wait for a server that asks for more
 
 
 def _status(error: BaseException) -> int:
@@ -39,13 +39,13 @@ def may_pass(error: Exception) -> bool:
         return _status(error) in (408, 429, 500, 502, 503, 504) and retry_after_s(error) <= _LONGEST_WAIT_S
     if isinstance(error, OfflineModeIsEnabled):
         return False
-    # httpx has no public home here: its errors are what HfHubHTTPError is derived from.
+    # httpx is not a dependency of moectl: its errors are the base class of HfHubHTTPError.
     cut_short = isinstance(error, OSError) and error.errno is None and not isinstance(error, FileNotFoundError)
     return cut_short or isinstance(error, HfHubHTTPError.__bases__[0])
 
 
 def hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
-    """Turn an error of huggingface_hub or of the disk into ours, saying what to do."""
+    """Return our error for one of huggingface_hub or of the disk, with what to do."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -70,7 +70,7 @@ def hub_error(error: BaseException, repo: str, what: str) -> MoectlError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if proxy := find_proxy(constants.ENDPOINT):
         way = f"{what} of {repo} did not come from {constants.ENDPOINT} through the proxy of {proxy}: {reason}"
-        return Unreachable(way, hint=explain_certificates(reason) or f"mend or unset {proxy}")
+        return Unreachable(way, hint=explain_certificates(reason) or f"correct or unset {proxy}")
     return Unreachable(
         f"{what} of {repo} did not come from {constants.ENDPOINT}: {reason}",
         hint=explain_certificates(reason)

@@ -1,6 +1,6 @@
-"""What an unfinished `shard` knows of its directory: who works on it, its settings, which files are done.
+"""The records of an unfinished `shard`: a lock on its directory, its settings, the files that are done.
 
-Two files beside the output, both gone when the manifest has been written. It knows nothing of tensors.
+They are two files beside the output; both are removed when the manifest has been written.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _AGAIN_S = 0.1
 
 @contextlib.contextmanager
 def lock_directory(directory: Path, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold a directory against a second `shard`.
+    """Lock a directory against a second `shard`.
 
-    Raises StateError when another process or thread has it and does not let go of it within `wait_s` seconds.
+    Raises StateError when another process or thread holds the lock for more than `wait_s` seconds.
     """
     path = directory / LOCK_NAME
     until_s = time.monotonic() + wait_s
@@ -44,13 +44,13 @@ def lock_directory(directory: Path, *, wait_s: float = 0.0) -> Iterator[None]:
 
 
 class Journal:
-    """An append-only list of finished files under a header that binds it to one set of settings.
+    """An append-only list of finished files; its first line holds the settings.
 
-    A context manager; it stays open meanwhile, so that Ctrl-C at any moment finds a file to close.
+    It is a context manager, so that the file is closed after Ctrl-C at any moment.
     """
 
     def __init__(self, directory: Path, binding: Mapping[str, Any], done: Mapping[str, FileEntry]) -> None:
-        """Start a journal, or start it anew with `done` in it: written whole, durable on return."""
+        """Start a journal with `done` in it, in the place of an older one; it is durable on return."""
         self.done = dict(done)
         self._path = directory / NAME
         lines = [dict(binding), *(_entry_line(file, entry) for file, entry in self.done.items())]
@@ -75,8 +75,8 @@ class Journal:
 def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileEntry]] | None:
     """Return (binding, finished files) of an interrupted run, None when there is none.
 
-    A torn last line, as a power cut leaves it, is dropped with all after it. One that makes no sense, or names a file
-    outside the directory, comes back empty.
+    A broken line, as a power cut leaves it, is ignored with all lines after it. A journal that is not valid, or names a
+    file outside the directory, gives two empty dictionaries.
     """
     try:
         data = (directory / NAME).read_bytes()

@@ -1,6 +1,6 @@
 """From a model's name to a shard set on this machine: open the checkpoint, place it on ranks, cut it.
 
-It joins `checkpoint`, `placement` and `shards`; what each of them does is theirs. MLX comes in as `quantise` only.
+It joins `checkpoint`, `placement` and `build`. MLX comes in only as `quantise`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from moectl.shards.writer import OnHashed, OpenQuantise
 
 PLAIN_BITS = 16
 _TOKENIZER = "tokenizer.json"
-_WAIT_S = 30.0  # for another process to make, or to look at, a set that nobody asked for by name
+_WAIT_S = 30.0  # for another process that makes or checks the same set in the cache
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a person asked for; None is "as it comes"."""
+    """What the user asked for; None leaves the choice to moectl."""
 
     split: str = "auto"
     nodes: int | None = None  # None: one per share, or 1
     shares: tuple[int, ...] | None = None
     replicas: int = 1  # of each expert, at most
     routing: Routing | None = None  # how often each expert was selected
-    bits: int | None = None  # None: as the checkpoint is
+    bits: int | None = None  # None: those of the checkpoint
     group_size: int | None = None
     mode: str = "affine"
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A shard set: where, split how, and the bytes of its weight files."""
+    """A shard set: its directory, its placement, and the bytes of its weight files."""
 
     directory: Path
     placement: Placement
@@ -59,7 +59,7 @@ Bars = Callable[[str, int], Callable[[int], None]]  # (label, total bytes) begin
 
 
 def choose_quantization(wanted: Wanted, checkpoint: Described) -> Quantization | None:
-    """Return how to quantise; None is a 16-bit copy. Raises PlanError for what MLX or the checkpoint cannot do."""
+    """Return how to quantise; None is a 16-bit copy. Raises PlanError where MLX or the checkpoint cannot do it."""
     if wanted.bits is None and wanted.mode == "affine" and wanted.group_size is None:
         return checkpoint.quantization
     quantization = None
@@ -77,7 +77,7 @@ def default_precision(mode: str) -> tuple[int, int]:
 
 
 def find_frequencies(wanted: Wanted, geometry: Geometry) -> tuple[float, ...] | None:
-    """Return how often each expert is selected, where that is known. Raises PlanError when it is another model's."""
+    """Return how often each expert is selected, where it was measured. Raises PlanError for another model's numbers."""
     routing = wanted.routing
     if routing is None:
         return None
@@ -92,11 +92,11 @@ def find_frequencies(wanted: Wanted, geometry: Geometry) -> tuple[float, ...] | 
 
 
 def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
-    """Return who holds what when nothing is known of the hosts.
+    """Return the placement for hosts of which nothing is known.
 
-    `auto` is `hidden` then, or `experts` where copies or frequencies are asked for. Raises PlanError.
+    `auto` is `hidden` then, or `experts` where copies or frequencies are given. Raises PlanError.
     """
-    # Only whole experts have copies, or places of their own.
+    # Only whole experts can have copies, or be placed by frequency.
     alone = "hidden" if wanted.replicas == 1 and wanted.routing is None else "experts"
     split = alone if wanted.split == "auto" else wanted.split
     nodes = wanted.nodes if wanted.nodes is not None else len(wanted.shares or (1,))
@@ -167,7 +167,7 @@ def shard(
     Before anything is written, `on_files` gets the set's name, its directory, who holds what and the bytes of each
     weight file; then `on_file` gets each file that is whole, as in `build.cut`.
     """
-    check_numbers()  # the canary loads huggingface_hub, when all is cut
+    check_numbers()  # the canary loads huggingface_hub after the cut
     checkpoint = open_checkpoint(
         source,
         revision=revision,
@@ -209,7 +209,7 @@ def shard(
                 if not cached:
                     raise
                 cut(force=True)
-            # What a person named last is what `deploy` takes, also when it was there already.
+            # `deploy` takes the set that the user named last, also one that was there already.
             (directory / MANIFEST_NAME).touch()
         return Made(directory, placement, output_bytes)
     finally:
@@ -229,9 +229,9 @@ def download_bars(bars: Bars) -> Callable[[str, int, int], None]:
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Open the tokenizer as each start will, before anything is written. Raises CheckpointError."""
+    """Open the tokenizer as each start of a session does, before anything is written. Raises CheckpointError."""
     if _TOKENIZER not in checkpoint.sidecars:
-        return  # `choose_tokenizer` has said so
+        return  # `choose_tokenizer` has reported it
     from moectl.shards.tokenizer import read_tokenizer
 
     def read(name: str) -> bytes | None:
@@ -241,7 +241,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def describe_model(source: str) -> tuple[CatalogModel, Manifest | None]:
-    """Return what a planner needs of a model: one known by name, a shard set, or a checkpoint's headers.
+    """Return a model for the planner: one that moectl knows by name, a shard set, or a checkpoint by its headers.
 
     A shard set comes with its manifest. Raises what `open_checkpoint` raises.
     """
@@ -279,6 +279,6 @@ def newest_shards(world_size: int | None) -> tuple[Path, Manifest]:
 
 
 def _work_dir(directory: Path | None, source: str, cached: bool) -> Path:
-    # Beside the output, so that space is checked on the disk that is used; one per source, so that it resumes.
+    # Beside the output, so that the free space of the right disk is checked; one per source, so that downloads resume.
     root = directory.parent if directory else (cache_dir() if cached else data_dir()) / "shards"
     return root / f".{source.rstrip('/').rsplit('/', 1)[-1]}.source"

@@ -1,8 +1,8 @@
 """Turn one stored matrix into the parts that a shard holds (packed, scales, biases), block by block.
 
-The only part of `shard` that touches mlx and numpy. It opens no files: reading rows and writing bytes are
-passed in, and `quantizer` is passed to `shards` by whoever calls it. The arithmetic is `mx.quantize` itself
-on blocks of whole groups, so the result equals quantising the whole tensor bit for bit.
+It is the only part of `shard` that uses mlx and numpy. It opens no files: functions to read rows and to write bytes are
+arguments, and callers give `quantizer` to `build.cut`. `mx.quantize` works on blocks of whole groups, so the result
+equals that of the whole tensor bit for bit.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import numpy as np
 from moectl.model.manifest import Quantization
 from moectl.shards.recipe import Matrix, Quantise, Read, Write
 
-_BLOCK_BYTES = 2 << 20  # read at a time: stays in a core's cache while it is turned and quantised
+_BLOCK_BYTES = 2 << 20  # read at a time: fits into a core's cache while it is transposed and quantised
 _CACHE_BYTES = 32 << 20
-_SKEW_BYTES = 64  # rows a power of two apart share cache sets: one line more makes turning 3× faster
-_CPU_RUN = 32  # elements that MLX's CPU kernels of the fp modes take at once
-_TURN_ROWS = 64  # turned at a time, measured fastest
+_SKEW_BYTES = 64  # rows a power of two apart use the same cache sets: one line more makes transposing 3× faster
+_CPU_RUN = 32  # elements that MLX's CPU kernels of the fp modes process at once
+_TURN_ROWS = 64  # transposed at a time; the fastest number measured
 
 _IDLE: list[mx.Stream] = []
 
 _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-_STORED = {"BF16": mx.uint16, "F16": mx.uint16, "F32": mx.float32}  # as Python can hold them
+_STORED = {"BF16": mx.uint16, "F16": mx.uint16, "F32": mx.float32}  # types that Python's buffers can hold
 
 
 @contextmanager
 def quantizer(memory_bytes: int) -> Iterator[Quantise]:
-    """Give a function that streams matrices on a stream of the calling thread, in about `memory_bytes`.
+    """Yield a function that converts matrices on a stream of the calling thread, in about `memory_bytes`.
 
-    The function is a `recipe.Quantise`; use it on this thread only. It reads the next block while the device
-    works on the one before.
+    The function is a `recipe.Quantise` for this thread only. It reads the next block while the device works on the one
+    before.
     """
     mx.set_cache_limit(_CACHE_BYTES)
     with thread_stream() as stream:
@@ -61,7 +61,7 @@ def _stream_matrix(
 
 @contextmanager
 def thread_stream() -> Iterator[mx.Stream]:
-    """Give a stream that only the calling thread uses meanwhile."""
+    """Yield a stream for the calling thread alone."""
     stream = _take_stream()
     try:
         yield stream
@@ -71,7 +71,7 @@ def thread_stream() -> Iterator[mx.Stream]:
 
 
 def _take_stream() -> mx.Stream:
-    # A CPU stream holds an OS thread that nothing ends (`clear_streams` does not): use streams again.
+    # A CPU stream has an OS thread that never ends (also not by `clear_streams`): use streams again.
     try:
         return _IDLE.pop()
     except IndexError:
@@ -79,7 +79,7 @@ def _take_stream() -> mx.Stream:
 
 
 class _Buffers:
-    """Arrays that are filled from outside, kept from block to block so that their pages are touched once."""
+    """Arrays for the blocks, used again for each block so that their memory is mapped only once."""
 
     def __init__(self, stream: mx.Stream) -> None:
         self._stream = stream
@@ -95,7 +95,7 @@ class _Buffers:
         return held
 
     def tile(self, rows: int, widths: tuple[int, ...]) -> list[np.ndarray[Any, Any]]:
-        """Return a byte matrix (rows, width) for each width, side by side in memory that is used again."""
+        """Return a byte matrix (rows, width) for each width, one after the other in memory that is used again."""
         sizes = [rows * width for width in widths]
         if self._tile.size < sum(sizes):
             self._tile = np.empty(sum(sizes), np.uint8)
@@ -119,12 +119,12 @@ class _Task:
     stream: mx.Stream
 
     def press(self, block: mx.array) -> list[mx.array]:
-        """Start work on a block of canonical rows; return its parts, 16-bit floats as uint16."""
+        """Start the conversion of a block of canonical rows; return its parts, 16-bit floats as uint16."""
         target, stream = self.matrix.target, self.stream
         if isinstance(target, Quantization):
             block = block.view(_DTYPES[self.matrix.dtype], stream=stream)
             rows = block.shape[0]
-            if block.size % _CPU_RUN:  # nvfp4's groups of 16, an odd number of them: MLX's CPU kernel needs a pair
+            if block.size % _CPU_RUN:  # an odd number of nvfp4's groups of 16: MLX's CPU kernel needs pairs
                 block = mx.concatenate([block, block[-1:]], stream=stream)
             parts: list[mx.array] = list(
                 mx.quantize(block, group_size=target.group_size, bits=target.bits, mode=target.mode, stream=stream)
@@ -141,7 +141,7 @@ class _Task:
 
 def _bytes_of(array: mx.array) -> memoryview:
     """Return the bytes of an evaluated array; writing to them changes it."""
-    return memoryview(array).cast("B")  # type: ignore[arg-type]  # its stubs do not tell of the buffer protocol
+    return memoryview(array).cast("B")  # type: ignore[arg-type]  # its stubs lack the buffer protocol
 
 
 def _stream_rows(task: _Task) -> None:
@@ -173,9 +173,9 @@ def _stream_rows(task: _Task) -> None:
 
 
 def _stream_transposed(task: _Task, memory_bytes: int) -> None:
-    """Stream a matrix stored (in, out): blocks of whole groups of its rows become columns of the result.
+    """Convert a matrix stored (in, out): blocks of whole groups of its rows become columns of the result.
 
-    The result is put together in memory for as many columns as `memory_bytes` allows: writes are long.
+    The result is collected in memory for as many columns as `memory_bytes` allows, so that writes are long.
     """
     matrix = task.matrix
     item = _STORED[matrix.dtype].size
@@ -216,7 +216,7 @@ def _assemble(task: _Task, first: int, count: int, step: int) -> list[np.ndarray
 
 
 def _read_transposed(task: _Task, first: int, rows: int, slot: int, which: str) -> mx.array:
-    """Read `rows` stored rows and return them turned, (out, rows); buffers are named by `which`."""
+    """Read `rows` stored rows and return them transposed, (out, rows); `which` is in the names of the buffers."""
     matrix = task.matrix
     dtype = _STORED[matrix.dtype]
     stride = matrix.cols * dtype.size + _SKEW_BYTES

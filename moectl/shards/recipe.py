@@ -1,7 +1,7 @@
-"""Lay out a shard set before a byte of it exists: its files, their headers, where each byte comes from.
+"""The recipe of a shard set: its files, their headers, and the source of each byte.
 
-Pure arithmetic on headers and shapes. It reads no weights, writes nothing and knows no array library;
-`shards` carries a recipe out, and `quantize` does the arithmetic on the way.
+Pure arithmetic on headers and shapes. It reads no weights, writes nothing and uses no array library; `writer` makes the
+files, and `quantize` computes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from moectl.shards.tensors import FLOATS, ITEM_BYTES, MODES, SourceTensor, item_
 
 _RANK = {dtype: i for i, dtype in enumerate(ITEM_BYTES)}
 _PARTS = ("weight", "scales", "biases")
-_PIECE_BYTES = 64 << 20  # larger matrices are cut by rows, so that two streams can share one
+_PIECE_BYTES = 64 << 20  # larger matrices are cut by rows, so that two threads can work on one
 
 
 class Described(Protocol):
-    """A model as far as its shape and precision."""
+    """The geometry and the precision of a model."""
 
     @property
     def geometry(self) -> Geometry: ...
@@ -33,7 +33,7 @@ class Described(Protocol):
 
 
 class CheckpointHeaders(Described, Protocol):
-    """What is needed of `checkpoint.Checkpoint` to lay out a shard set."""
+    """The part of `checkpoint.Checkpoint` that a recipe needs."""
 
     @property
     def tensors(self) -> Mapping[str, SourceTensor]: ...
@@ -41,7 +41,7 @@ class CheckpointHeaders(Described, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A rectangle of a stored tensor and what becomes of it."""
+    """A rectangle of a stored tensor, and the type of its result."""
 
     rows: int  # as stored
     cols: int  # as stored, in elements
@@ -66,7 +66,7 @@ Quantise = Callable[[Matrix, Read, Write], None]  # turn one matrix into its par
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One matrix on its way: where it is read and where its parts go."""
+    """One matrix to write: where it is read, and where its parts are written."""
 
     file: str  # source file
     offset: int  # of the first byte, in the source file
@@ -87,7 +87,7 @@ class OutputFile:
 
 
 def check_quantization(checkpoint: Described, wanted: Quantization | None) -> None:
-    """Raise PlanError unless the checkpoint can be had in this quantisation."""
+    """Raise PlanError unless the checkpoint can be converted to this quantisation."""
     kept = checkpoint.quantization
     if kept is not None:
         if wanted != kept:
@@ -129,7 +129,7 @@ def plan_files(
 ) -> list[OutputFile]:
     """Lay out every safetensors file of a shard set, in the order in which it is written.
 
-    It is the order in which checkpoints have the tensors, so that each source file is needed for a while and not again.
+    It is the order of the tensors in checkpoints, so that each source file is needed during one span of time only.
     float32 weights become bfloat16 in a 16-bit copy; routers and norms keep their type. Weights are quantised from the
     type in which they are stored. Raises PlanError when the placement cuts through a quantisation group,
     CheckpointError when experts of one layer cannot be stacked.
@@ -200,7 +200,7 @@ class _Draft:
             Piece(s.file, offset, stride, matrix, tuple(len(header) + offsets[n] + at for n, at in to))
             for s, offset, stride, matrix, to in self.pieces
         ]
-        pieces.sort(key=lambda p: (p.file, p.offset))  # a disk likes to be read forwards
+        pieces.sort(key=lambda p: (p.file, p.offset))  # disks are faster when read in order
         return OutputFile(path, header, tuple(order), tuple(pieces), len(header) + end)
 
 
@@ -217,7 +217,7 @@ class _Planner:
         return draft.finish(path)
 
     def layer(self, layer: int) -> Iterator[OutputFile]:
-        """Yield a layer's files: what several ranks need, then what each rank has of its own."""
+        """Yield a layer's files: first that of the shared tensors, then each rank's own."""
         placement = self.placement
         name = f"layer-{layer:03d}.safetensors"
         shared = self.checkpoint.geometry.layer_shapes(layer)
@@ -339,7 +339,7 @@ class _Planner:
 
 @dataclass(frozen=True, slots=True)
 class _Rectangle:
-    """A rectangle of a stored tensor: what is read from where, and the rows and columns that it becomes."""
+    """A rectangle of a stored tensor: the place of its bytes, and the rows and columns of its result."""
 
     matrix: Matrix
     offset: int  # of its first byte, from the tensor's first

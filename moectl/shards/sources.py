@@ -1,7 +1,6 @@
-"""Source files passing through: each comes before it is needed, one ahead of those in use, and goes after its last use.
+"""The source files of a cut: each is fetched before its use, one ahead of those in use, and released after it.
 
-It decides when files come and go, not how: that is the business of whoever supplies them. What is read from them is
-`pipeline`'s business.
+It decides when files are fetched and released; the supply does it. `writer` reads them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from moectl.shards.recipe import OutputFile
 
 
 class Supply(Protocol):
-    """Where source files come from: what is needed of `checkpoint.Checkpoint`."""
+    """Where source files come from: the part of `checkpoint.Checkpoint` that is used here."""
 
     def path(self, file: str) -> Path: ...
     def prefetch(self, file: str) -> None: ...
@@ -26,7 +25,7 @@ class Supply(Protocol):
 
 
 class Cancelled(Exception):
-    """Another thread failed, or the user wants to stop."""
+    """Another thread failed, or the user stopped the cut."""
 
 
 class Sources:
@@ -43,14 +42,14 @@ class Sources:
         self._cancelled = False
 
     def open(self, file: str) -> int:
-        """Return a file's descriptor as soon as it is here.
+        """Return a file's descriptor as soon as the file is here.
 
         Raises Cancelled, CheckpointError when it cannot be opened, and what the supply raises.
         """
         with self._news:
             if file not in self._asked:
                 self._asked.add(file)
-                # A download takes minutes and cannot be told to stop: nobody waits for this thread when that happens.
+                # A download takes minutes and cannot be stopped: after a cancellation, nothing waits for this thread.
                 threading.Thread(target=self._fetch, args=(file,), daemon=True).start()
             while not self._cancelled and file not in self._here:
                 self._news.wait()
@@ -62,7 +61,7 @@ class Sources:
         return found
 
     def done(self, file: str) -> None:
-        """Count one use of a file as over; after the last it is closed and released."""
+        """Count one use of a file as finished; after the last one the file is closed and released."""
         with self._news:
             self._uses[file] -= 1
             if self._uses[file] == 0:
@@ -70,13 +69,13 @@ class Sources:
                 self._supply.release(file)
 
     def cancel(self) -> None:
-        """Wake those that wait in `open`, with Cancelled."""
+        """Wake the threads that wait in `open`; it raises Cancelled there."""
         with self._news:
             self._cancelled = True
             self._news.notify_all()
 
     def close(self) -> None:
-        """Close every descriptor; nothing may be reading any more."""
+        """Close every descriptor; no thread may read any more."""
         self.cancel()
         with self._news:
             for file in list(self._here):
@@ -104,7 +103,7 @@ class Sources:
             self._news.notify_all()
 
     def _prefetch(self) -> None:
-        """Have the first file fetched that nobody has asked for: one beyond those in use."""
+        """Fetch the first file that was not asked for yet: one ahead of those in use."""
         following = next((f for f in self._coming if f not in self._asked), None)
         if following is not None and following not in self._prefetched:
             self._prefetched.add(following)
@@ -112,7 +111,7 @@ class Sources:
 
 
 def peak_bytes(files: Sequence[OutputFile], sizes: Mapping[str, int]) -> int:
-    """Return the most bytes of source files that are held at once while `files` are made, one after another."""
+    """Return the largest size of source files that are here at once while `files` are made, one after another."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for turn, output in enumerate(files):

@@ -1,8 +1,7 @@
-"""Name what safetensors headers describe: every layout of DBRX under one set of canonical names, checked.
+"""The tensors of safetensors headers under canonical names, for every layout of DBRX, checked.
 
-It opens local files and reads their headers only; where files come from is `checkpoint`'s business. Canonical
-names are mlx-lm's: one matrix per expert, `transformer.blocks.{i}.ffn.experts.{e}.{w1,v1,w2}.weight`, (out,
-in).
+It reads only the headers of local files; `checkpoint` finds the files. Canonical names are mlx-lm's: one matrix per
+expert, `transformer.blocks.{i}.ffn.experts.{e}.{w1,v1,w2}.weight`, (out, in).
 
 Layouts: *fused* (experts.mlp.w1 of (experts·hidden, d_model), w2 not transposed), *v2*
 (experts.mlp.0.w1.weight) and *mlx* (experts.0.w1.weight, quantised or not).
@@ -24,8 +23,8 @@ from moectl.model.geometry import PROJECTIONS, Geometry, block, expert_name
 from moectl.model.manifest import Quantization
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit
-FLOATS = ("BF16", "F16", "F32")  # what weights may be stored as
-# In the order in which the safetensors library lays tensors out, last first.
+FLOATS = ("BF16", "F16", "F32")  # the types of weights that moectl reads
+# In the reverse of the order in which the safetensors library writes tensors.
 ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -55,7 +54,7 @@ _LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
-    """Where the bytes of one canonical tensor lie."""
+    """The place of one canonical tensor's bytes."""
 
     name: str  # canonical
     file: str  # name of the file within the checkpoint
@@ -93,7 +92,7 @@ def name_tensors(
         expected |= {raw, f"{stem}scales", f"{stem}biases"}
         if place is None:
             missing.append(raw)
-            if len(missing) > 999:  # an absurd config.json must not make this a long loop
+            if len(missing) > 999:  # a wrong config.json must not make this loop long
                 break
         elif layout == "fused" and ".ffn.experts." in raw:
             yield from _split_fused(raw, place, geometry)
@@ -114,7 +113,7 @@ def name_tensors(
 
 
 def _refuse_more(stored: Mapping[str, StoredTensor], expected: set[str]) -> None:
-    """Raise CheckpointError for a part of the network that would be left out: a bias, or a layer too many."""
+    """Raise CheckpointError for a tensor that the network would not use: a bias, or an additional layer."""
     for name in sorted(stored.keys() - expected):
         # Tables of old rotary embeddings are computed, not read.
         if name.startswith(("transformer.", "lm_head.")) and not name.endswith(".inv_freq"):
@@ -145,7 +144,7 @@ def _find_layout(stored: Mapping[str, StoredTensor]) -> str:
 
 
 def _expected(geometry: Geometry, layout: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield (raw name, canonical name, canonical shape); a fused tensor goes by its raw name."""
+    """Yield (raw name, canonical name, canonical shape); a fused tensor keeps its raw name."""
     for name, shape in geometry.outer_shapes().items():
         yield name, name, shape
     for i in range(geometry.n_layers):
@@ -177,7 +176,7 @@ def _split_fused(raw: str, place: StoredTensor, geometry: Geometry) -> Iterator[
 
 def _plain(raw: str, name: str, shape: tuple[int, ...], place: StoredTensor) -> SourceTensor:
     _require_float(raw, place)
-    # Converted checkpoints store w2 either way round; a square one is taken as (out, in).
+    # Converted checkpoints store w2 as (out, in) or (in, out); a square one counts as (out, in).
     flipped = name.endswith(".w2.weight") and place.shape != shape and place.shape == shape[::-1]
     _require_shape(raw, place.shape, shape[::-1] if flipped else shape)
     return SourceTensor(name, place.file, place.dtype, place.shape, place.offset, transposed=flipped)
@@ -277,7 +276,7 @@ def _check_overrides(config: Mapping[str, Any], geometry: Geometry) -> None:
 
 
 def _parse_quantization(where: str, raw: Mapping[str, Any]) -> Quantization:
-    """Read bits, group_size and mode; `where` leads to them. mlx-lm takes no part of them from elsewhere."""
+    """Read bits, group_size and mode, whose path is `where`. As in mlx-lm, all of them come from there."""
     bits, group, mode = raw.get("bits"), raw.get("group_size"), raw.get("mode") or "affine"
     groups, widths = MODES.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
     for key, value, allowed in (("mode", mode, tuple(MODES)), ("bits", bits, widths), ("group_size", group, groups)):
@@ -298,7 +297,7 @@ def _not_ours(what: str) -> CheckpointError:
 
 
 def read_header(path: Path, file: str) -> dict[str, StoredTensor]:
-    """Let the safetensors library validate a file's header, then read what it does not tell: byte offsets.
+    """Return the tensors of a file: the safetensors library checks the header, this adds the byte offsets.
 
     Raises IntegrityError; `file` names the file in the result and in errors.
     """
@@ -321,7 +320,7 @@ def read_header(path: Path, file: str) -> dict[str, StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(file, f"its header makes no sense: {error}") from None
+        raise _damaged(file, f"its header is not valid: {error}") from None
 
 
 def header_length(start: bytes, file: str, size: int) -> int:

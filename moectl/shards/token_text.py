@@ -1,7 +1,7 @@
-"""Turn an answer's tokens into text as they come: the same text as tokenizers decodes of all of them at once.
+"""An answer's tokens as text, one by one: the same text that tokenizers decodes from all of them together.
 
-mlx-lm's and tokenizers' own streams are not used: the first drops a leading blank and fails at a number without a
-token, the second never lets go of what it holds back, and errs where one byte makes a run of bytes invalid.
+It does not use the streams of mlx-lm and tokenizers: the first drops a leading blank and fails at a number without a
+token, the second never returns the text that it holds back, and is wrong where one byte makes a run of bytes invalid.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_UNSURE = "\ufffd"  # what an incomplete character decodes to, as an invalid one does
+_UNSURE = "\ufffd"  # the text of an incomplete character, and of an invalid one
 _LONGEST = 32  # tokens that are decoded again with each new one
-_TAIL = 4  # tokens that hold any character in doubt: one has four bytes at most
+_TAIL = 4  # tokens that hold every incomplete character: it has four bytes at most
 
 
 class TextStream:
-    """One answer's text. What is told is never taken back; what later tokens may still change is held back."""
+    """One answer's text. Returned text never changes; text that later tokens may change is held back."""
 
     def __init__(self, tokens: Tokenizer, context: list[int], *, has_byte_runs: bool) -> None:
         self._tokens = tokens
@@ -32,7 +32,7 @@ class TextStream:
         self._begin([])
 
     def feed(self, token: int) -> str:
-        """Return the text that has become final with one more token; a number without a token has none."""
+        """Return the text that becomes final with one more token; a number without a token has none."""
         name = self._tokens.id_to_token(token)
         if name is None:
             return ""
@@ -54,13 +54,13 @@ class TextStream:
         return told
 
     def finish(self) -> str:
-        """Return what was held back, once no token follows."""
+        """Return the text that was held back, after the last token."""
         told = self._decode()[self._told :]
         self._told += len(told)
         return told
 
     def _begin(self, tokens: list[int]) -> None:
-        """Go on after these tokens, whose text has been told."""
+        """Continue after these tokens, whose text has been returned."""
         self._window = [*self._context, *tokens]
         self._told = len(self._decode())
 
@@ -69,7 +69,7 @@ class TextStream:
 
 
 def find_context(tokens: Tokenizer) -> list[int]:
-    """Return a token that any text may follow: some decoders drop the blank of the first one. Empty: there is none."""
+    """Return a token to put before others, because some decoders drop the blank of the first one; [] if none fits."""
     for text in "a0A.":
         for token in tokens.encode(text, add_special_tokens=False).ids[-1:]:
             said = tokens.decode([token], skip_special_tokens=False)

@@ -1,8 +1,8 @@
-"""Open a model's tokenizer from the small files beside its weights: a text's tokens, their text, an answer's ends.
+"""A model's tokenizer, from the small files beside its weights: text to tokens, tokens to text, the ends of an answer.
 
-Tokens are those of the tokenizers library for tokenizer.json, whatever class tokenizer_config.json names: transformers
-builds some classes anew and drops the file's own way to split. What the other files say that changes tokens is obeyed,
-or refused by its name.
+The tokenizers library makes the tokens from tokenizer.json, for every class in tokenizer_config.json: transformers
+builds some classes itself and ignores how the file splits text. Settings of the other files that change tokens are
+followed, or refused by their name.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from moectl.shards.token_text import TextStream, find_context, has_byte_runs
 
 TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ADDED, GENERATION, MODEL = "added_tokens.json", "generation_config.json", "config.json"
-# Of these, the first two mean something here; the others matter only where a text spells them.
+# Only the first two have a meaning here; the others matter where a text contains them.
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _SWITCHES = ("add_bos_token", "add_eos_token", "split_special_tokens")
 _HINT = "correct that file in the checkpoint, then try again"
 _MISSING = "moectl shard --add-tokenizer REPO|DIR (for DBRX: Xenova/dbrx-instruct-tokenizer), then moectl deploy"
 
-# Keys by which other libraries change what tokenizer.json says: key, section, kind of part, what the part says of it.
+# Keys by which other libraries override tokenizer.json: key, section, kind of part, the part's own value.
 _TOLD_TWICE: tuple[tuple[str, str, str, Callable[[Json], Any]], ...] = (
     ("add_prefix_space", "pre_tokenizer", "ByteLevel", lambda part: part.get("add_prefix_space", True)),
     ("add_prefix_space", "pre_tokenizer", "Metaspace", lambda part: part.get("prepend_scheme", "always") != "never"),
@@ -40,7 +40,7 @@ Read = Callable[[str], bytes | None]  # a file's bytes by its name, None where t
 
 
 class Tokenizer:
-    """A model's tokens. `eos_token_ids` are those that end an answer; a number without a token is empty text."""
+    """A model's tokens. `eos_token_ids` end an answer; a number without a token becomes empty text."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         self._tokens = tokens
         self._chat = chat
-        self._around = around  # a raw text's first and last tokens, where tokenizer.json says something else
+        self._around = around  # a raw text's first and last tokens, where they are not those of tokenizer.json
         self._context = find_context(tokens)
         self._has_byte_runs = has_byte_runs(tokens)
 
@@ -62,14 +62,14 @@ class Tokenizer:
         return self._chat is not None
 
     def encode(self, text: str) -> list[int]:
-        """Return a raw text's tokens, with those that the model wants before and after it."""
+        """Return a raw text's tokens, with the model's tokens before and after it."""
         if self._around is None:
             return self._encode(text, special=True)
         before, after = self._around
         return [*before, *self._encode(text, special=False), *after]
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return a conversation's tokens up to where the answer begins. Raises what the template raises."""
+        """Return a conversation's tokens up to the beginning of the answer. Raises what the template raises."""
         assert self._chat is not None
         return self._encode(self._chat.render(messages), special=False)
 
@@ -78,18 +78,18 @@ class Tokenizer:
         return self._tokens.decode(tokens, skip_special_tokens=False)
 
     def stream_text(self) -> TextStream:
-        """Begin to turn an answer's tokens into text as they come."""
+        """Return a stream that turns an answer's tokens into text one by one."""
         return TextStream(self._tokens, self._context, has_byte_runs=self._has_byte_runs)
 
     def tell(self, token: int) -> str:
-        """Return the text that a token has amid others: with its leading blank."""
+        """Return the text of a token between others: with its leading blank."""
         stream = self.stream_text()
         return stream.feed(token) + stream.finish()
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         try:
             return self._tokens.encode(text, add_special_tokens=special).ids
-        except Exception as error:  # a lone surrogate, or a text that the vocabulary cannot spell
+        except Exception as error:  # a lone surrogate, or a text outside the vocabulary
             raise BadField(f"the model's tokenizer cannot read this text: {error}") from None
 
 
@@ -104,7 +104,7 @@ def open_tokenizer(directory: Path) -> Tokenizer:
 
 
 def read_tokenizer(read: Read, where: str) -> Tokenizer:
-    """Open the tokenizer whose files `read` returns. Raises CheckpointError: it names `where`, the file and the key."""
+    """Open the tokenizer whose files `read` returns. Raises CheckpointError, which names `where`, file and key."""
     return _Files(read, where).open()
 
 
@@ -163,7 +163,7 @@ class _Files:
         return tokens
 
     def _compare(self, config: Json) -> None:
-        """Refuse a key by which transformers would split texts in another way than tokenizer.json."""
+        """Refuse a key with which transformers would split text differently from tokenizer.json."""
         for key, section, kind, said in _TOLD_TWICE:
             for part in _parts(self._file.get(section)):
                 if part.get("type") == kind and config.get(key) is not None and config[key] != said(part):
@@ -190,18 +190,18 @@ class _Files:
             self._check_number(tokens, ADDED, repr(content), content, number)
 
     def _mark_special(self, tokens: tokenizers.Tokenizer) -> None:
-        """Make the special tokens that only the other files name special here too."""
+        """Mark the tokens as special that only the other files mark so."""
         for name in _NAMED:
             token = self._find_named(name)
             if token is not None and tokens.token_to_id(token) is not None:
                 tokens.add_special_tokens([token])
             elif token is not None and name in ("bos_token", "eos_token"):
-                self._refuse(CONFIG, name, f"is {token!r}, which is no token of {TOKENIZER}")
+                self._refuse(CONFIG, name, f"is {token!r}, which is not a token of {TOKENIZER}")
         for file, where in ((CONFIG, self._config), (SPECIAL, self._special)):
             for key in _LISTS:
                 for content in self._contents(file, key, where.get(key)):
                     if tokens.token_to_id(content) is None:
-                        self._refuse(file, key, f"has {content!r}, which is no token of {TOKENIZER}")
+                        self._refuse(file, key, f"has {content!r}, which is not a token of {TOKENIZER}")
                     tokens.add_special_tokens([content])
 
     def _check_number(self, tokens: tokenizers.Tokenizer, file: str, key: str, content: str, number: Any) -> None:
@@ -211,7 +211,7 @@ class _Files:
             self._refuse(file, key, why)
 
     def _find_ends(self, tokens: tokenizers.Tokenizer, model: Json) -> set[int]:
-        """Return every token by which one of the files says that an answer ends."""
+        """Return every token that ends an answer according to one of the files."""
         text = model.get("text_config")
         told = [
             (GENERATION, "eos_token_id", self._json(GENERATION).get("eos_token_id")),
@@ -226,7 +226,7 @@ class _Files:
                 if isinstance(item, str):
                     number = None if item.isdigit() else tokens.token_to_id(item)
                     if number is None:
-                        self._refuse(file, key, f"has {item!r}, which is no token of {TOKENIZER}")
+                        self._refuse(file, key, f"has {item!r}, which is not a token of {TOKENIZER}")
                     ends.add(number)
                 elif isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 31:
                     ends.add(item)
@@ -235,7 +235,7 @@ class _Files:
         return ends
 
     def _find_around(self, tokens: tokenizers.Tokenizer) -> tuple[list[int], list[int]] | None:
-        """Return what add_bos_token and add_eos_token put around a raw text; None where tokenizer.json does that."""
+        """Return the tokens of add_bos_token and add_eos_token; None where tokenizer.json adds the same."""
         own = tokens.encode("").ids
         bos, eos = (self._number(tokens, name) for name in ("bos_token", "eos_token"))
         starts = bos is not None and own[:1] == [bos]
@@ -275,7 +275,7 @@ class _Files:
     def _text(self, name: str) -> str | None:
         try:
             data = self._read(name)
-            return None if data is None else data.decode("utf-8-sig")  # some editors begin a file with a mark
+            return None if data is None else data.decode("utf-8-sig")  # some editors write a byte order mark
         except OSError as error:
             raise CheckpointError(f"{self._where}: {name} cannot be read: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
@@ -296,7 +296,7 @@ class _Files:
 
 
 def _parts(node: Any) -> Iterator[Json]:
-    """Yield a section of tokenizer.json and the parts that it is a sequence of."""
+    """Yield a section of tokenizer.json, and its parts where it is a sequence."""
     if isinstance(node, dict):
         yield node
         for parts in node.values():
@@ -306,7 +306,7 @@ def _parts(node: Any) -> Iterator[Json]:
 
 
 def _content(token: Any) -> Any:
-    """Return the text of a token, which may be told with its flags."""
+    """Return the text of a token, which may be an object with flags."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -316,6 +316,6 @@ def _flags(told: Json) -> Json:
 
 
 def _first_added(tokens: tokenizers.Tokenizer, text: str) -> int | None:
-    """Return the token at the beginning of a text, where it is one that no ordinary text has."""
+    """Return the first token of a text where it is an added token, which ordinary text does not have."""
     first = tokens.encode(text, add_special_tokens=False).ids[:1]
     return next((number for number in first if number in tokens.get_added_tokens_decoder()), None)

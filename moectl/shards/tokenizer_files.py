@@ -1,7 +1,7 @@
-"""The tokenizer of a shard set: the checkpoint's own, or another repository's or directory's, and whether it fits.
+"""The files of a shard set's tokenizer: the checkpoint's own, or those of another repository or directory.
 
-The files are copied and never run: a tokenizer that is Python code in its repository, as DBRX's first one is, cannot be
-used. Whether transformers can read what there is, the worker's own `open_tokenizer` says.
+The files are copied and never run, so a tokenizer that is Python code, as DBRX's first one, cannot be used. `tokenizer`
+says whether a worker can read the files.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TokenizerFiles:
 def fetch_tokenizer(source: str, vocabulary: int) -> TokenizerFiles:
     """Return the tokenizer of a directory or a Hub repository, for a model of this many tokens.
 
-    Raises CheckpointError when it has none or another model's, and what the Hub's errors are.
+    Raises CheckpointError when it has none, or that of another model, and the errors of the Hub.
     """
     with contextlib.closing(open_store(source)) as store:
         names = [file for file in store.files if is_tokenizer(file) and is_plain_data(file, store.files[file])]
@@ -63,7 +63,7 @@ def fetch_tokenizer(source: str, vocabulary: int) -> TokenizerFiles:
 
 
 def with_tokenizer(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> Checkpoint:
-    """Return a checkpoint whose tokenizer is another one; its own chat template stays where that has none."""
+    """Return a checkpoint with another tokenizer; its own chat template stays where the tokenizer has none."""
     kept = [file for file in checkpoint.sidecars if not _is_replaced(file, tokenizer)]
     return checkpoint.with_files(tuple(kept), tokenizer.files)
 
@@ -71,10 +71,10 @@ def with_tokenizer(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> Checkpo
 def choose_tokenizer(
     model: str, asked: str | None, can_read: Callable[[Path], object], say: Callable[[str], None]
 ) -> Callable[[Checkpoint], Checkpoint]:
-    """Return what sees to it that a checkpoint has a tokenizer before anything is cut.
+    """Return a function that gives a checkpoint a tokenizer, or refuses it, before anything is cut.
 
-    `model` is what a person calls the checkpoint, `asked` where the tokenizer is said to be; `can_read` raises
-    CheckpointError for files that a worker cannot read.
+    `model` is the user's name of the checkpoint, `asked` the place of the tokenizer, if the user gave one; `can_read`
+    raises CheckpointError for files that a worker cannot read.
     """
 
     def choose(checkpoint: Checkpoint) -> Checkpoint:
@@ -92,9 +92,9 @@ def choose_tokenizer(
 
 
 def add_tokenizer(directory: Path, source: str) -> Manifest:
-    """Give a finished shard set another tokenizer; its manifest says so last. Return the manifest.
+    """Give a finished shard set another tokenizer, and at last write its manifest. Return the manifest.
 
-    Raises NotSharded, IntegrityError, StateError (the disk, or another one at work), and what `fetch_tokenizer` raises.
+    Raises NotSharded, IntegrityError, StateError (the disk, or another `shard`), and what `fetch_tokenizer` raises.
     """
     manifest = read_manifest(directory)
     refuse_links_outside(directory)
@@ -119,7 +119,7 @@ def add_tokenizer(directory: Path, source: str) -> Manifest:
 
 
 def find_stray(directory: Path, manifest: Manifest) -> str | None:
-    """Return what to do about a tokenizer that lies in a shard set and is not of it, None when there is none."""
+    """Return what to do about a tokenizer that is in a shard set's directory but not in its manifest, else None."""
     path = directory / NAME
     if not path.is_file():
         return None
@@ -145,7 +145,7 @@ def _replace_missing(checkpoint: Checkpoint, model: str, say: Callable[[str], No
     try:
         taken = fetch_tokenizer(KNOWN, vocabulary)
     except MoectlError as error:
-        raise CheckpointError(f"{lacks}; {KNOWN} cannot be had: {error.message}", hint=hint) from None
+        raise CheckpointError(f"{lacks}; {KNOWN} cannot be downloaded: {error.message}", hint=hint) from None
     say(f"{source} has no {NAME}: taking DBRX's from {KNOWN} (--tokenizer REPO|DIR takes another).")
     return with_tokenizer(checkpoint, taken)
 
@@ -191,5 +191,5 @@ def _check_vocabulary(path: Path, source: str, vocabulary: int) -> None:
 
 
 def _write(path: Path, data: bytes) -> FileEntry:
-    """Write a file beside its place; return what the manifest is to say of it."""
+    """Write a file under its partial name; return its entry for the manifest."""
     return FileEntry(len(data), hash_file(write_partial(path, data), lambda _: None))

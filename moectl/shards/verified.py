@@ -1,9 +1,8 @@
 """Whether a shard set's files are the promised ones, without reading all of them at every start.
 
-A file is hashed once. Beside the files `.moectl-verified.json` then remembers its size, times and inode (`node` reads
-and writes it), and as long as these are the same, nobody has written to the file or put another in its place. What a
-disk loses by itself leaves no such trace: that is for `shard --verify` and `deploy --verify` to find. Nothing here
-changes a file but that record.
+A file is hashed once. Then `.moectl-verified.json` beside the files records its size, times and inode (`onhost.files`
+reads and writes it). As long as these are the same, no program has written to the file or replaced it. Bytes that a
+disk loses by itself leave no such trace: `shard --verify` and `deploy --verify` find them. It writes only that record.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _SHOWN = 3
 
 
 def check_files(directory: Path, manifest: Manifest, rank: int) -> None:
-    """Compare all files of a rank with the manifest, and the manifest with what was recorded of it.
+    """Compare all files of a rank with the manifest, and the manifest with its record.
 
-    Sizes first, so that a truncated file is told at once; then what has no valid stamp is hashed, at about 1 GB/s.
-    Raises IntegrityError that names what is missing or has another size or other bytes.
+    Sizes come first, so that a truncated file is found at once; then files without a valid record are hashed, at about
+    1 GB/s. Raises IntegrityError that names the files that are missing or have another size or other bytes.
     """
     files = manifest.files_of(rank)
     wrong = {name: text for name, entry in files.items() if (text := _find_wrong_size(directory / name, entry))}
@@ -32,11 +31,11 @@ def check_files(directory: Path, manifest: Manifest, rank: int) -> None:
         known = node.read_record(str(directory))
         wanted = {name: [entry.bytes, entry.sha256] for name, entry in files.items()}
         promised = known.get(NAME)
-        if isinstance(promised, list) and promised:  # what `shard` or `deploy` wrote there; nothing else vouches for it
+        if isinstance(promised, list) and promised:  # `shard` or `deploy` wrote it; there is no other proof
             wanted[NAME] = [promised[0], promised[-1]]
         others, _, _ = node.compare(str(directory), wanted, known, False)
         wrong = dict.fromkeys(others, "has other bytes than were promised")
-        if not others and known != node.read_record(str(directory)):  # a failed check must not forget what was promised
+        if not others and known != node.read_record(str(directory)):  # a failed check must not change the record
             node.write_record(str(directory), known)
     if wrong:
         shown = [f"{name} {text}" for name, text in sorted(wrong.items())]
@@ -45,13 +44,13 @@ def check_files(directory: Path, manifest: Manifest, rank: int) -> None:
 
 
 def is_manifest_recorded(directory: Path) -> bool:
-    """Whether the manifest is the one that `shard` or `deploy` wrote, as far as anything is recorded of it."""
+    """Whether the manifest is the one that `shard` or `deploy` wrote; True where there is no record of it."""
     promised = node.read_record(str(directory)).get(NAME)
     return not isinstance(promised, list) or node.hash_file(str(directory / NAME)) in promised
 
 
 def take_stamp(path: Path, sha256: str) -> list[Any] | None:
-    """Return the stamp of a file that has just been hashed, None when it has gone."""
+    """Return the record's entry for a file that has just been hashed, None when the file is gone."""
     try:
         return node.make_stamp(path.stat(), sha256)
     except OSError:
@@ -59,7 +58,7 @@ def take_stamp(path: Path, sha256: str) -> list[Any] | None:
 
 
 def write_stamps(directory: Path, stamps: Mapping[str, list[Any]]) -> None:
-    """Add the stamps of a finished set's files to the record, and that of its manifest; not where the disk refuses."""
+    """Add the entries of a finished set's files and of its manifest to the record, where the disk allows it."""
     before, manifest = node.read_record(str(directory)), directory / NAME
     known = {**before, **stamps, NAME: node.make_stamp(manifest.stat(), node.hash_file(str(manifest)))}
     if known != before:
@@ -67,7 +66,7 @@ def write_stamps(directory: Path, stamps: Mapping[str, list[Any]]) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Delete what is left of records that were being written when a process was killed."""
+    """Delete the temporary records of processes that were killed while they wrote."""
     for left in directory.glob(f"{node.RECORD}.*.tmp"):
         left.unlink(missing_ok=True)
 

@@ -1,8 +1,8 @@
 """Make the files of a recipe, piece by piece, on several threads, and hash them.
 
-One file at a time is under construction and all threads work on its pieces, so an interruption costs one file at most;
-making it durable and hashing it overlap with the next. A file gets its final name only when it is whole. Which files
-are missing and what becomes of their hashes is `shards`' business.
+All threads work on the pieces of one file at a time, so an interruption costs one file at most. Making it durable and
+hashing it overlap with the next file. A file gets its final name only when it is whole. `build` says which files are
+missing, and uses their hashes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moectl.shards.recipe import OutputFile, Piece, Quantise
 from moectl.shards.sources import Cancelled, Sources, Supply, explain_unreadable
 from moectl.shards.tensors import item_bytes
 
-_MEMORY_BYTES = 96 << 20  # for results under construction, shared by all jobs
+_MEMORY_BYTES = 96 << 20  # for unfinished results, shared by all jobs
 _COPY_BYTES = 4 << 20
 _HASH_BYTES = 1 << 20
 _FLUSH_BYTES = 64 << 20
@@ -46,17 +46,17 @@ def make_files(
     on_bytes: OnBytes,
     on_hashed: OnHashed,
 ) -> None:
-    """Make and hash the files of `missing`, in order, and hash those of `named`, which are there.
+    """Make and hash the files of `missing`, in order, and hash those of `named`, which exist.
 
-    Both callbacks are called on the calling thread. Raises the first failure of any thread: OSError of the output's
-    disk, CheckpointError and what `supply` raises for the source, IntegrityError.
+    The calling thread calls both callbacks. Raises the first failure of any thread: OSError of the output's disk,
+    CheckpointError and what `supply` raises for the source, IntegrityError.
     """
     run = _Run(directory, Sources(supply, missing), missing, quantise, jobs)
     run.follow(named, on_bytes, on_hashed)
 
 
 def hash_file(path: Path, on_bytes: OnBytes) -> str:
-    """Return a file's SHA-256 in hex; `on_bytes` is told as it goes."""
+    """Return a file's SHA-256 in hex; call `on_bytes` with the size of each block."""
     digest = hashlib.sha256()
     buffer = bytearray(_HASH_BYTES)
     view = memoryview(buffer)
@@ -68,7 +68,7 @@ def hash_file(path: Path, on_bytes: OnBytes) -> str:
 
 
 class _Output:
-    """One file under construction."""
+    """One file that is not complete yet."""
 
     def __init__(self, file: OutputFile, directory: Path, flusher: ThreadPoolExecutor) -> None:
         self.file = file
@@ -91,7 +91,7 @@ class _Output:
             offset += count
             self._unflushed += count
             data = data[count:]
-        # Keeps little for the fsync at the end, at which a stream would wait.
+        # So that the fsync at the end, for which a thread waits, has little left to do.
         if self._unflushed > _FLUSH_BYTES and (self._flush is None or self._flush.done()):
             self._unflushed = 0
             self._flush = self._flusher.submit(os.fsync, self._fd)
@@ -101,7 +101,7 @@ class _Output:
         if self._flush is not None:
             self._flush.result()
         if os.fstat(self._fd).st_size != self.file.bytes:
-            raise IntegrityError(f"{self.path} came out at another size than planned; this is a defect of moectl")
+            raise IntegrityError(f"{self.path} has another size than planned (a bug in moectl)")
         os.fsync(self._fd)
         self.close()
         partial_path(self.path).replace(self.path)
@@ -135,11 +135,11 @@ class _Run:
         self._turn = threading.Condition()  # guards what follows
         self._stopped = False
         self._output: _Output | None = None
-        self._pieces: Iterator[Piece] = iter(())  # of that output, those that nobody has taken
+        self._pieces: Iterator[Piece] = iter(())  # of that output, those that no thread has taken
         self._unfinished: set[_Output] = set()
 
     def follow(self, named: Sequence[OutputFile], on_bytes: OnBytes, on_hashed: OnHashed) -> None:
-        """Start the threads and pass their news on until all have ended."""
+        """Start the threads, and call the callbacks with their results until all threads have ended."""
         with ExitStack() as stack:
             stack.callback(self._clean_up)
             self._flusher = stack.enter_context(ThreadPoolExecutor(1, "flush"))
@@ -176,7 +176,7 @@ class _Run:
         end.join()
 
     def _wait_for_end(self) -> None:
-        # Not on the main thread: a second Ctrl-C while that has just taken the lock would leave it locked for ever.
+        # Not on the main thread: a second Ctrl-C just after it has taken the lock would leave the lock closed for ever.
         self._ends.get()
         with self._turn:
             self._stopped = True
@@ -291,10 +291,10 @@ class _Transfer:
         while wanted:
             try:
                 count = os.preadv(self._fd, views, offset)
-            except OSError as error:  # else it would be taken for one of the output's disk
+            except OSError as error:  # otherwise it would look like an error of the output's disk
                 raise explain_unreadable(self._piece.file, error) from error
             if count == 0:
-                raise CheckpointError(f"{self._piece.file} ended too early: it was cut short while being read")
+                raise CheckpointError(f"{self._piece.file} ended too early: it became shorter while it was read")
             wanted -= count
             offset += count
             while views and count >= len(views[0]):
@@ -310,7 +310,7 @@ class _Transfer:
             self.report()
 
     def copy(self) -> None:
-        """Copy the piece as it is."""
+        """Copy the piece unchanged."""
         rows, width = self._piece.matrix.rows, self._row_bytes
         step = max(1, _COPY_BYTES // width)
         buffer = memoryview(bytearray(min(rows, step) * width))
@@ -320,6 +320,6 @@ class _Transfer:
             self.write(0, first * width, buffer[: count * width])
 
     def report(self) -> None:
-        """Tell how many bytes have come since the last report."""
+        """Report the bytes since the last report."""
         self._tell(self._unreported)
         self._unreported = 0

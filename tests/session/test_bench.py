@@ -412,7 +412,7 @@ def test_damaged_routing_files_are_refused(change: dict[str, Any], tmp_path: Pat
     path.write_text(json.dumps(GOOD))
     assert read_routing(path).tokens == 3
     path.write_text(json.dumps(GOOD | change))
-    with pytest.raises(UsageError, match="is no routing statistics"):
+    with pytest.raises(UsageError, match="does not hold routing statistics"):
         read_routing(path)
 
 

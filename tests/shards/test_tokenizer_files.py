@@ -71,7 +71,7 @@ def test_dbrx_takes_its_known_tokenizer_and_says_so(hub: Hub, tmp_path: Path) ->
     shard = ("shard", "alpindale/dbrx-instruct", "-n", "1", "--no-canary", "-o", str(tmp_path / "set"))
     said = moectl(tmp_path, *shard, hub=hub, code=4)
     assert "alpindale/dbrx-instruct has no tokenizer.json" in said
-    assert f"{KNOWN} cannot be had: " in said
+    assert f"{KNOWN} cannot be downloaded: " in said
     assert f"Hint: moectl shard alpindale/dbrx-instruct --tokenizer {KNOWN}\n" in said
     assert not (tmp_path / "set").exists()
     hub.add(KNOWN, write_words(tmp_path / "words"))

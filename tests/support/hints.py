@@ -20,7 +20,7 @@ _POSITIONS = {
     "fail": 2,
     "fail_with": 2,
     "Meaning": 1,
-    "Keyword": 5,
+    "Keyword": 4,
     "Left": 1,
     "_leave": 1,
     "_auth_error": 2,

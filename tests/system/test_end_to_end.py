@@ -96,7 +96,7 @@ def test_experts_are_placed_by_what_bench_counted(model: Path, alone: str, tmp_p
     assert [sum(e < 3 for e in experts) for experts in held] == [1, 1, 1]
     assert moectl(*PROMPT, "--shards", str(tmp_path / "set")).stdout == alone
     stats.write_text("{}")
-    assert "is no routing statistics" in moectl(*cut, "-o", str(tmp_path / "none"), check=2).stderr
+    assert "does not hold routing statistics" in moectl(*cut, "-o", str(tmp_path / "none"), check=2).stderr
 
 
 def test_copies_of_experts_on_this_machine(model: Path, alone: str) -> None:

@@ -253,7 +253,7 @@ def test_hostile_file_names_in_a_repository(tmp_path: Path, here: Path) -> None:
         with hub_client.start_client({"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}) as pool:
             assert set(pool.submit(hub_client.list_sidecars, "some/model").result()) == good
             repo.commit = "../../../outside"
-            with pytest.raises(CheckpointError, match="which is no commit"):
+            with pytest.raises(CheckpointError, match="which is not a commit"):
                 pool.submit(hub_client.list_sidecars, "some/model").result()
     finally:
         hub.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import sys
 from typing import TYPE_CHECKING
@@ -47,6 +46,7 @@ def help_(ctx: click.Context, common: Common, topic: str | None) -> None:
       moectl help run
     """
     from moectl.cli.guides import TOPICS, read_guide
+    from moectl.text import did_you_mean
 
     verbs = ctx.find_root().command
     assert isinstance(verbs, Verbs)
@@ -60,8 +60,7 @@ def help_(ctx: click.Context, common: Common, topic: str | None) -> None:
         common.print(text, {"schema": SCHEMA, "topic": topic, "text": text}, text)
     else:
         shown = [name for section in verbs.by_section().values() for name in section]
-        near = difflib.get_close_matches(topic, [*TOPICS, *shown], 1)
-        guess = f" Did you mean {near[0]!r}?" if near else ""
+        guess = did_you_mean(topic, [*TOPICS, *shown])
         raise click.UsageError(f"No such topic or verb {topic!r}.{guess} 'moectl help' lists the topics.")
 
 

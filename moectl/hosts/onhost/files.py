@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from moectl.hosts.onhost.prelude import tell
+from moectl.hosts.onhost.prelude import read_line, tell
 
 BLOCK_BYTES = 1 << 20
 IDLE_S = 600.0
@@ -136,18 +136,14 @@ def _append(fd: int, read: Callable[[int], bytes], digest: Any, left: int, path:
             raise Cut(left)
         digest.update(block)
         try:
-            _write_all(fd, block)
+            view = memoryview(block)
+            while view:
+                view = view[os.write(fd, view) :]
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Full(shutil.disk_usage(os.path.dirname(path) or ".").free, left) from None
             raise
         left -= len(block)
-
-
-def _write_all(fd: int, block: bytes) -> None:
-    view = memoryview(block)
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def hash_file(path: str) -> str:
@@ -332,12 +328,10 @@ def describe_failure(error: Exception) -> dict[str, Any]:
 
 def _receive_next() -> bool:
     """Receive one file; False when no more comes."""
-    line = b""
-    while not line.endswith(b"\n"):  # the sender waits for our answer: no byte of the file follows yet
-        block = _read_stdin(1 << 16, IDLE_S)
-        if not block:
-            return False
-        line += block
+    # The sender waits for our answer: no byte of the file follows the line yet.
+    line = read_line(lambda: _read_stdin(1 << 16, IDLE_S))
+    if not line:
+        return False
     header = json.loads(line)
     path = os.path.expanduser(header["path"])
     _hold_directory(os.path.dirname(path) or ".")

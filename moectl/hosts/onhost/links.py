@@ -1,7 +1,7 @@
-"""The program that times TCP between two hosts: one end listens, the other dials and tells what it found.
+"""The program that times TCP between two hosts: one end listens, the other connects and answers with its times.
 
 Its text is sent to each host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
-on. It writes no file, serves only who knows the secret, and ends with its stdin; every wait is bounded.
+on. It writes no file, serves only a peer that knows the secret, and ends with its stdin; every wait has a limit.
 
     python -c TEXT listen        {"address", "secret"} on stdin; answers {"port": n}, serves until stdin ends
     python -c TEXT dial          {"address", "port", "secret", "budget_s"} on stdin; answers {"rtt_s", "out_bytes_s",
@@ -26,18 +26,18 @@ import time
 
 from moectl.hosts.onhost.prelude import end_with_stdin, tell
 
-WAIT_S = 3.0  # for anything that the other end does
+WAIT_S = 3.0  # for each step of the other end
 ROUND_TRIPS = 60
 WARM_UPS = 5
 _REQUEST = struct.Struct("!cQ")
 _BLOCK = bytes(1 << 18)
 _PING = 8
-_LONG_ENOUGH_S = 0.06  # a transfer of this time tells the bandwidth
+_LONG_ENOUGH_S = 0.06  # a transfer of this time measures the bandwidth
 _MOST_BYTES = 1 << 28
 
 
 def listen(address: str, secret: str) -> None:
-    """Serve whoever knows the secret, one after the other, until this process ends."""
+    """Serve peers that know the secret, one after the other, until this process ends."""
     with socket.create_server((address, 0)) as server:
         tell({"port": server.getsockname()[1]})
         while True:
@@ -48,7 +48,7 @@ def listen(address: str, secret: str) -> None:
                     if hmac.compare_digest(_receive(client, len(secret)), secret.encode()):
                         _serve(client)
                 except OSError:
-                    pass  # that one is gone; the next may come
+                    pass  # this peer is gone; another one may come
 
 
 def dial(address: str, port: int, secret: str, budget_s: float, transfers: bool = True) -> dict[str, float]:
@@ -67,7 +67,7 @@ def dial(address: str, port: int, secret: str, budget_s: float, transfers: bool 
 
 
 def _time_round_trips(peer: socket.socket, budget_s: float) -> float:
-    """Return the median of small round trips: as many as wanted, or what a slow link does in its time."""
+    """Return the median of small round trips: ROUND_TRIPS of them, fewer on a slow link."""
     seconds: list[float] = []
     begin = time.perf_counter()
     for turn in range(WARM_UPS + ROUND_TRIPS):
@@ -83,7 +83,7 @@ def _time_round_trips(peer: socket.socket, budget_s: float) -> float:
 
 
 def _time_transfer(peer: socket.socket, kind: bytes, rtt_s: float, budget_s: float) -> float:
-    """Return bytes per second: ever larger transfers, until one took long enough or the time is up."""
+    """Return bytes per second: transfers get larger until one took long enough, or the budget is spent."""
     size = len(_BLOCK)
     begin = time.perf_counter()
     while True:
@@ -146,23 +146,19 @@ def _swallow(peer: socket.socket, size: int) -> None:
         size -= got
 
 
-def _end_after(seconds: float) -> None:
-    timer = threading.Timer(seconds, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
-
-
 def _main(command: str) -> None:
     request = json.loads(sys.stdin.buffer.readline())
     end_with_stdin(lambda: os._exit(0))
-    _end_after(request.pop("limit_s"))
+    limit = threading.Timer(request.pop("limit_s"), os._exit, (1,))
+    limit.daemon = True
+    limit.start()
     try:
         if command == "listen":
             listen(**request)
         else:
             tell(dial(**request))
     except OSError as error:
-        # A timeout of python's own has no number. Numbers differ between systems, names do not.
+        # A timeout of python itself has no number. Numbers differ between systems, names do not.
         name = errno.errorcode.get(error.errno or 0, "ETIMEDOUT" if isinstance(error, TimeoutError) else "")
         tell({"error": error.strerror or str(error), "errno": name})
 

@@ -1,12 +1,12 @@
 # ruff: noqa: PTH116,PTH123
-"""The program that reads logs on a host: their last lines, and what is appended for as long as its stdin is open.
+"""The program that reads logs on a host: their last lines, and new lines while its stdin is open.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
-on. It follows names, not files: a log that is rotated to NAME.1, truncated or made anew goes on. It writes nothing.
+on. It follows names, not files: it continues when a log is rotated to NAME.1, truncated or replaced. It writes nothing.
 
     python -c TEXT        {"files", "tail", "since_s", "follow"} on stdin; answers, each a line of JSON behind `ANSWER`:
                           {"file": index, "lines": [[seconds since 1970 or null, text]…]}, {"file", "missing"},
-                          {"file", "lost": true} where a log grew faster than it was read, {"done"} once after the past
+                          {"file", "lost": true} where a log grew faster than it was read, {"done"} after the past lines
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import select
 import time
 from typing import Any
 
-from moectl.hosts.onhost.prelude import tell
+from moectl.hosts.onhost.prelude import read_line, tell
 
 MOST_BYTES = 4_000_000  # of one file's past
 POLL_S = 0.2
 _BATCH = 500
-# A controller's log has "[host] " before what a worker said.
+# A controller's log has "[host] " before the line of a worker.
 _STAMP = re.compile(r"(\[[^\]]*\] )?(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:[+-]\d{4}|Z)) ?")
 
 
 def parse_line(text: str) -> list[Any]:
-    """Return [when it was said or None, the rest of the line]."""
+    """Return [its time or None, the rest of the line]."""
     match = _STAMP.match(text)
     if match is None:
         return [None, text]
@@ -41,7 +41,7 @@ def parse_line(text: str) -> list[Any]:
 
 
 class Log:
-    """One log by its name: first its past, then what comes."""
+    """One log by its name: first its past lines, then new ones."""
 
     def __init__(self, path: str) -> None:
         self.path = os.path.expanduser(path)  # noqa: PTH111
@@ -51,10 +51,10 @@ class Log:
         self._position = 0
 
     def read_past(self) -> list[list[Any]] | None:
-        """Return all lines that are there, of the file before it too; None where there is no log."""
+        """Return all lines of the log, with those of the rotated file before it; None where there is no log."""
         before = self._read_backup()
         if not self._open():
-            return None if before is None else before
+            return before
         if self._backup_identity() == self._identity:  # rotated between the two
             before = None
         size = os.fstat(self._fd).st_size
@@ -65,7 +65,7 @@ class Log:
         return (before or []) + self.read_new()
 
     def read_new(self) -> list[list[Any]]:
-        """Return the lines that have come since."""
+        """Return the new lines."""
         if self._fd < 0 and not self._open():
             return []
         self._read()
@@ -73,11 +73,11 @@ class Log:
         return [parse_line(line.decode("utf-8", "replace").rstrip("\r")) for line in complete]
 
     def turn(self) -> tuple[list[list[Any]], bool]:
-        """Follow the name to a new file if there is one; return the old one's last lines, and whether some may lack."""
+        """Follow the name to a new file if there is one; return the old one's last lines, and whether some are lost."""
         try:
             status = os.stat(self.path)
         except OSError:
-            return [], False  # about to be made, or gone
+            return [], False  # not made yet, or removed
         if self._fd < 0:
             return [], False  # `read_new` opens it
         here = (status.st_dev, status.st_ino)
@@ -95,7 +95,7 @@ class Log:
         if not self._open():
             return lines, False
         backup = self._backup_identity()
-        if backup not in (old, self._identity, None):  # rotated twice meanwhile: the file between is the backup now
+        if backup not in (old, self._identity, None):  # rotated twice since: the file between is the backup now
             lines += self._read_backup() or []
         return lines + self.read_new(), backup not in (old, None)
 
@@ -140,7 +140,7 @@ class Log:
 
 
 def pick(lines: list[list[Any]], tail: int | None, since_s: float | None, now_s: float) -> list[list[Any]]:
-    """Return the last lines that are not older than asked for; one without a time is as old as the one before."""
+    """Return the last lines that are new enough; a line without a time is as old as the one before it."""
     if since_s is not None:
         fresh, kept = False, []
         for line in lines:
@@ -182,25 +182,15 @@ def _follow(logs: list[Log]) -> None:
 
 
 def _main() -> None:
-    request = json.loads(_read_request())
+    request = json.loads(read_line(lambda: os.read(0, 1 << 16)))  # not buffered, because `_follow` selects on stdin
     logs = [Log(path) for path in request["files"]]
     _tell_past(logs, request)
     if request["follow"]:
         _follow(logs)
 
 
-def _read_request() -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):  # not buffered: what follows is for select
-        block = os.read(0, 1 << 16)
-        if not block:
-            break
-        line += block
-    return line
-
-
 if __name__ == "__main__":
     try:
         _main()
-    except BrokenPipeError:  # who asked is gone
+    except BrokenPipeError:  # the asker is gone
         os._exit(0)

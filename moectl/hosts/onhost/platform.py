@@ -1,4 +1,4 @@
-"""The program that tells for which python and system a host needs wheels; it changes nothing.
+"""The program that describes a host's python and system, for which it needs wheels. It changes nothing.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only.
 
@@ -17,7 +17,7 @@ from moectl.hosts.onhost.prelude import tell
 
 
 def describe() -> dict[str, Any]:
-    """Return what wheels are chosen by: PEP 425's tags come from it, PEP 508's markers are its environment."""
+    """Return what decides on wheels: PEP 425's tags come from it, "environment" is that of PEP 508's markers."""
     version = platform.python_version()
     environment = {
         "implementation_name": sys.implementation.name,

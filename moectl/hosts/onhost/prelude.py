@@ -23,6 +23,17 @@ def tell(answer: dict[str, Any]) -> None:
     sys.stdout.buffer.flush()
 
 
+def read_line(read: Callable[[], bytes]) -> bytes:
+    """Return a line, and what came with it, from unbuffered reads; b"" when it ends before."""
+    line = b""
+    while not line.endswith(b"\n"):
+        block = read()
+        if not block:
+            return b""
+        line += block
+    return line
+
+
 def parse_answer(line: bytes) -> dict[str, Any] | None:
     """Return the answer on a line of output, None for a line that the login shell printed."""
     _, mark, text = line.rpartition(ANSWER)

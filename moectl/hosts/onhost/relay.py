@@ -1,7 +1,7 @@
-"""Pass files from host to host while a deploy runs: one host hands them out by SHA-256, another takes them.
+"""Pass files from host to host while a deploy runs: one host serves them by SHA-256, another one takes them.
 
-Both programs run on hosts, on a leash: orders and signs of life are lines on stdin, and with stdin's end, or with its
-silence, they end. They know no models and decide nothing; whom to take from is told to them.
+Both programs run on hosts. Orders and heartbeats are lines on stdin; the programs end when stdin ends or is silent.
+They know no models and decide nothing: an order names the host to take from.
 
     python -m moectl.hosts.onhost.relay serve        {"bind": [addresses]} first; answers {"at": [[address, port]]}
                                         {"admit": token} lets one connection in; answers {"admitted": true}
@@ -9,11 +9,11 @@ silence, they end. They know no models and decide nothing; whom to take from is 
     python -m moectl.hosts.onhost.relay take         {"at": …, "token": …, "floor": bytes per second} first
                                         {"path": …, "bytes": …, "sha256": …} asks for a file; answers {"kept": n},
                                         {"more": n} …, {"done": sha256}
-    An empty line is a sign of life; answers {"alive": true}. What failed is {"error": …}, and the end.
+    An empty line is a heartbeat; answers {"alive": true}. A failure is {"error": …}; then the program ends.
 
-Between hosts (TCP): the server sends a challenge, both sides prove that they know the token (HMAC-SHA256, so that
-it never crosses the network), and each token is good for one connection. A request is a SHA-256 and an offset; no name
-crosses, so none can lead out of a directory. Bytes are not encrypted, as tensors are not; the taker hashes them.
+Between hosts (TCP): the server sends a challenge, and both sides prove by HMAC-SHA256 that they know the token, which
+never crosses the network. A token opens one connection. A request is a SHA-256 and an offset: no path crosses, so no
+path can lead out of a directory. The bytes are not encrypted, as tensors are not; the taker hashes them.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from typing import Any
 from moectl.hosts.onhost import files as node
 from moectl.hosts.onhost.prelude import tell
 
-BEAT_S = 5.0  # whoever holds the leash sends a line at least this often
-SILENCE_S = 30.0  # hearing nothing for this long, we end: the operator's machine may have gone without a word
+BEAT_S = 5.0  # the operator's machine sends a line at least this often
+SILENCE_S = 30.0  # without a line for this long, the program ends: the operator's machine may be gone
 CONNECT_S = 4.0
 HANDSHAKE_S = 5.0
-WAIT_S = 2.0  # a server that has not got the file yet says so this often
+WAIT_S = 2.0  # a server that does not have the file yet says so this often
 STALL_S = 15.0
 SEND_S = 60.0  # a taker may have to wait for its disk
-WINDOW_S = 10.0  # over which a peer's speed is judged
-STRANGERS = 16  # connections that have not proved anything yet, at most
+WINDOW_S = 10.0  # over which a peer's speed is measured
+STRANGERS = 16  # connections that have not proved yet that they know a token, at most
 NONCE_BYTES = 32
 REQUEST_BYTES = 32 + 8
 TELL_BYTES = 4 << 20
@@ -56,15 +56,15 @@ class PeerRefused(Exception):
 
 
 def prove(token: bytes, role: bytes, challenge: bytes) -> bytes:
-    """Return what shows to whoever sent the challenge that we know the token."""
+    """Return the proof, for the sender of the challenge, that we know the token."""
     return hmac.digest(token, b"moectl relay " + role + challenge, "sha256")
 
 
 class Server:
-    """Hands out files, by their SHA-256, to those who know a token that was admitted."""
+    """Sends files, by their SHA-256, to each peer that knows an admitted token."""
 
     def __init__(self, *, patience_s: float = HANDSHAKE_S) -> None:
-        """Strangers get `patience_s` to prove what they know."""
+        """A new connection has `patience_s` to prove that it knows a token."""
         self._patience_s = patience_s
         self._tokens: set[bytes] = set()
         self._files: dict[bytes, tuple[str, int]] = {}
@@ -72,7 +72,7 @@ class Server:
         self._strangers = threading.BoundedSemaphore(STRANGERS)
 
     def listen(self, addresses: Sequence[str]) -> list[Address]:
-        """Open a port at each of the addresses that are this host's own. Raises OSError when none is."""
+        """Open a port at each address that is this host's own. Raises OSError when none is."""
         opened, last = [], OSError("no address to listen at")
         for address in addresses:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -88,12 +88,12 @@ class Server:
         return opened
 
     def admit(self, token: bytes) -> None:
-        """Let one connection in that knows this token."""
+        """Allow one connection that knows this token."""
         with self._changed:
             self._tokens.add(token)
 
     def offer(self, files: dict[bytes, tuple[str, int]]) -> None:
-        """Hand out these files from now on: SHA-256 → (path, bytes)."""
+        """Send these files too from now on: SHA-256 → (path, bytes)."""
         with self._changed:
             self._files.update(files)
             self._changed.notify_all()
@@ -105,7 +105,7 @@ class Server:
                 peer, _ = listener.accept()
             except OSError:
                 self._strangers.release()
-                time.sleep(0.1)  # out of descriptors: an attack, or a very busy host
+                time.sleep(0.1)  # no file descriptor is left: an attack, or a very busy host
                 continue
             threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
 
@@ -137,8 +137,8 @@ class Server:
         return True
 
     def _hand_out(self, peer: socket.socket) -> bool:
-        """Answer one request; False when there is none any more."""
-        peer.settimeout(None)  # the taker may not know yet what it wants next
+        """Answer one request; False when no more comes."""
+        peer.settimeout(None)  # the taker may not have its next order yet
         request = receive_exactly(peer, REQUEST_BYTES)
         if request is None:
             return False
@@ -147,7 +147,7 @@ class Server:
         offset = int.from_bytes(request[32:], "big")
         if offset > size:
             return False
-        with open(path, "rb") as f:  # noqa: PTH123 (as in node: paths arrive as strings)
+        with open(path, "rb") as f:  # noqa: PTH123 (paths arrive as strings)
             peer.sendall(GO)
             return offset == size or peer.sendfile(f, offset, size - offset) == size - offset
 
@@ -160,12 +160,12 @@ class Server:
 
 
 def receive_exactly(peer: socket.socket, count: int, timeout_s: float | None = None) -> bytes | None:
-    """Return this many bytes, None when the peer ends before; all within `timeout_s`. Raises OSError."""
+    """Return this many bytes, all within `timeout_s`; None when the peer ends first. Raises OSError."""
     end = None if timeout_s is None else time.monotonic() + timeout_s
     data = b""
     while len(data) < count:
         if end is not None:
-            peer.settimeout(max(0.001, end - time.monotonic()))  # a trickle must not hold the place
+            peer.settimeout(max(0.001, end - time.monotonic()))  # a very slow peer must not keep its place
         block = peer.recv(count - len(data))
         if not block:
             return None
@@ -174,32 +174,29 @@ def receive_exactly(peer: socket.socket, count: int, timeout_s: float | None = N
 
 
 class Peer:
-    """A connection to a server, proved on both sides. Slower than `floor` bytes per second, it counts as broken."""
+    """A connection to a server, with proofs of both sides. Below `floor` bytes per second, it counts as broken."""
 
     def __init__(self, at: Sequence[Address], token: bytes, floor: float) -> None:
-        """Connect to the first address that answers. Raises Refused."""
+        """Connect to the first address that answers. Raises PeerRefused."""
         self._floor = floor
         self._began_s, self._got = 0.0, 0
         why = "it has no address"
         for address, port in at:
-            try:
-                self._socket = socket.create_connection((address, port), CONNECT_S)
-            except OSError as error:
-                why = f"{address}: {error.strerror or error}"
-                continue
-            try:
-                self._introduce(token)
-            except OSError as error:
-                self._socket.close()
-                why = f"{address}: {error.strerror or error}"
-                continue
-            return
+            with contextlib.ExitStack() as failed:
+                try:
+                    self._socket = failed.enter_context(socket.create_connection((address, port), CONNECT_S))
+                    self._introduce(token)
+                except OSError as error:
+                    why = f"{address}: {error.strerror or error}"
+                    continue
+                failed.pop_all()
+                return
         raise PeerRefused(why)
 
     def _introduce(self, token: bytes) -> None:
         challenge = receive_exactly(self._socket, NONCE_BYTES, HANDSHAKE_S)
         if challenge is None:
-            raise ConnectionError("it said nothing")
+            raise ConnectionError("it sent no challenge")
         ours = os.urandom(NONCE_BYTES)
         self._socket.settimeout(HANDSHAKE_S)
         self._socket.sendall(ours + prove(token, b"taker", challenge + ours))
@@ -209,7 +206,7 @@ class Peer:
         self._socket.settimeout(STALL_S)
 
     def ask(self, sha256: str, offset: int) -> None:
-        """Ask for a file from `offset` on, and wait until the server has it. Raises Refused."""
+        """Ask for a file from `offset` on, and wait until the server has it. Raises PeerRefused."""
         try:
             self._socket.sendall(bytes.fromhex(sha256) + offset.to_bytes(8, "big"))
             while (said := self._socket.recv(1)) == WAIT:
@@ -221,7 +218,7 @@ class Peer:
         self._began_s, self._got = time.monotonic(), 0
 
     def read(self, count: int) -> bytes:
-        """Return some bytes of the file that was asked for. Raises Refused."""
+        """Return some bytes of the file that was asked for. Raises PeerRefused."""
         try:
             block = self._socket.recv(count)
         except OSError as error:
@@ -241,9 +238,9 @@ class Peer:
 
 
 def take_file(peer: Peer, wanted: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
-    """Complete one file from a peer, as `node.receive` does; what an earlier push had left wrong is sent anew.
+    """Complete one file from a peer, as `files.receive` does; it starts over where an earlier push left wrong bytes.
 
-    Raises Refused, and what `node.receive` raises.
+    Raises PeerRefused, and what `files.receive` raises.
     """
     path, size, sha256 = wanted["path"], wanted["bytes"], wanted["sha256"]
     untold = 0
@@ -274,11 +271,8 @@ def take_file(peer: Peer, wanted: dict[str, Any], tell: Callable[[dict[str, Any]
     tell({"done": sha256})
 
 
-# The programs.
-
-
 def _orders() -> Iterator[dict[str, Any]]:
-    """Yield the orders on stdin; end with it, or when it has been silent for too long."""
+    """Yield the orders on stdin until it ends, or is silent for too long."""
     waiting = b""
     while True:
         ready, _, _ = select.select([0], [], [], SILENCE_S)
@@ -346,7 +340,7 @@ def _main(command: str) -> None:
             (_serve if command == "serve" else _take)(orders)
     except Exception as error:
         _end(node.describe_failure(error))
-    os._exit(0)  # whatever its threads are doing: nobody holds the leash
+    os._exit(0)  # its threads need not finish: the operator's machine is gone
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # ruff: noqa: PTH111,PTH112,PTH113,PTH115,PTH116,PTH118,PTH208
-"""The program that tells which workers run on a host, and whether a shard set is still there; it changes nothing.
+"""The program that lists the workers on a host, and says whether a shard set is still there. It changes nothing.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
 on. Linux is read in /proc, other systems by ps and lsof.
@@ -20,12 +20,12 @@ from typing import Any
 
 from moectl.hosts.onhost.prelude import tell
 
-WORDS = ["-m", "moectl", "worker"]  # with which every worker's command line ends
+WORDS = ["-m", "moectl", "worker"]  # the end of every worker's command line
 PS = ["ps", "-axww", "-o", "pid=,rss=,etime=,command="]
 
 
 def find_workers() -> list[dict[str, Any]]:
-    """Return this host's workers, of any user, as far as this one may look."""
+    """Return the workers of all users on this host, as far as this user may see them."""
     if os.path.isdir("/proc/self"):
         return _find_in_proc()
     found = parse_ps(_run(PS))
@@ -57,13 +57,13 @@ def parse_elapsed(text: str) -> float:
 
 
 def pick_logs(names: Any) -> list[str]:
-    """Return the log files among names of open files, those too that somebody has deleted meanwhile."""
-    plain = (name.removesuffix(" (deleted)") for name in names)  # as /proc says it
+    """Return the log files among names of open files, also those that were deleted."""
+    plain = (name.removesuffix(" (deleted)") for name in names)  # as /proc marks them
     return sorted({name for name in plain if re.search(r"-rank-\d+\.log$", name)})
 
 
 def _is_own(pid: int) -> bool:
-    """Whether a process is this user's; of another user's files nothing can be seen."""
+    """Whether a process is this user's: the open files of others cannot be seen."""
     try:
         return os.stat(f"/proc/{pid}").st_uid == os.getuid()
     except OSError:
@@ -79,12 +79,12 @@ def _find_in_proc() -> list[dict[str, Any]]:
             if argv[-3:] == WORDS:
                 found.append({"pid": int(pid), **_measure(pid), "python": argv[0], "logs": _open_logs(pid)})
         except OSError:
-            pass  # it has ended meanwhile
+            pass  # it has just ended
     return found
 
 
 def _measure(pid: str) -> dict[str, Any]:
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # from the third one on, see proc(5)
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # from the third field on, see proc(5)
     began_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     memory_bytes = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
     return {"memory_bytes": memory_bytes, "up_s": max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began_s)}
@@ -96,7 +96,7 @@ def _open_logs(pid: str) -> list[str]:
         for fd in os.listdir(f"/proc/{pid}/fd"):
             names.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
     except OSError:
-        pass  # another user's, or a file that was closed meanwhile
+        pass  # another user's, or a file that was just closed
     return pick_logs(names)
 
 

@@ -23,7 +23,6 @@ class KeywordVerdict(Enum):
 @dataclass(frozen=True, slots=True)
 class Keyword:
     name: str
-    since: str  # version of OpenSSH whose `ssh -G` prints it first; 8.0 stands for all before as well
     verdict: KeywordVerdict
     words: str  # how it is honoured, why it is harmless, or what an error says of it
     unset: str = ""  # regular expression of the values that change nothing; for the last three verdicts
@@ -31,9 +30,9 @@ class Keyword:
 
 
 def _rows(verdict: KeywordVerdict, text: str) -> list[Keyword]:
-    """Read `name since words`, one keyword a line."""
-    found = (line.split(None, 2) for line in text.strip().splitlines())
-    return [Keyword(name, since, verdict, words) for name, since, words in found]
+    """Read `words: name name …`; further lines of names are indented more."""
+    found = re.findall(r"^ {8}(\S.*): (.*(?:\n {12}.*)*)", text, re.MULTILINE)
+    return [Keyword(name, verdict, words) for words, names in found for name in names.split()]
 
 
 _NO = "no|false"
@@ -43,112 +42,75 @@ KEYWORDS: tuple[Keyword, ...] = (
     *_rows(
         KeywordVerdict.HONOURED,
         """
-        Host                         9.2  the name as typed
-        User                         8.0  the login name
-        Hostname                     8.0  where to connect
-        Port                         8.0  where to connect
-        AddressFamily                8.0  which addresses of the name are tried
-        BindAddress                  8.0  the address to connect from
-        ConnectTimeout               8.0  for one attempt; 10 s where it is not set
-        ConnectionAttempts           8.0  as many attempts, a second apart
-        CanonicalizeHostname         8.0  ssh -G did it
-        CanonicalizeFallbackLocal    8.0  ssh -G did it
-        CanonicalizeMaxDots          8.0  ssh -G did it
-        CanonicalizePermittedCNAMEs  8.0  ssh -G did it
-        CanonicalDomains             8.0  ssh -G did it
-        IgnoreUnknown                8.0  ssh -G did it
-        Tag                          9.4  ssh -G did it (Match tagged)
-        ProxyJump                    8.0  hop by hop, with its tokens
-        ProxyCommand                 8.0  run by $SHELL, with its tokens
-        IdentityFile                 8.0  private keys and public keys of an agent, with tokens
-        CertificateFile              8.0  offered with its key, from a file or an agent
-        IdentitiesOnly               8.0  other keys of an agent are not offered
-        IdentityAgent                8.0  none, SSH_AUTH_SOCK, $VARIABLE, a path
-        PubkeyAcceptedAlgorithms     8.5  other keys are not offered
-        PubkeyAcceptedKeyTypes       8.0  the name of PubkeyAcceptedAlgorithms until 8.4
-        RequiredRSASize              9.1  for keys of both sides
-        Ciphers                      8.0  those of them that paramiko has, AES-GCM first
-        MACs                         8.0  those of them that paramiko has
-        KexAlgorithms                8.0  those of them that paramiko has
-        HostKeyAlgorithms            8.0  those of them that paramiko has, known ones first
-        CASignatureAlgorithms        8.0  for certificates of hosts
-        UserKnownHostsFile           8.0  all files, with @cert-authority, @revoked and hashed names
-        GlobalKnownHostsFile         8.0  all files
-        HostKeyAlias                 8.0  the name that is looked up
-        CheckHostIP                  8.0  another key known for the address is refused
-        RevokedHostKeys              8.0  lists of keys and KRLs, all files
-        KnownHostsCommand            8.5  run, with its tokens
-        SetEnv                       8.0  sent for each command
-        SendEnv                      8.0  sent for each command, except the language of this terminal (LANG, LC_*)
+        the name as typed: Host
+        the login name: User
+        where to connect: Hostname Port
+        which addresses of the name are tried: AddressFamily
+        the address to connect from: BindAddress
+        for one attempt; 10 s where it is not set: ConnectTimeout
+        tried as many times, a second apart: ConnectionAttempts
+        ssh -G did it: CanonicalizeHostname CanonicalizeFallbackLocal CanonicalizeMaxDots
+            CanonicalizePermittedCNAMEs CanonicalDomains IgnoreUnknown
+        ssh -G did it (Match tagged): Tag
+        hop by hop, with its tokens: ProxyJump
+        run by $SHELL, with its tokens: ProxyCommand
+        private keys and public keys of an agent, with tokens: IdentityFile
+        offered with its key, from a file or an agent: CertificateFile
+        other keys of an agent are not offered: IdentitiesOnly
+        none, SSH_AUTH_SOCK, $VARIABLE, a path: IdentityAgent
+        other keys are not offered: PubkeyAcceptedAlgorithms
+        the name of PubkeyAcceptedAlgorithms until 8.4: PubkeyAcceptedKeyTypes
+        for keys of both sides: RequiredRSASize
+        those of them that paramiko has, AES-GCM first: Ciphers
+        those of them that paramiko has: MACs KexAlgorithms
+        those of them that paramiko has, known ones first: HostKeyAlgorithms
+        for certificates of hosts: CASignatureAlgorithms
+        all files, with @cert-authority, @revoked and hashed names: UserKnownHostsFile
+        all files: GlobalKnownHostsFile
+        the name that is looked up: HostKeyAlias
+        another key known for the address is refused: CheckHostIP
+        lists of keys and KRLs, all files: RevokedHostKeys
+        run, with its tokens: KnownHostsCommand
+        sent for each command: SetEnv
+        sent for each command, except the language of this terminal (LANG, LC_*): SendEnv
         """,
     ),
     *_rows(
         KeywordVerdict.HARMLESS,
         """
-        AddKeysToAgent               8.0  moectl unlocks no key
-        BatchMode                    8.0  moectl never asks
-        ChallengeResponseAuthentication 8.0 moectl gives no passwords
-        ChannelTimeout               9.6  moectl's own heartbeats keep its channels busy
-        ClearAllForwardings          8.0  moectl forwards nothing
-        Compression                  8.0  the bytes are the same
-        ControlMaster                8.0  moectl's connections are its own
-        ControlPersist               8.0  moectl's connections are its own
-        DynamicForward               8.0  moectl forwards nothing
-        EnableEscapeCommandline      9.2  for a terminal
-        EnableSSHKeysign             8.0  a setting of ssh-keysign
-        EscapeChar                   8.0  for a terminal
-        ExitOnForwardFailure         8.0  moectl forwards nothing
-        FingerprintHash              8.0  moectl shows SHA256
-        ForkAfterAuthentication      8.7  moectl waits for its commands
-        ForwardAgent                 8.0  moectl forwards no agent
-        ForwardX11                   8.0  moectl forwards nothing
-        ForwardX11Timeout            8.0  moectl forwards nothing
-        ForwardX11Trusted            8.0  moectl forwards nothing
-        GatewayPorts                 8.0  moectl forwards nothing
-        GSSAPIClientIdentity         8.0  see GSSAPIAuthentication
-        GSSAPIDelegateCredentials    8.0  see GSSAPIAuthentication
-        GSSAPIKexAlgorithms          8.0  see GSSAPIKeyExchange
-        GSSAPIRenewalForcesRekey     8.0  see GSSAPIKeyExchange
-        GSSAPIServerIdentity         8.0  see GSSAPIAuthentication
-        GSSAPITrustDns               8.0  see GSSAPIAuthentication
-        HashKnownHosts               8.0  moectl writes no known_hosts
-        HostbasedAcceptedAlgorithms  8.5  see HostbasedAuthentication
-        HostbasedKeyTypes            8.0  see HostbasedAuthentication
-        IPQoS                        8.0  marks of packets
-        KbdInteractiveAuthentication 8.0  moectl gives no passwords
-        KbdInteractiveDevices        8.0  moectl gives no passwords
-        LocalCommand                 8.0  moectl runs nothing here once it is connected
-        LocalForward                 8.0  moectl forwards nothing
-        LogLevel                     8.0  ssh's own messages
-        LogVerbose                   8.5  ssh's own messages
-        NumberOfPasswordPrompts      8.0  moectl gives no passwords
-        ObscureKeystrokeTiming       9.5  for a terminal
-        PasswordAuthentication       8.0  moectl gives no passwords
-        PermitLocalCommand           8.0  moectl runs nothing here once it is connected
-        PermitRemoteOpen             8.5  moectl forwards nothing
-        RekeyLimit                   8.0  paramiko changes its keys every 512 MB
-        RemoteForward                8.0  moectl forwards nothing
-        RequestTTY                   8.0  moectl needs no terminal there
-        ServerAliveCountMax          8.0  moectl has its own signs of life
-        ServerAliveInterval          8.0  moectl has its own signs of life
-        StdinNull                    8.7  moectl's commands have their own stdin
-        StreamLocalBindMask          8.0  moectl forwards nothing
-        StreamLocalBindUnlink        8.0  moectl forwards nothing
-        SyslogFacility               8.0  ssh's own messages
-        TCPKeepAlive                 8.0  moectl has its own signs of life
-        Tunnel                       8.0  moectl forwards nothing
-        TunnelDevice                 8.0  moectl forwards nothing
-        UpdateHostKeys               8.0  moectl writes no known_hosts
-        VersionAddendum              10.0 a word in ssh's greeting
-        VisualHostKey                8.0  ssh's own messages
-        WarnWeakCrypto               10.1 ssh's own messages
-        XAuthLocation                8.0  moectl forwards nothing
+        moectl unlocks no key: AddKeysToAgent
+        moectl never asks: BatchMode
+        moectl gives no passwords: ChallengeResponseAuthentication KbdInteractiveAuthentication
+            KbdInteractiveDevices NumberOfPasswordPrompts PasswordAuthentication
+        moectl's own heartbeats keep its channels busy: ChannelTimeout
+        moectl forwards nothing: ClearAllForwardings DynamicForward ExitOnForwardFailure ForwardX11
+            ForwardX11Timeout ForwardX11Trusted GatewayPorts LocalForward PermitRemoteOpen RemoteForward
+            StreamLocalBindMask StreamLocalBindUnlink Tunnel TunnelDevice XAuthLocation
+        the bytes are the same: Compression
+        moectl's connections are its own: ControlMaster ControlPersist
+        for a terminal: EnableEscapeCommandline EscapeChar ObscureKeystrokeTiming
+        a setting of ssh-keysign: EnableSSHKeysign
+        moectl shows SHA256: FingerprintHash
+        moectl waits for its commands: ForkAfterAuthentication
+        moectl forwards no agent: ForwardAgent
+        see GSSAPIAuthentication: GSSAPIClientIdentity GSSAPIDelegateCredentials GSSAPIServerIdentity
+            GSSAPITrustDns
+        see GSSAPIKeyExchange: GSSAPIKexAlgorithms GSSAPIRenewalForcesRekey
+        moectl writes no known_hosts: HashKnownHosts UpdateHostKeys
+        see HostbasedAuthentication: HostbasedAcceptedAlgorithms HostbasedKeyTypes
+        marks of packets: IPQoS
+        moectl runs nothing here once it is connected: LocalCommand PermitLocalCommand
+        ssh's own messages: LogLevel LogVerbose SyslogFacility VisualHostKey WarnWeakCrypto
+        paramiko changes its keys every 512 MB: RekeyLimit
+        moectl needs no terminal there: RequestTTY
+        moectl sends its own keepalives: ServerAliveCountMax ServerAliveInterval TCPKeepAlive
+        moectl's commands have their own stdin: StdinNull
+        a word in ssh's greeting: VersionAddendum
         """,
     ),
     # Refused: here ssh would behave differently from moectl.
     Keyword(
         "BindInterface",
-        "8.0",
         KeywordVerdict.REFUSED,
         "moectl cannot choose an interface by its name",
         "none",
@@ -156,7 +118,6 @@ KEYWORDS: tuple[Keyword, ...] = (
     ),
     Keyword(
         "ProxyUseFdpass",
-        "8.0",
         KeywordVerdict.REFUSED,
         "moectl talks to a ProxyCommand over its stdin and stdout",
         _NO,
@@ -164,7 +125,6 @@ KEYWORDS: tuple[Keyword, ...] = (
     ),
     Keyword(
         "PubkeyAuthentication",
-        "8.0",
         KeywordVerdict.REFUSED,
         "moectl logs in by key only",
         f"{_YES}|unbound|host-bound",
@@ -172,7 +132,6 @@ KEYWORDS: tuple[Keyword, ...] = (
     ),
     Keyword(
         "PreferredAuthentications",
-        "8.0",
         KeywordVerdict.REFUSED,
         "moectl logs in by key only",
         "(.*,)?publickey(,.*)?",
@@ -180,7 +139,6 @@ KEYWORDS: tuple[Keyword, ...] = (
     ),
     Keyword(
         "RemoteCommand",
-        "8.0",
         KeywordVerdict.REFUSED,
         "ssh runs no other command on such a host, and moectl has to",
         "none",
@@ -188,28 +146,23 @@ KEYWORDS: tuple[Keyword, ...] = (
     ),
     Keyword(
         "SessionType",
-        "8.7",
         KeywordVerdict.REFUSED,
         "moectl has to run commands on the host",
         "default",
         "set 'SessionType default' for this host",
     ),
     # Named in the error when the login fails.
-    Keyword("ControlPath", "8.0", KeywordVerdict.LOGIN, "moectl does not use connections that ssh holds open", "none"),
-    Keyword("GSSAPIAuthentication", "8.0", KeywordVerdict.LOGIN, "moectl uses no Kerberos tickets", _NO),
-    Keyword("HostbasedAuthentication", "8.0", KeywordVerdict.LOGIN, "moectl does not log in as a host", _NO),
-    Keyword(
-        "PKCS11Provider", "8.0", KeywordVerdict.LOGIN, "moectl uses its keys from an agent only (ssh-add -s)", "none"
-    ),
-    Keyword(
-        "SecurityKeyProvider", "8.2", KeywordVerdict.LOGIN, "moectl uses security keys from an agent only", "internal"
-    ),
-    Keyword("UseKeychain", "8.0", KeywordVerdict.LOGIN, "moectl takes no passphrase from the keychain (ssh-add)", _NO),
+    Keyword("ControlPath", KeywordVerdict.LOGIN, "moectl does not use connections that ssh holds open", "none"),
+    Keyword("GSSAPIAuthentication", KeywordVerdict.LOGIN, "moectl uses no Kerberos tickets", _NO),
+    Keyword("HostbasedAuthentication", KeywordVerdict.LOGIN, "moectl does not log in as a host", _NO),
+    Keyword("PKCS11Provider", KeywordVerdict.LOGIN, "moectl uses its keys from an agent only (ssh-add -s)", "none"),
+    Keyword("SecurityKeyProvider", KeywordVerdict.LOGIN, "moectl uses security keys from an agent only", "internal"),
+    Keyword("UseKeychain", KeywordVerdict.LOGIN, "moectl takes no passphrase from the keychain (ssh-add)", _NO),
     # Named in the error when a host key is refused.
-    Keyword("GSSAPIKeyExchange", "8.0", KeywordVerdict.TRUST, "a ticket vouches for no host key", _NO),
-    Keyword("NoHostAuthenticationForLocalhost", "8.0", KeywordVerdict.TRUST, "localhost needs a known key too", _NO),
-    Keyword("StrictHostKeyChecking", "8.0", KeywordVerdict.TRUST, "no key is accepted unseen", f"ask|{_YES}"),
-    Keyword("VerifyHostKeyDNS", "8.0", KeywordVerdict.TRUST, "the DNS vouches for no host key", _NO),
+    Keyword("GSSAPIKeyExchange", KeywordVerdict.TRUST, "a ticket vouches for no host key", _NO),
+    Keyword("NoHostAuthenticationForLocalhost", KeywordVerdict.TRUST, "localhost needs a known key too", _NO),
+    Keyword("StrictHostKeyChecking", KeywordVerdict.TRUST, "no key is accepted unseen", f"ask|{_YES}"),
+    Keyword("VerifyHostKeyDNS", KeywordVerdict.TRUST, "the DNS vouches for no host key", _NO),
 )
 
 TABLE: Mapping[str, Keyword] = {row.name.lower(): row for row in KEYWORDS}

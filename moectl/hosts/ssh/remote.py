@@ -63,14 +63,12 @@ class SSHRemote:
             expired.set()
             close_channel(channel)
 
-        timer = threading.Timer(timeout_s, expire) if timeout_s is not None else None
+        timer = threading.Timer(threading.TIMEOUT_MAX if timeout_s is None else timeout_s, expire)
         try:
-            if timer:
-                timer.start()
+            timer.start()
             done = _communicate(channel, stdin, hold_stdin)
         finally:
-            if timer:
-                timer.cancel()
+            timer.cancel()
             close_channel(channel)
         if expired.is_set():
             raise timeout_error(argv, timeout_s, self.name)

@@ -156,9 +156,6 @@ def _command_error(command: str, reason: str, settings: SSHSettings) -> HostKeyE
     return HostKeyError(f"its KnownHostsCommand ({command}) failed: {reason}", host=settings.name, hint=hint)
 
 
-# Revoked.
-
-
 def _check_size(shown: Shown, settings: SSHSettings) -> None:
     least = settings.values.get("requiredrsasize", "1024")
     if shown.plain[0] == "ssh-rsa" and least.isdigit() and shown.key.get_bits() < int(least):
@@ -212,9 +209,6 @@ def _find_revoked(shown: Shown, keys: set[Key], path: Path, settings: SSHSetting
     return None
 
 
-# Certificates.
-
-
 def _why_uncertified(shown: Shown, known: KnownKeys, settings: SSHSettings) -> str | None:
     """Say why a host's certificate does not count; None when it does."""
     blob = shown.certificate
@@ -260,9 +254,6 @@ def _check_address(shown: Shown, settings: SSHSettings, peer: str | None) -> Non
             host=settings.name,
             hint=f"if that address belonged to another host before, run '{remove}'.",
         )
-
-
-# What to do about it.
 
 
 def _changed_error(known: KnownKeys, settings: SSHSettings) -> HostKeyError:
