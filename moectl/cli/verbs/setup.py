@@ -36,7 +36,7 @@ _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
 @click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be run: the default.")
 @click.option("--apply", is_flag=True, help="Run the commands on the hosts, with sudo; asks first.")
-@click.option("--undo", is_flag=True, help="Take back what --apply ran, last command first; asks first.")
+@click.option("--undo", is_flag=True, help="Undo what --apply ran, last command first; asks first.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option(
     "-o",
@@ -50,7 +50,7 @@ _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
     type=click.Choice(["thunderbolt", "ethernet"]),
     default="thunderbolt",
     show_default=True,
-    help="ethernet changes no network: it writes the addresses that hosts have.",
+    help="ethernet changes no network; it writes the addresses that hosts have.",
 )
 @click.option(
     "--backend",
@@ -63,15 +63,15 @@ _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
 @click.option(
     "--wired-limit",
     metavar="SIZE",
-    help="Also let their GPUs hold so much memory, such as 112GiB; auto: what the newest shard set needs.",
+    help="Also set how much memory their GPUs may use, such as 112GiB; auto: what the newest shard set needs.",
 )
 @common
 def setup(common: Common, **options: Any) -> None:
     """Set up Macs that are cabled by Thunderbolt: addresses, and a hosts file.
 
-    Asks every Mac how it is cabled, proposes RDMA over a mesh where every two are cabled, RDMA over a ring, or TCP over
-    a ring, and shows every command. Nothing is changed without --apply, and then --undo takes it back. Addresses and
-    files are those that mlx.distributed_config would give. Hosts that are no Macs are left as they are.
+    It asks every Mac how it is cabled, and proposes RDMA over a mesh where every two Macs are cabled, RDMA over a ring,
+    or TCP over a ring. It shows every command. Nothing is changed without --apply, and --undo undoes that. Addresses
+    and files are those that mlx.distributed_config would give. Hosts that are not Macs are left as they are.
 
     \b
     Examples:
@@ -203,7 +203,7 @@ def _apply(
     again = plan_setup(setup_run.look(hosts.hosts, remotes), hosts, wish)
     if lacks := setup_run.find_unfinished(again):
         raise errors.PartialFailure(
-            f"{len(lacks)} of the commands ended well and had no effect: {'; '.join(lacks)}", hint=setup_run.UNDO
+            f"{len(lacks)} of the commands succeeded but had no effect: {'; '.join(lacks)}", hint=setup_run.UNDO
         )
     return count
 

@@ -167,9 +167,8 @@ def _survey(remote: Remote, task: HostTask) -> FileSurvey:
 
 
 def _check_room(task: HostTask, found: FileSurvey, needed: int) -> None:
-    made = next(
-        place for place in (task.shards, *task.shards.parents) if place.exists()
-    )  # the set itself may be about to be made
+    # The set itself may not exist yet.
+    made = next(place for place in (task.shards, *task.shards.parents) if place.exists())
     if task.host.is_local and found.device == made.stat().st_dev:
         return  # hard links take no room
     if needed > found.free:
