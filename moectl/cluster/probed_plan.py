@@ -163,9 +163,8 @@ def _measure_speeds(
 @contextlib.contextmanager
 def _open_sites(where: HostList) -> Iterator[tuple[list[Site], list[str]]]:
     """Yield the hosts as their ranks would use them, and the names of those that have no moectl."""
-    hosts = list(where.hosts)
-    remotes = connect(hosts)
-    try:
+    hosts = where.hosts
+    with connect(hosts) as remotes:
         addresses = find_addresses(hosts, remotes)
         env = split_envs(where.envs) | (share_cores(len(hosts)) if all(host.is_local for host in hosts) else {})
         pythons = [_find_python(host, remote) for host, remote in zip(hosts, remotes, strict=True)]
@@ -174,9 +173,6 @@ def _open_sites(where: HostList) -> Iterator[tuple[list[Site], list[str]]]:
             for host, remote, python, own in zip(hosts, remotes, pythons, addresses, strict=True)
         ]
         yield sites, [host.name for host, python in zip(hosts, pythons, strict=True) if not python]
-    finally:
-        for remote in remotes:
-            remote.close()
 
 
 def _find_python(host: Host, remote: Remote) -> str:

@@ -159,9 +159,7 @@ def share_cores(ranks: int) -> dict[str, str]:
 def _deployed_ranks(target: Deployment, held: contextlib.ExitStack, remotes: Sequence[Remote] | None) -> list[RankSpec]:
     hosts = [rank.host for rank in target.ranks]
     if remotes is None:
-        remotes = connect(hosts)
-        for remote in remotes:
-            held.callback(remote.close)
+        remotes = held.enter_context(connect(hosts))
     env = split_envs(target.envs)
     addresses = find_addresses(hosts, remotes)
     return [
