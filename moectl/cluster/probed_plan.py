@@ -130,7 +130,7 @@ def _fit_link(exchanges: Sequence[tuple[int, float]], nodes: int) -> LinkCost:
 def _is_ring(where: HostList) -> bool:
     """Whether tensors go round a ring by TCP; what is wrong with rdma= is told when it is used."""
     try:
-        return choose_backend(where.backend or "auto", where.hosts) == "ring"
+        return choose_backend(where.backend, where.hosts) == "ring"
     except HostsError:
         return False
 
@@ -157,7 +157,7 @@ def _measure_speeds(
     )
     if not able:
         return ()
-    return probe.measure_speed(sites, job, backend=choose_backend(where.backend or "auto", where.hosts))
+    return probe.measure_speed(sites, job, backend=choose_backend(where.backend, where.hosts))
 
 
 @contextlib.contextmanager

@@ -129,10 +129,9 @@ def open_session(
     """
     with contextlib.ExitStack() as held:
         ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held, remotes)
-        wanted = backend
-        if isinstance(target, Deployment) and backend == "auto" and target.backend:
-            wanted = target.backend
-        chosen = choose_backend(wanted, [spec.host for spec in ranks])
+        if isinstance(target, Deployment) and backend == "auto":
+            backend = target.backend
+        chosen = choose_backend(backend, [spec.host for spec in ranks])
         session = Session(ranks, backend=chosen, **options)
         on_made(session)
         yield held.enter_context(session)

@@ -69,7 +69,7 @@ def check_backend(where: HostList) -> Finding | None:
     if not any(device for host in hosts for device in host.rdma):
         return ok("backend", "ring over TCP")
     try:
-        backend = choose_backend(where.backend if where.backend not in ("", "any") else "auto", hosts)
+        backend = choose_backend(where.backend, hosts)
     except HostsError as error:
         return fail_with("backend", error)
     if backend != "ring" or where.backend == "ring":

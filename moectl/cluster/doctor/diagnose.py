@@ -259,7 +259,7 @@ def _add_up(where: HostList, by_rank: dict[int, tuple[Visit, Site]], found: _Fou
 def _backend(where: HostList) -> str:
     """Return the backend of the whole group; where rdma= is wrong, which is a finding already, TCP is tried."""
     try:
-        return choose_backend(where.backend if where.backend not in ("", "any") else "auto", where.hosts)
+        return choose_backend(where.backend, where.hosts)
     except HostsError:
         return "ring"
 
