@@ -161,10 +161,7 @@ class LogReader:
             with contextlib.suppress(OSError, ValueError):
                 process.stdin.close()
         for process in self._processes:
-            with contextlib.suppress(OSError, TimeoutError, MoectlError):
-                process.wait(END_S)
-            with contextlib.suppress(OSError, MoectlError):
-                process.close()
+            programs.end_process(process, END_S)
         connect.close_all(self._remotes)
 
     @property

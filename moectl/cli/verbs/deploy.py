@@ -57,7 +57,6 @@ def _outcome(result: HostResult) -> str:
 
 
 def deploy_json(result: DeployResult, name: str, *, dry_run: bool) -> dict[str, Any]:
-    """Return the document of `deploy --json`."""
     hosts = [
         {
             "rank": r.rank,

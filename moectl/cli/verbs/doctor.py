@@ -57,7 +57,6 @@ def summary_text(diagnosis: Diagnosis) -> str:
 
 
 def doctor_json(diagnosis: Diagnosis, *, fast: bool) -> dict[str, Any]:
-    """Return the document of `doctor --json`."""
     return {
         "schema": SCHEMA,
         "source": diagnosis.source,

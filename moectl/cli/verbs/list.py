@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 
 def list_text(listing: Listing, *, width: int | None = None) -> str:
-    """Return the tables of `list`."""
     width = width or columns()
     parts = []
     if listing.sets:

@@ -113,7 +113,6 @@ def _make_push(remote: Remote, task: HostTask, found: FileSurvey, on_event: OnEv
 
 
 def _missing_bytes(task: HostTask, found: FileSurvey) -> dict[str, int]:
-    """Return file → bytes that have to come."""
     missing = {name: task.files[name].bytes - there for name, there in found.missing.items()}
     return missing | {name: size - found.begun[name] for name, size in task.planned.items()}
 

@@ -57,9 +57,9 @@ def ask_platforms(hosts: Sequence[Host], remotes: Sequence[Remote]) -> list[Plat
 
     A host that does not answer is left out; when none does, its error is raised.
     """
-    places = [place for place, host in enumerate(hosts) if not host.is_local]
-    others = [hosts[place] for place in places]
-    found = on_each(others, lambda index, host: _ask_platform(host, remotes[places[index]]))
+    others = [host for host in hosts if not host.is_local]
+    ways = [remote for host, remote in zip(hosts, remotes, strict=True) if not host.is_local]
+    found = on_each(others, lambda index, host: _ask_platform(host, ways[index]))
     platforms = [one for one in found if isinstance(one, Platform)]
     if others and not platforms:
         raise next(one for one in found if isinstance(one, MoectlError))

@@ -69,7 +69,6 @@ class Diagnosis:
         return tuple(finding for findings in lists for finding in findings)
 
     def count(self, level: Level) -> int:
-        """Return how many findings are of a level."""
         return sum(finding.level is level for finding in self.findings)
 
 
