@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 from moectl.engine.protocol import Token
 from moectl.engine.request import Request
 from moectl.errors import CommandFailed, MoectlError, Unreachable
-from moectl.hosts.connect import map_at_once
+from moectl.hosts.connect import map_at_once, run_at_once
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.prelude import parse_answer
@@ -220,19 +220,10 @@ class _Answer:
 
 def _read_answer(site: Site, process: Process) -> _Answer:
     """Return a running process's answer, within `LISTEN_S`."""
-    found: list[_Answer | None] = []
-
-    def read() -> None:
-        for line in process.stdout:
-            answer = _parse(line)
-            if answer is not None:
-                found.append(answer)
-                return
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    thread.join(LISTEN_S)
-    if not found or found[0] is None:
+    found: list[_Answer] = []
+    answers = (answer for line in process.stdout if (answer := _parse(line)))
+    run_at_once([lambda: found.extend(islice(answers, 1))], LISTEN_S)
+    if not found:
         raise CommandFailed(f"its python did not listen on {site.addresses[0]}", host=site.remote.name)
     if found[0].error:
         raise CommandFailed(
