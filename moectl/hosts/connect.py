@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
-from moectl.errors import MoectlError, PartialFailure, Unreachable
+from moectl.errors import MoectlError, PartialFailure, Unreachable, unexpected
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote, Remote
 
@@ -135,7 +135,7 @@ def as_ours(error: Exception, host: Host) -> MoectlError:
         return error
     if os.environ.get("MOECTL_DEBUG"):
         traceback.print_exception(error)
-    return MoectlError(f"unexpected {type(error).__name__}: {error} (a bug in moectl)", host=host.address)
+    return unexpected(error, host=host.address)
 
 
 def map_at_once(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:

@@ -330,8 +330,8 @@ def _deploy_growing(
         try:
             fed = shard_and_deploy(shard, hosts, on_event=_draw_deploy(common, bars), **options)
         except errors.ShardsDiffer as error:
-            error.hint = "choose another directory with -o, or make it anew first: moectl shard --force"
-            raise
+            hint = "choose another directory with -o, or make it again first: moectl shard --force"
+            raise errors.with_hint(error, hint) from None
     if fed.made is None:
         common.say("Every host has failed. The files that are cut stay; the same command continues.")
     return fed.name, fed.result

@@ -24,7 +24,7 @@ from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from moectl.cluster.deploy.environment import PIP_S, reason_of
-from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
+from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch, with_hint
 from moectl.files import explain_refusal, write_whole
 from moectl.hosts.connect import on_each
 from moectl.hosts.hostfile import Host
@@ -122,8 +122,8 @@ def build(
             partial.replace(directory)
     except OSError as error:
         refused = explain_refusal(error, partial)
-        refused.hint = refused.hint and "choose another directory with --wheelhouse, or free some space"
-        raise refused from None
+        hint = refused.hint and "choose another directory with --wheelhouse, or free some space"
+        raise with_hint(refused, hint) from None
 
 
 def fill(

@@ -19,7 +19,7 @@ from moectl.cluster.doctor.finding import Finding, Level, at_host, fail, skip, w
 from moectl.cluster.doctor.host import Expected, Visit, visit_host
 from moectl.cluster.doctor.pairs import Pair, face, judge_links, plan_neighbours, try_collective
 from moectl.cluster.probe import Site, Tried, is_next, try_links
-from moectl.errors import HostsError, MoectlError, VersionMismatch
+from moectl.errors import HostsError, MoectlError, VersionMismatch, unexpected
 from moectl.hosts.connect import make_remote, run_at_once
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.thunderbolt import parse_ifconfig
@@ -159,8 +159,7 @@ def _report(visit: Visit, in_time: bool) -> HostReport:
 
 
 def _bug(error: Exception) -> Finding:
-    text = f"unexpected {type(error).__name__}: {error} (a bug in moectl)"
-    return fail("error", text, "run again with MOECTL_DEBUG=1 and report it")
+    return fail("error", str(unexpected(error)), "run again with MOECTL_DEBUG=1 and report it")
 
 
 # Between hosts.
