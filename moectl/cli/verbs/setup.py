@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moectl.cluster.setup.record import RecordedCommand
     from moectl.cluster.setup.run import OnCommand, Sudo
     from moectl.cluster.setup.shape import Advice
-    from moectl.hosts.hostfile import HostList
+    from moectl.hosts.hostfile import Host, HostList
     from moectl.hosts.remote import Remote
     from moectl.hosts.thunderbolt import Cable
 
@@ -192,10 +192,8 @@ def _apply(
     changed = [place for place, steps in enumerate(plan.to_do) if steps]
     if not changed:
         return 0
-    names = ", ".join(plan.machines[place].host.name for place in changed)
-    common.say(plan_text(plan, verbose=common.verbose > 0))
-    if not yes and not _ask(f"Run {_to_do_text(plan)} as root on {names}?"):
-        common.say("Nothing was changed.")
+    affected = [plan.machines[place].host for place in changed]
+    if not _is_wanted(common, plan_text(plan, verbose=common.verbose > 0), _to_do_text(plan), affected, yes=yes):
         return None
     sudo = _become_root([remotes[place] for place in changed])
     with open_record() as record:
@@ -223,10 +221,7 @@ def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
         common.print(text, undo_json(entries, state="planned", run=0))
         return
     at = setup_run.find_hosts_of(entries)
-    common.say(undo_text(entries))
-    names = ", ".join(host.name for host in at)
-    if not yes and not _ask(f"Run {count_text(len(entries), 'command')} as root on {names}?"):
-        common.say("Nothing was changed.")
+    if not _is_wanted(common, undo_text(entries), count_text(len(entries), "command"), at, yes=yes):
         return
     with open_remotes(at) as remotes, open_record() as record:
         sudo = _become_root(remotes)
@@ -255,8 +250,13 @@ def _become_root(remotes: Sequence[Remote]) -> Sudo:
     return sudo
 
 
-def _ask(question: str) -> bool:
-    return click.confirm(question, err=True)
+def _is_wanted(common: Common, shown: str, commands: str, hosts: Sequence[Host], *, yes: bool) -> bool:
+    """Show the commands and ask whether to run them."""
+    common.say(shown)
+    if yes or click.confirm(f"Run {commands} as root on {', '.join(host.name for host in hosts)}?", err=True):
+        return True
+    common.say("Nothing was changed.")
+    return False
 
 
 def _teller(common: Common) -> OnCommand:
