@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +98,9 @@ def find_sources(deployment: Deployment | None, names: Sequence[str] = ()) -> li
 
 def _deployed(deployment: Deployment) -> list[LogFile]:
     sources = [
-        LogFile(
-            rank.host.address,
-            rank.host,
-            f"{rank.root}/logs/{deployment.name}-rank-{number}.log",
-            number,
-            rank.python,
-        )
-        for number, rank in enumerate(deployment.ranks)
-        if rank.root
+        LogFile(r.host.address, r.host, f"{r.root}/logs/{deployment.name}-rank-{rank}.log", rank, r.python)
+        for rank, r in enumerate(deployment.ranks)
+        if r.root
     ]
     path = log_path(f"{deployment.name}-{target_key(deployment)}")
     return [*sources, *([LogFile(CONTROLLER, LOCAL, str(path))] if path.exists() else [])]
@@ -161,10 +155,7 @@ class LogReader:
             with contextlib.suppress(OSError, ValueError):
                 process.stdin.close()
         for process in self._processes:
-            with contextlib.suppress(OSError, TimeoutError, MoectlError):
-                process.wait(END_S)
-            with contextlib.suppress(OSError, MoectlError):
-                process.close()
+            programs.end_process(process, END_S)
         connect.close_all(self._remotes)
 
     @property
@@ -232,12 +223,7 @@ class LogReader:
         group = self._groups[host]
         remote = make_remote(group[0].host)
         pythons = programs.list_pythons(group[0].host, *(source.python for source in group))
-        request = {
-            "files": [source.file for source in group],
-            "tail": self._asked.tail,
-            "since_s": self._asked.since_s,
-            "follow": self._asked.follow,
-        }
+        request = {"files": [source.file for source in group], **asdict(self._asked)}
         with self._closing:
             if self._closed:
                 return

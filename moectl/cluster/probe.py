@@ -1,22 +1,21 @@
-"""Ask hosts what they are and measure what they do together: hardware, links, and speed with the worker's own code.
+"""Measure what hosts do together: the links between them, and the speed of a model with the worker's own code.
 
-This is the operator's side, over the `Remote` contract. Parsing is `hardware`'s, timing TCP is `links`', timing MLX
-`measure`'s; nothing is predicted here. All of it takes some seconds, and every wait is bounded.
+`onhost.links` times TCP on the hosts, `engine.measure` times MLX. It takes some seconds, and every wait has a limit.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 from moectl.engine.protocol import Done, RunOptions
 from moectl.engine.request import Request
 from moectl.errors import CommandFailed, MoectlError, Unreachable
-from moectl.hosts.connect import map_at_once
+from moectl.hosts.connect import map_at_once, run_at_once
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.prelude import parse_answer
@@ -60,7 +59,7 @@ def measure_speed(
     start_timeout_s: float = START_S,
     on_log: Callable[[str, str], None] = lambda host, line: None,
 ) -> tuple[Speed, ...]:
-    """Run a job on all sites as one group, with the workers' environment, backend and leash. Raises as a session."""
+    """Run a job on all sites as one group, as workers run. Raises what a session raises."""
     ranks = [RankSpec(site.host, site.remote, (site.python, *MEASURE), "", site.addresses, site.env) for site in sites]
     limit_s = SPEED_S + len(job.placements) * 4 * job.budget_s
     options = RunOptions(start_timeout_s=start_timeout_s)
@@ -68,9 +67,6 @@ def measure_speed(
         *_, done = session.generate(Request(1, job.to_json(), 1, raw=True))
     assert isinstance(done, Done)
     return read_speeds(done.rest)
-
-
-# Links.
 
 
 def is_next(here: int, there: int, count: int) -> bool:
@@ -88,9 +84,9 @@ def measure_links(
 ) -> tuple[Matrix, Matrix]:
     """Return (seconds per round trip, bytes per second from row to column) between all sites' first addresses.
 
-    Pairs that share no host are measured at the same time. Raises Unreachable for a pair without a way. In a `ring`
-    over TCP only neighbours need one, from each to the next: where every cable is a network of its own there are no
-    others, and pairs without a way stand with the slowest of the rest.
+    Pairs that share no host are measured at the same time. Raises Unreachable for a pair that is not connected. In a
+    `ring` over TCP only neighbours need to be, each with the next: where every cable is a network of its own, no others
+    are. A pair that is not connected gets the values of the slowest other pair.
     """
     count = len(sites)
     rtt = [[0.0] * count for _ in sites]
@@ -124,7 +120,7 @@ def measure_links(
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """What came of dialling from one site (by its place) to another; seconds, bytes per second, or why not."""
+    """The result of a connection from one site (by its place) to another: seconds, bytes per second, or why not."""
 
     here: int
     there: int
@@ -143,10 +139,10 @@ def try_links(
     ring: bool = False,
     budget_s: float = LINK_BUDGET_S,
 ) -> None:
-    """Dial between all sites, both ways, and tell of each way what came of it; a way that fails raises nothing.
+    """Connect all sites with each other, both ways, and tell the result of each way; a failure raises nothing.
 
-    One site of a pair (see `choose_way`) times transfers in both directions too, if asked to. Pairs that share no host
-    are tried at the same time.
+    One site of a pair (see `choose_way`) also times `transfers` in both directions. Pairs that share no host are tried
+    at the same time.
     """
     secret = secrets.token_hex(16)
     with ExitStack() as held:
@@ -183,7 +179,7 @@ def try_links(
 
 
 def plan_rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Return rounds of pairs (i < j) in which nobody is in two: every pair once, as in a tournament."""
+    """Return rounds of pairs (i < j), every pair once, as in a tournament: no place is twice in a round."""
     places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     half = len(places) // 2
     rounds = []
@@ -211,7 +207,7 @@ def _listener(site: Site, secret: str) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What `links` tells, listening or dialling."""
+    """What `onhost.links` tells."""
 
     port: int = 0
     rtt_s: float = 0.0
@@ -223,19 +219,10 @@ class _Answer:
 
 def _read_answer(site: Site, process: Process) -> _Answer:
     """Return a running process's answer, within `LISTEN_S`."""
-    found: list[_Answer | None] = []
-
-    def read() -> None:
-        for line in process.stdout:
-            answer = _parse(line)
-            if answer is not None:
-                found.append(answer)
-                return
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    thread.join(LISTEN_S)
-    if not found or found[0] is None:
+    found: list[_Answer] = []
+    answers = (answer for line in process.stdout if (answer := _parse(line)))
+    run_at_once([lambda: found.extend(islice(answers, 1))], LISTEN_S)
+    if not found:
         raise CommandFailed(f"its python did not listen on {site.addresses[0]}", host=site.remote.name)
     if found[0].error:
         raise CommandFailed(
@@ -250,7 +237,7 @@ def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> _
     answer = _ask_dialler(here, there, port, secret, budget_s)
     if answer.error or min(answer.out_bytes_s, answer.in_bytes_s) <= 0:
         raise Unreachable(
-            f"no TCP connection to {there.host.name} at {there.addresses[0]}: {answer.error or 'nothing came of it'}",
+            f"no TCP connection to {there.host.name} at {there.addresses[0]}: {answer.error or 'no data arrived'}",
             host=here.host.name,
             hint="check ip= of both hosts, the cable and any firewall",
         )
@@ -260,7 +247,7 @@ def _dial(here: Site, there: Site, port: int, secret: str, budget_s: float) -> _
 def _ask_dialler(
     here: Site, there: Site, port: int, secret: str, budget_s: float, *, transfers: bool = True
 ) -> _Answer:
-    """Run the dialling end; a host without a word answers with the error "no answer"."""
+    """Run the end that connects; a host that says nothing answers with the error "no answer"."""
     limit_s = LISTEN_S + 2 * budget_s
     request = {"address": there.addresses[0], "port": port, "secret": secret, "budget_s": budget_s, "limit_s": limit_s}
     done = here.remote.run(

@@ -1,7 +1,7 @@
-"""Plan the cluster that is there: ask its hosts, time its links and a shortened model, and plan with what was found.
+"""Plan with measured hosts: ask them for their hardware, time their links and a shortened model, and plan with that.
 
-It joins `planning` and `probe`, and keeps the last result for `bench` to compare with. Hosts without moectl cannot run
-a model yet: they are asked for their hardware, and their links are timed if they have a python.
+The last result is kept, so that `bench` can compare. Hosts without moectl cannot run a model yet: they are asked for
+their hardware, and their links are timed if they have a python.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def probe_cluster(
 ) -> tuple[AnsweredPlan, MeasuredCluster]:
     """Plan a model on hosts as they were found; what was measured replaces the constants.
 
-    Raises what `planning.plan_cluster` raises, and the first host's error.
+    Raises what `plan_cluster` raises, and the first host's error.
     """
     if asked.chip is not None:
         find_chip(asked.chip)
@@ -80,10 +80,10 @@ def probe_cluster(
 
 
 def use(question: Question, measured: MeasuredCluster, *, stated_link: str | None = None) -> Question:
-    """Return a question whose nodes, links and host overhead are what was measured, as far as it was.
+    """Return a question whose nodes, links and host overhead are what was measured, where it was.
 
-    Without a run of the model a collective is taken to last one round trip of the slowest pair at two nodes, and half a
-    round trip more for each further one; a link that the owner stated stays as it is then.
+    Without a run of the model, an exchange is assumed to take one round trip of the slowest pair at two nodes, and half
+    a round trip more for each further node; a link that the owner stated stays as it is then.
     """
     if measured.speeds:
         return _use_speeds(question, measured.speeds)
@@ -96,7 +96,7 @@ def use(question: Question, measured: MeasuredCluster, *, stated_link: str | Non
 
 
 def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
-    """Take apart what was measured, for the splits that were not: rates, links, and what the host costs per layer."""
+    """Derive rates, links and the host's overhead per layer from what was measured, for the other splits."""
     first = speeds[0]  # every rank took part in it
     rates = [Rates(rank.bytes_s, rank.flops_s) for rank in first.ranks]
     if len({(node.memory.total, node.rates) for node in question.nodes}) == 1:
@@ -120,7 +120,7 @@ def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
 
 
 def _fit_link(exchanges: Sequence[tuple[int, float]], nodes: int) -> LinkCost:
-    """Return the link whose collectives take what a small and a large one took, each further node half a latency."""
+    """Return the link that explains the times of a small and a large exchange; a node more costs half a latency."""
     (small, small_s), (large, large_s) = exchanges[0], exchanges[-1]
     bytes_s = (nodes - 1) * (large - small) / max(large_s - small_s, 1e-9) if large > small else 1e12
     latency_s = small_s / (1 + (nodes - 2) / 2)
@@ -128,9 +128,9 @@ def _fit_link(exchanges: Sequence[tuple[int, float]], nodes: int) -> LinkCost:
 
 
 def _is_ring(where: HostList) -> bool:
-    """Whether tensors will go round by TCP; what is wrong with rdma= is told when it is used."""
+    """Whether tensors go round a ring by TCP; what is wrong with rdma= is told when it is used."""
     try:
-        return choose_backend(where.backend or "auto", where.hosts) == "ring"
+        return choose_backend(where.backend, where.hosts) == "ring"
     except HostsError:
         return False
 
@@ -138,8 +138,8 @@ def _is_ring(where: HostList) -> bool:
 def _measure_links(sites: Sequence[Site], say: Callable[[str], None], *, ring: bool = False) -> tuple[Matrix, Matrix]:
     try:
         return probe.measure_links(sites, ring=ring)
-    except RemoteError as error:  # no python there; a way that is cut is Unreachable, and that is no small thing
-        say(f"{error}: links are taken as --link says.")
+    except RemoteError as error:  # no python there; a host that cannot be reached is Unreachable and is raised
+        say(f"{error}: links are assumed to be as --link says.")
         return (), ()
 
 
@@ -157,15 +157,14 @@ def _measure_speeds(
     )
     if not able:
         return ()
-    return probe.measure_speed(sites, job, backend=choose_backend(where.backend or "auto", where.hosts))
+    return probe.measure_speed(sites, job, backend=choose_backend(where.backend, where.hosts))
 
 
 @contextlib.contextmanager
 def _open_sites(where: HostList) -> Iterator[tuple[list[Site], list[str]]]:
     """Yield the hosts as their ranks would use them, and the names of those that have no moectl."""
-    hosts = list(where.hosts)
-    remotes = connect(hosts)
-    try:
+    hosts = where.hosts
+    with connect(hosts) as remotes:
         addresses = find_addresses(hosts, remotes)
         env = split_envs(where.envs) | (share_cores(len(hosts)) if all(host.is_local for host in hosts) else {})
         pythons = [_find_python(host, remote) for host, remote in zip(hosts, remotes, strict=True)]
@@ -174,9 +173,6 @@ def _open_sites(where: HostList) -> Iterator[tuple[list[Site], list[str]]]:
             for host, remote, python, own in zip(hosts, remotes, pythons, addresses, strict=True)
         ]
         yield sites, [host.name for host, python in zip(hosts, pythons, strict=True) if not python]
-    finally:
-        for remote in remotes:
-            remote.close()
 
 
 def _find_python(host: Host, remote: Remote) -> str:
@@ -199,7 +195,7 @@ def _record(question: Question) -> None:
         "dtype_bytes": question.nodes[0].dtype_bytes,
         "speeds": [speed.to_json() for speed in question.speeds],
     }
-    with contextlib.suppress(OSError, MoectlError):  # a convenience: no reason to fail
+    with contextlib.suppress(OSError, MoectlError):  # only a convenience
         disk.make_private_directory(state_dir())
         disk.write_whole(state_dir() / RECORD, json.dumps(document).encode())
 

@@ -41,18 +41,6 @@ def raise_failures(
     )
 
 
-def connect(hosts: Sequence[Host]) -> list[Remote]:
-    """Connect to all hosts at once, for work that needs all of them. Raises the first host's error."""
-    remotes = [make_remote(host) for host in hosts]
-    try:
-        take_all(hosts, on_each(hosts, lambda rank, _: remotes[rank].run(["true"])))
-    except MoectlError:
-        for remote in remotes:
-            remote.close()
-        raise
-    return remotes
-
-
 def take_all(hosts: Sequence[Host], found: Sequence[_R | MoectlError]) -> list[_R]:
     """Return what `on_each` found; raise the first host's error, which names the others that failed too."""
     failed = [(host, one) for host, one in zip(hosts, found, strict=True) if isinstance(one, MoectlError)]
@@ -88,6 +76,14 @@ def open_remotes(hosts: Sequence[Host]) -> Iterator[list[Remote]]:
         yield remotes
     finally:
         close_all(remotes)
+
+
+@contextlib.contextmanager
+def connect(hosts: Sequence[Host]) -> Iterator[list[Remote]]:
+    """Connect to all hosts at once, for work that needs every one; raise the first host's error when any fails."""
+    with open_remotes(hosts) as remotes:
+        take_all(hosts, on_each(hosts, lambda rank, _: remotes[rank].run(["true"])))
+        yield remotes
 
 
 def close_all(remotes: Sequence[Remote]) -> None:

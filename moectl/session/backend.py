@@ -19,9 +19,10 @@ BACKENDS = ("auto", "ring", "jaccl", "jaccl-ring")
 def choose_backend(wanted: str, hosts: Sequence[Host]) -> str:
     """Return the backend to use: `auto` is JACCL where every host names its RDMA devices, else the TCP ring.
 
-    A full mesh of devices gives `jaccl`; neighbours only give `jaccl-ring`. Raises HostsError when the wanted backend
-    cannot work with these hosts.
+    A full mesh of devices gives `jaccl`; neighbours only give `jaccl-ring`. A hostfile's `any`, and none, mean `auto`.
+    Raises HostsError when the wanted backend cannot work with these hosts.
     """
+    wanted = "auto" if wanted in ("", "any") else wanted
     if wanted not in BACKENDS:
         raise HostsError(f"unknown backend {wanted!r}; it is one of {', '.join(BACKENDS)}")
     if wanted == "ring":

@@ -133,7 +133,7 @@ def open_session(
     with contextlib.ExitStack() as held:
         ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held, remotes)
         wanted = options.backend
-        if isinstance(target, Deployment) and wanted == "auto" and target.backend:
+        if isinstance(target, Deployment) and wanted == "auto":
             wanted = target.backend
         session = Session(ranks, options, backend=choose_backend(wanted, [spec.host for spec in ranks]), **of_session)
         on_made(session)
@@ -161,9 +161,7 @@ def share_cores(ranks: int) -> dict[str, str]:
 def _deployed_ranks(target: Deployment, held: contextlib.ExitStack, remotes: Sequence[Remote] | None) -> list[RankSpec]:
     hosts = [rank.host for rank in target.ranks]
     if remotes is None:
-        remotes = connect(hosts)
-        for remote in remotes:
-            held.callback(remote.close)
+        remotes = held.enter_context(connect(hosts))
     env = split_envs(target.envs)
     addresses = find_addresses(hosts, remotes)
     return [

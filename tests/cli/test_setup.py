@@ -164,7 +164,7 @@ def test_a_route_stops_nothing_and_a_command_without_effect_is_told(call: Call, 
     tool.write_text(f"#!/bin/sh\nexec {pair[1].directory}/bin/ifconfig en2 inet 192.168.0.2 delete\n")
     code, _, err = call("setup", "hosts.txt", "--apply", "--yes")
     assert "goes on without: " in err
-    assert (code, "1 of the commands ended well and had no effect: mac1: ifconfig en2 inet 192.168.0.2" in err) == (
+    assert (code, "1 of the commands succeeded but had no effect: mac1: ifconfig en2 inet 192.168.0.2" in err) == (
         3,
         True,
     )

@@ -680,18 +680,19 @@ def test_ctrl_c_ends_an_install_on_this_machine_too(tmp_path: Path, shards: Path
 
 def test_connect_gives_all_hosts_or_names_the_bad_one(sshd: Server, tmp_path: Path) -> None:
     hosts = make_hosts(sshd, tmp_path, 2)
-    remotes = connect([*hosts, Host("localhost")])
-    assert [r.run(["echo", r.name]).stdout.decode().strip() for r in remotes] == ["node0", "node1", "localhost"]
-    for remote in remotes:
-        remote.close()
+    with connect([*hosts, Host("localhost")]) as remotes:
+        assert [r.run(["echo", r.name]).stdout.decode().strip() for r in remotes] == ["node0", "node1", "localhost"]
     dead = Host(sshd.add_alias("dead", port=find_free_port()))
-    with pytest.raises(Unreachable, match=r"^dead: port \d+ refused the connection$"):
-        connect([*hosts, dead])
+    with pytest.raises(Unreachable, match=r"^dead: port \d+ refused the connection$"), connect([*hosts, dead]):
+        pass
     also = Host(sshd.add_alias("dead2", port=find_free_port()))
-    with pytest.raises(
-        Unreachable, match=r"^dead: port \d+ refused the connection \(and dead2 cannot be used either\)$"
+    with (
+        pytest.raises(
+            Unreachable, match=r"^dead: port \d+ refused the connection \(and dead2 cannot be used either\)$"
+        ),
+        connect([dead, *hosts, also]),
     ):
-        connect([dead, *hosts, also])
+        pass
 
 
 def test_ctrl_c_does_not_wait_for_a_silent_host(sshd: Server, tmp_path: Path) -> None:
@@ -701,7 +702,7 @@ def test_ctrl_c_does_not_wait_for_a_silent_host(sshd: Server, tmp_path: Path) ->
         f"sys.path.insert(0, {str(Path(moectl.__file__).parent.parent)!r})\n"
         "from moectl.hosts.connect import connect\n"
         "from moectl.hosts.hostfile import Host\n"
-        "try: connect([Host('silent')])\n"
+        "try: connect([Host('silent')]).__enter__()\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
     )
     with socket.socket() as silent:

@@ -196,7 +196,7 @@ def test_what_the_hint_about_another_set_says_is_done(model: Path, hosts: list[H
     cut = ("--split", "experts", "--shares", "8,8", "--no-canary", "-o", str(tmp_path / "set"))
     moectl("shard", str(model), "--nodes", "2", "--q-bits", "4", *cut)
     words = ("deploy", write_hosts(hosts, tmp_path / "hosts.txt"), "--shard", str(model), "--q-bits", "8", *cut)
-    hint = "Hint: choose another directory with -o, or make it anew first: moectl shard --force\n"
+    hint = "Hint: choose another directory with -o, or make it again first: moectl shard --force\n"
     assert hint in moectl(*words, check=2).stderr
     there = Path(str(hosts[0].dir), "shards", "tiny-q8-experts-2")
     moectl(*words[:-1], str(tmp_path / "other"))

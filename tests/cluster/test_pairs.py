@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from moectl.cluster import probe
 from moectl.cluster.doctor.finding import Level
-from moectl.cluster.doctor.pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
+from moectl.cluster.doctor.pairs import Pair, face, judge_links, plan_neighbours, try_collective
 from moectl.cluster.probe import Site, Tried, try_links
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
@@ -69,7 +69,11 @@ def test_a_way_that_nobody_told_of() -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("ETIMEDOUT", "a firewall, a VPN"), ("ECONNREFUSED", "not up"), ("EHOSTUNREACH", "no way to it: the cable")],
+    [
+        ("ETIMEDOUT", "a firewall, a VPN"),
+        ("ECONNREFUSED", "not up"),
+        ("EHOSTUNREACH", "cannot be reached: the cable"),
+    ],
 )
 def test_errors_are_explained(name: str, why: str) -> None:
     [(level, text)] = judge(2, [Tried(1, 0, why="it failed", errno=name), *ways(0, 1)[1:]])[Pair(0, 1)]
@@ -93,7 +97,7 @@ def test_a_ring_over_cables_of_their_own_has_no_other_ways() -> None:
     assert {(p.a, p.b): [(f.level.word, f.text) for f in some] for p, some in found.items()} == {
         **{pair: [("ok", "10.0 Gb/s 0.10 ms")] for pair in ((0, 1), (1, 2), (2, 3), (0, 3))},
         **{
-            pair: [("skip", "no way between them: they are no neighbours, and a ring needs none")]
+            pair: [("skip", "not connected: they are not neighbours, and a ring needs no more")]
             for pair in ((0, 2), (1, 3))
         },
     }
@@ -129,24 +133,24 @@ def test_neighbours_meet_once_and_nobody_is_in_two_pairs(count: int) -> None:
 
 
 def test_every_way_is_tried() -> None:
-    collected = Collected()
-    try_links(sites(3), collected.add, transfers=True, budget_s=0.05)
-    tried = collected.all()
+    collected: list[Tried] = []
+    try_links(sites(3), collected.append, transfers=True, budget_s=0.05)
+    tried = collected
     assert sorted((way.here, way.there) for way in tried) == [(i, j) for i in range(3) for j in range(3) if i != j]
     assert all(way.rtt_s and not way.why for way in tried)
     assert all(bool(way.out_bytes_s) == (way.here > way.there) for way in tried)
 
 
 def test_without_transfers() -> None:
-    collected = Collected()
-    try_links(sites(2), collected.add, transfers=False, budget_s=0.05)
-    assert [way.out_bytes_s for way in collected.all()] == [None, None]
+    collected: list[Tried] = []
+    try_links(sites(2), collected.append, transfers=False, budget_s=0.05)
+    assert [way.out_bytes_s for way in collected] == [None, None]
 
 
 def test_an_address_that_is_not_its_own_fails_on_its_pairs_only() -> None:
-    collected = Collected()
-    try_links(sites(3, LOOPBACK, LOOPBACK, "192.0.2.1"), collected.add, transfers=False, budget_s=0.05)
-    wrong = {(way.here, way.there) for way in collected.all() if way.why}
+    collected: list[Tried] = []
+    try_links(sites(3, LOOPBACK, LOOPBACK, "192.0.2.1"), collected.append, transfers=False, budget_s=0.05)
+    wrong = {(way.here, way.there) for way in collected if way.why}
     assert wrong >= {(0, 2), (1, 2)}
     assert not wrong & {(0, 1), (1, 0)}
 

@@ -122,7 +122,7 @@ def test_links_that_cannot_be_timed_are_assumed(monkeypatch: pytest.MonkeyPatch)
     said: list[str] = []
     monkeypatch.setattr(probe, "measure_links", refuse)
     assert probed_plan._measure_links([], said.append) == ((), ())
-    assert said == ["mac1: its python did not listen: links are taken as --link says."]
+    assert said == ["mac1: its python did not listen: links are assumed to be as --link says."]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -103,6 +103,13 @@ def test_auto_takes_rdma_where_the_hosts_name_it() -> None:
     assert choose_backend("auto", [Host("a")]) == "ring"
 
 
+@pytest.mark.parametrize("said", ["", "any"])
+def test_a_hostfile_that_names_no_backend_gets_the_best(said: str) -> None:
+    found = parse_hosts(hostfile(json.loads(mesh(3))["hosts"], backend=said))
+    assert choose_backend(found.backend, found.hosts) == "jaccl"
+    assert choose_backend(found.backend, [Host("a"), Host("b")]) == "ring"
+
+
 def test_a_missing_device_is_named() -> None:
     with pytest.raises(HostsError, match="no RDMA device is listed for mac0 to mac2"):
         choose_backend("jaccl", parse_hosts(neighbours(4)).hosts)

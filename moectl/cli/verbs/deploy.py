@@ -1,4 +1,4 @@
-"""`moectl deploy` and `moectl uninstall`: software and shards to every host, and away again."""
+"""`moectl deploy` and `moectl uninstall`: bring software and shards to every host, and remove them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,6 @@ def _outcome(result: HostResult) -> str:
 
 
 def deploy_json(result: DeployResult, name: str, *, dry_run: bool) -> dict[str, Any]:
-    """Return the document of `deploy --json`."""
     hosts = [
         {
             "rank": r.rank,
@@ -73,9 +72,6 @@ def deploy_json(result: DeployResult, name: str, *, dry_run: bool) -> dict[str, 
         for r in result.results
     ]
     return {"schema": "moectl.deploy/1", "name": name, "dry_run": dry_run, "hosts": hosts}
-
-
-# Uninstalling.
 
 
 def uninstall_text(results: list[Cleared], *, dry_run: bool) -> str:
@@ -137,7 +133,6 @@ def uninstall(common: Common, dry_run: bool, yes: bool) -> None:
     from moectl.cluster.deploy.uninstall import clear_hosts
     from moectl.hosts import connect
     from moectl.session.deployment import recall_hosts
-    from moectl.text import size_text
 
     listed = recall_hosts(common.require_hosts())
     begin = time.monotonic()
@@ -181,14 +176,14 @@ def uninstall(common: Common, dry_run: bool, yes: bool) -> None:
 )
 @click.option("--verify", is_flag=True, help="Hash again what is there already.")
 @click.option("--relay/--no-relay", default=True, help="Let hosts pass on to each other what all of them need.")
-@click.option("--force", is_flag=True, help="Deploy although a host's memory will not do.")
+@click.option("--force", is_flag=True, help="Deploy although a host has too little memory.")
 @click.option(
     "--wheelhouse",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
     help="Wheels for hosts without internet; fetched here when DIR is not there.",
 )
-@click.option("--no-check", is_flag=True, help="Do not start the model once to see whether it computes rightly.")
+@click.option("--no-check", is_flag=True, help="Do not start the model once at the end to check its results.")
 @click.option("--wheelhouse-build", is_flag=True, help="Fetch what the directory of --wheelhouse lacks.")
 @common
 def deploy(
@@ -202,12 +197,12 @@ def deploy(
     """Bring every host its software and its shard, and verify them.
 
     Hosts get a virtual environment with this machine's versions of moectl, mlx and mlx-lm, and the files of their rank.
-    Running the same command again resumes it; what is there already is not sent. --shard does both at once, 'moectl
-    shard' and this; the flags from --output to --no-canary are for it. At the end the model is started once, and every
-    host has to compute what one process computed when the set was cut.
+    The same command again resumes it: files that are there already are not sent. --shard cuts the model and deploys it
+    at the same time; the flags from --output to --no-canary are for the cut. At the end the model is started once, and
+    every host must compute what one process computed when the set was cut.
 
-    Files that all hosts need leave this machine once: hosts take them from each other, over connections that only hosts
-    of this deployment can use. Where that fails, this machine sends them.
+    This machine sends files that all hosts need only once: hosts take them from each other, over connections that only
+    hosts of this deployment can use. Where that fails, this machine sends them.
 
     \b
     Examples:
@@ -249,7 +244,7 @@ def _check_results(common: Common, remotes: Sequence[Remote], *, force: bool) ->
     if target is None or read_manifest(Path(target.shards)).canary is None:
         common.say("Not checked: the set was cut with --no-canary, or by an older moectl.")
     elif attach.is_loaded(target):
-        common.say("Not checked: it is running. 'moectl stop', then the next start checks it.")
+        common.say("Not checked: the model is running. After 'moectl stop', the next start checks it.")
     else:
         common.say("Starting it once to check its results")
         with launch.open_session(target, RunOptions(force=force), remotes=remotes) as session:
@@ -258,7 +253,7 @@ def _check_results(common: Common, remotes: Sequence[Remote], *, force: bool) ->
 
 
 def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: dict[str, Any]) -> None:
-    """Fetch the wheels that the hosts need, where the directory is not there yet or that was asked for."""
+    """Fetch the wheels that the hosts need, if --wheelhouse does not exist yet or --wheelhouse-build is given."""
     from moectl.cluster.deploy import deploy as deploy_
 
     directory = options["wheelhouse"]
@@ -279,14 +274,14 @@ def _fill_wheelhouse(common: Common, listed: HostList, wanted: bool, options: di
 
 
 def _refuse_alone(cut: dict[str, Any]) -> None:
-    """Raise UsageError when a flag says how to cut, and nothing is to be cut."""
+    """Raise UsageError for a flag that says how to cut, without --shard."""
     for name in cut:
         if was_given(name):
             raise errors.UsageError(f"--{name.replace('_', '-')} needs --shard MODEL")
 
 
 def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: dict[str, Any]) -> tuple[str, Any]:
-    """Deploy a shard set that is there; return its name and what came of it."""
+    """Deploy a shard set that exists; return its name and the result."""
     from moectl.cli.progress import progress
     from moectl.cluster.deploy import deploy as deploy_
     from moectl.planner.questions import check_hosts
@@ -307,7 +302,7 @@ def _deploy_cut(common: Common, listed: HostList, shards: str | None, options: d
 def _deploy_growing(
     common: Common, listed: HostList, model: str, cut: dict[str, Any], options: dict[str, Any]
 ) -> tuple[str, Any]:
-    """Cut a model and deploy it meanwhile; return the set's name and what came of the hosts."""
+    """Cut a model and deploy it at the same time; return the set's name and the result."""
     from moectl.cli.progress import progress
     from moectl.cluster.deploy.feed import shard_and_deploy
     from moectl.planner.questions import PlanOptions, place_on, refuse_early
@@ -334,15 +329,15 @@ def _deploy_growing(
         try:
             fed = shard_and_deploy(shard, hosts, on_event=_draw_deploy(common, bars), **options)
         except errors.ShardsDiffer as error:
-            error.hint = "choose another directory with -o, or make it anew first: moectl shard --force"
-            raise
+            hint = "choose another directory with -o, or make it again first: moectl shard --force"
+            raise errors.with_hint(error, hint) from None
     if fed.made is None:
-        common.say("No host is left to cut for; what is cut stays, and the same command goes on with it.")
+        common.say("Every host has failed. The files that are cut stay; the same command continues.")
     return fed.name, fed.result
 
 
 def _draw_deploy(common: Common, bars: Bars) -> Callable[[Any], None]:
-    """Return what draws a bar per host; how each ended is told afterwards."""
+    """Return what draws a bar per host; their results are printed afterwards."""
     from moectl.cluster.deploy.task import Advanced, Planned, Working
 
     drawn: dict[str, Callable[[int], None]] = {}

@@ -1,12 +1,12 @@
-"""What `doctor` found, as text for people and as a JSON document for scripts. It computes and prints nothing.
+"""`moectl doctor`: what is wrong with the hosts, and what mends it.
 
-A host's good news share a line; each warning and failure has its own, with what mends it below.
+What is right with a host shares a line; each warning and failure has its own line, with what mends it below.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +16,7 @@ from moectl.cli import suggest
 from moectl.cli.options import Common, common
 from moectl.cli.verb import verb
 from moectl.cluster.doctor.finding import Level
+from moectl.text import columns, count_text
 
 if TYPE_CHECKING:
     from moectl.cluster.doctor.diagnose import Diagnosis
@@ -50,17 +51,12 @@ def doctor_text(
 def summary_text(diagnosis: Diagnosis) -> str:
     """Return "31 ok, 1 warning, 2 failures"."""
     warnings, failures = diagnosis.count(Level.WARN), diagnosis.count(Level.FAIL)
-    parts = [
-        f"{diagnosis.count(Level.OK)} ok",
-        f"{warnings} warning{'s' * (warnings != 1)}",
-        f"{failures} failure{'s' * (failures != 1)}",
-    ]
+    parts = [f"{diagnosis.count(Level.OK)} ok", count_text(warnings, "warning"), count_text(failures, "failure")]
     skipped = diagnosis.count(Level.SKIP)
     return ", ".join([*parts, f"{skipped} skipped"] if skipped else parts)
 
 
 def doctor_json(diagnosis: Diagnosis, *, fast: bool) -> dict[str, Any]:
-    """Return the document of `doctor --json`."""
     return {
         "schema": SCHEMA,
         "source": diagnosis.source,
@@ -80,16 +76,7 @@ def doctor_json(diagnosis: Diagnosis, *, fast: bool) -> dict[str, Any]:
 
 
 def _rows(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    return [
-        {
-            "check": finding.check,
-            "level": finding.level.name.lower(),
-            "text": finding.text,
-            "fix": finding.fix,
-            "values": dict(finding.values),
-        }
-        for finding in findings
-    ]
+    return [{**asdict(finding), "level": finding.level.name.lower()} for finding in findings]
 
 
 def _block(name: str, findings: Sequence[Finding], width: int, verbose: bool, paint: Paint) -> list[str]:
@@ -122,14 +109,14 @@ def _fill(words: Sequence[str], width: int) -> list[str]:
 
 @verb("Observe")
 @click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
-@click.option("--fast", is_flag=True, help="Time no transfers between hosts, and run no model on pairs of them.")
+@click.option("--fast", is_flag=True, help="Do not time transfers between hosts, nor run an all-reduce on pairs.")
 @common
 def doctor(common: Common, fast: bool) -> None:
-    """Check hosts, network and versions; say what mends what is wrong.
+    """Check hosts, network and versions; say how to mend what is wrong.
 
-    Every host at once: ssh, system, settings, python and versions, disk and memory for the shard set; then hosts beside
-    each other; then every pair: TCP from the worker's own python, its speed, and a sum over each two neighbours.
-    Nothing is changed anywhere. Without hosts and deployment, this machine is checked alone.
+    First each host: ssh, system, settings, python and versions, disk and memory for the shard set. Then the hosts are
+    compared with each other. Then every pair: TCP from the worker's python, its speed, and an all-reduce over each two
+    neighbours. Nothing is changed anywhere. Without hosts and deployment, this machine is checked alone.
 
     \b
     Examples:
@@ -138,8 +125,6 @@ def doctor(common: Common, fast: bool) -> None:
       moectl doctor --json | jq '.hosts[].checks[] | select(.level == "fail")'
     """
     from moectl.cluster.doctor.diagnose import choose_hosts, diagnose
-    from moectl.cluster.doctor.finding import Level
-    from moectl.text import columns
 
     where, deployed = choose_hosts(common.host_list())
     found = diagnose(where, deployed, fast=fast, say=common.say)
@@ -154,5 +139,5 @@ def doctor(common: Common, fast: bool) -> None:
     failures = found.count(Level.FAIL)
     if failures:
         raise errors.PartialFailure(
-            f"{failures} check{'s' * (failures != 1)} failed.", hint="each FAIL line says what mends it."
+            f"{count_text(failures, 'check')} failed.", hint="each FAIL line says what mends it."
         )

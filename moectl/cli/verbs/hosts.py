@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def hosts(common: Common, mlx: bool) -> None:
     """Print the host list in rank order.
 
-    No host is asked and no name resolved, but for MLX: its hostfile has to have an address of every host.
+    No host is asked. No name is resolved, except for --mlx: MLX's hostfile needs an address of every host.
 
     \b
     Examples:

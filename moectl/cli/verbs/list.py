@@ -9,16 +9,13 @@ import click
 from moectl import errors
 from moectl.cli.options import Common, common, confirm
 from moectl.cli.verb import verb
-from moectl.text import clock_text, columns, size_text, table_text
+from moectl.text import clock_text, columns, count_text, size_text, table_text
 
 if TYPE_CHECKING:
     from moectl.cluster.sets import Listing, ShardSet
 
-# Lists.
-
 
 def list_text(listing: Listing, *, width: int | None = None) -> str:
-    """Return the tables of `list`."""
     width = width or columns()
     parts = []
     if listing.sets:
@@ -75,7 +72,7 @@ def list_(common: Common, prune: bool, dry_run: bool, yes: bool) -> None:
     """List the shard sets on this machine and the current deployment, with sizes.
 
     --prune deletes sets that are complete, neither deployed nor running, and not the newest for their number of hosts;
-    those outside moectl's own directories stay. Hosts are not asked: what they hold is what was deployed.
+    those outside moectl's own directories stay. Hosts are not asked: what they have is what was deployed.
 
     \b
     Examples:
@@ -97,7 +94,6 @@ def list_(common: Common, prune: bool, dry_run: bool, yes: bool) -> None:
 
 def _prune(common: Common, found: Listing, *, dry_run: bool, yes: bool) -> None:
     from moectl.cluster import sets as listing
-    from moectl.text import size_text
 
     old = listing.choose_old(found)
     total = size_text(sum(one.bytes for one in old))
@@ -110,11 +106,8 @@ def _prune(common: Common, found: Listing, *, dry_run: bool, yes: bool) -> None:
         text = f"Dry run: nothing was deleted. {total} would be."
         common.print(text, {**list_json(found, ()), "would_prune": [one.name for one in old]})
         return
-    confirm(f"Delete {_count(old)}, {total}?", yes=yes)
+    which = f"{count_text(len(old), 'shard set')}, {total}"
+    confirm(f"Delete {which}?", yes=yes)
     for one in old:
         listing.delete_set(one)
-    common.print(f"Deleted {_count(old)}, {total}.", list_json(listing.make_listing(), old))
-
-
-def _count(sets: tuple[ShardSet, ...]) -> str:
-    return f"{len(sets)} shard set{'s'[: len(sets) > 1]}"
+    common.print(f"Deleted {which}.", list_json(listing.make_listing(), old))

@@ -13,16 +13,13 @@ from moectl.cli.options import Common, Duration, common
 from moectl.cli.target import find_deployment_or_hosts
 from moectl.cli.verb import verb
 from moectl.errors import error_json
-from moectl.text import clock_text
+from moectl.text import clock_text, count_text
 
 if TYPE_CHECKING:
     from moectl.cluster.logs import LogLine, LogReader
     from moectl.errors import MoectlError
 
 LINES = 50  # of each log, unless told otherwise
-
-
-# Logs.
 
 
 def line_text(line: LogLine, *, prefix: bool, timestamps: bool) -> str:
@@ -40,23 +37,22 @@ def line_json(line: LogLine) -> dict[str, Any]:
 
 
 def logs_json(lines: list[LogLine], failed: dict[str, MoectlError]) -> dict[str, Any]:
-    """Return the document of `logs --json`."""
     errors = [{"host": host, "error": error_json(error)} for host, error in failed.items()]
     return {"schema": "moectl.logs/1", "lines": [line_json(line) for line in lines], "failed": errors}
 
 
 @verb("Observe")
 @click.argument("names", metavar="[HOST]...", nargs=-1, shell_complete=suggest.hosts)
-@click.option("-f", "--follow", is_flag=True, help="Go on with what is appended, until Ctrl-C.")
+@click.option("-f", "--follow", is_flag=True, help="Show new lines as they come, until Ctrl-C.")
 @click.option("-n", "--tail", type=click.IntRange(0), metavar="N", help=f"Last lines of each (default: {LINES}).")
-@click.option("--since", type=Duration(), metavar="TIME", help="Only what is not older: 30s, 10m, 2h.")
+@click.option("--since", type=Duration(), metavar="TIME", help="Only lines that are not older: 30s, 10m, 2h.")
 @click.option("-t", "--timestamps", is_flag=True, help="Show when each line was written, in UTC.")
 @common
 def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
     """Show the workers' logs, in order of time.
 
-    HOST is a host of the deployment, `localhost` for ranks on this machine, or `controller`. Without it: all of the
-    deployment, with its controller, and what runs here. Prompts and answers are in no log.
+    HOST is a host of the deployment, `localhost` for ranks on this machine, or `controller`. Without it, the logs of
+    the deployment, of its controller and of what runs here are shown. No log contains prompts or answers.
 
     \b
     Examples:
@@ -76,8 +72,7 @@ def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
         raise errors.NotDeployed("nothing has been logged: no model ran here, and none is deployed.", hint="moectl run")
     tail = LINES if options["tail"] is None and options["since"] is None else options["tail"]
     reader = LogReader(sources, LogQuery(tail, options["since"], options["follow"]))
-    where = f"{len(sources)} log{'s'[: len(sources) > 1]}"
-    with on_ctrl_t(lambda: f"{reader.lines} lines of {where}", common.say), reader:
+    with on_ctrl_t(lambda: f"{reader.lines} lines of {count_text(len(sources), 'log')}", common.say), reader:
         _print_logs(common, reader, {source.label for source in sources}, options)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moectl.cluster.setup.record import RecordedCommand
     from moectl.cluster.setup.run import OnCommand, Sudo
     from moectl.cluster.setup.shape import Advice
-    from moectl.hosts.hostfile import HostList
+    from moectl.hosts.hostfile import Host, HostList
     from moectl.hosts.remote import Remote
     from moectl.hosts.thunderbolt import Cable
 
@@ -36,7 +36,7 @@ _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
 @click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be run: the default.")
 @click.option("--apply", is_flag=True, help="Run the commands on the hosts, with sudo; asks first.")
-@click.option("--undo", is_flag=True, help="Take back what --apply ran, last command first; asks first.")
+@click.option("--undo", is_flag=True, help="Undo what --apply ran, last command first; asks first.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option(
     "-o",
@@ -50,7 +50,7 @@ _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
     type=click.Choice(["thunderbolt", "ethernet"]),
     default="thunderbolt",
     show_default=True,
-    help="ethernet changes no network: it writes the addresses that hosts have.",
+    help="ethernet changes no network; it writes the addresses that hosts have.",
 )
 @click.option(
     "--backend",
@@ -63,15 +63,15 @@ _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
 @click.option(
     "--wired-limit",
     metavar="SIZE",
-    help="Also let their GPUs hold so much memory, such as 112GiB; auto: what the newest shard set needs.",
+    help="Also set how much memory their GPUs may use, such as 112GiB; auto: what the newest shard set needs.",
 )
 @common
 def setup(common: Common, **options: Any) -> None:
     """Set up Macs that are cabled by Thunderbolt: addresses, and a hosts file.
 
-    Asks every Mac how it is cabled, proposes RDMA over a mesh where every two are cabled, RDMA over a ring, or TCP over
-    a ring, and shows every command. Nothing is changed without --apply, and then --undo takes it back. Addresses and
-    files are those that mlx.distributed_config would give. Hosts that are no Macs are left as they are.
+    It asks every Mac how it is cabled, and proposes RDMA over a mesh where every two Macs are cabled, RDMA over a ring,
+    or TCP over a ring. It shows every command. Nothing is changed without --apply, and --undo undoes that. Addresses
+    and files are those that mlx.distributed_config would give. Hosts that are not Macs are left as they are.
 
     \b
     Examples:
@@ -192,10 +192,8 @@ def _apply(
     changed = [place for place, steps in enumerate(plan.to_do) if steps]
     if not changed:
         return 0
-    names = ", ".join(plan.machines[place].host.name for place in changed)
-    common.say(plan_text(plan, verbose=common.verbose > 0))
-    if not yes and not _ask(f"Run {_to_do_text(plan)} as root on {names}?"):
-        common.say("Nothing was changed.")
+    affected = [plan.machines[place].host for place in changed]
+    if not _is_wanted(common, plan_text(plan, verbose=common.verbose > 0), _to_do_text(plan), affected, yes=yes):
         return None
     sudo = _become_root([remotes[place] for place in changed])
     with open_record() as record:
@@ -203,7 +201,7 @@ def _apply(
     again = plan_setup(setup_run.look(hosts.hosts, remotes), hosts, wish)
     if lacks := setup_run.find_unfinished(again):
         raise errors.PartialFailure(
-            f"{len(lacks)} of the commands ended well and had no effect: {'; '.join(lacks)}", hint=setup_run.UNDO
+            f"{len(lacks)} of the commands succeeded but had no effect: {'; '.join(lacks)}", hint=setup_run.UNDO
         )
     return count
 
@@ -223,10 +221,7 @@ def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
         common.print(text, undo_json(entries, state="planned", run=0))
         return
     at = setup_run.find_hosts_of(entries)
-    common.say(undo_text(entries))
-    names = ", ".join(host.name for host in at)
-    if not yes and not _ask(f"Run {count_text(len(entries), 'command')} as root on {names}?"):
-        common.say("Nothing was changed.")
+    if not _is_wanted(common, undo_text(entries), count_text(len(entries), "command"), at, yes=yes):
         return
     with open_remotes(at) as remotes, open_record() as record:
         sudo = _become_root(remotes)
@@ -255,8 +250,13 @@ def _become_root(remotes: Sequence[Remote]) -> Sudo:
     return sudo
 
 
-def _ask(question: str) -> bool:
-    return click.confirm(question, err=True)
+def _is_wanted(common: Common, shown: str, commands: str, hosts: Sequence[Host], *, yes: bool) -> bool:
+    """Show the commands and ask whether to run them."""
+    common.say(shown)
+    if yes or click.confirm(f"Run {commands} as root on {', '.join(host.name for host in hosts)}?", err=True):
+        return True
+    common.say("Nothing was changed.")
+    return False
 
 
 def _teller(common: Common) -> OnCommand:

@@ -1,4 +1,4 @@
-"""The verbs that observe and clear up: status, logs, list, uninstall."""
+"""`moectl status`: what each host is doing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moectl.cli.options import Common, common
 from moectl.cli.target import find_deployment_or_hosts
 from moectl.cli.verb import verb
 from moectl.errors import error_json
-from moectl.text import clock_text, columns, size_text, table_text
+from moectl.text import clock_text, colour_wanted, columns, size_text, table_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,11 +73,11 @@ def _print_status(common: Common, found: Status, asked: bool) -> None:
 
 
 def _mute(text: str) -> None:
-    """Say nothing: a line on the terminal would disturb the picture, which tells it all."""
+    """Say nothing: a line on the terminal would disturb the table, which shows everything."""
 
 
 def _show_live(common: Common, observer: Observer) -> None:
-    """Look again and again and draw what is seen in the same place; ends by Ctrl-C only."""
+    """Look again and again and draw the table in the same place; ends by Ctrl-C only."""
     from moectl.cli.terminal import LiveView
 
     with LiveView(sys.stdout) as view:
@@ -89,7 +89,8 @@ def _show_changes(common: Common, observer: Observer) -> None:
     """Look again and again and print a line per change, or every look as JSON; ends by Ctrl-C only."""
     before: Status | None = None
     for found in _looks(observer):
-        _print_changes(common, found, before)
+        for line in [json.dumps(status_json(found))] if common.json else changed_lines(found, before):
+            click.echo(line)
         before = found
 
 
@@ -101,23 +102,11 @@ def _looks(observer: Observer) -> Iterator[Status]:
 
 
 def _pictures(common: Common, observer: Observer) -> Iterator[str]:
-    from moectl import text as text_
-    from moectl.text import colour_wanted
-
     coloured = colour_wanted(common.color, sys.stdout)
     yield "Asking the hosts…"
     for found in _looks(observer):
-        text = f"{status_text(found)}\n\n{text_.clock_text(found.time_s)}  Ctrl-C leaves."
+        text = f"{status_text(found)}\n\n{clock_text(found.time_s)}  Ctrl-C leaves."
         yield text if coloured else click.unstyle(text)
-
-
-def _print_changes(common: Common, found: Status, before: Status | None) -> None:
-
-    if common.json:
-        click.echo(json.dumps(status_json(found)))
-        return
-    for line in changed_lines(found, before):
-        click.echo(line)
 
 
 def up_text(seconds: float) -> str:
@@ -131,7 +120,7 @@ def up_text(seconds: float) -> str:
 
 
 def status_text(status: Status, *, width: int | None = None) -> str:
-    """Return a row per rank, with states in colour, and a line per thing that is not as it should be."""
+    """Return a row per rank, with states in colour, and a line for each thing that is wrong."""
     width = width or columns()
     lines = []
     if status.rows:

@@ -95,7 +95,7 @@ def deploy(
     if not dry_run:
         check_writable()
     with ExitStack() as held, tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
-        versions = wanted_versions()
+        versions, code = wanted_versions(), hash_code()
         wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse, Path(scratch))
         tasks = [
             HostTask(
@@ -105,7 +105,7 @@ def deploy(
                 name=manifest.name,
                 files=_files_of(manifest, shard_dir, rank),
                 versions=versions,
-                code=hash_code(),
+                code=code,
                 wheels=wheels,
                 dry_run=dry_run,
                 verify=verify,

@@ -114,7 +114,6 @@ def _make_push(remote: Remote, task: HostTask, found: FileSurvey, on_event: OnEv
 
 
 def _missing_bytes(task: HostTask, found: FileSurvey) -> dict[str, int]:
-    """Return file → bytes that have to come."""
     missing = {name: task.files[name].bytes - there for name, there in found.missing.items()}
     return missing | {name: size - found.begun[name] for name, size in task.planned.items()}
 
@@ -168,9 +167,8 @@ def _survey(remote: Remote, task: HostTask) -> FileSurvey:
 
 
 def _check_room(task: HostTask, found: FileSurvey, needed: int) -> None:
-    made = next(
-        place for place in (task.shards, *task.shards.parents) if place.exists()
-    )  # the set itself may be about to be made
+    # The set itself may not exist yet.
+    made = next(place for place in (task.shards, *task.shards.parents) if place.exists())
     if task.host.is_local and found.device == made.stat().st_dev:
         return  # hard links take no room
     if needed > found.free:

@@ -24,7 +24,7 @@ from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from moectl.cluster.deploy.environment import PIP_S, reason_of
-from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch
+from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch, with_hint
 from moectl.files import explain_refusal, write_whole
 from moectl.hosts.connect import on_each
 from moectl.hosts.hostfile import Host
@@ -57,9 +57,9 @@ def ask_platforms(hosts: Sequence[Host], remotes: Sequence[Remote]) -> list[Plat
 
     A host that does not answer is left out; when none does, its error is raised.
     """
-    places = [place for place, host in enumerate(hosts) if not host.is_local]
-    others = [hosts[place] for place in places]
-    found = on_each(others, lambda index, host: _ask_platform(host, remotes[places[index]]))
+    others = [host for host in hosts if not host.is_local]
+    ways = [remote for host, remote in zip(hosts, remotes, strict=True) if not host.is_local]
+    found = on_each(others, lambda index, host: _ask_platform(host, ways[index]))
     platforms = [one for one in found if isinstance(one, Platform)]
     if others and not platforms:
         raise next(one for one in found if isinstance(one, MoectlError))
@@ -122,8 +122,8 @@ def build(
             partial.replace(directory)
     except OSError as error:
         refused = explain_refusal(error, partial)
-        refused.hint = refused.hint and "choose another directory with --wheelhouse, or free some space"
-        raise refused from None
+        hint = refused.hint and "choose another directory with --wheelhouse, or free some space"
+        raise with_hint(refused, hint) from None
 
 
 def fill(

@@ -1,11 +1,12 @@
-"""Several hosts compared with each other: equal systems, equal interpreters, and cables that go where rdma= says.
+"""Hosts compared with each other: equal systems, equal interpreters, and cables that go where rdma= says.
 
-Pure: what visits found in, findings out.
+Pure: what was seen of each host in, findings out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 from moectl.cluster.doctor.finding import Finding, fail, fail_with, ok, warn
 from moectl.cluster.doctor.host import Visit
@@ -13,10 +14,11 @@ from moectl.errors import HostsError
 from moectl.hosts.hostfile import HostList, split_devices
 from moectl.hosts.thunderbolt import Cable, find_cables
 from moectl.session.backend import choose_backend
+from moectl.text import count_text
 
 
 def check_cluster(where: HostList, visits: Sequence[Visit]) -> list[Finding]:
-    """Return all findings about hosts beside each other; those that did not answer are left out."""
+    """Return all findings about hosts compared with each other; those that did not answer are left out."""
     if len(where.hosts) < 2:
         return []
     found = [check_systems(visits), check_pythons(visits), check_packages(visits)]
@@ -62,12 +64,12 @@ def check_packages(visits: Sequence[Visit]) -> Finding | None:
 
 
 def check_backend(where: HostList) -> Finding | None:
-    """Say what the rdma= rows amount to: mesh, ring, or nothing whole."""
+    """Say what the rdma= rows make: a mesh, a ring, or neither."""
     hosts = where.hosts
     if not any(device for host in hosts for device in host.rdma):
         return ok("backend", "ring over TCP")
     try:
-        backend = choose_backend(where.backend if where.backend not in ("", "any") else "auto", hosts)
+        backend = choose_backend(where.backend, hosts)
     except HostsError as error:
         return fail_with("backend", error)
     if backend != "ring" or where.backend == "ring":
@@ -101,9 +103,9 @@ def check_cables(where: HostList, visits: Sequence[Visit]) -> list[Finding]:
 def _check_shape(where: HostList, cables: Sequence[Cable]) -> Finding:
     count = len(where.hosts)
     joined = {(cable.a, cable.b) for cable in cables}
-    every = {(a, b) for a in range(count) for b in range(a + 1, count)}
+    every = set(combinations(range(count), 2))
     ring = {(min(a, b), max(a, b)) for a in range(count) if (b := (a + 1) % count) != a}
-    text = f"{len(cables)} Thunderbolt cable{'s' * (len(cables) != 1)}"
+    text = count_text(len(cables), "Thunderbolt cable")
     if joined >= every:
         return ok("topology", f"Thunderbolt mesh, {text}", cables=len(cables))
     if joined >= ring:
@@ -118,10 +120,9 @@ def _follow(cables: Sequence[Cable], rank: int, device: str) -> int | None:
     """Return the host at the other end of a device's cable."""
     name = device.removeprefix("rdma_")
     for cable in cables:
-        if cable.a == rank and cable.a_port.interface == name:
-            return cable.b
-        if cable.b == rank and cable.b_port.interface == name:
-            return cable.a
+        for (place, port), (other, _) in (cable.ends, cable.ends[::-1]):
+            if place == rank and port.interface == name:
+                return other
     return None
 
 

@@ -1,7 +1,7 @@
-"""The order of `doctor`: all hosts at once, then hosts beside each other, then the ways between them; each in its time.
+"""The order of `doctor`: all hosts at once, then hosts beside each other, then the connections between them.
 
-It decides what is looked at and when to stop waiting; what is seen is `doctor_host`'s, `doctor_cluster`'s and
-`doctor_pairs`'s. Nothing is changed anywhere, and what did not answer in time is a failure, not a hang.
+It decides what is looked at, and when to stop waiting: what does not answer in time is a failure, not a hang. Nothing
+is changed anywhere. `host`, `compare` and `pairs` judge what is seen.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from moectl.cluster.deploy.deploy import wanted_versions
 from moectl.cluster.deploy.wheel import hash_code
 from moectl.cluster.doctor.compare import check_cluster
-from moectl.cluster.doctor.finding import Finding, Level, at_host, fail, fail_with, skip, worst
+from moectl.cluster.doctor.finding import Finding, Level, at_host, fail, skip, worst
 from moectl.cluster.doctor.host import Expected, Visit, visit_host
-from moectl.cluster.doctor.pairs import Collected, Pair, face, judge_links, plan_neighbours, try_collective
-from moectl.cluster.probe import Site, is_next, try_links
+from moectl.cluster.doctor.pairs import Pair, face, judge_links, plan_neighbours, try_collective
+from moectl.cluster.probe import Site, Tried, is_next, try_links
 from moectl.errors import HostsError, MoectlError, VersionMismatch, unexpected
 from moectl.hosts.connect import make_remote, run_at_once
 from moectl.hosts.hostfile import Host, HostList
@@ -28,8 +29,8 @@ from moectl.session.deployment import Deployment, find_deployment
 from moectl.session.target import find_addresses, split_envs
 from moectl.shards.prepare import newest_shards
 
-HOST_S = 90.0  # for the whole ladder of a host; its rungs have limits of their own
-LINKS_S = 60.0  # for all pairs, and more for each host: broken ways wait for one another
+HOST_S = 90.0  # for all checks of a host; each check has its own limit
+LINKS_S = 60.0  # for all pairs, and MORE_LINKS_S for each host: broken connections wait for one another
 MORE_LINKS_S = 10.0
 COLLECTIVE_S = 90.0  # for one round of neighbours
 Say = Callable[[str], None]
@@ -37,7 +38,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class HostReport:
-    """What was found out about one host."""
+    """The findings about one host."""
 
     host: Host
     rank: int
@@ -46,7 +47,7 @@ class HostReport:
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """What was found out about the way between two hosts."""
+    """The findings about the connection between two hosts."""
 
     a: Host
     b: Host
@@ -55,7 +56,7 @@ class PairReport:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All that was found out."""
+    """All findings."""
 
     source: str  # where the list of hosts came from
     hosts: tuple[HostReport, ...]
@@ -68,7 +69,6 @@ class Diagnosis:
         return tuple(finding for findings in lists for finding in findings)
 
     def count(self, level: Level) -> int:
-        """Return how many findings are of a level."""
         return sum(finding.level is level for finding in self.findings)
 
 
@@ -103,7 +103,7 @@ def diagnose(
     expected = expect(where, deployed)
     visits = [Visit(host, rank, make_remote(host)) for rank, host in enumerate(where.hosts)]
     say(f"Looking at {', '.join(host.address for host in where.hosts)}")
-    in_time = run_at_once([_climb(visit, expected) for visit in visits], HOST_S)
+    in_time = run_at_once([partial(_visit, visit, expected) for visit in visits], HOST_S)
     found = _Found()
     # A visit that is still under way may go on writing: what it has so far is what counts.
     reports = [_report(visit, done) for visit, done in zip(visits, in_time, strict=True)]
@@ -143,14 +143,11 @@ def expect(where: HostList, deployed: Deployment | None) -> Expected:
     )
 
 
-def _climb(visit: Visit, expected: Expected) -> Callable[[], None]:
-    def climb() -> None:
-        try:
-            visit_host(visit, expected)
-        except Exception as error:  # a bug met on one host must not hide the others
-            visit.findings.append(_bug(error))
-
-    return climb
+def _visit(visit: Visit, expected: Expected) -> None:
+    try:
+        visit_host(visit, expected)
+    except Exception as error:  # a bug on one host must not hide the other hosts
+        visit.findings.append(_bug(error))
 
 
 def _report(visit: Visit, in_time: bool) -> HostReport:
@@ -201,7 +198,7 @@ def _find_sites(where: HostList, visits: Sequence[Visit], found: _Found) -> dict
             try:
                 addresses = find_addresses([v.host for v in left], [v.remote for v in left])
             except MoectlError as error:
-                found.cluster.append(fail_with("address", _named(error)))
+                found.cluster.append(fail("address", str(error), error.hint))
                 without = [visit for visit in left if error.host not in (visit.host.name, visit.host.address)]
                 left = without if len(without) < len(left) else []
                 continue
@@ -215,79 +212,73 @@ def _find_sites(where: HostList, visits: Sequence[Visit], found: _Found) -> dict
     return {}
 
 
-def _named(error: MoectlError) -> MoectlError:
-    return MoectlError(str(error), hint=error.hint)  # a line about the cluster has no host in front
-
-
 def _look_at_links(
     where: HostList, visits: Sequence[Visit], sites: Sequence[Site], found: _Found, *, fast: bool
 ) -> None:
-    collected = Collected()
+    tried: list[Tried] = []
     ring = _backend(where) == "ring"
-
-    def try_all() -> None:
-        try_links(sites, collected.add, transfers=not fast, ring=ring)
 
     def needed(here: int, there: int) -> bool:
         return not ring or is_next(visits[here].rank, visits[there].rank, len(where.hosts))
 
-    run_at_once([try_all], LINKS_S + MORE_LINKS_S * len(sites))
-    judged = judge_links(sites, collected.all(), mac=lambda place: _is_mac(visits[place]), needed=needed)
+    run_at_once(
+        [partial(try_links, sites, tried.append, transfers=not fast, ring=ring)], LINKS_S + MORE_LINKS_S * len(sites)
+    )
+    # What is still being tried may go on adding to the list.
+    judged = judge_links(sites, list(tried), mac=lambda place: _is_mac(visits[place]), needed=needed)
     for pair, findings in judged.items():
         found.pairs[Pair(visits[pair.a].rank, visits[pair.b].rank)] = findings
 
 
 def _add_up(where: HostList, by_rank: dict[int, tuple[Visit, Site]], found: _Found) -> None:
-    """Run a collective over each two neighbours that are ready for one; pairs without a common host at once."""
+    """Run an all-reduce over each two neighbours that are ready for it; pairs that share no host run at once."""
     backend = _backend(where)
     for pairs in plan_neighbours(len(where.hosts)):
         tasks = []
         for pair in pairs:
             findings = found.pairs.get(pair)
             if findings is None:
-                continue  # told already: one of them could not be looked at
+                continue  # one of them could not be looked at, which is a finding already
             why = _why_not(pair, by_rank, findings)
             if why:
-                findings.append(skip("collective", f"no sum was tried: {why}"))
+                findings.append(skip("collective", f"no all-reduce was tried: {why}"))
                 continue
-            tasks.append((pair, _sum_over(pair, by_rank, backend, findings)))
+            tasks.append((pair, partial(_sum_over, pair, by_rank, backend, findings)))
         done = run_at_once([task for _, task in tasks], COLLECTIVE_S)
         for (pair, _), in_time in zip(tasks, done, strict=True):
             if not in_time:
                 fix = "moectl doctor --fast leaves it out; look at the hosts' load"
-                found.pairs[pair] = [*found.pairs[pair], fail("collective", f"no sum within {COLLECTIVE_S:g} s", fix)]
+                found.pairs[pair] = [
+                    *found.pairs[pair],
+                    fail("collective", f"no all-reduce within {COLLECTIVE_S:g} s", fix),
+                ]
 
 
 def _backend(where: HostList) -> str:
-    """Return the backend of the whole group; what rdma= lacks was told already, and then TCP is tried."""
+    """Return the backend of the whole group; where rdma= is wrong, which is a finding already, TCP is tried."""
     try:
-        return choose_backend(where.backend if where.backend not in ("", "any") else "auto", where.hosts)
+        return choose_backend(where.backend, where.hosts)
     except HostsError:
         return "ring"
 
 
 def _why_not(pair: Pair, by_rank: dict[int, tuple[Visit, Site]], findings: Sequence[Finding]) -> str:
     if worst(findings) is Level.FAIL:
-        return "there is no way between them"
+        return "they cannot reach each other"
     unready = [by_rank[rank][0].host.name for rank in (pair.a, pair.b) if not by_rank[rank][0].is_ready]
     return f"moectl is not ready on {', '.join(unready)}" if unready else ""
 
 
-def _sum_over(
-    pair: Pair, by_rank: dict[int, tuple[Visit, Site]], backend: str, findings: list[Finding]
-) -> Callable[[], None]:
-    def add_up() -> None:
-        ends = (pair.a, pair.b)
-        macos = any(_is_mac(by_rank[rank][0]) for rank in ends)
-        try:
-            # Two neighbours of a ring are a mesh of two.
-            chosen = "jaccl" if backend == "jaccl-ring" else backend
-            sites = [_face(by_rank[one], by_rank[other]) for one, other in (ends, ends[::-1])]
-            findings.append(try_collective(sites, ends, chosen, macos=macos))
-        except Exception as error:
-            findings.append(_bug(error))
-
-    return add_up
+def _sum_over(pair: Pair, by_rank: dict[int, tuple[Visit, Site]], backend: str, findings: list[Finding]) -> None:
+    ends = (pair.a, pair.b)
+    macos = any(_is_mac(by_rank[rank][0]) for rank in ends)
+    try:
+        # Two neighbours of a ring are a mesh of two.
+        chosen = "jaccl" if backend == "jaccl-ring" else backend
+        sites = [_face(by_rank[one], by_rank[other]) for one, other in (ends, ends[::-1])]
+        findings.append(try_collective(sites, ends, chosen, macos=macos))
+    except Exception as error:
+        findings.append(_bug(error))
 
 
 def _face(one: tuple[Visit, Site], other: tuple[Visit, Site]) -> Site:

@@ -1,6 +1,6 @@
-"""What the error numbers of sockets and of RDMA mean for a cluster of Macs, and what mends them. It opens no socket.
+"""What the error numbers of sockets and of RDMA mean for a cluster of Macs, and what mends them.
 
-Numbers differ between systems, so that errors are named as in errno(2). What macOS means by them was gathered from the
+Numbers differ between systems, so errors have their names of errno(2). What macOS means by them was collected from
 reports of people who run MLX on Macs.
 """
 
@@ -44,9 +44,9 @@ def find_error(text: str, *, macos: bool) -> str | None:
 _MEANINGS = {
     "ETIMEDOUT": Meaning("nothing answers: a firewall, a VPN or a wrong address", _FIREWALL),
     "ECONNREFUSED": Meaning("the other end is not up, or a firewall refuses it", _FIREWALL),
-    "ECONNRESET": Meaning("something between closed the connection", _FIREWALL),
+    "ECONNRESET": Meaning("something between the hosts closed the connection", _FIREWALL),
     "EHOSTUNREACH": Meaning(
-        "no way to it: the cable, sleep, or a wrong address", "check the cable and ip= of both hosts"
+        "it cannot be reached: the cable, sleep, or a wrong address", "check the cable and ip= of both hosts"
     ),
     "ENETUNREACH": Meaning("it has no interface in that network", "check ip= of both hosts and their addresses"),
     "EADDRNOTAVAIL": Meaning("the address is not its own", "give the host's own address with ip="),

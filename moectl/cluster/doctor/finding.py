@@ -1,4 +1,4 @@
-"""One line of `doctor`: what was looked at, how it stands, and the command that mends it. It looks at nothing."""
+"""One line of `doctor`: what was looked at, whether it is right, and the command that mends it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Level(enum.IntEnum):
-    """How something stands, worst last."""
+    """How good or bad a finding is, worst last."""
 
-    SKIP = 0  # it could not be looked at, for a reason that is told
+    SKIP = 0  # it could not be looked at; the text says why
     OK = 1
     WARN = 2
     FAIL = 3
@@ -29,7 +29,7 @@ class Level(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One rung of the ladder."""
+    """The result of one check."""
 
     check: str  # a short name for scripts: "ssh", "disk"
     level: Level
@@ -39,12 +39,11 @@ class Finding:
 
 
 def ok(check: str, text: str, **values: Any) -> Finding:
-    """Return a finding that something is as it should be."""
     return Finding(check, Level.OK, text, None, values)
 
 
 def warn(check: str, text: str, fix: str | None, **values: Any) -> Finding:
-    """Return a finding that will cost something, and does not stop moectl."""
+    """Return a finding that costs speed or safety and does not stop moectl."""
     return Finding(check, Level.WARN, text, fix, values)
 
 
@@ -59,12 +58,11 @@ def skip(check: str, text: str) -> Finding:
 
 
 def fail_with(check: str, error: MoectlError, fix: str | None = None) -> Finding:
-    """Return an error of ours as a finding; the host's name is in front of the line already."""
+    """Return one of moectl's errors as a finding; the line already begins with the host's name."""
     return fail(check, error.message.rstrip("."), error.hint or fix)
 
 
 def worst(findings: Iterable[Finding]) -> Level:
-    """Return the worst level; OK where there is nothing."""
     return max((finding.level for finding in findings), default=Level.OK)
 
 

@@ -6,12 +6,12 @@ import contextlib
 import os
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Mapping
 
 from moectl.cluster.doctor.finding import Finding, Level, at_host, fail, fail_with, ok, skip, warn, worst
 from moectl.errors import CommandFailed, MoectlError
+from moectl.hosts.connect import run_at_once
 from moectl.hosts.hostfile import Host
 from moectl.hosts.login_shell import describe_quiet
 from moectl.hosts.programs import end_process
@@ -93,7 +93,6 @@ def check_sessions(host: Host, remote: Remote) -> list[Finding]:
 def _ping(process: Process) -> float:
     """Return the median seconds of some round trips. Raises OSError, TimeoutError."""
     seconds: list[float] = []
-    done = threading.Event()
 
     def ping() -> None:
         with contextlib.suppress(OSError):
@@ -106,10 +105,8 @@ def _ping(process: Process) -> float:
                 if not line:
                     break
                 seconds.append(time.perf_counter() - start)
-        done.set()
 
-    threading.Thread(target=ping, daemon=True).start()
-    if not done.wait(PING_S):
+    if not run_at_once([ping], PING_S)[0]:
         raise TimeoutError(f"no echo within {PING_S:g} s")
     if len(seconds) < PINGS:
         raise ConnectionError("it closed the session")

@@ -1,14 +1,14 @@
-"""Ways between hosts: TCP from the worker's own python, how fast it is, and a sum over two ranks of neighbours.
+"""Connections between hosts: TCP from the worker's python, how fast it is, and an all-reduce between two neighbours.
 
-It judges what `probe` tried. Hosts that could not be visited take no part.
+It judges what `probe` tried. Hosts that could not be looked at are left out.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
+from itertools import combinations
 
 from moectl.cluster import probe
 from moectl.cluster.doctor import errnos
@@ -58,26 +58,25 @@ def judge_links(
     mac: Callable[[int], bool],
     needed: Callable[[int, int], bool] = lambda here, there: True,
 ) -> dict[Pair, list[Finding]]:
-    """Return the findings of each pair of sites; a way that nobody tells of did not answer in time.
+    """Return the findings of each pair of sites; a way that is not among `tried` did not answer in time.
 
     `needed` says which ways there have to be: in a ring over cables of their own there are no others.
     """
     told = {(way.here, way.there): way for way in tried}
     best = max((min(way.out_bytes_s, way.in_bytes_s or 0.0) for way in tried if way.out_bytes_s), default=0.0)
     found = {}
-    for a in range(len(sites)):
-        for b in range(a + 1, len(sites)):
-            ways = [told.get(ends, Tried(*ends, why="no answer in time")) for ends in ((b, a), (a, b))]
-            broken = [_judge_broken(sites, w, mac(w.here)) for w in ways if w.why and needed(w.here, w.there)]
-            good = sorted((way for way in ways if not way.why), key=lambda way: way.out_bytes_s is None)
-            if not broken and not good:
-                broken = [skip("tcp", "no way between them: they are no neighbours, and a ring needs none")]
-            found[Pair(a, b)] = broken or [_judge_speed(good[0], best)]
+    for a, b in combinations(range(len(sites)), 2):
+        ways = [told.get(ends, Tried(*ends, why="no answer in time")) for ends in ((b, a), (a, b))]
+        broken = [_judge_broken(sites, w, mac(w.here)) for w in ways if w.why and needed(w.here, w.there)]
+        good = sorted((way for way in ways if not way.why), key=lambda way: way.out_bytes_s is None)
+        if not broken and not good:
+            broken = [skip("tcp", "not connected: they are not neighbours, and a ring needs no more")]
+        found[Pair(a, b)] = broken or [_judge_speed(good[0], best)]
     return found
 
 
 def face(site: Site, interfaces: Sequence[Interface], peer: Site) -> Site:
-    """Return a site with the address that is in one network with its peer's, where it has such a one."""
+    """Return a site with the address that is in the same network as its peer's, where it has one."""
     theirs = [IPv4Address(ip) for ip in peer.addresses]
     near = [str(own.ip) for i in interfaces for own in i.ipv4 if any(ip in own.network for ip in theirs)]
     return replace(site, addresses=(near[0],)) if near and not {*near} & {*site.addresses} else site
@@ -110,7 +109,7 @@ def _judge_speed(way: Tried, best: float) -> Finding:
 
 
 def plan_neighbours(count: int) -> list[list[Pair]]:
-    """Return rounds of neighbours in rank order, the last and the first included; nobody is in two pairs of a round."""
+    """Return rounds of neighbours in rank order, also the last with the first; no host is twice in a round."""
     pairs = [Pair(i, i + 1) for i in range(count - 1)] + ([Pair(0, count - 1)] if count > 2 else [])
     rounds: list[list[Pair]] = []
     for pair in pairs:
@@ -124,7 +123,7 @@ def plan_neighbours(count: int) -> list[list[Pair]]:
 
 
 def try_collective(sites: Sequence[Site], ranks: Sequence[int], backend: str, *, macos: bool) -> Finding:
-    """Run a sum over two hosts with the worker's own leash and backend; `ranks` are their places in rdma= rows."""
+    """Run an all-reduce over two hosts as workers would; `ranks` are their places in rdma= rows."""
     pair = [
         replace(site, host=replace(site.host, rdma=_pair_devices(site, ranks, place)))
         for place, site in enumerate(sites)
@@ -143,7 +142,7 @@ def try_collective(sites: Sequence[Site], ranks: Sequence[int], backend: str, *,
             "collective", f"two ranks cannot work together: {error}{why}", meaning.fix if meaning else error.hint
         )
     size, seconds = min(speed.collective_s.items())
-    text = f"sum over two ranks {1e6 * seconds:.0f} µs ({size} bytes, {chosen})"
+    text = f"all-reduce over two ranks {1e6 * seconds:.0f} µs ({size} bytes, {chosen})"
     return ok("collective", text, collective_s=seconds, bytes=size, backend=chosen)
 
 
@@ -153,19 +152,3 @@ def _pair_devices(site: Site, ranks: Sequence[int], place: int) -> tuple[str | N
     if len(rdma) <= max(ranks):
         return ()
     return tuple(None if other == place else rdma[rank] for other, rank in enumerate(ranks))
-
-
-class Collected:
-    """Ways as they are told, by several threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tried: list[Tried] = []
-
-    def add(self, way: Tried) -> None:
-        with self._lock:
-            self._tried.append(way)
-
-    def all(self) -> list[Tried]:
-        with self._lock:
-            return list(self._tried)

@@ -83,7 +83,6 @@ class Record:
 
 
 def record_path() -> Path:
-    """Return where the record is."""
     return state_dir() / "setup.jsonl"
 
 

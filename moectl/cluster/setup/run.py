@@ -89,9 +89,8 @@ def apply(plan: SetupPlan, remotes: Sequence[Remote], record: Record, sudo: Sudo
                 count += _do(machine.host, remote, step, record, sudo, on_command)
             except MoectlError as error:
                 total = sum(map(len, plan.to_do))
-                error.message = f"{error.message} ({count} of {total} commands were run)"
-                error.hint = UNDO if record.entries else error.hint
-                raise
+                message = f"{error.message} ({count} of {total} commands were run)"
+                raise type(error)(message, hint=UNDO if record.entries else error.hint, host=error.host) from None
     return count
 
 
@@ -151,8 +150,7 @@ def undo(
         try:
             count += _undo_host(name, remote, mine, record, sudo, on_command)
         except MoectlError as error:
-            error.host = name
-            failed.append(error)
+            failed.append(type(error)(error.message, hint=error.hint, host=name))
     if failed and len(failed) == len(remotes) == 1:
         raise failed[0]
     if failed:

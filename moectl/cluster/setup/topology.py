@@ -31,7 +31,6 @@ class Topology:
         return frozenset((cable.a, cable.b) for cable in self.cables)
 
     def between(self, one: int, other: int) -> tuple[Cable, ...]:
-        """Return the cables between two hosts."""
         pair = _pair(one, other)
         return tuple(cable for cable in self.cables if (cable.a, cable.b) == pair)
 
@@ -85,7 +84,6 @@ def find_topology(hosts: Sequence[Sequence[Port]]) -> Topology:
 
 
 def ring_pairs(order: Sequence[int]) -> tuple[Pair, ...]:
-    """Return the neighbours of a ring, as pairs."""
     return tuple(_pair(place, order[(index + 1) % len(order)]) for index, place in enumerate(order))
 
 
