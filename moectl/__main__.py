@@ -1,7 +1,6 @@
 """Where moectl begins and ends: `moectl` and `python -m moectl`. Exceptions become one line of text and an exit code.
 
-The only place that does so; what the verbs do is `cli`'s. Exit codes are the documented ones whenever a signal comes,
-whatever threads are left, and where the reader of the output has left.
+Exit codes are the documented ones also after a signal, with threads left, and where the reader of the output has left.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Terminated(BaseException):
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    if sys.argv[1:2] == ["worker"]:  # ends by itself, with its leash
+    if sys.argv[1:2] == ["worker"]:  # ends by itself, when its stdin ends
         sys.exit(run())
     # A stream that was closed (`>&-`), or a terminal that lacks a letter, is no reason to stop.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the rest of the process
@@ -217,7 +216,7 @@ def _print_error(error: Exception, *, as_json: bool, color: str = "auto") -> int
     if as_json:
         return _say(json.dumps({"error": {**to_json(told), "kind": type(error).__name__}}), code)
     coloured = colour_wanted(color, sys.stderr)
-    with contextlib.suppress(OSError):  # whoever read it has left; the code tells
+    with contextlib.suppress(OSError):  # the reader has left; the exit code says the rest
         click.echo(f"{click.style('Error:', fg='red', bold=True)} {told}", err=True, color=coloured)
         if hint:
             click.echo(f"Hint: {hint}", err=True)

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from moectl.session.target import Target
     from moectl.shards.prepare import Bars, Made, Wanted
 
-PARANOIA = (
-    32  # steps from one comparison to the next: often enough to stop nonsense soon, and seldom enough to cost nothing
-)
+PARANOIA = 32  # steps between comparisons: often enough to stop nonsense soon, seldom enough to cost nothing
 
 
 def session_options(common: Common, options: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +63,7 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
         if deployment is not None:
             refuse_both({f"the deployment {deployment.name}": True}, cutting)
             hosts = [rank.host for rank in deployment.ranks]
-            with contextlib.suppress(errors.NotSharded, errors.IntegrityError):  # the operator's copy may be gone
+            with contextlib.suppress(errors.NotSharded, errors.IntegrityError):  # the copy on this machine may be gone
                 check_hosts(hosts, read_manifest(Path(deployment.shards)), force=force, warn=common.say)
             return deployment
         common.say("No hosts and nothing deployed: the bundled demo model answers on 2 local ranks.")
@@ -157,10 +155,10 @@ def read_shares(text: str | None) -> tuple[int, ...] | None:
 
 
 def advise(target: Target, failure: errors.MoectlError) -> str | None:
-    """Return what else than mending could help, when a host is away for good."""
+    """Return how the other hosts could continue, when a host stays away."""
     from moectl.session.deployment import Deployment
 
-    # A worker that ended or is silent is a plain RemoteError; a host that says what is wrong is there.
+    # The error of a worker that ended or is silent is a plain RemoteError; others come from a host that answers.
     is_away = isinstance(failure, errors.Unreachable) or type(failure) is errors.RemoteError
     if not (isinstance(target, Deployment) and failure.host and is_away):
         return None
@@ -170,7 +168,7 @@ def advise(target: Target, failure: errors.MoectlError) -> str | None:
 
 
 def find_deployment_or_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
-    """Return the deployment to look at; or hosts that are named and are not its own."""
+    """Return the deployment; or the hosts that the flags name, where they are not those of the deployment."""
     from moectl.session.deployment import find_deployment
 
     deployment = find_deployment()

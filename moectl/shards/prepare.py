@@ -1,6 +1,6 @@
 """From a model's name to a shard set on this machine: open the checkpoint, place it on ranks, cut it.
 
-It joins `checkpoint`, `placement` and `shards`; what each of them does is theirs. MLX comes in as `quantise` only.
+MLX comes in as `quantise` only.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from moectl.shards.writer import OnHashed, OpenQuantise
 
 PLAIN_BITS = 16
 _TOKENIZER = "tokenizer.json"
-_WAIT_S = 30.0  # for another process to make, or to look at, a set that nobody asked for by name
+_WAIT_S = 30.0  # for another process that works on the same cached set
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a person asked for; None is "as it comes"."""
+    """What a person asked for; None leaves the choice to moectl."""
 
     split: str = "auto"
     nodes: int | None = None  # None: one per share, or 1
@@ -92,7 +92,7 @@ def find_frequencies(wanted: Wanted, geometry: Geometry) -> tuple[float, ...] | 
 
 
 def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
-    """Return who holds what when nothing is known of the hosts.
+    """Return who holds what when the hosts are not known.
 
     `auto` is `hidden` then, or `experts` where copies or frequencies are asked for. Raises PlanError.
     """

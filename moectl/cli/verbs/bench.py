@@ -218,5 +218,5 @@ def _refuse_beside_controller(target: Target) -> None:
 
     if attach.is_loaded(target):
         raise errors.StateError(
-            f"{target.name} is loaded by a controller: to measure beside it would load it twice", hint="moectl stop"
+            f"{target.name} is loaded by a controller: measuring beside it would load it twice", hint="moectl stop"
         )

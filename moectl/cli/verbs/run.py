@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
-from moectl.cli.options import Common, Duration, F, common, count_restarts, restart_options, target_options
+from moectl.cli.options import Common, Duration, F, at_terminal, common, count_restarts, restart_options, target_options
 from moectl.cli.target import choose_target, session_options
 from moectl.cli.terminal import log_printer, stats_text, write_answer
 from moectl.cli.verb import verb
@@ -78,7 +78,7 @@ def run(
     from moectl.server import attach
     from moectl.server.contracts import ControllerOptions
 
-    chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and _at_terminal()
+    chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
     target = choose_target(common, options)
     wanted = session_options(common, options)
@@ -133,13 +133,9 @@ def _chat(
     chat(title, answer, settings, history=path, stats=stats, color=common.color)
 
 
-def _at_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()
-
-
 def _prompt_text(words: tuple[str, ...], common: Common) -> str:
     # With `--hostfile -`, standard input is the hosts file and not the prompt.
-    typed = sys.stdin is None or sys.stdin.isatty() or common.hostfile == "-"
+    typed = sys.stdin is None or at_terminal() or common.hostfile == "-"
     try:
         piped = "" if typed else sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
