@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_MODEL = "databricks/dbrx-instruct"
 SPLIT = click.Choice(["auto", "experts", "hidden", "tensor", "layers"])
-Q_BITS = click.Choice(["2", "3", "4", "6", "8", "16"])
+Q_BITS = click.Choice([2, 3, 4, 6, 8, 16])
 Q_MODE = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
 FILE = click.Path(path_type=Path, dir_okay=False)
 

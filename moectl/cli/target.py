@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from moectl.session.target import Target
     from moectl.shards.prepare import Bars, Made, Wanted
 
-PARANOIA = 32  # steps between comparisons: often enough to stop nonsense soon, seldom enough to cost nothing
+PARANOIA = (
+    32  # steps from one comparison to the next: often enough to stop nonsense soon, and seldom enough to cost nothing
+)
 
 
 def session_options(common: Common, options: dict[str, Any]) -> dict[str, Any]:
@@ -68,9 +70,8 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
             return deployment
         common.say("No hosts and nothing deployed: the bundled demo model answers on 2 local ranks.")
     shares = read_shares(options["shares"])
-    bits = int(options["q_bits"]) if options["q_bits"] else None
     nodes = local or (None if shares else 2)
-    wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits=bits)
+    wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits=options["q_bits"])
     made = shard_model(
         common,
         model or str(demo_dir()),
@@ -186,14 +187,14 @@ def read_wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
     from moectl.model.routing import read_routing
     from moectl.shards.prepare import Wanted
 
-    bits, stats = options["q_bits"], options["routing_stats"]
+    stats = options["routing_stats"]
     return Wanted(
         split=options["split"],
         nodes=nodes,
         shares=read_shares(options["shares"]),
         replicas=options["replicas"],
         routing=read_routing(stats) if stats else None,
-        bits=int(bits) if bits else None,
+        bits=options["q_bits"],
         group_size=options["q_group_size"],
         mode=options["q_mode"],
     )

@@ -125,7 +125,12 @@ def bench_json(result: Benchmark) -> dict[str, Any]:
     "-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens to generate."
 )
 @click.option(
-    "-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True, help="Trials to take the mean of."
+    "-n",
+    "--num-trials",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Trials; the table shows their mean.",
 )
 @click.option(
     "--plan", type=FILE, metavar="FILE", help="Show beside it the prediction that 'plan --json' wrote to this file."

@@ -42,7 +42,7 @@ def _sampling(parameter: str, *names: str, help: str, default: float | None = No
 @verb("Use")
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
-@_sampling("max_tokens", "-m", "--max-tokens", default=256, help="Tokens of an answer at most.")
+@_sampling("max_tokens", "-m", "--max-tokens", default=256, help="Maximum number of tokens of an answer.")
 @_sampling("temperature", "-t", "--temp", default=0.0, help="Temperature of sampling; 0 takes the likeliest token.")
 @_sampling("top_p", "--top-p", default=1.0, help="Sample from the likeliest tokens that together are this probable.")
 @_sampling("seed", "--seed", help="Make sampling repeatable.")

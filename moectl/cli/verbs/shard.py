@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @verb("Prepare")
 @click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
-@click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
+@click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: one for each host).")
 @cut_options
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Parallel streams (default: all cores but one, at most 4).")
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
