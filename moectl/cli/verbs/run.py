@@ -171,7 +171,8 @@ def _answer(common: Common, events: Generator[str | Done | Notice, None, None], 
         raise errors.RemoteError("the answer ended before it was done")
     whole = "".join(pieces)
     if common.json:
-        click.echo(json.dumps(run_json(whole, done)))
+        document = {"schema": "moectl.run/1", "text": whole, "finish_reason": done.finish_reason}
+        click.echo(json.dumps({**document, "stats": asdict(done.stats)}))
     elif not whole.endswith("\n"):
         write_answer("\n")
     if stats:
@@ -180,10 +181,5 @@ def _answer(common: Common, events: Generator[str | Done | Notice, None, None], 
 
 def _say_between(common: Common, text: str, pieces: list[str]) -> None:
     # On a terminal the answer so far ends in the middle of a line.
-    begun = bool(pieces) and not "".join(pieces[-1:]).endswith("\n") and not common.json
+    begun = bool(pieces) and not pieces[-1].endswith("\n") and not common.json
     common.say("\n" * (begun and sys.stdout.isatty()) + text)
-
-
-def run_json(text: str, done: Done) -> dict[str, Any]:
-    """Return the document of `run --json`."""
-    return {"schema": "moectl.run/1", "text": text, "finish_reason": done.finish_reason, "stats": asdict(done.stats)}
