@@ -1,4 +1,4 @@
-"""Tab in bash, zsh and fish: the scripts, and how they and moectl talk. What is offered is for `suggest` and click.
+"""Tab in bash, zsh and fish: the scripts, and the lines between them and moectl. `suggest` and click say what to offer.
 
 On each Tab press a script runs moectl with `_MOECTL_COMPLETE=SHELL_complete` and the line up to the cursor, and reads
 one offer per line: kind, value and help, with tabs between. Click's own scripts fail on bash 3.2, which is macOS's, and
@@ -125,7 +125,7 @@ complete --no-files --keep-order --command moectl --arguments '(__moectl_complet
 
 
 class _Lines(ShellComplete):
-    """What the three shells have in common: the line comes in, offers go out, one per line."""
+    """What the three shells share: the line comes in, offers go out, one per line."""
 
     script: str
 
@@ -152,7 +152,7 @@ class _Lines(ShellComplete):
         return f"{item.type}\t{value}\t{help_}"
 
     def word(self, value: str) -> str:
-        """Return what is to take the place of the word at the cursor, as this shell counts words."""
+        """Return what replaces the word at the cursor, as this shell divides words."""
         return value
 
 
@@ -164,11 +164,11 @@ class Bash(_Lines):
 
     def _line(self) -> str:
         line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])
-        # Bash 3.2 counts bytes: a point behind the last letter is the end, and where all is ASCII they are the same.
+        # Bash 3.2 counts bytes: a point behind the last letter is the end; in ASCII, bytes are letters.
         return line[:point]
 
     def word(self, value: str) -> str:
-        """Return the rest of the value behind what readline keeps of the word, quoted where it has to be."""
+        """Return the rest of the value after the part of the word that readline keeps, quoted where it has to be."""
         option = _option_part(self._typed)
         whole = option + value
         kept = self._typed.removesuffix(os.environ.get("COMP_WORD", ""))
@@ -177,7 +177,7 @@ class Bash(_Lines):
 
 
 class Zsh(_Lines):
-    """Zsh, which quotes by itself; its script takes the option's name off."""
+    """Zsh, which quotes by itself; its script removes the option's name."""
 
     name = "zsh"
     script = _ZSH
@@ -204,12 +204,12 @@ def script(shell: str) -> str:
 
 
 def answer_tab(cli: Verbs) -> None:
-    """Print what the shell asks for in the environment; nothing when there is nothing to offer."""
+    """Print the offers that the shell asks for in the environment."""
     from moectl.cli.config import read_config
 
     for shell in SHELLS.values():
         add_completion_class(shell)
-    # A message or a trace would land in the middle of the line being typed.
+    # A message or a traceback would stand in the line being typed.
     with contextlib.suppress(Exception, SystemExit):
         try:
             defaults = read_config(cli.parameter_names())

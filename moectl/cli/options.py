@@ -23,13 +23,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_MODEL = "databricks/dbrx-instruct"
 SPLIT = click.Choice(["auto", "experts", "hidden", "tensor", "layers"])
-Q_BITS = click.Choice(["2", "3", "4", "6", "8", "16"])
+Q_BITS = click.Choice([2, 3, 4, 6, 8, 16])
 Q_MODE = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class Duration(click.ParamType[float]):
-    """Seconds, written 300, 30s, 5m or 1h; -1 is for ever."""
+    """Seconds, written as 300, 30s, 5m or 1h; -1 is for ever."""
 
     name = "duration"
 
@@ -79,7 +79,7 @@ class Common:
 
 
 def unwritable(error: OSError | ValueError) -> errors.StateError:
-    """Return the error of a standard output that takes nothing."""
+    """Return the error of a standard output that cannot be written."""
     reason = getattr(error, "strerror", None) or error
     return errors.StateError(f"the result cannot be written: {reason}", hint="look at where standard output goes")
 
@@ -148,11 +148,16 @@ def common(command: F) -> F:
     return _common_options(wrapped)  # type: ignore[return-value]
 
 
+def at_terminal() -> bool:
+    """Return whether standard input is a terminal, where a person can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def confirm(question: str, *, yes: bool) -> None:
     """Ask; exit 1 on "no". Raises UsageError where there is no terminal to ask at."""
     if yes:
         return
-    if sys.stdin is None or not sys.stdin.isatty():
+    if not at_terminal():
         raise errors.UsageError(f"{question} There is no terminal to ask at.", hint="use --yes to skip confirmation")
     if not click.confirm(question, err=True):
         click.echo("Nothing was deleted.", err=True)
@@ -212,7 +217,7 @@ target_options = _together(
     click.option("--force", is_flag=True, help="Try it although there is too little memory."),
     click.option("--no-canary", is_flag=True, help="Do not check at the start that every rank computes right results."),
     click.option(
-        "--agree-routing", is_flag=True, help="Rank 0 chooses the experts for all ranks; for hosts with unlike chips."
+        "--agree-routing", is_flag=True, help="Rank 0 chooses the experts for all ranks; for hosts with other chips."
     ),
     click.option("--paranoia", is_flag=True, help="Let all ranks compare their results again and again."),
     click.option(

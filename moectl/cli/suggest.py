@@ -1,4 +1,4 @@
-"""What Tab offers for a parameter's value: hosts, shard sets, models, chips, files. It asks no host, changes nothing.
+"""What Tab offers as a parameter's value: hosts, shard sets, models, chips, files. It connects to no host.
 
 Each function is a click parameter's `shell_complete`. A Tab press never fails: what cannot be read offers nothing.
 """
@@ -51,7 +51,7 @@ def host_list(ctx: click.Context, param: click.Parameter, incomplete: str) -> Of
     """Offer the next host of a list a,b,c."""
     done, comma, _ = incomplete.rpartition(",")
     taken = set(done.split(","))
-    # What stands in --hosts so far is the list being typed: names come from elsewhere.
+    # --hosts holds the list being typed: the names come from elsewhere.
     found = (host.address for host in _hosts(ctx, typed=False))
     return _matching((f"{done}{comma}{address}" for address in found if address not in taken), incomplete)
 
@@ -66,7 +66,7 @@ def topics(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offer
 
 
 def shard_sets(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
-    """Offer the shard sets by name, with the one deployed, or directories where none is called so."""
+    """Offer the shard sets by name, with the one deployed, or directories where none has that name."""
     return _matching(_shard_set_names(), incomplete) or directories(ctx, param, incomplete)
 
 
@@ -94,7 +94,7 @@ def links(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers
 def _matching(names: Iterable[str], incomplete: str) -> Offers:
     from click.shell_completion import CompletionItem
 
-    # The shells' scripts read lines, and a terminal obeys what is not to be printed.
+    # The scripts read lines, and a terminal obeys control characters.
     return [CompletionItem(name) for name in names if name.startswith(incomplete) and name.isprintable()]
 
 
@@ -103,7 +103,7 @@ def _hosts(ctx: click.Context, *, typed: bool = True) -> list[Host]:
 
     hostfile = _hostfile_argument(ctx) or ctx.params.get("hostfile")
     with contextlib.suppress(Exception):
-        # Standard input is the terminal here, and a pipe may never end.
+        # To read a terminal or a pipe may never end.
         if hostfile is not None and not Path(hostfile).expanduser().is_file():
             return []
         found = find_hosts(ctx.params.get("hosts") if typed else None, hostfile)
@@ -114,10 +114,10 @@ def _hosts(ctx: click.Context, *, typed: bool = True) -> list[Host]:
 
 
 def _hostfile_argument(ctx: click.Context) -> str | None:
-    """Return the hosts file that stands on the line as an argument, as `deploy` takes it."""
+    """Return the hosts file that is an argument on the line, as in `deploy`."""
     if "hostfile_" not in ctx.params:
         return None
-    # Behind an option whose value is being typed, click leaves arguments unread.
+    # After an option whose value is being typed, click leaves the arguments in `args`.
     words = [ctx.params["hostfile_"], *ctx.args]
     return next((word for word in words if word), None)
 
@@ -130,7 +130,7 @@ def _shard_set_names() -> list[str]:
         names = sorted(path.parent.name for path in root.glob("*/moectl.json"))
     with contextlib.suppress(Exception):
         shards = str(_deployed()["shards"])
-        # One that was cut elsewhere, with -o, is known by its directory.
+        # One that was cut into another directory, with -o, is known by that.
         if Path(shards).parent not in (root, root.resolve()):
             names.append(shards)
     return names

@@ -65,14 +65,13 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
         if deployment is not None:
             refuse_both({f"the deployment {deployment.name}": True}, cutting)
             hosts = [rank.host for rank in deployment.ranks]
-            with contextlib.suppress(errors.NotSharded, errors.IntegrityError):  # the operator's copy may be gone
+            with contextlib.suppress(errors.NotSharded, errors.IntegrityError):  # the copy on this machine may be gone
                 check_hosts(hosts, read_manifest(Path(deployment.shards)), force=force, warn=common.say)
             return deployment
         common.say("No hosts and nothing deployed: the bundled demo model answers on 2 local ranks.")
     shares = read_shares(options["shares"])
-    bits = int(options["q_bits"]) if options["q_bits"] else None
     nodes = local or (None if shares else 2)
-    wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits=bits)
+    wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits=options["q_bits"])
     made = shard_model(
         common,
         model or str(demo_dir()),
@@ -157,10 +156,10 @@ def read_shares(text: str | None) -> tuple[int, ...] | None:
 
 
 def advise(target: Target, failure: errors.MoectlError) -> str | None:
-    """Return what else than mending could help, when a host is away for good."""
+    """Return how the other hosts could continue, when a host stays away."""
     from moectl.session.deployment import Deployment
 
-    # A worker that ended or is silent is a plain RemoteError; a host that says what is wrong is there.
+    # The error of a worker that ended or is silent is a plain RemoteError; others come from a host that answers.
     is_away = isinstance(failure, errors.Unreachable) or type(failure) is errors.RemoteError
     if not (isinstance(target, Deployment) and failure.host and is_away):
         return None
@@ -170,7 +169,7 @@ def advise(target: Target, failure: errors.MoectlError) -> str | None:
 
 
 def find_deployment_or_hosts(common: Common) -> tuple[Deployment | None, tuple[Host, ...]]:
-    """Return the deployment to look at; or hosts that are named and are not its own."""
+    """Return the deployment; or the hosts that the flags name, where they are not those of the deployment."""
     from moectl.session.deployment import find_deployment
 
     deployment = find_deployment()
@@ -188,14 +187,14 @@ def read_wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
     from moectl.model.routing import read_routing
     from moectl.shards.prepare import Wanted
 
-    bits, stats = options["q_bits"], options["routing_stats"]
+    stats = options["routing_stats"]
     return Wanted(
         split=options["split"],
         nodes=nodes,
         shares=read_shares(options["shares"]),
         replicas=options["replicas"],
         routing=read_routing(stats) if stats else None,
-        bits=int(bits) if bits else None,
+        bits=options["q_bits"],
         group_size=options["q_group_size"],
         mode=options["q_mode"],
     )

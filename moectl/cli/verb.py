@@ -1,7 +1,7 @@
 """What every verb is to click: its section of `moectl --help`, its examples, its exit status. It knows no verb.
 
-Examples are written at the end of a verb's docstring, as click leaves them alone there: a line of \\b, `Examples:`, and
-indented command lines. They come out again below the options, and in the man page.
+Examples are at the end of a verb's docstring: a line of \\b, `Examples:`, and indented command lines. `--help` and the
+man page show them below the options.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EXIT_CODES = {
     141: "the reader of the output left",
     143: "terminated",
 }
-_MANY = 4  # verbs that know an option: too many to name one of them
+_MANY = 4  # more verbs than this have the option: then the hint names none of them
 _EXAMPLES = re.compile(r"\n*\x08\nExamples?:\n((?: +.*\n?)+)")
 
 
@@ -61,7 +61,7 @@ class _WithExamples(click.Command):
                 formatter.write("".join(f"{'':{formatter.current_indent}}{line}\n" for line in self.examples))
         with formatter.section("Exit status"):
             indent = " " * formatter.current_indent
-            # Blanks that hold a code and its meaning together are no places to wrap.
+            # A line must not end between a code and its meaning.
             codes = "   ".join(f"{code} {text}".replace(" ", "\N{NO-BREAK SPACE}") for code, text in EXIT_CODES.items())
             text = click.formatting.wrap_text(codes, formatter.width, indent, indent)
             formatter.write(text.replace("\N{NO-BREAK SPACE}", " ") + "\n")
@@ -113,11 +113,11 @@ class Verbs(_WithExamples, click.Group):
         return UsageError(f"{option} stands before the verb, where only --help and --version may", hint=hint)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return all names in the order of their addition."""
+        """Return all names in the order in which they were added."""
         return list(self.commands)
 
     def by_section(self) -> dict[str, dict[str, Verb]]:
-        """Return the visible verbs by section and name; names that stand for another name's verb are not among them."""
+        """Return the visible verbs by section and name, without aliases."""
         sections: dict[str, dict[str, Verb]] = {section: {} for section in SECTIONS}
         for name, verb in self.commands.items():
             if isinstance(verb, Verb) and not verb.hidden and verb.name == name:

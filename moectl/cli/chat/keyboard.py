@@ -1,6 +1,6 @@
-"""The terminal while a person types: editing, history, pasting, and the keys while an answer comes.
+"""The keyboard of a chat: editing, history, pasting, and keys that are pressed during an answer.
 
-It does not know what the text means; `is_open` tells it whether Enter should begin another line.
+`is_open` says of a text whether Enter should begin another line.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HISTORY_BYTES = 1024 * 1024  # beyond it the older half is forgotten
 
 
 class Keyboard:
-    """A person's terminal; `remembers` says whether what they type goes into the history file."""
+    """A terminal to read from; `remembers` says whether what is typed goes into the history file."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Keyboard:
         self._armed = False  # Ctrl-C raises
         self._pressed_s: float | None = None  # when Ctrl-C was first pressed since the last `read`
         dumb = is_dumb_terminal()
-        # Without cursor position requests: their replies could arrive as typing in the midst of an answer.
+        # Without cursor position requests: a reply that comes during an answer would be read as typing.
         term, depth = os.environ.get("TERM"), None if coloured else ColorDepth.DEPTH_1_BIT
         output = None if dumb else Vt100_Output.from_pty(screen, term, default_color_depth=depth)
         if output is not None:
@@ -82,7 +82,7 @@ class Keyboard:
         """Return one message or command. Raises KeyboardInterrupt at Ctrl-C and EOFError at Ctrl-D."""
         text = self._session.prompt(handle_sigint=False)
         self._pressed_s = None
-        # Bytes that are not UTF-8 arrive as lone surrogates, which nothing further on could send.
+        # Bytes that are not UTF-8 arrive as lone surrogates, which cannot be sent.
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     @contextlib.contextmanager
@@ -104,7 +104,7 @@ class Keyboard:
                 self._output.flush()
 
     def interruptible(self, events: Iterator[T]) -> Iterator[T]:
-        """Yield what comes; while it waits for more, and only then, Ctrl-C raises KeyboardInterrupt, once."""
+        """Yield the events; only while it waits for one, Ctrl-C raises KeyboardInterrupt, once."""
         while True:
             self._armed = True
             try:
@@ -119,9 +119,9 @@ class Keyboard:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Take care of Ctrl-C and of keys pressed while nothing reads them, in the main thread; leave all as it was.
+        """In the main thread, handle Ctrl-C and keys that nothing reads; restore the terminal afterwards.
 
-        Such keys wait for the next `read`, unseen: echoed, they would stand in the midst of an answer.
+        Such keys wait for the next `read` and are not echoed, which would put them into an answer.
         """
         fd = sys.stdin.fileno()
         modes = termios.tcgetattr(fd)
@@ -136,10 +136,10 @@ class Keyboard:
             signal.signal(signal.SIGINT, before)
 
     def _on_interrupt(self, *_: object) -> None:
-        # Impatient presses must not break off what the first one began: it stops the answer on every host.
+        # Further presses must not interrupt the first one, which stops the answer on every host.
         now_s = time.monotonic()
-        in_vain = self._pressed_s is not None and now_s - self._pressed_s > PATIENCE_S
-        wanted = self._armed or (self._waiting and in_vain)
+        ignored = self._pressed_s is not None and now_s - self._pressed_s > PATIENCE_S
+        wanted = self._armed or (self._waiting and ignored)
         self._armed = False
         if self._pressed_s is None or wanted:
             self._pressed_s = now_s
@@ -164,7 +164,7 @@ class Keyboard:
 
 
 class _PrivateHistory(FileHistory):
-    """prompt_toolkit's format, in a file that nobody else may read."""
+    """prompt_toolkit's format, in a file that only its owner may read."""
 
     def __init__(self, path: Path, keyboard: Keyboard) -> None:
         super().__init__(path)

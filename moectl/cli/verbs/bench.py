@@ -125,7 +125,12 @@ def bench_json(result: Benchmark) -> dict[str, Any]:
     "-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens to generate."
 )
 @click.option(
-    "-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True, help="Trials to take the mean of."
+    "-n",
+    "--num-trials",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Trials; the table shows their mean.",
 )
 @click.option(
     "--plan", type=FILE, metavar="FILE", help="Show beside it the prediction that 'plan --json' wrote to this file."
@@ -156,6 +161,7 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
     from moectl import files as disk
     from moectl.cli import plot as plotting
     from moectl.model import routing
+    from moectl.server import attach
     from moectl.session import bench as benchmark, target as launch
 
     if options["routing_stats"]:
@@ -166,7 +172,10 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
         raise errors.UsageError("--compare is for --plot", hint="add --plot FILE.svg")
     earlier = plotting.read_documents(compare)
     target = choose_target(common, options)
-    _refuse_beside_controller(target)
+    if attach.is_loaded(target):
+        raise errors.StateError(
+            f"{target.name} is loaded by a controller: measuring beside it would load it twice", hint="moectl stop"
+        )
     predicted = _predicted(target, plan, options)
     trials = options["num_trials"]
 
@@ -210,12 +219,3 @@ def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Pr
     if found is None:
         return None
     return Predicted(found.decode_tok_s, found.prefill_tok_s, found.ttft_s, found.communication_share)
-
-
-def _refuse_beside_controller(target: Target) -> None:
-    from moectl.server import attach
-
-    if attach.is_loaded(target):
-        raise errors.StateError(
-            f"{target.name} is loaded by a controller: to measure beside it would load it twice", hint="moectl stop"
-        )

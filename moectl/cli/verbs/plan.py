@@ -226,11 +226,11 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
     type=click.Choice(["default", "paper", "paper-naive"]),
     default="default",
     show_default=True,
-    help="Constants of the prediction: moectl's, or those that fit the paper's measurements.",
+    help="Constants of the prediction: moectl's, or those that fit the measurements of arXiv 2506.23635.",
 )
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Plan N ranks on this machine (implies --probe).")
 @click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them; this takes about 10 seconds.")
-@click.option("--what-if", is_flag=True, help="Show what clusters that you could buy would do; needs no hosts.")
+@click.option("--what-if", is_flag=True, help="Show the speed of clusters that you could buy; needs no hosts.")
 @common
 def plan(common: Common, model: str, **options: Any) -> None:
     """Show which host would hold what, whether it fits, and how fast it would be.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
-from moectl.cli.options import Common, Duration, F, common, count_restarts, restart_options, target_options
+from moectl.cli.options import Common, Duration, F, at_terminal, common, count_restarts, restart_options, target_options
 from moectl.cli.target import choose_target, run_options
 from moectl.cli.terminal import log_printer, stats_text, write_answer
 from moectl.cli.verb import verb
@@ -42,7 +42,7 @@ def _sampling(parameter: str, *names: str, help: str, default: float | None = No
 @verb("Use")
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
-@_sampling("max_tokens", "-m", "--max-tokens", default=256, help="Tokens of an answer at most.")
+@_sampling("max_tokens", "-m", "--max-tokens", default=256, help="Maximum number of tokens of an answer.")
 @_sampling("temperature", "-t", "--temp", default=0.0, help="Temperature of sampling; 0 takes the likeliest token.")
 @_sampling("top_p", "--top-p", default=1.0, help="Sample from the likeliest tokens that together are this probable.")
 @_sampling("seed", "--seed", help="Make sampling repeatable.")
@@ -78,7 +78,7 @@ def run(
     from moectl.server import attach
     from moectl.server.contracts import ControllerOptions
 
-    chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and _at_terminal()
+    chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
     target = choose_target(common, options)
     wanted = run_options(options)
@@ -133,13 +133,9 @@ def _chat(
     chat(title, answer, settings, history=path, stats=stats, color=common.color)
 
 
-def _at_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()
-
-
 def _prompt_text(words: tuple[str, ...], common: Common) -> str:
     # With `--hostfile -`, standard input is the hosts file and not the prompt.
-    typed = sys.stdin is None or sys.stdin.isatty() or common.hostfile == "-"
+    typed = sys.stdin is None or at_terminal() or common.hostfile == "-"
     try:
         piped = "" if typed else sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
@@ -175,7 +171,8 @@ def _answer(common: Common, events: Generator[str | Done | Notice, None, None], 
         raise errors.RemoteError("the answer ended before it was done")
     whole = "".join(pieces)
     if common.json:
-        click.echo(json.dumps(run_json(whole, done)))
+        document = {"schema": "moectl.run/1", "text": whole, "finish_reason": done.finish_reason}
+        click.echo(json.dumps({**document, "stats": asdict(done.stats)}))
     elif not whole.endswith("\n"):
         write_answer("\n")
     if stats:
@@ -184,10 +181,5 @@ def _answer(common: Common, events: Generator[str | Done | Notice, None, None], 
 
 def _say_between(common: Common, text: str, pieces: list[str]) -> None:
     # On a terminal the answer so far ends in the middle of a line.
-    begun = bool(pieces) and not "".join(pieces[-1:]).endswith("\n") and not common.json
+    begun = bool(pieces) and not pieces[-1].endswith("\n") and not common.json
     common.say("\n" * (begun and sys.stdout.isatty()) + text)
-
-
-def run_json(text: str, done: Done) -> dict[str, Any]:
-    """Return the document of `run --json`."""
-    return {"schema": "moectl.run/1", "text": text, "finish_reason": done.finish_reason, "stats": asdict(done.stats)}

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
-from moectl.cli.options import FILE, Common, Duration, common, count_restarts, restart_options, target_options
+from moectl.cli.options import (
+    FILE,
+    Common,
+    Duration,
+    common,
+    count_restarts,
+    refuse_both,
+    restart_options,
+    target_options,
+)
 from moectl.cli.target import advise, choose_target, run_options
 from moectl.cli.terminal import log_printer
 from moectl.cli.verb import verb
@@ -102,8 +111,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
 
 
 def _api_key(key: str | None, file: Path | None) -> str | None:
-    if key is not None and file is not None:
-        raise errors.UsageError("--api-key and --api-key-file exclude each other")
+    refuse_both({"--api-key": key is not None}, {"--api-key-file": file is not None})
     if file is not None:
         try:
             key = file.read_text(encoding="utf-8").split("\n", 1)[0].strip()

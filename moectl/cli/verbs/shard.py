@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @verb("Prepare")
 @click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
-@click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: the hosts in force).")
+@click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: one for each host).")
 @cut_options
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Parallel streams (default: all cores but one, at most 4).")
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
-@click.option("--force", is_flag=True, help="Make the set anew, also over another one.")
+@click.option("--force", is_flag=True, help="Make the set again from the beginning, also over another one.")
 @click.option(
     "--verify",
     type=click.Path(path_type=Path),
@@ -115,7 +115,7 @@ def _verify(common: Common, directory: Path) -> None:
 def pull(common: Common, model: str, revision: str | None) -> None:
     """Download a checkpoint into the Hugging Face cache, without cutting it.
 
-    'moectl shard' downloads by itself, file by file, and keeps none of it; this verb keeps everything.
+    'moectl shard' also downloads, file by file, and deletes what it has cut; this verb keeps everything.
 
     \b
     Example:
