@@ -1,7 +1,6 @@
-"""The numbers that say how to sample: what each may be, wherever it is given. It samples nothing.
+"""The sampling parameters and their limits, for requests and for the chat's settings.
 
-Requests and the chat's settings take these limits from here. The API and the command line have narrower ones of their
-own where OpenAI has: a temperature of 2 at most.
+The API and the command line have narrower limits where OpenAI has them: a temperature of 2 at most.
 """
 
 from __future__ import annotations
