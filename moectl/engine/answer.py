@@ -253,17 +253,12 @@ def measure_reach(request: Request, prompt_tokens: int, *, max_seq_len: int, kv_
 def _tokenize(request: Request, tokenizer: Tokenizer) -> list[int]:
     if request.prompt_tokens is not None:
         return list(request.prompt_tokens)
-    if request.raw:
+    if request.messages is None:
         return tokenizer.encode(request.prompt)
     if not tokenizer.has_chat_template:
         raise BadField("this model has no chat template", hint=_WITHOUT_TEMPLATE, param=request.source)
-    if request.messages is not None:
-        messages = list(request.messages)
-    else:
-        messages = [{"role": "system", "content": request.system}] if request.system is not None else []
-        messages.append({"role": "user", "content": request.prompt})
     try:
-        return tokenizer.encode_chat(messages)
+        return tokenizer.encode_chat(list(request.messages))
     except BadField:
         raise
     except Exception as error:  # the template is the model's own program

@@ -25,16 +25,14 @@ class Request:
     """One completion; `id` counts up from 1 within a session."""
 
     id: int
-    prompt: str
+    prompt: str  # as it is, without the chat template
     max_tokens: int
-    system: str | None = None
-    raw: bool = False  # no chat template
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0
     seed: int | None = None
-    prompt_tokens: tuple[int, ...] | None = None  # token ids instead of `prompt`; neither template nor tokenizer then
+    prompt_tokens: tuple[int, ...] | None = None  # token ids instead of `prompt`
     ignore_eos: bool = False  # go on to max_tokens
-    messages: tuple[dict[str, str], ...] | None = None  # a whole conversation instead of `system` and `prompt`
+    messages: tuple[dict[str, str], ...] | None = None  # a conversation instead of `prompt`, for the chat template
     top_k: int = 0  # 0 = all
     min_p: float = 0.0
     presence_penalty: float = 0.0  # these two as OpenAI defines them, over the tokens generated so far
@@ -55,7 +53,7 @@ class Request:
 
     @property
     def _texts(self) -> list[str]:
-        return [self.prompt, self.system or "", *(text for m in self.messages or () for text in m.values())]
+        return [self.prompt, *(text for message in self.messages or () for text in message.values())]
 
     @property
     def source(self) -> str:
