@@ -64,7 +64,7 @@ def measure_speed(
     limit_s = SPEED_S + len(job.placements) * 4 * job.budget_s
     options = RunOptions(start_timeout_s=start_timeout_s)
     with Session(ranks, options, backend=backend, step_timeout_s=limit_s, on_log=on_log) as session:
-        *_, done = session.generate(Request(1, job.to_json(), 1, raw=True))
+        *_, done = session.generate(Request(1, job.to_json(), 1))
     assert isinstance(done, Done)
     return read_speeds(done.rest)
 

@@ -1,6 +1,6 @@
-"""One answer in progress: the same few facts on every rank, and on the leader what it tells of it and when.
+"""One request and its answer: prompt to tokens on every rank, tokens to text and events on the leader.
 
-It turns tokens into text and text into events; it decides nothing about the batch.
+It decides nothing about the batch.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Answer:
     request: Request
     prompt: list[int] = field(default_factory=list)  # as tokens
     refusal: MoectlError | None = None  # why it takes no row
-    reach: int = 0  # up to how many tokens prompt and answer may get
+    reach: int = 0  # the most tokens that prompt and answer may have
     cached: int = 0  # of the prompt: not computed again
     uid: int = -1  # in mlx-lm's generator
-    lookup: Lookup | None = None  # of prompt and answer so far, where that may foretell what comes
+    lookup: Lookup | None = None  # of prompt and answer so far, where tokens are proposed from them
     drafted: int = 0  # tokens proposed by it
     accepted: int = 0  # of those: right
     sampler: Sampler | None = None
-    failure: MoectlError | None = None  # an error that this answer alone has met, see `isolation`
+    failure: MoectlError | None = None  # an error of this answer alone, see `isolation`
     arrived_s: float = field(default_factory=time.perf_counter)
     admitted_s: float = 0.0
     first_s: float = 0.0
-    count: int = 0  # tokens told
-    ended: bool = False  # Done or Refused has been told; the row may live on for a step or two
+    count: int = 0  # tokens sent
+    ended: bool = False  # Done or Refused has been sent; the row may live on for a step or two
     _tokenizer: Tokenizer | None = None
     _text: TextStream | None = None
     _length: int = 0  # characters that its tokens have made so far
@@ -50,28 +50,28 @@ class Answer:
 
     @property
     def tokens(self) -> list[int]:
-        """What the model reads before it goes on: the prompt, and the answer so far where it is resumed."""
+        """What the model reads first: the prompt, and the answer so far where it is resumed."""
         return [*self.prompt, *self.request.answered]
 
     def lead(self, tokenizer: Tokenizer, sampler: Sampler) -> None:
-        """Make ready to sample and to tell."""
+        """Get ready to sample and to send events."""
         self.sampler = sampler
         self.admitted_s = time.perf_counter()
         self._tokenizer = tokenizer
         self._text = tokenizer.stream_text()
         self._stop = StopText(self.request.stop)
-        for token in self.request.answered:  # their text has been told, or is held back again
+        for token in self.request.answered:  # their text was sent, or is held back again
             piece = self._text.feed(token)
             self._length += len(piece)
             self._stop.feed(piece)
 
     def fail(self, error: MoectlError) -> None:
-        """Note an error of this answer alone; it is told in the place of what would be told next."""
+        """Note an error of this answer alone; it takes the place of the next event."""
         self.failure = self.failure or error
 
     @property
     def is_plain(self) -> bool:
-        """Whether its next token is the most probable one, and nothing else is told of the odds."""
+        """Whether its next token is the most probable one, and no log-probabilities are wanted."""
         return self.sampler is None or self.failure is not None or self.sampler.is_plain
 
     def sample(self, logprobs: mx.array, best: mx.array) -> mx.array:
@@ -89,7 +89,7 @@ class Answer:
         return logits
 
     def tell(self, token: int, finish_reason: str | None) -> Iterator[Event]:
-        """Tell one more token, and the end where it is one: by `finish_reason` or because a stop text is complete."""
+        """Yield one more token, and the end where there is one: `finish_reason`, or a complete stop text."""
         yield from self._tell_or_fail(self._tell(token, finish_reason))
 
     def _tell_or_fail(self, events: Iterator[Event]) -> Iterator[Event]:
@@ -118,11 +118,11 @@ class Answer:
 
     @property
     def has_stop(self) -> bool:
-        """Whether a stop text is complete in what was told; on the leader."""
+        """Whether a stop text is complete; on the leader."""
         return self._stop.found
 
     def end(self, finish_reason: str) -> Iterator[Event]:
-        """Tell the end of an answer that is resumed with nothing left to generate, unless that has been told."""
+        """Yield the end of a resumed answer that has nothing left to generate, unless it has ended."""
         yield from self._tell_or_fail(self._end(finish_reason))
 
     def _end(self, finish_reason: str) -> Iterator[Event]:
@@ -131,7 +131,7 @@ class Answer:
             yield self._done(finish_reason, self._stop.feed(self._text.finish()))
 
     def cancel(self) -> Iterator[Event]:
-        """Tell that it ends here, unless that has been told."""
+        """Yield the end of a cancelled answer, unless it has ended."""
         yield from self._tell_or_fail(self._cancel())
 
     def _cancel(self) -> Iterator[Event]:
@@ -139,11 +139,11 @@ class Answer:
             yield self._done("cancelled")
 
     def refuse_for(self, reason: MoectlError) -> None:
-        """Note, on every rank, why it takes no row."""
+        """Note on every rank why it takes no row."""
         self.refusal = reason
 
     def refuse(self) -> Iterator[Event]:
-        """Tell why it cannot be answered."""
+        """Yield why it cannot be answered."""
         assert self.refusal is not None
         yield self._refuse(self.refusal)
 
@@ -184,7 +184,7 @@ class Answer:
 
 
 class StopText:
-    """One answer's watch for its stop texts; the first to be complete wins, however the stream is cut into pieces."""
+    """Finds an answer's stop texts; the first complete one counts, however the text is cut into pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -192,11 +192,11 @@ class StopText:
         self.found = False
 
     def feed(self, piece: str) -> str:
-        """Return what has become final: never a stop text, nor what may be the beginning of one, nor what follows."""
+        """Return the text that is final: no stop text, no possible beginning of one, and nothing after one."""
         if self.found:
             return ""
         text = self._held + piece
-        # (end, start): of two that end together the longer one, so that no part of it is told.
+        # (end, start): of two that end together the longer one, so that no part of it is sent.
         matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches:
             self.found = True
@@ -207,7 +207,7 @@ class StopText:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """Return what was held back, once nothing follows any more."""
+        """Return the text that was held back, at the end."""
         held, self._held = self._held, ""
         return held
 
@@ -226,7 +226,7 @@ def read_prompt(request: Request, tokenizer: Tokenizer, *, vocab_size: int, max_
     tokens = _tokenize(request, tokenizer)
     if not tokens:
         raise BadField(
-            "the prompt is empty: this model adds no start token", hint="give some text", param=request.source
+            "the prompt is empty, and this model adds no start token", hint="give some text", param=request.source
         )
     for what, param, ids in (
         ("a prompt token", request.source, tokens),
@@ -241,7 +241,7 @@ def read_prompt(request: Request, tokenizer: Tokenizer, *, vocab_size: int, max_
 
 
 def measure_reach(request: Request, prompt_tokens: int, *, max_seq_len: int, kv_tokens: int | None) -> int:
-    """Return up to how many tokens prompt and answer may get: what is asked for, as far as context and memory allow.
+    """Return the most tokens that prompt and answer may have: as requested, within context and memory.
 
     Raises BadField when there is no memory for the prompt and one more token.
     """
@@ -253,17 +253,12 @@ def measure_reach(request: Request, prompt_tokens: int, *, max_seq_len: int, kv_
 def _tokenize(request: Request, tokenizer: Tokenizer) -> list[int]:
     if request.prompt_tokens is not None:
         return list(request.prompt_tokens)
-    if request.raw:
+    if request.messages is None:
         return tokenizer.encode(request.prompt)
     if not tokenizer.has_chat_template:
         raise BadField("this model has no chat template", hint=_WITHOUT_TEMPLATE, param=request.source)
-    if request.messages is not None:
-        messages = list(request.messages)
-    else:
-        messages = [{"role": "system", "content": request.system}] if request.system is not None else []
-        messages.append({"role": "user", "content": request.prompt})
     try:
-        return tokenizer.encode_chat(messages)
+        return tokenizer.encode_chat(list(request.messages))
     except BadField:
         raise
     except Exception as error:  # the template is the model's own program

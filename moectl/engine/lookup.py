@@ -1,8 +1,7 @@
-"""Foretell tokens by looking the last few up in what came before: prompt-lookup decoding's other half, without a model.
+"""Propose the next tokens from earlier ones: the lookup of prompt-lookup decoding, without a model.
 
-It proposes what followed the latest earlier occurrence of the last three tokens, or else of the last two, and keeps
-count of how often in a row it was right. It depends on the tokens alone, so every rank proposes the same; whether a
-proposal is right is for the model to say.
+It proposes the tokens after the latest earlier occurrence of the last three tokens, or else of the last two, and counts
+how often in a row it was right. It depends on the tokens alone, so every rank proposes the same; the model verifies.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ class Lookup:
 
     def __init__(self, tokens: Iterable[int]) -> None:
         self.tokens: list[int] = []
-        self.streak = 0  # how many of the latest tokens it would have foretold, one by one
-        # n-gram → where it ended last, the one at the very end left out: that one is what is looked up.
+        self.streak = 0  # how many of the latest tokens it would have proposed
+        # n-gram → where it ended last, without the one at the very end, which is looked up.
         self._ends: dict[tuple[int, ...], int] = {}
-        self._start = 0  # of what follows the occurrence found; 0: none was found
+        self._start = 0  # of the tokens after the occurrence; 0: there is none
         for token in tokens:
             self.add(token)
 
     def add(self, token: int) -> None:
-        """Append the token that has turned out to come next."""
+        """Append the next token."""
         tokens, end = self.tokens, len(self.tokens)
         self.streak = self.streak + 1 if self._start and tokens[self._start] == token else 0
         for n in _LENGTHS:
@@ -41,7 +40,7 @@ class Lookup:
     def propose(self, most: int) -> list[int]:
         """Return `most` tokens that may come next; none where the last ones are new.
 
-        Where what followed reaches the end it is taken to go round, so that a loop is foretold at any length.
+        At the end it goes on with its own proposal, so that a loop is proposed at any length.
         """
         if not self._start:
             return []

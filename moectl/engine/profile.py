@@ -1,19 +1,18 @@
-"""Where the time of a decode step goes on one rank, and which experts its router chose. It decides nothing.
+"""Where the time of a decode step goes on one rank, and which experts its router chose.
 
 The same tokens go through every rank: all but the last few as a prompt, those one by one, the first of them untimed.
-The timed steps run with barriers that ordinary steps do not have, so speeds are measured elsewhere and only the parts
-here:
+The timed steps have barriers that ordinary steps do not have, so this measures only the parts of a step, not speeds:
 
 - compute: waiting for the evaluation of what this rank adds to an exchange (attention, router, its experts), and of
   what follows the last one (norm, head). The evaluation starts when the layer's graph is built; building is not in it.
 - all-reduce: waiting for an exchange whose input is ready here. It contains waiting for the slowest rank, so the rank
-  that computes longest shows what the network costs, and on the others its work counts as theirs.
-- the rest of an ordinary step (graphs built on the host, sampling, the exchange of the token) is the difference of that
-  step's time and both. It is less than nothing where barriers cost more than it: each adds a wake-up, some 10 µs, and
+  that computes longest shows what the network costs.
+- the rest of an ordinary step (graphs built on the host, sampling, the exchange of the token) is the difference between
+  that step's time and both. It is negative where barriers cost more than the rest: each adds a wake-up, some 10 µs, and
   ends the overlap of building one layer with computing the one before.
 
-Nothing of this costs anything while no profile runs: exchanges are observed through `model.reduce`, experts through a
-stand-in that is there only as long.
+It costs no time while no profile runs: exchanges are observed through `network.exchange`, and a stand-in takes the
+place of the experts only meanwhile.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def profile(
 ) -> Iterator[Prefilled | Profiled]:
     """Run an order's tokens through the model, in step with all other ranks; caches are thrown away.
 
-    Yields Prefilled on the leader so that a long prompt shows life, and Profiled at the end on every rank.
+    Yields Prefilled on the leader, so that a long prompt shows progress, and Profiled at the end on every rank.
     """
     # Before this adds a cache of its own.
     peak_memory_bytes, peak_rss_bytes = mx.get_peak_memory(), _peak_rss_bytes()
@@ -82,7 +81,7 @@ def profile(
 
 
 class _Clock:
-    """Seconds by what this rank waited for."""
+    """Seconds that this rank waited, by reason."""
 
     def __init__(self) -> None:
         self.reset()
@@ -115,7 +114,7 @@ class _Clock:
 
 
 class _Routing:
-    """Which experts were chosen, and how the work of each choice falls on ranks."""
+    """Which experts were chosen, and how much of that work each rank has."""
 
     def __init__(self, placement: Placement, rank: int, layers: int) -> None:
         self._rank = rank
@@ -129,7 +128,7 @@ class _Routing:
 
     @property
     def pending(self) -> list[mx.array]:
-        """Choices that have been built and not yet counted."""
+        """Choices that have been built and are not counted yet."""
         return [indices for _, indices in self._seen]
 
     def saw(self, layer: int, indices: mx.array) -> None:
@@ -156,7 +155,7 @@ def _share_copies(
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return how many of each token's (T, K) experts each rank runs, (ranks, T), where experts have copies.
 
-    As in decode, where a token's choice is shared out by itself.
+    As in decode, where each token's choice is shared out separately.
     """
     work = np.zeros((ranks, experts.shape[0]))
     for token, chosen in enumerate(experts.tolist()):

@@ -1,12 +1,12 @@
 """Keep the keys and values of past answers, so that a conversation's next turn computes only what is new.
 
-Every rank keeps its own arrays and takes the same decisions: they depend on tokens, on counts of tokens, and on the
-order of calls, which is agreed; never on bytes, which differ between ranks of a pipeline. The least recently used goes
-first. It evaluates nothing and copies nothing: mlx-lm's generator copies what it is given.
+Every rank keeps its own arrays and takes the same decisions: they depend on tokens, their number, and the order of
+calls, which are the same on every rank; never on bytes, which differ between ranks of a pipeline. The least recently
+used entry goes first. Nothing is evaluated or copied here: mlx-lm's generator copies its caches.
 
-Kept values were computed in other pieces than a fresh prompt's would be (another chunk, or one by one beside other
-rows), so they agree up to rounding: in float32 the tokens are the same but for ties within some 1e-6 of a logit, in
-bfloat16 a closer tie may fall the other way. A request that must not depend on what came before asks for no cache.
+Kept values were computed in other pieces than those of a new prompt (another chunk, or one by one beside other rows),
+so they agree up to rounding: in float32 the tokens are the same but for ties within some 1e-6 of a logit, in bfloat16
+a close tie may fall the other way. A request that must not depend on earlier ones asks for no cache.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class PromptCache:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """What is kept, least recently used first."""
+        """The kept prompts, least recently used first."""
         return [entry.tokens.tolist() for entry in self._entries]
 
     def find(self, tokens: Sequence[int]) -> tuple[int, list[Any] | None]:
         """Return (n, layers) for the longest kept prefix of `tokens`, without its last token; (0, None) if too short.
 
-        What is found counts as used. The layers share the kept arrays: they may be read, not written to.
+        A found entry counts as used. The layers share the kept arrays: read them, do not write to them.
         """
         wanted = np.array(tokens[:-1], dtype=np.int32)
         lengths = [_common(entry.tokens, wanted) for entry in self._entries]
@@ -78,7 +78,7 @@ class PromptCache:
         self.shrink(room)
 
     def shrink(self, room: int) -> None:
-        """Let go of the least recently used until `room` tokens are not exceeded."""
+        """Drop the least recently used entries until no more than `room` tokens are kept."""
         while self.tokens > room:
             self._entries.pop(0)
 

@@ -1,7 +1,7 @@
 """What is asked of the model: text and parameters, as they travel from the command line to every rank.
 
-Tokens only where a measurement needs exactly this many: the worker tokenizes. No defaults for people: those are the
-command line's.
+It holds tokens only where a measurement needs an exact number: the worker tokenizes. Defaults for users are in the
+command line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_STOPS = 64  # OpenAI takes 4, editors send up to 14
 MAX_STOP_BYTES = 1024
 MAX_BIASES = 1024
 TOO_LONG = "context_length_exceeded"  # OpenAI's code; clients shorten a conversation when they meet it
-LEAST_TOP_P = 1e-6  # at most so much leaves the most probable token alone; less is none in float32
+LEAST_TOP_P = 1e-6  # at or below this only the most probable token is left; float32 knows no less
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +25,14 @@ class Request:
     """One completion; `id` counts up from 1 within a session."""
 
     id: int
-    prompt: str
+    prompt: str  # as it is, without the chat template
     max_tokens: int
-    system: str | None = None
-    raw: bool = False  # no chat template
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0
     seed: int | None = None
-    prompt_tokens: tuple[int, ...] | None = None  # token ids instead of `prompt`; neither template nor tokenizer then
+    prompt_tokens: tuple[int, ...] | None = None  # token ids instead of `prompt`
     ignore_eos: bool = False  # go on to max_tokens
-    messages: tuple[dict[str, str], ...] | None = None  # a whole conversation instead of `system` and `prompt`
+    messages: tuple[dict[str, str], ...] | None = None  # a conversation instead of `prompt`, for the chat template
     top_k: int = 0  # 0 = all
     min_p: float = 0.0
     presence_penalty: float = 0.0  # these two as OpenAI defines them, over the tokens generated so far
@@ -43,8 +41,8 @@ class Request:
     logit_bias: tuple[tuple[int, float], ...] = ()  # token id → what is added to its logit
     logprobs: int | None = None  # None: none; k: each chosen token's, and of the k most probable
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
-    # Tokens of the answer that were told before a restart; it goes on after them. `max_tokens` and the statistics'
-    # completion tokens count them too.
+    # Tokens of the answer that were sent before a restart; it goes on after them. `max_tokens` and the completion
+    # tokens of the statistics count them too.
     answered: tuple[int, ...] = ()
     cache_prompt: bool = True  # look for it in the prompt cache, and keep it there; a measurement wants neither
 
@@ -55,7 +53,7 @@ class Request:
 
     @property
     def _texts(self) -> list[str]:
-        return [self.prompt, self.system or "", *(text for m in self.messages or () for text in m.values())]
+        return [self.prompt, *(text for message in self.messages or () for text in message.values())]
 
     @property
     def source(self) -> str:
@@ -64,7 +62,7 @@ class Request:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token is always the one to choose."""
+        """Whether the most probable token is always chosen."""
         return self.temperature == 0 or self.top_p <= LEAST_TOP_P
 
     def __post_init__(self) -> None:
@@ -95,7 +93,7 @@ class Request:
 
 
 def too_long(reason: str, param: str) -> BadField:
-    """Return the error of a prompt that the context cannot hold: of one form, wherever that is found."""
+    """Return the error of a prompt that the context cannot hold."""
     return BadField(reason, hint="shorten the prompt", param=param, code=TOO_LONG)
 
 

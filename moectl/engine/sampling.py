@@ -1,8 +1,8 @@
-"""Choose one request's tokens, on the leader only: penalties, filters, temperature, and what is told of the odds.
+"""Choose one request's tokens, on the leader only: penalties, filters, temperature and log-probabilities.
 
 Nothing here waits for the device: all of it is added to the graph of the step in flight. Randomness is a key per (seed,
-number of tokens generated so far), so a seeded answer is the same alone, in any batch, and resumed after a restart.
-The filters act on the model's odds before temperature, as in mlx-lm and llama.cpp. It neither batches nor agrees.
+number of tokens generated so far), so a seeded answer is the same alone, in any batch, and after a restart. The filters
+act on the model's probabilities before temperature, as in mlx-lm and llama.cpp.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logi
 
 from moectl.engine.request import Request
 
-_WHOLE_ANSWER = 1 << 30  # mlx-lm's penalties look back so far; these look at everything
+_WHOLE_ANSWER = 1 << 30  # tokens that mlx-lm's penalties look back: all of them
 
 
 @dataclass(frozen=True, slots=True)
 class Odds:
-    """Natural log-probabilities by the model itself; arrays until somebody reads them."""
+    """Natural log-probabilities by the model itself, as arrays that are not evaluated yet."""
 
     chosen: mx.array  # (1,)
     top_ids: mx.array  # (k,), most probable first
@@ -33,8 +33,8 @@ class Odds:
 class Sampler:
     """One request's sampler; called once for every token, in order.
 
-    `hook` has to be among the row's logits processors in mlx-lm's generator where it is not None: it brings the logits
-    as the model gave them, and the tokens before.
+    Where `hook` is not None it has to be among the row's logits processors in mlx-lm's generator: it gets the model's
+    own logits, and the tokens before.
     """
 
     def __init__(self, request: Request, *, prompt_tokens: int) -> None:
@@ -62,7 +62,7 @@ class Sampler:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the most probable token is all there is to choose and to tell."""
+        """Whether only the most probable token is wanted, without log-probabilities."""
         return self._request.is_greedy and self._request.logprobs is None
 
     def __call__(self, logprobs: mx.array) -> mx.array:
@@ -73,18 +73,18 @@ class Sampler:
             return token
         odds = self._tell_odds(token)
         self._odds.append(odds)
-        # Computed with the step, because the token cannot be had without them.
+        # Computed with the step, because the token depends on them.
         bound: mx.array = mx.depends([token], [odds.chosen, odds.top_ids, odds.top])[0]
         return bound
 
     def take_odds(self) -> Odds | None:
-        """Return the odds at the oldest token not asked for yet; None where the request wants none."""
+        """Return the odds of the oldest token not taken yet; None where the request wants none."""
         return self._odds.popleft() if self._odds else None
 
     def _adjust(self, context: mx.array, logits: mx.array) -> mx.array:
         """Return the logits (1, V) with penalties; `context` holds prompt and answer so far, on the device."""
         self._raw = logits
-        logits = mx.array(logits)  # mlx-lm's processors write into what they are given
+        logits = mx.array(logits)  # mlx-lm's processors write into their argument
         for penalize in self._over_all:
             logits = penalize(context, logits)
         answer = context[self._prompt_tokens :]

@@ -1,12 +1,12 @@
-"""Decode a lone greedy row several tokens at a time: lookup proposes, one pass of the model verifies.
+"""Decode a single greedy row several tokens at a time: lookup proposes, one pass of the model verifies.
 
-Exact: a token counts only where it is what the model itself chooses. A pass over several tokens adds up in another
-order than one over a single token, so in float32 the tokens are the same but for ties within some 1e-6 of a logit; in
-bfloat16 or float16 a closer tie may fall the other way, as it may in a batch.
+It is exact: a token counts only if the model itself chooses it. A pass over several tokens adds up in another order
+than a pass over one, so in float32 the tokens are the same but for ties within some 1e-6 of a logit; in bfloat16 or
+float16 a close tie may fall the other way, as in a batch.
 
-A row is proposed as many tokens as lookup has just foretold rightly in a row, so a wrong proposal costs about what the
-right ones before it won. Every rank holds its own layers and comes to the same proposals and verdicts, from tokens that
-all have agreed on; the exchange and the control words are the engine's. It knows no other rows.
+Lookup proposes as many tokens as it was right in a row before, so a wrong proposal costs about as much as the right
+ones before it gained. Every rank holds its own layers and comes to the same proposals and verdicts, from tokens that
+all have agreed on; `agreement` exchanges them. It knows no other rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moectl.engine.lookup import Lookup
 from moectl.engine.network.dbrx import Model
 from moectl.engine.request import Request
 
-# Rightly foretold in a row before a row is taken out of the generator: that and the way back copy its keys and values.
+# Right guesses in a row before a row is taken out of the generator: both ways copy its keys and values.
 _ENTER_AFTER = 2
 # Passes without a proposal before it goes back.
 _PATIENCE = 8
@@ -32,7 +32,7 @@ _Response = GenerationBatch.Response
 
 
 def is_foreseeable(request: Request) -> bool:
-    """Return whether the most probable token by the model is all there is to choose and to tell of each token."""
+    """Return whether each token is the model's most probable one, and no log-probabilities are wanted."""
     return (
         request.is_greedy
         and request.logprobs is None
@@ -45,8 +45,8 @@ def is_foreseeable(request: Request) -> bool:
 class Speculation:
     """The row that is out of mlx-lm's generator, if there is one; its layers hold all of its tokens but the last.
 
-    `most` tokens are proposed at once (0: never any). `agree(tokens, after)` returns the leader's tokens (n,) on every
-    rank, as `leads` says who that is. All methods have to be called on the generator's stream.
+    `most` tokens are proposed at once (0: none). `agree(tokens, after)` returns the leader's tokens (n,) on every rank;
+    `leads` says whether this rank is the leader. All methods have to be called on the generator's stream.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Speculation:
         self._without = 0  # passes in a row that had no proposal
 
     def watch(self, answer: Answer) -> None:
-        """Look out for repetitions in an answer that is about to begin."""
+        """Look for repetitions in an answer that is about to begin."""
         if self._most and is_foreseeable(answer.request):
             answer.lookup = Lookup(answer.tokens)
 
@@ -78,7 +78,7 @@ class Speculation:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the row had better go on in the generator, whose steps overlap."""
+        """Whether the row should go on in the generator, whose steps overlap."""
         return self._without >= _PATIENCE
 
     def wants(self, answer: Answer) -> bool:
@@ -91,9 +91,9 @@ class Speculation:
         return self._accept([token])
 
     def verify(self) -> list[Any]:
-        """Run one pass over the last token and what is proposed to follow; return what is agreed, one token or more."""
+        """Run one pass over the last token and the proposed ones; return the tokens agreed on, one or more."""
         row, lookup = self._held()
-        # One token comes in any case, so a draft is no longer than all that may come but one.
+        # One token comes in any case, so a draft is shorter than the rest of the answer.
         draft = lookup.propose(min(self._most, lookup.streak, row.reach - len(lookup.tokens) - 1))
         self._without = 0 if draft else self._without + 1
         logits = self._model(mx.array([[lookup.tokens[-1], *draft]]), cache=self._layers)[0]
@@ -112,7 +112,7 @@ class Speculation:
         return responses
 
     def give_back(self) -> tuple[Answer, list[int], list[Any]]:
-        """Let go of the row; return it with its tokens and the layers of all of them but the last."""
+        """Give up the row; return it with its tokens and the layers of all of them but the last."""
         (row, lookup), layers = self._held(), self._layers
         self._row, self._layers = None, []
         return row, list(lookup.tokens), layers
@@ -123,7 +123,7 @@ class Speculation:
         return self._row, self._row.lookup
 
     def _accept(self, tokens: list[int]) -> list[Any]:
-        """Return what mlx-lm's generator would have told of these tokens, up to the one that ends the answer."""
+        """Return these tokens as mlx-lm's generator would, up to the one that ends the answer."""
         row, lookup = self._held()
         responses: list[Any] = []
         for count, token in enumerate(tokens, 1):

@@ -1,6 +1,6 @@
 """Prompts for measurements: random tokens that no cache has seen, and the check that none has.
 
-A prompt that was answered before is not computed again, so its time says nothing of the model's.
+A prompt that was answered before is not computed again, so its time is not the model's.
 """
 
 from __future__ import annotations

@@ -98,7 +98,6 @@ def read_completion(fields: Fields, name: str, model: Ready) -> ApiRequest:
         refuse("best_of", "is not supported beyond n", hint="leave it out")
     same = {
         "max_tokens": _read_limit(fields, model, COMPLETION_TOKENS),
-        "raw": True,
         "logprobs": None if fields.get("logprobs") is False else read_integer(fields, "logprobs", 0, MAX_LOGPROBS),
         **_read_parameters(fields, model),
     }

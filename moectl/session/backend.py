@@ -45,7 +45,7 @@ def make_connect(
     """Return the order that makes one rank join the group.
 
     `endpoints` are each rank's "ip:port" strings. The ring takes all of them; JACCL's coordinator is rank 0's first.
-    `nonce` is what the ranks of this launch know each other by.
+    `nonce` is a number that only the ranks of this launch know.
     """
     env = {"MLX_RANK": str(rank)}
     if backend == "ring":

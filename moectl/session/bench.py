@@ -1,10 +1,8 @@
 """Measure a running session: speeds in trials as a user would see them, then where the time of a token goes.
 
-Prompts are random tokens, others in every trial so that no cache has seen them, the same on every machine so that
-numbers compare; answers go on to their full length. Routing counts therefore are those of random text and of what the
-model makes of it, in the first trial. The parts of a
-token's time come from `moectl.engine.profile`, which says what each of them contains; speeds come from the trials
-alone.
+Prompts are random tokens: new ones in every trial, so that no cache has them, and the same on every machine, so that
+numbers can be compared. Answers go on to their full length. Routing counts are those of the first trial. The parts of
+a token's time come from `moectl.engine.profile`, which defines them; speeds come from the trials alone.
 """
 
 from __future__ import annotations
@@ -63,7 +61,7 @@ class RankTime:
     host: str
     compute_s: float
     all_reduce_s: float
-    other_s: float  # below zero where the profile's barriers cost more than what is hidden without them
+    other_s: float  # below zero where the profile's barriers cost more than the rest of a step
     exchanges: int  # per token
     own_experts: float  # that it runs, per token and layer
     peak_memory_bytes: int
@@ -131,7 +129,7 @@ def bench(
     predicted: Predicted | None = None,
     on_trial: Callable[[int, Trial], None] = lambda number, trial: None,
 ) -> Benchmark:
-    """Measure a session that nobody has used yet; `on_trial(number, trial)` is told each trial as it ends.
+    """Measure a session that has not been used yet; `on_trial(number, trial)` gets each trial as it ends.
 
     Raises UsageError when the model's context is too short, and what Session raises when a rank fails.
     """
@@ -154,7 +152,7 @@ def bench(
         prompt = prompts.draw(prompt_tokens)
         request = Request(2 * number, "", generation_tokens, prompt_tokens=prompt, ignore_eos=True, cache_prompt=False)
         tokens, trial = _answer(session, request)
-        # After each trial, so that both see the same weather.
+        # After each trial, so that both run under the same conditions.
         profiles.append(session.profile(Profile(2 * number + 1, [*prompt, *tokens], steps)))
         done.append(trial)
         on_trial(number, trial)

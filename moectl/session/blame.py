@@ -1,6 +1,6 @@
-"""Whose fault the end of a session is, and what to say of it: the first rank that failed by itself, by its host's name.
+"""Which rank made a session fail, and the error that says so: the first rank that failed by itself, with its host.
 
-It only reads what was heard of the workers; ending them is the session's.
+It only reads events of the workers; the session ends them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from moectl.session.worker_link import Ended, Heard, WorkerLink
 if TYPE_CHECKING:
     from moectl.session.session import RankSpec
 
-BLAME_S = 1.0  # how long to wait for the rank at fault after another one said that it lost it
+BLAME_S = 1.0  # to wait for the rank at fault, after another rank said that it lost its neighbour
 
 
 class Blame:
-    """What finds the rank at fault among a session's workers."""
+    """Finds the rank at fault among a session's workers."""
 
     def __init__(
         self, ranks: Sequence[RankSpec], links: Sequence[WorkerLink], events: queue.SimpleQueue[Heard], sleep: Sleep
@@ -33,7 +33,7 @@ class Blame:
         self._sleep = sleep
 
     def find(self, rank: int, event: Event | Ended, phase: str) -> MoectlError:
-        """Return the error of the rank at fault: the one that died or erred by itself, not those that lost it."""
+        """Return the error of the rank at fault: one that died or failed by itself, not one that lost its neighbour."""
         reports: list[tuple[int, Event | Ended]] = [(rank, event)]
         deadline = time.monotonic() + BLAME_S
         if isinstance(event, Ended) and event.silent:
@@ -43,7 +43,7 @@ class Blame:
                 other, heard = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
-            # The end of one that has already said why is no news.
+            # The end of a rank that has said why is no news.
             if isinstance(heard, Fatal | Ended) and other not in (r for r, _ in reports):
                 reports.append((other, heard))
         guilty = next((report for report in reports if not _is_about_others(report[1])), reports[0])
@@ -64,7 +64,7 @@ class Blame:
         if slept_s is not None and code in (None, LINK_LOST):
             return self.failure(
                 rank,
-                f"the worker let go while {phase}: this machine slept, or was stopped, for {slept_s:.0f} s",
+                f"the worker ended while {phase}: this machine slept, or was stopped, for {slept_s:.0f} s",
                 kind=LinkLost,
                 hint="keep it awake: 'caffeinate -i moectl …' on a Mac, 'systemd-inhibit moectl …' on Linux",
             )
@@ -73,7 +73,7 @@ class Blame:
         return self.failure(rank, f"{_describe_code(code)} while {phase}", hint=self._explain_python(rank, code))
 
     def _explain_python(self, rank: int, code: int | None) -> str | None:
-        """Return what to do when a worker could not even start: its interpreter, or what that needs, has gone."""
+        """Return what to do when a worker could not start because its interpreter or its packages have gone."""
         log = self._links[rank].log
         words = next((line for line in reversed(log) if "No module named" in line), None)
         if words is None and code not in (126, 127):
@@ -84,15 +84,15 @@ class Blame:
     def failure(
         self, rank: int, message: str, *, kind: type[MoectlError] = RemoteError, hint: str | None = None
     ) -> MoectlError:
-        """Return the error of one rank, with its last words where nothing else is of help."""
+        """Return the error of one rank, with the end of its log where there is no other hint."""
         log = list(self._links[rank].log)[-3:]
         if log and hint is None:
-            hint = "its last words: " + " | ".join(log)
+            hint = "the end of its log: " + " | ".join(log)
         return kind(f"rank {rank}: {message}", host=self._ranks[rank].host.name, hint=hint)
 
 
 def _is_about_others(event: Event | Ended) -> bool:
-    # A rank that cannot join may be without fault as well: its neighbour died.
+    # A rank that cannot join may not be at fault: its neighbour died.
     return isinstance(event, Fatal) and type(from_json(event.error)) in (PeerLost, Unreachable)
 
 
@@ -100,5 +100,5 @@ def _describe_code(code: int | None) -> str:
     if code is None:
         return "the connection to the worker was lost"
     if code == -1:
-        return "the worker was killed by a signal"  # sshd does not tell which
+        return "the worker was killed by a signal"  # sshd does not say which
     return f"the worker was killed by signal {-code}" if code < 0 else f"the worker ended with exit code {code}"

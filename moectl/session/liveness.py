@@ -1,7 +1,7 @@
-"""Is a rank alive, does the work go on, was this machine asleep: judged from beats and signs of work.
+"""Whether a rank is alive, whether work goes on and whether this machine slept: from heartbeats and signs of work.
 
-Beats are counted, not seconds: after this machine slept, or was stopped, one is missing and not many. Nothing here
-sends, waits or ends anything; `session` does.
+Heartbeats are counted, not seconds: after a sleep of this machine one is missing, not many. Nothing here sends, waits
+or ends anything; `session` does.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-MISSES = 4  # beats in a row without an answer: the rank is dead, or as good as; found within MISSES + 1 seconds
+MISSES = 4  # heartbeats in a row without an answer: the rank counts as dead, after MISSES + 1 seconds
 LOADING_MISSES = 60  # the same while weights are read and wired, perhaps without the interpreter lock
-LATE_S = 2.5  # between two beats of this machine: it was stopped, or asleep
-_AWAKE_S = 10.0  # what follows a sleep is put down to it for so long
+LATE_S = 2.5  # between two heartbeats: this machine was stopped, or slept
+_AWAKE_S = 10.0  # a failure within this time after a sleep counts as caused by it
 
 # A step times out after FACTOR × the slowest recent one of its kind, and after LEAST_S at least.
 FACTOR = 10.0
-RECENT = 64  # as many of a kind are looked at
+RECENT = 64  # steps of a kind that count
 LEAST_S = 5.0
-TEXT_CHARS_S = 200_000.0  # a second to turn this many characters into tokens, of which nothing is heard
+TEXT_CHARS_S = 200_000.0  # characters that are turned into tokens in a second; there is no event meanwhile
 
 
 class Pulse:
@@ -34,16 +34,16 @@ class Pulse:
         self._is_over = False
 
     def hear(self) -> None:
-        """Note that it said something."""
+        """Note that the rank said something."""
         self.heard_s = time.monotonic()
 
     @property
     def quiet(self) -> int:
-        """How many beats it has not answered since it last said anything."""
+        """How many heartbeats it has not answered since it last said anything."""
         return self._missed
 
     def count(self, most: int, *, asked: bool = True) -> bool:
-        """Count one beat, which wants an answer if `asked`; return, once, whether `most` in a row went without one."""
+        """Count one heartbeat, to be answered if `asked`; return True once when `most` in a row had no answer."""
         if self.heard_s != self._seen_s:
             self._missed = 0
             self._is_over = False
@@ -57,7 +57,7 @@ class Pulse:
 
 
 class Sleep:
-    """Whether this machine slept, told by its own beats; `time.monotonic` stands still while it does."""
+    """Whether this machine slept, by its own heartbeats; `time.monotonic` stops during a sleep."""
 
     def __init__(self) -> None:
         self._beat_s = _now_s()
@@ -73,7 +73,7 @@ class Sleep:
 
     @property
     def slept_s(self) -> float | None:
-        """For how long this machine was not there until a moment ago; None when it was."""
+        """How long this machine slept until a moment ago; None when it did not."""
         now_s = _now_s()
         if now_s - self._beat_s > LATE_S:
             return now_s - self._beat_s
@@ -81,17 +81,17 @@ class Sleep:
 
 
 def _now_s() -> float:
-    # Clocks that nobody sets and that go on in sleep; each system has another name for it.
+    # A clock that is never set and that runs during a sleep; its name differs between systems.
     clock = time.CLOCK_MONOTONIC if sys.platform == "darwin" else time.CLOCK_BOOTTIME
     return time.clock_gettime(clock)
 
 
 @dataclass(slots=True)
 class StepDeadline:
-    """How long to wait for the next sign of work, from how long such signs took so far.
+    """How long to wait for the next sign of work, from how long the last ones took.
 
-    Prompts are judged by their tokens, because chunks differ in size; answers by the steps themselves. What was never
-    measured gets `most_s`. `patience` stretches both after a rank was slow, and not dead.
+    Prompts are timed by token, because chunks differ in size; answers by step. Without a measurement the limit is
+    `most_s`. `patience` multiplies the limit after a rank was slow and not dead.
     """
 
     most_s: float
@@ -100,16 +100,16 @@ class StepDeadline:
     _since_s: float = field(default_factory=time.monotonic)
     _token_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # each, of a prompt's
     _step_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
-    _chars: dict[int, int] = field(default_factory=dict)  # of texts of which there was no sign yet, by request
+    _chars: dict[int, int] = field(default_factory=dict)  # of prompts without an event yet, by request
     _read: dict[int, int] = field(default_factory=dict)  # tokens read, by request, of those that are still read
 
     @property
     def is_reading(self) -> bool:
-        """Whether a prompt waits or is being read, as far as is known here."""
+        """Whether a prompt waits or is being read."""
         return bool(self._read)
 
     def expect(self, request_id: int, *, is_first: bool, chars: int = 0) -> None:
-        """Note a request with so long a text; `is_first`: there was nothing to do before it."""
+        """Note a request and the length of its text; `is_first`: there was no other work."""
         self._read[request_id] = 0
         self._chars[request_id] = chars
         if is_first:
@@ -122,7 +122,7 @@ class StepDeadline:
         took_s = self._lap()
         if new > 0:
             self._read[request_id] = tokens
-            # A few tokens take as long as a step does; what they take each says nothing of a chunk.
+            # A few tokens take as long as a step: their time per token says nothing about a chunk.
             if 2 * new >= self.chunk_tokens or not self._token_s:
                 self._token_s.append(took_s / new)
 
@@ -130,7 +130,7 @@ class StepDeadline:
         """Note a token of an answer."""
         took_s = self._lap()
         self._chars.pop(request_id, None)
-        if request_id in self._read:  # its first: it took what was left of the prompt
+        if request_id in self._read:  # its first token: it took the rest of the prompt
             del self._read[request_id]
         elif not self._read:
             self._step_s.append(took_s)
@@ -156,18 +156,18 @@ class StepDeadline:
 
     @property
     def left_s(self) -> float:
-        """What is left of `seconds`; 0 when they are over."""
+        """The rest of `seconds`; 0 when they are over."""
         return max(0.0, self._since_s + self.seconds - time.monotonic())
 
     def learn(self, token_s: float, step_s: float) -> None:
-        """Take what was measured elsewhere, of a prompt's token and of a step; 0: nothing."""
+        """Take the measured times of a prompt's token and of a step; 0 is none."""
         if token_s:
             self._token_s.append(token_s)
         if step_s:
             self._step_s.append(step_s)
 
     def forgive(self) -> None:
-        """Begin the time anew: this machine was not there to see a sign."""
+        """Begin the time again after a sleep of this machine."""
         self._since_s = time.monotonic()
 
     def _lap(self) -> float:

@@ -1,6 +1,6 @@
-"""How the workers of a session, once they run, become one group that has loaded and checked the model.
+"""How the running workers of a session become one group that has loaded and checked the model.
 
-They listen, connect, load; each phase has an end. Starting the processes, and what comes after, are the session's.
+They listen, connect and load; each phase has a time limit. The session starts the processes and uses the group.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from moectl.session.session import RankSpec
 
 INIT_EXTRA_S = 5.0
-_BEYOND = 100.0  # times too large: no figure helps
-LINK_HINT = "a link between two of them is cut, or one is very slow: 'moectl doctor --fast' looks at each"
+_BEYOND = 100.0  # × the right value: a more exact figure does not help
+LINK_HINT = "a link between two of them is cut or very slow: 'moectl doctor --fast' tests each link"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ class _Phase:
     text: str
     late: type[MoectlError] = Unreachable
     hint: str = (
-        "'moectl doctor --fast' looks at the links between them; --start-timeout allows more time. "
-        "A stranger that was quicker to connect to their ports looks the same: run it again"
+        "'moectl doctor --fast' tests the links between them; --start-timeout allows more time. "
+        "Another program may have connected to their ports first: run it again"
     )
 
 
 _STARTING = _Phase("starting")
 _CONNECTING = _Phase("connecting")
-_LOADING = _Phase("loading", hint="its disk may be too slow, or its memory too small: 'moectl doctor' looks at both")
+_LOADING = _Phase("loading", hint="its disk may be too slow, or its memory too small: 'moectl doctor' tests both")
 _CHECKING = _Phase("computing for the first time", Stalled, LINK_HINT)
 
 
@@ -75,11 +75,11 @@ class StartUp:
         self._options = options
         self._start_timeout_s = options.start_timeout_s
         self._refuse_closed = refuse_closed
-        self._early: dict[tuple[type[Any], int], Any] = {}  # events of a phase that has not begun for all
+        self._early: dict[tuple[type[Any], int], Any] = {}  # events of a phase that has not begun for all ranks
         self._gathered: dict[int, str] = {}  # a JACCL exchange under way
 
     def listen(self) -> dict[int, Listening]:
-        """Tell every worker what to open; return what each answers, of equal versions."""
+        """Tell every worker what to open; return their answers, of equal versions."""
         for rank, spec in enumerate(self._ranks):
             self._links[rank].send(
                 Start(
@@ -87,7 +87,7 @@ class StartUp:
                     len(self._ranks),
                     spec.shards,
                     list(spec.addresses),
-                    # Longer than this side waits, so that the reason is told here and not by a stack on the host.
+                    # Longer than we wait, so that our error comes first, not a stack trace on the host.
                     3 * self._start_timeout_s + INIT_EXTRA_S,
                     spec.log,
                     sum(other.host.address == spec.host.address for other in self._ranks),
@@ -101,7 +101,7 @@ class StartUp:
         return listening
 
     def load(self, kv_tokens: int | None, load_timeout_s: float, check_timeout_s: float) -> dict[int, Ready]:
-        """Let all load the model; return what each found when it computed for the first time."""
+        """Let all load the model; return what each found when it first computed."""
         for link in self._links:
             link.send(Load(kv_tokens))
         everyone = range(len(self._ranks))
@@ -128,12 +128,12 @@ class StartUp:
         for some in (range(last), range(last, last + 1)):
             for rank in some:
                 self._links[rank].send(make_connect(backend, hosts, endpoints, rank, nonce))
-            # A rank that need not wait for the last one may be connected before others are ready to be.
+            # A rank that does not wait for the last one may be connected before the others listen.
             self._collect(Connecting, some, self._start_timeout_s, _CONNECTING, early=Connected)
         self._collect(Connected, range(last + 1), self._start_timeout_s, _CONNECTING)
 
     def _check_versions(self, listening: dict[int, Listening]) -> None:
-        """Raise VersionMismatch that tells, for every package of which there are several versions, who has which."""
+        """Raise VersionMismatch where a package has several versions; it names them with their hosts."""
         differences = []
         for package in ("moectl", "mlx", "mlx-lm"):
             hosts: dict[str, list[str]] = {}
@@ -150,20 +150,20 @@ class StartUp:
         if not wrong:
             return
         first = min(event.wrong_at for event in wrong.values() if event.wrong_at is not None)
-        # After the first wrong sum everybody's input is wrong.
+        # After the first wrong sum every rank's input is wrong.
         guilty = [rank for rank, event in wrong.items() if event.wrong_at == first]
         off = max(wrong[rank].deviation for rank in guilty)
-        said = "beyond all measure" if off > _BEYOND else f"by {off:.2g} of what is right"
+        said = f"by more than {_BEYOND:g} times" if off > _BEYOND else f"by {off:.2g} of the right value"
         if len(guilty) == len(self._ranks) > 1:
             raise IntegrityError(
                 f"all ranks compute other results than when the model was sharded: off {said}",
-                hint="if mlx or the hosts are others than then, 'moectl shard --force' makes it anew; "
-                "--no-canary starts it all the same",
+                hint="if mlx or the hosts have changed since then, 'moectl shard --force' makes it again; "
+                "--no-canary starts without this check",
             )
         raise IntegrityError(
             f"rank {' and '.join(map(str, guilty))} computes wrong results: off {said} at exchange {first}",
             host=self._ranks[guilty[0]].host.name,
-            hint="'moectl deploy --verify' checks its files; if they are right, its memory or its mlx is not",
+            hint="'moectl deploy --verify' checks its files; if they are right, its memory or its mlx is at fault",
         )
 
     def _collect(
@@ -175,9 +175,9 @@ class StartUp:
         *,
         early: type[Any] | None = None,
     ) -> dict[int, Any]:
-        """Return one event of this kind from each of these ranks, within the time in all.
+        """Return one event of this kind from each of these ranks; the time limit is for all of them.
 
-        `early` is what a rank may say already; it is collected by the next phase.
+        `early` is a kind of event that a rank may send already; the next phase collects it.
         """
         deadline = time.monotonic() + timeout_s
         got = {rank: self._early.pop((kind, rank)) for rank in ranks if (kind, rank) in self._early}

@@ -1,6 +1,6 @@
-"""From a shard set or a deployment to a running session: which process, where, reading what, reachable how.
+"""From a target, a local shard set or a deployment, to a running session: one RankSpec per rank.
 
-It decides nothing about the model; it turns what is on disk or deployed into one RankSpec per rank.
+It decides nothing about the model.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def target_key(target: Target) -> str:
 
 
 def find_deployment(hosts: HostList | None) -> Deployment | None:
-    """Return the current deployment; None when there is none and no hosts are wanted either.
+    """Return the current deployment; None when there is none and no hosts are given.
 
     Raises NotDeployed when hosts are in force and the current deployment is not on exactly these.
     """
@@ -111,7 +111,7 @@ def find_deployment(hosts: HostList | None) -> Deployment | None:
             )
     if hosts.source == NAMES_ONLY:
         return complete
-    # What the file says now (addresses, devices) counts, not what it said when the shards were deployed.
+    # The hosts file counts as it is now (addresses, devices), not as it was at the deploy.
     ranks = tuple(replace(rank, host=host) for rank, host in zip(complete.ranks, hosts.hosts, strict=True))
     return replace(complete, ranks=ranks, backend=hosts.backend, envs=hosts.envs)
 
@@ -152,7 +152,7 @@ def _local_ranks(target: Local) -> list[RankSpec]:
 
 
 def share_cores(ranks: int) -> dict[str, str]:
-    """Return what keeps the BLAS threads of ranks on one machine out of each other's way: its cores, divided."""
+    """Return the variable that divides this machine's cores among the BLAS threads of its ranks."""
     if ranks == 1 or "OPENBLAS_NUM_THREADS" in os.environ:
         return {}
     return {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
@@ -186,10 +186,10 @@ def split_envs(envs: Sequence[str]) -> dict[str, str]:
 def find_addresses(hosts: Sequence[Host], remotes: Sequence[Remote]) -> list[tuple[str, ...]]:
     """Return each host's IPv4 addresses for tensor traffic: `ip=`, else the one that SSH reached it by.
 
-    sshd tells both ends of the connection in SSH_CONNECTION, so aliases and jump hosts need no guess, and this machine
-    (`localhost`) learns under which address the others see it. Raises HostsError where there is no IPv4 address.
+    sshd gives both ends of the connection in SSH_CONNECTION. So aliases and jump hosts work, and this machine
+    (`localhost`) learns the address that the others see. Raises HostsError where there is no IPv4 address.
     """
-    # A localhost among remote hosts has to know how those see it, even where they all have ip=.
+    # A localhost among remote hosts needs the address that they see, even where they all have ip=.
     need_ours = any(h.is_local and not h.ips for h in hosts) and not all(h.is_local for h in hosts)
     seen = {
         h.address: ask_addresses(r)
@@ -202,7 +202,7 @@ def find_addresses(hosts: Sequence[Host], remotes: Sequence[Remote]) -> list[tup
         for address in addresses:
             if not address or ipaddress.ip_address(address).version != 4:
                 raise HostsError(
-                    f"the ring needs an IPv4 address, and {address or 'none'} is what is known",
+                    f"the ring needs an IPv4 address, and {address or 'none'} is known",
                     host=host.name,
                     hint=f"write '{host.name} ip=10.0.0.1' with its own address in the hosts file",
                 )

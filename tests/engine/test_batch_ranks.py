@@ -41,7 +41,7 @@ def test_a_worker_obeys_the_limits_it_is_started_with(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     cut(checkpoint, make_placement(checkpoint.geometry, "hidden", 1), None, shards, name="one", quantise=quantizer)
     start = Start(0, 1, str(shards), [], 10, run=RunOptions(cache_tokens=0, prefill_step=16))
-    asked = [Request(1, "a " * 70, 40, raw=True), *(Request(n, "a " * 40, 2, raw=True) for n in (2, 3))]
+    asked = [Request(1, "a " * 70, 40), *(Request(n, "a " * 40, 2) for n in (2, 3))]
     command = [sys.executable, "-m", "moectl", "worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=process_env()) as worker:
         assert worker.stdin is not None

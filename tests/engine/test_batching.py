@@ -113,12 +113,12 @@ def test_seeds_and_penalties_give_the_same_alone_in_a_batch_and_resumed(
         assert resumed.stats(1).completion_tokens == len(alone)
 
 
-def test_a_conversation_is_the_same_as_its_parts(parts: tuple[Any, Any]) -> None:
+def test_a_conversation_goes_through_the_template(parts: tuple[Any, Any]) -> None:
     driven = Driven(parts)
     one = driven.ask(PROMPTS[0], 8, raw=False, system="Be brief.")
     messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPTS[0]})
-    two = driven.ask("", 8, raw=False, messages=messages)
-    three = driven.ask("", 8, raw=False, messages=({"role": "nobody"},))
+    two = driven.ask("", 8, messages=messages)
+    three = driven.ask("", 8, messages=({"role": "nobody"},))
     driven.run()
     assert driven.tokens(one) == driven.tokens(two)
     assert driven.stats(one).prompt_tokens == driven.stats(two).prompt_tokens
@@ -367,7 +367,7 @@ def turns(driven: Driven, max_tokens: int, first: str = PROMPTS[3], **more: Any)
     numbers = []
     for said in (first, "And then?", "Why is that so?"):
         messages.append({"role": "user", "content": said})
-        numbers.append(driven.ask("", max_tokens, raw=False, messages=tuple(messages), **more))
+        numbers.append(driven.ask("", max_tokens, messages=tuple(messages), **more))
         driven.run()
         messages.append({"role": "assistant", "content": driven.text(numbers[-1]).strip()})
     return numbers

@@ -48,7 +48,7 @@ def serve(parts: tuple[Any, Any], *orders: Generate | Cancel, prefill_step: int 
 
 
 def ask(number: int, prompt: str, max_tokens: int = 8, **more: Any) -> Generate:
-    return Generate(Request(number, prompt, max_tokens, raw=True, **more))
+    return Generate(Request(number, prompt, max_tokens, **more))
 
 
 def tokens_of(events: list[Any], number: int) -> list[int]:

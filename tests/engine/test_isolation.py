@@ -54,9 +54,7 @@ def eight(first: int, seed: int, length: int = LENGTH) -> list[Request]:
         more: dict[str, Any] = {"temperature": 0.8, "seed": index} if index % 2 else {}
         if index == BAD:
             more = {"temperature": 0.8, "seed": seed, "frequency_penalty": 0.5, "logprobs": 2, "cache_prompt": False}
-        requests.append(
-            Request(first + index, f"{'prompt ' * (index + 1)}{index}", length, raw=True, ignore_eos=True, **more)
-        )
+        requests.append(Request(first + index, f"{'prompt ' * (index + 1)}{index}", length, ignore_eos=True, **more))
     return requests
 
 
@@ -123,15 +121,15 @@ def test_an_error_ends_its_own_answer_only(place: str, session: Session, count: 
 def test_an_error_while_the_row_is_alone(session: Session, count: Count) -> None:
     for place in ("logits", "token sent"):
         count.last += 1
-        _, refused = serve(session, [Request(count.last, "alone", LENGTH, raw=True, seed=seed_of(place), logprobs=0)])
+        _, refused = serve(session, [Request(count.last, "alone", LENGTH, seed=seed_of(place), logprobs=0)])
         assert list(refused) == [0]
 
 
 def test_a_request_that_cannot_be_sent_is_no_rank_s_and_takes_no_number(shards: Path) -> None:
-    unsendable = Request(0, "a", 4, raw=True, cache_prompt=Fraction(1))  # type: ignore[arg-type]  # JSON has no fractions
+    unsendable = Request(0, "a", 4, cache_prompt=Fraction(1))  # type: ignore[arg-type]  # JSON has no fractions
 
     async def ask(controller: Controller) -> None:
-        bad, good = await controller.submit(unsendable), await controller.submit(Request(0, "b", 4, raw=True))
+        bad, good = await controller.submit(unsendable), await controller.submit(Request(0, "b", 4))
         with pytest.raises(MoectlError, match="TypeError"):
             await collect(bad)
         done = (await collect(good))[-1]

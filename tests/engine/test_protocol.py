@@ -19,8 +19,7 @@ requests = st.builds(
     id=st.integers(1, 10**9),
     prompt=st.text(),
     max_tokens=st.integers(1, 10**6),
-    system=st.none() | st.text(),
-    raw=st.booleans(),
+    messages=st.none() | st.lists(st.dictionaries(st.text(), st.text())).map(tuple),
     temperature=st.floats(0, 2),
     top_p=st.floats(0.01, 1),
     seed=st.none() | st.integers(0, 2**64 - 1),
@@ -125,7 +124,7 @@ def test_nearly_right_messages_are_refused(line: bytes) -> None:
         {"seed": -1},
         {"prompt": "\udcff"},
         {"prompt": "x" * (5 * 1024 * 1024)},
-        {"system": "\udcff"},
+        {"messages": ({"role": "system", "content": "\udcff"},)},
     ],
 )
 def test_requests_check_their_parameters(wrong: dict[str, Any]) -> None:

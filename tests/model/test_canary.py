@@ -274,8 +274,8 @@ def test_what_the_hint_about_all_ranks_says_starts_them(sets: dict[str, Path], t
         pass
     assert caught.value.exit_code == 7
     assert caught.value.hint == (
-        "if mlx or the hosts are others than then, 'moectl shard --force' makes it anew; "
-        "--no-canary starts it all the same"
+        "if mlx or the hosts have changed since then, 'moectl shard --force' makes it again; "
+        "--no-canary starts without this check"
     )
     shutil.rmtree(wrong)
     source = sets["hidden"].parent / "again"

@@ -37,7 +37,7 @@ def measure(model: Path, wanted: Wanted, prompt: str, directory: Path) -> float:
     made = prepare.shard(str(model), wanted, quantise=quantizer, directory=directory)
     manifest = read_manifest(made.directory)
     with target.open_session(target.Local(made.directory, manifest), RunOptions()) as session:
-        *_, done = session.generate(Request(1, prompt, max_tokens=8, raw=True))
+        *_, done = session.generate(Request(1, prompt, max_tokens=8))
     assert isinstance(done, Done)
     tokens = done.stats.prompt_tokens
     assert 256 < tokens <= 512

@@ -33,7 +33,7 @@ def test_defaults_are_openais() -> None:
     assert asked == openai.ApiRequest(True, asked.requests, 1, False, False, None)
     messages = ({"role": "user", "content": "hello"},)
     assert asked.requests == (Request(0, "", MODEL.max_seq_len, temperature=1.0, messages=messages),)
-    assert read_completion().requests == (Request(0, "hello", 16, temperature=1.0, raw=True),)
+    assert read_completion().requests == (Request(0, "hello", 16, temperature=1.0),)
 
 
 def test_every_field_reaches_the_request() -> None:

@@ -47,6 +47,7 @@ from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.ring import rank_env
 from tests.support.running import wait_for
 from tests.support.tiny import write_checkpoint
+from tests.support.words import ask_chat
 
 WORKER = (sys.executable, "-m", "moectl", "worker")
 
@@ -84,8 +85,8 @@ def text_of(events: list[Token | Done]) -> str:
 
 
 def test_an_answer_streams_and_repeats(session: Session) -> None:
-    first = list(session.generate(Request(1, "hello", 12)))
-    again = list(session.generate(Request(2, "hello", 12)))
+    first = list(session.generate(ask_chat(1, "hello", 12)))
+    again = list(session.generate(ask_chat(2, "hello", 12)))
     assert text_of(first) == text_of(again)
     done = first[-1]
     assert isinstance(done, Done)
@@ -96,14 +97,14 @@ def test_an_answer_streams_and_repeats(session: Session) -> None:
 
 
 def test_raw_prompts_have_no_template(session: Session) -> None:
-    done = list(session.generate(Request(3, "hello", 1, raw=True)))[-1]
+    done = list(session.generate(Request(3, "hello", 1)))[-1]
     assert isinstance(done, Done)
     assert done.stats.prompt_tokens == 5
 
 
 def test_system_prompts_count(session: Session) -> None:
-    plain = list(session.generate(Request(4, "hi", 4)))[-1]
-    with_system = list(session.generate(Request(5, "hi", 4, system="be brief")))[-1]
+    plain = list(session.generate(ask_chat(4, "hi", 4)))[-1]
+    with_system = list(session.generate(ask_chat(5, "hi", 4, system="be brief")))[-1]
     assert isinstance(plain, Done)
     assert isinstance(with_system, Done)
     assert with_system.stats.prompt_tokens > plain.stats.prompt_tokens
@@ -120,14 +121,14 @@ def test_seeds_repeat_and_differ(session: Session) -> None:
 
 def test_refusals_leave_the_session_working(session: Session) -> None:
     with pytest.raises(UsageError, match="the prompt is empty"):
-        list(session.generate(Request(10, "", 4, raw=True)))
+        list(session.generate(Request(10, "", 4)))
     with pytest.raises(UsageError, match="the model's context is 512"):
         list(session.generate(Request(11, "long " * 200, 4)))
     assert isinstance(list(session.generate(Request(12, "hello", 2)))[-1], Done)
 
 
 def test_answers_end_at_the_models_context(session: Session) -> None:
-    done = list(session.generate(Request(13, "x" * 500, 100, raw=True)))[-1]
+    done = list(session.generate(Request(13, "x" * 500, 100)))[-1]
     assert isinstance(done, Done)
     assert (done.finish_reason, done.stats.completion_tokens) == ("length", 12)
 
@@ -142,7 +143,7 @@ def test_cancel_ends_an_answer_soon(session: Session) -> None:
     assert isinstance(done, Done)
     assert done.finish_reason == "cancelled"
     assert done.stats.completion_tokens < 300
-    again = list(session.generate(Request(15, "hello", 12)))
+    again = list(session.generate(ask_chat(15, "hello", 12)))
     assert isinstance(again[-1], Done)
 
 

@@ -20,6 +20,7 @@ from moectl.shards.tokenizer import Tokenizer, open_tokenizer
 from tests.support import vocabularies
 from tests.support.tiny import write_checkpoint
 from tests.support.vocabularies import TEXTS
+from tests.support.words import ask_chat
 
 TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -109,7 +110,7 @@ def test_nothing_is_cut_and_nothing_is_padded(write: Callable[..., Path], cl100k
         open_tokenizer(directory).encode("one two three four")
         == tokenizers.Tokenizer.from_str(cl100k).encode("one two three four").ids
     )
-    prompt = read_prompt(Request(1, "one two three", 1), open_tokenizer(directory), vocab_size=9999, max_seq_len=9999)
+    prompt = read_prompt(ask_chat(1, "one two three", 1), open_tokenizer(directory), vocab_size=9999, max_seq_len=9999)
     assert len(prompt) > 9
 
 
@@ -171,7 +172,7 @@ def test_a_model_without_a_chat_template(write: Callable[..., Path], files: File
     tokenizer = open_tokenizer(write(files, chat_template=template))
     assert not tokenizer.has_chat_template
     with pytest.raises(UsageError, match="no chat template"):
-        read_prompt(Request(1, "x", 1), tokenizer, vocab_size=9999, max_seq_len=9999)
+        read_prompt(ask_chat(1, "x", 1), tokenizer, vocab_size=9999, max_seq_len=9999)
 
 
 # What ends an answer.
@@ -311,7 +312,7 @@ def test_special_tokens_may_be_split(write: Callable[..., Path]) -> None:
 def test_a_text_that_the_vocabulary_cannot_spell_is_refused() -> None:
     tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="?"))
     with pytest.raises(UsageError, match="tokenizer cannot read this text"):
-        read_prompt(Request(1, "b", 1, raw=True), Tokenizer(tokens, eos_token_ids=set()), vocab_size=9, max_seq_len=9)
+        read_prompt(Request(1, "b", 1), Tokenizer(tokens, eos_token_ids=set()), vocab_size=9, max_seq_len=9)
 
 
 # Before anything is written.

@@ -40,7 +40,7 @@ def make_requests(job: dict[str, Any]) -> list[Request]:
         max_tokens = source.randint(1, 40)
         if number % 10 == 0:
             more, prompt, max_tokens = {"ignore_eos": True}, job["prompts"][0], 20
-        requests.append(Request(number, prompt, max_tokens, raw=True, **more))
+        requests.append(Request(number, prompt, max_tokens, **more))
     return requests
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 from moectl.engine.engine import Engine
 from moectl.engine.protocol import Cancel, Done, Event, Generate, Refused, Token
 from moectl.engine.request import Request, Stats
+from tests.support.words import ask_chat
 
 
 def _text(event: Token | Done) -> str:
@@ -48,7 +49,7 @@ class Driven:
     def ask(self, prompt: str = "", max_tokens: int = 8, *, raw: bool = True, **more: Any) -> int:
         """Order an answer; return its id."""
         self._asked += 1
-        self.inbox.put(Generate(Request(self._asked, prompt, max_tokens, raw=raw, **more)))
+        self.inbox.put(Generate((Request if raw else ask_chat)(self._asked, prompt, max_tokens, **more)))
         return self._asked
 
     def cancel(self, number: int) -> None:

@@ -24,6 +24,7 @@ from moectl.engine.protocol import Done, Generate, Token
 from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
 from moectl.shards.tokenizer import open_tokenizer
+from tests.support.words import ask_chat
 
 
 def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
     )
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for number, prompt in enumerate(case["prompts"], 1):
-        inbox.put(Generate(Request(number, prompt, case["max_tokens"], raw=case["raw"])))
+        inbox.put(Generate((Request if case["raw"] else ask_chat)(number, prompt, case["max_tokens"])))
     inbox.put(None)
     accepted = 0
     answers: dict[int, list[int]] = {number: [] for number in range(1, len(case["prompts"]) + 1)}

@@ -237,7 +237,16 @@ ORDERS: list[protocol.Order] = [
     protocol.Load(4096),
     protocol.Beat(),
     protocol.Generate(
-        Request(1, "hello", 12, system="be brief", seed=7, stop=("x",), logit_bias=((5, 1.5),), prompt_tokens=(1, 2))
+        Request(
+            1,
+            "hello",
+            12,
+            messages=({"role": "user"},),
+            seed=7,
+            stop=("x",),
+            logit_bias=((5, 1.5),),
+            prompt_tokens=(1, 2),
+        )
     ),
     protocol.Generate(Request(2, "", 1, messages=({"role": "user", "content": "hi"},))),
     protocol.Profile(3, [1, 2, 3], 2),

@@ -33,6 +33,7 @@ from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.ring import process_env, rank_env
 from tests.support.running import processes, wait_for
 from tests.support.tiny import write_checkpoint
+from tests.support.words import ask_chat
 
 PACKAGE = Path(__file__).parent.parent.parent / "moectl"
 TREES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -192,7 +193,7 @@ def test_a_chat_template_is_kept_in_a_sandbox(checkpoint: Path, template: str, m
     tokenizer = open_tokenizer(checkpoint)
     said = ""
     with contextlib.suppress(UsageError):  # the template fails, or says nothing
-        said = tokenizer.decode(read_prompt(Request(1, "hi", 1), tokenizer, vocab_size=VOCAB_SIZE, max_seq_len=100_000))
+        said = tokenizer.decode(read_prompt(ask_chat(1, "hi", 1), tokenizer, vocab_size=VOCAB_SIZE, max_seq_len=10**5))
     assert not (checkpoint / "mark").exists()
     assert "root:" not in said
     assert "<class" not in said
