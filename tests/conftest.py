@@ -56,6 +56,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.parent.name == "system" or SYSTEM_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("system")
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("no_cover")  # many examples of few lines: counting takes thrice as long
     items.sort(key=lambda item: -LONG_FILES.get(item.path.stem, 0))
 
 

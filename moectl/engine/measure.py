@@ -93,8 +93,10 @@ Tell = Callable[[int], None]  # a token that was generated
 
 
 def measure(job: Job, group: Group, tell: Tell = lambda token: None) -> list[Speed]:
-    """Measure each of a job's placements; every rank returns the same. Tokens are told as a worker would tell them.
-    Raises PlanError without enough memory."""
+    """Measure each of a job's placements; every rank returns the same.
+
+    Tokens are told as a worker would tell them. Raises PlanError without enough memory.
+    """
     speeds = []
     for placement in job.placements:
         speeds.append(_Bench(placement, job, group, tell).measure())

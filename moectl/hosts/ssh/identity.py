@@ -260,6 +260,7 @@ def _read_certificate(blob: bytes) -> SSHCertificate | None:
 
 
 def is_user_certificate(blob: bytes) -> bool:
+    """Return whether a public key is a certificate for a user."""
     found = _read_certificate(blob)
     return found is not None and found.type is SSHCertificateType.USER
 
