@@ -144,10 +144,10 @@ def four_hosts(netns: Cluster, hostfile: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def deployed(
     netns_session: Cluster, hostfile: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """The variables under which one set, of hidden units, is deployed to the four hosts for all tests here."""
     home = tmp_path_factory.mktemp("deployed")
-    env = {"XDG_STATE_HOME": str(home / "state"), "XDG_DATA_HOME": str(home / "data")}
+    env: dict[str, Any] = {"XDG_STATE_HOME": str(home / "state"), "XDG_DATA_HOME": str(home / "data")}
     env |= {"MOECTL_SSH_CONFIG": str(netns_session.config), "MOECTL_DEPLOY_NO_CHECK": "1"}
     at = ("--hostfile", str(hostfile))
     moectl("shard", str(model), *at, "--split", "hidden", "-q", **env)
@@ -180,7 +180,7 @@ def test_four_hosts_answer_like_one_process(
 
 @pytest.mark.netns
 def test_a_probe_measures_deployed_hosts_and_bench_compares(
-    four_hosts: Path, model: Path, alone: str, deployed: dict[str, str]
+    four_hosts: Path, model: Path, alone: str, deployed: dict[str, Any]
 ) -> None:
     at = ("--hostfile", str(four_hosts))
     assert moectl(*PROMPT, *at, **deployed).stdout == alone
@@ -195,7 +195,7 @@ def test_a_probe_measures_deployed_hosts_and_bench_compares(
 
 
 @pytest.mark.netns
-def test_ctrl_c_leaves_nothing_on_any_host(four_hosts: Path, netns: Cluster, deployed: dict[str, str]) -> None:
+def test_ctrl_c_leaves_nothing_on_any_host(four_hosts: Path, netns: Cluster, deployed: dict[str, Any]) -> None:
     command = [*MOECTL, "run", "tell me everything", "-m", "480", "--hostfile", str(four_hosts)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env(**deployed))
     assert process.stdout is not None
@@ -209,7 +209,7 @@ def test_ctrl_c_leaves_nothing_on_any_host(four_hosts: Path, netns: Cluster, dep
 
 
 @pytest.mark.netns
-def test_a_dead_host_is_named(four_hosts: Path, netns: Cluster, deployed: dict[str, str]) -> None:
+def test_a_dead_host_is_named(four_hosts: Path, netns: Cluster, deployed: dict[str, Any]) -> None:
     netns.unplug(2)
     done = moectl(*PROMPT, "--hostfile", str(four_hosts), check=5, **deployed)
     assert "\nError: node2: " in done.stderr
