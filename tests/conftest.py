@@ -15,6 +15,7 @@ import pytest
 from moectl.hosts.hostfile import Host
 from tests.support.netns import Cluster, run_cluster
 from tests.support.sshd import SSHD, Server, run_sshd
+from tests.support.starting import starts_processes
 
 KEPT = ("MOECTL_TEST_",)
 
@@ -30,8 +31,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # First, so that none of them begins when all others are done: seconds on two cores.
 LONG_FILES = {"test_end_to_end": 130, "test_deploy": 110, "test_controllers": 90, "test_lockstep": 80, "test_crash": 60}
-# Each of them starts the whole program, or a host to log in to.
-SYSTEM_FIXTURES = {"netns_session", "sshd_session"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,8 +53,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     for item in items:
-        if item.path.parent.name == "system" or SYSTEM_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if item.path.parent.name == "system" or starts_processes(item):
             item.add_marker("system")
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("no_cover")  # many examples of few lines: counting takes thrice as long
     items.sort(key=lambda item: -LONG_FILES.get(item.path.stem, 0))
 
 

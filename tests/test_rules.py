@@ -35,6 +35,32 @@ USERS = {
     "tokenizers": ["engine", "shards", "demo"],
 }
 
+# A module fits in one sitting and is worth opening. What is longer or shorter today, and why; the list only gets fewer.
+MOST_LINES, LEAST_LINES = 400, 40
+LONGER = "to be divided"
+SIZES = {
+    "cli.verbs.setup": LONGER,
+    "cluster.deploy.provision": LONGER,
+    "cluster.doctor.host": LONGER,
+    "cluster.setup.plan": LONGER,
+    "engine.engine": LONGER,
+    "engine.measure": LONGER,
+    "engine.worker": LONGER,
+    "hosts.hostfile": LONGER,
+    "hosts.onhost.files": LONGER,
+    "hosts.remote": LONGER,
+    "hosts.ssh.remote": LONGER,
+    "planner.plan": LONGER,
+    "server.http": LONGER,
+    "server.openai": LONGER,
+    "shards.build": LONGER,
+    "cli.roff": "what manual pages and only they are written in",
+    "engine.network.fingerprint": "what the canary and the witness both compute",
+    "engine.unseen": "prompts for measurements, which the bench and the profile share",
+    "model.catalog": "the list of known models, which grows",
+    "paths": "the one place that knows where files of moectl are",
+}
+
 
 def is_below(module: str, place: str) -> bool:
     return module == place or module.startswith(f"{place}.")
@@ -100,6 +126,24 @@ def test_every_module_says_what_it_is() -> None:
         text = ast.get_docstring(tree)
         assert text, f"{name} has no docstring"
         assert text.split("\n\n")[0].endswith("."), f"{name} does not begin with a sentence"
+
+
+def test_a_module_is_neither_long_nor_tiny() -> None:
+    """A package's __init__ is no module of its own; the demo is a program beside moectl."""
+    found = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in files().items()}
+    odd = {name: lines for name, lines in found.items() if not LEAST_LINES <= lines <= MOST_LINES}
+    assert {name: lines for name, lines in odd.items() if name not in SIZES} == {}, "divide it, or join it to another"
+    sys.stdout.writelines(f"{name}: {lines} lines, {SIZES[name]}\n" for name, lines in sorted(odd.items()))  # with -rP
+    assert SIZES.keys() - odd.keys() == set(), "these are of the right size now: take them from the list"
+
+
+def files() -> dict[str, Path]:
+    """Return the file of every module but packages' __init__ and the demo."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py" and "demo" not in path.parts
+    }
 
 
 def test_packages_export_nothing() -> None:

@@ -207,10 +207,10 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """Where a rank's time goes in one decode step, and what its router chose; see `moectl.engine.profile` for each
-    figure.
+    """Where a rank's time goes in one decode step, and what its router chose.
 
-    Times are means over the steps, `compute_s` and `all_reduce_s` also sums over a step's layers.
+    See `moectl.engine.profile` for each figure. Times are means over the steps, `compute_s` and `all_reduce_s` also
+    sums over a step's layers.
     """
 
     id: int

@@ -72,6 +72,7 @@ class Need:
 
 
 def judge(need_bytes: int, budget_bytes: int) -> Verdict:
+    """Return whether a need fits into a budget, both in bytes."""
     if need_bytes > budget_bytes:
         return Verdict.TOO_MUCH
     return Verdict.FITS if need_bytes <= COMFORTABLE * budget_bytes else Verdict.BORDERLINE
@@ -167,13 +168,13 @@ class _Tensors:
         return projections + (2 + geometry.n_experts) * geometry.d_model * self.dtype_bytes
 
     def expert(self) -> int:
-        """The part of one expert in one layer."""
+        """Return the part of one expert in one layer."""
         start, stop = self.placement.hidden(self.rank)
         d_model = self.placement.geometry.d_model
         return 2 * self._matrix(stop - start, d_model) + self._matrix(d_model, stop - start)
 
     def loading_bytes(self) -> int:
-        """What is held twice while types are converted: a layer's worth on a CPU, nothing on a GPU."""
+        """Return what is held twice while types are converted: a layer's worth on a CPU, nothing on a GPU."""
         if self.dtype_bytes == METAL_DTYPE_BYTES:
             return 0
         stored = _Tensors(self.placement, self.quantization, self.rank, METAL_DTYPE_BYTES)

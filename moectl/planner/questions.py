@@ -70,7 +70,7 @@ class PlanTask:
     shares: tuple[int, ...] | None
 
     def solve(self) -> AnsweredPlan:
-        """Raises PlanError where nothing can be placed."""
+        """Make the plan. Raises PlanError where nothing can be placed."""
         return AnsweredPlan(self.model, self.question, make_plan(self.question, self.split, shares=self.shares))
 
 

@@ -25,6 +25,7 @@ def _status(error: BaseException) -> int:
 
 
 def retry_after_s(error: BaseException) -> float:
+    """Return how long the Hub asks to wait, 0 where it does not say."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     try:
         return max(0.0, float(headers.get("Retry-After", 0)))
@@ -33,6 +34,7 @@ def retry_after_s(error: BaseException) -> float:
 
 
 def may_pass(error: Exception) -> bool:
+    """Return whether the same request may succeed a little later."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):

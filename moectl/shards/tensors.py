@@ -324,6 +324,7 @@ def read_header(path: Path, file: str) -> dict[str, StoredTensor]:
 
 
 def header_length(start: bytes, file: str, size: int) -> int:
+    """Return the length of a safetensors file's header. Raises IntegrityError where it cannot be right."""
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length < 2:
         raise _damaged(file, "it has no header")

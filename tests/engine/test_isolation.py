@@ -152,13 +152,13 @@ def test_a_poisoned_answer_is_not_replayed_after_a_restart(shards: Path) -> None
             super().submit(request)
 
     async def ask(controller: Controller) -> None:
-        answers = [await controller.submit(request) for request in eight(0, seed_of("detokenizer"), 400)]
+        answers = [await controller.submit(request) for request in eight(0, seed_of("detokenizer"), 150)]
         with pytest.raises(MoectlError, match="internal error in this request: TypeError: poison"):
             await collect(answers[BAD])
         assert controller.health().restarts == 0
         os.kill(controller._session._links[1].pid or 0, signal.SIGKILL)
         others = [await collect(answer) for index, answer in enumerate(answers) if index != BAD]
-        assert all(len([e for e in events if isinstance(e, Token)]) == 400 for events in others)
+        assert all(len([e for e in events if isinstance(e, Token)]) == 150 for events in others)
         assert controller.health().restarts == 1
 
     control(shards, ask, Spied)

@@ -126,7 +126,6 @@ def test_a_shell_that_prints_without_end_is_not_heard_to_the_end(
         remote.close()
 
 
-@pytest.mark.system
 @pytest.mark.parametrize(
     ("ip", "size"),
     [

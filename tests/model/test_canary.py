@@ -145,7 +145,6 @@ def test_a_damaged_one_is_refused(sets: dict[str, Path], change: str) -> None:
             parse_manifest(json.dumps(raw), Path("moectl.json"))
 
 
-@pytest.mark.system
 def test_an_older_one_is_checked_as_it_was_made(
     sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +258,6 @@ def damage(directory: Path, out: Path, file: str) -> Path:
         ("layers", "rank-0/layer-001.safetensors", "host0: rank 0 computes wrong results"),
     ],
 )
-@pytest.mark.system
 def test_the_rank_at_fault_is_named(sets: dict[str, Path], tmp_path: Path, split: str, file: str, guilty: str) -> None:
     wrong = damage(sets[split], tmp_path / "wrong", file)
     with pytest.raises(IntegrityError, match=guilty) as caught, Session(specs(wrong)):
@@ -267,7 +265,6 @@ def test_the_rank_at_fault_is_named(sets: dict[str, Path], tmp_path: Path, split
     assert caught.value.exit_code == 7
 
 
-@pytest.mark.system
 def test_what_the_hint_about_all_ranks_says_starts_them(sets: dict[str, Path], tmp_path: Path) -> None:
     wrong = damage(sets["hidden"], tmp_path / "wrong", "common/layer-001.safetensors")
     with pytest.raises(IntegrityError, match="all ranks compute other results") as caught, Session(specs(wrong)):

@@ -167,7 +167,7 @@ def test_a_session_keeps_its_promise_and_its_log_and_leaves_no_process(shards: P
         started = worker_pids() - before
         assert len(started) == 2
         list(session.generate(Request(1, "a secret prompt", 3)))
-        done = list(session.generate(Request(2, "x" * 490, 100, raw=True)))[-1]
+        done = list(session.generate(Request(2, "x" * 490, 100)))[-1]
         assert isinstance(done, Done)
         assert (done.finish_reason, done.stats.completion_tokens) == ("length", 10)
         next(session.generate(Request(3, "hello", 400)))

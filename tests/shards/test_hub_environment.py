@@ -20,6 +20,7 @@ import pytest
 from moectl.shards.hub_environment import explain_certificates
 from moectl.shards.hub_errors import hub_error
 from tests.support.hub import Fault, Hub, _Handler
+from tests.support.ring import process_env
 from tests.support.sshd import find_free_port
 
 DEMO = Path(__file__).parent.parent.parent / "moectl/demo/moectl-demo"
@@ -34,12 +35,23 @@ def hub() -> Iterator[Hub]:
     server.close()
 
 
+# moectl, which waits less before it tries again.
+QUICK = """
+import sys
+from moectl.__main__ import main
+from moectl.shards import hub
+hub._RETRY_WAITS_S = (0.01,) * len(hub._RETRY_WAITS_S)
+sys.argv[0] = "moectl"
+main()
+"""
+
+
 def moectl(hub: Hub, home: Path, *argv: str, **variables: str | None) -> tuple[int, str, str]:
     """Run a command with these variables (None: without it); return its exit code, what it printed and its errors."""
-    env: dict[str, str | None] = {k: v for k, v in os.environ.items() if k.lower() not in map(str.lower, HIDDEN)}
+    env: dict[str, str | None] = {k: v for k, v in process_env().items() if k.lower() not in map(str.lower, HIDDEN)}
     env |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
     done = subprocess.run(
-        [sys.executable, "-m", "moectl", *argv],
+        [sys.executable, "-c", QUICK, *argv],
         env={k: v for k, v in env.items() if v is not None},
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from moectl.errors import CheckpointError, IntegrityError
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.tokenizer_files import KNOWN, KNOWN_VOCABULARY, fetch_tokenizer
 from tests.support.hub import Hub
+from tests.support.ring import process_env
 from tests.support.sshd import Server
 from tests.support.tiny import write_checkpoint, write_words
 
@@ -36,7 +36,7 @@ def hub() -> Iterator[Hub]:
 def moectl(home: Path, *argv: str, hub: Hub | None = None, code: int = 0, env: dict[str, str] | None = None) -> str:
     """Run a command that ends with this code; return its stdout, or its errors when it is not 0."""
     there = {"HF_ENDPOINT": hub.endpoint} if hub else {"HF_HUB_OFFLINE": "1"}
-    variables = {**os.environ, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", **there, **(env or {})}
+    variables = {**process_env(), "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", **there, **(env or {})}
     if hub:
         variables.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(

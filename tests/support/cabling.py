@@ -1,5 +1,7 @@
-"""Write what macOS's tools would print about Macs that are cabled in a given way; the layout is that of
-tests/recordings/thunderbolt. It is no parser and knows nothing of moectl's."""
+"""Write what macOS's tools would print about Macs that are cabled in a given way.
+
+The layout is that of tests/recordings/thunderbolt. It is no parser and knows nothing of moectl's.
+"""
 
 from __future__ import annotations
 

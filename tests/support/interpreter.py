@@ -1,5 +1,7 @@
-"""An interpreter of its own directory that imports this source tree, for hosts of the tests: the tree under test need
-not be the one that is installed."""
+"""An interpreter of its own directory that imports this source tree, for hosts of the tests.
+
+The tree under test need not be the one that is installed.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ MOECTL = (sys.executable, "-m", "moectl")
 PROMPT = ("run", "the quick brown fox", "-m", "32")
 
 
-def moectl(*words: str, check: int | None = 0, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+def moectl(*words: str, check: int | None = 0, stdin: str = "", **env: Any) -> subprocess.CompletedProcess[str]:
     """Run moectl as a process of its own and check its exit code."""
     done = subprocess.run(
         [*MOECTL, *words], capture_output=True, text=True, input=stdin, env=process_env(**env), timeout=300, check=False
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The answer of one process."""
     data = str(tmp_path_factory.mktemp("alone"))
-    return moectl(*PROMPT, "--local", "1", "--model", str(model), XDG_DATA_HOME=data).stdout
+    return moectl(*PROMPT, "--local", "1", "--keep-alive", "0", "--model", str(model), XDG_DATA_HOME=data).stdout
 
 
 def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: str, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_damaged_file_among_several_while_threads_read_the_others(tmp_path: Pa
     write_words(write_checkpoint(tmp_path / "model", files=6))
     first = sorted((tmp_path / "model").glob("*.safetensors"))[0]
     first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])
-    for _ in range(10):
+    for _ in range(4):
         assert "is damaged" in check(["shard", str(tmp_path / "model"), "-n", "1", "--dry-run"], 7)
 
 

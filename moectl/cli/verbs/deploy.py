@@ -57,6 +57,7 @@ def _outcome(result: HostResult) -> str:
 
 
 def deploy_json(result: DeployResult, name: str, *, dry_run: bool) -> dict[str, Any]:
+    """Return the document of --json."""
     hosts = [
         {
             "rank": r.rank,

@@ -57,6 +57,7 @@ def summary_text(diagnosis: Diagnosis) -> str:
 
 
 def doctor_json(diagnosis: Diagnosis, *, fast: bool) -> dict[str, Any]:
+    """Return the document of --json."""
     return {
         "schema": SCHEMA,
         "source": diagnosis.source,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def list_text(listing: Listing, *, width: int | None = None) -> str:
+    """Return the tables of `moectl list`, `width` columns wide (None: as wide as the terminal)."""
     width = width or columns()
     parts = []
     if listing.sets:

@@ -37,6 +37,7 @@ def line_json(line: LogLine) -> dict[str, Any]:
 
 
 def logs_json(lines: list[LogLine], failed: dict[str, MoectlError]) -> dict[str, Any]:
+    """Return the document of --json."""
     errors = [{"host": host, "error": error_json(error)} for host, error in failed.items()]
     return {"schema": "moectl.logs/1", "lines": [line_json(line) for line in lines], "failed": errors}
 

@@ -39,6 +39,7 @@ class Finding:
 
 
 def ok(check: str, text: str, **values: Any) -> Finding:
+    """Return a finding that all is well."""
     return Finding(check, Level.OK, text, None, values)
 
 
@@ -63,6 +64,7 @@ def fail_with(check: str, error: MoectlError, fix: str | None = None) -> Finding
 
 
 def worst(findings: Iterable[Finding]) -> Level:
+    """Return the worst level; OK where there are no findings."""
     return max((finding.level for finding in findings), default=Level.OK)
 
 

@@ -83,6 +83,7 @@ class Record:
 
 
 def record_path() -> Path:
+    """Return the file with the steps that setup has made on this machine."""
     return state_dir() / "setup.jsonl"
 
 

@@ -84,6 +84,7 @@ def find_topology(hosts: Sequence[Sequence[Port]]) -> Topology:
 
 
 def ring_pairs(order: Sequence[int]) -> tuple[Pair, ...]:
+    """Return the pairs of neighbours in a ring of hosts in this order."""
     return tuple(_pair(place, order[(index + 1) % len(order)]) for index, place in enumerate(order))
 
 

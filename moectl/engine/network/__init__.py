@@ -1,2 +1,4 @@
-"""DBRX for MLX: the network (`dbrx`), its stacked experts (`experts`), the sum over ranks (`reduce`), and loading a
-rank's part of a shard set (`load`). It knows nothing of sampling, prompts or processes."""
+"""DBRX for MLX: the network, its stacked experts, the sum over ranks, and loading a rank's part of a shard set.
+
+It knows nothing of sampling, prompts or processes.
+"""

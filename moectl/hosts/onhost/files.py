@@ -173,6 +173,7 @@ def refuse_links_outside(directory: str) -> None:
 
 
 def read_text(path: str) -> str:
+    """Return the text of a file; empty where it cannot be read."""
     try:
         with open(path, encoding="utf-8") as f:
             return f.read()
@@ -223,6 +224,7 @@ def make_stamp(status: os.stat_result, sha256: str) -> list[Any]:
 
 
 def size_of(path: str) -> int:
+    """Return the bytes of a file; 0 where there is none."""
     try:
         return os.stat(path).st_size
     except OSError:

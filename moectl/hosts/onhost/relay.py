@@ -64,7 +64,7 @@ class Server:
     """Sends files, by their SHA-256, to each peer that knows an admitted token."""
 
     def __init__(self, *, patience_s: float = HANDSHAKE_S) -> None:
-        """A new connection has `patience_s` to prove that it knows a token."""
+        """Give each new connection `patience_s` to prove that it knows a token."""
         self._patience_s = patience_s
         self._tokens: set[bytes] = set()
         self._files: dict[bytes, tuple[str, int]] = {}

@@ -29,6 +29,7 @@ def read_certificate(blob: bytes) -> SSHCertificate:
 
 
 def is_user_certificate(blob: bytes) -> bool:
+    """Return whether a public key is a certificate for a user."""
     with contextlib.suppress(ValueError, UnsupportedAlgorithm):
         return read_certificate(blob).type is SSHCertificateType.USER
     return False
