@@ -37,24 +37,7 @@ USERS = {
 
 # A module fits in one sitting and is worth opening. What is longer or shorter today, and why; the list only gets fewer.
 MOST_LINES, LEAST_LINES = 400, 40
-LONGER = "to be divided"
 SIZES = {
-    "cli.verbs.setup": LONGER,
-    "cluster.deploy.provision": LONGER,
-    "cluster.doctor.host": LONGER,
-    "cluster.setup.plan": LONGER,
-    "engine.engine": LONGER,
-    "engine.measure": LONGER,
-    "engine.worker": LONGER,
-    "hosts.hostfile": LONGER,
-    "hosts.onhost.files": LONGER,
-    "hosts.remote": LONGER,
-    "hosts.ssh.remote": LONGER,
-    "planner.plan": LONGER,
-    "server.http": LONGER,
-    "server.openai": LONGER,
-    "shards.build": LONGER,
-    "cli.roff": "what manual pages and only they are written in",
     "engine.network.fingerprint": "what the canary and the witness both compute",
     "engine.unseen": "prompts for measurements, which the bench and the profile share",
     "model.catalog": "the list of known models, which grows",
