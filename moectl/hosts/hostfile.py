@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moectl.errors import HostsError
 from moectl.hosts.mlx_rows import read_mlx
@@ -241,36 +242,22 @@ def _apply_keys(host: Host, values: Mapping[str, str], where: str) -> Host:
                 f"{where}: rdma has an empty name", hint="write rdma=-,rdma_en2 or rdma=-,rdma_en2+rdma_en3"
             )
     price = _check_price(values["price"], where) if "price" in values else None
-    return _complete(
-        replace(host, chip=values.get("chip"), price=price),
-        where,
-        ips=values["ip"].split(",") if "ip" in values else (),
-        rdma=rdma,
-        memory=values.get("memory"),
-        python=values.get("python"),
-        dir=values.get("dir"),
-    )
+    host = replace(host, chip=values.get("chip"), price=price)
+    ips = values["ip"].split(",") if "ip" in values else ()
+    return _complete(host, {**values, "ips": ips, "rdma": rdma}, where)
 
 
-def _complete(
-    host: Host,
-    where: str,
-    *,
-    ips: Sequence[str],
-    rdma: tuple[str | None, ...],
-    memory: str | None,
-    python: str | None,
-    dir: str | None,
-) -> Host:
-    """Return a host with what both kinds of file may say of it, checked."""
+def _complete(host: Host, row: Mapping[str, Any], where: str) -> Host:
+    """Return a host with what both kinds of file may say about it, checked: ips, rdma, memory, python, dir."""
+    memory, python, root = (row.get(key) for key in ("memory", "python", "dir"))
     try:
         size = None if memory is None else parse_size(memory)
     except HostsError as error:
         raise HostsError(f"{where}: memory: {error.message}", hint=error.hint) from None
-    for key, value in (("python", python), ("dir", dir)):
+    for key, value in (("python", python), ("dir", root)):
         _check_path(key, value, where)
-    addresses = tuple(_check_ip(ip, where) for ip in ips)
-    return replace(host, ips=addresses, rdma=rdma, memory_bytes=size, python=python, dir=dir)
+    ips = tuple(_check_ip(ip, where) for ip in row["ips"])
+    return replace(host, ips=ips, rdma=row["rdma"], memory_bytes=size, python=python, dir=root)
 
 
 def _check_ip(text: str, where: str) -> str:
@@ -374,8 +361,8 @@ def _parse_json(text: str, source: str) -> HostList:
     hosts = []
     for number, row in enumerate(rows):
         where = f"{source}: hosts[{number}]"
-        host = _parse_address(_bracket(row.pop("ssh")), where)
-        hosts.append(_complete(host, where, **row))
+        host = _complete(_parse_address(_bracket(row["ssh"]), where), row, where)
+        hosts.append(host)
         _refuse_duplicate(host, seen, number + 1, where)
     return _check_list(HostList(tuple(hosts), backend, envs, source))
 

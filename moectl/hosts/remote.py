@@ -157,10 +157,9 @@ class LocalRemote:
     ) -> Completed:
         try:
             child = self._spawn(argv, None)
-        except FileNotFoundError as error:
-            done = Completed(NOT_FOUND, b"", f"{argv[0]}: {error.strerror}".encode())
         except OSError as error:
-            done = Completed(126, b"", f"{argv[0]}: {error.strerror}".encode())
+            code = NOT_FOUND if isinstance(error, FileNotFoundError) else 126
+            done = Completed(code, b"", f"{argv[0]}: {error.strerror}".encode())
         else:
             done = self._finish(child, argv, stdin, timeout_s, hold_stdin)
         return check_completed(done, argv, self.name) if check else done

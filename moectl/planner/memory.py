@@ -96,7 +96,7 @@ def rank_need(
 
     `dtype_bytes` is the size of the type that it calculates in; scales and weights that are not packed have it too.
     """
-    tensors = _Tensors(placement, quantization, rank, dtype_bytes)
+    tensors = RankTensors(placement, quantization, rank, dtype_bytes)
     return Need(
         weights=tensors.all_bytes(),
         kv=kv_bytes(placement, rank, context, concurrency, dtype_bytes),
@@ -115,20 +115,6 @@ def kv_bytes(placement: Placement, rank: int, context: int, concurrency: int, dt
     return (last - first) * 2 * (high - low) * placement.geometry.head_dim * dtype_bytes * tokens
 
 
-@dataclass(frozen=True, slots=True)
-class LayerBytes:
-    """The bytes that one layer of a rank has to read: for each token, and for each expert that it computes."""
-
-    attention: int
-    expert: int
-
-
-def layer_bytes(placement: Placement, quantization: Quantization | None, rank: int, dtype_bytes: int) -> LayerBytes:
-    """Return what a rank reads of a layer that it holds."""
-    tensors = _Tensors(placement, quantization, rank, dtype_bytes)
-    return LayerBytes(tensors.attention(), tensors.expert())
-
-
 def head_bytes(geometry: Geometry, quantization: Quantization | None, dtype_bytes: int = METAL_DTYPE_BYTES) -> int:
     """Return the bytes of the head, which its rank reads for each token."""
     return matrix_bytes(geometry.vocab_size, geometry.d_model, quantization, dtype_bytes)
@@ -144,7 +130,9 @@ def matrix_bytes(rows: int, columns: int, quantization: Quantization | None, dty
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensors:
+class RankTensors:
+    """The bytes of a rank's tensors in memory, which are also those that it reads for a token."""
+
     placement: Placement
     quantization: Quantization | None
     rank: int
@@ -153,11 +141,12 @@ class _Tensors:
     def all_bytes(self) -> int:
         geometry = self.placement.geometry
         first, last = self.placement.layers(self.rank)
-        layer = self.attention() + len(self.placement.experts_of(self.rank)) * self.expert()
+        layer = self.attention + len(self.placement.experts_of(self.rank)) * self.expert
         ends = self.placement.holds_embedding(self.rank) + self.placement.holds_head(self.rank)
         norm = geometry.d_model * self.dtype_bytes
         return (last - first) * layer + ends * head_bytes(geometry, self.quantization, self.dtype_bytes) + norm
 
+    @property
     def attention(self) -> int:
         """Attention, router and norms of a layer."""
         geometry = self.placement.geometry
@@ -167,6 +156,7 @@ class _Tensors:
         projections = self._matrix(heads + kv, geometry.d_model) + self._matrix(geometry.d_model, heads)
         return projections + (2 + geometry.n_experts) * geometry.d_model * self.dtype_bytes
 
+    @property
     def expert(self) -> int:
         """Return the part of one expert in one layer."""
         start, stop = self.placement.hidden(self.rank)
@@ -177,11 +167,11 @@ class _Tensors:
         """Return what is held twice while types are converted: a layer's worth on a CPU, nothing on a GPU."""
         if self.dtype_bytes == METAL_DTYPE_BYTES:
             return 0
-        stored = _Tensors(self.placement, self.quantization, self.rank, METAL_DTYPE_BYTES)
+        stored = RankTensors(self.placement, self.quantization, self.rank, METAL_DTYPE_BYTES)
         outer = (self.placement.holds_embedding(self.rank) + self.placement.holds_head(self.rank)) * head_bytes(
             self.placement.geometry, self.quantization, METAL_DTYPE_BYTES
         )
-        return max(outer, stored.attention() + len(self.placement.experts_of(self.rank)) * stored.expert())
+        return max(outer, stored.attention + len(self.placement.experts_of(self.rank)) * stored.expert)
 
     def _matrix(self, rows: int, columns: int) -> int:
         return matrix_bytes(rows, columns, self.quantization, self.dtype_bytes)

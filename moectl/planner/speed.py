@@ -33,7 +33,7 @@ from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
 from moectl.planner.calibration import DEFAULT, Calibration, LinkCost
 from moectl.planner.measured import Speed
-from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, head_bytes, layer_bytes
+from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, RankTensors, head_bytes
 
 GATHER_BELOW_BYTES = 64 * 1024  # as in `engine.network.exchange`, which needs mlx
 TOKEN_BYTES = 12  # the agreed vector: a token and two control words
@@ -223,10 +223,10 @@ class _Model:
     def _node_time(self, rank: int, experts: float, tokens: int) -> float:
         """Return the seconds of one layer on a node that computes this many different experts."""
         placement, geometry, rates = self.work.placement, self.work.geometry, self.rates[rank]
-        size = _layer_bytes(placement, self.work.quantization, rank, self.work.dtype_bytes)
+        tensors = RankTensors(placement, self.work.quantization, rank, self.work.dtype_bytes)
         low, high = placement.kv_heads(rank)
         cached = 2 * (high - low) * geometry.head_dim * self.work.dtype_bytes * self.work.context
-        read = size.attention + cached + experts * size.expert
+        read = tensors.attention + cached + experts * tensors.expert
         share = (high - low) / geometry.kv_n_heads
         attention = 2 * geometry.d_model * (geometry.qkv_dim + geometry.d_model) * share
         start, stop = placement.hidden(rank)
@@ -240,9 +240,6 @@ class _Model:
     def _head_time(self) -> float:
         rate = self.rates[self.work.placement.head_rank]
         return head_bytes(self.work.geometry, self.work.quantization, self.work.dtype_bytes) / rate.bytes_s
-
-
-_layer_bytes = lru_cache(maxsize=256)(layer_bytes)
 
 
 def _exchange_time(link: LinkCost, nodes: int, message_bytes: int) -> float:

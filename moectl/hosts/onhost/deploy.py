@@ -148,11 +148,8 @@ def hash_package(directory: str) -> str:
 
 def list_package(directory: str) -> list[str]:
     """Return the files of a package, sorted, without those that python and the Finder make."""
-    found = []
-    for place, _, names in os.walk(directory):
-        if os.path.basename(place) != "__pycache__":
-            found += [os.path.join(place, name) for name in names if name != ".DS_Store"]
-    return sorted(found)
+    places = [(place, names) for place, _, names in os.walk(directory) if os.path.basename(place) != "__pycache__"]
+    return sorted(os.path.join(place, name) for place, names in places for name in names if name != ".DS_Store")
 
 
 def _nearest(path: str) -> str:

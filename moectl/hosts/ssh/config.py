@@ -263,10 +263,8 @@ def _find_agent(text: str) -> str | None:
     """Return the agent's socket. `ssh -G` filled in all but the two old forms."""
     if text == "none":
         return None
-    if text == "SSH_AUTH_SOCK":
-        return os.environ.get("SSH_AUTH_SOCK") or None
-    if text.startswith("$") and not text.startswith("${"):
-        return os.environ.get(text[1:]) or None
+    if text == "SSH_AUTH_SOCK" or (text.startswith("$") and not text.startswith("${")):
+        return os.environ.get(text.removeprefix("$")) or None
     return _expand_home(text)
 
 

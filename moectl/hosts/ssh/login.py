@@ -117,16 +117,12 @@ def _too_many(settings: SSHSettings, tried: Sequence[str]) -> AuthFailed:
 def _no_key_error(
     settings: SSHSettings, tried: Sequence[str], left: Sequence[Left], methods: Sequence[str]
 ) -> AuthFailed:
-    copy = _copy_tried(settings, tried)
-    if left:
-        also = [f"tried {', '.join(tried)}"] if tried else []
-        reason = f"no key was accepted ({', '.join([*(one.reason for one in left), *also])})"
-        return _auth_error(
-            settings, reason, next((one.hint for one in left if one.hint), copy if tried else None), methods
-        )
-    if not tried:
+    if not left and not tried:
         return _auth_error(settings, "there is no key to offer", _make_command(settings), methods)
-    return _auth_error(settings, f"no key was accepted (tried {', '.join(tried)})", copy, methods)
+    reasons = [one.reason for one in left] + ([f"tried {', '.join(tried)}"] if tried else [])
+    copy = _copy_tried(settings, tried) if tried else None
+    hint = next((one.hint for one in left if one.hint), copy)
+    return _auth_error(settings, f"no key was accepted ({', '.join(reasons)})", hint, methods)
 
 
 def _copy_tried(settings: SSHSettings, tried: Sequence[str]) -> str:
