@@ -127,13 +127,10 @@ class Observer:
         mine = [w for w in seen.workers if self._name and _log_of(seen.root, self._name, rank) in w["logs"]]
         if mine:
             return replace(row, state=RUNNING, memory_bytes=mine[0]["memory_bytes"], up_s=mine[0]["up_s"])
-        if self._name and not own.python:
-            error = NotDeployed(f"{self._name} has not been deployed here yet", host=row.host, hint="moectl deploy")
-            return replace(row, state=DOWN, error=error)
-        if self._name and not seen.deployed:
-            error = NotDeployed(f"{own.directory} has gone", host=row.host, hint="moectl deploy")
-            return replace(row, state=DOWN, error=error)
-        return replace(row, state=IDLE)
+        if not self._name or (own.python and seen.deployed):
+            return replace(row, state=IDLE)
+        why = f"{own.directory} is gone" if own.python else f"{self._name} has not been deployed here yet"
+        return replace(row, state=DOWN, error=NotDeployed(why, host=row.host, hint="moectl deploy"))
 
     def _strangers(self, seen: Sequence[_Seen | MoectlError]) -> list[StatusRow]:
         """Return the workers under the hosts' roots that are not this deployment's, but another user's or set's."""

@@ -58,18 +58,9 @@ def _outcome(result: HostResult) -> str:
 
 def deploy_json(result: DeployResult, name: str, *, dry_run: bool) -> dict[str, Any]:
     """Return the document of --json."""
+    fields = ("rank", "ok", "copied_bytes", "kept_bytes", "relayed_bytes", "duration_s", "directory")
     hosts = [
-        {
-            "rank": r.rank,
-            "host": r.host.address,
-            "ok": r.ok,
-            "error": None if r.error is None else r.error.message,
-            "copied_bytes": r.copied_bytes,
-            "kept_bytes": r.kept_bytes,
-            "relayed_bytes": r.relayed_bytes,
-            "duration_s": r.duration_s,
-            "directory": r.directory,
-        }
+        {**{name: getattr(r, name) for name in fields}, "host": r.host.address, "error": r.error and r.error.message}
         for r in result.results
     ]
     return {"schema": "moectl.deploy/1", "name": name, "dry_run": dry_run, "hosts": hosts}
@@ -98,16 +89,9 @@ def _cleared_text(one: Cleared, dry_run: bool) -> str:
 
 def uninstall_json(results: list[Cleared], *, dry_run: bool) -> dict[str, Any]:
     """Return the document of `uninstall --json`; `items` are what is (or would be) removed, in bytes."""
+    fields = ("host", "root", "bytes", "items", "left")
     hosts = [
-        {
-            "host": one.host,
-            "ok": one.error is None,
-            "error": error_json(one.error),
-            "root": one.root,
-            "bytes": one.bytes,
-            "items": one.items,
-            "left": list(one.left),
-        }
+        {**{name: getattr(one, name) for name in fields}, "ok": one.error is None, "error": error_json(one.error)}
         for one in results
     ]
     return {"schema": "moectl.uninstall/1", "dry_run": dry_run, "hosts": hosts}
