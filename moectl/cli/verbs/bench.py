@@ -206,7 +206,7 @@ def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Pr
         manifest, hosts = target.manifest, list(target.addresses)
     else:
         hosts = [rank.host.name for rank in target.ranks]
-        with contextlib.suppress(errors.MoectlError):  # the operator's copy may be gone
+        with contextlib.suppress(errors.MoectlError):  # the copy on this machine may be gone
             manifest = read_manifest(Path(target.shards))
     prompt, generated = options["prompt_tokens"], options["generation_tokens"]
     if plan is not None:
