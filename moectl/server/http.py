@@ -192,7 +192,6 @@ class App:
         self._paths = paths
 
     def end_answers(self, error: MoectlError) -> None:
-        """End every answer in progress with this error."""
         for answering in self._service.answering:
             answering.end(error)
 
