@@ -14,6 +14,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
 from socket import socket
 from typing import Any
 
@@ -245,13 +246,7 @@ class _Service:
         body = {
             "status": "ok" if health.healthy else "unhealthy",
             "model": self._cluster.name,
-            "ranks": health.ranks,
-            "ranks_answered": health.ranks_answered,
-            "progress_age_s": health.progress_age_s,
-            "running": health.running,
-            "queued": health.queued,
-            "memory_bytes": list(health.memory_bytes),
-            "restarts": health.restarts,
+            **asdict(health),
         }
         return write_json(body, 200 if health.healthy else 503)
 
