@@ -56,7 +56,6 @@ class ControllerLink:
         return order
 
     def join(self) -> None:
-        """Wait for the link to end."""
         self._thread.join()
 
     def _listen(self) -> None:

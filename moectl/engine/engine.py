@@ -1,21 +1,21 @@
 """Generate in lockstep: every rank runs this over the same requests and ends with the same tokens, bit for bit.
 
-mlx-lm's BatchGenerator does prefill, caches and the step in flight. Each of its steps ends in one tiny exchange, of
-which only the leader's part counts (the rank that has the head: rank 0, or the last of a pipeline): the sampled tokens
-and a control word (admit requests up to k; cancel requests c…). So followers need no head, no sampler and no clock, and
-every decision falls at the same step on every rank. A control word is obeyed once its step has been computed, one step
-after it was spoken, because reading the newest would stall the step in flight.
+mlx-lm's BatchGenerator does prefill, caches and the step in flight. Each of its steps ends in one small exchange
+(`agreement`), in which only the leader's part counts (the rank that has the head: rank 0, or the last of a pipeline):
+the sampled tokens and a control word (admit requests up to k; cancel requests c…). So followers need no head, no
+sampler and no clock, and every decision falls at the same step on every rank. A control word is obeyed one step after
+it was sent, when its step has been computed: reading the newest would stall the step in flight.
 
-What the word says is `admission`'s, what an answer tells is `answer`'s, which tokens are chosen is `sampling`'s; what
-is kept of past answers follows from the words, so every rank keeps the same.
+`admission` makes the control word, `sampling` chooses tokens, `answer` turns them into events. What is kept of past
+answers follows from the control words, so every rank keeps the same.
 
-A row's answer does not depend on the others but for rounding: attention over padding and, on a CPU, grouped experts add
-up in another order, so tokens are the same except where two logits tie within float32's (or bfloat16's) last places.
+A row's answer does not depend on the other rows but for rounding: attention over padding and, on a CPU, grouped experts
+add up in another order. Tokens are the same except where two logits tie in float32's (or bfloat16's) last places.
 
-A row that is alone, greedy and repeats what came before may go on outside the generator, several tokens at a time: how
-is `speculation`'s. There the newest control word is obeyed, because the tokens are waited for anyway.
+A single greedy row that repeats earlier text may go on outside the generator, several tokens at a time (`speculation`).
+There the newest control word is obeyed, because the engine waits for the tokens anyway.
 
-An idle engine waits for a message, never inside a collective. This file knows no process, socket or file.
+An idle engine waits for a message, never inside an exchange.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MAX_BATCH = MAX_CANCELS  # so that one control word can cancel all
 class Engine:
     """One rank's side of the lockstep.
 
-    `kv_tokens` is for how many tokens' keys and values there is memory (None: nobody counted), `cache_tokens` how many
+    `kv_tokens` is for how many tokens' keys and values there is memory (None: not known), `cache_tokens` how many
     of those past answers may hold (None: what the running ones leave, or one context), `speculate` how many tokens may
     be proposed at once (0: none), `check_every` after how many steps all ranks compare what they computed (0: never).
     Equal on all ranks, like `max_seq_len` and `prefill_step`.
@@ -110,7 +110,7 @@ class Engine:
         self._closing = False
 
     def serve(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
-        """Obey orders from `inbox`; yield what the leader has to tell (followers: nothing).
+        """Obey orders from `inbox`; yield the leader's events (followers: none).
 
         Returns once None has arrived there and every request before it is answered.
         """
@@ -128,7 +128,7 @@ class Engine:
             else:
                 yield from self._note(inbox.get())
 
-    # Orders: the leader looks at them as they come, the others when all get there.
+    # Orders: the leader reads requests as they come, the others when they are admitted.
 
     def _note(self, order: Order | None) -> Iterator[Event]:
         match order:
@@ -147,7 +147,7 @@ class Engine:
                 pass
 
     def fail(self, request_id: int) -> None:
-        """End an answer of which something could not be sent; on the leader, between two events."""
+        """End an answer whose event could not be sent; on the leader, between two events."""
         answer = self._running.get(request_id)
         if answer is not None and not answer.ended:
             answer.ended = True
@@ -161,8 +161,8 @@ class Engine:
             yield from answer.cancel()
 
     def _read(self, answer: Answer) -> None:
-        # The same on every rank, because tokens, refusals and errors depend on the request and the engine's limits
-        # alone. If one rank alone meets an error here, ranks wait for each other in vain: that ends the session.
+        # The same on every rank: tokens, refusals and errors depend only on the request and the engine's limits. If
+        # one rank alone fails here, the ranks do not meet in the next exchange, and that ends the session.
         request, limit = answer.request, self._max_seq_len
         vocab_size = self._model.placement.geometry.vocab_size
         with isolated(request.id, answer.refuse_for):
@@ -187,7 +187,7 @@ class Engine:
 
     def _admit(self, up_to: int, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
         while self._admitted < up_to:
-            while self._admitted + 1 not in self._arrived:  # the leader has it already; ours is on its way
+            while self._admitted + 1 not in self._arrived:  # the leader has it already, this rank not yet
                 yield from self._note(inbox.get())
             self._admitted += 1
             answer = self._arrived.pop(self._admitted)
@@ -202,13 +202,13 @@ class Engine:
                 yield from self._end_resumed(answer)
             elif answer.refusal is None:
                 self._insert(answer)
-                # Told, but not its end, or it cannot be told: only the leader knows, so its row lives until all do.
+                # Its text is complete, or it cannot be sent: only the leader knows, so its row lives until all know.
                 if answer.has_stop or answer.failure is not None:
                     self._admission.cancel(answer.request.id)
                     yield from answer.end("stop")
 
     def _end_resumed(self, answer: Answer) -> Iterator[Event]:
-        # It broke off between its last token and its end.
+        # A restart came between its last token and its end.
         if self._leads:
             self._lead(answer)
             self._admission.end(answer.request.id)
@@ -253,7 +253,7 @@ class Engine:
             for layer in layers:  # without the room to grow that a row has outside the generator
                 layer.keys, layer.values = map(mx.contiguous, layer.keys_and_values())
             self._cache.keep(tokens, layers, self._cache_room())
-            # Else they would hold the whole batch's arrays until somebody reads them.
+            # Else they would hold the whole batch's arrays until they are evaluated.
             mx.async_eval([(layer.keys, layer.values) for layer in layers])  # type: ignore[no-untyped-call]
 
     def _cache_room(self) -> int:
@@ -278,7 +278,7 @@ class Engine:
         prompts, responses = self._generator.next()
         self._agreement.settle()
         if self._leads:
-            # Without the one that has just joined, and without those whose end has been told.
+            # Without the one that has just joined, and without those that have ended.
             reading = {answer.uid: answer for answer in self._prefilling if not answer.ended}
             for part in (p for p in prompts if p.uid in reading):
                 answer = reading[part.uid]
@@ -293,7 +293,7 @@ class Engine:
                 yield from self._obey(self._agreement.read_word(self._generator.stream), inbox)
             if self._running:
                 return
-            # Idle means nothing in flight and nothing unheard, or the leader would wait for what it has already said.
+            # Idle: no step in flight and no word unread, or the leader would wait for a word that it has sent.
             mx.synchronize(self._generator.stream)
             earlier = self._agreement.unread
 
@@ -316,7 +316,7 @@ class Engine:
         return alone and self._speculation.wants(rows[0])
 
     def _speculate(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
-        """Take one step of the only row outside the generator, and what it was told to do with it."""
+        """Take one step of the only row outside the generator, and obey the control words."""
         [answer] = self._decoding
         with mx.stream(self._generator.stream):
             responses = self._speculation.verify() if self._speculation.has_row else self._take_out(answer)
@@ -349,7 +349,7 @@ class Engine:
         for request_id in cancels:
             if request_id > self._admitted:
                 self._withdrawn.add(request_id)
-            elif request_id in self._running:  # or it has ended in the meantime, or nobody is meant
+            elif request_id in self._running:  # or it has ended in the meantime
                 yield from self._cancel(self._running[request_id])
         yield from self._admit(admit, inbox)
 

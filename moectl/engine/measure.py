@@ -33,8 +33,8 @@ from moectl.engine.network.load import compute_dtype
 from moectl.engine.parts import Group, PartTimes
 from moectl.engine.protocol import Done, Generate, Load, Loaded, Ready, Start, Token
 from moectl.engine.random_model import Weights, module_bytes, shrink, with_depth
+from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request, Stats
-from moectl.engine.unseen import Prompts, check_unseen
 from moectl.engine.worker import run
 from moectl.errors import PlanError
 from moectl.model.manifest import Quantization
@@ -183,7 +183,7 @@ class _Passes:
         self._job = job
         self._group = group
         vocab_size = next(iter(models.values())).placement.geometry.vocab_size
-        self._prompts = Prompts(vocab_size)  # the same ones on every rank
+        self._prompts = RandomPrompts(vocab_size)  # the same ones on every rank
         self._first: dict[int, list[float]] = {depth: [] for depth in models}  # seconds of the prompt
         self._step: dict[int, list[float]] = {depth: [] for depth in models}  # seconds per generated token
 
@@ -230,7 +230,7 @@ class _Passes:
                 self._tell(event.token)
             if isinstance(event, Done):
                 stats = event.stats
-                check_unseen(stats)
+                check_uncached(stats)
         first, step = (stats.prompt_s, stats.decode_s / (count - 1)) if stats else (0.0, 0.0)
         told = self._group.share(first, step)
         return max(row[0] for row in told), max(row[1] for row in told)
@@ -283,7 +283,7 @@ def _serve(link: ControllerLink) -> None:
     if start.rank == 0:
         stats = Stats(0, 0, 0.0, 0.0, 0.0, mx.get_peak_memory())
         link.tell(Done(order.request.id, "stop", stats, json.dumps([speed.to_json() for speed in speeds])))
-    link.join()  # the controller lets go once it has heard rank 0
+    link.join()  # the controller closes the link after rank 0's answer
 
 
 if __name__ == "__main__":

@@ -26,14 +26,14 @@ _PART_S = 0.04  # for each part
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """This rank among all."""
+    """This rank and the group of all; `group` is None for a single rank."""
 
     rank: int
     size: int
     group: Any
 
     def share(self, *values: float) -> list[list[float]]:
-        """Return every rank's values, by rank; everybody waits for everybody."""
+        """Return every rank's values, by rank; every rank waits for all."""
         mine = mx.array([values], dtype=mx.float32)
         if self.group is None:
             return mine.tolist()  # type: ignore[return-value]
@@ -45,7 +45,6 @@ class Group:
         return max(row[0] for row in self.share(value))
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
         self.share(0.0)
 
 

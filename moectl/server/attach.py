@@ -87,7 +87,6 @@ def _compare(target: Target, options: RunOptions, running: Mapping[str, Any]) ->
 
 
 def place_of(target: Target) -> Path:
-    """Return the socket of a target's controller."""
     return socket_path(target_key(target))
 
 
@@ -99,7 +98,6 @@ def describe_place(target: Target) -> str:
 
 
 def is_loaded(target: Target) -> bool:
-    """Whether a controller runs this target."""
     return is_running(place_of(target))
 
 

@@ -109,7 +109,6 @@ def _last_words(name: str) -> str:
 
 
 def log_path(name: str) -> Path:
-    """Return where a background controller's log is."""
     return state_dir() / "logs" / f"controller-{name}.log"
 
 

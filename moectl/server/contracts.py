@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.engine.request import Request
@@ -70,25 +70,6 @@ class ControllerOptions:
     restarts: int = 0  # of a failed cluster, within ten minutes
     origins: tuple[str, ...] = ()  # their pages may ask; as `visitors` reads them
     hosts: tuple[str, ...] = ()  # names of this server that are allowed without a key
-
-
-class Control(Protocol):
-    """What the owner of a controller may do to it, over its Unix socket only."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return what it runs, as JSON."""
-        ...
-
-    def keep_alive(self, seconds: float, *, asks: bool) -> None:
-        """Stay for this long when idle, below 0 for ever; `asks`: wait first for a question that is about to come.
-
-        Raises RemoteError when the controller is leaving already.
-        """
-        ...
-
-    def stop(self, grace_s: float) -> None:
-        """End soon; answers in progress have this many seconds."""
-        ...
 
 
 class Cluster(Protocol):

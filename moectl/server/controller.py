@@ -25,7 +25,7 @@ from moectl.session.session import Session
 
 FIRST_S = 60.0  # for the first question to come
 MAX_WAITING = 64  # requests beside those that are being answered
-ALIVE_S = 5.0  # a rank that has not answered a heartbeat for so long is not well
+ALIVE_S = 5.0  # a rank without an answered heartbeat for this long is not healthy
 GRACE_S = 5.0
 READING_S = 600.0  # for a client that is still reading the last answer
 BYTES_PER_TOKEN = 256  # more than any token has: a longer prompt is refused here, not on the workers
@@ -88,7 +88,6 @@ class Controller:
 
     @property
     def model(self) -> Ready:
-        """What kind of model it is."""
         return self._model
 
     async def submit(self, request: Request) -> ResumedAnswer:
@@ -133,7 +132,7 @@ class Controller:
                     except Exception as error:  # the client has to hear of it; the next request gets this number
                         self._end(answer, error if isinstance(error, MoectlError) else unexpected(error))
                     else:
-                        self._last_id += downs == self._downs  # a session that came since counts anew
+                        self._last_id += downs == self._downs  # a session that started since then counts from 1
 
     @property
     def is_closed(self) -> bool:
@@ -151,7 +150,6 @@ class Controller:
         self._close_session()
 
     def health(self) -> Health:
-        """Return how the cluster is."""
         is_up = self._is_up and self.failure is None
         running = sum(answer.started for answer in self._unfinished)
         return Health(

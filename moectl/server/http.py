@@ -14,6 +14,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
 from socket import socket
 from typing import Any
 
@@ -29,8 +30,8 @@ from moectl.engine.request import TOO_LONG
 from moectl.errors import MoectlError, QueueFull, StateError
 from moectl.server import openai, replies
 from moectl.server.answering import REPORT, Answering
-from moectl.server.contracts import SILENCE_S, AnswerEvents, Cluster, Control
-from moectl.server.doors import CONTROL, Doors, no_such_path, refuse, write_json
+from moectl.server.contracts import SILENCE_S, AnswerEvents, Cluster
+from moectl.server.doors import Doors, no_such_path, refuse, write_json
 from moectl.server.metrics import CONTENT_TYPE, Metrics
 
 CHAT = "/v1/chat/completions"
@@ -50,13 +51,13 @@ def make_app(
     origins: Collection[str] = (),
     hosts: Collection[str] = (),
     silence_s: float = SILENCE_S,
-    control: Control | None = None,
+    owner_routes: Sequence[Route] = (),
 ) -> App:
     """Return the ASGI application that serves a cluster.
 
     With a key, everything but /health needs it as a bearer token, except over the Unix socket, which only its user can
     open. Pages of `origins` may ask; without a key, `hosts` are names of this server beside localhost and addresses.
-    `control` is reached over the Unix socket alone.
+    `owner_routes` are reached over the Unix socket alone.
     """
     metrics = Metrics(cluster.health)
     service = _Service(cluster, metrics, silence_s)
@@ -67,34 +68,13 @@ def make_app(
         Route("/v1/models/{name:path}", service.show_model),
         Route("/health", service.show_health),
         Route("/metrics", service.show_metrics),
+        *owner_routes,
     ]
-    if control is not None:
-        routes += _control_routes(control)
     handlers = {HTTPException: _answer_http_error, MoectlError: _answer_error, Exception: _answer_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
     app.router.redirect_slashes = False
     doors = Doors(app, api_key=api_key, origins=origins, hosts=hosts)
     return App(doors, service, metrics, {route.path for route in routes})
-
-
-def _control_routes(control: Control) -> list[Route]:
-    async def describe(http: HttpRequest) -> Response:
-        return write_json(control.describe())
-
-    async def keep_alive(http: HttpRequest) -> Response:
-        control.keep_alive(float(http.query_params["seconds"]), asks=http.query_params["asks"] == "1")
-        return write_json({})
-
-    async def stop(http: HttpRequest) -> Response:
-        described = control.describe()
-        control.stop(float(http.query_params["grace_s"]))
-        return write_json(described)
-
-    return [
-        Route(CONTROL, describe),
-        Route(CONTROL + "/keep-alive", keep_alive, methods=["POST"]),
-        Route(CONTROL + "/stop", stop, methods=["POST"]),
-    ]
 
 
 class _Server(uvicorn.Server):
@@ -192,7 +172,6 @@ class App:
         self._paths = paths
 
     def end_answers(self, error: MoectlError) -> None:
-        """End every answer in progress with this error."""
         for answering in self._service.answering:
             answering.end(error)
 
@@ -246,13 +225,7 @@ class _Service:
         body = {
             "status": "ok" if health.healthy else "unhealthy",
             "model": self._cluster.name,
-            "ranks": health.ranks,
-            "ranks_answered": health.ranks_answered,
-            "progress_age_s": health.progress_age_s,
-            "running": health.running,
-            "queued": health.queued,
-            "memory_bytes": list(health.memory_bytes),
-            "restarts": health.restarts,
+            **asdict(health),
         }
         return write_json(body, 200 if health.healthy else 503)
 

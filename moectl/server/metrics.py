@@ -55,7 +55,6 @@ class Metrics:
             self._accepted.inc(stats.accepted_tokens)
 
     def write(self) -> bytes:
-        """Return everything in the text format."""
         return generate_latest(self._registry)
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from socket import socket
 from typing import Any
 
 from moectl.engine.protocol import RunOptions
-from moectl.errors import MoectlError, RemoteError
+from moectl.errors import MoectlError
 from moectl.server.contracts import SILENCE_S, ControllerOptions
-from moectl.server.controller import GRACE_S, READING_S, Controller, KeepAlive, Open
-from moectl.server.http import Grace, make_app, serve as serve_http
+from moectl.server.control import Control
+from moectl.server.controller import Controller, KeepAlive, Open
+from moectl.server.http import make_app, serve as serve_http
 from moectl.server.restarts import Restarts
 from moectl.server.sockets import beating, listen_tcp, listen_unix
 from moectl.session.session import Session
@@ -76,9 +75,13 @@ async def _run(
     keep_alive = KeepAlive(settings.keep_alive_s)
     controller = make_controller(keep_alive)
     # A server for others stays when one client asks for another time to keep it alive.
-    control = _Control(controller, description, keep_alive, stays=settings.tcp is not None)
+    control = Control(controller, description, keep_alive, stays=settings.tcp is not None)
     app = make_app(
-        controller, api_key=settings.api_key, origins=settings.origins, hosts=settings.hosts, control=control
+        controller,
+        api_key=settings.api_key,
+        origins=settings.origins,
+        hosts=settings.hosts,
+        owner_routes=control.routes(),
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -114,56 +117,3 @@ def describe_run(target: Target, options: RunOptions) -> dict[str, Any]:
     """Return what a controller runs, as JSON; `attach` compares it with what is wanted."""
     hosts = list(target.addresses)
     return {"name": target.name, "hosts": hosts, "shards": target.shards, "options": options.shared()}
-
-
-class _Control:
-    """What the owner of a running controller may do to it; see `contracts.Control`."""
-
-    def __init__(
-        self, controller: Controller, description: dict[str, Any], keep_alive: KeepAlive, *, stays: bool
-    ) -> None:
-        self.stopping = asyncio.Event()
-        self.grace = Grace(GRACE_S)
-        self.signal: int | None = None
-        self._controller = controller
-        self._description = description
-        self._keep_alive = keep_alive
-        self._stays = stays
-
-    def describe(self) -> dict[str, Any]:
-        health, throughput, now_s = self._controller.health(), self._controller.throughput, time.monotonic()
-        return {
-            "schema": "moectl.controller/1",
-            **self._description,
-            "pid": os.getpid(),
-            "running": health.running,
-            "queued": health.queued,
-            "memory_bytes": list(health.memory_bytes),
-            "ranks_answered": health.ranks_answered,
-            "healthy": health.healthy,
-            "restarts": health.restarts,
-            "up_s": now_s - throughput.began_s,
-            "tokens": throughput.tokens,
-            "tok_s": throughput.rate(now_s),
-        }
-
-    def keep_alive(self, seconds: float, *, asks: bool) -> None:
-        if self._controller.is_closed:
-            raise RemoteError("the controller is leaving", hint="run the command again: it starts a new one")
-        if not self._stays:
-            self._keep_alive.renew(seconds, asks=asks)
-
-    def stop(self, grace_s: float) -> None:
-        self._controller.close()
-        self.grace.change(grace_s)
-        self.stopping.set()
-
-    def leave(self) -> None:
-        """End because it was idle for long enough, or has failed; clients may read their answers to the end."""
-        if not self.stopping.is_set():
-            self.stop(GRACE_S if self._controller.failure is not None else READING_S)
-
-    def on_signal(self, number: int) -> None:
-        # A second signal does not wait for answers any more.
-        self.stop(0.0 if self.stopping.is_set() else GRACE_S)
-        self.signal = number

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moectl.engine.protocol import Done, Profile, Profiled, Ready, Token
+from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request
-from moectl.engine.unseen import Prompts, check_unseen
 from moectl.errors import UsageError
 from moectl.model.placement import Placement
 from moectl.model.routing import Routing
@@ -142,7 +142,7 @@ def bench(
             f"{model.max_seq_len}",
             hint=f"use -p {max(1, model.max_seq_len - generation_tokens)}, or less",
         )
-    prompts = Prompts(model.vocab_size, seed)
+    prompts = RandomPrompts(model.vocab_size, seed)
     warm_up = prompts.draw(prompt_tokens)
     _answer(session, Request(1, "", _WARM_UP, prompt_tokens=warm_up, ignore_eos=True, cache_prompt=False))
     done: list[Trial] = []
@@ -177,7 +177,7 @@ def _answer(session: Session, request: Request) -> tuple[list[int], Trial]:
             case Token(token=token):
                 tokens.append(token)
             case Done(stats=stats):
-                check_unseen(stats)
+                check_uncached(stats)
                 decode_s = stats.decode_s / max(1, stats.completion_tokens - 1)
                 trial = Trial(stats.prompt_tokens / stats.prompt_s, 1 / decode_s, stats.ttft_s)
     return tokens, trial

@@ -101,7 +101,6 @@ def find_deployment() -> Deployment | None:
 
 
 def encode_deployment(deployment: Deployment) -> str:
-    """Return a deployment as JSON."""
     return json.dumps({"schema": SCHEMA, **asdict(deployment)}, indent=1) + "\n"
 
 

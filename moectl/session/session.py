@@ -249,7 +249,7 @@ class Session:
 
     @property
     def kv_tokens(self) -> int | None:
-        """For how many tokens' keys and values there is room; None where nobody counted."""
+        """For how many tokens' keys and values there is room; None where it is not known."""
         return self._kv_tokens
 
     @property

@@ -21,8 +21,8 @@ from moectl.demo import demo_dir
 from moectl.engine.engine import Engine
 from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import Done, Generate, Token
+from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request
-from moectl.engine.unseen import Prompts, check_unseen
 from moectl.model.manifest import Quantization, read_manifest
 from moectl.model.placement import make_placement
 from moectl.shards.build import cut
@@ -35,7 +35,7 @@ from tests.support.tiny import write_checkpoint
 PROMPT = 17
 
 
-def time_batch(model: Any, tokenizer: Any, prompts: Prompts, rows: int, tokens: int) -> float:
+def time_batch(model: Any, tokenizer: Any, prompts: RandomPrompts, rows: int, tokens: int) -> float:
     """Return the tokens per second of all rows together, from the first token told to the last."""
     engine = Engine(model, tokenizer, max_seq_len=2048)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -47,7 +47,7 @@ def time_batch(model: Any, tokenizer: Any, prompts: Prompts, rows: int, tokens: 
         if isinstance(event, Token):
             times.append(time.perf_counter())
         if isinstance(event, Done):
-            check_unseen(event.stats)
+            check_uncached(event.stats)
     return (len(times) - 1) / (times[-1] - times[0])
 
 
@@ -71,7 +71,7 @@ def main() -> None:
         placement = make_placement(checkpoint.geometry, "hidden", 1)
         cut(checkpoint, placement, quantization, out, name="batch", quantise=quantizer)
         model, tokenizer = load_rank(out, read_manifest(out), 0), open_tokenizer(out)
-        prompts = Prompts(checkpoint.geometry.vocab_size)
+        prompts = RandomPrompts(checkpoint.geometry.vocab_size)
         time_batch(model, tokenizer, prompts, 8, 20)
         # Turn by turn, so that both see the same weather.
         speeds = {rows: list[float]() for rows in (1, 8)}

@@ -19,8 +19,8 @@ from pathlib import Path
 from moectl.cli.target import PARANOIA
 from moectl.demo import demo_dir
 from moectl.engine.protocol import Done, RunOptions
+from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request
-from moectl.engine.unseen import Prompts, check_unseen
 from moectl.session.session import Session
 from tests.engine.test_lockstep import cut_case
 from tests.session.test_session import specs
@@ -54,7 +54,7 @@ def measure(name: str, directory: Path, rounds: int) -> None:
         sessions = {way: held.enter_context(Session(specs(directory), options)) for way, options in WAYS.items()}
         wall: dict[str, list[float]] = {way: [] for way in WAYS}
         cpu: dict[str, list[float]] = {way: [] for way in WAYS}
-        prompts = Prompts(VOCAB_SIZE)
+        prompts = RandomPrompts(VOCAB_SIZE)
         for number in range(1, rounds + 2):
             prompt = prompts.draw(PROMPT)
             for way, session in sessions.items():
@@ -62,7 +62,7 @@ def measure(name: str, directory: Path, rounds: int) -> None:
                 begin_s = cpu_s(session)
                 done = list(session.generate(request))[-1]
                 assert isinstance(done, Done)
-                check_unseen(done.stats)
+                check_uncached(done.stats)
                 if number > 1:  # the first one warms up
                     wall[way].append(done.stats.decode_s / (TOKENS - 1))
                     cpu[way].append((cpu_s(session) - begin_s) / TOKENS)

@@ -19,8 +19,8 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.models.dbrx import Model, ModelArgs
 
 from moectl.engine.protocol import Done, RunOptions
+from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request
-from moectl.engine.unseen import Prompts, check_unseen
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.model.manifest import Quantization
@@ -50,7 +50,7 @@ def time_mlx_lm(source: Path, bits: int, length: int, count: int) -> tuple[float
     mx.eval(model.parameters())
     tokenizer = open_tokenizer(source)
     tokenizer.eos_token_ids = set()  # all tokens, as moectl is asked for them
-    prompts = Prompts(VOCAB_SIZE)
+    prompts = RandomPrompts(VOCAB_SIZE)
     for _ in range(2):  # the first warms up
         tokens = list(prompts.draw(length))
         begin = time.perf_counter()
@@ -62,14 +62,14 @@ def time_moectl(shards: Path, ranks: int, length: int, count: int) -> tuple[floa
     """Return moectl's (prefill, decode) in tokens per second on this many local ranks."""
     worker = (sys.executable, "-m", "moectl", "worker")
     spec = RankSpec(Host("localhost"), LocalRemote(), worker, str(shards), ("127.0.0.1",), rank_env())
-    prompts = Prompts(VOCAB_SIZE)
+    prompts = RandomPrompts(VOCAB_SIZE)
     with Session([spec] * ranks, RunOptions(start_timeout_s=120)) as session:
         for number in (1, 2):
             request = Request(number, "", count, prompt_tokens=prompts.draw(length), ignore_eos=True)
             done = list(session.generate(request))[-1]
             assert isinstance(done, Done)
             stats = done.stats
-            check_unseen(stats)
+            check_uncached(stats)
     return stats.prompt_tokens / stats.prompt_s, (stats.completion_tokens - 1) / stats.decode_s
 
 

@@ -23,8 +23,8 @@ from moectl.demo import demo_dir
 from moectl.engine.engine import Engine
 from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import Done, Generate, Token
+from moectl.engine.random_prompts import check_uncached
 from moectl.engine.request import Request, Stats
-from moectl.engine.unseen import check_unseen
 from moectl.model.manifest import Quantization, read_manifest
 from moectl.model.placement import make_placement
 from moectl.shards.build import cut
@@ -62,7 +62,7 @@ def answer(parts: tuple[Any, Any], prompt: tuple[int, ...], count: int, speculat
             cpu.append(time.process_time())
         if isinstance(event, Done):
             stats = event.stats
-            check_unseen(stats)  # each answer has an engine, and so a cache, of its own
+            check_uncached(stats)  # each answer has an engine, and so a cache, of its own
     return Answered(tuple(tokens), wall[-1] - wall[0], cpu[-1] - cpu[0], stats)
 
 

@@ -43,6 +43,7 @@ from moectl.paths import runtime_dir
 from moectl.server import background, client, run
 from moectl.server.client import Client, is_running
 from moectl.server.contracts import Notice
+from moectl.server.control import Control
 from moectl.server.controller import MAX_FAILURES, Controller, KeepAlive
 from moectl.server.http import Grace
 from moectl.server.restarts import Restarts, ResumedAnswer
@@ -603,7 +604,7 @@ def test_an_idle_controller_leaves_and_a_busy_one_stays() -> None:
 
 def test_a_controller_that_leaves_promises_to_stay_to_nobody() -> None:
     async def test(controller: Controller, session: FakeSession) -> None:
-        control = run._Control(controller, {}, controller._keep_alive, stays=False)
+        control = Control(controller, {}, controller._keep_alive, stays=False)
         control.keep_alive(5, asks=True)
         control.keep_alive(0, asks=False)
         await controller.wait_until_over()

@@ -72,7 +72,7 @@ def test_unfit_places_are_refused(tmp_path: Path) -> None:
     open_to_all = tmp_path / "open"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
-    with pytest.raises(UsageError, match="others can write"), listen_unix(open_to_all / "s"):
+    with pytest.raises(UsageError, match="other users can write"), listen_unix(open_to_all / "s"):
         pass
     assert stat.S_IMODE(open_to_all.stat().st_mode) == 0o777
     with pytest.raises(UsageError, match="cannot listen"), listen_unix(tmp_path / ("d" * 120) / "s"):

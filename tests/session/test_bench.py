@@ -26,8 +26,8 @@ from moectl.engine.network.experts import Experts
 from moectl.engine.network.load import load_rank
 from moectl.engine.profile import _share_copies
 from moectl.engine.protocol import Done, Generate, Prefilled, Profile, Profiled, Ready, Refused, Token
+from moectl.engine.random_prompts import RandomPrompts
 from moectl.engine.request import Request
-from moectl.engine.unseen import Prompts
 from moectl.errors import PlanError, StateError, UsageError
 from moectl.model.geometry import DBRX, read_geometry
 from moectl.model.manifest import read_manifest
@@ -98,7 +98,7 @@ def test_a_prompt_that_was_seen_before_is_no_measurement(alone: Path, monkeypatc
         generate = session.generate
         session.generate = look  # type: ignore[method-assign]
         bench_alone()
-    monkeypatch.setattr(Prompts, "draw", lambda _, count: tuple(range(count)))
+    monkeypatch.setattr(RandomPrompts, "draw", lambda _, count: tuple(range(count)))
     with Session(specs(alone)[:1]) as session:
         generate = session.generate
         session.generate = look  # type: ignore[method-assign]
@@ -112,7 +112,7 @@ def test_a_prompt_that_was_seen_before_is_no_measurement(alone: Path, monkeypatc
 
 
 def test_prompts_are_the_same_everywhere_and_begin_each_in_its_own_way() -> None:
-    one, other = Prompts(50, seed=3), Prompts(50, seed=3)
+    one, other = RandomPrompts(50, seed=3), RandomPrompts(50, seed=3)
     drawn = [one.draw(20) for _ in range(50)]
     assert drawn == [other.draw(20) for _ in range(50)]
     assert len({prompt[0] for prompt in drawn}) == 50

@@ -11,7 +11,7 @@ from moectl.engine.request import Stats
 from moectl.errors import StateError
 
 
-class Prompts:
+class RandomPrompts:
     """Draws prompts, the same ones for the same seed on every machine; no two begin alike."""
 
     def __init__(self, vocab_size: int, seed: int = 0) -> None:
@@ -25,7 +25,7 @@ class Prompts:
         return (first, *(self._source.randrange(self._vocab_size) for _ in range(count - 1)))
 
 
-def check_unseen(stats: Stats) -> None:
+def check_uncached(stats: Stats) -> None:
     """Raise StateError when a part of a measured prompt was not computed."""
     if stats.cached_tokens:
         raise StateError(
