@@ -18,6 +18,7 @@ from tests.support.sshd import SSHD, Server, run_sshd
 from tests.support.starting import starts_processes
 
 KEPT = ("MOECTL_TEST_",)
+ROOT = Path(__file__).parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,6 +77,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith(("MOECTL_", "XDG_", "SSH_")) and not name.startswith(KEPT):
             monkeypatch.delenv(name)
+    stray = ROOT / "hub"  # huggingface_hub's cache, where HF_HOME is empty or relative
+    was_there = stray.exists()
     umask = os.umask(0o022)  # what runs on a host makes it stricter, and in a test that is this process
     os.umask(umask)
     # Not among pytest's directories: their names are too long for Unix sockets, and making one reads all others.
@@ -88,6 +91,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("MOECTL_DEPLOY_NO_CHECK", "1")  # where it is not what is tested, it takes long
         yield
     os.umask(umask)
+    assert was_there or not stray.exists(), "this test, or one beside it, has made hub/ in the source tree"
 
 
 @pytest.fixture(scope="session")

@@ -401,10 +401,11 @@ def test_who_does_not_answer_is_named_and_no_stall(monkeypatch: pytest.MonkeyPat
         submit_much(session)
         events = session.events()
         next(events)
-        with pytest.raises(RemoteError, match=r"^host0: rank 0: the worker has not answered for"):
+        with pytest.raises(RemoteError, match=r"^host0: rank 0: the worker has not answered for") as caught:
             next(events)
-        with pytest.raises(RemoteError):  # it stays over
+        with pytest.raises(RemoteError) as again:
             list(session.generate(Request(2, "hello", 1)))
+        assert again.value is caught.value  # it stays over
     with pytest.raises(MoectlError):
         list(session.generate(Request(3, "hello", 1)))
 

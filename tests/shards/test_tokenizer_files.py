@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from moectl import __main__
 from moectl.errors import CheckpointError, IntegrityError
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.tokenizer_files import KNOWN, KNOWN_VOCABULARY, fetch_tokenizer
@@ -34,16 +39,37 @@ def hub() -> Iterator[Hub]:
 
 
 def moectl(home: Path, *argv: str, hub: Hub | None = None, code: int = 0, env: dict[str, str] | None = None) -> str:
-    """Run a command that ends with this code; return its stdout, or its errors when it is not 0."""
-    there = {"HF_ENDPOINT": hub.endpoint} if hub else {"HF_HUB_OFFLINE": "1"}
-    variables = {**process_env(), "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", **there, **(env or {})}
-    if hub:
-        variables.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "moectl", *argv], env=variables, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == code, done.stderr
-    return done.stderr if code else done.stdout + done.stderr
+    """Run a command that ends with this code; return its stdout, or its errors when it is not 0.
+
+    In a process of its own where a model runs, or where huggingface_hub has to find the tests' hub as it is imported.
+    """
+    if hub is None and argv[0] != "run":
+        found, out, err = run_here(argv, env or {})
+    else:
+        there = {"HF_ENDPOINT": hub.endpoint} if hub else {"HF_HUB_OFFLINE": "1"}
+        variables = {**process_env(), "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", **there}
+        if hub:
+            variables.pop("HF_HUB_OFFLINE", None)
+        command = [sys.executable, "-m", "moectl", *argv]
+        done = subprocess.run(
+            command, env={**variables, **(env or {})}, capture_output=True, text=True, timeout=120, check=False
+        )
+        found, out, err = done.returncode, done.stdout, done.stderr
+    assert found == code, err
+    return err if code else out + err
+
+
+def run_here(argv: Sequence[str], env: dict[str, str]) -> tuple[int, str, str]:
+    """Run a command in this process; return its exit code, stdout and stderr."""
+    with (
+        mock.patch.dict(os.environ, env),
+        mock.patch.object(sys, "argv", ["moectl", *argv]),
+        mock.patch.object(sys, "stdin", None),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        code = __main__.run()
+    return code, out.getvalue(), err.getvalue()
 
 
 def copy_demo(directory: Path, *without: str) -> Path:
