@@ -87,6 +87,7 @@ def _compare(target: Target, options: RunOptions, running: Mapping[str, Any]) ->
 
 
 def place_of(target: Target) -> Path:
+    """Return the socket on which the controller of a target listens."""
     return socket_path(target_key(target))
 
 
@@ -98,6 +99,7 @@ def describe_place(target: Target) -> str:
 
 
 def is_loaded(target: Target) -> bool:
+    """Return whether a controller of the target runs."""
     return is_running(place_of(target))
 
 

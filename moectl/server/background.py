@@ -109,6 +109,7 @@ def _last_words(name: str) -> str:
 
 
 def log_path(name: str) -> Path:
+    """Return the log file of a controller in the background."""
     return state_dir() / "logs" / f"controller-{name}.log"
 
 

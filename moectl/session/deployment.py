@@ -101,6 +101,7 @@ def find_deployment() -> Deployment | None:
 
 
 def encode_deployment(deployment: Deployment) -> str:
+    """Return a deployment as the text of its file."""
     return json.dumps({"schema": SCHEMA, **asdict(deployment)}, indent=1) + "\n"
 
 
