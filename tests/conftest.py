@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from moectl.hosts.hostfile import Host
 from tests.support.netns import Cluster, run_cluster
@@ -32,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # First, so that none of them begins when all others are done: seconds on two cores.
 LONG_FILES = {"test_end_to_end": 130, "test_deploy": 110, "test_controllers": 90, "test_lockstep": 80, "test_crash": 60}
+
+
+# No test asserts on time: an example may take as long as it takes, here as where CI is set.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
