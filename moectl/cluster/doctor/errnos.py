@@ -30,7 +30,7 @@ def explain(name: str, *, macos: bool, local: bool = False) -> Meaning | None:
     if name == "EHOSTUNREACH" and macos and local:
         return Meaning(
             "macOS's Local Network privacy refuses it (programs that sshd starts are exempt)",
-            "System Settings, Privacy & Security, Local Network: allow the terminal that you use, then open it anew",
+            "System Settings, Privacy & Security, Local Network: allow the terminal that you use, then open it again",
         )
     return _MEANINGS.get(name)
 

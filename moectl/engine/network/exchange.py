@@ -1,7 +1,6 @@
 """The one exchange per layer: sum an array over all ranks. It knows nothing of what is summed.
 
-Whoever wants to see exchanges happen (`moectl.engine.profile`) observes them here; without an observer nothing is
-added.
+`moectl.engine.profile` observes exchanges here; without an observer nothing is added.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def take_first(indices: mx.array, weights: mx.array, group: mx.distributed.Group
 
 
 def run_exchange(x: mx.array, exchange: Exchange) -> mx.array:
-    """Return `exchange(x)`, an array that other ranks take part in; where somebody observes, as that wishes."""
+    """Return `exchange(x)`, an array that other ranks take part in; an observer may run it in its own way."""
     return exchange(x) if _observer is None else _observer(x, exchange)
 
 
@@ -83,7 +82,7 @@ class Pipeline:
     def send(self, h: mx.array, cache: Any) -> mx.array:
         """Send `h` to the next rank and return it.
 
-        Whoever evaluates the result or `cache` has sent it: at prefill only caches are evaluated.
+        Evaluating the result or `cache` sends it: at prefill only caches are evaluated.
         """
         sent = run_exchange(h, lambda x: mx.distributed.send(x, self._rank + 1, group=self._group))
         if cache is not None:

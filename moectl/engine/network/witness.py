@@ -1,8 +1,8 @@
-"""What a forward pass came to, in two numbers that every rank can compare: its routing, and its hidden state.
+"""The result of a forward pass in two numbers that every rank can compare: its routing, and its hidden state.
 
-All ranks choose experts by themselves from the same hidden state. If one of them computes something else, sums are
-made of parts that do not belong together, and nobody would notice. A witness looks at the routers only when it is told
-to, so that the steps in between cost nothing. It compares nothing by itself: that takes an exchange.
+Each rank chooses experts by itself from the same hidden state. If one rank computes something else, the sums mix parts
+that do not belong together, and the answers are wrong without an error. A witness looks at the routers only when it is
+told to, so that other steps cost nothing. It compares nothing by itself: that takes an exchange.
 """
 
 from __future__ import annotations
