@@ -43,8 +43,13 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from imports(node)
 
 
-def arrows() -> Iterator[tuple[str, str]]:
-    """Yield (module, imported module) for all imports among moectl's modules."""
+@cache
+def arrows() -> tuple[tuple[str, str], ...]:
+    """Return (module, imported module) for all imports among moectl's modules."""
+    return tuple(_find_arrows())
+
+
+def _find_arrows() -> Iterator[tuple[str, str]]:
     names = modules()
     for name, tree in names.items():
         for imported in imports(tree):
