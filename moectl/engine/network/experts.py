@@ -1,8 +1,8 @@
 """A layer's experts as stacked arrays, and the two ways to run a rank's part of them.
 
 `hidden`: the rank holds a slice of every expert and computes it for every selected (token, expert) pair. `experts`: the
-rank holds whole experts and computes only its own pairs: all pairs of an expert that no other rank has, its share of the
-pairs of an expert that has copies. Either result is a partial sum over ranks. The router and the sum itself are
+rank holds whole experts and computes only its own pairs: all pairs of an expert that no other rank has, and its share
+of the pairs of an expert that has copies. Either result is a partial sum over ranks. The router and the sum itself are
 elsewhere.
 
 Decode gathers matrices by index on the device. Prefill, and on a CPU a batch of large ones, groups the pairs by
