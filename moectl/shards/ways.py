@@ -1,0 +1,67 @@
+"""In which ways a model can be split, and why not in the others: found by looking at its skeleton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moectl.errors import PlanError
+from moectl.shards.flow import Flow, NoPipeline, follow
+from moectl.shards.skeleton import Skeleton
+from moectl.shards.trial import try_parts
+from moectl.shards.units import LayerParts, find_parts
+
+SPLITS = ("experts", "hidden", "tensor", "layers")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was found in a skeleton: all that a split needs to know."""
+
+    parts: list[LayerParts]
+    flow: Flow | None
+    ways: dict[str, str | None]  # split → why it cannot be; None: it can
+
+
+def look(skeleton: Skeleton) -> Look:
+    """Find out what of a model can be divided, and in which ways."""
+    parts = find_parts(skeleton)
+    whole = try_parts(skeleton, parts)
+    units = [unit for layer in parts for block in layer.blocks for unit in block.units]
+    heads = [found for layer in parts for found in layer.heads]
+    ways: dict[str, str | None] = dict.fromkeys(SPLITS)
+    if not units:
+        reason = "it has no experts or MLP that moectl knows how to divide"
+        ways |= dict.fromkeys(("experts", "hidden", "tensor"), reason)
+    elif whole:
+        path, reason = next(iter(whole.items()))
+        ways |= dict.fromkeys(("experts", "hidden", "tensor"), f"{path} cannot be divided: {reason}")
+    else:
+        if not any(unit.owns_pairs for unit in units):
+            ways["experts"] = "it has no stacked experts"
+        if not heads:
+            ways["tensor"] = "it has no attention whose heads moectl knows how to divide"
+    flow = None
+    try:
+        flow = follow(skeleton)
+    except NoPipeline as error:
+        ways["layers"] = str(error)
+    if len(skeleton.layers) < 2:
+        ways["layers"] = "it has one layer"
+    return Look(parts, flow, ways)
+
+
+def ways(skeleton: Skeleton) -> dict[str, str | None]:
+    """Return for each split why the model cannot be split so; None where it can."""
+    return look(skeleton).ways
+
+
+def require(skeleton: Skeleton, found: Look, split: str) -> None:
+    """Raise PlanError where a model cannot be split in this way, with the ways that work."""
+    reason = found.ways[split]
+    if reason is None:
+        return
+    able = [name for name in SPLITS if found.ways[name] is None]
+    raise PlanError(
+        f"a {skeleton.model_type} model cannot be split by {split}: {reason}",
+        hint=f"use --split {' or --split '.join(able)}" if able else "it runs on one host only",
+    )
