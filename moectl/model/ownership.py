@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from moectl.model.regions import Division, Pieces, Role, Span
 
@@ -29,12 +30,17 @@ class Holding:
 
 
 def hold(divisions: Mapping[str, Division], shares: Shares, rank: int) -> dict[str, Holding]:
-    """Return what a rank has of each divided module; what is not there is whole on every rank."""
+    """Return what a rank has of each divided module; what is not there is whole on every rank.
+
+    Attention is divided in all layers or in none: some layers take keys and values of others.
+    """
+    owned = {path: own(division.pieces, shares) for path, division in divisions.items()}
+    leave = any(spans is None for spans in owned.values())
     holdings: dict[str, Holding] = {}
-    for path, division in divisions.items():
-        spans = own(division.pieces, shares)
-        if spans is not None:
-            holdings[path] = Holding(division, spans[rank], rank == first_owner(spans))
+    for path, spans in owned.items():
+        is_attention = divisions[path].pieces.role in (Role.HEAD, Role.KV_HEAD)
+        if spans is not None and not (leave and is_attention):
+            holdings[path] = Holding(divisions[path], spans[rank], rank == first_owner(spans))
     return holdings
 
 
@@ -71,7 +77,7 @@ def share_out(count: int, grain: int, shares: Shares, *, least: int = 0) -> tupl
         end = math.floor(done / total * grains + 0.5)
         ends.append(min(max(end, ends[-1] + least), grains - (ranks - rank) * least))
     places = [end * grain for end in ends[:-1]] + [count]
-    return tuple(zip(places, places[1:], strict=False))
+    return tuple(pairwise(places))
 
 
 def _own_heads(pieces: Pieces, shares: Shares) -> tuple[Span, ...] | None:

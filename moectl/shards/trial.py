@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import _BaseCache, make_prompt_cache
 
 from moectl.model.ownership import own
 from moectl.model.regions import Role, Span
@@ -27,6 +27,7 @@ from moectl.shards.hooks import Hook, hooked
 from moectl.shards.skeleton import Skeleton
 from moectl.shards.units import Block, Heads, LayerParts, Unit, at, divide_heads, find_strange_array, narrow
 
+T = TypeVar("T")
 _TOLERANCE = 1e-4
 
 
@@ -35,7 +36,7 @@ class Indivisible(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class Call:
     """What a module was called with, in the skeleton's pass."""
 
     args: tuple[Any, ...]
@@ -47,68 +48,99 @@ class _Call:
         return module(*tree_map(make, list(self.args)), **tree_map(make, self.kwargs))
 
 
-def try_parts(skeleton: Skeleton, parts: list[LayerParts]) -> dict[str, str]:
-    """Try all units, blocks and heads; take away heads that cannot be divided.
+def try_parts(skeleton: Skeleton, parts: list[LayerParts], calls: dict[str, Call]) -> dict[str, str]:
+    """Try all units, blocks and heads, with what they were called with; take away heads that cannot be divided.
 
     Says in `Block.sums` where sums belong, and returns the reason for each unit (by path) that cannot be divided.
     """
-    calls = _record(skeleton, parts)
+    known: dict[Any, Any] = {}
+
+    def once(what: Callable[..., T], layer: LayerParts, part: Any) -> T:
+        """Try one of several modules that are alike."""
+        module, call = at(skeleton.model, f"{layer.path}.{part.path}"), calls.get(f"{layer.path}.{part.path}")
+        key = what, _likeness(module), _likeness(call)
+        if key not in known:
+            known[key] = what(module, part, call)
+        found: T = known[key]
+        return found
+
     reasons: dict[str, str] = {}
+    shared = False
     for layer in parts:
-        module = at(skeleton.model, layer.path)
         for block in layer.blocks:
+            whole = len(reasons)
             for unit in block.units:
-                try:
-                    _try_unit(at(module, unit.path), unit, calls.get(f"{layer.path}.{unit.path}"))
-                except Indivisible as error:
-                    reasons[f"{layer.path}.{unit.path}"] = str(error)
-            if not any(f"{layer.path}.{unit.path}" in reasons for unit in block.units):
-                block.sums = _place_sum(at(module, block.path), block, calls.get(f"{layer.path}.{block.path}"))
-        layer.heads = [h for h in layer.heads if _pass_heads(at(module, h.path), h, calls.get(f"{layer.path}.{h.path}"))]
+                reason, unit.segments, unit.width = once(_try_unit, layer, unit)
+                if reason is not None:
+                    reasons[f"{layer.path}.{unit.path}"] = reason
+            if len(reasons) == whole:
+                block.sums = once(_place_sum, layer, block)
+        found = [(heads, once(_try_heads, layer, heads)) for heads in layer.heads]
+        layer.heads = [heads for heads, result in found if result is not None]
+        shared |= any(result == "shares" for _, result in found)
+    if shared and not all(layer.heads for layer in parts):
+        for layer in parts:  # an attention that is whole would take keys of one that is divided
+            layer.heads = []
     return reasons
 
 
-def _record(skeleton: Skeleton, parts: list[LayerParts]) -> dict[str, _Call]:
+def _likeness(value: Any) -> Any:
+    """Return what modules (or arguments) that compute alike have in common: all but the numbers in their arrays."""
+    if isinstance(value, nn.Module):
+        return type(value), _likeness(dict(value)), _likeness(value.__dict__)
+    if isinstance(value, Call):
+        return _likeness([value.args, value.kwargs])
+    if isinstance(value, mx.array):
+        return value.shape, value.dtype.size
+    if isinstance(value, dict):
+        return tuple((key, _likeness(inner)) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_likeness(inner) for inner in value)
+    if isinstance(value, str | int | float | type(None)):
+        return type(value), value
+    return type(value) if isinstance(value, _BaseCache) else id(value)
+
+
+def record_calls(skeleton: Skeleton, parts: list[LayerParts]) -> dict[str, Call]:
     """Note how each module is called in a forward pass of which nothing is computed."""
-    calls: dict[str, _Call] = {}
+    calls: dict[str, Call] = {}
 
     def hook(path: str, call: Hook, *args: Any, **kwargs: Any) -> Any:
-        calls.setdefault(path, _Call(tuple(_copied(list(args))), _copied(kwargs)))
+        calls.setdefault(path, Call(tuple(_copied(list(args))), _copied(kwargs)))
         return call(*args, **kwargs)
 
-    paths = {
-        f"{layer.path}.{part.path}"
-        for layer in parts
-        for part in (*layer.blocks, *layer.heads, *(unit for block in layer.blocks for unit in block.units))
-    }
+    paths = {f"{layer.path}.{path}" for layer in parts for path in _paths_of(layer)}
     with hooked((at(skeleton.model, path), partial(hook, path)) for path in sorted(paths)):
         skeleton.model(mx.zeros((1, TOKENS), dtype=mx.int32), cache=make_prompt_cache(skeleton.model))
     return calls
 
 
-def _try_unit(module: nn.Module, unit: Unit, call: _Call | None) -> None:
-    """Try whether a unit is elementwise between its projections; find out how its up projections are laid out.
+def _paths_of(layer: LayerParts) -> list[str]:
+    units = [unit.path for block in layer.blocks for unit in block.units]
+    return [*units, *(block.path for block in layer.blocks), *(heads.path for heads in layer.heads)]
 
-    Raises Indivisible.
-    """
+
+def _try_unit(module: nn.Module, unit: Unit, call: Call | None) -> tuple[str | None, int, int]:
+    """Return why a unit cannot be divided, if so; and how its up projections are laid out: segments and width."""
     if call is None:
-        raise Indivisible("it is not called")
+        return "it is not called", 1, 1
     if strange := find_strange_array(*(module[name] for name in (*unit.ups, unit.down))):
-        raise Indivisible(f"moectl does not know what {strange} of its projections is")
-    layouts = [(unit.segments, 1), (1, unit.segments)] if unit.segments > 1 else [(1, 1)]
+        return f"moectl does not know what {strange} of its projections is", 1, 1
     cut = max(1, unit.hidden // 3)
-    for segments, width in layouts:
-        candidate = replace(unit, segments=segments, width=width)
-        whole, _ = _run_unit(module, candidate, call, (0, unit.hidden))
-        pieces = [_run_unit(module, candidate, call, span)[0] for span in ((0, cut), (cut, unit.hidden))]
-        if _are_close(mx.concatenate(pieces, axis=-1), whole):
-            unit.segments, unit.width = segments, width
-            return
-    raise Indivisible("it computes across its hidden dimension")
+    try:
+        for segments, width in {(unit.segments, 1), (1, unit.segments)}:
+            candidate = replace(unit, segments=segments, width=width)
+            whole = _run_unit(module, candidate, call, (0, unit.hidden))
+            pieces = [_run_unit(module, candidate, call, span) for span in ((0, cut), (cut, unit.hidden))]
+            if _are_close(mx.concatenate(pieces, axis=-1), whole):
+                return None, segments, width
+    except Indivisible as error:
+        return str(error), 1, 1
+    return "it computes across its hidden dimension", 1, 1
 
 
-def _run_unit(module: nn.Module, unit: Unit, call: _Call, span: Span) -> tuple[mx.array, mx.array]:
-    """Return the input of the down projection for a span of the hidden dimension, and the unit's result."""
+def _run_unit(module: nn.Module, unit: Unit, call: Call, span: Span) -> mx.array:
+    """Return the input of the down projection for a span of the hidden dimension. Raises Indivisible."""
     seen: dict[str, mx.array] = {}
 
     def up(name: str, base: Hook, *args: Any, **kwargs: Any) -> mx.array:
@@ -120,22 +152,23 @@ def _run_unit(module: nn.Module, unit: Unit, call: _Call, span: Span) -> tuple[m
         seen["input"] = x
         return _numbers("down", (*x.shape[:-1], module[unit.down].weight.shape[-2]))
 
-    hooks = [*((module[name], partial(up, name)) for name in unit.ups), (module[unit.down], down)]
+    hooks: list[tuple[Any, Hook]] = [(module[name], partial(up, name)) for name in unit.ups]
+    hooks.append((module[unit.down], down))
     with _filled(module, [*unit.ups, unit.down]), hooked(hooks):
         try:
             result = call.repeat(module, unit.experts)
             mx.eval(result, seen["input"])
         except Exception as error:  # any code of a model file may run here
-            raise Indivisible(f"it cannot be tried: {_line(error)}") from None
+            raise Indivisible(f"it cannot be tried: {describe(error)}") from None
     if not all(name in seen for name in unit.ups):
         raise Indivisible("it does not use all of its projections")
     expected = _numbers("down", (*seen["input"].shape[:-1], result.shape[-1]))
     if result.size != expected.size or not _are_close(result.reshape(-1), expected.reshape(-1)):
         raise Indivisible("its result is not that of its down projection")
-    return seen["input"], result
+    return seen["input"]
 
 
-def _place_sum(module: nn.Module, block: Block, call: _Call | None) -> str:
+def _place_sum(module: nn.Module, block: Block, call: Call | None) -> str:
     """Return where the sum over ranks belongs: in mlx-lm's block where it has one, after the block, or in the units."""
     owner = next((m for _, m in module.named_modules() if hasattr(m, "sharding_group")), None)
     if call is None:
@@ -149,7 +182,7 @@ def _place_sum(module: nn.Module, block: Block, call: _Call | None) -> str:
         return "unit"
 
 
-def _run_block(module: nn.Module, block: Block, call: _Call, which: str) -> mx.array:
+def _run_block(module: nn.Module, block: Block, call: Call, which: str) -> mx.array:
     """Return a block's result for what the down projections of one of two ranks give, or of both."""
     count = iter(range(1 << 20))
 
@@ -188,7 +221,7 @@ class _Pair:
         return self._rank
 
 
-def _run_own_sum(module: nn.Module, owner: Any, block: Block, call: _Call) -> mx.array:
+def _run_own_sum(module: nn.Module, owner: Any, block: Block, call: Call) -> mx.array:
     """Return what a block of mlx-lm that sums over ranks gives on the first of two ranks."""
     seen: list[mx.array] = []
     others: list[mx.array] = []
@@ -219,30 +252,35 @@ def _replaced_sum(all_sum: Callable[..., mx.array]) -> Iterator[None]:
         mx.distributed.all_sum = before
 
 
-def _pass_heads(module: nn.Module, heads: Heads, call: _Call | None) -> bool:
-    """Whether each rank's heads come out as they do among all: for two ranks, and for two to a KV head."""
+def _try_heads(module: nn.Module, heads: Heads, call: Call | None) -> str | None:
+    """Return None where heads cannot be divided; "shares" where the attention gives other layers its keys, too.
+
+    Each rank's heads have to come out as they do among all: for two ranks, and for two to a KV head.
+    """
     projections = [module[name] for name in heads.widths if not isinstance(module[name], mx.array)]
     if call is None or find_strange_array(*projections):
-        return False
-    divisions = divide_heads(module, heads)
-    out, tried = heads.out, False
+        return None
+    divisions, out, result = divide_heads(module, heads), heads.out, None
     try:
-        whole = _run_heads(module, heads, call, None)
+        whole, gives_more = _run_heads(module, heads, call, None)
         for ranks in {2, 2 * heads.kv_count}:
             spans = {name: own(division.pieces, [1.0] * ranks) for name, division in divisions.items()}
             for rank in range(ranks) if spans[out] is not None else ():
                 mine = {name: found[rank] for name, found in spans.items() if found is not None}
                 start, stop = (place * divisions[out].width for place in mine[out])
-                if not _are_close(_run_heads(module, heads, call, mine), whole[..., start:stop]):
-                    return False
-                tried = True
+                if not _are_close(_run_heads(module, heads, call, mine)[0], whole[..., start:stop]):
+                    return None
+                result = "shares" if gives_more else "divides"
     except Exception:  # any code of a model file may run here; an attention that stays whole is right
-        return False
-    return tried
+        return None
+    return result
 
 
-def _run_heads(module: nn.Module, heads: Heads, call: _Call, spans: dict[str, Span] | None) -> mx.array:
-    """Return the input of an attention's last projection, for all heads or for a span of the pieces of each child."""
+def _run_heads(module: nn.Module, heads: Heads, call: Call, spans: dict[str, Span] | None) -> tuple[mx.array, bool]:
+    """Return the input of the last projection, and whether the attention gives more than its result.
+
+    For all heads, or for a span of the pieces of each child.
+    """
     divisions, out = divide_heads(module, heads), heads.out
     seen: dict[str, mx.array] = {}
 
@@ -265,13 +303,14 @@ def _run_heads(module: nn.Module, heads: Heads, call: _Call, spans: dict[str, Sp
                 holder[key] = holder[key][slice(*spans[name])]
             narrow(module, spans[out], kv_span)
         with hooked((m, partial(project, path)) for path, m in linears):
-            mx.eval(call.repeat(module), seen["input"])
-    return seen["input"]
+            result = call.repeat(module)
+            mx.eval(result, seen["input"])
+    return seen["input"], not isinstance(result, mx.array)
 
 
 @contextmanager
 def _filled(module: nn.Module, without: list[str]) -> Iterator[None]:
-    """Fill a module's parameters with random numbers, but not those below `without`; everything is undone at the end."""
+    """Fill a module's parameters with random numbers, but not those below `without`; at the end undo everything."""
     kept = [(inner, dict(inner), dict(inner.__dict__)) for _, inner in module.named_modules()]
     try:
         for path, inner in module.named_modules():
@@ -312,10 +351,10 @@ def _copied(value: Any) -> Any:
 def _are_close(some: mx.array, others: mx.array) -> bool:
     if some.shape != others.shape:
         return False
-    off = mx.abs(some - others).max().item()
-    size = mx.abs(others).max().item()
-    return bool(size > 0 and off <= _TOLERANCE * size)
+    size = mx.abs(others).max()
+    return bool(mx.logical_and(size > 0, mx.abs(some - others).max() <= _TOLERANCE * size).item())
 
 
-def _line(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """Return the first line of what an error says."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

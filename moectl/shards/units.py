@@ -1,4 +1,4 @@
-"""What of a model can be divided, found by the names of its modules; `moectl.shards.trial` then tries whether that holds.
+"""What of a model can be divided, by the names of its modules; `moectl.shards.trial` then tries whether that holds.
 
 A *unit* has up projections and one down projection: all experts of a layer, or one dense MLP. In between everything is
 elementwise in the hidden dimension, so that a rank with a span of it computes a part of the down projection's sum. A

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moectl.errors import PlanError
 from moectl.shards.flow import Flow, NoPipeline, follow
 from moectl.shards.skeleton import Skeleton
-from moectl.shards.trial import try_parts
+from moectl.shards.trial import describe, record_calls, try_parts
 from moectl.shards.units import LayerParts, find_parts
 
 SPLITS = ("experts", "hidden", "tensor", "layers")
@@ -25,7 +25,11 @@ class Look:
 def look(skeleton: Skeleton) -> Look:
     """Find out what of a model can be divided, and in which ways."""
     parts = find_parts(skeleton)
-    whole = try_parts(skeleton, parts)
+    try:
+        calls = record_calls(skeleton, parts)
+    except Exception as error:  # any code of a model file runs here; some wants a GPU of Apple's
+        return Look(parts, None, dict.fromkeys(SPLITS, f"it cannot run on this machine: {describe(error)}"))
+    whole = try_parts(skeleton, parts, calls)
     units = [unit for layer in parts for block in layer.blocks for unit in block.units]
     heads = [found for layer in parts for found in layer.heads]
     ways: dict[str, str | None] = dict.fromkeys(SPLITS)

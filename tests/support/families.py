@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
@@ -124,7 +125,8 @@ def run_split(
 
         def head(logits: mx.array) -> mx.array:
             wide = logits if logits.shape[-1] == vocabulary else mx.zeros((1, vocabulary)) + logits * 0
-            return group.gather(wide.astype(mx.float32)[None])[leader]
+            gathered: mx.array = group.gather(wide.astype(mx.float32)[None])
+            return gathered[leader]
 
         return run_greedily(model, head), held, group.sums
 
@@ -134,6 +136,10 @@ def run_split(
 
 def is_equal(some: list[mx.array], others: list[mx.array], tolerance: float = 1e-4) -> tuple[bool, float]:
     """Whether logits are within a part of their size, with the same greedy tokens; and how far they are off."""
-    off = max((mx.abs(a - b).max() / mx.abs(b).max()).item() for a, b in zip(some, others, strict=True))
+    off = max(_number(mx.abs(a - b).max() / mx.abs(b).max()) for a, b in zip(some, others, strict=True))
     same = all(mx.argmax(a).item() == mx.argmax(b).item() for a, b in zip(some, others, strict=True))
-    return bool(same and off <= tolerance), float(off)
+    return same and off <= tolerance, off
+
+
+def _number(array: mx.array) -> float:
+    return float(np.array(array))
