@@ -54,10 +54,13 @@ def try_parts(skeleton: Skeleton, parts: list[LayerParts], calls: dict[str, Call
     Says in `Block.sums` where sums belong, and returns the reason for each unit (by path) that cannot be divided.
     """
     known: dict[Any, Any] = {}
+    # Experts that are no stack are not all called.
+    usual = {type(at(skeleton.model, path)): call for path, call in calls.items()}
 
     def once(what: Callable[..., T], layer: LayerParts, part: Any) -> T:
         """Try one of several modules that are alike."""
-        module, call = at(skeleton.model, f"{layer.path}.{part.path}"), calls.get(f"{layer.path}.{part.path}")
+        module = at(skeleton.model, f"{layer.path}.{part.path}")
+        call = calls.get(f"{layer.path}.{part.path}") or usual.get(type(module))
         key = what, _likeness(module), _likeness(call)
         if key not in known:
             known[key] = what(module, part, call)

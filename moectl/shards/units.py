@@ -31,6 +31,7 @@ _PATTERNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("c_fc_0", "c_fc_1"), "c_proj"),
     (("fc1",), "fc2"),
     (("c_fc",), "c_proj"),
+    (("fc_in",), "fc_out"),
     (("proj_1",), "proj_2"),
     (("input_linear",), "output_linear"),
     (("dense_h_to_4h",), "dense_4h_to_h"),

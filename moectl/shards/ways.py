@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from moectl.errors import PlanError
 from moectl.shards.flow import Flow, NoPipeline, follow
 from moectl.shards.skeleton import Skeleton
@@ -24,6 +26,14 @@ class Look:
 
 def look(skeleton: Skeleton) -> Look:
     """Find out what of a model can be divided, and in which ways."""
+    mx.disable_compile()  # on a CPU it would call a compiler for each function of each shape
+    try:
+        return _look(skeleton)
+    finally:
+        mx.enable_compile()
+
+
+def _look(skeleton: Skeleton) -> Look:
     parts = find_parts(skeleton)
     try:
         calls = record_calls(skeleton, parts)

@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -78,9 +79,14 @@ def _patched() -> Iterator[None]:
             yield
 
 
+@cache
+def _stream() -> mx.Stream:
+    return mx.new_thread_unsafe_stream(mx.default_device())  # each holds an OS thread that nothing ends
+
+
 def run_ranks(size: int, run: Callable[[int, Any], T]) -> list[T]:
     """Call `run(rank, group)` for all ranks at the same time; return what each returned. The first error is raised."""
-    ring, stream = _Ring(size), mx.new_thread_unsafe_stream(mx.default_device())
+    ring, stream = _Ring(size), _stream()
     results: dict[int, T] = {}
     errors: list[BaseException] = []
 
