@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,9 +36,16 @@ class Flow:
     """Which cache is whose, and which of the other parameters are used where."""
 
     caches: tuple[int | None, ...]  # by layer: its cache's number in the model's list
-    before: frozenset[str]  # names of parameters that make the first layer's state,
+    before: frozenset[str]  # paths of modules whose parameters make the first layer's state,
     after: frozenset[str]  # that are used after the last layer,
     everywhere: frozenset[str]  # and that layers in between want, too
+
+    def wants(self, name: str, *, first: bool, last: bool) -> bool:
+        """Whether a rank needs a parameter that is in no layer; `first` and `last`: it has what is at that end."""
+        module = name.rpartition(".")[0]
+        if module in self.everywhere or module not in self.before | self.after:
+            return True
+        return (first and module in self.before) or (last and module in self.after)
 
 
 @dataclass(slots=True)
@@ -66,7 +73,7 @@ def follow(skeleton: Skeleton) -> Flow:
     after = uses.parameters_of([logits])
     between = uses.parameters_of([a for call in calls[1:] for a in (call.state, *_arrays(call.rest))])
     unseen = set(outer) - before - after - between
-    return Flow(tuple(owners), frozenset(before), frozenset(after), frozenset(between | unseen))
+    return Flow(tuple(owners), _modules_of(before), _modules_of(after), _modules_of(between | unseen))
 
 
 def kind_of(cache: Any) -> Any:
@@ -83,14 +90,19 @@ def choose_caches(own: Collection[int], whole: list[Any]) -> list[int | None]:
     return [number if number in own else by_kind.get(kind_of(cache)) for number, cache in enumerate(whole)]
 
 
-def names_of_rank(skeleton: Skeleton, flow: Flow, spans: Sequence[Span], rank: int) -> set[str]:
-    """Return the names of the parameters that a rank of a pipeline needs; `spans` are of layers."""
-    paths, (first, last) = skeleton.paths, spans[rank]
-    own = tuple(f"{paths[id(layer)]}." for layer in skeleton.layers[first:last])
-    names = {name for name in skeleton.parameters if name.startswith(own)} | flow.everywhere
-    if rank == 0:
-        names |= flow.before
-    return names | flow.after if rank == len(spans) - 1 else names
+def names_of_rank(skeleton: Skeleton, flow: Flow, span: Span, *, first: bool, last: bool) -> set[str]:
+    """Return the names of the parameters that a rank needs which has a span of the layers.
+
+    `first`: it also has what comes before the layers. `last`: it also has what comes after them.
+    """
+    paths = skeleton.paths
+    layers = [f"{paths[id(layer)]}." for layer in skeleton.layers]
+    own, all_layers = tuple(layers[slice(*span)]), tuple(layers)
+    return {
+        name
+        for name in skeleton.parameters
+        if name.startswith(own) or (not name.startswith(all_layers) and flow.wants(name, first=first, last=last))
+    }
 
 
 def _pass(skeleton: Skeleton, caches: list[Any], *, real: bool) -> tuple[list[_Call], list[mx.array], mx.array]:
@@ -201,6 +213,10 @@ class _Uses:
                 if not name.startswith(("state ", "parameter ")):
                     todo += self._inputs[name]
         return seen
+
+
+def _modules_of(names: set[str]) -> frozenset[str]:
+    return frozenset(name.rpartition(".")[0] for name in names)  # a quantised one has more parameters
 
 
 def _outer_parameters(skeleton: Skeleton) -> dict[str, mx.array]:

@@ -99,6 +99,8 @@ def _likeness(value: Any) -> Any:
         return tuple((key, _likeness(inner)) for key, inner in value.items())
     if isinstance(value, list | tuple):
         return tuple(_likeness(inner) for inner in value)
+    if isinstance(value, set):
+        return tuple(sorted(map(str, value)))
     if isinstance(value, str | int | float | type(None)):
         return type(value), value
     return type(value) if isinstance(value, _BaseCache) else id(value)

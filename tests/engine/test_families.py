@@ -7,6 +7,7 @@ for the reason that `tests/golden/ways.json` has: a new version of mlx-lm may ch
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +38,14 @@ DOZEN = (
 # Need Metal (bitnet, muse_spark) or a library (olmo), or end the process by themselves, unsplit (phi3small).
 CANNOT_RUN = ("bitnet", "muse_spark", "olmo", "phi3small")
 OTHERS = [family for family in families() if family not in (*DOZEN, *CANNOT_RUN)]
+
+
+@pytest.fixture(autouse=True)
+def uncompiled() -> Iterator[None]:
+    """On a CPU MLX calls a compiler for each function of each shape."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @cache

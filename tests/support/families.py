@@ -109,7 +109,7 @@ def run_split(
         if split == "layers":
             assert seen.flow is not None
             spans, leader = list(share_out(len(model.layers), 1, shares, least=1)), len(shares) - 1
-            names = names_of_rank(skeleton, seen.flow, spans, rank)
+            names = names_of_rank(skeleton, seen.flow, spans[rank], first=rank == 0, last=rank == leader)
             keep(model, names)
             make_stage(model, seen.flow, spans, rank, group)
         else:
@@ -118,7 +118,7 @@ def run_split(
             cut(model, holdings)
             divide(model, seen.parts, holdings, group)
             if rank != leader and seen.flow is not None:
-                names -= seen.flow.after - seen.flow.before - seen.flow.everywhere
+                names = names_of_rank(skeleton, seen.flow, (0, len(model.layers)), first=True, last=False)
                 keep(model, names)
                 remove_head(model, seen.flow)
         held = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if name in names)
