@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from moectl.errors import PlanError
+from moectl.shards.exceptions import REFUSED
 from moectl.shards.flow import Flow, NoPipeline, follow
 from moectl.shards.skeleton import Skeleton
 from moectl.shards.trial import describe, record_calls, try_parts
@@ -16,7 +17,7 @@ SPLITS = ("experts", "hidden", "tensor", "layers")
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Findings:
     """What was found in a skeleton: all that a split needs to know."""
 
     parts: list[LayerParts]
@@ -24,8 +25,10 @@ class Look:
     ways: dict[str, str | None]  # split → why it cannot be; None: it can
 
 
-def look(skeleton: Skeleton) -> Look:
+def look(skeleton: Skeleton) -> Findings:
     """Find out what of a model can be divided, and in which ways."""
+    if (reason := REFUSED.get(skeleton.model_type)) is not None:
+        return Findings([], None, dict.fromkeys(SPLITS, reason))
     mx.disable_compile()  # on a CPU it would call a compiler for each function of each shape
     try:
         return _look(skeleton)
@@ -33,12 +36,12 @@ def look(skeleton: Skeleton) -> Look:
         mx.enable_compile()
 
 
-def _look(skeleton: Skeleton) -> Look:
+def _look(skeleton: Skeleton) -> Findings:
     parts = find_parts(skeleton)
     try:
         calls = record_calls(skeleton, parts)
     except Exception as error:  # any code of a model file runs here; some wants a GPU of Apple's
-        return Look(parts, None, dict.fromkeys(SPLITS, f"it cannot run on this machine: {describe(error)}"))
+        return Findings(parts, None, dict.fromkeys(SPLITS, f"it cannot run on this machine: {describe(error)}"))
     whole = try_parts(skeleton, parts, calls)
     units = [unit for layer in parts for block in layer.blocks for unit in block.units]
     heads = [found for layer in parts for found in layer.heads]
@@ -61,7 +64,7 @@ def _look(skeleton: Skeleton) -> Look:
         ways["layers"] = str(error)
     if len(skeleton.layers) < 2:
         ways["layers"] = "it has one layer"
-    return Look(parts, flow, ways)
+    return Findings(parts, flow, ways)
 
 
 def ways(skeleton: Skeleton) -> dict[str, str | None]:
@@ -69,7 +72,7 @@ def ways(skeleton: Skeleton) -> dict[str, str | None]:
     return look(skeleton).ways
 
 
-def require(skeleton: Skeleton, found: Look, split: str) -> None:
+def require(skeleton: Skeleton, found: Findings, split: str) -> None:
     """Raise PlanError where a model cannot be split in this way, with the ways that work."""
     reason = found.ways[split]
     if reason is None:

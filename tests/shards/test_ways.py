@@ -8,21 +8,21 @@ import pytest
 from moectl.errors import PlanError
 from moectl.shards.skeleton import Skeleton, make_skeleton
 from moectl.shards.units import Block, Unit
-from moectl.shards.ways import SPLITS, Look, look, require, ways
+from moectl.shards.ways import SPLITS, Findings, look, require, ways
 from tests.support.families import config_of
 from tests.support.toy import HIDDEN, make_toy
 
 
-def found_in(odd: str) -> tuple[Skeleton, Look]:
+def found_in(odd: str) -> tuple[Skeleton, Findings]:
     skeleton = make_toy(odd)
     return skeleton, look(skeleton)
 
 
-def first_block(found: Look) -> Block:
+def first_block(found: Findings) -> Block:
     return found.parts[0].blocks[0]
 
 
-def first_unit(found: Look) -> Unit:
+def first_unit(found: Findings) -> Unit:
     return first_block(found).units[0]
 
 
@@ -121,7 +121,7 @@ def test_a_refusal_names_the_ways_that_work() -> None:
     with pytest.raises(PlanError, match=r"a toy across model cannot be split by hidden: layers\.0\.mlp") as error:
         require(skeleton, found, "hidden")
     assert error.value.hint == "use --split layers"
-    nothing = Look([], None, dict.fromkeys(SPLITS, "no"))
+    nothing = Findings([], None, dict.fromkeys(SPLITS, "no"))
     with pytest.raises(PlanError) as error:
         require(skeleton, nothing, "hidden")
     assert error.value.hint == "it runs on one host only"

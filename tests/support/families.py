@@ -22,7 +22,7 @@ from moectl.model.ownership import hold, share_out
 from moectl.shards.flow import names_of_rank
 from moectl.shards.skeleton import Skeleton, make_skeleton
 from moectl.shards.units import divisions_of
-from moectl.shards.ways import Look, look
+from moectl.shards.ways import Findings, look
 from tests.support.fake_group import run_ranks
 
 PROMPT = [3, 11, 5, 7, 2, 9, 4, 8, 6, 1]
@@ -88,7 +88,7 @@ def run_greedily(model: Any, head: Callable[[mx.array], mx.array] = lambda logit
     return found
 
 
-def look_at(family: str, *, quantised: int | None = None) -> tuple[Skeleton, Look]:
+def look_at(family: str, *, quantised: int | None = None) -> tuple[Skeleton, Findings]:
     skeleton = make_skeleton(config_of(family))
     found = look(skeleton)
     if quantised is not None:
@@ -97,7 +97,7 @@ def look_at(family: str, *, quantised: int | None = None) -> tuple[Skeleton, Loo
 
 
 def run_split(
-    family: str, found: tuple[Skeleton, Look], split: str, shares: Sequence[float], *, quantised: int | None = None
+    family: str, found: tuple[Skeleton, Findings], split: str, shares: Sequence[float], *, quantised: int | None = None
 ) -> tuple[list[mx.array], list[int], int]:
     """Run a model on ranks; return logits, bytes of weights per rank, and sums of one rank."""
     skeleton, seen = found
