@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from moectl.errors import PlanError
 from moectl.model.regions import Division, Pieces, Role, Span
 
 Shares = Sequence[float]
@@ -61,6 +62,16 @@ def own(pieces: Pieces, shares: Shares) -> tuple[Span, ...] | None:
         return heads
     ratio = pieces.heads // pieces.kv_heads
     return tuple((start // ratio, -(-stop // ratio)) for start, stop in heads)
+
+
+def own_layers(count: int, shares: Shares) -> tuple[Span, ...]:
+    """Return the span of layers of each rank of a pipeline, at least one each. Raises PlanError."""
+    if count < len(shares):
+        raise PlanError(
+            f"{count} layers cannot be given to {len(shares)} nodes: each needs one",
+            hint=f"use {count} nodes or fewer, or another split",
+        )
+    return share_out(count, 1, shares, least=1)
 
 
 def first_owner(spans: Sequence[Span]) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from moectl.model.ownership import find_holding, first_owner, hold, own, share_out
+from moectl.errors import PlanError
+from moectl.model.ownership import find_holding, first_owner, hold, own, own_layers, share_out
 from moectl.model.regions import Division, Pieces, Role
 
 
@@ -66,6 +67,14 @@ def test_heads_go_with_their_keys(
 )
 def test_heads_that_do_not_fit_stay_whole(pieces: Pieces) -> None:
     assert own(pieces, [1, 1, 1]) is None
+
+
+def test_each_rank_of_a_pipeline_has_a_layer() -> None:
+    assert own_layers(4, [100, 1, 1]) == ((0, 2), (2, 3), (3, 4))
+    with pytest.raises(PlanError, match="2 layers cannot be given to 3 nodes: each needs one") as error:
+        own_layers(2, [1, 1, 1])
+    assert error.value.hint == "use 2 nodes or fewer, or another split"
+    assert own_layers(2, [1, 1]) == ((0, 1), (1, 2))
 
 
 def test_attention_is_divided_in_all_layers_or_in_none() -> None:

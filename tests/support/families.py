@@ -18,7 +18,7 @@ from mlx_lm.utils import _get_classes
 
 from moectl.engine.network.parallel import cut, divide
 from moectl.engine.network.stages import keep, make_stage, remove_head
-from moectl.model.ownership import hold, share_out
+from moectl.model.ownership import hold, own_layers
 from moectl.shards.flow import names_of_rank
 from moectl.shards.skeleton import Skeleton, make_skeleton
 from moectl.shards.units import divisions_of
@@ -108,7 +108,7 @@ def run_split(
         leader = 0
         if split == "layers":
             assert seen.flow is not None
-            spans, leader = list(share_out(len(model.layers), 1, shares, least=1)), len(shares) - 1
+            spans, leader = own_layers(len(model.layers), shares), len(shares) - 1
             names = names_of_rank(skeleton, seen.flow, spans[rank], first=rank == 0, last=rank == leader)
             keep(model, names)
             make_stage(model, seen.flow, spans, rank, group)

@@ -7,7 +7,7 @@ a model does before its layers and after them (masks, scaling) stays mlx-lm's.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ class _End(Exception):
         self.state = state
 
 
-def make_stage(model: nn.Module, flow: Flow, spans: list[Span], rank: int, group: Group) -> None:
+def make_stage(model: nn.Module, flow: Flow, spans: Sequence[Span], rank: int, group: Group) -> None:
     """Let a model compute the layers of one rank; `spans` are those of all ranks."""
     _Stage(model, flow, spans[rank], rank, group, has_head=rank == len(spans) - 1).install()
 
