@@ -11,7 +11,7 @@ from moectl.shards.exceptions import REFUSED
 from moectl.shards.flow import Flow, NoPipeline, follow
 from moectl.shards.skeleton import Skeleton
 from moectl.shards.trial import describe, record_calls, try_parts
-from moectl.shards.units import LayerParts, find_parts
+from moectl.shards.units import LayerParts, at, find_parts
 
 SPLITS = ("experts", "hidden", "tensor", "layers")
 
@@ -49,6 +49,8 @@ def _look(skeleton: Skeleton) -> Findings:
     if not units:
         reason = "it has no experts or MLP that moectl knows how to divide"
         ways |= dict.fromkeys(("experts", "hidden", "tensor"), reason)
+    elif _share_modules(skeleton, parts):
+        ways |= dict.fromkeys(("experts", "hidden", "tensor"), "several layers share an MLP or an attention")
     elif whole:
         path, reason = next(iter(whole.items()))
         ways |= dict.fromkeys(("experts", "hidden", "tensor"), f"{path} cannot be divided: {reason}")
@@ -62,9 +64,19 @@ def _look(skeleton: Skeleton) -> Findings:
         flow = follow(skeleton)
     except NoPipeline as error:
         ways["layers"] = str(error)
+    except Exception as error:  # any code of a model file runs here, with caches that it may not expect
+        ways["layers"] = f"its layers cannot be followed: {describe(error)}"
     if len(skeleton.layers) < 2:
         ways["layers"] = "it has one layer"
     return Findings(parts, flow, ways)
+
+
+def _share_modules(skeleton: Skeleton, parts: list[LayerParts]) -> bool:
+    paths: list[str] = []
+    for layer in parts:
+        paths += [f"{layer.path}.{heads.path}" for heads in layer.heads]
+        paths += [f"{layer.path}.{unit.path}" for block in layer.blocks for unit in block.units]
+    return len({id(at(skeleton.model, path)) for path in paths}) < len(paths)
 
 
 def ways(skeleton: Skeleton) -> dict[str, str | None]:

@@ -92,6 +92,12 @@ def test_what_is_no_line_of_layers_is_refused(odd: str, reason: str) -> None:
     assert found.ways["hidden"] is None
 
 
+def test_an_mlp_of_several_layers_is_refused() -> None:
+    skeleton = make_toy()
+    skeleton.layers[1].mlp = skeleton.layers[0].mlp
+    assert ways(skeleton)["hidden"] == "several layers share an MLP or an attention"  # each layer would sum it again
+
+
 def test_positions_from_another_layers_cache_are_refused() -> None:
     # Its linear attention takes positions from the cache of the layers with full attention.
     found = ways(make_skeleton(config_of("bailing_hybrid")))
