@@ -21,6 +21,7 @@ Observer = Callable[[mx.array, Exchange], mx.array]
 GATHER_BELOW_BYTES = 64 * 1024
 
 _observer: Observer | None = None
+_backend_sum = mx.distributed.all_sum
 
 
 def sum_over_ranks(x: mx.array, group: mx.distributed.Group | None) -> mx.array:
@@ -33,6 +34,21 @@ def sum_over_ranks(x: mx.array, group: mx.distributed.Group | None) -> mx.array:
     if group is None or group.size() == 1:
         return x
     return run_exchange(x, partial(_sum, group=group))
+
+
+@contextlib.contextmanager
+def seam() -> Iterator[None]:
+    """Let mlx-lm's blocks that sum over ranks by themselves do it by `sum_over_ranks` while the block runs."""
+
+    def all_sum(x: mx.array, *, group: mx.distributed.Group | None = None, stream: Any = None) -> mx.array:
+        return sum_over_ranks(x, group or mx.distributed.init())
+
+    before = mx.distributed.all_sum
+    mx.distributed.all_sum = all_sum
+    try:
+        yield
+    finally:
+        mx.distributed.all_sum = before
 
 
 def take_first(indices: mx.array, weights: mx.array, group: mx.distributed.Group) -> tuple[mx.array, mx.array]:
@@ -61,7 +77,7 @@ def observed(observer: Observer) -> Iterator[None]:
 
 def _sum(x: mx.array, group: mx.distributed.Group) -> mx.array:
     if x.nbytes > GATHER_BELOW_BYTES:
-        return mx.distributed.all_sum(x, group=group)
+        return _backend_sum(x, group=group)
     parts = mx.distributed.all_gather(x[None], group=group)
     return parts.astype(mx.float32).sum(axis=0).astype(x.dtype)
 

@@ -1,0 +1,106 @@
+"""Make one rank's part out of a whole model of mlx-lm: `hidden`, `experts` and `tensor`.
+
+Modules keep their classes and the names of their parameters. What is installed here are sums over ranks, the choice of
+a rank's own experts, and the number of its heads. mlx-lm's blocks that sum by themselves need `exchange.seam`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from moectl.engine.network.exchange import sum_over_ranks
+from moectl.model.ownership import Holding
+from moectl.model.regions import Role, Span, belongs_to_sum, find_regions
+from moectl.shards.hooks import Hook, hook_call
+from moectl.shards.units import Block, Heads, LayerParts, Unit, at, narrow
+
+Group = Any  # mx.distributed.Group
+
+
+def divide(model: nn.Module, parts: list[LayerParts], holdings: Mapping[str, Holding], group: Group) -> None:
+    """Let a model compute what a rank holds, and sum over all ranks. Its parameters may be cut before or after."""
+    for layer in parts:
+        module = at(model, layer.path)
+        for block in layer.blocks:
+            for unit in block.units:
+                _divide_unit(at(module, unit.path), unit, holdings[f"{layer.path}.{unit.path}.{unit.down}"])
+            _install_sums(module, block, group)
+        for heads in layer.heads:
+            if (holding := holdings.get(f"{layer.path}.{heads.path}.{heads.out}")) is not None:
+                _divide_heads(at(module, heads.path), f"{layer.path}.{heads.path}", heads, holding, holdings)
+                hook_call(at(module, heads.path)[heads.out], partial(_sum, group))
+
+
+def cut(model: nn.Module, holdings: Mapping[str, Holding]) -> None:
+    """Cut the parameters of a whole model in place."""
+    for path, holding in holdings.items():
+        module = at(model, path)
+        if isinstance(module, mx.array):
+            above, _, name = path.rpartition(".")
+            at(model, above)[name] = take(name, module, holding)
+        else:
+            for name, array in [item for item in module.items() if isinstance(item[1], mx.array)]:
+                module[name] = take(name, array, holding)
+
+
+def take(name: str, array: mx.array, holding: Holding) -> mx.array:
+    """Return a rank's part of one array of a module."""
+    if belongs_to_sum(name, holding.division):
+        return array if holding.adds else mx.zeros_like(array)
+    regions, axis = find_regions(name, array.shape, holding.division, holding.span)
+    found = [array[tuple(slice(*span) for span in region)] for region in regions]
+    return mx.contiguous(mx.concatenate(found, axis=axis))
+
+
+def _install_sums(layer: nn.Module, block: Block, group: Group) -> None:
+    if block.sums == "own":
+        owner = next(m for _, m in at(layer, block.path).named_modules() if hasattr(m, "sharding_group"))
+        owner.sharding_group = group if group is not None and group.size() > 1 else None
+    elif block.sums == "block":
+        hook_call(at(layer, block.path), partial(_sum, group))
+    else:
+        for unit in block.units:
+            hook_call(at(layer, unit.path), partial(_sum, group))
+
+
+def _sum(group: Group, call: Hook, *args: Any, **kwargs: Any) -> mx.array:
+    return sum_over_ranks(call(*args, **kwargs), group)
+
+
+def _divide_unit(module: nn.Module, unit: Unit, holding: Holding) -> None:
+    if holding.is_empty:
+        hook_call(module, partial(_give_nothing, module[unit.down].weight.shape[-2], unit.experts > 0))
+    elif holding.division.pieces.role is Role.EXPERT:
+        hook_call(module, partial(_run_own_pairs, holding.span))
+
+
+def _give_nothing(width: int, is_stack: bool, call: Hook, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    """Return zeros: the rank holds nothing of a unit."""
+    of = args[0] if is_stack else x[..., 0]  # a stack has a result for each (token, expert) pair
+    return mx.zeros((*of.shape, width), x.dtype)
+
+
+def _run_own_pairs(span: Span, call: Hook, x: mx.array, indices: mx.array) -> mx.array:
+    """Return the results of a rank's own experts and zeros for the others', (…, K, D); syncs with the host."""
+    start, stop = span
+    chosen = np.array(indices).reshape(-1, indices.shape[-1])
+    token, slot = np.nonzero((chosen >= start) & (chosen < stop))
+    rows = x.reshape(-1, x.shape[-1])
+    out = mx.zeros((*chosen.shape, rows.shape[-1]), x.dtype)
+    if token.size:
+        mine = (chosen[token, slot] - start).astype(np.uint32)
+        y = call(rows[mx.array(token.astype(np.uint32))], mx.array(mine)[:, None])[:, 0]
+        out = out.at[mx.array(token.astype(np.uint32)), mx.array(slot.astype(np.uint32))].add(y.astype(x.dtype))
+    return out.reshape(*indices.shape, rows.shape[-1])
+
+
+def _divide_heads(module: Any, path: str, heads: Heads, holding: Holding, holdings: Mapping[str, Holding]) -> None:
+    mine = [found for name in heads.widths if (found := holdings.get(f"{path}.{name}")) is not None]
+    kv = (other.span for other in mine if other.division.pieces.role is Role.KV_HEAD)
+    narrow(module, holding.span, next(kv, holding.span))

@@ -1,0 +1,98 @@
+"""The skeleton of a model: mlx-lm's own module tree for a config.json, without weights and without memory for them.
+
+It gives the names and shapes of all parameters. It never imports code that a repository brings.
+"""
+
+from __future__ import annotations
+
+import copy
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.utils import MODEL_REMAPPING, _get_classes
+
+from moectl.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A module tree whose parameters are zeros that take no memory."""
+
+    model: Any  # mlx-lm's Model
+    model_type: str  # as config.json has it
+
+    @property
+    def layers(self) -> list[Any]:
+        found: list[Any] = self.model.layers
+        return found
+
+    @property
+    def parameters(self) -> dict[str, mx.array]:
+        """All parameters by name; only shapes and dtypes mean something."""
+        return dict(tree_flatten(self.model.parameters()))
+
+    @property
+    def paths(self) -> dict[int, str]:
+        """The path of each module, by its id."""
+        return {id(module): path for path, module in self.model.named_modules()}
+
+
+def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
+    """Build the skeleton of the model that a config.json describes. Raises CheckpointError."""
+    model_type = config.get("model_type")
+    if config.get("model_file") is not None:
+        raise CheckpointError(
+            f"config.json names a program of its own, model_file = {config['model_file']!r}: moectl runs no code of a"
+            " repository",
+            hint="use a checkpoint that mlx-lm's own model files can read",
+        )
+    known = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
+    if not isinstance(model_type, str) or MODEL_REMAPPING.get(model_type, model_type) not in known:
+        raise _unknown(model_type)
+    own = copy.deepcopy(dict(config))  # some model files write into it
+    try:
+        model_class, args_class = _get_classes(own)
+    except AttributeError:  # a module of mlx-lm that is no model file
+        raise _unknown(model_type) from None
+    except (ImportError, SystemExit, ValueError):  # some want a library of their own, and end the program without it
+        raise CheckpointError(
+            f"mlx-lm's model file for {model_type} cannot be loaded: it wants a library that moectl does not have",
+            hint="use another model",
+        ) from None
+    try:
+        model = model_class(args_class.from_dict(own))
+    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"config.json does not describe a model that mlx-lm can build: {model_type}: {_line(error)}",
+            hint="compare config.json with the one of the original repository",
+        ) from None
+    empty(model)
+    model.eval()
+    return Skeleton(model, model_type)
+
+
+def empty(module: nn.Module) -> None:
+    """Replace a module's parameters by zeros of the same shapes, which take no memory."""
+    module.update(tree_map(_zeros, module.parameters()))
+
+
+def _zeros(array: mx.array) -> mx.array:
+    return mx.broadcast_to(mx.array(0, dtype=array.dtype), array.shape)
+
+
+def _unknown(model_type: object) -> CheckpointError:
+    return CheckpointError(
+        f"config.json has model_type = {model_type!r}, and mlx-lm has no model file of that name",
+        hint="use a model that mlx-lm knows; a newer version of moectl may know more",
+    )
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"missing key {text}" if isinstance(error, KeyError) else text or type(error).__name__

@@ -1,0 +1,54 @@
+"""What moectl relies on inside mlx-lm and MLX, beyond what they promise: look here when their versions change."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from importlib.metadata import requires
+
+import mlx.core as mx
+from mlx_lm.models import cache, switch_layers
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING, _get_classes
+
+from moectl.shards.skeleton import make_skeleton
+from tests.support.families import config_of
+
+
+def test_mlx_lm_is_pinned_to_a_minor_version() -> None:
+    assert any(line.startswith("mlx-lm") and "<0.33" in line for line in requires("moectl") or ())
+
+
+def test_names_of_model_files() -> None:
+    assert MODEL_REMAPPING["kimi_k2"] == "deepseek_v3"
+    assert MODEL_ARCHITECTURE_REMAPPING
+    model, args = _get_classes({"model_type": "mixtral"})
+    assert hasattr(args, "from_dict")
+    assert isinstance(model.layers, property)
+
+
+def test_stacks_of_experts_are_called_with_states_and_indices() -> None:
+    for kind in (switch_layers.SwitchGLU, switch_layers.SwitchMLP):
+        assert list(inspect.signature(kind.__call__).parameters) == ["self", "x", "indices"]
+
+
+def test_blocks_sum_by_themselves_over_their_sharding_group() -> None:
+    block = make_skeleton(config_of("deepseek_v3")).layers[-1].mlp
+    assert block.sharding_group is None
+    assert "mx.distributed.all_sum(" in inspect.getsource(type(block).__call__)
+
+
+def test_caches() -> None:
+    assert issubclass(cache.KVCache, cache._BaseCache)
+    for kind, name in ((cache.KVCache(), "keys"), (cache.RotatingKVCache(8), "keys"), (cache.ArraysCache(2), "cache")):
+        assert hasattr(kind, name)
+    assert cache.RotatingKVCache(8).max_size == 8
+    assert len(cache.CacheList(cache.KVCache(), cache.KVCache()).caches) == 2
+    skeleton = make_skeleton(config_of("nemotron_h"))
+    assert len(make_prompt_cache(skeleton.model)) < len(skeleton.layers)  # a model makes its own
+
+
+def test_mlx_draws_its_graph() -> None:
+    drawing, one = io.StringIO(), mx.zeros((2,))
+    mx.export_to_dot(drawing, one + 1, **{"a name": one})
+    assert '"a name" ->' in drawing.getvalue()
