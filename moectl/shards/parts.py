@@ -207,7 +207,7 @@ def _reshape(node: Node, region: Region, world: World[T]) -> T | None:
     low: list[tuple[int, int]] = []
     shape: list[int] = []
     index: list[slice] = []
-    for old, new in _pair_axes(source.shape, node.shape):
+    for old, new in pair_axes(source.shape, node.shape):
         spans = region[new]
         lengths, stored = node.shape[new], source.shape[old]
         if len(stored) == 1:
@@ -235,7 +235,7 @@ def _reshape(node: Node, region: Region, world: World[T]) -> T | None:
     return world.take(value, tuple(index))
 
 
-def _pair_axes(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
+def pair_axes(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
     """Yield the smallest groups of axes of two shapes that hold the same elements."""
     i = j = 0
     while i < len(old) or j < len(new):

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import mlx.core as mx
 
-from moectl.shards.parts import Index, Region, descend
+from moectl.shards.parts import Index, Region, descend, pair_axes
 from moectl.shards.trace import Node, Shape, Step, Stored
 
 _MOST = 4096  # a region in more pieces than this is quicker computed
@@ -79,16 +79,13 @@ class _Places:
 
     def reshape(self, value: list[_Place], shape: Shape) -> list[_Place]:
         (place,) = value if len(value) == 1 else _refuse()
-        if place.strides != _strides(place.shape, place.item):
-            # Axes of length one have no say in how elements lie.
-            kept = [(n, s) for n, s in zip(place.shape, place.strides, strict=True) if n != 1]
-            if [n for n, _ in kept] != [n for n in shape if n != 1]:
-                raise _Computed
-            lengths = iter(kept)
-            strides = tuple(0 if n == 1 else next(lengths)[1] for n in shape)
-        else:
-            strides = _strides(shape, place.item)
-        return [replace(place, strides=strides, shape=shape, start=(0,) * len(shape))]
+        strides: list[int] = []
+        for old, new in pair_axes(place.shape, shape):
+            axes = [(n, s) for n, s in zip(place.shape[old], place.strides[old], strict=True) if n != 1]
+            if any(s != n * inner for (_, s), (n, inner) in pairwise(axes)):
+                raise _Computed  # these axes are no run of bytes
+            strides.extend(_strides(shape[new], axes[-1][1] if axes else place.item))
+        return [replace(place, strides=tuple(strides), shape=shape, start=(0,) * len(shape))]
 
     def view(self, value: list[_Place], dtype: mx.Dtype) -> list[_Place]:
         return [_view(place, dtype.size) for place in value]

@@ -33,6 +33,13 @@ _TYPES = {
     "I64": mx.int64,
 }
 
+_SPELLINGS = {dtype: name for name, dtype in reversed(_TYPES.items())}
+
+
+def spell(dtype: mx.Dtype) -> str:
+    """Return a type in safetensors' spelling."""
+    return _SPELLINGS[dtype]
+
 
 def name_stored(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     """Return a node for each stored tensor. Raises CheckpointError for a type that MLX does not read."""

@@ -24,8 +24,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def equal(one: mx.array, other: mx.array) -> bool:
     """Whether two arrays have the same shape, type and bytes."""
-    flat = [mx.contiguous(a).reshape(-1).view(mx.uint8) for a in (one, other)]
-    return one.dtype == other.dtype and one.shape == other.shape and mx.array_equal(*flat).item() is True
+    first, second = (mx.contiguous(a).reshape(-1).view(mx.uint8) for a in (one, other))
+    return one.dtype == other.dtype and one.shape == other.shape and mx.array_equal(first, second).item() is True
 
 
 def compare_all(traced: Traced, whole: dict[str, mx.array]) -> None:

@@ -32,6 +32,7 @@ def make_model(config: dict[str, Any]) -> Any:
 
 @dataclass
 class Traced:
+    directory: Path
     model: Any
     config: dict[str, Any]
     format: Format
@@ -63,7 +64,7 @@ def open_traced(directory: Path, wanted: Quantization | None = None, recipe: str
         return files[name]
 
     reader = Reader(stored, open_file)
-    return Traced(model, config, form, stored, tensors, settled.parameters, reader, settled)
+    return Traced(directory, model, config, form, stored, tensors, settled.parameters, reader, settled)
 
 
 def load_whole(directory: Path, wanted: Quantization | None = None, recipe: str | None = None) -> dict[str, mx.array]:
