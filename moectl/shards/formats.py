@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from moectl.errors import CheckpointError
-from moectl.shards.trace import Node, Stored, form_of, record
+from moectl.shards.trace import ANOTHER_COPY, Expression, Stored, form_of, record
 
 _BLOCK = (128, 128)  # of FP8 scales, where config.json is silent
 _FLOATS = (mx.bfloat16, mx.float16, mx.float32)
@@ -22,7 +22,6 @@ _MX = {
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
 }
-_HINT = "start from the 16-bit checkpoint, or from one that MLX has quantised (mlx-community on the Hub)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +43,11 @@ def read_format(config: Mapping[str, Any]) -> Format:
     if not raw:
         return Format("plain")
     if not isinstance(raw, Mapping):
-        raise CheckpointError("config.json: quantization should be an object", hint=_HINT)
+        raise CheckpointError("config.json: quantization should be an object", hint=ANOTHER_COPY)
     method = raw.get("quant_method")
     if config.get("quantization") or method is None:
         if not isinstance(raw.get("bits"), int) or not isinstance(raw.get("group_size"), int):
-            raise CheckpointError("config.json: quantization has no bits or no group_size", hint=_HINT)
+            raise CheckpointError("config.json: quantization has no bits or no group_size", hint=ANOTHER_COPY)
         return Format("mlx", raw)
     readers = {"fp8": _read_fp8, "compressed-tensors": _read_compressed, "modelopt": _read_modelopt}
     if method in _MX:
@@ -58,7 +57,7 @@ def read_format(config: Mapping[str, Any]) -> Format:
     return readers[method](raw)
 
 
-def unpack(tensors: Mapping[str, Stored], form: Format) -> dict[str, Node]:
+def unpack(tensors: Mapping[str, Stored], form: Format) -> dict[str, Expression]:
     """Return what `sanitize` is given: FP8 blocks as bfloat16, packed int4 as MLX's weight, scales and biases."""
     if form.kind == "fp8":
         return _unpack_fp8(tensors, form.block)
@@ -86,8 +85,8 @@ def quantise(weight: mx.array, group_size: int, bits: int, mode: str) -> tuple[m
     return tuple(p[:rows] for p in mx.quantize(weight, group_size=group_size, bits=bits, mode=mode))
 
 
-def _unpack_fp8(tensors: Mapping[str, Stored], block: tuple[int, int]) -> dict[str, Node]:
-    made: dict[str, Node] = dict(tensors)
+def _unpack_fp8(tensors: Mapping[str, Stored], block: tuple[int, int]) -> dict[str, Expression]:
+    made: dict[str, Expression] = dict(tensors)
     for name, scale in tensors.items():
         weight = tensors.get(name.removesuffix("_scale_inv"))
         if not name.endswith(".weight_scale_inv") or weight is None:
@@ -107,15 +106,17 @@ def _unpack_fp8(tensors: Mapping[str, Stored], block: tuple[int, int]) -> dict[s
     return made
 
 
-def _unpack_int4(tensors: Mapping[str, Stored]) -> dict[str, Node]:
-    made: dict[str, Node] = {}
+def _unpack_int4(tensors: Mapping[str, Stored]) -> dict[str, Expression]:
+    made: dict[str, Expression] = {}
     for name, node in tensors.items():
         base, _, part = name.rpartition(".")
         if part in ("weight_zero_point", "weight_g_idx"):
             raise _refused(f"by compressed-tensors with {part}")
         if part == "weight_packed":
             if (scale := tensors.get(f"{base}.weight_scale")) is None:
-                raise CheckpointError(f"the checkpoint has no tensor {base}.weight_scale", hint="it is incomplete")
+                raise CheckpointError(
+                    f"the checkpoint has no tensor {base}.weight_scale", hint="complete the download of this checkpoint"
+                )
             made[f"{base}.weight"] = Stored(name, form_of(node.shape, mx.uint32))
             made[f"{base}.scales"] = scale
             made[f"{base}.biases"] = record(mx.array.__rmul__, scale, -8)
@@ -127,7 +128,9 @@ def _unpack_int4(tensors: Mapping[str, Stored]) -> dict[str, Node]:
 def _read_fp8(raw: Mapping[str, Any]) -> Format:
     size = raw.get("weight_block_size") or _BLOCK
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise CheckpointError(f"config.json: weight_block_size is {size!r}, and two numbers are needed", hint=_HINT)
+        raise CheckpointError(
+            f"config.json: weight_block_size is {size!r}, and two numbers are needed", hint=ANOTHER_COPY
+        )
     if raw.get("scale_fmt") == "ue8m0" and list(size) == [32, 32]:  # it is MXFP8, and stays packed
         return Format("packed", _MX["mxfp8"])
     return Format("fp8", block=(size[0], size[1]))
@@ -160,4 +163,6 @@ def _read_modelopt(raw: Mapping[str, Any]) -> Format:
 
 
 def _refused(how: str) -> CheckpointError:
-    return CheckpointError(f"config.json: the checkpoint is quantised {how}, which moectl does not read", hint=_HINT)
+    return CheckpointError(
+        f"config.json: the checkpoint is quantised {how}, which moectl does not read", hint=ANOTHER_COPY
+    )

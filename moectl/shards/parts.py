@@ -15,13 +15,13 @@ from typing import Any, Protocol, TypeVar
 import mlx.core as mx
 
 from moectl.shards.formats import dequantise_blocks, quantise
-from moectl.shards.trace import Node, Shape, Step, Stored
+from moectl.shards.trace import Expression, Operation, Shape, Stored
 
 Region = tuple[tuple[int, int], ...]  # one span for each axis
 Index = tuple[slice, ...]
 Read = Callable[[str, mx.Dtype, Region], mx.array]  # a part of a stored tensor, its elements taken as of this type
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class World(Protocol[T]):
     def view(self, value: T, dtype: mx.Dtype) -> T: ...
     def concatenate(self, values: list[T], axis: int) -> T: ...
     def stack(self, values: list[T], axis: int) -> T: ...
-    def run(self, step: Step, values: list[T]) -> T: ...
+    def run(self, operation: Operation, values: list[T]) -> T: ...
 
 
 class Arrays:
@@ -66,12 +66,12 @@ class Arrays:
     def stack(self, values: list[mx.array], axis: int) -> mx.array:
         return mx.stack(values, axis)
 
-    def run(self, step: Step, values: list[mx.array]) -> mx.array:
-        done: mx.array = step.run(values)
+    def run(self, operation: Operation, values: list[mx.array]) -> mx.array:
+        done: mx.array = operation.run(values)
         return done
 
 
-def part(node: Node, region: Region, read: Read) -> mx.array:
+def part(node: Expression, region: Region, read: Read) -> mx.array:
     """Return a region of a parameter, equal bit for bit to the same slice of the whole; not evaluated."""
     return descend(node, region, Arrays(read))
 
@@ -100,15 +100,15 @@ def _cut(region: Region, axis: int, step: int) -> Iterator[Region]:
         yield from (((i, i + 1), *inner) for inner in _cut(tuple(rest), axis - 1, step))
 
 
-def descend(node: Node, region: Region, world: World[T]) -> T:
-    """Return a region of a node in a world."""
+def descend(node: Expression, region: Region, world: World[T]) -> T:
+    """Return a region of an expression in a world."""
     if isinstance(node, Stored):
         return world.load(node, region)
-    if (handle := _HANDLERS.get(node.step.name)) is not None:
+    if (handle := _HANDLERS.get(node.operation.name)) is not None:
         found: T | None = handle(node, region, world)
         if found is not None:
             return found
-    whole = world.run(node.step, [descend(x, full(x.shape), world) for x in node.inputs])
+    whole = world.run(node.operation, [descend(x, full(x.shape), world) for x in node.inputs])
     return world.take(whole, _slices(region))
 
 
@@ -128,14 +128,14 @@ def _widen(span: tuple[int, int], unit: int) -> tuple[int, int]:
 # Operations that move elements and change none.
 
 
-def _stack(node: Node, region: Region, world: World[T]) -> T:
-    axis = _argument(node.step, "axis", 1, 0) % node.ndim
+def _stack(node: Expression, region: Region, world: World[T]) -> T:
+    axis = _argument(node.operation, "axis", 1, 0) % node.ndim
     rest = (*region[:axis], *region[axis + 1 :])
     return world.stack([descend(x, rest, world) for x in node.inputs[slice(*region[axis])]], axis)
 
 
-def _concatenate(node: Node, region: Region, world: World[T]) -> T:
-    axis = _argument(node.step, "axis", 1, 0) % node.ndim
+def _concatenate(node: Expression, region: Region, world: World[T]) -> T:
+    axis = _argument(node.operation, "axis", 1, 0) % node.ndim
     parts = []
     for x, (start, stop) in zip(
         node.inputs, pairwise(accumulate([0, *[x.shape[axis] for x in node.inputs]])), strict=True
@@ -146,29 +146,29 @@ def _concatenate(node: Node, region: Region, world: World[T]) -> T:
     return world.concatenate(parts, axis)
 
 
-def _split(node: Node, region: Region, world: World[T]) -> T:
+def _split(node: Expression, region: Region, world: World[T]) -> T:
     (source,) = node.inputs
-    assert node.step.result is not None
-    axis = _argument(node.step, "axis", 2, 0) % source.ndim
-    how = _argument(node.step, "indices_or_sections", 1, None)
+    assert node.operation.result is not None
+    axis = _argument(node.operation, "axis", 2, 0) % source.ndim
+    how = _argument(node.operation, "indices_or_sections", 1, None)
     count = how if isinstance(how, int) else 0
     ends = [source.shape[axis] // count * i for i in range(1, count)] if count else list(how)
-    start = [0, *ends][node.step.result]
+    start = [0, *ends][node.operation.result]
     low, high = region[axis]
     return descend(source, _with(region, axis, (low + start, high + start)), world)
 
 
-def _transpose(node: Node, region: Region, world: World[T]) -> T:
+def _transpose(node: Expression, region: Region, world: World[T]) -> T:
     (source,) = node.inputs
     probe = mx.zeros(tuple(range(1, 1 + source.ndim)))  # lengths that tell the axes apart
-    order = [n - 1 for n in node.step.run([probe]).shape]
+    order = [n - 1 for n in node.operation.run([probe]).shape]
     back = tuple(region[order.index(axis)] for axis in range(source.ndim))
     return world.transpose(descend(source, back, world), order)
 
 
-def _getitem(node: Node, region: Region, world: World[T]) -> T | None:
+def _getitem(node: Expression, region: Region, world: World[T]) -> T | None:
     (source,) = node.inputs[:1]
-    index = node.step.args[1]
+    index = node.operation.args[1]
     index = index if isinstance(index, tuple) else (index,)
     if len(node.inputs) > 1 or not all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index):
         return None
@@ -201,7 +201,7 @@ def _getitem(node: Node, region: Region, world: World[T]) -> T | None:
     return value if len(shape) == source.ndim and None not in index else world.reshape(value, tuple(shape))
 
 
-def _reshape(node: Node, region: Region, world: World[T]) -> T | None:
+def _reshape(node: Expression, region: Region, world: World[T]) -> T | None:
     """Handle all that leaves the elements in their order: reshape, flatten, squeeze and the like."""
     (source,) = node.inputs
     low: list[tuple[int, int]] = []
@@ -251,7 +251,7 @@ def pair_axes(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
         yield slice(first, i), slice(second, j)
 
 
-def _view(node: Node, region: Region, world: World[T]) -> T | None:
+def _view(node: Expression, region: Region, world: World[T]) -> T | None:
     (source,) = node.inputs
     if not region:
         return None
@@ -270,11 +270,13 @@ def _view(node: Node, region: Region, world: World[T]) -> T | None:
 # Operations that compute.
 
 
-def _elementwise(node: Node, region: Region, world: World[T]) -> T:
+def _elementwise(node: Expression, region: Region, world: World[T]) -> T:
     """Handle operations on elements whose rounding does not depend on their place: no exponentials, no sums."""
     values = [descend(x, _narrow(x.shape, region), world) for x in node.inputs]
-    args = tuple(a[_slices(_narrow(tuple(a.shape), region))] if isinstance(a, mx.array) else a for a in node.step.args)
-    return world.run(replace(node.step, args=args), values)
+    args = tuple(
+        a[_slices(_narrow(tuple(a.shape), region))] if isinstance(a, mx.array) else a for a in node.operation.args
+    )
+    return world.run(replace(node.operation, args=args), values)
 
 
 def _narrow(shape: Shape, region: Region) -> Region:
@@ -283,29 +285,29 @@ def _narrow(shape: Shape, region: Region) -> Region:
     return tuple((0, 1) if n == 1 else span for n, span in zip(shape, spans, strict=True))
 
 
-def _dequantise_blocks(node: Node, region: Region, world: World[T]) -> T:
+def _dequantise_blocks(node: Expression, region: Region, world: World[T]) -> T:
     weight, scale = node.inputs
-    *_, block, _ = node.step.args
+    *_, block, _ = node.operation.args
     rows, columns = _widen(region[-2], block[0]), _widen(region[-1], block[1])
     values = [descend(weight, region, world), descend(scale, (*region[:-2], rows, columns), world)]
     skip = region[-2][0] - rows[0] * block[0], region[-1][0] - columns[0] * block[1]
-    return world.run(replace(node.step, args=(*node.step.args[:-1], skip)), values)
+    return world.run(replace(node.operation, args=(*node.operation.args[:-1], skip)), values)
 
 
-def _quantise(node: Node, region: Region, world: World[T]) -> T | None:
+def _quantise(node: Expression, region: Region, world: World[T]) -> T | None:
     """Handle one of the results of a quantisation: rows are independent, and so are groups of a row."""
-    source, groups = node.inputs[0], _groups(node.step)
+    source, groups = node.inputs[0], _groups(node.operation)
     if groups is None or len(node.inputs) > 1:
         return None
     group, bits = groups
-    per_group = group * bits // 32 if node.step.result == 0 else 1
+    per_group = group * bits // 32 if node.operation.result == 0 else 1
     start, stop = _widen(region[-1], per_group)
     value = descend(source, (*region[:-1], (start * group, stop * group)), world)
-    return _inner(world.run(node.step, [value]), region, start * per_group, world)
+    return _inner(world.run(node.operation, [value]), region, start * per_group, world)
 
 
-def _dequantise(node: Node, region: Region, world: World[T]) -> T | None:
-    groups = _groups(node.step)
+def _dequantise(node: Expression, region: Region, world: World[T]) -> T | None:
+    groups = _groups(node.operation)
     if groups is None or len(node.inputs) < 2:
         return None
     group, bits = groups
@@ -313,7 +315,7 @@ def _dequantise(node: Node, region: Region, world: World[T]) -> T | None:
     words = group * bits // 32
     spans = [(start * words, stop * words), *[(start, stop)] * (len(node.inputs) - 1)]
     values = [descend(x, (*region[:-1], s), world) for x, s in zip(node.inputs, spans, strict=True)]
-    return _inner(world.run(node.step, values), region, start * group, world)
+    return _inner(world.run(node.operation, values), region, start * group, world)
 
 
 def _inner(value: T, region: Region, start: int, world: World[T]) -> T:
@@ -321,23 +323,23 @@ def _inner(value: T, region: Region, start: int, world: World[T]) -> T:
     return world.take(value, (*[slice(None)] * (len(region) - 1), _span_within(region[-1], (start, 0))))
 
 
-def _groups(step: Step) -> tuple[int, int] | None:
+def _groups(operation: Operation) -> tuple[int, int] | None:
     """Return group size and bits of a (de)quantisation whose arguments are all given, else None."""
-    first = 3 if step.name == "dequantize" else 1
-    group, bits = _argument(step, "group_size", first, None), _argument(step, "bits", first + 1, None)
-    plain = "global_scale" not in step.kwargs and isinstance(group, int) and isinstance(bits, int)
+    first = 3 if operation.name == "dequantize" else 1
+    group, bits = _argument(operation, "group_size", first, None), _argument(operation, "bits", first + 1, None)
+    plain = "global_scale" not in operation.kwargs and isinstance(group, int) and isinstance(bits, int)
     return (group, bits) if plain and group * bits % 32 == 0 else None
 
 
-def _argument(step: Step, name: str, position: int, default: Any) -> Any:
-    return step.kwargs.get(name, step.args[position] if len(step.args) > position else default)
+def _argument(operation: Operation, name: str, position: int, default: Any) -> Any:
+    return operation.kwargs.get(name, operation.args[position] if len(operation.args) > position else default)
 
 
 def _with(region: Region, axis: int, span: tuple[int, int]) -> Region:
     return (*region[:axis], span, *region[axis + 1 :])
 
 
-_HANDLERS: dict[str, Callable[[Node, Region, Any], Any]] = {
+_HANDLERS: dict[str, Callable[[Expression, Region, Any], Any]] = {
     **dict.fromkeys(("transpose", "swapaxes", "moveaxis"), _transpose),
     **dict.fromkeys(("reshape", "flatten", "unflatten", "squeeze", "expand_dims"), _reshape),
     **dict.fromkeys(

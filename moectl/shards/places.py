@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 import mlx.core as mx
 
 from moectl.shards.parts import Index, Region, descend, pair_axes
-from moectl.shards.trace import Node, Shape, Step, Stored
+from moectl.shards.trace import Expression, Operation, Shape, Stored
 
 _MOST = 4096  # a region in more pieces than this is quicker computed
 
@@ -32,7 +32,7 @@ class Rectangle:
     at: int  # elements of the region before it
 
 
-def find_rectangles(node: Node, region: Region) -> list[Rectangle] | None:
+def find_rectangles(node: Expression, region: Region) -> list[Rectangle] | None:
     """Return the rectangles of which a region consists, in its order; None when it has to be computed."""
     shape = tuple(b - a for a, b in region)
     try:
@@ -98,7 +98,7 @@ class _Places:
     def stack(self, values: list[list[_Place]], axis: int) -> list[_Place]:
         return [_insert(p, axis, i) for i, value in enumerate(values) for p in value]
 
-    def run(self, step: Step, values: list[list[_Place]]) -> list[_Place]:
+    def run(self, operation: Operation, values: list[list[_Place]]) -> list[_Place]:
         raise _Computed
 
 

@@ -1,7 +1,7 @@
 """Decide how many bits each module has, by mlx-lm's own functions: as stored, as wanted, or as a recipe says.
 
-It works on a model that nothing has evaluated and on traced parameters; the result is one node for each array of the
-files to be written.
+It works on a model that nothing has evaluated and on traced parameters; the result is one expression for each array
+of the files to be written.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from mlx_lm.utils import _takes_global_scale, infer_quant_config, quantize_model
 from moectl.errors import CheckpointError, PlanError
 from moectl.model.manifest import Quantization
 from moectl.shards.formats import Format, quantise
-from moectl.shards.trace import Node, check_parameters, record
+from moectl.shards.trace import ANOTHER_COPY, Expression, check_parameters, record
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
     """What the arrays of a model will be."""
 
-    parameters: dict[str, Node]  # as the files will hold them
+    parameters: dict[str, Expression]  # as the files will hold them
     table: dict[str, Any] | None  # config.json's `quantization`; None when nothing is quantised
 
 
 def settle(
     model: Any,
     config: Mapping[str, Any],
-    traced: Mapping[str, Node],
+    traced: Mapping[str, Expression],
     form: Format,
     wanted: Quantization | None = None,
     recipe: str | None = None,
@@ -62,7 +62,7 @@ def settle(
     return Settled(parameters, table)
 
 
-def cast(model: Any, config: Mapping[str, Any], traced: Mapping[str, Node]) -> dict[str, Node]:
+def cast(model: Any, config: Mapping[str, Any], traced: Mapping[str, Expression]) -> dict[str, Expression]:
     """Return floats in the type that `mlx_lm.convert` gives them: config.json's, where `cast_predicate` allows."""
     name = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     if name not in MODEL_CONVERSION_DTYPES:
@@ -70,8 +70,8 @@ def cast(model: Any, config: Mapping[str, Any], traced: Mapping[str, Node]) -> d
     dtype = getattr(mx, str(name))
     casts: Callable[[str], bool] = getattr(model, "cast_predicate", lambda _: True)
 
-    def change(path: str, node: Node) -> Node:
-        done: Node = record(mx.array.astype, node, dtype)
+    def change(path: str, node: Expression) -> Expression:
+        done: Expression = record(mx.array.astype, node, dtype)
         return done
 
     return {
@@ -80,15 +80,15 @@ def cast(model: Any, config: Mapping[str, Any], traced: Mapping[str, Node]) -> d
     }
 
 
-def source_of(node: Node) -> tuple[Node, Quantization | None]:
-    """Return what a node quantises, and how; the node itself and None where it does not quantise."""
-    if node.step.op is not quantise:
+def source_of(node: Expression) -> tuple[Expression, Quantization | None]:
+    """Return what an expression quantises, and how; itself and None where it does not quantise."""
+    if node.operation.op is not quantise:
         return node, None
-    group_size, bits, mode = node.step.args[1:]
+    group_size, bits, mode = node.operation.args[1:]
     return node.inputs[0], Quantization(bits, group_size, mode)
 
 
-def _keep(model: Any, table: Mapping[str, Any], traced: Mapping[str, Node]) -> None:
+def _keep(model: Any, table: Mapping[str, Any], traced: Mapping[str, Expression]) -> None:
     """Make quantised the modules that are stored so: mlx_lm.utils.load_model's rule, which is a closure there."""
 
     def choose(path: str, module: Any) -> Any:
@@ -111,7 +111,7 @@ def _keep(model: Any, table: Mapping[str, Any], traced: Mapping[str, Node]) -> N
         )
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"config.json: quantization does not fit the model: {error}", hint="start from the 16-bit checkpoint"
+            f"config.json: quantization does not fit the model: {error}", hint=ANOTHER_COPY
         ) from error
 
 
@@ -122,7 +122,7 @@ def _quantise(
     if recipe is not None and recipe not in QUANT_RECIPES:
         raise PlanError(f"unknown recipe {recipe!r}; it is one of {', '.join(QUANT_RECIPES)}")
     if recipe is not None and wanted.mode != "affine":
-        raise PlanError(f"{recipe} mixes affine precisions, and {wanted.mode} is wanted", hint="leave --q-mode out")
+        raise PlanError(f"{recipe} mixes affine precisions, and {wanted.mode} is wanted", hint="--q-mode affine")
     known = {**config, "quantization": dict(table)} if table else {**config}
     try:
         predicate = mixed_quant_predicate_builder(recipe, model, wanted.group_size) if recipe else None
@@ -138,7 +138,7 @@ def _quantise(
     return result
 
 
-def _quantise_nodes(model: Any, traced: Mapping[str, Node]) -> dict[str, Node]:
+def _quantise_nodes(model: Any, traced: Mapping[str, Expression]) -> dict[str, Expression]:
     """Return the parameters of a model whose modules are quantised: those of modules not stored so are computed."""
     made = dict(traced)
     for path, module in model.named_modules():

@@ -1,6 +1,6 @@
 """Turn one stored matrix into the parts that a shard holds (packed, scales, biases), block by block.
 
-The only part of `shard` that touches mlx and numpy. It opens no files: reading rows and writing bytes are
+It opens no files: reading rows and writing bytes are
 passed in, and `quantizer` is passed to `shards` by whoever calls it. The arithmetic is `mx.quantize` itself
 on blocks of whole groups, so the result equals quantising the whole tensor bit for bit.
 """

@@ -13,7 +13,7 @@ from moectl.errors import CheckpointError
 from moectl.shards.parts import Region
 from moectl.shards.sources import explain_unreadable
 from moectl.shards.tensors import StoredTensor
-from moectl.shards.trace import Form, Stored, form_of
+from moectl.shards.trace import ANOTHER_COPY, Form, Stored, form_of
 
 # As `mx.load` takes them: MLX has no 8-bit floats of its own, and keeps their bytes.
 _TYPES = {
@@ -42,7 +42,7 @@ def spell(dtype: mx.Dtype) -> str:
 
 
 def name_stored(stored: Mapping[str, StoredTensor]) -> dict[str, Stored]:
-    """Return a node for each stored tensor. Raises CheckpointError for a type that MLX does not read."""
+    """Return an expression for each stored tensor. Raises CheckpointError for a type that MLX does not read."""
     return {name: Stored(name, _form(name, tensor)) for name, tensor in stored.items()}
 
 
@@ -51,11 +51,11 @@ def _form(name: str, tensor: StoredTensor) -> Form:
         return form_of(tensor.shape, _TYPES[tensor.dtype])
     except KeyError:
         raise CheckpointError(
-            f"{name} is stored as {tensor.dtype}, and MLX does not read that", hint="start from the 16-bit checkpoint"
+            f"{name} is stored as {tensor.dtype}, and MLX does not read that", hint=ANOTHER_COPY
         ) from None
 
 
-class Reader:
+class StoredReader:
     """Reads regions of stored tensors. `open_file` returns a descriptor of a file of the checkpoint."""
 
     def __init__(self, stored: Mapping[str, StoredTensor], open_file: Callable[[str], int]) -> None:

@@ -1,7 +1,7 @@
 """Run mlx-lm's `sanitize` on tensors that are not there: each parameter becomes an expression over stored tensors.
 
-`trace` replaces `mx` in mlx-lm's model files for the call, so that every array is a `Node`. No weight is read and no
-memory is taken. Reading a part of an expression is the business of `parts`.
+`trace` replaces `mx` in mlx-lm's model files for the call, so that every array is an `Expression`. No weight is read
+and no memory is taken. Reading a part of an expression is the business of `parts`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from typing import Any
 import mlx.core as mx
 
 from moectl.errors import CheckpointError, MoectlError
+from moectl.model.config_keys import CORRECT
 
 Shape = tuple[int, ...]
+
+ANOTHER_COPY = "start from the 16-bit checkpoint, or from one that MLX has quantised (mlx-community on the Hub)"
+_COMPLETE = "complete the download of this checkpoint"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,11 +39,11 @@ def form_of(shape: Shape, dtype: mx.Dtype) -> Form:
 
 
 class Hole(int):
-    """The place of an input, by number, in a step's arguments."""
+    """The place of an input, by number, in the arguments of an operation."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Step:
+class Operation:
     """An operation with its arguments, without its inputs: all experts of a layer share one."""
 
     op: Callable[..., Any]
@@ -55,22 +59,22 @@ class Step:
         return done if self.result is None else done[self.result]
 
 
-class Node:
-    """An array that is not there: a step and its inputs. It has what `sanitize` looks at: shape and type."""
+class Expression:
+    """An array that is not there: an operation and its inputs. It has what `sanitize` looks at: shape and type."""
 
-    __slots__ = ("inputs", "step")
+    __slots__ = ("inputs", "operation")
 
-    def __init__(self, step: Step, inputs: tuple[Node, ...]) -> None:
-        self.step = step
+    def __init__(self, operation: Operation, inputs: tuple[Expression, ...]) -> None:
+        self.operation = operation
         self.inputs = inputs
 
     @property
     def shape(self) -> Shape:
-        return self.step.form.shape
+        return self.operation.form.shape
 
     @property
     def dtype(self) -> mx.Dtype:
-        return self.step.form.dtype
+        return self.operation.form.dtype
 
     @property
     def ndim(self) -> int:
@@ -111,7 +115,7 @@ class Node:
     __hash__ = object.__hash__
 
 
-class Stored(Node):
+class Stored(Expression):
     """A tensor of the checkpoint, read as its form says."""
 
     __slots__ = ("name",)
@@ -148,34 +152,34 @@ _OPERATORS = (
 def _add_operators() -> None:
     for name in _OPERATORS:
         operator = getattr(mx.array, f"__{name}__")
-        setattr(Node, f"__{name}__", lambda self, *args, _operator=operator: record(_operator, self, *args))
+        setattr(Expression, f"__{name}__", lambda self, *args, _operator=operator: record(_operator, self, *args))
 
 
 _add_operators()
 
-_steps: dict[Any, Step | tuple[Step, ...]] = {}
+_operations: dict[Any, Operation | tuple[Operation, ...]] = {}
 
 
 def record(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return the node, or nodes, that an operation gives. Raises what MLX raises for these shapes and types."""
-    inputs: list[Node] = []
+    """Return the expression, or expressions, of a result. Raises what MLX raises for these shapes and types."""
+    inputs: list[Expression] = []
     key = (op, *[_sign(a, inputs) for a in args], *[(k, _sign(v, inputs)) for k, v in kwargs.items()])
-    found = _steps.get(key)
+    found = _operations.get(key)
     if found is None:
-        found = _steps[key] = _infer(op, args, kwargs)
+        found = _operations[key] = _infer(op, args, kwargs)
     if isinstance(found, tuple):
-        return tuple(Node(step, tuple(inputs)) for step in found)
+        return tuple(Expression(operation, tuple(inputs)) for operation in found)
     if _changes_nothing(found, inputs):
         return inputs[0]
-    return Node(found, tuple(inputs))
+    return Expression(found, tuple(inputs))
 
 
-def constant(value: mx.array) -> Node:
-    """Return the node of an array that is there."""
-    return Node(Step(lambda: value, "constant", (), {}, form_of(tuple(value.shape), value.dtype)), ())
+def constant(value: mx.array) -> Expression:
+    """Return the expression of an array that is there."""
+    return Expression(Operation(lambda: value, "constant", (), {}, form_of(tuple(value.shape), value.dtype)), ())
 
 
-def trace(model: Any, tensors: Mapping[str, Node]) -> dict[str, Node]:
+def trace(model: Any, tensors: Mapping[str, Expression]) -> dict[str, Expression]:
     """Return the parameters that the model's `sanitize` makes of stored tensors, by their names in the model.
 
     `model` is a model of mlx-lm that nothing has evaluated. Raises CheckpointError where `sanitize` does not accept
@@ -190,28 +194,27 @@ def trace(model: Any, tensors: Mapping[str, Node]) -> dict[str, Node]:
             raise
         except Exception as error:
             raise _not_accepted(model, error) from error
-    return {name: value if isinstance(value, Node) else constant(value) for name, value in made.items()}
+    return {name: value if isinstance(value, Expression) else constant(value) for name, value in made.items()}
 
 
-def check_parameters(expected: Mapping[str, Shape], parameters: Mapping[str, Node]) -> None:
+def check_parameters(expected: Mapping[str, Shape], parameters: Mapping[str, Expression]) -> None:
     """Raise CheckpointError unless these are the model's parameters, in name and shape."""
-    incomplete = "it is incomplete, or config.json describes another model"
     if missing := [name for name in expected if name not in parameters]:
-        raise CheckpointError(f"the checkpoint does not give the parameter {_some(missing)}", hint=incomplete)
+        raise CheckpointError(f"the checkpoint does not give the parameter {_some(missing)}", hint=_COMPLETE)
     if unknown := [name for name in parameters if name not in expected]:
         raise CheckpointError(
             f"the checkpoint gives {_some(unknown)}, and the model has no such parameter",
-            hint="its format is one that neither mlx-lm nor moectl reads; start from the 16-bit checkpoint",
+            hint=ANOTHER_COPY,
         )
     for name, shape in expected.items():
         if parameters[name].shape != tuple(shape):
             given = parameters[name].shape
             raise CheckpointError(
-                f"{name} has shape {given} in the checkpoint, and {tuple(shape)} by config.json", hint=incomplete
+                f"{name} has shape {given} in the checkpoint, and {tuple(shape)} by config.json", hint=CORRECT
             )
 
 
-def sources(nodes: Iterable[Node]) -> set[str]:
+def sources(nodes: Iterable[Expression]) -> set[str]:
     """Return the names of the stored tensors that go into these results."""
     stack, seen, names = list(nodes), set[int](), set[str]()
     while stack:
@@ -224,7 +227,7 @@ def sources(nodes: Iterable[Node]) -> set[str]:
     return names
 
 
-def list_dropped(tensors: Mapping[str, Node], parameters: Mapping[str, Node]) -> tuple[str, ...]:
+def list_dropped(tensors: Mapping[str, Expression], parameters: Mapping[str, Expression]) -> tuple[str, ...]:
     """Return the stored tensors of which no parameter is made: further heads, vision towers, old tables."""
     return tuple(sorted(sources(tensors.values()) - sources(parameters.values())))
 
@@ -240,7 +243,7 @@ def fill(template: Any, values: Sequence[Any]) -> Any:
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Let mlx-lm's model files meet nodes where they expect arrays."""
+    """Let mlx-lm's model files meet expressions where they expect arrays."""
     files = [m for n, m in sys.modules.items() if n.startswith("mlx_lm.models.") and vars(m).get("mx") is mx]
     stand_in: Any = _Recorder(mx)
     for file in files:
@@ -253,7 +256,7 @@ def _recording() -> Iterator[None]:
 
 
 class _Recorder:
-    """A module of MLX: its functions record when they are given nodes, all else is the module's own."""
+    """A module of MLX: its functions record when they are given expressions, all else is the module's own."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -270,49 +273,55 @@ class _Recorder:
 
 
 def _call(real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return record(real, *args, **kwargs) if _has_node(args) or _has_node(kwargs.values()) else real(*args, **kwargs)
+    return (
+        record(real, *args, **kwargs)
+        if _has_expression(args) or _has_expression(kwargs.values())
+        else real(*args, **kwargs)
+    )
 
 
-def _has_node(values: Iterable[Any]) -> bool:
-    return any(isinstance(v, Node) or (isinstance(v, list | tuple) and _has_node(v)) for v in values)
+def _has_expression(values: Iterable[Any]) -> bool:
+    return any(isinstance(v, Expression) or (isinstance(v, list | tuple) and _has_expression(v)) for v in values)
 
 
 @cache
-def _load(form: Form) -> Step:
-    return Step(lambda: None, "load", (), {}, form)
+def _load(form: Form) -> Operation:
+    return Operation(lambda: None, "load", (), {}, form)
 
 
-def _sign(value: Any, inputs: list[Node]) -> Any:
-    """Return what of an argument decides the form of the result; collect its nodes."""
-    if isinstance(value, Node):
+def _sign(value: Any, inputs: list[Expression]) -> Any:
+    """Return what of an argument decides the form of the result; collect its expressions."""
+    if isinstance(value, Expression):
         inputs.append(value)
-        return value.step.form
+        return value.operation.form
     if isinstance(value, list | tuple):
         return (type(value), *[_sign(v, inputs) for v in value])
     if isinstance(value, slice):
         return slice, value.start, value.stop, value.step
     if isinstance(value, mx.array):
-        return mx.array, id(value)  # the step keeps it, so no other array gets this number
+        return mx.array, id(value)  # the operation keeps it, so no other array gets this number
     return type(value), value
 
 
-def _infer(op: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step | tuple[Step, ...]:
+def _infer(
+    op: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Operation | tuple[Operation, ...]:
     """Let MLX find the form of a result: its arrays take no memory before they are evaluated."""
     shadows: list[mx.array] = []
     holes = _dig(args, shadows), {k: _dig(v, shadows) for k, v in kwargs.items()}
     name = getattr(op, "__name__", "")
-    step = Step(op, name, *holes, form_of((), mx.bool_))
-    done = step.run(shadows)
+    operation = Operation(op, name, *holes, form_of((), mx.bool_))
+    done = operation.run(shadows)
     if isinstance(done, mx.array):
-        return Step(op, name, *holes, form_of(tuple(done.shape), done.dtype))
+        return Operation(op, name, *holes, form_of(tuple(done.shape), done.dtype))
     if not isinstance(done, list | tuple) or not all(isinstance(d, mx.array) for d in done):
         raise _NeedsValues
-    return tuple(Step(op, name, *holes, form_of(tuple(d.shape), d.dtype), i) for i, d in enumerate(done))
+    return tuple(Operation(op, name, *holes, form_of(tuple(d.shape), d.dtype), i) for i, d in enumerate(done))
 
 
 def _dig(value: Any, shadows: list[mx.array]) -> Any:
-    """Return an argument with holes instead of nodes; collect arrays of their forms."""
-    if isinstance(value, Node):
+    """Return an argument with holes instead of expressions; collect arrays of their forms."""
+    if isinstance(value, Expression):
         shadows.append(mx.zeros(value.shape, value.dtype))
         return Hole(len(shadows) - 1)
     if type(value) in (tuple, list):
@@ -320,24 +329,19 @@ def _dig(value: Any, shadows: list[mx.array]) -> Any:
     return value
 
 
-def _changes_nothing(step: Step, inputs: Sequence[Node]) -> bool:
-    return step.name == "contiguous" or (step.name == "astype" and inputs[0].step.form is step.form)
+def _changes_nothing(operation: Operation, inputs: Sequence[Expression]) -> bool:
+    return operation.name == "contiguous" or (operation.name == "astype" and inputs[0].operation.form is operation.form)
 
 
 def _not_accepted(model: Any, error: Exception) -> CheckpointError:
     kind = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
     if isinstance(error, KeyError):
-        return CheckpointError(
-            f"the checkpoint has no tensor {error.args[0]}", hint="it is incomplete, or config.json is of another model"
-        )
+        return CheckpointError(f"the checkpoint has no tensor {error.args[0]}", hint=_COMPLETE)
     if isinstance(error, _NeedsValues):
         why = "it looks at the values of weights while it loads them, and moectl reads no weights at that point"
     else:
         why = f"{type(error).__name__}: {error}"
-    return CheckpointError(
-        f"mlx-lm's loading of {kind} does not accept this checkpoint: {why}",
-        hint="compare config.json with the files of the checkpoint",
-    )
+    return CheckpointError(f"mlx-lm's loading of {kind} does not accept this checkpoint: {why}", hint=CORRECT)
 
 
 def _some(names: Sequence[str]) -> str:

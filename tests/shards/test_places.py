@@ -18,7 +18,7 @@ from moectl.shards.precision import source_of
 from moectl.shards.quantize import quantizer
 from moectl.shards.recipe import Matrix, OutputFile, Piece, part_bytes
 from moectl.shards.stored import spell
-from moectl.shards.trace import Node
+from moectl.shards.trace import Expression
 from moectl.shards.writer import make_files
 from tests.shards.test_trace import equal, regions
 from tests.support.layouts import LAYOUTS, write_layout
@@ -36,7 +36,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Traced]:
     }
 
 
-def read_rectangles(traced: Traced, node: Node, rectangles: list[Rectangle]) -> mx.array:
+def read_rectangles(traced: Traced, node: Expression, rectangles: list[Rectangle]) -> mx.array:
     """Read a region as the writer reads pieces: row by row, from the file."""
     flat = []
     item = node.dtype.size
@@ -66,7 +66,7 @@ def test_rectangles_hold_the_bytes_of_a_region(name: str, checkpoints: dict[str,
         assert equal(read_rectangles(traced, node, rectangles), expected.reshape(-1))
 
 
-def kind_of(node: Node) -> str:
+def kind_of(node: Expression) -> str:
     rectangles = find_rectangles(node, full(node.shape))
     if rectangles is None:
         return "computed"
@@ -102,7 +102,7 @@ def lay_out(traced: Traced) -> Iterator[tuple[list[str], OutputFile]]:
     for name, node in traced.parameters.items():
         source, quantization = source_of(node)
         rectangles = find_rectangles(source, full(source.shape))
-        if rectangles is None or (quantization is not None and node.step.result != 0):
+        if rectangles is None or (quantization is not None and node.operation.result != 0):
             continue
         base = name.removesuffix("weight")
         names = [name] if quantization is None else [f"{base}{p}" for p in ("weight", "scales", "biases")]

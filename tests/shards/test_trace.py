@@ -137,6 +137,27 @@ def test_a_part_reads_only_what_it_must(checkpoints: dict[str, Path]) -> None:
     assert traced.read.bytes_read == keys.size + 6 * 4  # without the values beside the keys; a head is in one block
 
 
+def test_a_large_parameter_takes_the_memory_of_a_few_chunks(tmp_path: Path) -> None:
+    directory = write_layout(tmp_path, "deepseek-v3-fp8", hidden_size=1024, moe_intermediate_size=2048)
+    traced = open_traced(directory, Quantization(4, 64, "affine"))
+    chunk = 1 << 18
+    mx.synchronize()
+    for part_of in ("weight", "scales"):
+        node = traced.parameters[f"model.layers.1.mlp.switch_mlp.down_proj.{part_of}"]
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before, size = mx.get_active_memory(), 0
+        source_bytes = node.inputs[0].nbytes * chunk // node.nbytes  # of what a chunk is quantised from
+        for region in chunks(full(node.shape), node.dtype.size, chunk):
+            one = part(node, region, traced.read)
+            mx.eval(one)
+            size += one.nbytes
+            del one
+            mx.clear_cache()
+        assert size == node.nbytes
+        assert mx.get_peak_memory() - before < 8 * source_bytes
+
+
 def test_dropped_tensors_are_listed(checkpoints: dict[str, Path]) -> None:
     def dropped(name: str) -> tuple[str, ...]:
         traced = open_traced(checkpoints[name])

@@ -19,9 +19,9 @@ from moectl.model.manifest import Quantization
 from moectl.shards.formats import Format, read_format, unpack
 from moectl.shards.parts import Region, full, part
 from moectl.shards.precision import Settled, settle
-from moectl.shards.stored import Reader, name_stored
+from moectl.shards.stored import StoredReader, name_stored
 from moectl.shards.tensors import StoredTensor, read_header
-from moectl.shards.trace import Node, trace
+from moectl.shards.trace import Expression, trace
 
 
 def make_model(config: dict[str, Any]) -> Any:
@@ -37,9 +37,9 @@ class Traced:
     config: dict[str, Any]
     format: Format
     stored: dict[str, StoredTensor]
-    tensors: dict[str, Node]  # as `sanitize` was given them
-    parameters: dict[str, Node]
-    read: Reader
+    tensors: dict[str, Expression]  # as `sanitize` was given them
+    parameters: dict[str, Expression]
+    read: StoredReader
     settled: Settled
 
     def part(self, name: str, region: Region | None = None) -> mx.array:
@@ -63,7 +63,7 @@ def open_traced(directory: Path, wanted: Quantization | None = None, recipe: str
             files[name] = os.open(directory / name, os.O_RDONLY)
         return files[name]
 
-    reader = Reader(stored, open_file)
+    reader = StoredReader(stored, open_file)
     return Traced(directory, model, config, form, stored, tensors, settled.parameters, reader, settled)
 
 
