@@ -166,7 +166,9 @@ def record(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     key = (op, *[_sign(a, inputs) for a in args], *[(k, _sign(v, inputs)) for k, v in kwargs.items()])
     found = _operations.get(key)
     if found is None:
-        found = _operations[key] = _infer(op, args, kwargs)
+        found = _infer(op, args, kwargs)
+        if not _has(mx.array, (args, list(kwargs.values()))):  # an array's values decide, and they may change
+            _operations[key] = found
     if isinstance(found, tuple):
         return tuple(Expression(operation, tuple(inputs)) for operation in found)
     if _changes_nothing(found, inputs):
@@ -273,15 +275,12 @@ class _Recorder:
 
 
 def _call(real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return (
-        record(real, *args, **kwargs)
-        if _has_expression(args) or _has_expression(kwargs.values())
-        else real(*args, **kwargs)
-    )
+    traced = _has(Expression, (args, list(kwargs.values())))
+    return record(real, *args, **kwargs) if traced else real(*args, **kwargs)
 
 
-def _has_expression(values: Iterable[Any]) -> bool:
-    return any(isinstance(v, Expression) or (isinstance(v, list | tuple) and _has_expression(v)) for v in values)
+def _has(kind: type, values: Iterable[Any]) -> bool:
+    return any(isinstance(v, kind) or (isinstance(v, list | tuple) and _has(kind, v)) for v in values)
 
 
 @cache
@@ -299,8 +298,8 @@ def _sign(value: Any, inputs: list[Expression]) -> Any:
     if isinstance(value, slice):
         return slice, value.start, value.stop, value.step
     if isinstance(value, mx.array):
-        return mx.array, id(value)  # the operation keeps it, so no other array gets this number
-    return type(value), value
+        return mx.array
+    return type(value), str(value) if isinstance(value, float) else value  # 0.0 and -0.0 are equal
 
 
 def _infer(
@@ -326,7 +325,7 @@ def _dig(value: Any, shadows: list[mx.array]) -> Any:
         return Hole(len(shadows) - 1)
     if type(value) in (tuple, list):
         return type(value)(_dig(v, shadows) for v in value)
-    return value
+    return mx.array(value) if isinstance(value, mx.array) else value  # the model's own may change in place
 
 
 def _changes_nothing(operation: Operation, inputs: Sequence[Expression]) -> bool:
