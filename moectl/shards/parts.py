@@ -346,7 +346,10 @@ _HANDLERS: dict[str, Callable[[Expression, Region, Any], Any]] = {
         (
             "astype",
             "from_fp8",
-            *[f"__{name}__" for name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg")],
+            *[
+                f"__{name}__"
+                for name in ("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "truediv", "neg")
+            ],
         ),
         _elementwise,
     ),

@@ -62,7 +62,7 @@ class Operation:
 class Expression:
     """An array that is not there: an operation and its inputs. It has what `sanitize` looks at: shape and type."""
 
-    __slots__ = ("inputs", "operation")
+    __slots__ = ("inputs", "name", "operation")
 
     def __init__(self, operation: Operation, inputs: tuple[Expression, ...]) -> None:
         self.operation = operation
@@ -118,7 +118,7 @@ class Expression:
 class Stored(Expression):
     """A tensor of the checkpoint, read as its form says."""
 
-    __slots__ = ("name",)
+    __slots__ = ()  # so that it can become another expression when `sanitize` changes it in place
 
     def __init__(self, name: str, form: Form) -> None:
         super().__init__(_load(form), ())
@@ -128,34 +128,6 @@ class Stored(Expression):
 class _NeedsValues(Exception):
     """A traced operation wants to know numbers, and there are none yet."""
 
-
-_OPERATORS = (
-    *(
-        "getitem",
-        "add",
-        "radd",
-        "sub",
-        "rsub",
-        "mul",
-        "rmul",
-        "truediv",
-        "rtruediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "matmul",
-    ),
-    *("neg", "abs", "invert", "and", "or", "xor", "rshift", "lshift", "eq", "ne", "lt", "le", "gt", "ge"),
-)
-
-
-def _add_operators() -> None:
-    for name in _OPERATORS:
-        operator = getattr(mx.array, f"__{name}__")
-        setattr(Expression, f"__{name}__", lambda self, *args, _operator=operator: record(_operator, self, *args))
-
-
-_add_operators()
 
 _operations: dict[Any, Operation | tuple[Operation, ...]] = {}
 
@@ -172,8 +144,42 @@ def record(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if isinstance(found, tuple):
         return tuple(Expression(operation, tuple(inputs)) for operation in found)
     if _changes_nothing(found, inputs):
-        return inputs[0]
+        return _again(inputs[0])
     return Expression(found, tuple(inputs))
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+_OTHERS = ("getitem", "neg", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge")
+
+
+def _add_operators() -> None:
+    for name in (*_OTHERS, *[prefix + operator for operator in _BINARY for prefix in ("", "r", "i")]):
+        operator = getattr(mx.array, f"__{name}__", None)
+        if operator is not None:
+            method = _change if name.startswith("i") and name != "invert" else record
+            setattr(
+                Expression,
+                f"__{name}__",
+                lambda self, *args, _method=method, _operator=operator: _method(_operator, self, *args),
+            )
+
+
+def _change(op: Callable[..., Any], self: Expression, *args: Any) -> Expression:
+    """Change an array in place: under whatever names it is known."""
+    made = record(op, _again(self), *args)
+    self.__class__ = Expression
+    self.operation, self.inputs = made.operation, made.inputs
+    return self
+
+
+def _again(value: Expression) -> Expression:
+    """Return another array of the same value."""
+    if isinstance(value, Stored):
+        return Stored(value.name, value.operation.form)
+    return Expression(value.operation, value.inputs)
+
+
+_add_operators()
 
 
 def constant(value: mx.array) -> Expression:
@@ -191,7 +197,7 @@ def trace(model: Any, tensors: Mapping[str, Expression]) -> dict[str, Expression
         return dict(tensors)
     with _recording():
         try:
-            made = model.sanitize(dict(tensors))
+            made = model.sanitize({name: _again(tensor) for name, tensor in tensors.items()})
         except MoectlError:
             raise
         except Exception as error:

@@ -185,3 +185,19 @@ def test_zeros_of_both_signs_are_told_apart(factor: float) -> None:
     stored = Stored("a", form_of((1,), mx.float32))
     node = trace(Chain([lambda x: x * factor]), {"a": stored})["a"]
     assert repr(part(node, ((0, 1),), lambda *_: mx.ones((1,))).tolist()) == repr([factor])
+
+
+def test_a_change_in_place_reaches_every_name_of_an_array() -> None:
+    class Model:
+        def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            made = dict(weights, b=weights["a"])
+            for value in weights.values():
+                value *= 3
+                value += mx.ones((2,))
+            return made
+
+    stored = {"a": Stored("a", form_of((2,), mx.float32))}
+    traced = trace(Model(), stored)
+    for name in ("a", "b"):
+        assert part(traced[name], ((0, 2),), lambda *_: mx.full((2,), 2.0)).tolist() == [7.0, 7.0]
+    assert isinstance(stored["a"], Stored)
