@@ -1,8 +1,9 @@
-"""Measure the trace of full-size checkpoints from made-up headers: time and memory for 140,000 names and more.
+"""Measure the trace of full-size checkpoints from made-up headers, and parts of a large one: time and memory.
 
-Each model is traced in a process of its own. Not a test.
+Each is measured in a process of its own. `cut` writes and deletes about 0.6 GB in DeepSeek-V3's layout, and computes
+every parameter of it, quantised to 4 bits, chunk by chunk. Not a test.
 
-    python tests/benchmarks/bench_trace.py deepseek-v3 kimi-k2 kimi-k2-int4
+    python -m tests.benchmarks.bench_trace deepseek-v3 kimi-k2 kimi-k2-int4 cut
 """
 
 from __future__ import annotations
@@ -12,11 +13,22 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+from moectl.model.manifest import Quantization
+from moectl.shards.formats import quantise, read_format, unpack
+from moectl.shards.parts import chunks, full, part
+from moectl.shards.precision import settle, source_of
+from moectl.shards.stored import name_stored
 from moectl.shards.tensors import StoredTensor
+from moectl.shards.trace import list_dropped, trace
+from tests.support.traced import make_model, open_traced
 
 DEEPSEEK_V3: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -122,19 +134,10 @@ def rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(name: str) -> None:
+def measure_trace(name: str) -> None:
     """Trace a model and print time and memory as JSON."""
-    import mlx.core as mx
-
-    from moectl.model.manifest import Quantization
-    from moectl.shards.formats import read_format, unpack
-    from moectl.shards.precision import settle
-    from moectl.shards.stored import name_stored
-    from moectl.shards.trace import list_dropped, trace
-    from tests.support.traced import make_model
-
     config = MODELS[name]
-    loaded_mb, begin = rss_mb(), time.perf_counter()
+    loaded_mb, begin, busy = rss_mb(), time.perf_counter(), time.process_time()
     stored = make_headers(config)
     times = {"headers": time.perf_counter()}
     model = make_model(config)
@@ -148,6 +151,7 @@ def measure(name: str) -> None:
     times["settle"] = time.perf_counter()
     dropped = list_dropped(tensors, settled.parameters)
     times["dropped"] = time.perf_counter()
+    busy = time.process_time() - busy
     lapses = {}
     for step, at in times.items():
         lapses[step], begin = round(at - begin, 2), at
@@ -158,23 +162,61 @@ def measure(name: str) -> None:
         "values_g": round(values / 1e9, 1),
         "4-bit_gb": round(sum(node.nbytes for node in settled.parameters.values()) / 1e9, 1),
         "dropped": len(dropped),
-        "seconds": {**lapses, "all": round(sum(lapses.values()), 2)},
+        "seconds": {**lapses, "all": round(sum(lapses.values()), 2), "cpu": round(busy, 2)},
         "rss_mb": {"imports": round(loaded_mb), "all": round(rss_mb())},
         "mlx_peak_mb": round(mx.get_peak_memory() / 1e6, 1),
     }
     print(json.dumps(result))
 
 
+def measure_parts() -> None:
+    """Compute all parameters of a checkpoint in chunks, and print speed and memory as JSON."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as work:
+        sizes = {"hidden_size": 2048, "moe_intermediate_size": 2048, "n_routed_experts": 48, "n_group": 1}
+        command = "import sys, json; from pathlib import Path; from tests.support.layouts import write_layout; "
+        command += "write_layout(Path(sys.argv[1]), 'deepseek-v3-fp8', **json.loads(sys.argv[2]))"
+        subprocess.run([sys.executable, "-c", command, work, json.dumps(sizes)], check=True)
+        loaded_mb = rss_mb()
+        traced = open_traced(Path(work), Quantization(4, 64, "affine"))
+        mx.reset_peak_memory()
+        begin, busy, made = time.perf_counter(), time.process_time(), 0
+        for node in traced.parameters.values():
+            source, quantization = source_of(node)
+            if quantization is not None and node.operation.result:
+                continue  # scales and biases come with the weight
+            for region in chunks(full(source.shape), source.dtype.size):
+                block = part(source, region, traced.read)
+                parts = [block] if quantization is None else quantise(block, *quantization_of(quantization))
+                mx.eval(*parts)
+                made += sum(p.nbytes for p in parts)
+                mx.clear_cache()
+        lapse, busy = time.perf_counter() - begin, time.process_time() - busy
+    result = {
+        "read_mb": round(traced.read.bytes_read / 1e6),
+        "made_mb": round(made / 1e6),
+        "seconds": {"all": round(lapse, 2), "cpu": round(busy, 2)},
+        "rss_mb": {"imports": round(loaded_mb), "all": round(rss_mb())},
+        "mlx_peak_mb": round(mx.get_peak_memory() / 1e6, 1),
+    }
+    print(json.dumps({"model": "cut", **result}))
+
+
+def quantization_of(q: Quantization) -> tuple[int, int, str]:
+    return q.group_size, q.bits, q.mode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("names", nargs="*", default=[*MODELS, "cut"], metavar="NAME", help=", ".join([*MODELS, "cut"]))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for name in options.models:
-        if options.here:
-            measure(name)
+    for name in options.names:
+        if not options.here:
+            subprocess.run([sys.executable, "-m", "tests.benchmarks.bench_trace", "--here", name], check=True)
+        elif name == "cut":
+            measure_parts()
         else:
-            subprocess.run([sys.executable, __file__, "--here", name], check=True)
+            measure_trace(name)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from mlx.utils import tree_flatten
 from moectl.errors import CheckpointError
 from moectl.shards.parts import Region, full, part
 from moectl.shards.trace import Stored, form_of, trace
-from tests.shards.test_trace import equal
-from tests.support.traced import make_model
+from tests.shards.test_trace import compare_all, equal
+from tests.support.layouts import write_tensors
+from tests.support.traced import load_whole, make_model, open_traced
 
 Weights = dict[str, mx.array]
 FAMILIES: dict[str, Any] = json.loads((Path(__file__).parent.parent / "golden/families.json").read_text("utf-8"))
@@ -96,7 +97,9 @@ UNDO: dict[str, Callable[[Weights], Weights]] = {
     "experts": one_by_one("switch_mlp", SAME),
     "experts-w": one_by_one("switch_mlp", NUMBERED),
     "experts-same": one_by_one("experts", SAME),
-    "experts-block": lambda weights: one_by_one("switch_mlp", NUMBERED)(rename(".mlp.", ".block_sparse_moe.")(weights)),
+    "experts-block": lambda weights: one_by_one("switch_mlp", NUMBERED)(
+        rename(".mlp.switch_mlp.", ".block_sparse_moe.switch_mlp.")(weights)
+    ),
     "fused": fused("switch_mlp", turned=False),
     "fused-turned": fused("switch_mlp", turned=True),
     "fused-experts": fused("experts", turned=True),
@@ -196,3 +199,53 @@ def test_a_sanitize_that_looks_at_values_is_refused() -> None:
 
     with pytest.raises(CheckpointError, match=r"mlx-lm's loading of curious .* looks at the values"):
         trace(Model(), {"a": Stored("a", form_of((2,), mx.float32))})
+
+
+def packed(
+    weights: Weights, mode: str, bits: int, names: tuple[str, str], only: str
+) -> list[tuple[str, mx.array, str]]:
+    """Store the matrices under names with `only` packed, in bytes: with exponents of groups of 32."""
+    made = []
+    for name, value in weights.items():
+        base = name.removesuffix(".weight")
+        if value.ndim < 2 or only not in name or base == name or value.shape[-1] % 32:
+            made.append((name, value, {mx.bfloat16: "BF16", mx.float32: "F32"}[value.dtype]))
+            continue
+        values, scales, *_ = mx.quantize(value.astype(mx.float32), group_size=32, bits=bits, mode=mode)
+        made += [(f"{base}.{names[0]}", values.view(mx.uint8), "U8"), (f"{base}.{names[1]}", scales, "U8")]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "quantised", "mode", "names", "only"),
+    [
+        (
+            "minimax_m3_vl",
+            {"quant_method": "mxfp8"},
+            ("mxfp8", 8),
+            ("weight", "weight_scale_inv"),
+            "block_sparse_moe.experts.",
+        ),
+        (
+            "kimi_k3",
+            {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"},
+            ("mxfp4", 4),
+            ("weight_packed", "weight_scale"),
+            "block_sparse_moe.experts.",
+        ),
+    ],
+    ids=["minimax_m3_vl", "kimi_k3"],
+)
+def test_formats_that_stay_packed_come_out_as_mlx_lm_loads_them(
+    family: str,
+    quantised: dict[str, Any],
+    mode: tuple[str, int],
+    names: tuple[str, str],
+    only: str,
+    tmp_path: Path,
+) -> None:
+    config = FAMILIES[family] | {"quantization_config": quantised}
+    weights, steps = undo_all(FAMILIES[family])
+    assert {"experts-w", "experts-block"} & {*steps}
+    write_tensors(tmp_path, config, iter(packed(weights, *mode, names, only)))
+    compare_all(open_traced(tmp_path), load_whole(tmp_path))
