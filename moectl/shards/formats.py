@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from moectl.errors import CheckpointError
+from moectl.model.config_keys import CORRECT, show
 from moectl.shards.trace import ANOTHER_COPY, Expression, Stored, form_of, record
 
 _BLOCK = (128, 128)  # of FP8 scales, where config.json is silent
@@ -38,23 +39,21 @@ def read_format(config: Mapping[str, Any]) -> Format:
     """Return the format that config.json describes. Raises CheckpointError for one that is not read."""
     if config.get("quantize_activations"):
         raise _refused("with quantised activations (quantize_activations)")
-    raw = config.get("quantization") or config.get("quantization_config")
-    raw = raw or (config.get("text_config") or {}).get("quantization_config")
+    own = _object(config, "quantization")
+    raw = (
+        own or _object(config, "quantization_config") or _object(_object(config, "text_config"), "quantization_config")
+    )
     if not raw:
         return Format("plain")
-    if not isinstance(raw, Mapping):
-        raise CheckpointError("config.json: quantization should be an object", hint=ANOTHER_COPY)
     method = raw.get("quant_method")
-    if config.get("quantization") or method is None:
+    if own or method is None:
         if not isinstance(raw.get("bits"), int) or not isinstance(raw.get("group_size"), int):
-            raise CheckpointError("config.json: quantization has no bits or no group_size", hint=ANOTHER_COPY)
+            raise CheckpointError("config.json: quantization has no bits or no group_size", hint=CORRECT)
         return Format("mlx", raw)
     readers = {"fp8": _read_fp8, "compressed-tensors": _read_compressed, "modelopt": _read_modelopt}
-    if method in _MX:
-        return Format("packed", _MX[method])
-    if method not in readers:
+    if not isinstance(method, str) or method not in {*readers, *_MX}:
         raise _refused(f"by {method!r}")
-    return readers[method](raw)
+    return readers[method](raw) if method in readers else Format("packed", _MX[method])
 
 
 def unpack(tensors: Mapping[str, Stored], form: Format) -> dict[str, Expression]:
@@ -142,8 +141,10 @@ def _read_compressed(raw: Mapping[str, Any]) -> Format:
         return Format("packed", _MX["mxfp4"])
     if layout != "pack-quantized":
         raise _refused(f"by compressed-tensors in the format {layout!r}")
-    for name, group in (raw.get("config_groups") or {}).items():
-        weights = group.get("weights") or {}
+    groups = _object(raw, "config_groups")
+    for name in groups:
+        group = _object(groups, name)
+        weights = _object(group, "weights")
         wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "actorder": None}
         for key, value in wanted.items():
             if weights.get(key, value) != value:
@@ -156,10 +157,18 @@ def _read_compressed(raw: Mapping[str, Any]) -> Format:
 
 
 def _read_modelopt(raw: Mapping[str, Any]) -> Format:
-    settings = raw.get("quantization", raw)
+    settings = _object(raw, "quantization") or raw
     if settings.get("quant_algo") != "NVFP4":
         raise _refused(f"by modelopt as {settings.get('quant_algo')!r}")
     return Format("packed", {"group_size": settings.get("group_size", 16), "bits": 4, "mode": "nvfp4"})
+
+
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return what config.json has under a key, empty where it has nothing. Raises CheckpointError for no object."""
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"config.json: {key} should be an object, it is {show(value)}", hint=CORRECT)
+    return value
 
 
 def _refused(how: str) -> CheckpointError:

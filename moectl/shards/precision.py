@@ -109,7 +109,7 @@ def _keep(model: Any, table: Mapping[str, Any], traced: Mapping[str, Expression]
             mode=table.get("mode", "affine"),
             class_predicate=choose,
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(
             f"config.json: quantization does not fit the model: {error}", hint=ANOTHER_COPY
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, convert, mixed_quant_predicate_builder
 
@@ -22,7 +24,13 @@ from moectl.shards.stored import name_stored
 from moectl.shards.tensors import StoredTensor
 from moectl.shards.trace import Stored, form_of
 from tests.support.layouts import fp8, noise, write_layout, write_tensors
+from tests.support.tiny import json_values
 from tests.support.traced import make_model, open_traced
+
+KEYS = (
+    *("quantization", "quantization_config", "text_config", "quant_method", "format", "config_groups", "weights"),
+    *("bits", "group_size", "mode", "weight_block_size", "scale_fmt", "quant_algo", "quantize_activations"),
+)
 
 
 def compressed(**changes: Any) -> dict[str, Any]:
@@ -68,6 +76,18 @@ def test_a_copy_that_mlx_has_quantised_is_taken_as_the_hint_says() -> None:
     assert "or from one that MLX has quantised" in hint
     assert read_format({"quantization": {"bits": 4, "group_size": 64}}).kind == "mlx"
     assert read_format({}).kind == "plain"
+
+
+WORDS = st.sampled_from(["fp8", "compressed-tensors", "modelopt", "mxfp4", "pack-quantized", "NVFP4", "ue8m0"])
+TABLES = st.dictionaries(st.sampled_from(KEYS), WORDS | json_values, max_size=4)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(raw=TABLES, outer=TABLES)
+def test_any_configuration_is_read_or_refused(raw: dict[str, Any], outer: dict[str, Any]) -> None:
+    for config in (outer, raw, {**outer, "quantization_config": raw}, {**outer, "quantization": raw}):
+        with contextlib.suppress(CheckpointError):
+            assert read_format(config).kind in ("plain", "mlx", "fp8", "packed")
 
 
 @pytest.mark.parametrize("name", ["a.weight_zero_point", "a.weight_g_idx"])
