@@ -104,7 +104,8 @@ def descend(node: Expression, region: Region, world: World[T]) -> T:
     """Return a region of an expression in a world."""
     if isinstance(node, Stored):
         return world.load(node, region)
-    if (handle := _HANDLERS.get(node.operation.name)) is not None:
+    handle = _HANDLERS.get(node.operation.name)
+    if handle is not None and (handle is _elementwise or not node.operation.constants):
         found: T | None = handle(node, region, world)
         if found is not None:
             return found
@@ -128,18 +129,21 @@ def _widen(span: tuple[int, int], unit: int) -> tuple[int, int]:
 # Operations that move elements and change none.
 
 
-def _stack(node: Expression, region: Region, world: World[T]) -> T:
+def _stack(node: Expression, region: Region, world: World[T]) -> T | None:
+    if any(x.dtype != node.dtype for x in node.inputs):
+        return None
     axis = _argument(node.operation, "axis", 1, 0) % node.ndim
     rest = (*region[:axis], *region[axis + 1 :])
     return world.stack([descend(x, rest, world) for x in node.inputs[slice(*region[axis])]], axis)
 
 
-def _concatenate(node: Expression, region: Region, world: World[T]) -> T:
+def _concatenate(node: Expression, region: Region, world: World[T]) -> T | None:
+    if any(x.dtype != node.dtype for x in node.inputs):
+        return None
     axis = _argument(node.operation, "axis", 1, 0) % node.ndim
     parts = []
-    for x, (start, stop) in zip(
-        node.inputs, pairwise(accumulate([0, *[x.shape[axis] for x in node.inputs]])), strict=True
-    ):
+    ends = list(accumulate([0, *[x.shape[axis] for x in node.inputs]]))
+    for x, (start, stop) in zip(node.inputs, pairwise(ends), strict=True):
         low, high = max(region[axis][0], start), min(region[axis][1], stop)
         if low < high:
             parts.append(descend(x, _with(region, axis, (low - start, high - start)), world))
@@ -327,7 +331,9 @@ def _groups(operation: Operation) -> tuple[int, int] | None:
     """Return group size and bits of a (de)quantisation whose arguments are all given, else None."""
     first = 3 if operation.name == "dequantize" else 1
     group, bits = _argument(operation, "group_size", first, None), _argument(operation, "bits", first + 1, None)
-    plain = "global_scale" not in operation.kwargs and isinstance(group, int) and isinstance(bits, int)
+    # A part with an odd number of groups trips MLX's kernels of the other modes; `quantise` minds that.
+    affine = operation.name == quantise.__name__ or _argument(operation, "mode", first + 2, "affine") == "affine"
+    plain = affine and "global_scale" not in operation.kwargs and isinstance(group, int) and isinstance(bits, int)
     return (group, bits) if plain and group * bits % 32 == 0 else None
 
 

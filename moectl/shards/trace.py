@@ -52,6 +52,7 @@ class Operation:
     kwargs: Mapping[str, Any]
     form: Form
     result: int | None = None  # which one, of an operation with several results
+    constants: bool = False  # whether arrays that are there are among the arguments
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """Return the result of the operation on real arrays."""
@@ -139,7 +140,7 @@ def record(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     found = _operations.get(key)
     if found is None:
         found = _infer(op, args, kwargs)
-        if not _has(mx.array, (args, list(kwargs.values()))):  # an array's values decide, and they may change
+        if not _has(mx.array, (args, list(kwargs.values()))):  # the values of an array decide, and they may change
             _operations[key] = found
     if isinstance(found, tuple):
         return tuple(Expression(operation, tuple(inputs)) for operation in found)
@@ -315,13 +316,17 @@ def _infer(
     shadows: list[mx.array] = []
     holes = _dig(args, shadows), {k: _dig(v, shadows) for k, v in kwargs.items()}
     name = getattr(op, "__name__", "")
-    operation = Operation(op, name, *holes, form_of((), mx.bool_))
-    done = operation.run(shadows)
+    constants = _has(mx.array, (args, list(kwargs.values())))
+
+    def make(done: mx.array, result: int | None) -> Operation:
+        return Operation(op, name, *holes, form_of(tuple(done.shape), done.dtype), result, constants)
+
+    done = make(mx.zeros(()), None).run(shadows)
     if isinstance(done, mx.array):
-        return Operation(op, name, *holes, form_of(tuple(done.shape), done.dtype))
+        return make(done, None)
     if not isinstance(done, list | tuple) or not all(isinstance(d, mx.array) for d in done):
         raise _NeedsValues
-    return tuple(Operation(op, name, *holes, form_of(tuple(d.shape), d.dtype), i) for i, d in enumerate(done))
+    return tuple(make(one, i) for i, one in enumerate(done))
 
 
 def _dig(value: Any, shadows: list[mx.array]) -> Any:

@@ -201,3 +201,23 @@ def test_a_change_in_place_reaches_every_name_of_an_array() -> None:
     for name in ("a", "b"):
         assert part(traced[name], ((0, 2),), lambda *_: mx.full((2,), 2.0)).tolist() == [7.0, 7.0]
     assert isinstance(stored["a"], Stored)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: function("concatenate")([mx.full((2, 2), 5.0), x]),
+        lambda x: function("stack")([mx.full((2, 2), 5.0), x]),
+        lambda x: function("concatenate")([x.astype(mx.uint8), x]),
+        lambda x: function("stack")([x.astype(mx.uint8), x]),
+        lambda x: function("where")(mx.array([[True, False]]), x, x + 1),
+    ],
+    ids=["join", "stack", "join types", "stack types", "where"],
+)
+def test_constants_and_types_among_the_inputs_are_heeded(change: Change) -> None:
+    source = mx.array([[1.0, 2.0], [3.0, 4.0]])
+    whole = change(source)
+    node = trace(Chain([change]), {"a": Stored("a", form_of((2, 2), mx.float32))})["a"]
+    first = tuple((0, 1) for _ in node.shape)
+    got = part(node, first, lambda _, __, region: source[tuple(slice(*span) for span in region)])
+    assert equal(got, whole[tuple(slice(*span) for span in first)])
