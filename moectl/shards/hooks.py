@@ -22,7 +22,7 @@ def hook_call(module: Any, hook: Hook) -> None:
 
 @contextmanager
 def hooked(hooks: Iterable[tuple[Any, Hook]]) -> Iterator[None]:
-    """Hook modules while the block runs."""
+    """Install hooks on modules while the block runs."""
     before: list[tuple[Any, type]] = []
     try:
         for module, hook in hooks:

@@ -1,0 +1,175 @@
+"""Where bytes lie: copies and transposed copies are found, and the writer's byte path can take them as they are."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from moectl.model.manifest import Quantization
+from moectl.shards.parts import full, part
+from moectl.shards.places import Rectangle, find_rectangles
+from moectl.shards.precision import source_of
+from moectl.shards.quantize import quantizer
+from moectl.shards.recipe import Matrix, OutputFile, Piece, part_bytes
+from moectl.shards.stored import spell
+from moectl.shards.trace import Expression
+from moectl.shards.writer import make_files
+from tests.shards.test_trace import equal, regions
+from tests.support.layouts import LAYOUTS, write_layout
+from tests.support.tiny import write_checkpoint
+from tests.support.traced import Traced, load_whole, open_traced
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Traced]:
+    names = [*LAYOUTS, "dbrx"]
+    directories = {name: tmp_path_factory.mktemp(name) for name in names}
+    write_checkpoint(directories["dbrx"], layout="fused", n_experts=4)
+    return {
+        name: open_traced(write_layout(path, name) if name in LAYOUTS else path) for name, path in directories.items()
+    }
+
+
+def read_rectangles(traced: Traced, node: Expression, rectangles: list[Rectangle]) -> mx.array:
+    """Read a region as the writer reads pieces: row by row, from the file."""
+    flat = []
+    item = node.dtype.size
+    for r in rectangles:
+        tensor = traced.stored[r.name]
+        rows = []
+        with (traced.directory / tensor.file).open("rb") as f:
+            for row in range(r.rows):
+                f.seek(tensor.offset + r.offset + row * r.stride)
+                rows.append(mx.array(list(f.read(r.cols * item)), mx.uint8).view(node.dtype))
+        block = mx.stack(rows)
+        flat.append((block.T if r.transposed else block).reshape(-1))
+    assert [r.at for r in rectangles] == [sum(a.size for a in flat[:i]) for i in range(len(flat))]
+    return mx.concatenate(flat)
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "dbrx"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_rectangles_hold_the_bytes_of_a_region(name: str, checkpoints: dict[str, Traced], data: st.DataObject) -> None:
+    traced = checkpoints[name]
+    node = traced.parameters[data.draw(st.sampled_from(sorted(traced.parameters)))]
+    region = data.draw(regions(node.shape))
+    rectangles = find_rectangles(node, region)
+    if rectangles is not None:
+        expected = part(node, region, traced.read)
+        assert equal(read_rectangles(traced, node, rectangles), expected.reshape(-1))
+
+
+def kind_of(node: Expression) -> str:
+    rectangles = find_rectangles(node, full(node.shape))
+    if rectangles is None:
+        return "computed"
+    return "turned" if any(r.transposed for r in rectangles) else f"copied in {len(rectangles)}"
+
+
+def test_copies_and_transposed_copies_are_recognised(checkpoints: dict[str, Traced]) -> None:
+    def kinds(name: str, *patterns: str) -> list[set[str]]:
+        found = checkpoints[name].parameters
+        return [{kind_of(node) for n, node in found.items() if n.endswith(pattern)} for pattern in patterns]
+
+    assert kinds("mixtral", "_proj.weight") == [{"copied in 1", "copied in 4"}]
+    assert kinds("qwen3", "weight") == [{"copied in 1"}]
+    assert kinds("dbrx", "w1.weight", "w2.weight") == [{"copied in 1"}, {"turned"}]
+    gpt = kinds("gpt-oss-mxfp4", "gate_proj.weight", "down_proj.weight", "gate_proj.scales", "gate_proj.bias")
+    assert gpt == [{"copied in 1"}] * 4  # every other row
+    assert kinds("deepseek-v3-fp8", "q_a_proj.weight", "switch_mlp.up_proj.weight") == [{"computed"}, {"computed"}]
+    kimi = kinds("kimi-k2-int4", "up_proj.weight", "up_proj.scales", "up_proj.biases", "embed_q.weight", "out.weight")
+    assert kimi[0] == {"copied in 1", "copied in 4"}
+    assert kimi[1:] == [{"copied in 4"}, {"computed"}, {"turned"}, {"copied in 6"}]
+    assert Counter(map(kind_of, checkpoints["mlx-overrides"].parameters.values())).keys() == {"copied in 1"}
+
+
+def make_piece(traced: Traced, r: Rectangle, dtype: str, target: Quantization | str, to: tuple[int, ...]) -> Piece:
+    tensor = traced.stored[r.name]
+    return Piece(
+        tensor.file, tensor.offset + r.offset, r.stride, Matrix(r.rows, r.cols, dtype, r.transposed, target), to
+    )
+
+
+def lay_out(traced: Traced) -> Iterator[tuple[list[str], OutputFile]]:
+    """Yield a file for each parameter, or quantised weight, that the writer's byte path can make."""
+    for name, node in traced.parameters.items():
+        source, quantization = source_of(node)
+        rectangles = find_rectangles(source, full(source.shape))
+        if rectangles is None or (quantization is not None and node.operation.result != 0):
+            continue
+        base = name.removesuffix("weight")
+        names = [name] if quantization is None else [f"{base}{p}" for p in ("weight", "scales", "biases")]
+        names = [n for n in names if n in traced.parameters]
+        header, end, offsets = {}, 0, []
+        for n in names:
+            one = traced.parameters[n]
+            offsets.append(end)
+            place = [end, end + one.nbytes]
+            end += one.nbytes
+            header[n] = {"dtype": spell(one.dtype), "shape": list(one.shape), "data_offsets": place}
+        text = json.dumps(header).encode()
+        start = 8 + len(text)
+        dtype = spell(source.dtype)
+        target = quantization or dtype
+        columns = source.shape[-1] if source.ndim else 1
+        pieces = []
+        for r in rectangles:
+            before = [r.at // columns * width for width in part_bytes(columns, dtype, target)]
+            if quantization is None:
+                before = [r.at * source.dtype.size]
+            to = tuple(start + o + b for o, b in zip(offsets, before, strict=True))
+            pieces.append(make_piece(traced, r, dtype, target, to))
+        path = f"common/{len(text)}-{name}.safetensors"
+        yield names, OutputFile(path, len(text).to_bytes(8, "little") + text, tuple(names), tuple(pieces), start + end)
+
+
+class Directory:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def path(self, file: str) -> Path:
+        return self._path / file
+
+    def prefetch(self, file: str) -> None: ...
+
+    def release(self, file: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("gpt-oss-mxfp4", None),
+        ("kimi-k25-int4", None),
+        ("mixtral", Quantization(4, 64, "affine")),
+        ("kimi-k2-int4", Quantization(4, 32, "affine")),
+    ],
+)
+def test_the_byte_path_makes_the_files_of_what_is_stored_as_it_is(
+    name: str, wanted: Quantization | None, checkpoints: dict[str, Traced], tmp_path: Path
+) -> None:
+    directory = checkpoints[name].directory
+    traced, whole = open_traced(directory, wanted), load_whole(directory, wanted)
+    files = list(lay_out(traced))
+    assert len(files) > 20
+    make_files(
+        Directory(directory),
+        tmp_path,
+        [file for _, file in files],
+        [],
+        quantise=quantizer,
+        jobs=2,
+        on_bytes=lambda _: None,
+        on_hashed=lambda *_: None,
+    )
+    for names, file in files:
+        made = mx.load(str(tmp_path / file.path))
+        assert isinstance(made, dict)
+        for n in names:
+            assert equal(made[n], whole[n]), n
