@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
+from moectl.model.regions import Region
 from moectl.shards.formats import dequantise_blocks, quantise
 from moectl.shards.trace import Expression, Operation, Shape, Stored
 
-Region = tuple[tuple[int, int], ...]  # one span for each axis
 Index = tuple[slice, ...]
 Read = Callable[[str, mx.Dtype, Region], mx.array]  # a part of a stored tensor, its elements taken as of this type
 
@@ -77,6 +77,7 @@ def part(node: Expression, region: Region, read: Read) -> mx.array:
 
 
 def full(shape: Shape) -> Region:
+    """Return the region that covers a shape."""
     return tuple((0, n) for n in shape)
 
 

@@ -13,7 +13,8 @@ from itertools import accumulate, pairwise
 
 import mlx.core as mx
 
-from moectl.shards.parts import Index, Region, descend, pair_axes
+from moectl.model.regions import Region
+from moectl.shards.parts import Index, descend, pair_axes
 from moectl.shards.trace import Expression, Operation, Shape, Stored
 
 _MOST = 4096  # a region in more pieces than this is quicker computed

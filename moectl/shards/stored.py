@@ -10,7 +10,7 @@ from itertools import product
 import mlx.core as mx
 
 from moectl.errors import CheckpointError
-from moectl.shards.parts import Region
+from moectl.model.regions import Region
 from moectl.shards.sources import explain_unreadable
 from moectl.shards.tensors import StoredTensor
 from moectl.shards.trace import ANOTHER_COPY, Form, Stored, form_of

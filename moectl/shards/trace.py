@@ -35,6 +35,7 @@ class Form:
 
 @cache
 def form_of(shape: Shape, dtype: mx.Dtype) -> Form:
+    """Return the form for a shape and a dtype; equal ones share one object."""
     return Form(shape, dtype)
 
 

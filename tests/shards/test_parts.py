@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from mlx_lm.models import base
 
-from moectl.shards.parts import Region, full, part
+from moectl.model.regions import Region
+from moectl.shards.parts import full, part
 from moectl.shards.places import find_rectangles
 from moectl.shards.trace import Stored, form_of, trace
 from tests.shards.test_places import kind_of

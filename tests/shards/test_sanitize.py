@@ -17,7 +17,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from moectl.errors import CheckpointError
-from moectl.shards.parts import Region, full, part
+from moectl.model.regions import Region
+from moectl.shards.parts import full, part
 from moectl.shards.trace import Stored, form_of, trace
 from tests.shards.test_trace import compare_all, equal
 from tests.support.layouts import write_tensors

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moectl.model.manifest import Quantization
-from moectl.shards.parts import Region, chunks, full, part
+from moectl.model.regions import Region
+from moectl.shards.parts import chunks, full, part
 from moectl.shards.trace import list_dropped
 from tests.support.layouts import LAYOUTS, write_layout
 from tests.support.traced import Traced, load_whole, open_traced

@@ -16,8 +16,9 @@ from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.utils import _get_classes, load_config, load_model, quantize_model
 
 from moectl.model.manifest import Quantization
+from moectl.model.regions import Region
 from moectl.shards.formats import Format, read_format, unpack
-from moectl.shards.parts import Region, full, part
+from moectl.shards.parts import full, part
 from moectl.shards.precision import Settled, settle
 from moectl.shards.stored import StoredReader, name_stored
 from moectl.shards.tensors import StoredTensor, read_header

@@ -130,8 +130,9 @@ def _copy_tried(settings: SSHSettings, tried: Sequence[str]) -> str:
     key = next((path for path in settings.identity_files if path.name in tried), None)
     if key is None or key in _usual_keys():
         return _copy_command(settings)
-    public = f"ssh-keygen -y -f {shlex.quote(str(key))} > {shlex.quote(f'{key}.pub')} && "
-    return ("" if Path(f"{key}.pub").exists() else public) + _copy_command(settings, key)
+    if Path(f"{key}.pub").exists():
+        return _copy_command(settings, key)
+    return f"ssh-keygen -y -f {shlex.quote(str(key))} > {shlex.quote(f'{key}.pub')} && {_copy_command(settings, key)}"
 
 
 def _make_command(settings: SSHSettings) -> str:
