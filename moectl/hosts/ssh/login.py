@@ -120,8 +120,9 @@ def _no_key_error(
     if not left and not tried:
         return _auth_error(settings, "there is no key to offer", _make_command(settings), methods)
     reasons = [one.reason for one in left] + ([f"tried {', '.join(tried)}"] if tried else [])
-    copy = _copy_tried(settings, tried) if tried else None
-    hint = next((one.hint for one in left if one.hint), copy)
+    hint = next((one.hint for one in left if one.hint), None)
+    if hint is None and tried:
+        hint = _copy_tried(settings, tried)
     return _auth_error(settings, f"no key was accepted ({', '.join(reasons)})", hint, methods)
 
 
