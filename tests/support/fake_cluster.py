@@ -1,4 +1,4 @@
-"""A `serving.Cluster` without a model: each token is its number, and words of the prompt say what goes wrong."""
+"""A `contracts.Cluster` without a model: each token is its number, and words of the prompt say what goes wrong."""
 
 from __future__ import annotations
 

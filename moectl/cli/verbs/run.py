@@ -78,6 +78,9 @@ def run(
     from moectl.server import attach
     from moectl.server.contracts import ControllerOptions
 
+    sampling = ChatSettings(
+        temperature=options["temp"], **{name: options[name] for name in ("max_tokens", "system", "top_p", "seed")}
+    )
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
     target = choose_target(common, options)
@@ -88,9 +91,6 @@ def run(
         return attach.attach(target, wanted, settings, say=common.say, on_log=log_printer(common))
 
     found = connect()
-    sampling = ChatSettings(
-        temperature=options["temp"], **{name: options[name] for name in ("max_tokens", "system", "top_p", "seed")}
-    )
     stats = stats or bool(common.verbose)
     try:
         if chats:
