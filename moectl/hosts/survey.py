@@ -119,7 +119,8 @@ def read_survey(text: str) -> Survey:
 
 def parse_ip(text: str) -> tuple[str, ...]:
     """Return the addresses of Linux's `ip -o -4 addr show`."""
-    return tuple(re.findall(r"\binet (\d{1,3}(?:\.\d{1,3}){3})/", text))
+    # "/24" follows an address, " peer …" that of a tunnel's end.
+    return tuple(re.findall(r"\binet (\d{1,3}(?:\.\d{1,3}){3})[/ ]", text))
 
 
 def parse_sshd(text: str) -> dict[str, str]:

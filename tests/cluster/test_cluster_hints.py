@@ -162,14 +162,14 @@ def test_the_sessions_that_doctor_asks_for_are_enough(tmp_path: Path, monkeypatc
 
 
 def test_limits_set_as_doctor_says_are_no_finding() -> None:
-    tight = check_sshd_limits(MAC, parse_sshd("MaxSessions 1\nMaxStartups 1\n"))
+    tight = check_sshd_limits(parse_sshd("MaxSessions 1\nMaxStartups 1\n"))
     fixes = [str(finding.fix) for finding in tight]
     assert fixes == [
         "set MaxSessions 10 in its /etc/ssh/sshd_config, then restart sshd",
         "set MaxStartups 10:30:100 in its /etc/ssh/sshd_config, then restart sshd",
     ]
     lines = [fix.removeprefix("set ").partition(" in its")[0] for fix in fixes]
-    assert check_sshd_limits(MAC, parse_sshd("\n".join(lines) + "\n")) == []
+    assert check_sshd_limits(parse_sshd("\n".join(lines) + "\n")) == []
 
 
 @pytest.mark.skipif(not pwd.getpwuid(os.getuid()).pw_shell.endswith("bash"), reason="the login shell is no bash")

@@ -197,9 +197,9 @@ def test_what_the_hint_about_another_noisy_shell_says_mends_it(tmp_path: Path, m
 
 
 def test_limits_of_sshd() -> None:
-    assert check_sshd_limits(MAC, {}) == []
-    assert check_sshd_limits(MAC, {"maxsessions": "10", "maxstartups": "10:30:100"}) == []
-    found = check_sshd_limits(MAC, {"maxsessions": "1", "maxstartups": "1"})
+    assert check_sshd_limits({}) == []
+    assert check_sshd_limits({"maxsessions": "10", "maxstartups": "10:30:100"}) == []
+    found = check_sshd_limits({"maxsessions": "1", "maxstartups": "1"})
     assert [f.level for f in found] == [Level.WARN, Level.WARN]
 
 

@@ -224,6 +224,9 @@ def test_addresses_of_linux() -> None:
         "1: lo    inet 127.0.0.1/8 scope host lo\n2: eth0    inet 10.0.0.7/24 brd 10.0.0.255 scope global\nx inet y\n"
     )
     assert parse_ip(text) == ("127.0.0.1", "10.0.0.7")
+    # As iproute2 prints the end of a tunnel.
+    tunnel = "3: tun0    inet 10.8.0.6 peer 10.8.0.5/32 scope global tun0\n"
+    assert parse_ip(text + tunnel) == ("127.0.0.1", "10.0.0.7", "10.8.0.6")
 
 
 @given(st.text(), st.integers(0, 6000))

@@ -631,7 +631,7 @@ def test_what_is_no_ssh_server_is_unreachable(sshd: Server) -> None:
     [
         (b"Exceeded MaxStartups\r\n", "it does not greet as an SSH server: Exceeded MaxStartups"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it does not greet as an SSH server: HTTP/1.1 400 Bad Request"),
-        (b"", "it closed the connection at once"),
+        (b"", "it closed the connection before it greeted"),
     ],
 )
 def test_what_is_said_in_place_of_a_greeting_is_told(sshd: Server, said: bytes, reason: str) -> None:

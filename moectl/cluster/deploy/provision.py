@@ -52,9 +52,10 @@ class EventPipe(Protocol):
 
 
 def inspect_host(task: HostTask, remote: Remote) -> Look:
-    """Look at a host and tell what a deployment would do there; nothing: `copied_bytes` is 0 and `python` is set.
+    """Look at a host and tell what a deployment would do there.
 
-    At most the record of verified files is written, in a dry run not even that. Raises HostError, RemoteError.
+    Where there is nothing to do, `copied_bytes` is 0 and `python` is set. At most the record of verified files is
+    written, in a dry run not even that. Raises HostError, RemoteError.
     """
     found = _survey(remote, task)
     lacks = _missing_bytes(task, found)
@@ -63,7 +64,7 @@ def inspect_host(task: HostTask, remote: Remote) -> Look:
 
 
 def survey_environment(remote: Remote, host: Host) -> FileSurvey:
-    """Return what a host tells of its interpreter, packages and disk ; it writes nothing.
+    """Return what a host tells of its interpreter, packages and disk; it writes nothing.
 
     Raises VersionMismatch without a python that is new enough, CommandFailed, HostError.
     """

@@ -85,7 +85,7 @@ def _look_at_system(visit: Visit, expected: Expected) -> None:
     host, sections = visit.host, survey.sections
     visit.findings += check_locale(host, sections.get("locale", ""))
     if not host.is_local:
-        visit.findings += check_sshd_limits(host, parse_sshd(sections.get("sshd", "")))
+        visit.findings += check_sshd_limits(parse_sshd(sections.get("sshd", "")))
     if survey.is_mac:
         visit.findings += check_mac(host, survey, among_others=expected.among_others)
     else:

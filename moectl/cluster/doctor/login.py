@@ -141,7 +141,7 @@ def _locale_fix(host: Host) -> str:
     return f"ssh sends this machine's locale: put 'SetEnv LC_ALL=C' under 'Host {host.name}' in ~/.ssh/config"
 
 
-def check_sshd_limits(host: Host, limits: Mapping[str, str]) -> list[Finding]:
+def check_sshd_limits(limits: Mapping[str, str]) -> list[Finding]:
     """Say which limits of its sshd are tight; files that may not be read say nothing."""
     found = []
     sessions = limits.get("maxsessions", "")

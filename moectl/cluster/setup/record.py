@@ -83,7 +83,7 @@ class Record:
 
 
 def record_path() -> Path:
-    """Return the file with the steps that setup has made on this machine."""
+    """Return the file on this machine that lists what setup ran on hosts."""
     return state_dir() / "setup.jsonl"
 
 

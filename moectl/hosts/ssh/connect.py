@@ -244,7 +244,8 @@ def _start(transport: Transport, settings: SSHSettings, line: _Line) -> None:
             raise found from None
         if not transport.remote_version:
             said = " ".join(line.first.decode("utf-8", "replace").split())[:200]
-            reason = f"it does not greet as an SSH server: {said}" if said else "it closed the connection at once"
+            silent = "it closed the connection before it greeted"
+            reason = f"it does not greet as an SSH server: {said}" if said else silent
             raise paramiko.SSHException(reason) from None
         raise
     if not transport.initial_kex_done:  # it returns after its timeout, without an error

@@ -248,7 +248,7 @@ def _check_address(shown: Shown, settings: SSHSettings, peer: str | None) -> Non
     if shown.plain in known.revoked:
         raise HostKeyError(f"its host key was revoked in known_hosts for {peer}.", host=settings.name)
     if known.accepted and shown.plain not in known.accepted:
-        remove = " && ".join(_removals(name, known.files, settings)) or "correct KnownHostsCommand"
+        remove = " && ".join(_removals(name, known.files)) or "correct KnownHostsCommand"
         raise HostKeyError(
             f"another host key is known for its address {peer} (CheckHostIP).",
             host=settings.name,
@@ -257,7 +257,7 @@ def _check_address(shown: Shown, settings: SSHSettings, peer: str | None) -> Non
 
 
 def _changed_error(known: KnownKeys, settings: SSHSettings) -> HostKeyError:
-    commands = " && ".join(_removals(settings.host_key_name, known.files, settings))
+    commands = " && ".join(_removals(settings.host_key_name, known.files))
     hint = "correct what KnownHostsCommand prints for this host"
     if commands:
         place, command = _accept(settings)
@@ -268,7 +268,7 @@ def _changed_error(known: KnownKeys, settings: SSHSettings) -> HostKeyError:
     return HostKeyError(message, host=settings.name, hint=hint)
 
 
-def _removals(name: str, files: Sequence[Path], settings: SSHSettings) -> list[str]:
+def _removals(name: str, files: Sequence[Path]) -> list[str]:
     if tuple(files) == (Path("~/.ssh/known_hosts").expanduser(),):
         return [shlex.join(["ssh-keygen", "-R", name])]
     sudo = {path: [] if os.access(path.parent, os.W_OK) else ["sudo"] for path in files}
