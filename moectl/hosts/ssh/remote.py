@@ -64,6 +64,7 @@ class SSHRemote:
             close_channel(channel)
 
         timer = threading.Timer(threading.TIMEOUT_MAX if timeout_s is None else timeout_s, expire)
+        timer.daemon = True  # a host that hangs must not keep this process
         try:
             timer.start()
             done = _communicate(channel, stdin, hold_stdin)
