@@ -76,14 +76,14 @@ def _compare(target: Target, options: RunOptions, running: Mapping[str, Any]) ->
         if wanted in _OPEN or wanted == loaded:
             continue
         if loaded not in _OPEN:
-            state = f"is loaded with {name} {loaded}"
+            what = f"{target.name} is loaded with {name} {loaded}"
         elif name in _SAFEGUARDS:
-            state = f"is loaded without --{name.replace('_', '-')}"
+            what = f"{target.name} is loaded without --{name.replace('_', '-')}"
         elif name == "dtype":
-            state = "is loaded with the device's own dtype"
+            what = f"{target.name} is loaded with the device's own dtype"
         else:
             continue
-        raise StateError(f"{target.name} {state}", hint="moectl stop, then run it again")
+        raise StateError(what, hint="moectl stop, then run it again")
 
 
 def place_of(target: Target) -> Path:
