@@ -172,7 +172,7 @@ def refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
 
 
 def was_given(name: str) -> bool:
-    """Return whether a parameter's value is another than the built-in one."""
+    """Return whether the user set a parameter: on the command line, in a variable or in a file."""
     source = click.get_current_context().get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
@@ -217,7 +217,9 @@ target_options = _together(
     click.option("--force", is_flag=True, help="Try it although there is too little memory."),
     click.option("--no-canary", is_flag=True, help="Do not check at the start that every rank computes right results."),
     click.option(
-        "--agree-routing", is_flag=True, help="Rank 0 chooses the experts for all ranks; for hosts with other chips."
+        "--agree-routing",
+        is_flag=True,
+        help="Rank 0 chooses the experts for all ranks; for hosts with different chips.",
     ),
     click.option("--paranoia", is_flag=True, help="Let all ranks compare their results again and again."),
     click.option(
@@ -274,7 +276,7 @@ wanted_options = _together(
     click.option(
         "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert."
     ),
-    click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 is bf16 (default: as the model is)."),
+    click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16: not quantised (default: as the model is)."),
     click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's)."),
     click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's mode of quantisation."),
     click.option(

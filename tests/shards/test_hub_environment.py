@@ -189,7 +189,7 @@ def test_a_proxy_that_does_not_answer_is_named_and_the_hint_mends_it(hub: Hub, t
     code, _, said = moectl(hub, tmp_path, *DRY, HTTP_PROXY="http://127.0.0.1:9", NO_PROXY="", no_proxy="")
     assert code == 5
     assert f"did not come from {hub.endpoint} through the proxy of HTTP_PROXY: " in said
-    assert "Hint: mend or unset HTTP_PROXY\n" in said
+    assert "Hint: correct or unset HTTP_PROXY\n" in said
     assert moectl(hub, tmp_path, *DRY, HTTP_PROXY=None)[0] == 0
 
 
