@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -29,17 +30,20 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class Duration(click.ParamType[float]):
-    """Seconds, written as 300, 30s, 5m or 1h; -1 is for ever."""
+    """Seconds, written as 300, 30s, 5m or 1h; with `for_ever` also -1."""
 
     name = "duration"
 
+    def __init__(self, *, for_ever: bool = False) -> None:
+        self._written = "1h, 0 (at once) or -1 (for ever)" if for_ever else "1h or 0 (at once)"
+        self._least = -math.inf if for_ever else 0.0
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, int | float):
-            return float(value)
         match = re.fullmatch(r"(-?\d+(?:\.\d+)?)(s|m|h|)", str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is no duration: write 30s, 5m, 1h, 0 (at once) or -1 (for ever)", param, ctx)
-        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+        seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else math.nan
+        if not seconds >= self._least:
+            self.fail(f"{value!r} is no duration: write 30s, 5m, {self._written}", param, ctx)
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)
