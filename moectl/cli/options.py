@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -29,17 +30,20 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class Duration(click.ParamType[float]):
-    """Seconds, written as 300, 30s, 5m or 1h; -1 is for ever."""
+    """Seconds, written as 300, 30s, 5m or 1h; with `for_ever` also -1."""
 
     name = "duration"
 
+    def __init__(self, *, for_ever: bool = False) -> None:
+        self._written = "1h, 0 (at once) or -1 (for ever)" if for_ever else "1h or 0 (at once)"
+        self._least = -math.inf if for_ever else 0.0
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, int | float):
-            return float(value)
         match = re.fullmatch(r"(-?\d+(?:\.\d+)?)(s|m|h|)", str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is no duration: write 30s, 5m, 1h, 0 (at once) or -1 (for ever)", param, ctx)
-        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+        seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else math.nan
+        if not seconds >= self._least:
+            self.fail(f"{value!r} is no duration: write 30s, 5m, {self._written}", param, ctx)
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,7 @@ def refuse_both(these: dict[str, Any], those: dict[str, Any]) -> None:
 
 
 def was_given(name: str) -> bool:
-    """Return whether a parameter's value is another than the built-in one."""
+    """Return whether the user set a parameter: on the command line, in a variable or in a file."""
     source = click.get_current_context().get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
@@ -217,7 +221,9 @@ target_options = _together(
     click.option("--force", is_flag=True, help="Try it although there is too little memory."),
     click.option("--no-canary", is_flag=True, help="Do not check at the start that every rank computes right results."),
     click.option(
-        "--agree-routing", is_flag=True, help="Rank 0 chooses the experts for all ranks; for hosts with other chips."
+        "--agree-routing",
+        is_flag=True,
+        help="Rank 0 chooses the experts for all ranks; for hosts with different chips.",
     ),
     click.option("--paranoia", is_flag=True, help="Let all ranks compare their results again and again."),
     click.option(
@@ -274,7 +280,7 @@ wanted_options = _together(
     click.option(
         "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert."
     ),
-    click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16 is bf16 (default: as the model is)."),
+    click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16: not quantised (default: as the model is)."),
     click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's)."),
     click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's mode of quantisation."),
     click.option(

@@ -17,7 +17,7 @@ from moectl.shards import journal as journals
 from moectl.shards.recipe import OutputFile, describe
 from moectl.shards.sidecars import CheckpointReader, hash_sidecar, list_sidecars
 
-# The weight files of a shard set of any version of moectl. Of the files that a record lists, only these are deleted.
+# The weight files of a shard set of any version of moectl. Of the files that a journal lists, only these are deleted.
 _WEIGHTS = re.compile(r"(common/(embedding|head|outer|layer-\d+)|rank-\d+/layer-\d+)\.safetensors")
 
 

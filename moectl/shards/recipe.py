@@ -167,7 +167,7 @@ class _Span:
     stop: int
     total: int
 
-    def scale(self, stored: int, item: int, name: str) -> tuple[int, int]:
+    def scale(self, stored: int, name: str) -> tuple[int, int]:
         """Return the span in stored elements, where `stored` of them hold `total` values."""
         if self.start * stored % self.total or self.stop * stored % self.total:
             raise PlanError(
@@ -362,8 +362,8 @@ def _cut_rectangle(
     item = item_bytes(source.dtype)
     stored = source.shape if len(source.shape) == 2 else (1, *source.shape)
     down, across = (columns, rows) if source.transposed else (rows, columns)
-    top, bottom = down.scale(stored[0], item, name)
-    left, right = across.scale(stored[1], item, name)
+    top, bottom = down.scale(stored[0], name)
+    left, right = across.scale(stored[1], name)
     matrix = Matrix(bottom - top, right - left, source.dtype, source.transposed, target)
     return _Rectangle(matrix, (top * stored[1] + left) * item, stored[1] * item, item)
 

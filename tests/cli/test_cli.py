@@ -105,6 +105,8 @@ def test_no_command_prints_help_and_is_usage(call: Any) -> None:
         (("run", "--hosts", "a", "--local", "2", "x"), "--hosts and --local exclude each other"),
         (("run", "--shards", "a", "--q-bits", "4", "x"), "--shards and --q-bits exclude each other"),
         (("run", "--local", "1", "bad \udcff"), "the prompt is not UTF-8 text"),
+        (("stop", "--timeout", "-1"), "'-1' is no duration: write 30s, 5m, 1h or 0 (at once)"),
+        (("logs", "--since", "-5m"), "'-5m' is no duration: write 30s, 5m, 1h or 0 (at once)"),
     ],
 )
 def test_wrong_words_are_usage_errors(words: tuple[str, ...], message: str, call: Any) -> None:

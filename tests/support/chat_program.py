@@ -1,8 +1,7 @@
-"""A chat against an answerer that answers by rule; test_chat runs it in a pseudo-terminal.
+"""A chat whose answers follow rules; test_chat runs it in a pseudo-terminal.
 
-Usage: python -m tests.support.chat_program LOG HISTORY|- [JSON settings [PATIENCE_S]]. What the answerer is asked,
-and which
-answers were stopped, goes to LOG as JSON lines.
+Usage: python -m tests.support.chat_program LOG HISTORY|- [JSON settings [PATIENCE_S]]. What it is
+asked, and which answers were stopped, goes to LOG as JSON lines.
 """
 
 from __future__ import annotations

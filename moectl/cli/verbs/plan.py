@@ -153,7 +153,7 @@ def plan_json(
     }
 
 
-def what_if_text(model: CatalogModel, rows: list[WhatIfRow]) -> str:
+def what_if_text(rows: list[WhatIfRow]) -> str:
     """Return predicted tok/s of clusters that you could buy, with the split that gives it."""
     counts = [count for count, _ in rows[0].cells]
     header = ("CHIP", "MEMORY", "LINK", "BITS", *(f"{count} NODE{'S' * (count > 1)}" for count in counts))
@@ -235,8 +235,8 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
 def plan(common: Common, model: str, **options: Any) -> None:
     """Show which host would hold what, whether it fits, and how fast it would be.
 
-    It downloads and sends nothing. It knows DBRX by its name, and hosts by their keys in hosts.txt, by --chip and
-    --memory, or by what they answer with --probe.
+    It downloads no weights and sends no files. It knows DBRX by its name, other models by their headers, and hosts by
+    their keys in hosts.txt, by --chip and --memory, or by what they answer with --probe.
 
     \b
     Examples:
@@ -254,7 +254,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
         given |= {"--replicas": options["replicas"] > 1, "--hosts": common.hosts is not None}
         refuse_both({"--what-if": True}, given)
         priced, rows = plan_purchase(model, wanted, asked)
-        common.print(what_if_text(priced, rows), what_if_json(priced, rows))
+        common.print(what_if_text(rows), what_if_json(priced, rows))
         return
     if options["local"] and model == DEFAULT_MODEL and not was_given("model"):
         from moectl.demo import demo_dir

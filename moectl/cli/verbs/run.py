@@ -50,7 +50,7 @@ def _sampling(parameter: str, *names: str, help: str, default: float | None = No
 @click.option("--stats", is_flag=True, help="Print speeds on standard error afterwards, as -v does.")
 @click.option(
     "--keep-alive",
-    type=Duration(),
+    type=Duration(for_ever=True),
     metavar="TIME",
     default="5m",
     show_default=True,

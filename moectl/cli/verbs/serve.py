@@ -145,7 +145,7 @@ def stop(common: Common, timeout: float, now: bool) -> None:
     for path in client.find_running():
         try:
             with on_ctrl_t(lambda: "waiting for answers in progress to end", common.say):
-                stopped.append(client.Client(path).stop(0.0 if now else max(0.0, timeout)))
+                stopped.append(client.Client(path).stop(0.0 if now else timeout))
         except errors.MoectlError as error:
             failures.append(error)
     held = [one["memory_bytes"] for one in stopped if one is not None]

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 @cut_options
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Parallel streams (default: all cores but one, at most 4).")
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
-@click.option("--force", is_flag=True, help="Make the set again from the beginning, also over another one.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Make the set again from the beginning, also over another one, and although a host has too little memory.",
+)
 @click.option(
     "--verify",
     type=click.Path(path_type=Path),
@@ -44,7 +48,7 @@ def shard(
     """Cut a checkpoint into one shard per node.
 
     MODEL is a directory or a Hugging Face repository (default: databricks/dbrx-instruct, or a mirror of it when that is
-    out of reach). After an interruption the same command goes on.
+    out of reach). After an interruption, the same command again resumes it.
 
     \b
     Examples:

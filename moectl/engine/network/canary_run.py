@@ -127,7 +127,7 @@ class _Reference:
     def _add_parts(
         self, layer: int, ranks: Iterable[int], states: _States, run: Callable[..., _States], *, told: bool
     ) -> _States:
-        """Return the sum of these ranks' parts, as `model.reduce` adds them up; note each where it is `told`."""
+        """Return the sum of these ranks' parts, as `exchange` adds them up; note each where it is `told`."""
         total: _States | None = None
         for rank in ranks:
             block = self._load(rank, layer).layers[0]
