@@ -78,7 +78,40 @@ def cut(
     if not 1 <= jobs <= MAX_JOBS:
         raise UsageError(f"{jobs} jobs are not possible; use 1 to {MAX_JOBS}")
     files = plan_files(checkpoint, placement, quantization)
-    plain = Manifest(
+    plain = _describe(checkpoint, placement, quantization, name)
+    try:
+        make_directory(directory.absolute())
+        refuse_links_outside(directory)
+        with journals.lock_directory(directory, wait_s=wait_s):
+            watch = _Watch(on_bytes, on_file, compute_canary)
+            return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, watch, force)
+    except OSError as error:
+        raise explain_refusal(error, directory) from error
+
+
+def check(
+    checkpoint: CheckpointReader,
+    placement: Placement,
+    quantization: Quantization | None,
+    directory: Path,
+    *,
+    name: str,
+) -> None:
+    """Raise what `cut` would raise for what the directory holds; write nothing."""
+    files = plan_files(checkpoint, placement, quantization)
+    plain = _describe(checkpoint, placement, quantization, name)
+    try:
+        if directory.exists():
+            find_done(directory, plain, files, bind(plain, files))
+    except OSError as error:
+        raise explain_refusal(error, directory) from error
+
+
+def _describe(
+    checkpoint: CheckpointReader, placement: Placement, quantization: Quantization | None, name: str
+) -> Manifest:
+    """Return the manifest of a shard set before it has files."""
+    return Manifest(
         name=name,
         source=checkpoint.source,
         revision=checkpoint.revision,
@@ -90,14 +123,6 @@ def cut(
         unit=placement.unit,
         held=placement.held,
     )
-    try:
-        make_directory(directory.absolute())
-        refuse_links_outside(directory)
-        with journals.lock_directory(directory, wait_s=wait_s):
-            watch = _Watch(on_bytes, on_file, compute_canary)
-            return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, watch, force)
-    except OSError as error:
-        raise explain_refusal(error, directory) from error
 
 
 def fingerprint_source(checkpoint: CheckpointReader) -> str:

@@ -188,6 +188,8 @@ def shard(
         if force or not (directory / MANIFEST_NAME).exists():
             _check_tokenizer(checkpoint)
         on_files(name, directory, placement, {f.path: f.bytes for f in files})
+        if dry_run and not force and not cached:
+            build.check(checkpoint, placement, quantization, directory, name=name)
         if not dry_run:
             cut = partial(
                 build.cut,

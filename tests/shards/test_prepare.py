@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from moectl.errors import NotSharded, PlanError, ShardsDiffer
+from moectl.errors import NotSharded, PlanError, ShardsDiffer, UsageError
 from moectl.model.manifest import Quantization, read_manifest
 from moectl.model.routing import Routing
 from moectl.paths import cache_dir, data_dir
@@ -59,6 +60,20 @@ def test_sets_placed_by_frequency_are_told_apart(model: Path) -> None:
     assert other.startswith("tiny-bf16-experts-2-")
     assert one != other
     assert one == name(*range(16))
+
+
+def test_a_dry_run_refuses_the_directory_that_the_run_refuses(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    cut = partial(prepare.shard, str(model), quantise=quantizer)
+    cut(Wanted(nodes=2), directory=tmp_path / "set")
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match="is not empty and is not a shard set"):
+            cut(Wanted(nodes=2), directory=tmp_path / "full", dry_run=dry_run)
+        with pytest.raises(ShardsDiffer, match="already holds another shard set"):
+            cut(Wanted(nodes=2, bits=8), directory=tmp_path / "set", dry_run=dry_run)
+    cut(Wanted(nodes=2), directory=tmp_path / "set", dry_run=True)
+    cut(Wanted(nodes=2, bits=8), directory=tmp_path / "set", dry_run=True, force=True)
 
 
 def test_another_models_routing_is_refused(model: Path) -> None:
