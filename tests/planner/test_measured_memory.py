@@ -39,12 +39,13 @@ def measure(model: Path, wanted: Wanted, prompt: str, directory: Path) -> float:
     made = prepare.shard(str(model), wanted, quantise=quantizer, directory=directory)
     manifest = read_manifest(made.directory)
     with target.open_session(target.Local(made.directory, manifest), RunOptions()) as session:
-        *_, done = session.generate(Request(1, prompt, max_tokens=8))
-    assert isinstance(done, Done)
-    tokens = done.stats.prompt_tokens
+        ends = [list(session.generate(Request(n, prompt, max_tokens=8, cache_prompt=False)))[-1] for n in (1, 2, 3)]
+    done = [end for end in ends if isinstance(end, Done)]
+    tokens = done[0].stats.prompt_tokens
     assert 500 < tokens <= 512
+    peak = max(end.stats.peak_memory_bytes for end in done)  # on a busy machine one pass may not reach it
     need = rank_need(manifest.placement, manifest.quantization, 0, context=tokens, dtype_bytes=CPU_DTYPE_BYTES)
-    return need.arrays / done.stats.peak_memory_bytes
+    return need.arrays / peak
 
 
 @pytest.mark.parametrize(
