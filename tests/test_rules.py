@@ -42,7 +42,6 @@ SIZES = {
     "engine.random_prompts": "prompts for measurements, which the bench and the profile share",
     "model.catalog": "the list of known models, which grows",
     "shards.exceptions": "the one list of what holds for single model types",
-    "shards.hooks": "what the trial and the flow of a model both do",
     "paths": "the one place that knows where files of moectl are",
 }
 

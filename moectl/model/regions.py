@@ -6,7 +6,6 @@ two matrices one after the other (gate and up), each of these segments is divide
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -76,11 +75,6 @@ def find_regions(name: str, shape: tuple[int, ...], division: Division, span: Sp
 def belongs_to_sum(name: str, division: Division) -> bool:
     """Whether an array is added after the columns of a matrix were summed: only one rank may add it."""
     return name == "bias" and division.axis == -1
-
-
-def count_values(regions: list[Region]) -> int:
-    """Return how many values are in these regions."""
-    return sum(math.prod(stop - start for start, stop in region) for region in regions)
 
 
 def _is_undivided(name: str, division: Division) -> bool:

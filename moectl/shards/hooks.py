@@ -1,4 +1,7 @@
-"""Hooks: let a module do something else when it is called. Its parameters keep their names, and its class its name."""
+"""Hooks: let a module, or MLX's sum over ranks, do something else when it is called.
+
+A hooked module's parameters keep their names, and its class its name.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+import mlx.core as mx
 
 Hook = Callable[..., Any]  # (call, *args, **kwargs): `call` is what the module does by itself
 
@@ -32,3 +37,14 @@ def hooked(hooks: Iterable[tuple[Any, Hook]]) -> Iterator[None]:
     finally:
         for module, base in reversed(before):
             module.__class__ = base
+
+
+@contextmanager
+def replaced_sum(all_sum: Callable[..., mx.array]) -> Iterator[None]:
+    """Call `all_sum` in the place of `mx.distributed.all_sum` while the block runs."""
+    before = mx.distributed.all_sum
+    mx.distributed.all_sum = all_sum
+    try:
+        yield
+    finally:
+        mx.distributed.all_sum = before

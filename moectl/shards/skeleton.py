@@ -60,18 +60,23 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
         model_class, args_class = _get_classes(own)
     except AttributeError:  # a module of mlx-lm that is no model file
         raise _unknown(model_type) from None
-    except (ImportError, SystemExit, ValueError):  # some want a library of their own, and end the program without it
+    except (
+        ImportError,
+        SystemExit,
+        ValueError,
+    ) as error:  # some want a library of their own, and end the program without it
         raise CheckpointError(
             f"mlx-lm's model file for {model_type} cannot be loaded: it wants a library that moectl does not have",
             hint="use another model",
-        ) from None
+        ) from error
     try:
         model = model_class(args_class.from_dict(own))
     except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        # A model file says in any of these ways that a key is missing or wrong; none of them checks config.json.
         raise CheckpointError(
             f"config.json does not describe a model that mlx-lm can build: {model_type}: {_line(error)}",
             hint="compare config.json with the one of the original repository",
-        ) from None
+        ) from error
     empty(model)
     model.eval()
     return Skeleton(model, model_type)

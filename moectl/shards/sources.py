@@ -129,3 +129,21 @@ def peak_bytes(files: Sequence[OutputFile], sizes: Mapping[str, int]) -> int:
 def explain_unreadable(file: str, error: OSError) -> CheckpointError:
     """Return the error that names a source file as the one that cannot be read."""
     return CheckpointError(f"the source file {error.filename or file} cannot be read: {error.strerror or error}")
+
+
+def fill(fd: int, file: str, offset: int, views: list[memoryview]) -> None:
+    """Read a source file from `offset` on into memory, one view after the other. Raises CheckpointError."""
+    wanted = sum(map(len, views))
+    while wanted:
+        try:
+            count = os.preadv(fd, views, offset)
+        except OSError as error:  # otherwise it would look like an error of the output's disk
+            raise explain_unreadable(file, error) from error
+        if count == 0:
+            raise CheckpointError(f"{file} ended too early: it became shorter while it was read")
+        wanted -= count
+        offset += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if views and count:
+            views[0] = views[0][count:]

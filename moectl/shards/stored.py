@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from itertools import product
 
@@ -11,7 +10,7 @@ import mlx.core as mx
 
 from moectl.errors import CheckpointError
 from moectl.model.regions import Region
-from moectl.shards.sources import explain_unreadable
+from moectl.shards.sources import explain_unreadable, fill
 from moectl.shards.tensors import StoredTensor
 from moectl.shards.trace import ANOTHER_COPY, Form, Stored, form_of
 
@@ -79,18 +78,11 @@ class StoredReader:
             strides = [math.prod(tensor.shape[i + 1 :]) * item for i in range(len(shape))]
             base = tensor.offset + sum(a * s for (a, _), s in zip(region[axis:], strides[axis:], strict=True))
             outer = product(*[range(a * s, b * s, s) for (a, b), s in zip(region[:axis], strides[:axis], strict=True)])
+            try:
+                fd = self._open(tensor.file)
+            except OSError as error:
+                raise explain_unreadable(tensor.file, error) from error
             for number, starts in enumerate(outer):
-                self._fill(tensor.file, base + sum(starts), view[number * run : (number + 1) * run])
+                fill(fd, tensor.file, base + sum(starts), [view[number * run : (number + 1) * run]])
             self.bytes_read += size * item
         return array.view(dtype).reshape(shape)
-
-    def _fill(self, file: str, offset: int, view: memoryview) -> None:
-        while view:
-            try:
-                count = os.preadv(self._open(file), [view], offset)
-            except OSError as error:
-                raise explain_unreadable(file, error) from error
-            if not count:
-                raise CheckpointError(f"{file} ended too early: it was cut short while being read")
-            offset += count
-            view = view[count:]

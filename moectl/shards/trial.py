@@ -23,7 +23,7 @@ from mlx_lm.models.cache import _BaseCache, make_prompt_cache
 from moectl.model.ownership import own
 from moectl.model.regions import Role, Span
 from moectl.shards.flow import TOKENS
-from moectl.shards.hooks import Hook, hooked
+from moectl.shards.hooks import Hook, hooked, replaced_sum
 from moectl.shards.skeleton import Skeleton
 from moectl.shards.units import Block, Heads, LayerParts, Unit, at, divide_heads, find_strange_array, narrow
 
@@ -237,7 +237,7 @@ def _run_own_sum(module: nn.Module, owner: Any, block: Block, call: Call) -> mx.
 
     with ExitStack() as stack:
         stack.callback(setattr, owner, "sharding_group", None)
-        stack.enter_context(_replaced_sum(all_sum))
+        stack.enter_context(replaced_sum(all_sum))
         owner.sharding_group = _Pair(1)
         _run_block(module, block, call, "second")
         if len(seen) != 1:
@@ -245,16 +245,6 @@ def _run_own_sum(module: nn.Module, owner: Any, block: Block, call: Call) -> mx.
         others, seen = seen, []
         owner.sharding_group = _Pair(0)
         return _run_block(module, block, call, "first")
-
-
-@contextmanager
-def _replaced_sum(all_sum: Callable[..., mx.array]) -> Iterator[None]:
-    before = mx.distributed.all_sum
-    mx.distributed.all_sum = all_sum
-    try:
-        yield
-    finally:
-        mx.distributed.all_sum = before
 
 
 def _try_heads(module: nn.Module, heads: Heads, call: Call | None) -> str | None:

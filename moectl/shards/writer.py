@@ -13,14 +13,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from moectl.errors import CheckpointError, IntegrityError
+from moectl.errors import IntegrityError
 from moectl.files import partial_path, sync_directory
 from moectl.model.manifest import FileEntry
 from moectl.shards.recipe import OutputFile, Piece, Quantise
-from moectl.shards.sources import Cancelled, Sources, Supply, explain_unreadable
+from moectl.shards.sources import Cancelled, Sources, Supply, fill
 from moectl.shards.tensors import item_bytes
 
 _MEMORY_BYTES = 96 << 20  # for unfinished results, shared by all jobs
@@ -263,12 +264,12 @@ class _Transfer:
         self, piece: Piece, fd: int, output: _Output, check: Callable[[], None], tell: Callable[[int], None]
     ) -> None:
         self._piece = piece
-        self._fd = fd
         self._output = output
         self._check = check
         self._tell = tell
         self._unreported = 0
         self._row_bytes = piece.matrix.cols * item_bytes(piece.matrix.dtype)
+        self._fill = partial(fill, fd, piece.file)
 
     def read(self, first: int, rows: int, buffer: memoryview, stride: int) -> None:
         """Fill `buffer` with rows of the piece, `stride` bytes from one to the next."""
@@ -285,22 +286,6 @@ class _Transfer:
                 stop = min(rows, start + _MAX_VECTORS)
                 views = [buffer[row * stride : row * stride + width] for row in range(start, stop)]
                 self._fill(offset + start * width, views)
-
-    def _fill(self, offset: int, views: list[memoryview]) -> None:
-        wanted = sum(map(len, views))
-        while wanted:
-            try:
-                count = os.preadv(self._fd, views, offset)
-            except OSError as error:  # otherwise it would look like an error of the output's disk
-                raise explain_unreadable(self._piece.file, error) from error
-            if count == 0:
-                raise CheckpointError(f"{self._piece.file} ended too early: it became shorter while it was read")
-            wanted -= count
-            offset += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if views and count:
-                views[0] = views[0][count:]
 
     def write(self, part: int, offset: int, data: memoryview) -> None:
         """Write bytes of one part of the result."""

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from moectl.model.placement import Placement
+from moectl.shards.hooks import replaced_sum
 
 Exchange = Callable[[mx.array], mx.array]
 Observer = Callable[[mx.array, Exchange], mx.array]
@@ -43,12 +44,8 @@ def seam() -> Iterator[None]:
     def all_sum(x: mx.array, *, group: mx.distributed.Group | None = None, stream: Any = None) -> mx.array:
         return sum_over_ranks(x, group or mx.distributed.init())
 
-    before = mx.distributed.all_sum
-    mx.distributed.all_sum = all_sum
-    try:
+    with replaced_sum(all_sum):
         yield
-    finally:
-        mx.distributed.all_sum = before
 
 
 def take_first(indices: mx.array, weights: mx.array, group: mx.distributed.Group) -> tuple[mx.array, mx.array]:
