@@ -23,6 +23,7 @@ from tests.support.families import STEPS, families, is_equal, look_at, make_whol
 
 WAYS: dict[str, dict[str, str]] = json.loads((Path(__file__).parent.parent / "golden/ways.json").read_text("utf-8"))
 DOZEN = (
+    "dbrx",
     "mixtral",
     "qwen3_moe",
     "qwen3_next",

@@ -14,13 +14,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _get_classes
 
 from moectl.engine.network.parallel import cut, divide
 from moectl.engine.network.stages import keep, make_stage, remove_head
 from moectl.model.ownership import hold, own_layers
 from moectl.shards.flow import names_of_rank
-from moectl.shards.skeleton import Skeleton, make_skeleton
+from moectl.shards.skeleton import Skeleton, find_classes, make_skeleton
 from moectl.shards.units import divisions_of
 from moectl.shards.ways import Findings, look
 from tests.support.fake_group import run_ranks
@@ -52,7 +51,7 @@ def make_whole(family: str, *, quantised: int | None = None) -> Any:
     """
     mx.random.seed(7)
     config = config_of(family)
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = find_classes(config)
     model = model_class(args_class.from_dict(config))
     noisy = [
         (name, (0.05 * mx.random.normal(array.shape) + array).astype(array.dtype))
