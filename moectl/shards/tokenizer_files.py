@@ -70,15 +70,15 @@ def with_tokenizer(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> Checkpo
 
 def choose_tokenizer(
     model: str, asked: str | None, can_read: Callable[[Path], object], say: Callable[[str], None]
-) -> Callable[[Checkpoint], Checkpoint]:
+) -> Callable[[Checkpoint, int], Checkpoint]:
     """Return a function that gives a checkpoint a tokenizer, or refuses it, before anything is cut.
 
+    It takes the checkpoint and the size of the model's vocabulary.
     `model` is the user's name of the checkpoint, `asked` the place of the tokenizer, if the user gave one; `can_read`
     raises CheckpointError for files that a worker cannot read.
     """
 
-    def choose(checkpoint: Checkpoint) -> Checkpoint:
-        vocabulary = checkpoint.geometry.vocab_size
+    def choose(checkpoint: Checkpoint, vocabulary: int) -> Checkpoint:
         if asked is not None:
             return with_tokenizer(checkpoint, fetch_tokenizer(asked, vocabulary))
         if NAME in checkpoint.sidecars:
@@ -86,7 +86,7 @@ def choose_tokenizer(
             return checkpoint
         if _is_readable(checkpoint, can_read):
             return checkpoint
-        return _replace_missing(checkpoint, model, say)
+        return _replace_missing(checkpoint, vocabulary, model, say)
 
     return choose
 
@@ -98,7 +98,7 @@ def add_tokenizer(directory: Path, source: str) -> Manifest:
     """
     manifest = read_manifest(directory)
     refuse_links_outside(directory)
-    tokenizer = fetch_tokenizer(source, manifest.geometry.vocab_size)
+    tokenizer = fetch_tokenizer(source, manifest.structure.vocab_size)
     try:
         with journals.lock_directory(directory):
             manifest = read_manifest(directory)
@@ -135,8 +135,8 @@ def is_tokenizer(file: str) -> bool:
     return any(fnmatch(file.lower(), pattern) for pattern in _PATTERNS)
 
 
-def _replace_missing(checkpoint: Checkpoint, model: str, say: Callable[[str], None]) -> Checkpoint:
-    vocabulary, source = checkpoint.geometry.vocab_size, checkpoint.source
+def _replace_missing(checkpoint: Checkpoint, vocabulary: int, model: str, say: Callable[[str], None]) -> Checkpoint:
+    source = checkpoint.source
     lacks = f"{source} has no {NAME}, and no other tokenizer that can be read without running its code"
     other = KNOWN if vocabulary == KNOWN_VOCABULARY else "REPO|DIR"
     hint = f"moectl shard {shlex.quote(model)} --tokenizer {other}"
