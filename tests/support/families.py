@@ -15,6 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from moectl.engine.network.experts import install
 from moectl.engine.network.parallel import cut, divide
 from moectl.engine.network.stages import keep, make_stage, remove_head
 from moectl.model.ownership import hold, own_layers
@@ -120,6 +121,7 @@ def run_split(
                 names = names_of_rank(skeleton, seen.flow, (0, len(model.layers)), first=True, last=False)
                 keep(model, names)
                 remove_head(model, seen.flow)
+        install(model)
         held = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if name in names)
 
         def head(logits: mx.array) -> mx.array:
