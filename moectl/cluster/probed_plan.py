@@ -23,8 +23,8 @@ from moectl.hosts.connect import ROOT, connect
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.remote import Remote
-from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.paths import state_dir
 from moectl.planner.calibration import Calibration, LinkCost
 from moectl.planner.chips import find_chip

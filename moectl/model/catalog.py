@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moectl.model.geometry import DBRX, Geometry
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from moectl.errors import PlanError
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.planner.memory import COMFORTABLE, KV_STEP, Verdict, judge, most_that_fits
 from moectl.planner.plan import Plan, Question, best_plan, candidates, find_need, plan_placement
 from moectl.planner.speed import expected_busiest

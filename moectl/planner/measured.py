@@ -14,8 +14,8 @@ from typing import Any
 
 from moectl.errors import CommandFailed
 from moectl.hosts.hardware import Hardware
-from moectl.model.manifest import Quantization
 from moectl.model.placement import Held, Placement
+from moectl.model.structure import Quantization
 from moectl.records import build
 
 Matrix = tuple[tuple[float, ...], ...]

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moectl.model.geometry import Geometry
-from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 
 COMFORTABLE = 0.9
 PREFILL_TOKENS = 512  # the engine's chunk

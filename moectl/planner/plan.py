@@ -13,8 +13,8 @@ from functools import partial
 
 from moectl.errors import PlanError
 from moectl.model.geometry import Geometry
-from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement, make_placement
+from moectl.model.structure import Quantization
 from moectl.planner.calibration import Calibration, LinkCost
 from moectl.planner.measured import Speed
 from moectl.planner.memory import COMFORTABLE, Memory, Need, Verdict, judge, most_that_fits, rank_need

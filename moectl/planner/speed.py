@@ -29,8 +29,8 @@ from itertools import combinations
 
 from moectl.model.balance import share_out
 from moectl.model.geometry import Geometry
-from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.planner.calibration import DEFAULT, Calibration, LinkCost
 from moectl.planner.measured import Speed
 from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, RankTensors, head_bytes

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from moectl.errors import PlanError
-from moectl.model.manifest import Manifest, Quantization
+from moectl.model.manifest import Manifest
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.planner.chips import default_working_set_bytes
 from moectl.planner.memory import (
     COMFORTABLE,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moectl.errors import HostsError, PlanError
 from moectl.hosts.hostfile import Host
 from moectl.model.catalog import CatalogModel
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.planner.advice import make_plan
 from moectl.planner.calibration import LINKS, Calibration, find_link
 from moectl.planner.chips import CHIPS, Chip, find_chip

@@ -21,12 +21,12 @@ from moectl.model.manifest import (
     NAME as MANIFEST_NAME,
     FileEntry,
     Manifest,
-    Quantization,
     read_manifest,
     refuse_links_outside,
     write_manifest,
 )
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.shards import journal as journals, sources
 from moectl.shards.earlier import bind, clear, find_done, is_current, read_old, size_of
 from moectl.shards.recipe import OutputFile, plan_files

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, Unreachable
 from moectl.model.config_keys import CONFIG, GENERATION, check_generation, list_ignored
 from moectl.model.geometry import Geometry, read_geometry
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.shards.cache_layout import find_snapshot, name_snapshot, refuse_pointers
 from moectl.shards.hub import OnBytes, Repository, find_cached
 from moectl.shards.hub_errors import MIRRORS

@@ -19,7 +19,7 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, mixed_quant_p
 from mlx_lm.utils import _takes_global_scale, infer_quant_config, quantize_model
 
 from moectl.errors import CheckpointError, PlanError
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.shards.formats import Format, quantise
 from moectl.shards.trace import ANOTHER_COPY, Expression, check_parameters, record
 

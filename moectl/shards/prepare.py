@@ -14,9 +14,10 @@ from pathlib import Path
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
 from moectl.model.catalog import MODELS, CatalogModel
 from moectl.model.geometry import Geometry
-from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, Quantization, read_manifest
+from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.model.placement import Placement, make_placement, place_copies
 from moectl.model.routing import Routing
+from moectl.model.structure import Quantization
 from moectl.paths import cache_dir, data_dir
 from moectl.shards import build
 from moectl.shards.build import ComputeCanary

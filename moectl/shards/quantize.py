@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.shards.recipe import Matrix, Quantise, Read, Write
 
 _BLOCK_BYTES = 2 << 20  # read at a time: fits into a core's cache while it is transposed and quantised

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from moectl.errors import CheckpointError, PlanError
 from moectl.model.geometry import PROJECTIONS, Geometry, expert_name, stacked_name
-from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.shards.tensors import FLOATS, ITEM_BYTES, MODES, SourceTensor, item_bytes
 
 _RANK = {dtype: i for i, dtype in enumerate(ITEM_BYTES)}

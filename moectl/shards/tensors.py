@@ -20,7 +20,7 @@ from typing import Any
 from moectl.errors import CheckpointError, IntegrityError
 from moectl.model.config_keys import CORRECT, show
 from moectl.model.geometry import PROJECTIONS, Geometry, block, expert_name
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit
 FLOATS = ("BF16", "F16", "F32")  # the types of weights that moectl reads

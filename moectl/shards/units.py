@@ -56,6 +56,7 @@ class Unit:
     width: int  # or row by row in turns
     experts: int  # in a stack; 0: it is no stack
     owns_pairs: bool  # a call with the (token, expert) pairs of some experts gives these experts' results
+    top_k: int = 0  # experts of a stack that a token goes to
 
 
 @dataclass(slots=True)

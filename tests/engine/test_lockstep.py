@@ -21,8 +21,8 @@ import pytest
 
 from moectl.demo import demo_dir
 from moectl.engine.network.canary_run import compute_canary
-from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
+from moectl.model.structure import Quantization
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer

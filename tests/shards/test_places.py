@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.shards.parts import full, part
 from moectl.shards.places import Rectangle, find_rectangles
 from moectl.shards.precision import source_of

@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.utils import load_config, load_model, quantize_model
 
-from moectl.model.manifest import Quantization
 from moectl.model.regions import Region
+from moectl.model.structure import Quantization
 from moectl.shards.formats import Format, read_format, unpack
 from moectl.shards.parts import full, part
 from moectl.shards.precision import Settled, settle

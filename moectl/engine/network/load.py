@@ -15,8 +15,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from moectl.engine.network.dbrx import Model
 from moectl.engine.network.stored import Parts, Reader, StoredEmbedding, StoredMatrix
 from moectl.errors import IntegrityError
-from moectl.model.manifest import Manifest, Quantization, is_for, refuse_links_outside
+from moectl.model.manifest import Manifest, is_for, refuse_links_outside
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.shards.tensors import StoredTensor, quantization_table
 
 _HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"

@@ -66,7 +66,7 @@ def take(name: str, array: mx.array, holding: Holding) -> mx.array:
     """Return a rank's part of one array of a module."""
     if belongs_to_sum(name, holding.division):
         return array if holding.adds else mx.zeros_like(array)
-    regions, axis = find_regions(name, array.shape, holding.division, holding.span)
+    regions, axis = find_regions(name, array.shape, holding.division, holding.spans)
     found = [array[tuple(slice(*span) for span in region)] for region in regions]
     return mx.contiguous(mx.concatenate(found, axis=axis))
 

@@ -22,7 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from moectl.errors import IntegrityError
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.shards.quantize import thread_stream
 from moectl.shards.tensors import ITEM_BYTES, StoredTensor, read_header
 
