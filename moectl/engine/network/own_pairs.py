@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from moectl.model.balance import Shares, share_out
-from moectl.model.placement import Held
+from moectl.model.ownership import Held
 from moectl.shards.hooks import Hook
 
 _Numbers = np.ndarray[Any, np.dtype[np.int64]]

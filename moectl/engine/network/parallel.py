@@ -15,8 +15,7 @@ import mlx.nn as nn
 
 from moectl.engine.network.exchange import sum_over_ranks
 from moectl.engine.network.own_pairs import OwnPairs
-from moectl.model.ownership import Holding
-from moectl.model.placement import Held
+from moectl.model.ownership import Held, Holding
 from moectl.model.regions import Role, belongs_to_sum, find_regions
 from moectl.shards.hooks import Hook, hook_call
 from moectl.shards.units import Block, Heads, LayerParts, Unit, at, narrow
@@ -35,7 +34,7 @@ def divide(
 ) -> None:
     """Let a model compute what a rank holds, and sum over all ranks. Its parameters may be cut before or after.
 
-    `held` are the experts of each rank where they have copies or are not in order: it stands above their holdings.
+    `held` are the experts of each rank, where they have copies.
     """
     for layer in parts:
         module = at(model, layer.path)
@@ -87,12 +86,10 @@ def _sum(group: Group, call: Hook, *args: Any, **kwargs: Any) -> mx.array:
 
 
 def _divide_unit(module: nn.Module, unit: Unit, holding: Holding, rank: int, held: Held | None) -> None:
-    if holding.division.pieces.role is Role.EXPERT and held is not None:
-        hook_call(module, OwnPairs(unit.experts, held[rank], rank, held))
-    elif holding.is_empty:
+    if holding.is_empty:
         hook_call(module, partial(_give_nothing, module[unit.down].weight.shape[-2], unit.experts > 0))
     elif holding.division.pieces.role is Role.EXPERT:
-        hook_call(module, OwnPairs(unit.experts, range(*holding.span), rank))
+        hook_call(module, OwnPairs(unit.experts, holding.numbers, rank, held))
 
 
 def _give_nothing(width: int, is_stack: bool, call: Hook, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
