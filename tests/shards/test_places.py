@@ -80,7 +80,7 @@ def test_copies_and_transposed_copies_are_recognised(checkpoints: dict[str, Trac
 
     assert kinds("mixtral", "_proj.weight") == [{"copied in 1", "copied in 4"}]
     assert kinds("qwen3", "weight") == [{"copied in 1"}]
-    assert kinds("dbrx", "w1.weight", "w2.weight") == [{"copied in 1"}, {"turned"}]
+    assert kinds("dbrx", "up_proj.weight", "down_proj.weight") == [{"copied in 1"}, {"turned"}]
     gpt = kinds("gpt-oss-mxfp4", "gate_proj.weight", "down_proj.weight", "gate_proj.scales", "gate_proj.bias")
     assert gpt == [{"copied in 1"}] * 4  # every other row
     assert kinds("deepseek-v3-fp8", "q_a_proj.weight", "switch_mlp.up_proj.weight") == [{"computed"}, {"computed"}]

@@ -14,13 +14,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _get_classes
 
+from moectl.engine.network.experts import install
 from moectl.engine.network.parallel import cut, divide
 from moectl.engine.network.stages import keep, make_stage, remove_head
 from moectl.model.ownership import hold, own_layers
 from moectl.shards.flow import names_of_rank
-from moectl.shards.skeleton import Skeleton, make_skeleton
+from moectl.shards.skeleton import Skeleton, find_classes, make_skeleton
 from moectl.shards.units import divisions_of
 from moectl.shards.ways import Findings, look
 from tests.support.fake_group import run_ranks
@@ -52,7 +52,7 @@ def make_whole(family: str, *, quantised: int | None = None) -> Any:
     """
     mx.random.seed(7)
     config = config_of(family)
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = find_classes(config)
     model = model_class(args_class.from_dict(config))
     noisy = [
         (name, (0.05 * mx.random.normal(array.shape) + array).astype(array.dtype))
@@ -121,6 +121,7 @@ def run_split(
                 names = names_of_rank(skeleton, seen.flow, (0, len(model.layers)), first=True, last=False)
                 keep(model, names)
                 remove_head(model, seen.flow)
+        install(model)
         held = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if name in names)
 
         def head(logits: mx.array) -> mx.array:
