@@ -38,6 +38,7 @@ _SIDECARS = (
     GENERATION,
     "tokenizer*",
     "*.tiktoken",
+    "tiktoken.model",
     "vocab*",
     "merges.txt",
     "special_tokens_map.json",
@@ -76,6 +77,11 @@ class Checkpoint:
         """Return how a canonical `….weight` is quantised in this checkpoint, None when it is not."""
         scales = name.removesuffix("weight") + "scales"
         return quantization_of(self.config, name) if scales in self.tensors else None
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """All files at the top of the checkpoint, and their bytes."""
+        return self._store.files
 
     def path(self, file: str) -> Path:
         """Return a file's local path; download it first when it is absent: resumed, size and hash verified.
