@@ -30,6 +30,7 @@ _SIDECARS = (
     GENERATION,
     "tokenizer*",
     "*.tiktoken",
+    "tiktoken.model",
     "vocab*",
     "merges.txt",
     "special_tokens_map.json",
@@ -61,6 +62,11 @@ class Checkpoint:
     notes: tuple[str, ...]  # settings of its files that moectl leaves to each request
     _store: _Store = field(repr=False, compare=False)
     added: Mapping[str, Path] = field(default_factory=dict)  # sidecars from another place: name → path
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """All files at the top of the checkpoint, and their bytes."""
+        return self._store.files
 
     def path(self, file: str) -> Path:
         """Return a file's local path; download it first when it is absent: resumed, size and hash verified.
