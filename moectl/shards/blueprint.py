@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from moectl.model.structure import Quantization, Structure
 from moectl.shards.formats import read_format, unpack
 from moectl.shards.outline import outline
-from moectl.shards.precision import settle
+from moectl.shards.precision import cast, settle
 from moectl.shards.skeleton import Skeleton, make_skeleton
 from moectl.shards.stored import name_stored
 from moectl.shards.tensors import StoredTensor
@@ -64,6 +64,8 @@ def draw(headers: Headers, wanted: Quantization | None = None, recipe: str | Non
     form = read_format(config)
     skeleton = make_skeleton(config)
     traced = trace(skeleton.model, unpack(name_stored(headers.stored), form))
+    if form.kind == "plain" and wanted is None:
+        traced = cast(skeleton.model, config, traced)  # as `mlx_lm.convert` copies
     found = look(skeleton)
     settled = settle(skeleton.model, config, traced, form, wanted, recipe)
     return Blueprint(
