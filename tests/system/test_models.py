@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +115,14 @@ def answer_of_mlx_lm(directory: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def hostfile(netns_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def hostfile(netns_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         {"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []}
         for host in netns_session.hosts()
     ]
     path = tmp_path_factory.mktemp("hosts") / "hosts.json"
     path.write_text(json.dumps({"envs": [f"{k}={v}" for k, v in rank_env().items()], "hosts": rows}))
-    yield path
+    return path
 
 
 @pytest.mark.netns
