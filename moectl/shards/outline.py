@@ -74,7 +74,7 @@ def outline(skeleton: Skeleton, found: Findings, config: Mapping[str, Any]) -> S
         counts[1] += floats
     layers = [
         Layer(
-            tuple(Part(*counts, *key) for key, counts in by_layer[path].items()),
+            tuple(Part(values, floats, *key) for key, (values, floats) in by_layer[path].items()),
             _size_caches(seen.caches, found, number, heads),
             *_count_sums(found.parts[number] if found.parts else None),
         )
@@ -187,8 +187,8 @@ def _size_cache(cache: Any, heads: Pieces | None) -> CacheSize:
 
 
 def _outer(flow: Flow | None, counted: Mapping[Any, list[int]]) -> Iterator[Outer]:
-    for (quantization, path), counts in counted.items():
-        part = Part(*counts, quantization)
+    for (quantization, path), (values, floats) in counted.items():
+        part = Part(values, floats, quantization)
         if flow is None or path in flow.everywhere or path not in flow.before | flow.after:
             yield Outer(part)
         else:
