@@ -10,7 +10,6 @@ import random
 import sys
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx

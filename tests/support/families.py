@@ -100,7 +100,7 @@ def run_split(
     family: str, found: tuple[Skeleton, Findings], split: str, shares: Sequence[float], *, quantised: int | None = None
 ) -> tuple[list[mx.array], list[int], int]:
     """Run a model on ranks; return logits, bytes of weights per rank, and sums of one rank."""
-    skeleton, seen = found
+    skeleton, _ = found
     vocabulary = skeleton.model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]
 
     leader = len(shares) - 1 if split == "layers" else 0
