@@ -44,6 +44,7 @@ def load_rank(
     model wants as they are. Its sums need `exchange.seam` while it runs. Raises IntegrityError when a file is missing,
     truncated, or does not hold what the model needs.
     """
+    dtype = dtype or compute_dtype()
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     weights = _open_weights(directory, manifest, rank)
