@@ -116,6 +116,13 @@ def test_quantised_models(family: str, group_size: int, split: str) -> None:
     check(family, split, [1, 1], group_size)
 
 
+@pytest.mark.parametrize("split", ["hidden", "experts"])
+@pytest.mark.parametrize("family", ["dbrx", "gpt_oss", "deepseek_v3", "nemotron_h"])
+def test_ranks_group_their_pairs(family: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.engine.network.experts.GROUP_FROM_PAIRS", 1)
+    check(family, split, [2, 1])
+
+
 def test_more_ranks_than_kv_heads() -> None:
     check("ministral3", "tensor", [1, 1, 1, 1])
 

@@ -22,7 +22,7 @@ from moectl.cli import plot
 from moectl.cli.verbs import bench as report
 from moectl.engine.engine import Engine
 from moectl.engine.network import exchange
-from moectl.engine.network.experts import Experts
+from moectl.engine.network.dbrx import Experts
 from moectl.engine.network.load import load_rank
 from moectl.engine.profile import _share_copies
 from moectl.engine.protocol import Done, Generate, Prefilled, Profile, Profiled, Ready, Refused, Token
