@@ -42,6 +42,9 @@ class Part(NamedTuple):
     text: str
 
 
+NOTHING = Part("", "")
+
+
 class Markers:
     """What leads from the answer to thinking and back; `names` are the texts that do."""
 

@@ -5,9 +5,7 @@ mlx-lm's own machine over the whole text is the other opinion, where no letters 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,39 +15,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from moectl.errors import BadField
 from moectl.shards.chat_template import _Bare
-from moectl.shards.tokenizer import Tokenizer, open_tokenizer
-from tests.support import vocabularies
-
-THINK = ("<think>", "</think>")
-CHANNELS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
-XTML = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>"
-    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-)
-QWEN = CHATML + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"  # as Qwen3
-ALWAYS = CHATML + "<think>\n{% endif %}"  # as DeepSeek-R1
-NAMED = CHATML + "{{ '<think>' if thinking else '</think>' }}{% endif %}"  # as DeepSeek-V3.1
-HARMONY = (  # as gpt-oss
-    "<|start|>system<|message|>Reasoning: {{ reasoning_effort or 'medium' }}<|end|>{% for m in messages %}<|start|>"
-    "{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}"
-    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant{# <|channel|>analysis<|message|> #}{% endif %}"
-)
-PLAIN = CHATML.split("{% if m.role", 1)[0] + "{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+from moectl.shards.tokenizer import Tokenizer
+from tests.support.thinkers import ALWAYS, CHANNELS, HARMONY, NAMED, PLAIN, QWEN, THINK, XTML, make_thinker
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
     def make(template: str, added: Sequence[str] = THINK, **config: Any) -> Tokenizer:
-        directory: Path = tmp_path_factory.mktemp("tokenizer")
-        (directory / "tokenizer.json").write_text(vocabularies.make_cl100k(*added).to_str())
-        told = {"eos_token": "<|endoftext|>", "chat_template": template, **config}
-        (directory / "tokenizer_config.json").write_text(json.dumps(told))
-        return open_tokenizer(directory)
+        return make_thinker(tmp_path_factory.mktemp("tokenizer"), template, added, **config)
 
     return make
 
