@@ -122,6 +122,7 @@ def _serve(link: ControllerLink) -> None:
     begin = time.perf_counter()
     from moectl.engine.engine import Engine
     from moectl.engine.network.load import load_rank
+    from moectl.shards.checkpoint import read_sampling
     from moectl.shards.tokenizer import open_tokenizer
     from moectl.shards.verified import check_files
 
@@ -149,7 +150,14 @@ def _serve(link: ControllerLink) -> None:
     q, geometry = manifest.quantization, manifest.geometry
     bits = q.bits if q else None
     link.memory_bytes = mx.get_active_memory
-    ready = Ready(manifest.placement.split, bits, geometry.vocab_size, geometry.max_seq_len, geometry.top_k)
+    ready = Ready(
+        manifest.placement.split,
+        bits,
+        geometry.vocab_size,
+        geometry.max_seq_len,
+        geometry.top_k,
+        sampling=read_sampling(directory),
+    )
     link.tell(Loaded())
     link.tell(_check_results(ready, model, manifest, start))
     for event in engine.serve(link.orders):

@@ -5,33 +5,64 @@ transformers renders in its sandbox; mlx-lm knows whether a model thinks first, 
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
 
+from moectl.errors import BadField
+from moectl.shards.thinking import Markers, find_markers
+
 Json = dict[str, Any]
 Refuse = Callable[[str, str], NoReturn]  # key, why
+EFFORT = "reasoning_effort"  # OpenAI's option, which some templates know
 
 _MARK = "moectl-answer"
+_QUESTION = {"role": "user", "content": "moectl"}
+_SWITCHES = ("enable_thinking", "thinking")  # what templates call the option that turns thinking on and off
 
 
 class ChatTemplate:
-    """A template, with the special tokens that it may use."""
+    """A template, with the special tokens that it may use, and the markers of the thinking in an answer."""
 
-    def __init__(self, tokens: Tokenizer, template: str | None, own: Callable[..., str] | None, named: Json) -> None:
+    def __init__(
+        self, tokens: Tokenizer, template: str | None, own: Callable[..., str] | None, form: Json, named: Json
+    ) -> None:
         from mlx_lm.tokenizer_utils import TokenizerWrapper
 
         self._renderer = TokenizerWrapper(_Bare(tokens, template, named), lambda _: None, chat_template=own)
+        self._is_program = own is not None  # of mlx-lm; it fails at an option that it does not know
+        added = {token.content: number for number, token in tokens.get_added_tokens_decoder().items()}
+        self.markers: Markers | None = find_markers(self._renderer, template or "", added, form)
+        names = self.markers.names if self.markers else ()
+        self._thinks = any(own is not None or name in (template or "") for name in names)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, ask: bool = True) -> str:
-        """Return a conversation as one text; with `ask` an answer can follow. Raises what the template raises."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        ask: bool = True,
+        think: bool | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return a conversation as one text; with `ask` an answer can follow. Raises what the template raises.
+
+        `think` turns thinking on or off, None leaves it as mlx-lm has it. `options` are the template's own; those that
+        it does not know have no effect. Raises BadField where thinking cannot be turned on or off.
+        """
         told = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return str(self._renderer.apply_chat_template(told, tokenize=False, add_generation_prompt=ask))
+        chosen = {**self._choose_thinking(think), **self._choose_options(options or {})}
+        return self._render(told, ask, chosen)
 
     def find_turn_end(self) -> str:
         """Return the text after an assistant's turn, at the end or before another turn; "" if there is none."""
-        turns = [{"role": "user", "content": "moectl"}, {"role": "assistant", "content": _MARK}]
+        turns = [_QUESTION, {"role": "assistant", "content": _MARK}]
         for more in ([], turns[:1]):
             try:
                 _, found, rest = self.render([*turns, *more], ask=False).rpartition(_MARK)
@@ -41,6 +72,40 @@ class ChatTemplate:
                 return rest.lstrip()
         return ""
 
+    def _render(self, messages: Sequence[Mapping[str, Any]], ask: bool, options: Mapping[str, Any]) -> str:
+        return str(self._renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **options))
+
+    def _choose_thinking(self, think: bool | None) -> Json:
+        if think is None or (think == self._thinks and not self._switches):
+            return {}
+        if self._switches:
+            return dict.fromkeys(self._switches, think)
+        if not self._thinks:
+            raise BadField("this model does not think before it answers", hint="leave it out", param="think")
+        other = f"choose a low {EFFORT}" if self._knows(EFFORT, "low", "high") else "hide its thinking"
+        raise BadField(
+            "thinking cannot be turned off: the model's chat template has no switch for it",
+            hint=f"leave it out; {other}",
+            param="think",
+        )
+
+    def _choose_options(self, options: Mapping[str, Any]) -> Json:
+        chosen = dict(options)
+        if chosen.get(EFFORT) == "none" and not self._knows(EFFORT, "low", "high"):
+            chosen = {**dict.fromkeys(self._switches, False), **chosen}
+        return {name: value for name, value in chosen.items() if not self._is_program or name in self._switches}
+
+    @functools.cached_property
+    def _switches(self) -> tuple[str, ...]:
+        return tuple(name for name in _SWITCHES if self._knows(name, True, False))
+
+    def _knows(self, option: str, *values: Any) -> bool:
+        """Whether an option's value changes what is rendered."""
+        try:
+            return len({self._render([_QUESTION], True, {option: value}) for value in values}) > 1
+        except Exception:  # see find_turn_end
+            return False
+
 
 def open_chat_template(
     config: Json, file: str | None, defaults: Json, *, tokens: Tokenizer, named: Json, refuse: Refuse
@@ -49,25 +114,48 @@ def open_chat_template(
     template = _choose(config.get("chat_template"), refuse) if file is None else file
     if template is not None and not template.strip():
         template = None  # it would make every prompt empty
-    own = None
+    own, form = None, Json()
     kind = config.get("chat_template_type", defaults.get("chat_template_type"))
     if kind is not None:
-        from mlx_lm.chat_templates import deepseek_v32
+        from mlx_lm import chat_templates
 
-        # The second one only parses answers, and has no template.
-        known = {"deepseek_v32": deepseek_v32.apply_chat_template, "muse_spark": None}
-        if not isinstance(kind, str) or kind not in known:
+        known = sorted(module.name for module in pkgutil.iter_modules(chat_templates.__path__))
+        if not isinstance(kind, str) or kind not in known:  # else a file could name any module
             refuse("chat_template_type", f"is {kind!r}, and moectl knows {' and '.join(known)}")
+        module = importlib.import_module(f"{chat_templates.__name__}.{kind}")
+        form = getattr(module, "RESPONSE_FORMAT", {})
         if "chat_template_type" in config or template is None:
-            own = known[kind]
-    return None if template is None and own is None else ChatTemplate(tokens, template, own, named)
+            own = getattr(module, "apply_chat_template", None)  # some modules only know how to read answers
+    return None if template is None and own is None else ChatTemplate(tokens, template, own, form, named)
 
 
-def find_defaults(model_type: Any) -> Json:
-    """Return mlx-lm's defaults for the tokenizers of this type of model."""
-    from mlx_lm.models import muse_spark  # the only model with defaults
+def find_defaults(config: Mapping[str, Any]) -> Json:
+    """Return mlx-lm's defaults for the tokenizer of a model, from the text of its model file: nothing is run."""
+    found = find_spec("mlx_lm")
+    assert found is not None
+    assert found.submodule_search_locations
+    package = Path(found.submodule_search_locations[0])
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str):
+        return {}
+    name = _read_literal(package / "utils.py", "MODEL_REMAPPING").get(kind, kind)
+    by_architecture = _read_literal(package / "utils.py", "MODEL_ARCHITECTURE_REMAPPING")
+    for architecture in architectures if isinstance(architectures, list) else [architectures]:
+        if isinstance(architecture, str):
+            name = by_architecture.get((kind, architecture), name)
+    files = {path.stem: path for path in (package / "models").glob("*.py")}
+    return _read_literal(files[name], "TOKENIZER_DEFAULTS") if name in files else {}
 
-    return muse_spark.TOKENIZER_DEFAULTS if model_type == "muse_spark" else {}
+
+@functools.cache
+def _read_literal(file: Path, name: str) -> dict[Any, Any]:
+    """Return the dictionary that a Python file gives a name at its top, {} where there is none."""
+    text = file.read_text(encoding="utf-8")
+    for statement in ast.parse(text).body if name in text else []:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
+            value: dict[Any, Any] = ast.literal_eval(statement.value)
+            return value
+    return {}
 
 
 def _choose(told: Any, refuse: Refuse) -> str | None:
@@ -103,5 +191,6 @@ class _Bare:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         del options["tokenize"], options["return_dict"]
-        texts, _ = render_jinja_template([messages], chat_template=self.chat_template, **self._named, **options)
+        given = {**self._named, **options}
+        texts, _ = render_jinja_template([messages], chat_template=self.chat_template, **given)
         return str(texts[0])

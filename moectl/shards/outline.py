@@ -11,10 +11,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.model.regions import Division, Pieces, Role
 from moectl.model.structure import CacheSize, Layer, Outer, Part, Quantization, Structure
+from moectl.shards.caches import can_batch, can_trim, list_parts
 from moectl.shards.flow import TOKENS, Flow
 from moectl.shards.hooks import Hook, hooked
 from moectl.shards.skeleton import Skeleton
@@ -73,7 +74,7 @@ def outline(skeleton: Skeleton, found: Findings, config: Mapping[str, Any]) -> S
         counts[1] += floats
     layers = [
         Layer(
-            tuple(Part(*counts, *key) for key, counts in by_layer[path].items()),
+            tuple(Part(values, floats, *key) for key, (values, floats) in by_layer[path].items()),
             _size_caches(seen.caches, found, number, heads),
             *_count_sums(found.parts[number] if found.parts else None),
         )
@@ -90,7 +91,8 @@ def outline(skeleton: Skeleton, found: Findings, config: Mapping[str, Any]) -> S
         find_context(config),
         {split: reason for split, reason in found.ways.items() if reason is not None},
         has_line=found.flow is not None,
-        can_trim=all(_can_trim(cache) for cache in seen.caches),
+        can_trim=can_trim(seen.caches),
+        can_batch=can_batch(seen.caches),
     )
 
 
@@ -170,7 +172,7 @@ def _size_caches(
         return ()
     prefix = f"{found.parts[number].path}." if found.parts else "-"
     kv = [d.pieces for path, d in heads.items() if path.startswith(prefix) and d.pieces.role is Role.KV_HEAD]
-    return tuple(_size_cache(part, kv[0] if kv else None) for part in _parts(caches[owner]))
+    return tuple(_size_cache(part, kv[0] if kv else None) for part in list_parts(caches[owner]))
 
 
 def _size_cache(cache: Any, heads: Pieces | None) -> CacheSize:
@@ -184,22 +186,9 @@ def _size_cache(cache: Any, heads: Pieces | None) -> CacheSize:
     return CacheSize(fixed=sum(math.prod(array.shape) for array in state))
 
 
-def _parts(cache: Any) -> Iterator[Any]:
-    inner = getattr(cache, "caches", None)
-    if inner is None:
-        yield cache
-    else:
-        for part in inner:
-            yield from _parts(part)
-
-
-def _can_trim(cache: Any) -> bool:
-    return all(type(part) is KVCache for part in _parts(cache))
-
-
 def _outer(flow: Flow | None, counted: Mapping[Any, list[int]]) -> Iterator[Outer]:
-    for (quantization, path), counts in counted.items():
-        part = Part(*counts, quantization)
+    for (quantization, path), (values, floats) in counted.items():
+        part = Part(values, floats, quantization)
         if flow is None or path in flow.everywhere or path not in flow.before | flow.after:
             yield Outer(part)
         else:

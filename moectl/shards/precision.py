@@ -7,7 +7,7 @@ of the files to be written.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -88,18 +88,16 @@ def source_of(node: Expression) -> tuple[Expression, Quantization | None]:
     return node.inputs[0], Quantization(bits, group_size, mode)
 
 
-def _keep(model: Any, table: Mapping[str, Any], traced: Mapping[str, Expression]) -> None:
-    """Make quantised the modules that are stored so: mlx_lm.utils.load_model's rule, which is a closure there."""
+def quantise_modules(model: Any, table: Mapping[str, Any], names: Collection[str]) -> None:
+    """Make those modules of a model quantised whose scales are among the names, as a table says that names each.
+
+    The table is that of a finished `settle`. Raises CheckpointError.
+    """
 
     def choose(path: str, module: Any) -> Any:
         if path in table:
             return table[path]
-        if not hasattr(module, "to_quantized") or f"{path}.scales" not in traced:
-            return False
-        params = infer_quant_config(path, module, traced)
-        if f"{path}.global_scale" in traced and _takes_global_scale(module):
-            params["global_scale"] = True
-        return params
+        return hasattr(module, "to_quantized") and f"{path}.scales" in names
 
     try:
         nn.quantize(
@@ -113,6 +111,26 @@ def _keep(model: Any, table: Mapping[str, Any], traced: Mapping[str, Expression]
         raise CheckpointError(
             f"config.json: quantization does not fit the model: {error}", hint=ANOTHER_COPY
         ) from error
+
+
+def _keep(model: Any, table: dict[str, Any], traced: Mapping[str, Expression]) -> None:
+    """Make quantised the modules that are stored so: mlx_lm.utils.load_model's rule, which is a closure there.
+
+    What the stored shapes say of a module, and the table does not, is added to the table.
+    """
+    usual = {"group_size": table.get("group_size"), "bits": table.get("bits"), "mode": table.get("mode", "affine")}
+    for path, module in model.named_modules():
+        if path in table or not hasattr(module, "to_quantized") or f"{path}.scales" not in traced:
+            continue
+        try:
+            params = infer_quant_config(path, module, traced)
+        except (ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}", hint=ANOTHER_COPY) from error
+        if f"{path}.global_scale" in traced and _takes_global_scale(module):
+            params["global_scale"] = True
+        if params != usual:
+            table[path] = params
+    quantise_modules(model, table, traced)
 
 
 def _quantise(

@@ -16,6 +16,7 @@ import tokenizers
 
 from moectl.errors import BadField, CheckpointError
 from moectl.shards.chat_template import ChatTemplate, Json, find_defaults, open_chat_template
+from moectl.shards.thinking import AnswerText
 from moectl.shards.token_text import TextStream, find_context, has_byte_runs
 
 TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -24,6 +25,7 @@ ADDED, GENERATION, MODEL = "added_tokens.json", "generation_config.json", "confi
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _SWITCHES = ("add_bos_token", "add_eos_token", "split_special_tokens")
+_TAIL = 64  # tokens at a prompt's end: more than any marker and the blanks after it
 _HINT = "correct that file in the checkpoint, then try again"
 _MISSING = "moectl shard --add-tokenizer REPO|DIR (for DBRX: Xenova/dbrx-instruct-tokenizer), then moectl deploy"
 
@@ -68,17 +70,28 @@ class Tokenizer:
         before, after = self._around
         return [*before, *self._encode(text, special=False), *after]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return a conversation's tokens up to the beginning of the answer. Raises what the template raises."""
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], think: bool | None = None, options: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return a conversation's tokens up to the beginning of the answer; see `ChatTemplate.render`."""
         assert self._chat is not None
-        return self._encode(self._chat.render(messages), special=False)
+        return self._encode(self._chat.render(messages, think=think, options=options), special=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
         return self._tokens.decode(tokens, skip_special_tokens=False)
 
+    def stream_answer(self, prompt: Sequence[int] | None) -> AnswerText:
+        """Return a stream that turns an answer's tokens into text one by one, its thinking apart.
+
+        `prompt` are the tokens of a conversation; after any other text, None, there is no thinking.
+        """
+        if prompt is None or self._chat is None:
+            return AnswerText(self.stream_text)
+        return AnswerText(self.stream_text, self._chat.markers, self.decode(prompt[-_TAIL:]))
+
     def stream_text(self) -> TextStream:
-        """Return a stream that turns an answer's tokens into text one by one."""
+        """Return a stream that turns tokens into text one by one."""
         return TextStream(self._tokens, self._context, has_byte_runs=self._has_byte_runs)
 
     def tell(self, token: int) -> str:
@@ -123,7 +136,7 @@ class _Files:
         self._add_tokens(tokens)
         self._mark_special(tokens)
         model = self._json(MODEL)
-        defaults = find_defaults(model.get("model_type"))
+        defaults = find_defaults(model)
         template = self._text("chat_template.jinja")
         chat = open_chat_template(
             {"chat_template": self._json("chat_template.json").get("chat_template"), **self._config},
@@ -133,7 +146,7 @@ class _Files:
             named={name: token for name in _NAMED if (token := self._find_named(name)) is not None},
             refuse=lambda key, why: self._refuse(CONFIG, key, why),
         )
-        ends = self._find_ends(tokens, model) | set(defaults.get("eos_token_ids", ()))
+        ends = self._find_ends(tokens, model, defaults)
         if chat is not None and (end := _first_added(tokens, chat.find_turn_end())) is not None:
             ends.add(end)
         return Tokenizer(tokens, eos_token_ids=ends, chat=chat, around=self._find_around(tokens))
@@ -210,8 +223,8 @@ class _Files:
             why = f"gives {content!r} the number {number!r}, and {TOKENIZER} gives it {'none' if has is None else has}"
             self._refuse(file, key, why)
 
-    def _find_ends(self, tokens: tokenizers.Tokenizer, model: Json) -> set[int]:
-        """Return every token that ends an answer according to one of the files."""
+    def _find_ends(self, tokens: tokenizers.Tokenizer, model: Json, defaults: Json) -> set[int]:
+        """Return every token that ends an answer according to one of the files, else to mlx-lm."""
         text = model.get("text_config")
         told = [
             (GENERATION, "eos_token_id", self._json(GENERATION).get("eos_token_id")),
@@ -220,6 +233,8 @@ class _Files:
             (CONFIG, "eos_token", _content(self._config.get("eos_token"))),
             (SPECIAL, "eos_token", _content(self._special.get("eos_token"))),
         ]
+        if all(value in (None, []) for _, _, value in told[:3]):
+            told.append((MODEL, "model_type", defaults.get("eos_token_ids")))
         ends: set[int] = set()
         for file, key, value in told:
             for item in value if isinstance(value, list) else [value]:

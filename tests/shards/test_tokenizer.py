@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moectl.engine.answer import read_prompt
 from moectl.engine.request import Request
 from moectl.errors import CheckpointError, UsageError
 from moectl.shards import prepare
+from moectl.shards.chat_template import find_defaults
 from moectl.shards.tokenizer import Tokenizer, open_tokenizer
 from tests.support import vocabularies
 from tests.support.tiny import write_checkpoint
@@ -421,9 +423,18 @@ def test_tokens_equal_those_of_tokenizers_or_the_key_is_named(
         assert tokenizer.encode(text) == reference.encode(text).ids
 
 
-def test_no_other_model_has_defaults_in_mlx_lm() -> None:
-    """Those of muse_spark are read by name: nothing that a file says may become a module's name."""
+def test_what_mlx_lm_says_in_a_model_file_is_read_without_running_it() -> None:
     models = Path(mlx_lm.models.__file__).parent
-    assert [path.stem for path in models.glob("*.py") if "TOKENIZER_DEFAULTS" in path.read_text()] == ["muse_spark"]
-    kinds = {path.stem for path in (models.parent / "chat_templates").glob("*.py")} - {"__init__"}
-    assert kinds == {"deepseek_v32", "muse_spark"}
+    told = [path.stem for path in sorted(models.glob("*.py")) if "TOKENIZER_DEFAULTS" in path.read_text()]
+    assert told
+    for name in told:
+        assert find_defaults({"model_type": name}) == import_module(f"mlx_lm.models.{name}").TOKENIZER_DEFAULTS
+    for kind in ("llama", "kimi_k2", "no_such_type", "../utils", None, 7, ["muse_spark"]):
+        assert find_defaults({"model_type": kind}) == {}
+    assert find_defaults({"model_type": "bailing_hybrid", "architectures": ["BailingMoeV3ForCausalLM", 3]}) == {}
+
+
+def test_no_file_of_a_checkpoint_names_a_module(write: Callable[..., Path]) -> None:
+    for kind in ("os", "..utils", "deepseek_v32.copy", ["deepseek_v32"]):
+        with pytest.raises(CheckpointError, match="and moectl knows deepseek_v32 and muse_spark"):
+            open_tokenizer(write(chat_template_type=kind))

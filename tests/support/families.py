@@ -109,28 +109,13 @@ def run_split(
 
     `change` may do something to a rank's model before it runs.
     """
-    skeleton, seen = found
+    skeleton, _ = found
     vocabulary = skeleton.model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]
 
+    leader = len(shares) - 1 if split == "layers" else 0
+
     def run(rank: int, group: Any) -> tuple[list[mx.array], int, int]:
-        model = make_whole(family, quantised=quantised)
-        leader = 0
-        if split == "layers":
-            assert seen.flow is not None
-            spans, leader = own_layers(len(model.layers), shares), len(shares) - 1
-            names = names_of_rank(skeleton, seen.flow, spans[rank], first=rank == 0, last=rank == leader)
-            keep(model, names)
-            make_stage(model, seen.flow, spans, rank, group)
-        else:
-            names = set(skeleton.parameters)
-            holdings = hold(divisions_of(model, seen.parts, split), shares, rank)
-            cut(model, holdings)
-            divide(model, seen.parts, holdings, group)
-            if rank != leader and seen.flow is not None:
-                names = names_of_rank(skeleton, seen.flow, (0, len(model.layers)), first=True, last=False)
-                keep(model, names)
-                remove_head(model, seen.flow)
-        install(model)
+        model, names = make_rank(family, found, split, shares, rank, group, quantised=quantised)
         change(model, rank, group)
         held = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if name in names)
 
@@ -143,6 +128,38 @@ def run_split(
 
     results = run_ranks(len(shares), run)
     return results[0][0], [held for _, held, _ in results], results[0][2]
+
+
+def make_rank(
+    family: str,
+    found: tuple[Skeleton, Findings],
+    split: str,
+    shares: Sequence[float],
+    rank: int,
+    group: Any,
+    *,
+    quantised: int | None = None,
+) -> tuple[Any, set[str]]:
+    """Return one rank's model, and the names of the parameters that it needs."""
+    skeleton, seen = found
+    model = make_whole(family, quantised=quantised)
+    if split == "layers":
+        assert seen.flow is not None
+        spans, leader = own_layers(len(model.layers), shares), len(shares) - 1
+        names = names_of_rank(skeleton, seen.flow, spans[rank], first=rank == 0, last=rank == leader)
+        keep(model, names)
+        make_stage(model, seen.flow, spans, rank, group)
+    else:
+        names = set(skeleton.parameters)
+        holdings = hold(divisions_of(model, seen.parts, split), shares, rank)
+        cut(model, holdings)
+        divide(model, seen.parts, holdings, group, rank=rank)
+        if rank != 0 and seen.flow is not None:
+            names = names_of_rank(skeleton, seen.flow, (0, len(model.layers)), first=True, last=False)
+            keep(model, names)
+            remove_head(model, seen.flow)
+    install(model)
+    return model, names
 
 
 def is_equal(some: list[mx.array], others: list[mx.array], tolerance: float = 1e-4) -> tuple[bool, float]:

@@ -38,8 +38,8 @@ TEXTS = (
 SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
 
-def make_cl100k() -> Tokenizer:
-    """Return byte-level BPE with cl100k's split, numbers without a token, and special tokens above them."""
+def make_cl100k(*more: str) -> Tokenizer:
+    """Return byte-level BPE with cl100k's split, numbers without a token, and special tokens and `more` above them."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(CL100K), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -50,8 +50,8 @@ def make_cl100k() -> Tokenizer:
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
     told = json.loads(tokenizer.to_str())
     vocabulary = told["model"]["vocab"]
-    vocabulary |= {content: len(vocabulary) + 20 + i for i, content in enumerate(SPECIAL)}
-    told["added_tokens"] = [_added(content, vocabulary[content]) for content in SPECIAL]
+    vocabulary |= {content: len(vocabulary) + 20 + i for i, content in enumerate((*SPECIAL, *more))}
+    told["added_tokens"] = [_added(content, vocabulary[content]) for content in (*SPECIAL, *more)]
     return Tokenizer.from_str(json.dumps(told))
 
 

@@ -7,8 +7,8 @@ import textwrap
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from moectl.engine.parameters import PARAMETERS
 from moectl.errors import UsageError
+from moectl.model.parameters import PARAMETERS
 
 # Names that people bring from ollama and mlx_lm.
 ALIASES = {"num_predict": "max_tokens", "temp": "temperature", "repeat_penalty": "repetition_penalty"}

@@ -15,7 +15,7 @@ from moectl.cli.options import Common, Duration, F, at_terminal, common, count_r
 from moectl.cli.target import choose_target, run_options
 from moectl.cli.terminal import log_printer, stats_text, write_answer
 from moectl.cli.verb import verb
-from moectl.engine.parameters import PARAMETERS
+from moectl.model.parameters import PARAMETERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence

@@ -1,35 +1,30 @@
-"""Load one rank's part of a shard set into a `Model`. It reads what the manifest lists and nothing else."""
+"""Load one rank's part of a shard set into mlx-lm's model. It reads what the manifest lists and nothing else."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
-from moectl.engine.network.dbrx import Model
-from moectl.engine.network.stored import Parts, Reader, StoredEmbedding, StoredMatrix
+from moectl.engine.network import experts
+from moectl.engine.network.parallel import divide
+from moectl.engine.network.stages import make_stage, remove_head
 from moectl.errors import IntegrityError
-from moectl.model.manifest import Manifest, is_for, refuse_links_outside
-from moectl.model.placement import Placement
-from moectl.model.structure import Quantization
-from moectl.shards.tensors import StoredTensor, quantization_table
+from moectl.model.manifest import Manifest, refuse_links_outside
+from moectl.model.ownership import Holding, find_holding
+from moectl.model.regions import Region, belongs_to_sum, find_regions
+from moectl.shards.flow import names_of_rank
+from moectl.shards.parts import full
+from moectl.shards.precision import quantise_modules
+from moectl.shards.skeleton import Skeleton, empty, make_skeleton
+from moectl.shards.units import divisions_of
+from moectl.shards.ways import Findings, look, require
 
 _HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
 
-# Shards name experts as the checkpoint does, mlx-lm's SwitchGLU by role.
-_EXPERT_NAMES = {
-    "experts.w1.": "experts.mlp.gate_proj.",
-    "experts.v1.": "experts.mlp.up_proj.",
-    "experts.w2.": "experts.mlp.down_proj.",
-}
-_EXPERT = re.compile(r"(\.experts)\.\d+(?=\.)")
-_BLOCK = re.compile(r"(transformer\.blocks\.)(\d+)\.")
+Group = Any  # mx.distributed.Group
 
 
 def compute_dtype() -> mx.Dtype:
@@ -41,119 +36,118 @@ def compute_dtype() -> mx.Dtype:
 
 
 def load_rank(
-    directory: Path,
-    manifest: Manifest,
-    rank: int,
-    group: mx.distributed.Group | None = None,
-    *,
-    dtype: mx.Dtype | None = None,
-) -> Model:
+    directory: Path, manifest: Manifest, rank: int, group: Group = None, *, dtype: mx.Dtype | None = None
+) -> Any:
     """Build the model of one rank and read its weights, layer by layer.
 
-    `dtype` is what activations, scales and unquantised weights become (None: `compute_dtype()`). Raises IntegrityError
-    when a file is missing, truncated, or does not hold what the manifest's geometry needs.
+    `dtype` is what activations, scales and unquantised weights become (None: `compute_dtype()`), but for those that the
+    model wants as they are. Its sums need `exchange.seam` while it runs. Raises IntegrityError when a file is missing,
+    truncated, or does not hold what the model needs.
     """
     dtype = dtype or compute_dtype()
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     weights = _open_weights(directory, manifest, rank)
-    model = Model(manifest.placement, rank, group)
-    _quantise_like(model, manifest, rank, weights)
-    wanted = list(dict(tree_flatten(model.parameters())))
-    _check(model, wanted, weights, directory, rank)
-    model.eval()
-    names = [f"transformer.blocks.{i}." for i in range(len(model.layers))]
-    for prefix in names:
-        _materialise(model, [n for n in wanted if n.startswith(prefix)], weights, dtype)
-    _materialise(model, [n for n in wanted if not n.startswith("transformer.blocks.")], weights, dtype)
-    return model
+    skeleton = make_skeleton(manifest.config)
+    found = look(skeleton)
+    if manifest.table is not None:
+        quantise_modules(skeleton.model, manifest.table, manifest.tensors)
+        empty(skeleton.model)
+    part = _Part(skeleton, found, manifest, rank)
+    shapes = part.check(weights, directory)
+    casts = getattr(skeleton.model, "cast_predicate", lambda _: True)
+    for names in part.group(shapes):
+        _materialise(skeleton.model, [name for name in names if shapes[name] is not None], weights, dtype, casts)
+    zeros = {name: array for name, array in skeleton.parameters.items() if name in shapes and shapes[name] is None}
+    skeleton.model.load_weights([(name, array.astype(dtype)) for name, array in zeros.items()], strict=False)
+    part.install(group)
+    return skeleton.model
 
 
-def load_part(
-    directory: Path,
-    manifest: Manifest,
-    rank: int,
-    layer: int | None,
-    *,
-    dtype: mx.Dtype,
-    reader: Reader | None = None,
-) -> Model:
-    """Build a model of which a rank's part of one layer is there, as `layers[0]`; None: all but the layers.
+class _Part:
+    """What one rank has of a model."""
 
-    The layer counts from the model's first one. Nothing else is read; with a `reader` matrices stay on disk, and it
-    reads them when they are used. Raises IntegrityError as `load_rank`.
-    """
-    mine = "transformer.blocks." if layer is None else f"transformer.blocks.{layer}."
-    files = {
-        file
-        for tensor, places in manifest.tensors.items()
-        if tensor.startswith(mine) == (layer is not None)
-        for file in places
-    }
-    weights = _open_weights(directory, manifest, rank, files)
-    model = Model(_only(manifest.placement, rank, layer), rank)
-    if layer is not None:
-        weights = {_BLOCK.sub("transformer.blocks.0.", name): array for name, array in weights.items()}
-    _quantise_like(model, manifest, rank, weights, first=layer)
-    wanted = [n for n, _ in tree_flatten(model.parameters()) if n.startswith("transformer.blocks.") != (layer is None)]
-    _check(model, wanted, weights, directory, rank)
-    model.eval()
-    if reader is not None:
-        stored = {
-            name: tensor
-            for file in files
-            if is_for(file, rank)
-            for name, tensor in reader.open(directory / file).items()
-        }
-        stored = {_module_name(name, 0 if layer is None else layer): tensor for name, tensor in stored.items()}
-        wanted = _leave_on_disk(model, wanted, stored, reader)
-    _materialise(model, wanted, weights, dtype)
-    return model
+    def __init__(self, skeleton: Skeleton, found: Findings, manifest: Manifest, rank: int) -> None:
+        self._skeleton, self._found, self._manifest, self._rank = skeleton, found, manifest, rank
+        self._placement = placement = manifest.placement
+        self._is_divided = placement.split != "layers" and placement.world_size > 1
+        self._holdings: dict[str, Holding] = {}
+        if placement.world_size > 1:
+            require(skeleton, found, placement.split)
+        if self._is_divided:
+            divisions = divisions_of(skeleton.model, found.parts, placement.split)
+            self._holdings = placement.hold(divisions, rank)
+
+    def check(self, weights: Mapping[str, mx.array], directory: Path) -> dict[str, tuple[int, ...] | None]:
+        """Return the shape of each parameter that the rank needs, None for zeros that no file holds.
+
+        Raises IntegrityError where a file holds something else.
+        """
+        found: dict[str, tuple[int, ...] | None] = {}
+        needed, files = self._list_needed(), self._manifest.files_of(self._rank)
+        for name, array in self._skeleton.parameters.items():
+            if name not in needed:
+                continue
+            regions, shape = self._find(name, array.shape)
+            found[name] = shape
+            if shape is None:
+                continue
+            if name not in weights:
+                raise IntegrityError(f"{directory} has no tensor {name!r} for rank {self._rank}", hint=_HINT)
+            held = self._manifest.tensors.get(name, {})
+            listed = [region for file in held if file in files for region in held[file]]
+            if weights[name].shape != shape or (listed or [full(array.shape)]) != regions:
+                raise IntegrityError(
+                    f"{directory}: {name} has shape {weights[name].shape} of {listed or 'all'}, expected {shape} of"
+                    f" {regions}",
+                    hint=_HINT,
+                )
+        return found
+
+    def group(self, names: Mapping[str, Any]) -> Iterator[list[str]]:
+        """Yield names by layer, and last those of no layer."""
+        paths = [f"{self._skeleton.paths[id(layer)]}." for layer in self._skeleton.layers]
+        for path in paths:
+            yield [name for name in names if name.startswith(path)]
+        yield [name for name in names if not name.startswith(tuple(paths))]
+
+    def install(self, group: Group) -> None:
+        """Let the model compute this part, and exchange with the other ranks."""
+        model, flow, placement = self._skeleton.model, self._found.flow, self._placement
+        if self._is_divided:
+            divide(model, self._found.parts, self._holdings, group, rank=self._rank, held=placement.held)
+            if self._rank != placement.head_rank and flow is not None:
+                remove_head(model, flow)
+        elif placement.world_size > 1:
+            assert flow is not None
+            spans = [placement.layers(rank) for rank in range(placement.world_size)]
+            make_stage(model, flow, spans, self._rank, group)
+        experts.install(model)
+
+    def _list_needed(self) -> set[str]:
+        placement, flow = self._placement, self._found.flow
+        if flow is None:
+            return set(self._skeleton.parameters)
+        first, last = placement.split != "layers" or self._rank == 0, self._rank == placement.head_rank
+        return names_of_rank(self._skeleton, flow, placement.layers(self._rank), first=first, last=last)
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[list[Region], tuple[int, ...] | None]:
+        """Return the regions of a parameter that the rank has, and the shape of them together."""
+        holding, last = find_holding(self._holdings, name), name.rpartition(".")[2]
+        if holding is None:
+            return [full(shape)], tuple(shape)
+        if holding.is_empty or (belongs_to_sum(last, holding.division) and not holding.adds):
+            return [], None
+        regions, axis = find_regions(last, tuple(shape), holding.division, holding.spans)
+        length = sum(stop - start for start, stop in (region[axis] for region in regions))
+        return regions, (*shape[:axis], length, *shape[axis + 1 :])
 
 
-def _only(placement: Placement, rank: int, layer: int | None) -> Placement:
-    """Return a placement of a model that has one layer, on this rank; None: no layer."""
-    count = 0 if layer is None else 1
-    shorter = replace(placement, geometry=replace(placement.geometry, n_layers=count))
-    if placement.split != "layers":
-        return shorter
-    return replace(shorter, shares=tuple(count * (other == rank) for other in range(placement.world_size)))
-
-
-def _leave_on_disk(model: Model, wanted: list[str], stored: Mapping[str, StoredTensor], reader: Reader) -> list[str]:
-    """Let `reader` read the model's matrices when they are used; return what of `wanted` they are not."""
-    matrices: list[tuple[str, nn.Module]] = []
-    for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
-        if f"{path}.weight" in wanted and module.weight.ndim > 1:
-            scales, biases = stored.get(f"{path}.scales"), stored.get(f"{path}.biases")
-            quantization = Quantization(module.bits, module.group_size, module.mode) if scales else None
-            kind = StoredEmbedding if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) else StoredMatrix
-            matrices.append((path, kind(Parts(stored[f"{path}.weight"], scales, biases, quantization), reader)))
-    model.update_modules(tree_unflatten(matrices))
-    paths = {path for path, _ in matrices}
-    return [name for name in wanted if name.rpartition(".")[0] not in paths]
-
-
-def _check(model: Model, wanted: list[str], weights: dict[str, mx.array], directory: Path, rank: int) -> None:
-    shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
-    for name in wanted:
-        if name not in weights:
-            raise IntegrityError(f"{directory} has no tensor {name!r} for rank {rank}", hint=_HINT)
-        if weights[name].shape != shapes[name]:
-            raise IntegrityError(
-                f"{directory}: {name} has shape {weights[name].shape}, expected {shapes[name]}",
-                hint=_HINT,
-            )
-
-
-def _open_weights(
-    directory: Path, manifest: Manifest, rank: int, only: Collection[str] | None = None
-) -> dict[str, mx.array]:
+def _open_weights(directory: Path, manifest: Manifest, rank: int) -> dict[str, mx.array]:
     refuse_links_outside(directory)
     weights: dict[str, mx.array] = {}
-    first, _ = manifest.placement.layers(rank)
     for path, entry in manifest.files_of(rank).items():
-        if not path.endswith(".safetensors") or (only is not None and path not in only):
+        if not path.endswith(".safetensors"):
             continue
         file = directory / path
         try:
@@ -163,46 +157,22 @@ def _open_weights(
         except (OSError, RuntimeError, ValueError) as error:
             raise IntegrityError(f"{file} cannot be read: {error}", hint=_HINT) from None
         assert isinstance(loaded, dict)
-        weights.update((_module_name(name, first), array) for name, array in loaded.items())
+        weights.update(loaded)
     return weights
 
 
-def _module_name(name: str, first: int) -> str:
-    """Return a tensor's name in the module of a rank whose first layer is `first`."""
-    for theirs, ours in _EXPERT_NAMES.items():
-        name = name.replace(theirs, ours)
-    return _BLOCK.sub(lambda match: f"{match[1]}{int(match[2]) - first}.", name)
-
-
-def _quantise_like(
-    model: Model, manifest: Manifest, rank: int, weights: dict[str, mx.array], *, first: int | None = None
+def _materialise(
+    model: Any,
+    names: list[str],
+    weights: dict[str, mx.array],
+    dtype: mx.Dtype,
+    casts: Callable[[str], bool],
 ) -> None:
-    """Make those modules quantised whose weights come with scales; `first` is the number of the model's first layer."""
-    q = manifest.quantization
-    if q is None:
-        return
-    if first is None:
-        first, _ = manifest.placement.layers(rank)
-    # A layer's experts are alike (`recipe`): what is said of one holds for the stack.
-    overrides = {
-        _module_name(_EXPERT.sub(r"\1", name) + ".", first).removesuffix("."): own
-        for name, own in quantization_table(manifest.config).items()
-    }
+    def make(name: str) -> mx.array:
+        # Popping frees each layer's lazy source before the next one is read: the peak is one layer above the model.
+        array = weights.pop(name)
+        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and casts(name) else array
 
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if f"{path}.scales" not in weights:
-            return False
-        override = overrides.get(path)
-        if isinstance(override, dict):
-            return {key: override[key] for key in ("bits", "group_size", "mode") if override.get(key) is not None}
-        return hasattr(module, "to_quantized")
-
-    nn.quantize(model, group_size=q.group_size, bits=q.bits, mode=q.mode, class_predicate=predicate)
-
-
-def _materialise(model: Model, names: list[str], weights: dict[str, mx.array], dtype: mx.Dtype) -> None:
-    # Popping frees each layer's lazy source before the next one is read: the peak is one layer above the model.
-    arrays = [(name, weights.pop(name)) for name in names]
-    ready = [(n, a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a) for n, a in arrays]
+    ready = [(name, make(name)) for name in names]
     model.load_weights(ready, strict=False)
-    mx.eval([a for _, a in ready])
+    mx.eval([array for _, array in ready])

@@ -95,7 +95,8 @@ def _divide_unit(module: nn.Module, unit: Unit, holding: Holding, rank: int, hel
 def _give_nothing(width: int, is_stack: bool, call: Hook, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     """Return zeros: the rank holds nothing of a unit."""
     of = args[0] if is_stack else x[..., 0]  # a stack has a result for each (token, expert) pair
-    return mx.zeros((*of.shape, width), x.dtype)
+    nothing = mx.zeros((*of.shape, width), x.dtype)
+    return mx.depends([nothing], [x])[0]  # else its sum could overtake those before it
 
 
 def _divide_heads(module: Any, path: str, heads: Heads, holding: Holding, holdings: Mapping[str, Holding]) -> None:
