@@ -152,14 +152,17 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
     dtype = getattr(mx, start.run.dtype) if start.run.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
     if start.run.agree_routing:
-        for layer in model.layers:
-            layer.ffn.follow_first_rank()
+        from moectl.engine.network.routing import follow_first_rank
+        from moectl.shards.skeleton import make_skeleton
+
+        follow_first_rank(model, make_skeleton(manifest.config), group)
     tokenizer = open_tokenizer(directory)
     engine = Engine(
         model,
         tokenizer,
         rank=start.rank,
         head_rank=manifest.placement.head_rank,
+        placement=manifest.placement,
         group=group,
         vocab_size=structure.vocab_size,
         max_seq_len=structure.context,

@@ -250,9 +250,7 @@ def _make_moment(sums: Mapping[tuple[str, bool], int]) -> Moment:
     def each(kind: str, pairs: bool) -> int:
         return math.ceil(sums.get((kind, pairs), 0) / _ELEMENT / TOKENS ** (2 if pairs else 1))
 
-    return Moment(
-        each("", False), each("hidden", False), each("heads", False), each("", True), each("heads", True)
-    )
+    return Moment(each("", False), each("hidden", False), each("heads", False), each("", True), each("heads", True))
 
 
 @contextmanager
@@ -316,5 +314,3 @@ def _fused_attention() -> Iterator[None]:
         yield
     finally:
         mx.fast.scaled_dot_product_attention = before
-
-
