@@ -89,8 +89,8 @@ def _read_graph(skeleton: Skeleton, divisions: Mapping[str, Division]) -> _Graph
     divided = {name: array for name, array in before.items() if _division_of(name, divisions) is not None}
     told: list[dict[str, Any]] = []
 
-    def run(tokens: mx.array, **arrays: mx.array) -> list[mx.array]:
-        model.update(tree_unflatten(list(arrays.items())))
+    def run(tokens: mx.array, *arrays: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten(list(zip(divided, arrays, strict=True))))
         caches = make_prompt_cache(model)
         model(tokens, cache=caches)
         held = (_arrays_of(cache) for cache in caches)
@@ -99,11 +99,11 @@ def _read_graph(skeleton: Skeleton, divisions: Mapping[str, Division]) -> _Graph
     contiguous = mx.contiguous
     mx.contiguous = lambda array, *_, **__: mx.abs(array)  # MLX cannot write that operation down
     try:
-        mx.export_function(told.append, run, mx.zeros((1, TOKENS), dtype=mx.int32), **divided)
+        mx.export_function(told.append, run, mx.zeros((1, TOKENS), dtype=mx.int32), *divided.values())
     finally:
         mx.contiguous = contiguous
         model.update(tree_unflatten(list(before.items())))
-    return _make_graph(told)
+    return _make_graph(told, list(divided))
 
 
 def _arrays_of(cache: Any) -> Iterator[mx.array]:
@@ -115,7 +115,7 @@ def _arrays_of(cache: Any) -> Iterator[mx.array]:
             yield from (array for _, array in tree_flatten(held) if isinstance(array, mx.array) and array.size)
 
 
-def _make_graph(told: list[dict[str, Any]]) -> _Graph:
+def _make_graph(told: list[dict[str, Any]], divided: list[str]) -> _Graph:
     graph = _Graph({}, {}, [], {}, set(), set())
 
     def note(arrays: list[tuple[str, tuple[int, ...], mx.Dtype]]) -> tuple[str, ...]:
@@ -126,9 +126,9 @@ def _make_graph(told: list[dict[str, Any]]) -> _Graph:
     for one in told:
         match one["type"]:
             case "inputs":
-                graph.given |= set(note(one["inputs"]))
-            case "keyword_inputs":
-                graph.parameters = {name: path for path, name in one["keywords"]}
+                _, *names = note(one["inputs"])
+                graph.given |= {*note(one["inputs"])}
+                graph.parameters = dict(zip(names, divided, strict=True))
             case "outputs":
                 graph.outputs = set(note(one["outputs"]))
             case "constants":
