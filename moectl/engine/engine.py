@@ -40,6 +40,7 @@ from moectl.engine.protocol import PREFILL_STEP, Cancel, Event, Generate, Order,
 from moectl.engine.sampling import Sampler
 from moectl.engine.speculation import Speculation
 from moectl.errors import BadField
+from moectl.model.placement import Placement
 from moectl.shards.tokenizer import Tokenizer
 
 MAX_BATCH = MAX_CANCELS  # so that one control word can cancel all
@@ -63,6 +64,7 @@ class Engine:
         vocab_size: int,
         rank: int = 0,
         head_rank: int = 0,
+        placement: Placement | None = None,  # which a profile needs
         group: mx.distributed.Group | None = None,
         max_seq_len: int,
         prefill_step: int = PREFILL_STEP,
@@ -78,6 +80,7 @@ class Engine:
             raise ValueError("a model whose caches cannot be trimmed cannot take proposed tokens back")
         self._model = model
         self._vocab_size = vocab_size
+        self._placement = placement
         self._trimmable = trimmable
         self._batchable = batchable
         self._tokenizer = tokenizer
@@ -189,9 +192,15 @@ class Engine:
         self._admitted = order.id
         if self._leads:
             self._admission.admit(order.id)
-        stream = self._generator.stream
+        assert self._placement is not None
         yield from profile(
-            self._model, order, rank=self._rank, leads=self._leads, prefill_step=self._prefill_step, stream=stream
+            self._model,
+            order,
+            placement=self._placement,
+            rank=self._rank,
+            leads=self._leads,
+            prefill_step=self._prefill_step,
+            stream=self._generator.stream,
         )
 
     # Joining and leaving: at the same step and in the same order on every rank.

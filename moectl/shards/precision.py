@@ -59,7 +59,37 @@ def settle(
         table = _quantise(model, config, table, wanted, recipe)
     parameters = _quantise_nodes(model, given)
     check_parameters({name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}, parameters)
-    return Settled(parameters, table)
+    return Settled(parameters, None if table is None else _complete(model, table))
+
+
+def quantise_by(model: Any, table: Mapping[str, Any], names: Collection[str]) -> None:
+    """Make those modules quantised of which scales are among `names`, each as a complete table says."""
+
+    def choose(path: str, module: Any) -> Any:
+        return table.get(path, True) if f"{path}.scales" in names and hasattr(module, "to_quantized") else False
+
+    nn.quantize(
+        model,
+        group_size=table["group_size"],
+        bits=table["bits"],
+        mode=table.get("mode") or "affine",
+        class_predicate=choose,
+    )
+
+
+def _complete(model: Any, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table that names each module which is quantised in another way than most."""
+    made = dict(table)
+    usual = (table["bits"], table["group_size"], table.get("mode") or "affine")
+    for path, module in model.named_modules():
+        if "scales" in module:
+            own = module.bits, module.group_size, getattr(module, "mode", "affine")
+            if own != usual or "global_scale" in module:
+                made[path] = dict(zip(("bits", "group_size", "mode"), own, strict=True))
+                made[path] |= {"global_scale": True} if "global_scale" in module else {}
+            else:
+                made.pop(path, None)
+    return made
 
 
 def cast(model: Any, config: Mapping[str, Any], traced: Mapping[str, Expression]) -> dict[str, Expression]:
@@ -88,16 +118,18 @@ def source_of(node: Expression) -> tuple[Expression, Quantization | None]:
     return node.inputs[0], Quantization(bits, group_size, mode)
 
 
-def quantise_modules(model: Any, table: Mapping[str, Any], names: Collection[str]) -> None:
-    """Make those modules of a model quantised whose scales are among the names, as a table says that names each.
-
-    The table is that of a finished `settle`. Raises CheckpointError.
-    """
+def _keep(model: Any, table: Mapping[str, Any], traced: Mapping[str, Expression]) -> None:
+    """Make quantised the modules that are stored so: mlx_lm.utils.load_model's rule, which is a closure there."""
 
     def choose(path: str, module: Any) -> Any:
         if path in table:
             return table[path]
-        return hasattr(module, "to_quantized") and f"{path}.scales" in names
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in traced:
+            return False
+        params = infer_quant_config(path, module, traced)
+        if f"{path}.global_scale" in traced and _takes_global_scale(module):
+            params["global_scale"] = True
+        return params
 
     try:
         nn.quantize(
@@ -111,26 +143,6 @@ def quantise_modules(model: Any, table: Mapping[str, Any], names: Collection[str
         raise CheckpointError(
             f"config.json: quantization does not fit the model: {error}", hint=ANOTHER_COPY
         ) from error
-
-
-def _keep(model: Any, table: dict[str, Any], traced: Mapping[str, Expression]) -> None:
-    """Make quantised the modules that are stored so: mlx_lm.utils.load_model's rule, which is a closure there.
-
-    What the stored shapes say of a module, and the table does not, is added to the table.
-    """
-    usual = {"group_size": table.get("group_size"), "bits": table.get("bits"), "mode": table.get("mode", "affine")}
-    for path, module in model.named_modules():
-        if path in table or not hasattr(module, "to_quantized") or f"{path}.scales" not in traced:
-            continue
-        try:
-            params = infer_quant_config(path, module, traced)
-        except (ValueError, ArithmeticError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}", hint=ANOTHER_COPY) from error
-        if f"{path}.global_scale" in traced and _takes_global_scale(module):
-            params["global_scale"] = True
-        if params != usual:
-            table[path] = params
-    quantise_modules(model, table, traced)
 
 
 def _quantise(

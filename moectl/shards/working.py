@@ -90,8 +90,8 @@ def _read_graph(skeleton: Skeleton, divisions: Mapping[str, Division]) -> _Graph
     divided = {name: array for name, array in before.items() if _division_of(name, divisions) is not None}
     told: list[dict[str, Any]] = []
 
-    def run(tokens: mx.array, **arrays: mx.array) -> list[mx.array]:
-        model.update(tree_unflatten(list(arrays.items())))
+    def run(tokens: mx.array, *arrays: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten(list(zip(divided, arrays, strict=True))))
         caches = make_prompt_cache(model)
         model(tokens, cache=caches)
         held = (_arrays_of(cache) for cache in caches)
@@ -100,11 +100,11 @@ def _read_graph(skeleton: Skeleton, divisions: Mapping[str, Division]) -> _Graph
     contiguous = mx.contiguous
     mx.contiguous = lambda array, *_, **__: mx.abs(array)  # MLX cannot write that operation down
     try:
-        mx.export_function(told.append, run, mx.zeros((1, TOKENS), dtype=mx.int32), **divided)
+        mx.export_function(told.append, run, mx.zeros((1, TOKENS), dtype=mx.int32), *divided.values())
     finally:
         mx.contiguous = contiguous
         model.update(tree_unflatten(list(before.items())))
-    return _make_graph(told)
+    return _make_graph(told, list(divided))
 
 
 def _arrays_of(cache: Any) -> Iterator[mx.array]:
@@ -116,7 +116,7 @@ def _arrays_of(cache: Any) -> Iterator[mx.array]:
             yield from (array for _, array in tree_flatten(held) if isinstance(array, mx.array) and array.size)
 
 
-def _make_graph(told: list[dict[str, Any]]) -> _Graph:
+def _make_graph(told: list[dict[str, Any]], divided: list[str]) -> _Graph:
     graph = _Graph({}, {}, [], {}, set(), [])
 
     def note(arrays: list[tuple[str, tuple[int, ...], mx.Dtype]]) -> tuple[str, ...]:
@@ -127,9 +127,9 @@ def _make_graph(told: list[dict[str, Any]]) -> _Graph:
     for one in told:
         match one["type"]:
             case "inputs":
-                graph.given |= set(note(one["inputs"]))
-            case "keyword_inputs":
-                graph.parameters = {name: path for path, name in one["keywords"]}
+                given = note(one["inputs"])
+                graph.given |= {*given}
+                graph.parameters = dict(zip(given[1:], divided, strict=True))
             case "outputs":
                 graph.outputs = list(note(one["outputs"]))
             case "constants":
@@ -257,7 +257,8 @@ class _Pass:
         if operation.name not in _PRODUCTS:
             for given in operation.inputs:
                 source = self._buffer[given]
-                free = source in self._live and uses[source] == number and last_read.get(source, -_QUEUED) <= command - _QUEUED
+                is_last = source in self._live and uses[source] == number
+                free = is_last and last_read.get(source, -_QUEUED) <= command - _QUEUED
                 if free and self._live[source][2] == size and self._in_order.get(given, True):
                     self._release(source)  # MLX writes the result into it
                     break
@@ -280,9 +281,7 @@ def _make_moment(sums: Mapping[tuple[str, bool], int]) -> Moment:
     def each(kind: str, pairs: bool) -> int:
         return math.ceil(sums.get((kind, pairs), 0) / _ELEMENT / TOKENS ** (2 if pairs else 1))
 
-    return Moment(
-        each("", False), each("hidden", False), each("heads", False), each("", True), each("heads", True)
-    )
+    return Moment(each("", False), each("hidden", False), each("heads", False), each("", True), each("heads", True))
 
 
 @contextmanager
@@ -339,5 +338,3 @@ def _fused_attention() -> Iterator[None]:
         yield
     finally:
         mx.fast.scaled_dot_product_attention = before
-
-

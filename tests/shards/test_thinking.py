@@ -234,10 +234,12 @@ def test_effort_reaches_a_template_that_knows_it(make: Callable[..., Tokenizer])
 def test_a_switch_that_a_model_does_not_have(
     make: Callable[..., Tokenizer], template: str, added: Sequence[str], think: bool, reason: str, hint: str
 ) -> None:
+    tokenizer = make(template, added)
     with pytest.raises(BadField, match=reason) as caught:
-        ask(make(template, added), think=think)
+        ask(tokenizer, think=think)
     assert caught.value.param == "think"
     assert hint in (caught.value.hint or "")
+    assert ask(tokenizer, options={"reasoning_effort": "low"})  # what the hint says
 
 
 def test_a_program_of_mlx_lm_takes_the_same_options(make: Callable[..., Tokenizer]) -> None:

@@ -27,7 +27,7 @@ from tests.support.fake_group import run_ranks
 
 PROMPT = [3, 11, 5, 7, 2, 9, 4, 8, 6, 1]
 STEPS = 3
-Prepare = Callable[[Any], None]
+Change = Callable[[Any, int, Any], None]  # (model, rank, group)
 
 
 @cache
@@ -97,9 +97,18 @@ def look_at(family: str, *, quantised: int | None = None) -> tuple[Skeleton, Fin
 
 
 def run_split(
-    family: str, found: tuple[Skeleton, Findings], split: str, shares: Sequence[float], *, quantised: int | None = None
+    family: str,
+    found: tuple[Skeleton, Findings],
+    split: str,
+    shares: Sequence[float],
+    *,
+    quantised: int | None = None,
+    change: Change = lambda model, rank, group: None,
 ) -> tuple[list[mx.array], list[int], int]:
-    """Run a model on ranks; return logits, bytes of weights per rank, and sums of one rank."""
+    """Run a model on ranks; return logits, bytes of weights per rank, and sums of one rank.
+
+    `change` may do something to a rank's model before it runs.
+    """
     skeleton, _ = found
     vocabulary = skeleton.model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]
 
@@ -107,6 +116,7 @@ def run_split(
 
     def run(rank: int, group: Any) -> tuple[list[mx.array], int, int]:
         model, names = make_rank(family, found, split, shares, rank, group, quantised=quantised)
+        change(model, rank, group)
         held = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if name in names)
 
         def head(logits: mx.array) -> mx.array:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from moectl.engine.network import experts
 from moectl.engine.network.parallel import divide
-from moectl.engine.network.stages import make_stage, remove_head
+from moectl.engine.network.stages import keep, make_stage, remove_head
 from moectl.errors import IntegrityError
 from moectl.model.manifest import Manifest, refuse_links_outside
 from moectl.model.ownership import Holding, find_holding
-from moectl.model.regions import Region, belongs_to_sum, find_regions
+from moectl.model.regions import belongs_to_sum, find_regions
 from moectl.shards.flow import names_of_rank
 from moectl.shards.parts import full
-from moectl.shards.precision import quantise_modules
-from moectl.shards.skeleton import Skeleton, empty, make_skeleton
+from moectl.shards.precision import quantise_by
+from moectl.shards.skeleton import Skeleton, make_skeleton
 from moectl.shards.units import divisions_of
 from moectl.shards.ways import Findings, look, require
 
 _HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
-
-Group = Any  # mx.distributed.Group
 
 
 def compute_dtype() -> mx.Dtype:
@@ -36,118 +35,77 @@ def compute_dtype() -> mx.Dtype:
 
 
 def load_rank(
-    directory: Path, manifest: Manifest, rank: int, group: Group = None, *, dtype: mx.Dtype | None = None
+    directory: Path,
+    manifest: Manifest,
+    rank: int,
+    group: mx.distributed.Group | None = None,
+    *,
+    dtype: mx.Dtype | None = None,
 ) -> Any:
     """Build the model of one rank and read its weights, layer by layer.
 
-    `dtype` is what activations, scales and unquantised weights become (None: `compute_dtype()`), but for those that the
-    model wants as they are. Its sums need `exchange.seam` while it runs. Raises IntegrityError when a file is missing,
-    truncated, or does not hold what the model needs.
+    `dtype` is what activations, scales and unquantised weights become (None: `compute_dtype()`). The model's own sums
+    need `exchange.seam`. Raises IntegrityError when a file is missing, truncated, or does not hold what the manifest's
+    model needs.
     """
-    dtype = dtype or compute_dtype()
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    weights = _open_weights(directory, manifest, rank)
+    weights = open_weights(directory, manifest, rank)
+    skeleton, found = build_skeleton(manifest)
+    model, placement = skeleton.model, manifest.placement
+    if placement.world_size > 1:
+        require(skeleton, found, placement.split)
+    holdings: dict[str, Holding] = {}
+    if placement.split != "layers" and placement.world_size > 1:
+        holdings = placement.hold(divisions_of(model, found.parts, placement.split), rank)
+    names = names_held(skeleton, found, manifest, rank)
+    shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    layers = [f"{skeleton.paths[id(layer)]}." for layer in skeleton.layers]
+    keep(model, names)
+    if placement.split == "layers" and placement.world_size > 1:
+        assert found.flow is not None
+        spans = [placement.layers(r) for r in range(placement.world_size)]
+        make_stage(model, found.flow, spans, rank, group)
+    elif placement.world_size > 1:
+        divide(model, found.parts, holdings, group, rank=rank, held=placement.held)
+        if rank != placement.head_rank and found.flow is not None:
+            remove_head(model, found.flow)
+    experts.install(model)
+    reader = _Reader(directory, manifest, rank, weights, holdings, shapes)
+    casts = getattr(model, "cast_predicate", lambda _: True)
+    for prefix in layers:
+        reader.fill(model, [n for n in names if n.startswith(prefix)], dtype or compute_dtype(), casts)
+    reader.fill(model, [n for n in names if not n.startswith(tuple(layers))], dtype or compute_dtype(), casts)
+    return model
+
+
+def build_skeleton(manifest: Manifest) -> tuple[Skeleton, Findings]:
+    """Return a shard set's model without weights, quantised as the set is, and what of it can be divided."""
     skeleton = make_skeleton(manifest.config)
     found = look(skeleton)
     if manifest.table is not None:
-        quantise_modules(skeleton.model, manifest.table, manifest.tensors)
-        empty(skeleton.model)
-    part = _Part(skeleton, found, manifest, rank)
-    shapes = part.check(weights, directory)
-    casts = getattr(skeleton.model, "cast_predicate", lambda _: True)
-    for names in part.group(shapes):
-        _materialise(skeleton.model, [name for name in names if shapes[name] is not None], weights, dtype, casts)
-    zeros = {name: array for name, array in skeleton.parameters.items() if name in shapes and shapes[name] is None}
-    skeleton.model.load_weights([(name, array.astype(dtype)) for name, array in zeros.items()], strict=False)
-    part.install(group)
-    return skeleton.model
+        quantise_by(skeleton.model, manifest.table, manifest.tensors)
+    return skeleton, found
 
 
-class _Part:
-    """What one rank has of a model."""
-
-    def __init__(self, skeleton: Skeleton, found: Findings, manifest: Manifest, rank: int) -> None:
-        self._skeleton, self._found, self._manifest, self._rank = skeleton, found, manifest, rank
-        self._placement = placement = manifest.placement
-        self._is_divided = placement.split != "layers" and placement.world_size > 1
-        self._holdings: dict[str, Holding] = {}
-        if placement.world_size > 1:
-            require(skeleton, found, placement.split)
-        if self._is_divided:
-            divisions = divisions_of(skeleton.model, found.parts, placement.split)
-            self._holdings = placement.hold(divisions, rank)
-
-    def check(self, weights: Mapping[str, mx.array], directory: Path) -> dict[str, tuple[int, ...] | None]:
-        """Return the shape of each parameter that the rank needs, None for zeros that no file holds.
-
-        Raises IntegrityError where a file holds something else.
-        """
-        found: dict[str, tuple[int, ...] | None] = {}
-        needed, files = self._list_needed(), self._manifest.files_of(self._rank)
-        for name, array in self._skeleton.parameters.items():
-            if name not in needed:
-                continue
-            regions, shape = self._find(name, array.shape)
-            found[name] = shape
-            if shape is None:
-                continue
-            if name not in weights:
-                raise IntegrityError(f"{directory} has no tensor {name!r} for rank {self._rank}", hint=_HINT)
-            held = self._manifest.tensors.get(name, {})
-            listed = [region for file in held if file in files for region in held[file]]
-            if weights[name].shape != shape or (listed or [full(array.shape)]) != regions:
-                raise IntegrityError(
-                    f"{directory}: {name} has shape {weights[name].shape} of {listed or 'all'}, expected {shape} of"
-                    f" {regions}",
-                    hint=_HINT,
-                )
-        return found
-
-    def group(self, names: Mapping[str, Any]) -> Iterator[list[str]]:
-        """Yield names by layer, and last those of no layer."""
-        paths = [f"{self._skeleton.paths[id(layer)]}." for layer in self._skeleton.layers]
-        for path in paths:
-            yield [name for name in names if name.startswith(path)]
-        yield [name for name in names if not name.startswith(tuple(paths))]
-
-    def install(self, group: Group) -> None:
-        """Let the model compute this part, and exchange with the other ranks."""
-        model, flow, placement = self._skeleton.model, self._found.flow, self._placement
-        if self._is_divided:
-            divide(model, self._found.parts, self._holdings, group, rank=self._rank, held=placement.held)
-            if self._rank != placement.head_rank and flow is not None:
-                remove_head(model, flow)
-        elif placement.world_size > 1:
-            assert flow is not None
-            spans = [placement.layers(rank) for rank in range(placement.world_size)]
-            make_stage(model, flow, spans, self._rank, group)
-        experts.install(model)
-
-    def _list_needed(self) -> set[str]:
-        placement, flow = self._placement, self._found.flow
-        if flow is None:
-            return set(self._skeleton.parameters)
-        first, last = placement.split != "layers" or self._rank == 0, self._rank == placement.head_rank
-        return names_of_rank(self._skeleton, flow, placement.layers(self._rank), first=first, last=last)
-
-    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[list[Region], tuple[int, ...] | None]:
-        """Return the regions of a parameter that the rank has, and the shape of them together."""
-        holding, last = find_holding(self._holdings, name), name.rpartition(".")[2]
-        if holding is None:
-            return [full(shape)], tuple(shape)
-        if holding.is_empty or (belongs_to_sum(last, holding.division) and not holding.adds):
-            return [], None
-        regions, axis = find_regions(last, tuple(shape), holding.division, holding.spans)
-        length = sum(stop - start for start, stop in (region[axis] for region in regions))
-        return regions, (*shape[:axis], length, *shape[axis + 1 :])
+def names_held(skeleton: Skeleton, found: Findings, manifest: Manifest, rank: int) -> list[str]:
+    """Return the parameters of which a rank has at least a part, in the model's order."""
+    placement = manifest.placement
+    if found.flow is None:
+        return list(skeleton.parameters)
+    first, last = placement.split != "layers" or rank == 0, rank == placement.head_rank
+    mine = names_of_rank(skeleton, found.flow, placement.layers(rank), first=first, last=last)
+    return [name for name in skeleton.parameters if name in mine]
 
 
-def _open_weights(directory: Path, manifest: Manifest, rank: int) -> dict[str, mx.array]:
+def open_weights(
+    directory: Path, manifest: Manifest, rank: int, only: Collection[str] | None = None
+) -> dict[str, mx.array]:
+    """Return a rank's arrays by name; they are read when they are used. Raises IntegrityError."""
     refuse_links_outside(directory)
     weights: dict[str, mx.array] = {}
     for path, entry in manifest.files_of(rank).items():
-        if not path.endswith(".safetensors"):
+        if not path.endswith(".safetensors") or (only is not None and path not in only):
             continue
         file = directory / path
         try:
@@ -161,18 +119,49 @@ def _open_weights(directory: Path, manifest: Manifest, rank: int) -> dict[str, m
     return weights
 
 
-def _materialise(
-    model: Any,
-    names: list[str],
-    weights: dict[str, mx.array],
-    dtype: mx.Dtype,
-    casts: Callable[[str], bool],
-) -> None:
-    def make(name: str) -> mx.array:
-        # Popping frees each layer's lazy source before the next one is read: the peak is one layer above the model.
-        array = weights.pop(name)
-        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and casts(name) else array
+class _Reader:
+    """Gives a model its arrays, checked."""
 
-    ready = [(name, make(name)) for name in names]
-    model.load_weights(ready, strict=False)
-    mx.eval([array for _, array in ready])
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        rank: int,
+        weights: dict[str, mx.array],
+        holdings: dict[str, Holding],
+        shapes: dict[str, tuple[int, ...]],
+    ) -> None:
+        self._directory, self._weights, self._rank = directory, weights, rank
+        self._holdings, self._shapes = holdings, shapes
+        self._manifest, self._files = manifest, manifest.files_of(rank)
+
+    def fill(self, model: Any, names: list[str], dtype: mx.Dtype, casts: Callable[[str], bool]) -> None:
+        """Evaluate these parameters and put them into a model; floats become `dtype` where `casts` allows it."""
+        # Popping frees each layer's lazy source before the next one is read: the peak is one layer above the model.
+        arrays = [(name, self._take(name)) for name in names]
+        ready = [
+            (name, array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and casts(name) else array)
+            for name, array in arrays
+        ]
+        model.load_weights(ready, strict=False)
+        mx.eval([array for _, array in ready])
+
+    def _take(self, name: str) -> mx.array:
+        holding, whole, last = find_holding(self._holdings, name), self._shapes[name], name.rpartition(".")[2]
+        regions, shape = [full(whole)], whole
+        if holding is not None:
+            is_zero = belongs_to_sum(last, holding.division) and not holding.adds
+            regions, axis = find_regions(last, whole, holding.division, holding.spans)
+            length = sum(region[axis][1] - region[axis][0] for region in regions)
+            shape = (*whole[:axis], length, *whole[axis + 1 :])
+            if is_zero or holding.is_empty:
+                return mx.zeros(shape)  # another rank adds it, or there is nothing of it here
+        if (array := self._weights.pop(name, None)) is None:
+            raise IntegrityError(f"{self._directory} has no tensor {name!r} for rank {self._rank}", hint=_HINT)
+        if array.shape != shape:
+            raise IntegrityError(f"{self._directory}: {name} has shape {array.shape}, expected {shape}", hint=_HINT)
+        places = self._manifest.tensors.get(name, {})
+        held = [region for file, found in places.items() if file in self._files for region in found]
+        if (held or [full(whole)]) != regions:
+            raise IntegrityError(f"{self._directory}: {name} holds {held or 'all'}, expected {regions}", hint=_HINT)
+        return array
