@@ -310,10 +310,11 @@ def _no_loops(*, on_gpu: bool) -> Iterator[None]:
         rows = q[..., :1] * k[..., :1] * v * beta[..., None] * g.reshape(*g.shape[:3], -1)[..., :1]  # (B, T, H, D)
         states = mx.broadcast_to(rows[..., None], (*rows.shape, q.shape[-1]))
         states = mx.abs(states[:, -1:] if on_gpu else states)  # (B, T, H, D, keys' width)
-        found = mx.abs(rows if on_gpu else states[..., 0])
+        last = mx.abs(states[:, -1])
+        found = (rows if on_gpu else states[..., 0]) * last.reshape(-1)[0]
         for _ in range(_QUEUED):  # the loop has more commands than are queued
             found = mx.stop_gradient(found)
-        return mx.abs(found), mx.abs(states[:, -1])
+        return mx.abs(found), last
 
     gated_delta.gated_delta_ops = leave
     try:
