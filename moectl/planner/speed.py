@@ -33,7 +33,7 @@ from moectl.model.ownership import own
 from moectl.model.placement import Placement
 from moectl.model.regions import Pieces, Role
 from moectl.model.structure import Layer, Part
-from moectl.planner.calibration import DEFAULT, Calibration, LinkCost
+from moectl.planner.calibration import DEFAULT, USUAL_LAUNCHES, Calibration, LinkCost
 from moectl.planner.measured import Speed
 from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, count_read
 
@@ -214,13 +214,14 @@ class _Model:
     def _overhead(self) -> float:
         """Return the seconds that all layers take however little they read."""
         placement = self.work.placement
-        usual = self.calibration.layer_overhead_s
-        slowest = max(usual if rate.overhead_s is None else rate.overhead_s for rate in self.rates)
+        usual = self.calibration
         waits = placement.split == "experts" and placement.world_size > 1
-        return sum(
-            slowest * count_launches(layer) + self.calibration.sync_s * (waits and _has_stack(layer))
-            for layer in placement.structure.layers
-        )
+        total = 0.0
+        for layer in placement.structure.layers:
+            own = usual.layer_overhead_s + usual.launch_s * (layer.launches or USUAL_LAUNCHES)
+            total += max(own if rate.overhead_s is None else rate.overhead_s for rate in self.rates)
+            total += usual.sync_s * (waits and any(part.is_shared_out for part in layer.parts))
+        return total
 
     def _communication(self, tokens: int) -> float:
         placement, nodes = self.work.placement, len(self.rates)
@@ -276,10 +277,6 @@ class _Model:
         # Of the embedding one row is read.
         read = sum(outer.part.count_bytes(self.work.dtype_bytes) for outer in held if outer.last or not outer.first)
         return read / self.rates[head].bytes_s
-
-
-def _has_stack(layer: Layer) -> bool:
-    return any(part.is_shared_out for part in layer.parts)
 
 
 def _exchange_time(link: LinkCost, nodes: int, message_bytes: int) -> float:
