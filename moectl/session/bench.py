@@ -239,7 +239,7 @@ def read_prediction(path: Path, placement: Placement | None, bits: int | None, *
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ZeroDivisionError):
         raise UsageError(f"{path} has no prediction of this version's 'moectl plan --json'") from None
     if placement is not None:
-        here = (placement.split, placement.shares, bits or 16, placement.geometry.n_layers)
+        here = (placement.split, placement.shares, bits or 16, placement.structure.n_layers)
         if planned != here:
             raise UsageError(
                 f"{path} plans something else: {_describe_planned(*planned)}, and here is {_describe_planned(*here)}",
@@ -248,5 +248,5 @@ def read_prediction(path: Path, placement: Placement | None, bits: int | None, *
     return predicted
 
 
-def _describe_planned(split: str, shares: tuple[int, ...], bits: int, layers: int) -> str:
+def _describe_planned(split: str, shares: tuple[int | float, ...], bits: int, layers: int) -> str:
     return f"{split} {','.join(map(str, shares))} of {layers} layers at {bits} bits"
