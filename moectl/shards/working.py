@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import gated_delta
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from moectl.model.regions import Division, Role
 from moectl.model.structure import Moment
@@ -27,9 +26,10 @@ from moectl.shards.skeleton import Skeleton
 
 TOKENS = 509  # of the prompt: a prime number, so that a dimension of this length is the prompt's
 _ELEMENT = 4  # bytes: a skeleton's arrays are float32
-# MLX queues so many commands before it waits; an array is held until the last command that reads it has run. An
-# operation is two commands, another view of an array is one (mlx/scheduler.h, backend/cpu/encoder.h and eval.cpp).
-_QUEUED = 110
+# MLX queues about 100 commands before it waits, and an array is held until the last command that reads it has run. An
+# operation is two commands, another view of an array one (mlx/scheduler.h, backend/cpu/encoder.h and eval.cpp); with
+# its hidden copies, this number fits what was measured best.
+_QUEUED = 80
 _LIKE = 2  # layers of each kind that are looked at: what one leaves meets what the next one makes
 # Operations whose result is their input, seen in another way; some have to copy what is not in order.
 _COPYING_VIEWS = {"Reshape", "Flatten", "Unflatten"}
@@ -40,7 +40,8 @@ _VIEWS = {
 }
 _REORDERING = {"Broadcast", "BroadcastAxes", "Transpose", "Slice", "Split", "AsStrided", "DynamicSlice"}
 _PRODUCTS = {"Matmul", "QuantizedMatmul", "GatherMM", "GatherQMM", "AddMM"}
-_ROUNDS = 24  # of a loop over tokens: more than MLX queues
+_WIDTH = 20  # of MLX's search, where nothing else is set
+_STACKS = {"GatherMM", "GatherQMM"}
 _FUSED_WIDTHS = (64, 80, 128)  # of heads for which MLX's attention on a GPU writes no scores
 _FRACTIONS = ((1.0, 1.0), (0.5, 1.0), (0.5, 0.5), (0.25, 1.0), (0.25, 0.25), (0.0, 1.0), (0.0, 0.0))
 
@@ -59,7 +60,7 @@ class _Graph:
     operations: list[_Operation]
     parameters: dict[str, str]  # name in the graph → path of a divided array
     given: set[str]  # arrays that are there before and after: parameters, the prompt, numbers
-    outputs: set[str]  # of caches
+    outputs: list[str]  # of caches
 
 
 def find_moments(
@@ -67,20 +68,20 @@ def find_moments(
 ) -> tuple[Moment, ...]:
     """Return the moments of a prompt's pass at which most is there, one for each way to divide the model.
 
-    `order` has the kind of each layer. A CPU writes the scores of attention out, and its experts work elsewhere; a GPU
-    has one operation for an attention. Returns nothing where MLX cannot write the graph down.
+    `order` has the kind of each layer. A CPU writes the scores of attention out, and waits where experts work
+    (`engine.network.experts`); a GPU has one operation for an attention. Returns nothing where MLX cannot write the
+    graph down.
     """
     device = mx.default_device()
     mx.set_default_device(mx.cpu)  # so that the graph is the same on every machine
     try:
-        elsewhere = _fused_attention() if on_gpu else _experts_elsewhere(skeleton)
-        with elsewhere, _short_loops(), _only_some(skeleton, order):
+        with _fused_attention() if on_gpu else nullcontext(), _no_loops(on_gpu=on_gpu), _only_some(skeleton, order):
             graph = _read_graph(skeleton, divisions)
     except (RuntimeError, ValueError):
         return ()
     finally:
         mx.set_default_device(device)
-    return _Pass(graph, divisions).find_most()
+    return _Pass(graph, divisions, waits=not on_gpu).find_most()
 
 
 def _read_graph(skeleton: Skeleton, divisions: Mapping[str, Division]) -> _Graph:
@@ -116,7 +117,7 @@ def _arrays_of(cache: Any) -> Iterator[mx.array]:
 
 
 def _make_graph(told: list[dict[str, Any]], divided: list[str]) -> _Graph:
-    graph = _Graph({}, {}, [], {}, set(), set())
+    graph = _Graph({}, {}, [], {}, set(), [])
 
     def note(arrays: list[tuple[str, tuple[int, ...], mx.Dtype]]) -> tuple[str, ...]:
         for name, shape, dtype in arrays:
@@ -126,18 +127,45 @@ def _make_graph(told: list[dict[str, Any]], divided: list[str]) -> _Graph:
     for one in told:
         match one["type"]:
             case "inputs":
-                _, *names = note(one["inputs"])
-                graph.given |= {*note(one["inputs"])}
-                graph.parameters = dict(zip(names, divided, strict=True))
+                given = note(one["inputs"])
+                graph.given |= {*given}
+                graph.parameters = dict(zip(given[1:], divided, strict=True))
             case "outputs":
-                graph.outputs = set(note(one["outputs"]))
+                graph.outputs = list(note(one["outputs"]))
             case "constants":
                 for name, array in one["constants"]:
                     graph.given |= set(note([(name, array.shape, array.dtype)]))
             case "primitive":
                 inputs, outputs = note(one["inputs"]), note(one["outputs"])
                 graph.operations.append(_Operation(one["name"], inputs, outputs))
+    graph.operations = _put_in_order(graph)
     return graph
+
+
+def _put_in_order(graph: _Graph) -> list[_Operation]:
+    """Return the operations as MLX runs them: breadth first from the outputs, up to a width (mlx/transforms.cpp)."""
+    makers = {name: operation for operation in graph.operations for name in operation.outputs}
+    asked = _Operation("asked", tuple(graph.outputs), ())
+    left = Counter(id(makers[name]) for o in (*graph.operations, asked) for name in o.inputs if name in makers)
+    tape, place = [asked], 0
+    deeper: list[tuple[_Operation, int]] = []
+    while place < len(tape) or deeper:
+        if place < len(tape):
+            operation, start = tape[place], 0
+            place += 1
+        else:
+            operation, start = deeper.pop()
+        for number in range(start, len(operation.inputs)):
+            maker = makers.get(operation.inputs[number])
+            if maker is None:
+                continue
+            if len(tape) - place >= _WIDTH:
+                deeper.append((operation, number))
+                break
+            left[id(maker)] -= 1
+            if left[id(maker)] == 0:
+                tape.append(maker)
+    return tape[:0:-1]
 
 
 def _division_of(name: str, divisions: Mapping[str, Division]) -> Division | None:
@@ -147,8 +175,9 @@ def _division_of(name: str, divisions: Mapping[str, Division]) -> Division | Non
 class _Pass:
     """One pass, operation by operation. A buffer has the name of the array that it was made for."""
 
-    def __init__(self, graph: _Graph, divisions: Mapping[str, Division]) -> None:
+    def __init__(self, graph: _Graph, divisions: Mapping[str, Division], *, waits: bool) -> None:
         self._graph = graph
+        self._waits = waits  # for what it has queued, before stacked experts work
         self._divisions = divisions
         self._buffer = {name: name for name in graph.given}
         self._in_order: dict[str, bool] = {}
@@ -164,10 +193,11 @@ class _Pass:
         waiting: defaultdict[int, list[str]] = defaultdict(list)
         command = 0
         for number, operation in enumerate(self._graph.operations):
-            before = command
             command += 1 if operation.name in _VIEWS else 2
-            for done in range(before - _QUEUED, command - _QUEUED):
-                for buffer in waiting.pop(done, ()):
+            if self._waits and operation.name in _STACKS:
+                command += _QUEUED
+            for done in [done for done in waiting if done <= command - _QUEUED]:
+                for buffer in waiting.pop(done):
                     self._release(buffer)
             for name in operation.outputs:
                 self._make(operation, name, kept, last_read, uses, number, command)
@@ -227,7 +257,8 @@ class _Pass:
         if operation.name not in _PRODUCTS:
             for given in operation.inputs:
                 source = self._buffer[given]
-                free = source in self._live and uses[source] == number and last_read.get(source, 0) <= command - _QUEUED
+                is_last = source in self._live and uses[source] == number
+                free = is_last and last_read.get(source, -_QUEUED) <= command - _QUEUED
                 if free and self._live[source][2] == size and self._in_order.get(given, True):
                     self._release(source)  # MLX writes the result into it
                     break
@@ -267,31 +298,25 @@ def _only_some(skeleton: Skeleton, order: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _experts_elsewhere(skeleton: Skeleton) -> Iterator[None]:
-    """Let stacks of experts give a result for each pair, and make nothing else."""
+def _no_loops(*, on_gpu: bool) -> Iterator[None]:
+    """Let mlx-lm's loop over a prompt's tokens (linear attention) make what it leaves, without its rounds.
 
-    def stand_in(call: Hook, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        rows = mx.expand_dims(x, -2)
-        return mx.broadcast_to(rows, (*indices.shape, x.shape[-1])) * indices[..., None].astype(x.dtype)
-
-    modules = (module for _, module in skeleton.model.named_modules())
-    with hooked((module, stand_in) for module in modules if isinstance(module, SwitchGLU | SwitchMLP)):
-        yield
-
-
-@contextmanager
-def _short_loops() -> Iterator[None]:
-    """Let mlx-lm's loop over a prompt's tokens (linear attention on a CPU) make a few rounds only."""
+    On a CPU the results of all rounds come after the last state, so that each round's state is kept until then.
+    """
     before = gated_delta.gated_delta_ops
 
-    def shortened(q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, *rest: Any) -> Any:
+    def leave(q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, *_: Any) -> tuple[mx.array, mx.array]:
         q, k = (mx.repeat(array, v.shape[-2] // array.shape[-2], -2) for array in (q, k))
-        few = [array[:, :_ROUNDS] for array in (q, k, v, g, beta)]
-        y, state = before(*few, rest[0] if rest else None, None)
-        rows = mx.broadcast_to(y[:, :1], v.shape)
-        return mx.abs(mx.abs(rows) + state.reshape(-1)[0]), state  # each round's, and all of them stacked
+        rows = q[..., :1] * k[..., :1] * v * beta[..., None] * g.reshape(*g.shape[:3], -1)[..., :1]  # (B, T, H, D)
+        states = mx.broadcast_to(rows[..., None], (*rows.shape, q.shape[-1]))
+        states = mx.abs(states[:, -1:] if on_gpu else states)  # (B, T, H, D, keys' width)
+        last = mx.abs(states[:, -1])
+        found = (rows if on_gpu else states[..., 0]) * last.reshape(-1)[0]
+        for _ in range(_QUEUED):  # the loop has more commands than are queued
+            found = mx.stop_gradient(found)
+        return mx.abs(found), last
 
-    gated_delta.gated_delta_ops = shortened
+    gated_delta.gated_delta_ops = leave
     try:
         yield
     finally:
