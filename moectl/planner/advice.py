@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from moectl.errors import PlanError
 from moectl.model.structure import Quantization
 from moectl.planner.memory import COMFORTABLE, KV_STEP, Verdict, judge, most_that_fits
-from moectl.planner.plan import Plan, Question, best_plan, candidates, find_need, plan_placement, requantise
+from moectl.planner.plan import Plan, Question, best_plan, candidates, find_need, plan_placement
 from moectl.planner.speed import expected_busiest
 
 MOST_ADVISED = 16  # hosts
@@ -152,7 +152,7 @@ def _advise_bits(question: Question, plan: Plan) -> Iterator[str]:
     now = question.quantization.bits if question.quantization else 16
     for bits in LOWER_BITS:
         if bits < now:
-            smaller = requantise(question, Quantization(bits, 64))
+            smaller = question.quantised(Quantization(bits, 64))
             best = best_plan(smaller)
             if best.verdict < plan.verdict:
                 weights = max(node.need.weights for node in best.nodes)

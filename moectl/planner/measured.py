@@ -63,7 +63,7 @@ class Speed:
     """A placement's measured speed on a group of hosts."""
 
     split: str
-    shares: tuple[float, ...]
+    shares: tuple[int | float, ...]
     decode: Pass
     prefill: Pass
     collective_s: Mapping[int, float]  # of a sum over all ranks, by the bytes of each rank; empty for one rank

@@ -140,12 +140,18 @@ def count_read(placement: Placement, layer: Layer, rank: int, context: int, dtyp
 
 
 def each_cache_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> Iterator[float]:
-    """Yield the bytes of each of a rank's caches, all of one answer."""
-    for layer in _layers_of(placement, rank):
-        for cache in layer.caches:
-            heads = 1.0 if cache.heads is None else placement.fraction_of(cache.heads, rank)
-            elements = cache.per_token * count_kept(cache, context) + cache.fixed
-            yield heads * dtype_bytes * elements + heads * CPU_DTYPE_BYTES * cache.floats
+    """Return the bytes of what a rank keeps of one answer, layer by layer."""
+    return (layer_cache_bytes(placement, layer, rank, context, dtype_bytes) for layer in _layers_of(placement, rank))
+
+
+def layer_cache_bytes(placement: Placement, layer: Layer, rank: int, context: int, dtype_bytes: int) -> float:
+    """Return the bytes of what a rank keeps of one answer in one layer."""
+    total = 0.0
+    for cache in layer.caches:
+        heads = 1.0 if cache.heads is None else placement.fraction_of(cache.heads, rank)
+        elements = cache.per_token * count_kept(cache, context) + cache.fixed
+        total += heads * dtype_bytes * elements + heads * CPU_DTYPE_BYTES * cache.floats
+    return total
 
 
 def count_kept(cache: CacheSize, context: int) -> int:

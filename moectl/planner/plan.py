@@ -55,6 +55,11 @@ class Question:
     speeds: tuple[Speed, ...] = ()  # of the placements that were measured
     can_quantise: bool = False  # whether to advise fewer bits
 
+    def quantised(self, quantization: Quantization | None) -> Question:
+        """Return the same question about the model with another precision."""
+        structure = self.structure.quantised(quantization)
+        return dataclasses.replace(self, structure=structure, quantization=quantization)
+
 
 @dataclass(frozen=True, slots=True)
 class NodePlan:
@@ -91,12 +96,6 @@ class Plan:
     @property
     def feasible(self) -> bool:
         return self.verdict is not Verdict.TOO_MUCH
-
-
-def requantise(question: Question, quantization: Quantization | None) -> Question:
-    """Return the question for another precision of the model."""
-    structure = question.structure.quantised(quantization)
-    return dataclasses.replace(question, structure=structure, quantization=quantization)
 
 
 def best_plan(question: Question, split: str = "auto", shares: Sequence[float] | None = None) -> Plan:
@@ -186,7 +185,7 @@ def _count_units(question: Question, split: str) -> tuple[int, int]:
     """Return into how many equal units a split divides a model, copies included, and how many one node can have."""
     structure = question.structure
     if split == "layers":
-        return structure.n_layers, structure.n_layers
+        return structure.n_layers, structure.n_layers - len(question.nodes) + 1
     if split == "experts":  # no node holds an expert twice
         return structure.n_experts * question.replicas, structure.n_experts
     found = [pieces for part in structure.parts if (pieces := part.pieces(split)) is not None]

@@ -67,7 +67,7 @@ class PlanTask:
     model: CatalogModel
     question: Question
     split: str
-    shares: tuple[float, ...] | None
+    shares: tuple[int | float, ...] | None
 
     def solve(self) -> AnsweredPlan:
         """Make the plan. Raises PlanError where nothing can be placed."""
@@ -86,20 +86,13 @@ def set_task(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequence[Ho
     memory is not known, and what opening a checkpoint raises.
     """
     model, manifest = describe_model(source)
-    question = ask(requantised(model, choose_quantization(wanted, model.quantization)), asked, hosts)
+    question = ask(model.quantised(choose_quantization(wanted, model.quantization)), asked, hosts)
     question = replace(question, can_quantise=model.quantization is None)
     question = replace(question, replicas=wanted.replicas, frequencies=find_frequencies(wanted, model.structure))
     if manifest is not None and wanted.split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
         question = replace(question, replicas=manifest.placement.replicas)
         return PlanTask(model, question, manifest.split, manifest.shares)
     return PlanTask(model, question, wanted.split, wanted.shares)
-
-
-def requantised(model: CatalogModel, quantization: Quantization | None) -> CatalogModel:
-    """Return a model with this precision."""
-    if quantization == model.quantization:
-        return model
-    return replace(model, structure=model.structure.quantised(quantization), quantization=quantization)
 
 
 def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Question:
@@ -131,7 +124,7 @@ def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions) -> tuple[Cata
         find_link(CALIBRATIONS[asked.calibration], asked.link)
     rows = list(
         what_if(
-            requantised(model, quantization) if wanted.bits else model,
+            model.quantised(quantization) if wanted.bits else model,
             CALIBRATIONS[asked.calibration],
             context=context,
             prompt_tokens=find_prompt(asked, context),

@@ -136,9 +136,7 @@ class JoinedSet:
         factors = None
         if f"{path}.global_scale" in held:
             factors = np.array(self._load(file)[f"{path}.global_scale"].reshape(-1)) / _NVFP4_MOST
-        return Parts(
-            held[f"{path}.weight"], held[f"{path}.scales"], held.get(f"{path}.biases"), quantization, factors
-        )
+        return Parts(held[f"{path}.weight"], held[f"{path}.scales"], held.get(f"{path}.biases"), quantization, factors)
 
     def _load(self, file: str) -> dict[str, mx.array]:
         if file not in self._loaded:
@@ -214,5 +212,3 @@ def _size_of(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}", hint=HINT) from None
-
-
