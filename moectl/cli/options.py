@@ -26,6 +26,7 @@ DEFAULT_MODEL = "databricks/dbrx-instruct"
 SPLIT = click.Choice(["auto", "experts", "hidden", "tensor", "layers"])
 Q_BITS = click.Choice([2, 3, 4, 6, 8, 16])
 Q_MODE = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
+Q_RECIPE = click.Choice(["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -263,7 +264,7 @@ target_options = _together(
 )
 
 # How to place a model on ranks and to quantise it; cli.target.read_wanted reads them.
-WANTED = ("split", "shares", "replicas", "q_bits", "q_group_size", "q_mode", "routing_stats")
+WANTED = ("split", "shares", "replicas", "q_bits", "q_group_size", "q_mode", "q_recipe", "routing_stats")
 wanted_options = _together(
     click.option(
         "--split",
@@ -275,7 +276,7 @@ wanted_options = _together(
     click.option(
         "--shares",
         metavar="A,B,…",
-        help="Uneven parts, a number for each rank: experts, units of the hidden dimension, or layers.",
+        help="Uneven parts, a number for each rank: 2,1,1 gives the first one half of the model.",
     ),
     click.option(
         "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert."
@@ -283,6 +284,9 @@ wanted_options = _together(
     click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16: not quantised (default: as the model is)."),
     click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's)."),
     click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's mode of quantisation."),
+    click.option(
+        "--q-recipe", type=Q_RECIPE, help="One of mlx-lm's mixtures: more bits for the layers that need them."
+    ),
     click.option(
         "--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted."
     ),

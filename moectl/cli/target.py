@@ -109,7 +109,6 @@ def shard_model(
         made = prepare.shard(
             model,
             wanted,
-            quantise=_quantise,
             choose_tokenizer=choose_tokenizer(model, tokenizer, _can_read, common.say),
             compute_canary=None if no_canary else compute_canary,
             say=common.say,
@@ -139,20 +138,14 @@ def _compute_canary(directory: Path, manifest: Manifest, bars: Bars) -> Canary:
     )
 
 
-def _quantise(memory_bytes: int) -> Any:
-    from moectl.shards.quantize import quantizer
-
-    return quantizer(memory_bytes)
-
-
-def read_shares(text: str | None) -> tuple[int, ...] | None:
+def read_shares(text: str | None) -> tuple[int | float, ...] | None:
     """Return --shares as numbers. Raises UsageError."""
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(part) if part.strip().isdigit() else float(part) for part in text.split(","))
     except ValueError:
-        raise errors.UsageError(f"--shares should be whole numbers like 8,4,4, it is {text!r}") from None
+        raise errors.UsageError(f"--shares should be numbers like 2,1,1, it is {text!r}") from None
 
 
 def advise(target: Target, failure: errors.MoectlError) -> str | None:
@@ -197,4 +190,5 @@ def read_wanted(options: dict[str, Any], nodes: int | None = None) -> Wanted:
         bits=options["q_bits"],
         group_size=options["q_group_size"],
         mode=options["q_mode"],
+        recipe=options["q_recipe"],
     )

@@ -23,8 +23,8 @@ from moectl.hosts.connect import ROOT, connect
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.remote import Remote
-from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.paths import state_dir
 from moectl.planner.calibration import Calibration, LinkCost
 from moectl.planner.chips import find_chip
@@ -190,7 +190,7 @@ def _record(question: Question) -> None:
     document = {
         "schema": SCHEMA,
         "hosts": [node.host for node in question.nodes],
-        "geometry": asdict(question.geometry),
+        "structure": asdict(question.structure),
         "quantization": question.quantization and asdict(question.quantization),
         "dtype_bytes": question.nodes[0].dtype_bytes,
         "speeds": [speed.to_json() for speed in question.speeds],
@@ -214,12 +214,12 @@ def recall(
         same = {
             "schema": SCHEMA,
             "hosts": list(hosts),
-            "geometry": asdict(placement.geometry),
+            "structure": asdict(placement.structure),
             "quantization": quantization and asdict(quantization),
         }
         if {key: record[key] for key in same} != json.loads(json.dumps(same)):
             return None
-        work = Work(placement, quantization, context, prompt_tokens, int(record["dtype_bytes"]))
+        work = Work(placement, context, prompt_tokens, int(record["dtype_bytes"]))
         speeds = read_speeds(json.dumps(record["speeds"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError, MoectlError):
         return None

@@ -37,8 +37,8 @@ from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request, Stats
 from moectl.engine.worker import run
 from moectl.errors import PlanError
-from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.planner.measured import Job, Pass, RankSpeed, Speed, read_job
 from moectl.shards.tokenizer import Tokenizer
 

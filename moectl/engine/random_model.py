@@ -14,8 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from moectl.engine.network.dbrx import Model
-from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 
 _NAME = re.compile(r"transformer\.blocks\.(\d+)\.(.*)")
 # Block scales are bytes of an 8-bit float: small ones, so that random weights give no infinities.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moectl.model.geometry import DBRX, Geometry
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization, Structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,18 +12,14 @@ class CatalogModel:
     """The parts of a model that the planner needs."""
 
     name: str
-    geometry: Geometry
-    quantization: Quantization | None  # as it is stored; None: 16 bits
+    structure: Structure
+    quantization: Quantization | None  # of most weights in the structure; None: 16 bits
+
+    def quantised(self, quantization: Quantization | None) -> CatalogModel:
+        """Return the model with another precision, as it is where it has that one."""
+        if quantization == self.quantization:
+            return self
+        return CatalogModel(self.name, self.structure.quantised(quantization), quantization)
 
 
-_BF16 = (
-    "databricks/dbrx-instruct",
-    "databricks/dbrx-base",
-    "alpindale/dbrx-instruct",
-    "SinclairSchneider/dbrx-instruct-quantization-fixed",
-    "Undi95/dbrx-base",
-)
-MODELS = {
-    **{name: CatalogModel(name, DBRX, None) for name in _BF16},
-    "mlx-community/dbrx-instruct-4bit": CatalogModel("mlx-community/dbrx-instruct-4bit", DBRX, Quantization(4, 64)),
-}
+MODELS: dict[str, CatalogModel] = {}

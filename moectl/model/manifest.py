@@ -6,10 +6,11 @@ module reads and writes that one file.
 Layout of a shard set (paths in the manifest are relative, with forward slashes):
     moectl.json                         this file, written last
     config.json tokenizer* LICENSE …    copied from the source
-    common/embedding.safetensors        the embedding
-    common/layer-000.safetensors …      a layer's replicated tensors, stored once
-    common/head.safetensors             final norm and head
-    rank-0/layer-000.safetensors …      that rank's experts, one stacked array per projection
+    common/embedding.safetensors        what comes before the layers
+    common/layer-000.safetensors …      a layer's tensors that every rank has, stored once
+    rank-0/layer-000.safetensors …      that rank's part of a layer
+    rank-0/head.safetensors             what comes after the layers, for the rank that has it
+Names of tensors are those of mlx-lm's parameters.
 """
 
 from __future__ import annotations
@@ -21,24 +22,17 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moectl.errors import CheckpointError, IntegrityError, MoectlError, NotSharded
+from moectl.errors import IntegrityError, MoectlError, NotSharded
 from moectl.files import replace_file
 from moectl.model.canary import Canary
-from moectl.model.geometry import Geometry, read_geometry
-from moectl.model.placement import Held, Placement, make_placement, place_experts
+from moectl.model.ownership import Held
+from moectl.model.placement import SPLITS, Placement
+from moectl.model.regions import Region
+from moectl.model.structure import Quantization, Structure
 from moectl.records import build
 
 NAME = "moectl.json"
-SCHEMA = "moectl.shards/1"
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """How weights are quantised, in MLX's terms. Routers and norms are never quantised."""
-
-    bits: int
-    group_size: int
-    mode: str = "affine"
+SCHEMA = "moectl.shards/2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +52,13 @@ class Manifest:
     revision: str | None  # commit hash of the Hub repository, None for a directory
     fingerprint: str  # of the source's weight files, see `shards.build.fingerprint_source`
     config: dict[str, Any]  # the source's config.json
-    quantization: Quantization | None  # None = 16-bit copy
+    structure: Structure
+    quantization: Quantization | None  # of most weights; None = 16-bit copy
+    table: dict[str, Any] | None  # config.json's `quantization`, as mlx-lm writes it: also of single modules
     split: str
-    shares: tuple[int, ...]
-    unit: int
+    shares: tuple[int | float, ...]
     files: dict[str, FileEntry] = field(default_factory=dict)
-    tensors: dict[str, list[str]] = field(default_factory=dict)  # tensor name → the files that hold (a part of) it
+    tensors: dict[str, dict[str, tuple[Region, ...]]] = field(default_factory=dict)  # name → file → regions; none: all
     held: Held | None = None  # experts of each rank, see `Placement.held`
     canary: Canary | None = None  # None where it was not computed
 
@@ -72,14 +67,8 @@ class Manifest:
         return len(self.shares)
 
     @cached_property
-    def geometry(self) -> Geometry:
-        return read_geometry(self.config)
-
-    @cached_property
     def placement(self) -> Placement:
-        if self.held is not None:
-            return place_experts(self.geometry, self.held)
-        return make_placement(self.geometry, self.split, self.world_size, shares=self.shares, group_size=self.unit)
+        return Placement(self.split, self.shares, self.structure, self.held)
 
     def files_of(self, rank: int) -> dict[str, FileEntry]:
         """Return the files that a rank needs: its own, the common ones and the small ones at the top."""
@@ -134,13 +123,11 @@ def parse_manifest(text: str, path: Path | PurePosixPath) -> Manifest:
             raise ValueError("it has no files")
         manifest = build(Manifest, raw)
         _check(manifest)
-        _ = manifest.placement  # raises when split, shares and config contradict each other
+        _ = manifest.placement.layers(0)  # raises when split, shares and structure contradict each other
     except IntegrityError:
         raise
     except MoectlError as error:
-        # An earlier moectl may have cut a model that this one refuses.
-        fault = "cannot be used" if isinstance(error, CheckpointError) else "is damaged"
-        raise IntegrityError(f"{path} {fault}: {error.message}", hint=error.hint or again) from None
+        raise IntegrityError(f"{path} is damaged: {error.message}", hint=error.hint or again) from None
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is damaged: {error}", hint=again) from None
     for name, entry in manifest.files.items():
@@ -183,13 +170,16 @@ def is_count(value: object) -> bool:
 def _check(manifest: Manifest) -> None:
     """Raise ValueError where parts of a manifest contradict each other."""
     held, canary, q = manifest.held, manifest.canary, manifest.quantization
-    _require(bool(manifest.shares) and min(manifest.shares) >= 0, "its shares")
-    _require(manifest.unit > 0, "its unit")
+    kinds, order = manifest.structure.kinds, manifest.structure.order
+    _require(bool(manifest.shares) and all(0 < share < float("inf") for share in manifest.shares), "its shares")
+    _require(manifest.split in SPLITS, "its split")
+    _require(bool(order) and all(0 <= kind < len(kinds) for kind in order), "its structure")
     _require(q is None or min(q.bits, q.group_size) >= 0, "its quantisation")
     if held is not None:
-        _require(all(number >= 0 for numbers in held for number in numbers), "its ranks' experts")
-        alike = (manifest.split, manifest.unit, manifest.shares) == ("experts", 1, tuple(map(len, held)))
-        _require(alike, "its ranks' experts")
+        experts = set(range(manifest.structure.n_experts))
+        in_order = all(numbers and list(numbers) == sorted(set(numbers)) for numbers in held)
+        alike = manifest.split == "experts" and len(held) == manifest.world_size
+        _require(alike and in_order and {e for numbers in held for e in numbers} == experts, "its ranks' experts")
     if canary is not None:
         prompts = {len(canary.top), len(canary.spread), *map(len, canary.points)}
         _require(len(canary.points) == manifest.world_size and len(prompts) == 1, "its canary")

@@ -15,6 +15,7 @@ from moectl.errors import PlanError
 from moectl.model.regions import Division, Pieces, Role, Span
 
 Shares = Sequence[float]
+Held = tuple[tuple[int, ...], ...]  # rank → numbers of the experts that it holds, ascending
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,27 +23,47 @@ class Holding:
     """What one rank has of the arrays of a module."""
 
     division: Division
-    span: Span  # of pieces
+    spans: tuple[Span, ...]  # of pieces, ascending
     adds: bool  # it is the rank that adds what is added once
 
     @property
+    def span(self) -> Span:
+        """The span of pieces, where they are consecutive."""
+        (span,) = self.spans
+        return span
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of all pieces."""
+        return [number for span in self.spans for number in range(*span)]
+
+    @property
     def is_empty(self) -> bool:
-        return self.span[0] == self.span[1]
+        return all(start == stop for start, stop in self.spans)
 
 
-def hold(divisions: Mapping[str, Division], shares: Shares, rank: int) -> dict[str, Holding]:
+def hold(divisions: Mapping[str, Division], shares: Shares, rank: int, held: Held | None = None) -> dict[str, Holding]:
     """Return what a rank has of each divided module; what is not there is whole on every rank.
 
-    Attention is divided in all layers or in none: some layers take keys and values of others.
+    Attention is divided in all layers or in none: some layers take keys and values of others. `held` says which experts
+    the ranks have, where they are not consecutive or have copies.
     """
     owned = {path: own(division.pieces, shares) for path, division in divisions.items()}
     leave = any(spans is None for spans in owned.values())
     holdings: dict[str, Holding] = {}
     for path, spans in owned.items():
-        is_attention = divisions[path].pieces.role in (Role.HEAD, Role.KV_HEAD)
-        if spans is not None and not (leave and is_attention):
-            holdings[path] = Holding(divisions[path], spans[rank], rank == first_owner(spans))
+        role = divisions[path].pieces.role
+        if role is Role.EXPERT and held is not None:
+            holdings[path] = Holding(divisions[path], find_runs(held[rank]), rank == 0)
+        elif spans is not None and not (leave and role in (Role.HEAD, Role.KV_HEAD)):
+            holdings[path] = Holding(divisions[path], (spans[rank],), rank == first_owner(spans))
     return holdings
+
+
+def find_runs(numbers: Sequence[int]) -> tuple[Span, ...]:
+    """Return ascending numbers as spans."""
+    ends = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    return tuple((numbers[a], numbers[b - 1] + 1) for a, b in pairwise([0, *ends, len(numbers)]))
 
 
 def find_holding(holdings: Mapping[str, Holding], parameter: str) -> Holding | None:

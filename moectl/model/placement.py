@@ -1,33 +1,31 @@
-"""The placement: which rank holds what. Pure arithmetic on a geometry, without files, network or arrays.
+"""The placement: which rank holds what of a model. Pure arithmetic on its structure, without files or arrays.
 
-There are four splits. `experts`: whole experts. `hidden`: a span of every expert's hidden dimension. Both replicate
-attention, norms, router and embedding, and rank 0 has the head. `tensor` is `hidden` with divided attention heads and
-their keys and values. `layers`: whole consecutive layers; the first rank has the embedding, the last one the head.
+There are four splits. `experts`: whole experts. `hidden`: a span of every unit's hidden dimension. Both replicate
+attention, norms, routers and the embedding, and rank 0 has the head. `tensor` is `hidden` with divided attention heads
+and their keys and values. `layers`: whole consecutive layers; the first rank has the embedding, the last one the head.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moectl.errors import PlanError
-from moectl.model.geometry import Geometry
-
-Held = tuple[tuple[int, ...], ...]  # rank → numbers of the experts that it holds, ascending
-
+from moectl.model.ownership import Held, Holding, hold, own, own_layers, share_out
+from moectl.model.regions import Division, Pieces, Role, Span
+from moectl.model.structure import Outer, Part, Structure
 
 SPLITS = ("experts", "hidden", "tensor", "layers")
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What each rank holds; spans are half-open [start, stop)."""
+    """Who holds what: shares are any positive numbers, one per rank, and are rounded for each part of the model."""
 
     split: str
-    shares: tuple[int, ...]  # per rank: experts, units of `unit` hidden elements, or layers
-    unit: int  # elements per share: the quantisation group in `hidden` and `tensor`, else 1
-    geometry: Geometry
+    shares: tuple[int | float, ...]
+    structure: Structure
     held: Held | None = None  # experts of each rank, where they have copies or are not placed in order
 
     @property
@@ -39,11 +37,43 @@ class Placement:
         """The rank that has the head: it samples the tokens and leads the others."""
         return self.world_size - 1 if self.split == "layers" else 0
 
+    def layers(self, rank: int) -> Span:
+        """Return the span of layers that a rank holds."""
+        count = self.structure.n_layers
+        return own_layers(count, self.shares)[rank] if self.split == "layers" else (0, count)
+
+    def hold(self, divisions: Mapping[str, Division], rank: int) -> dict[str, Holding]:
+        """Return what a rank has of each divided module; what is not there is whole on every rank."""
+        return hold(divisions, self.shares, rank, self.held)
+
+    def fraction(self, part: Part, rank: int) -> float:
+        """Return how much of a part of a layer a rank holds, 1 = all of it, where it holds the layer."""
+        pieces = part.pieces(self.split)
+        return 1.0 if pieces is None else self.fraction_of(pieces, rank)
+
+    def fraction_of(self, pieces: Pieces, rank: int) -> float:
+        """Return how much of the pieces a rank holds."""
+        if pieces.role is Role.EXPERT and self.held is not None:
+            return len(self.held[rank]) / pieces.count
+        if pieces.role in (Role.HEAD, Role.KV_HEAD) and not self.divides_heads:
+            return 1.0
+        spans = own(pieces, self.shares)
+        return 1.0 if spans is None else (spans[rank][1] - spans[rank][0]) / pieces.count
+
+    @property
+    def divides_heads(self) -> bool:
+        """Whether attention is divided: in all layers or in none."""
+        heads = {part.heads for part in self.structure.parts if part.heads is not None}
+        return self.split == "tensor" and all(own(pieces, self.shares) is not None for pieces in heads)
+
     def experts_of(self, rank: int) -> tuple[int, ...]:
         """Return the numbers of the experts that a rank holds (a part of) in each of its layers, ascending."""
         if self.held is not None:
             return self.held[rank]
-        return tuple(range(*(self._span(rank) if self.split == "experts" else (0, self.geometry.n_experts))))
+        count = self.structure.n_experts
+        if self.split != "experts":
+            return tuple(range(count))
+        return tuple(range(*share_out(count, 1, self.shares)[rank]))
 
     @property
     def owners(self) -> tuple[tuple[int, ...], ...]:
@@ -51,7 +81,7 @@ class Placement:
         held = [set(self.experts_of(rank)) for rank in range(self.world_size)]
         return tuple(
             tuple(rank for rank, numbers in enumerate(held) if expert in numbers)
-            for expert in range(self.geometry.n_experts)
+            for expert in range(self.structure.n_experts)
         )
 
     @property
@@ -59,103 +89,90 @@ class Placement:
         """The most copies that an expert has."""
         return 1 if self.held is None else max(map(len, self.owners))
 
-    def hidden(self, rank: int) -> tuple[int, int]:
-        """Return the span of every expert's hidden dimension that a rank holds, in elements."""
-        return self._span(rank) if self.split in ("hidden", "tensor") else (0, self.geometry.ffn_hidden)
-
-    def layers(self, rank: int) -> tuple[int, int]:
-        """Return the span of layers that a rank holds."""
-        return self._span(rank) if self.split == "layers" else (0, self.geometry.n_layers)
-
-    def kv_heads(self, rank: int) -> tuple[int, int]:
-        """Return the span of KV heads that a rank holds, with the query heads that belong to them."""
-        count = self.geometry.kv_n_heads
-        each = count // self.world_size
-        return (rank * each, (rank + 1) * each) if self.split == "tensor" else (0, count)
-
-    def heads(self, rank: int) -> tuple[int, int]:
-        """Return the span of query heads that a rank holds."""
-        first, last = self.kv_heads(rank)
-        per_kv = self.geometry.n_heads // self.geometry.kv_n_heads
-        return first * per_kv, last * per_kv
-
-    def holds_embedding(self, rank: int) -> bool:
-        """Whether a rank turns tokens into vectors."""
-        return self.split != "layers" or rank == 0
-
-    def holds_head(self, rank: int) -> bool:
-        """Whether a rank turns vectors into logits."""
-        return rank == self.head_rank
-
-    def _span(self, rank: int) -> tuple[int, int]:
-        start = sum(self.shares[:rank]) * self.unit
-        return start, start + self.shares[rank] * self.unit
+    def holds_outer(self, outer: Outer, rank: int) -> bool:
+        """Whether a rank has these arrays, which are in no layer."""
+        if not (outer.first or outer.last) or not self.structure.has_line:
+            return True
+        is_first = self.split != "layers" or rank == 0
+        return (outer.first and is_first) or (outer.last and rank == self.head_rank)
 
 
 def make_placement(
-    geometry: Geometry,
+    structure: Structure,
     split: str,
     nodes: int,
     *,
-    shares: Sequence[int] | None = None,
-    group_size: int | None = None,
+    shares: Sequence[float] | None = None,
     replicas: int = 1,
     frequencies: Sequence[float] | None = None,
 ) -> Placement:
-    """Place a model on `nodes` ranks: evenly, or by `shares`.
+    """Place a model on `nodes` ranks: evenly, or in proportion to `shares`.
 
-    `shares` are per rank: experts (`experts`), layers (`layers`), or units of the hidden dimension (`hidden` and
-    `tensor`, where one unit is one quantisation group: 168 of 64 in DBRX). With `replicas`, `experts` gives each expert
-    up to that many copies, and shares count copies: between one and `replicas` of each expert together. With
-    `frequencies` (one number per expert: how often it is selected, in any unit) experts are placed so that ranks expect
-    equal work, and the busiest get copies first. Raises PlanError when nodes or shares cannot work; it says what can.
+    With `replicas`, `experts` gives each expert up to that many copies. With `frequencies` (one number per expert: how
+    often it is selected, in any unit) experts are placed so that ranks expect equal work, and the busiest get copies
+    first. Raises PlanError when the model, nodes or shares cannot work; it says what can.
     """
     if nodes < 1:
         raise PlanError(f"{nodes} nodes cannot hold a model; use 1 or more")
-    total, unit, what = _divisible(geometry, split, group_size)
-    if split == "tensor" and geometry.kv_n_heads % nodes:
-        able = [n for n in range(1, geometry.kv_n_heads + 1) if geometry.kv_n_heads % n == 0]
+    if split not in SPLITS:
+        raise PlanError(f"unknown split {split!r}; it is one of {', '.join(SPLITS)}")
+    if nodes > 1 and split in structure.refused:
+        able = [name for name in SPLITS if name not in structure.refused]
         raise PlanError(
-            f"{geometry.kv_n_heads} KV heads cannot be divided by {nodes} nodes; "
-            f"a tensor split works on {_either(able)}",
+            f"a {structure.model_type} model cannot be split by {split}: {structure.refused[split]}",
+            hint=f"use --split {' or --split '.join(able)}" if able else "it runs on one host only",
+        )
+    _check_copies(structure, split, nodes, replicas, frequencies)
+    given = tuple(shares) if shares is not None else (1,) * nodes
+    if len(given) != nodes:
+        raise PlanError(f"{len(given)} shares were given for {nodes} nodes; give one per node")
+    if not all(math.isfinite(share) and share > 0 for share in given):
+        raise PlanError(f"shares {','.join(map(str, given))} should be numbers above 0, such as 2,1,1")
+    _check_pieces(structure, split, given)
+    held = None
+    if split == "experts" and (replicas > 1 or frequencies is not None):
+        held = place_copies(
+            _count_slots(structure, given, replicas), replicas, frequencies or [1.0] * structure.n_experts
+        )
+    return Placement(split, given, structure, held)
+
+
+def _check_pieces(structure: Structure, split: str, shares: Sequence[float]) -> None:
+    """Raise PlanError unless each rank can get something."""
+    nodes = len(shares)
+    if split == "layers":
+        own_layers(structure.n_layers, shares)
+        return
+    pieces = [found for part in structure.parts if (found := part.pieces(split)) is not None]
+    most = max((found.count // found.grain for found in pieces if found.role is not Role.KV_HEAD), default=nodes)
+    what = {"experts": "experts"}.get(split, "parts that can be divided")
+    if nodes > most:
+        raise PlanError(f"{nodes} nodes are too many: the model has {most} {what}, so at most {most} nodes")
+    heads = {found for found in pieces if found.role in (Role.HEAD, Role.KV_HEAD)}
+    if nodes > 1 and any(own(found, shares) is None for found in heads):
+        able = [n for n in range(1, 17) if all(own(found, [1] * n) is not None for found in heads)]
+        raise PlanError(
+            f"the attention's heads cannot be divided by {nodes} nodes; a tensor split works on {_either(able)}",
             hint="--split hidden works on any number of nodes",
         )
-    if nodes > total:
-        raise PlanError(f"{nodes} nodes are too many: the model has {total} {what}, so at most {total} nodes")
-    _check_copies(geometry, split, nodes, replicas, frequencies)
-    if shares is None:
-        base, extra = divmod(total * replicas, nodes)
-        shares = [base + (rank < extra) for rank in range(nodes)]
-    if len(shares) != nodes:
-        raise PlanError(f"{len(shares)} shares were given for {nodes} nodes; give one per node")
-    if not (1 <= min(shares) <= max(shares) <= total <= sum(shares) <= total * replicas):
-        together = f"{total}" if replicas == 1 else f"{total} to {total * replicas}"
-        each = "1 or more" if replicas == 1 else f"1 to {total}"
-        raise PlanError(
-            f"shares {','.join(map(str, shares))} add up to {sum(shares)}; each must be {each} and together "
-            f"{together} ({what})"
-        )
-    held = None
-    if replicas > 1 or frequencies is not None:
-        held = place_copies(shares, replicas, frequencies or [1.0] * total)
-    return Placement(split, tuple(shares), unit, geometry, held)
 
 
-def place_experts(geometry: Geometry, held: Held) -> Placement:
-    """Return the `experts` placement in which the ranks hold these experts. Raises PlanError when it is not valid."""
-    numbers = [e for experts in held for e in experts]
-    in_order = all(experts and list(experts) == sorted(set(experts)) for experts in held)
-    if not in_order or set(numbers) != set(range(geometry.n_experts)):
-        raise PlanError(
-            f"the ranks' experts should be {geometry.n_experts} numbers from 0, each on one rank or more, and in order"
-        )
-    return Placement("experts", tuple(map(len, held)), 1, geometry, held)
+def _count_slots(structure: Structure, shares: Sequence[float], replicas: int) -> list[int]:
+    """Return how many experts each rank has room for, copies included, and no expert twice."""
+    count = structure.n_experts
+    slots = [min(count, stop - start) for start, stop in share_out(count * replicas, 1, shares, least=1)]
+    rest = max(count - sum(slots), 0)
+    for rank in range(len(slots)):
+        more = min(rest, count - slots[rank])
+        slots[rank], rest = slots[rank] + more, rest - more
+    return slots
 
 
 def _check_copies(
-    geometry: Geometry, split: str, nodes: int, replicas: int, frequencies: Sequence[float] | None
+    structure: Structure, split: str, nodes: int, replicas: int, frequencies: Sequence[float] | None
 ) -> None:
     """Raise PlanError unless these copies are possible."""
+    count = structure.n_experts
     if replicas < 1:
         raise PlanError(f"{replicas} copies of an expert are not possible; use 1 or more")
     if split != "experts" and replicas > 1:
@@ -164,27 +181,12 @@ def _check_copies(
         raise PlanError(f"only whole experts have places, and --split {split} has none", hint="--split experts")
     if replicas > nodes:
         raise PlanError(f"{replicas} copies of an expert need {replicas} nodes; there are {nodes}")
+    if (replicas > 1 or frequencies is not None) and len({stack.experts for stack in structure.stacks}) > 1:
+        raise PlanError("layers of this model have different numbers of experts: they cannot have copies or places")
     if frequencies is not None and (
-        len(frequencies) != geometry.n_experts or not all(math.isfinite(f) and f >= 0 for f in frequencies)
+        len(frequencies) != count or not all(math.isfinite(f) and f >= 0 for f in frequencies)
     ):
-        raise PlanError(f"routing frequencies should be {geometry.n_experts} numbers, one per expert and none negative")
-
-
-def _divisible(geometry: Geometry, split: str, group_size: int | None) -> tuple[int, int, str]:
-    """Return what a split divides: how many units, elements per unit, and their name."""
-    if split == "experts":
-        return geometry.n_experts, 1, "experts"
-    if split == "layers":
-        return geometry.n_layers, 1, "layers"
-    if split not in SPLITS:
-        raise PlanError(f"unknown split {split!r}; it is one of {', '.join(SPLITS)}")
-    unit = group_size or math.gcd(geometry.ffn_hidden, 64)
-    if geometry.ffn_hidden % unit:
-        raise PlanError(
-            f"the hidden dimension {geometry.ffn_hidden} is not divisible by the group size {unit}",
-            hint="choose another --q-group-size, or --split experts",
-        )
-    return geometry.ffn_hidden // unit, unit, f"units of {unit} hidden elements"
+        raise PlanError(f"routing frequencies should be {count} numbers, one per expert and none negative")
 
 
 def _either(numbers: Sequence[int]) -> str:

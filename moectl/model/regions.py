@@ -6,8 +6,10 @@ two matrices one after the other (gate and up), each of these segments is divide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import product
 
 Span = tuple[int, int]  # half-open
 Region = tuple[Span, ...]  # one span for each axis of a parameter
@@ -51,8 +53,10 @@ class Division:
         return self.pieces.count * self.width * self.segments
 
 
-def find_regions(name: str, shape: tuple[int, ...], division: Division, span: Span) -> tuple[list[Region], int]:
-    """Return the regions of one array of a module that hold a span of pieces, and the axis that joins them.
+def find_regions(
+    name: str, shape: tuple[int, ...], division: Division, spans: Sequence[Span]
+) -> tuple[list[Region], int]:
+    """Return the regions of one array of a module that hold spans of pieces, and the axis that joins them.
 
     `name` is the array's name in its module. The length of its axis may be another than the weight's, where several
     elements are packed into one or share a scale. Raises ValueError where the span goes through one of these.
@@ -64,7 +68,7 @@ def find_regions(name: str, shape: tuple[int, ...], division: Division, span: Sp
     if _is_undivided(name, division):
         return [whole], axis
     regions, count = [], division.pieces.count * division.width
-    for segment in range(division.segments):
+    for segment, span in product(range(division.segments), spans):
         start, stop = ((segment * count + piece * division.width) * shape[axis] for piece in span)
         if start % division.total or stop % division.total:
             raise ValueError(f"a cut at {span} of {division.pieces.count} goes through a group of {name} {shape}")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from moectl.errors import PlanError
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.planner.memory import COMFORTABLE, KV_STEP, Verdict, judge, most_that_fits
 from moectl.planner.plan import Plan, Question, best_plan, candidates, find_need, plan_placement
 from moectl.planner.speed import expected_busiest
@@ -17,7 +17,7 @@ LOWER_BITS = (8, 6, 4, 3, 2)
 _MIB = 1 << 20
 
 
-def make_plan(question: Question, split: str = "auto", *, shares: Sequence[int] | None = None) -> Plan:
+def make_plan(question: Question, split: str = "auto", *, shares: Sequence[float] | None = None) -> Plan:
     """Answer a question for one split, or for the best, with reasons and advice. Raises what `best_plan` raises."""
     if question.replicas > 1 or question.frequencies is not None:
         if split not in ("auto", "experts"):
@@ -75,9 +75,9 @@ def _reason(question: Question, plan: Plan, others: dict[str, Plan]) -> str:
 def _experts_are_slower(question: Question, others: dict[str, Plan]) -> str:
     if "experts" not in others:
         return ""
-    geometry = question.geometry
-    busiest = expected_busiest(others["experts"].placement.shares, geometry.top_k)
-    return f"; experts would be {busiest * len(question.nodes) / geometry.top_k:.2f}× slower in the experts"
+    placement, top_k = others["experts"].placement, question.structure.top_k
+    busiest = expected_busiest([len(placement.experts_of(rank)) for rank in range(len(question.nodes))], top_k)
+    return f"; experts would be {busiest * len(question.nodes) / top_k:.2f}× slower in the experts"
 
 
 def _advise(question: Question, plan: Plan) -> Iterator[str]:
@@ -151,7 +151,7 @@ def _advise_bits(question: Question, plan: Plan) -> Iterator[str]:
     now = question.quantization.bits if question.quantization else 16
     for bits in LOWER_BITS:
         if bits < now:
-            smaller = dataclasses.replace(question, quantization=Quantization(bits, 64))
+            smaller = question.quantised(Quantization(bits, 64))
             best = best_plan(smaller)
             if best.verdict < plan.verdict:
                 weights = max(node.need.weights for node in best.nodes)

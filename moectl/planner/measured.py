@@ -14,8 +14,9 @@ from typing import Any
 
 from moectl.errors import CommandFailed
 from moectl.hosts.hardware import Hardware
-from moectl.model.manifest import Quantization
-from moectl.model.placement import Held, Placement
+from moectl.model.ownership import Held
+from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.records import build
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -64,7 +65,7 @@ class Speed:
     """A placement's measured speed on a group of hosts."""
 
     split: str
-    shares: tuple[int, ...]
+    shares: tuple[int | float, ...]
     decode: Pass
     prefill: Pass
     collective_s: Mapping[int, float]  # of a sum over all ranks, by the bytes of each rank; empty for one rank

@@ -28,12 +28,11 @@ from functools import lru_cache
 from itertools import combinations
 
 from moectl.model.balance import share_out
-from moectl.model.geometry import Geometry
-from moectl.model.manifest import Quantization
 from moectl.model.placement import Placement
+from moectl.model.structure import Layer, Part
 from moectl.planner.calibration import DEFAULT, Calibration, LinkCost
 from moectl.planner.measured import Speed
-from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, RankTensors, head_bytes
+from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, each_cache_bytes, layer_cache_bytes
 
 GATHER_BELOW_BYTES = 64 * 1024  # as in `engine.network.exchange`, which needs mlx
 TOKEN_BYTES = 12  # the agreed vector: a token and two control words
@@ -64,14 +63,9 @@ class Work:
     """A placement and its use: what the nodes have to compute."""
 
     placement: Placement
-    quantization: Quantization | None
     context: int
     prompt_tokens: int
     dtype_bytes: int = METAL_DTYPE_BYTES
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.placement.geometry
 
 
 def predict(work: Work, rates: Sequence[Rates], link: LinkCost, calibration: Calibration) -> Prediction:
@@ -88,14 +82,14 @@ def predict_measured(work: Work, speed: Speed) -> Prediction:
 
     Another context than the measured one changes how much of the cache is read: at the rate of reading weights.
     """
-    geometry = work.geometry
-    low, high = work.placement.kv_heads(0)
-    each = 2 * (high - low) * geometry.head_dim * work.dtype_bytes
+    n_layers, width = work.placement.structure.n_layers, work.placement.structure.width
+    kept, measured = (
+        sum(each_cache_bytes(work.placement, 0, context, work.dtype_bytes)) for context in (work.context, speed.context)
+    )
     slowest = min(rank.bytes_s for rank in speed.ranks) or math.inf
-    more = geometry.n_layers * (work.context - speed.context) * each / slowest
-    decode = max(speed.decode.total_s(geometry.n_layers) + more, speed.decode.outer_s)
-    prefill = speed.prefill.total_s(geometry.n_layers) * work.prompt_tokens / speed.prefill.tokens
-    exchange = speed.collective_s.get(geometry.d_model * work.dtype_bytes, 0.0)
+    decode = max(speed.decode.total_s(n_layers) + (kept - measured) / slowest, speed.decode.outer_s)
+    prefill = speed.prefill.total_s(n_layers) * work.prompt_tokens / speed.prefill.tokens
+    exchange = speed.collective_s.get(width * work.dtype_bytes, 0.0)
     return _make_prediction(work, decode, prefill, _count_collectives(work.placement, DEFAULT) * exchange, DEFAULT)
 
 
@@ -118,10 +112,11 @@ def _count_collectives(placement: Placement, calibration: Calibration) -> int:
 
 def _count_exchanges(placement: Placement) -> int:
     """Return the exchanges of one pass through all layers."""
-    n_layers, ranks = placement.geometry.n_layers, placement.world_size
-    if ranks == 1:
+    if placement.world_size == 1:
         return 0
-    return {"tensor": 2 * n_layers, "layers": ranks - 1}.get(placement.split, n_layers)
+    if placement.split == "layers":
+        return placement.world_size - 1
+    return sum(layer.sums + layer.head_sums * placement.divides_heads for layer in placement.structure.layers)
 
 
 def expected_busiest(shares: Sequence[int], top_k: int, cost: Callable[[int, int], float] = lambda _, c: c) -> float:
@@ -181,65 +176,78 @@ class _Model:
 
     def pass_time(self, tokens: int) -> tuple[float, float]:
         """Return (compute, communication) in seconds of a pass of this many tokens through all layers and the head."""
-        placement = self.work.placement
-        layers = [last - first for first, last in map(placement.layers, range(placement.world_size))]
+        placement, structure = self.work.placement, self.work.placement.structure
         usual = self.calibration.layer_overhead_s
         slowest = max(usual if rate.overhead_s is None else rate.overhead_s for rate in self.rates)
-        each = slowest + self.calibration.sync_s * (placement.split == "experts" and placement.world_size > 1)
-        overhead = self.work.geometry.n_layers * each
+        syncs = placement.split == "experts" and placement.world_size > 1
+        overhead = structure.n_layers * slowest + self.calibration.sync_s * syncs * sum(1 for _ in structure.stacks)
         if placement.split == "layers":
-            compute = sum(n * self._node_time(rank, self._used(tokens), tokens) for rank, n in enumerate(layers))
+            compute = sum(
+                self._node_time(rank, structure.kinds[kind], tokens)
+                for rank in range(placement.world_size)
+                for kind in structure.order[slice(*placement.layers(rank))]
+            )
         else:
-            compute = layers[0] * self._slowest(tokens)
+            each = [self._slowest(kind, tokens) for kind in structure.kinds]
+            compute = sum(each[kind] for kind in structure.order)
         return compute + overhead + self._head_time(), self._communication(tokens)
 
     def _communication(self, tokens: int) -> float:
         placement, nodes = self.work.placement, len(self.rates)
-        message = tokens * self.work.geometry.d_model * self.work.dtype_bytes
+        message = tokens * placement.structure.width * self.work.dtype_bytes
         each = _exchange_time(self.link, 2 if placement.split == "layers" else nodes, message)
         agreed = _exchange_time(self.link, nodes, TOKEN_BYTES) if self.calibration.agreement else 0.0
         return _count_exchanges(placement) * each + agreed
 
-    def _slowest(self, tokens: int) -> float:
+    def _slowest(self, layer: Layer, tokens: int) -> float:
         """Return the expected time of the slowest node in one layer."""
-        placement, geometry = self.work.placement, self.work.geometry
+        placement = self.work.placement
         ranks = range(placement.world_size)
-        if placement.split != "experts":
-            return max(self._node_time(rank, self._used(tokens), tokens) for rank in ranks)
-        if tokens == 1:
-            # Thousands of choices lead to only a few different times.
-            times = [[self._node_time(rank, experts, 1) for experts in range(geometry.top_k + 1)] for rank in ranks]
-            if placement.held is not None:
-                return expected_busiest_of_copies(placement.owners, geometry.top_k, lambda rank, n: times[rank][n])
-            return expected_busiest(placement.shares, geometry.top_k, lambda rank, n: times[rank][n])
-        used = self._used(tokens) / geometry.n_experts
-        return max(self._node_time(rank, used * placement.shares[rank], tokens) for rank in ranks)
+        stack = next((part for part in layer.parts if part.is_shared_out), None)
+        if placement.split != "experts" or tokens > 1 or stack is None:
+            return max(self._node_time(rank, layer, tokens) for rank in ranks)
+        # Thousands of choices lead to only a few different times.
+        times = [[self._node_time(rank, layer, 1, chosen) for chosen in range(stack.top_k + 1)] for rank in ranks]
+        if placement.held is not None:
+            return expected_busiest_of_copies(placement.owners, stack.top_k, lambda rank, n: times[rank][n])
+        counts = [round(placement.fraction(stack, rank) * stack.experts) for rank in ranks]
+        return expected_busiest(counts, stack.top_k, lambda rank, n: times[rank][n])
 
-    def _used(self, tokens: int) -> float:
-        """Return the expected number of different experts that this many tokens choose."""
-        geometry = self.work.geometry
-        return geometry.n_experts * (1 - (1 - geometry.top_k / geometry.n_experts) ** tokens)
+    def _node_time(self, rank: int, layer: Layer, tokens: int, chosen: int | None = None) -> float:
+        """Return the seconds of one layer on a node; `chosen`: the experts of a stack that a token goes to here."""
+        work, rates = self.work, self.rates[rank]
+        read = layer_cache_bytes(work.placement, layer, rank, work.context, work.dtype_bytes)
+        operations = 0.0
+        for part in layer.parts:
+            share, size = work.placement.fraction(part, rank), part.count_bytes(work.dtype_bytes)
+            if part.experts and part.is_shared_out and chosen is not None:
+                used, pairs = chosen / part.experts, chosen / part.experts
+            elif part.experts:
+                # Copies of an expert share its tokens.
+                own = self._own_share(part, rank)
+                used, pairs = share * _used(part, tokens), tokens * part.active * own
+            else:
+                used, pairs = share, tokens * share
+            read += size * used
+            operations += 2 * part.values * pairs
+        return max(read / rates.bytes_s, operations / rates.flops_s)
 
-    def _node_time(self, rank: int, experts: float, tokens: int) -> float:
-        """Return the seconds of one layer on a node that computes this many different experts."""
-        placement, geometry, rates = self.work.placement, self.work.geometry, self.rates[rank]
-        tensors = RankTensors(placement, self.work.quantization, rank, self.work.dtype_bytes)
-        low, high = placement.kv_heads(rank)
-        cached = 2 * (high - low) * geometry.head_dim * self.work.dtype_bytes * self.work.context
-        read = tensors.attention + cached + experts * tensors.expert
-        share = (high - low) / geometry.kv_n_heads
-        attention = 2 * geometry.d_model * (geometry.qkv_dim + geometry.d_model) * share
-        start, stop = placement.hidden(rank)
-        each = 6 * geometry.d_model * (stop - start)
-        # Copies of an expert share its tokens.
-        part = placement.shares[rank] / sum(placement.shares) if placement.split == "experts" else 1.0
-        pairs = tokens * geometry.top_k * part if tokens > 1 else experts
-        flops = tokens * attention + pairs * each
-        return max(read / rates.bytes_s, flops / rates.flops_s)
+    def _own_share(self, part: Part, rank: int) -> float:
+        """Return the part of a stack's work that a rank does."""
+        shares = [self.work.placement.fraction(part, other) for other in range(self.work.placement.world_size)]
+        is_whole = self.work.placement.split != "experts" or not part.is_shared_out
+        return shares[rank] if is_whole else shares[rank] / sum(shares)
 
     def _head_time(self) -> float:
-        rate = self.rates[self.work.placement.head_rank]
-        return head_bytes(self.work.geometry, self.work.quantization, self.work.dtype_bytes) / rate.bytes_s
+        placement = self.work.placement
+        outer = (o.part for o in placement.structure.outer if o.last and placement.holds_outer(o, placement.head_rank))
+        read = sum(part.count_bytes(self.work.dtype_bytes) for part in outer)
+        return read / self.rates[placement.head_rank].bytes_s
+
+
+def _used(part: Part, tokens: int) -> float:
+    """Return the expected part of a stack's experts that this many tokens choose."""
+    return 1 - (1 - part.top_k / part.experts) ** tokens
 
 
 def _exchange_time(link: LinkCost, nodes: int, message_bytes: int) -> float:
@@ -252,7 +260,7 @@ def _exchange_time(link: LinkCost, nodes: int, message_bytes: int) -> float:
 def count_token_bytes(placement: Placement, dtype_bytes: int) -> int:
     """Return the bytes that one rank sends per token in the exchanges of all layers, without the agreed token."""
     ranks = placement.world_size
-    row = placement.geometry.d_model * dtype_bytes
+    row = placement.structure.width * dtype_bytes
     if ranks > 1 and placement.split == "layers":
         return row  # one hand-over to the next rank
     # Small rows are gathered: each goes to all others. Large rows are reduced and spread in N parts.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moectl.errors import HostsError, PlanError
 from moectl.hosts.hostfile import Host
 from moectl.model.catalog import CatalogModel
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.planner.advice import make_plan
 from moectl.planner.calibration import LINKS, Calibration, find_link
 from moectl.planner.chips import CHIPS, Chip, find_chip
@@ -71,7 +71,7 @@ def what_if(
                 node = make_node(host, calibration, Defaults())
                 asked = (
                     Question(
-                        model.geometry,
+                        model.structure if quantization == own else model.structure.quantised(quantization),
                         quantization,
                         (node,) * count,
                         find_link(calibration, kind),

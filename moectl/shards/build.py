@@ -21,22 +21,23 @@ from moectl.model.manifest import (
     NAME as MANIFEST_NAME,
     FileEntry,
     Manifest,
-    Quantization,
     read_manifest,
     refuse_links_outside,
     write_manifest,
 )
 from moectl.model.placement import Placement
+from moectl.model.regions import Region
 from moectl.shards import journal as journals, sources
+from moectl.shards.blueprint import Blueprint
 from moectl.shards.earlier import bind, clear, find_done, is_current, read_old, size_of
 from moectl.shards.recipe import OutputFile, plan_files
 from moectl.shards.sidecars import CheckpointReader, copy_sidecar, list_sidecars
 from moectl.shards.verified import is_manifest_recorded, sweep, take_stamp, write_stamps
-from moectl.shards.writer import OnBytes, OnHashed, OpenQuantise, hash_file, make_files
+from moectl.shards.writer import OnBytes, OnHashed, hash_file, make_files
 from moectl.text import format_gb
 
 MAX_JOBS = 16
-ComputeCanary = Callable[[Path, Manifest], Canary]
+ComputeCanary = Callable[[Path, Manifest], Canary | None]
 
 
 def default_jobs() -> int:
@@ -51,12 +52,11 @@ def output_bytes(files: Iterable[OutputFile]) -> int:
 
 def cut(
     checkpoint: CheckpointReader,
+    blueprint: Blueprint,
     placement: Placement,
-    quantization: Quantization | None,
     directory: Path,
     *,
     name: str,
-    quantise: OpenQuantise,
     jobs: int = 1,
     on_bytes: OnBytes = lambda _: None,
     on_file: OnHashed = lambda *_: None,
@@ -66,7 +66,7 @@ def cut(
 ) -> Manifest:
     """Write the shard set of a checkpoint to `directory`, or finish an interrupted one; return its manifest.
 
-    `quantise` is `quantize.quantizer`; `jobs` threads work at once. The calling thread calls `on_bytes` with output
+    `jobs` threads work at once. The calling thread calls `on_bytes` with output
     bytes as they are written (those of an earlier run first), `output_bytes` in all, and `on_file` for every weight
     file that is whole, hashed and recorded; an exception of `on_file` ends the cut. `compute_canary` runs the result to
     make the canary of the manifest (None: there is none). A finished set with the same settings is not changed, except
@@ -77,29 +77,24 @@ def cut(
     """
     if not 1 <= jobs <= MAX_JOBS:
         raise UsageError(f"{jobs} jobs are not possible; use 1 to {MAX_JOBS}")
-    files = plan_files(checkpoint, placement, quantization)
-    plain = _describe(checkpoint, placement, quantization, name)
+    files = plan_files(blueprint, checkpoint.stored, placement)
+    plain = _describe(checkpoint, blueprint, placement, name)
     try:
         make_directory(directory.absolute())
         refuse_links_outside(directory)
         with journals.lock_directory(directory, wait_s=wait_s):
             watch = _Watch(on_bytes, on_file, compute_canary)
-            return _cut_locked(checkpoint, plain, files, directory, quantise, jobs, watch, force)
+            return _cut_locked(checkpoint, plain, files, directory, jobs, watch, force)
     except OSError as error:
         raise explain_refusal(error, directory) from error
 
 
 def check(
-    checkpoint: CheckpointReader,
-    placement: Placement,
-    quantization: Quantization | None,
-    directory: Path,
-    *,
-    name: str,
+    checkpoint: CheckpointReader, blueprint: Blueprint, placement: Placement, directory: Path, *, name: str
 ) -> None:
     """Raise what `cut` would raise for what the directory holds; write nothing."""
-    files = plan_files(checkpoint, placement, quantization)
-    plain = _describe(checkpoint, placement, quantization, name)
+    files = plan_files(blueprint, checkpoint.stored, placement)
+    plain = _describe(checkpoint, blueprint, placement, name)
     try:
         if directory.exists():
             find_done(directory, plain, files, bind(plain, files))
@@ -107,9 +102,7 @@ def check(
         raise explain_refusal(error, directory) from error
 
 
-def _describe(
-    checkpoint: CheckpointReader, placement: Placement, quantization: Quantization | None, name: str
-) -> Manifest:
+def _describe(checkpoint: CheckpointReader, blueprint: Blueprint, placement: Placement, name: str) -> Manifest:
     """Return the manifest of a shard set before it has files."""
     return Manifest(
         name=name,
@@ -117,10 +110,11 @@ def _describe(
         revision=checkpoint.revision,
         fingerprint=fingerprint_source(checkpoint),
         config=checkpoint.config,
-        quantization=quantization,
+        structure=blueprint.structure,
+        quantization=blueprint.quantization,
+        table=blueprint.table,
         split=placement.split,
         shares=placement.shares,
-        unit=placement.unit,
         held=placement.held,
     )
 
@@ -205,7 +199,6 @@ def _cut_locked(
     plain: Manifest,  # without files
     files: Sequence[OutputFile],
     directory: Path,
-    quantise: OpenQuantise,
     jobs: int,
     watch: _Watch,
     force: bool,
@@ -242,7 +235,6 @@ def _cut_locked(
             directory,
             missing,
             named,
-            quantise=quantise,
             jobs=jobs,
             on_bytes=watch.on_bytes,
             on_hashed=finish_file,
@@ -275,10 +267,10 @@ def _complete(
     """Copy the small files and return the manifest of all."""
     entries = {file: copy_sidecar(checkpoint, directory, file) for file in list_sidecars(checkpoint)}
     entries |= {f.path: done[f.path] for f in files}
-    tensors: dict[str, list[str]] = {}
+    tensors: dict[str, dict[str, tuple[Region, ...]]] = {}
     for file in files:
-        for tensor in file.tensors:
-            tensors.setdefault(tensor, []).append(file.path)
+        for tensor, regions in file.tensors.items():
+            tensors.setdefault(tensor, {})[file.path] = regions
     return replace(plain, files=dict(sorted(entries.items())), tensors=tensors)
 
 

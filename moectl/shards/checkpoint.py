@@ -1,7 +1,7 @@
-"""Open a DBRX checkpoint: a directory or a Hub repository at one commit, checked by its headers.
+"""Open a checkpoint: a directory or a Hub repository at one commit, by its headers.
 
-It reads no weights: it finds every error of a checkpoint in the headers, before any weight is read or downloaded. `hub`
-downloads files, `tensors` names the tensors.
+It reads no weights: `blueprint` finds every error of a checkpoint in the headers, before any weight is read or
+downloaded. `hub` downloads files, `tensors` reads headers.
 """
 
 from __future__ import annotations
@@ -18,27 +18,20 @@ from typing import Any, Protocol
 
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, Unreachable
 from moectl.model.config_keys import CONFIG, GENERATION, check_generation, list_ignored
-from moectl.model.geometry import Geometry, read_geometry
-from moectl.model.manifest import Quantization
 from moectl.model.parameters import read_defaults
 from moectl.shards.cache_layout import find_snapshot, name_snapshot, refuse_pointers
 from moectl.shards.hub import OnBytes, Repository, find_cached
 from moectl.shards.hub_errors import MIRRORS
-from moectl.shards.tensors import (
-    SourceTensor,
-    StoredTensor,
-    name_tensors,
-    quantization_of,
-    read_header,
-    read_quantization,
-)
+from moectl.shards.tensors import StoredTensor, read_header
 
+_MODELOPT = "hf_quant_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SIDECARS = (
     CONFIG,
     GENERATION,
     "tokenizer*",
     "*.tiktoken",
+    "tiktoken.model",
     "vocab*",
     "merges.txt",
     "special_tokens_map.json",
@@ -64,19 +57,17 @@ class Checkpoint:
     source: str  # repo id, or the directory's name
     revision: str | None  # commit hash on the Hub, None for a directory
     config: dict[str, Any]
-    geometry: Geometry
-    quantization: Quantization | None  # of an already quantised (MLX) checkpoint
-    tensors: dict[str, SourceTensor]  # by canonical name; quantised: ….scales (and ….biases) beside ….weight
+    stored: dict[str, StoredTensor]  # by the names in its files
     sizes: dict[str, int]  # weight file → bytes
     sidecars: tuple[str, ...]  # small files to copy: config, tokenizer, licence
     notes: tuple[str, ...]  # settings of its files that moectl leaves to each request
     _store: _Store = field(repr=False, compare=False)
     added: Mapping[str, Path] = field(default_factory=dict)  # sidecars from another place: name → path
 
-    def quantization_of(self, name: str) -> Quantization | None:
-        """Return how a canonical `….weight` is quantised in this checkpoint, None when it is not."""
-        scales = name.removesuffix("weight") + "scales"
-        return quantization_of(self.config, name) if scales in self.tensors else None
+    @property
+    def files(self) -> Mapping[str, int]:
+        """All files at the top of the checkpoint, and their bytes."""
+        return self._store.files
 
     def path(self, file: str) -> Path:
         """Return a file's local path; download it first when it is absent: resumed, size and hash verified.
@@ -170,24 +161,28 @@ def _read_checkpoint(store: _Store) -> Checkpoint:
         [f for f, size in store.files.items() if f.endswith(".safetensors") or is_plain_data(f, size)]
     )
     config = read_json(store.path(CONFIG), f"{store.name}: {CONFIG}")
-    geometry = read_geometry(config)
-    quantization = read_quantization(config)
+    config = _add_modelopt(store, config)
     generation = _read_generation(store)
     stored = _read_headers(store)
-    tensors = {t.name: t for t in name_tensors(stored, geometry, config)}
-    needed = sorted({t.file for t in tensors.values()})
+    needed = sorted({t.file for t in stored.values()})
     return Checkpoint(
         source=store.name,
         revision=store.revision,
         config=config,
-        geometry=geometry,
-        quantization=quantization,
-        tensors=tensors,
+        stored=stored,
         sizes={file: store.files[file] for file in needed},
         sidecars=tuple(sorted(f for f, size in store.files.items() if _is_sidecar(f, size))),
         notes=list_ignored(config, generation),
         _store=store,
     )
+
+
+def _add_modelopt(store: _Store, config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json with what NVIDIA's modelopt writes beside it: how the weights are quantised."""
+    if _MODELOPT not in store.files or config.get("quantization_config"):
+        return config
+    told = read_json(store.path(_MODELOPT), f"{store.name}: {_MODELOPT}")
+    return {**config, "quantization_config": {"quant_method": "modelopt", **told}}
 
 
 def _read_generation(store: _Store) -> dict[str, Any]:
@@ -295,6 +290,7 @@ def _read_index(store: _Store) -> dict[str, str]:
 
 def _weight_files(store: _Store) -> list[str]:
     files = [_SINGLE] if _SINGLE in store.files else sorted(f for f in store.files if f.endswith(".safetensors"))
+    files = [f for f in files if f.startswith("model")] or files  # beside them may be copies in another layout
     if not files:
         raise CheckpointError(
             f"{store.name} has no safetensors weights",

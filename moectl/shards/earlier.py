@@ -11,14 +11,13 @@ from typing import Any
 
 from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, UsageError
 from moectl.files import partial_path
-from moectl.model.geometry import Geometry
 from moectl.model.manifest import NAME as MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from moectl.shards import journal as journals
 from moectl.shards.recipe import OutputFile, describe
 from moectl.shards.sidecars import CheckpointReader, hash_sidecar, list_sidecars
 
 # The weight files of a shard set of any version of moectl. Of the files that a journal lists, only these are deleted.
-_WEIGHTS = re.compile(r"(common/(embedding|head|outer|layer-\d+)|rank-\d+/layer-\d+)\.safetensors")
+_WEIGHTS = re.compile(r"(common|rank-\d+)/(embedding|head|outer|layer-\d+)\.safetensors")
 
 
 def bind(plain: Manifest, files: Sequence[OutputFile]) -> dict[str, Any]:
@@ -26,14 +25,14 @@ def bind(plain: Manifest, files: Sequence[OutputFile]) -> dict[str, Any]:
     q = plain.quantization
     held = {"held": [list(numbers) for numbers in plain.held]} if plain.held else {}
     return held | {
-        "schema": "moectl.journal/1",
+        "schema": "moectl.journal/2",
         "source": plain.source,
         "revision": plain.revision,
         "config": plain.config,
         "quantization": [q.bits, q.group_size, q.mode] if q else None,
+        "table": plain.table,
         "split": plain.split,
         "shares": list(plain.shares),
-        "unit": plain.unit,
         "fingerprint": plain.fingerprint,
         "files": {f.path: f.bytes for f in files},
     }
@@ -92,9 +91,12 @@ def find_done(
 def _done_of(directory: Path, plain: Manifest, files: Sequence[OutputFile], there: Manifest) -> dict[str, FileEntry]:
     """Return the files of a finished shard set that can be kept. Raises ShardsDiffer when it is another one."""
     mine = {f.path: f.bytes for f in files}
-    same = replace(there, name=plain.name, config=plain.config, files={}, tensors={}, canary=None) == plain
+    # What the weights do not depend on is read when the model runs.
+    structure = replace(there.structure, context=plain.structure.context)
+    plain_there = replace(there, name=plain.name, config=plain.config, structure=structure, files={}, tensors={})
+    same = replace(plain_there, canary=None) == plain
     kept = {f: e for f, e in there.files.items() if f in mine}
-    if same and _shapes(there.geometry) == _shapes(plain.geometry) and {f: e.bytes for f, e in kept.items()} == mine:
+    if same and {f: e.bytes for f, e in kept.items()} == mine:
         return {f: e for f, e in kept.items() if size_of(directory / f) == e.bytes}
     if there.fingerprint != plain.fingerprint and there.source == plain.source:
         raise ShardsDiffer(
@@ -106,12 +108,6 @@ def _done_of(directory: Path, plain: Manifest, files: Sequence[OutputFile], ther
         f"{describe(there.quantization)}, {there.split} {','.join(map(str, there.shares))}",
         hint="choose another directory with -o, or replace it with --force",
     )
-
-
-def _shapes(geometry: Geometry) -> tuple[object, ...]:
-    """Return the part of a config on which the weights depend; the rest is read when the model runs."""
-    outer, layer, expert = geometry.outer_shapes(), geometry.layer_shapes(0), geometry.expert_shapes
-    return (geometry.n_layers, geometry.n_experts, outer, layer, expert)
 
 
 def _names_settings(path: Path, plain: Manifest) -> bool:
@@ -130,7 +126,7 @@ def _names_settings(path: Path, plain: Manifest) -> bool:
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    for key in ("source", "revision", "quantization", "split", "shares", "unit", "held"):
+    for key in ("source", "revision", "quantization", "table", "split", "shares", "held"):
         if there.get(key) != here.get(key):
             return f": {key} {there.get(key)} there, {here.get(key)} now"
     return ": the source has changed" if there.get("fingerprint") != here["fingerprint"] else ""

@@ -1,30 +1,31 @@
 """From a model's name to a shard set on this machine: open the checkpoint, place it on ranks, cut it.
 
-It joins `checkpoint`, `placement` and `build`. MLX comes in only as `quantise`.
+It joins `checkpoint`, `blueprint`, `placement` and `build`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
 from moectl.model.catalog import MODELS, CatalogModel
-from moectl.model.geometry import Geometry
-from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, Quantization, read_manifest
-from moectl.model.placement import Placement, make_placement, place_copies
+from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
+from moectl.model.placement import Placement, make_placement
 from moectl.model.routing import Routing
+from moectl.model.structure import Quantization, Structure
 from moectl.paths import cache_dir, data_dir
 from moectl.shards import build
+from moectl.shards.blueprint import Blueprint, draw, find_quantization, is_by_mlx
 from moectl.shards.build import ComputeCanary
 from moectl.shards.checkpoint import Checkpoint, open_checkpoint
 from moectl.shards.hub_environment import check_numbers
-from moectl.shards.recipe import Described, check_quantization, plan_files
+from moectl.shards.recipe import describe, plan_files
 from moectl.shards.tensors import MODES
-from moectl.shards.writer import OnHashed, OpenQuantise
+from moectl.shards.writer import OnHashed
 
 PLAIN_BITS = 16
 _TOKENIZER = "tokenizer.json"
@@ -37,12 +38,13 @@ class Wanted:
 
     split: str = "auto"
     nodes: int | None = None  # None: one per share, or 1
-    shares: tuple[int, ...] | None = None
+    shares: tuple[int | float, ...] | None = None
     replicas: int = 1  # of each expert, at most
     routing: Routing | None = None  # how often each expert was selected
     bits: int | None = None  # None: those of the checkpoint
     group_size: int | None = None
     mode: str = "affine"
+    recipe: str | None = None  # one of mlx-lm's mixtures of precisions
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +56,44 @@ class Made:
     bytes: int
 
 
-Place = Callable[[Checkpoint, Wanted, Quantization | None], Placement]
+Place = Callable[[CatalogModel, Wanted], Placement]
 Bars = Callable[[str, int], Callable[[int], None]]  # (label, total bytes) begins a bar; gives what counts more bytes
 
 
-def choose_quantization(wanted: Wanted, checkpoint: Described) -> Quantization | None:
-    """Return how to quantise; None is a 16-bit copy. Raises PlanError where MLX or the checkpoint cannot do it."""
-    if wanted.bits is None and wanted.mode == "affine" and wanted.group_size is None:
-        return checkpoint.quantization
+def choose_quantization(wanted: Wanted, kept: Quantization | None) -> Quantization | None:
+    """Return how to quantise; None is a 16-bit copy. Raises PlanError where MLX or the checkpoint cannot do it.
+
+    `kept` is how the checkpoint is quantised already.
+    """
+    if wanted.bits is None and wanted.mode == "affine" and wanted.group_size is None and wanted.recipe is None:
+        return kept
     quantization = None
     if wanted.bits != PLAIN_BITS:
         bits, group_size = default_precision(wanted.mode)
         quantization = Quantization(wanted.bits or bits, wanted.group_size or group_size, wanted.mode)
-    check_quantization(checkpoint, quantization)
+    if kept is not None and quantization != kept:
+        raise PlanError(
+            f"the checkpoint is quantised ({describe(kept)}) and cannot become {describe(quantization)}",
+            hint="leave --q-bits, --q-group-size and --q-mode out, or start from the 16-bit checkpoint",
+        )
+    if quantization is not None:
+        _check_mode(quantization)
     return quantization
+
+
+def _check_mode(wanted: Quantization) -> None:
+    """Raise PlanError for a precision that MLX does not have."""
+    if wanted.mode not in MODES:
+        raise PlanError(f"unknown quantisation mode {wanted.mode!r}; it is one of {', '.join(MODES)}")
+    groups, widths = MODES[wanted.mode]
+    if wanted.bits not in widths:
+        raise PlanError(f"{wanted.mode} cannot have {wanted.bits} bits; it can have {_list(widths)}")
+    if wanted.group_size not in groups:
+        raise PlanError(f"{wanted.mode} cannot have groups of {wanted.group_size}; it can have {_list(groups)}")
+
+
+def _list(values: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(values)))
 
 
 def default_precision(mode: str) -> tuple[int, int]:
@@ -76,12 +102,13 @@ def default_precision(mode: str) -> tuple[int, int]:
     return widths[0], groups[0]
 
 
-def find_frequencies(wanted: Wanted, geometry: Geometry) -> tuple[float, ...] | None:
+def find_frequencies(wanted: Wanted, structure: Structure) -> tuple[float, ...] | None:
     """Return how often each expert is selected, where it was measured. Raises PlanError for another model's numbers."""
     routing = wanted.routing
     if routing is None:
         return None
-    shape, there = (geometry.n_layers, geometry.n_experts), (len(routing.counts), len(routing.counts[0]))
+    shape = (sum(1 for _ in structure.stacks), structure.n_experts)
+    there = (len(routing.counts), len(routing.counts[0]))
     if shape != there:
         raise PlanError(
             f"the routing statistics are of {routing.model}, with {there[0]} layers of {there[1]} experts; "
@@ -91,28 +118,38 @@ def find_frequencies(wanted: Wanted, geometry: Geometry) -> tuple[float, ...] | 
     return routing.overall
 
 
-def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
+def place(model: CatalogModel, wanted: Wanted) -> Placement:
     """Return the placement for hosts of which nothing is known.
 
-    `auto` is `hidden` then, or `experts` where copies or frequencies are given. Raises PlanError.
+    `auto` is `experts` where copies or frequencies are given; else the first that the model can have of `hidden`,
+    `tensor`, `layers`. Raises PlanError.
     """
     # Only whole experts can have copies, or be placed by frequency.
-    alone = "hidden" if wanted.replicas == 1 and wanted.routing is None else "experts"
-    split = alone if wanted.split == "auto" else wanted.split
-    nodes = wanted.nodes if wanted.nodes is not None else len(wanted.shares or (1,))
-    group_size = quantization.group_size if quantization else None
+    usual = next((split for split in ("hidden", "tensor", "layers") if split not in model.structure.refused), "hidden")
+    alone = usual if wanted.replicas == 1 and wanted.routing is None else "experts"
     return make_placement(
-        checkpoint.geometry,
-        split,
-        nodes,
+        model.structure,
+        alone if wanted.split == "auto" else wanted.split,
+        wanted.nodes if wanted.nodes is not None else len(wanted.shares or (1,)),
         shares=wanted.shares,
-        group_size=group_size,
         replicas=wanted.replicas,
-        frequencies=find_frequencies(wanted, checkpoint.geometry),
+        frequencies=find_frequencies(wanted, model.structure),
     )
 
 
-def shard_set_name(source: str, placement: Placement, quantization: Quantization | None) -> str:
+def draw_wanted(checkpoint: Checkpoint, wanted: Wanted) -> Blueprint:
+    """Draw a checkpoint's model with the precision that is wanted. Raises CheckpointError, PlanError."""
+    kept = find_quantization(checkpoint.config)
+    if kept is not None and not is_by_mlx(checkpoint.config) and wanted.bits != PLAIN_BITS:
+        quantization = choose_quantization(wanted, None)  # of what is not packed yet, as mlx-lm does
+    else:
+        quantization = choose_quantization(wanted, kept)
+    return draw(checkpoint, None if quantization == kept else quantization, wanted.recipe)
+
+
+def shard_set_name(
+    source: str, placement: Placement, quantization: Quantization | None, recipe: str | None = None
+) -> str:
     """Return the directory name of a shard set: NAME-q4-hidden-4, with the shares when they are uneven.
 
     Copies of experts show as NAME-q4-experts-4-x2, places by frequency as six hexadecimal digits of their hash.
@@ -124,14 +161,17 @@ def shard_set_name(source: str, placement: Placement, quantization: Quantization
         precision = f"q{quantization.bits}" if quantization.mode == "affine" else quantization.mode
         if quantization.group_size != default_precision(quantization.mode)[1]:
             precision += f"g{quantization.group_size}"
+    if recipe is not None:
+        precision = recipe
     name = f"{base}-{precision}-{placement.split}-{placement.world_size}"
     if placement.replicas > 1:
         name += f"-x{placement.replicas}"
-    if max(placement.shares) - min(placement.shares) > 1:
-        name += "-" + ".".join(map(str, placement.shares))
-    if placement.held is not None and placement.held != place_copies(
-        placement.shares, placement.replicas, [1.0] * placement.geometry.n_experts
-    ):
+    if len(set(placement.shares)) > 1:
+        name += "-" + ".".join(f"{share:g}" for share in placement.shares)
+    even = placement.held and make_placement(
+        placement.structure, placement.split, placement.world_size, shares=placement.shares, replicas=placement.replicas
+    )
+    if even and placement.held != even.held:
         name += "-" + hashlib.sha256(repr(placement.held).encode()).hexdigest()[:6]
     return name
 
@@ -142,14 +182,13 @@ def shard(
     *,
     directory: Path | None = None,
     revision: str | None = None,
-    quantise: OpenQuantise,
     keep_source: bool = False,
     jobs: int | None = None,
     force: bool = False,
     cached: bool = False,
     dry_run: bool = False,
     choose_place: Place | None = None,
-    choose_tokenizer: Callable[[Checkpoint], Checkpoint] | None = None,
+    choose_tokenizer: Callable[[Checkpoint, int], Checkpoint] | None = None,
     compute_canary: ComputeCanary | None = None,
     say: Callable[[str], None] = lambda _: None,
     bars: Bars = lambda *_: lambda _: None,
@@ -178,27 +217,28 @@ def shard(
     try:
         for note in checkpoint.notes:
             say(f"Warning: {note}")
-        checkpoint = choose_tokenizer(checkpoint) if choose_tokenizer else checkpoint
-        quantization = choose_quantization(wanted, checkpoint)
-        placement = (choose_place or place)(checkpoint, wanted, quantization)
-        name = shard_set_name(checkpoint.source, placement, quantization)
+        blueprint = draw_wanted(checkpoint, wanted)
+        if choose_tokenizer:
+            checkpoint = choose_tokenizer(checkpoint, blueprint.structure.vocab_size)
+        model = CatalogModel(checkpoint.source, blueprint.structure, blueprint.quantization)
+        placement = (choose_place or place)(model, wanted)
+        name = shard_set_name(checkpoint.source, placement, blueprint.quantization, wanted.recipe)
         directory = directory or (cache_dir() if cached else data_dir()) / "shards" / name
-        files = plan_files(checkpoint, placement, quantization)
+        files = plan_files(blueprint, checkpoint.stored, placement)
         output_bytes = build.output_bytes(files)
         if force or not (directory / MANIFEST_NAME).exists():
             _check_tokenizer(checkpoint)
         on_files(name, directory, placement, {f.path: f.bytes for f in files})
         if dry_run and not force and not cached:
-            build.check(checkpoint, placement, quantization, directory, name=name)
+            build.check(checkpoint, blueprint, placement, directory, name=name)
         if not dry_run:
             cut = partial(
                 build.cut,
                 checkpoint,
+                blueprint,
                 placement,
-                quantization,
                 directory,
                 name=name,
-                quantise=quantise,
                 jobs=jobs or build.default_jobs(),
                 on_bytes=bars(directory.name, output_bytes),
                 on_file=on_file,
@@ -253,8 +293,9 @@ def describe_model(source: str) -> tuple[CatalogModel, Manifest | None]:
         _, manifest = find_shards(source)
     except NotSharded:
         with open_checkpoint(source) as checkpoint:
-            return CatalogModel(checkpoint.source, checkpoint.geometry, checkpoint.quantization), None
-    return CatalogModel(manifest.name, manifest.geometry, manifest.quantization), manifest
+            blueprint = draw(checkpoint)
+            return CatalogModel(checkpoint.source, blueprint.structure, blueprint.quantization), None
+    return CatalogModel(manifest.name, manifest.structure, manifest.quantization), manifest
 
 
 def find_shards(where: str | Path) -> tuple[Path, Manifest]:

@@ -1,8 +1,7 @@
-"""Turn one stored matrix into the parts that a shard holds (packed, scales, biases), block by block.
+"""Turn pieces of a checkpoint into what a shard holds, block by block: packed weights with scales, or floats.
 
-It is the only part of `shard` that uses mlx and numpy. It opens no files: functions to read rows and to write bytes are
-arguments, and callers give `quantizer` to `build.cut`. `mx.quantize` works on blocks of whole groups, so the result
-equals that of the whole tensor bit for bit.
+It opens no files: functions to read and to write bytes are arguments. `mx.quantize` works on blocks of whole groups, so
+the result equals that of the whole tensor bit for bit.
 """
 
 from __future__ import annotations
@@ -10,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from moectl.model.manifest import Quantization
-from moectl.shards.recipe import Matrix, Quantise, Read, Write
+from moectl.model.structure import Quantization
+from moectl.shards import parts
+from moectl.shards.formats import quantise
+from moectl.shards.recipe import Computed, Matrix, Read, Write
 
 _BLOCK_BYTES = 2 << 20  # read at a time: fits into a core's cache while it is transposed and quantised
 _CACHE_BYTES = 32 << 20
@@ -32,31 +32,52 @@ _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 _STORED = {"BF16": mx.uint16, "F16": mx.uint16, "F32": mx.float32}  # types that Python's buffers can hold
 
 
-@contextmanager
-def quantizer(memory_bytes: int) -> Iterator[Quantise]:
-    """Yield a function that converts matrices on a stream of the calling thread, in about `memory_bytes`.
+class Converter:
+    """One thread's way to convert pieces, on a stream of its own, in about `memory_bytes`."""
 
-    The function is a `recipe.Quantise` for this thread only. It reads the next block while the device works on the one
-    before.
-    """
+    def __init__(self, stream: mx.Stream, memory_bytes: int) -> None:
+        self._stream = stream
+        self._memory_bytes = memory_bytes
+        self._buffers = _Buffers(stream)
+
+    def convert(self, matrix: Matrix, read: Read, write: Write) -> None:
+        """Convert a stored matrix; the next block is read while the device works on the one before."""
+        task = _Task(matrix, read, write, self._buffers, self._stream)
+        if matrix.transposed:
+            _stream_transposed(task, self._memory_bytes)
+        else:
+            _stream_rows(task)
+
+    def compute(self, work: Computed, read: parts.Read, write: Write) -> None:
+        """Compute a region of an expression, chunk by chunk."""
+        at = [0, 0, 0]
+        with mx.stream(self._stream):
+            for region in parts.chunks(work.region, work.node.dtype.size, _BLOCK_BYTES):
+                found = parts.part(work.node, region, read)
+                q = work.target
+                made = (found,) if q is None else quantise(found, q.group_size, q.bits, q.mode)
+                for i, array in enumerate(made):
+                    whole = mx.contiguous(array)
+                    whole = whole.view(mx.uint16) if whole.dtype in (mx.bfloat16, mx.float16) else whole
+                    mx.eval(whole)
+                    write(i, at[i], _bytes_of(whole))
+                    at[i] += whole.nbytes
+
+    def close(self) -> None:
+        mx.synchronize(self._stream)
+        self._buffers.clear()
+
+
+@contextmanager
+def converter(memory_bytes: int) -> Iterator[Converter]:
+    """Yield the calling thread's converter."""
     mx.set_cache_limit(_CACHE_BYTES)
     with thread_stream() as stream:
-        buffers = _Buffers(stream)
+        made = Converter(stream, memory_bytes)
         try:
-            yield partial(_stream_matrix, buffers=buffers, stream=stream, memory_bytes=memory_bytes)
+            yield made
         finally:
-            mx.synchronize(stream)
-            buffers.clear()
-
-
-def _stream_matrix(
-    matrix: Matrix, read: Read, write: Write, *, buffers: _Buffers, stream: mx.Stream, memory_bytes: int
-) -> None:
-    task = _Task(matrix, read, write, buffers, stream)
-    if matrix.transposed:
-        _stream_transposed(task, memory_bytes)
-    else:
-        _stream_rows(task)
+            made.close()
 
 
 @contextmanager

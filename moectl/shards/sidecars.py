@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moectl.files import replace_file
 from moectl.model.manifest import NAME as MANIFEST_NAME, FileEntry
 from moectl.shards import sources
-from moectl.shards.recipe import CheckpointHeaders
+from moectl.shards.blueprint import Headers
 
 
-class CheckpointReader(CheckpointHeaders, sources.Supply, Protocol):
+class CheckpointReader(Headers, sources.Supply, Protocol):
     """The part of `checkpoint.Checkpoint` that `cut` uses."""
 
     @property
     def source(self) -> str: ...
     @property
     def revision(self) -> str | None: ...
-    @property
-    def config(self) -> dict[str, Any]: ...
     @property
     def sizes(self) -> Mapping[str, int]: ...
     @property

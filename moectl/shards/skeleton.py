@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
 from moectl.errors import CheckpointError
+from moectl.shards.exceptions import OWN_FILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
         raise _unknown(model_type)
     own = copy.deepcopy(dict(config))  # some model files write into it
     try:
-        model_class, args_class = _get_classes(own)
+        model_class, args_class = find_classes(own)
     except AttributeError:  # a module of mlx-lm that is no model file
         raise _unknown(model_type) from None
     except (
@@ -80,6 +81,12 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
     empty(model)
     model.eval()
     return Skeleton(model, model_type)
+
+
+def find_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the classes of a model and of its arguments."""
+    own_file = OWN_FILES.get(config["model_type"])
+    return (own_file.Model, own_file.ModelArgs) if own_file else _get_classes(config)
 
 
 def empty(module: nn.Module) -> None:

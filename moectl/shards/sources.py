@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Protocol
 
 from moectl.errors import CheckpointError
-from moectl.shards.recipe import OutputFile
 
 
 class Supply(Protocol):
@@ -24,16 +23,23 @@ class Supply(Protocol):
     def release(self, file: str) -> None: ...
 
 
+class Output(Protocol):
+    """The part of `recipe.OutputFile` that is used here."""
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+
 class Cancelled(Exception):
     """Another thread failed, or the user stopped the cut."""
 
 
 class Sources:
-    """Open source files for pieces that are taken file by file, in order. All methods may be called on any thread."""
+    """Open source files for outputs that are made one by one, in order. All methods may be called on any thread."""
 
-    def __init__(self, supply: Supply, files: Sequence[OutputFile]) -> None:
+    def __init__(self, supply: Supply, files: Sequence[Output]) -> None:
         self._supply = supply
-        self._uses = Counter(p.file for f in files for p in f.pieces)
+        self._uses = Counter(file for output in files for file in output.sources)
         self._coming = list(self._uses)  # in the order of their first use
         self._news = threading.Condition()
         self._here: dict[str, int | BaseException] = {}  # open descriptors, or why there is none
@@ -61,7 +67,7 @@ class Sources:
         return found
 
     def done(self, file: str) -> None:
-        """Count one use of a file as finished; after the last one the file is closed and released."""
+        """Count one output that needs a file as finished; after the last one the file is closed and released."""
         with self._news:
             self._uses[file] -= 1
             if self._uses[file] == 0:
@@ -82,7 +88,7 @@ class Sources:
                 self._close(file)
 
     def _close(self, file: str) -> None:
-        found = self._here.pop(file)
+        found = self._here.pop(file, None)  # it may not have been read
         if isinstance(found, int):
             os.close(found)
 
@@ -110,14 +116,14 @@ class Sources:
             self._supply.prefetch(following)
 
 
-def peak_bytes(files: Sequence[OutputFile], sizes: Mapping[str, int]) -> int:
+def peak_bytes(files: Sequence[Output], sizes: Mapping[str, int]) -> int:
     """Return the largest size of source files that are here at once while `files` are made, one after another."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for turn, output in enumerate(files):
-        for piece in output.pieces:
-            first.setdefault(piece.file, turn)
-            last[piece.file] = turn
+        for file in output.sources:
+            first.setdefault(file, turn)
+            last[file] = turn
     peak = 0
     for turn in range(len(files)):
         held = sum(sizes[f] for f in first if first[f] <= turn <= last[f])

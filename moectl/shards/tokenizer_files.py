@@ -1,17 +1,21 @@
 """The files of a shard set's tokenizer: the checkpoint's own, or those of another repository or directory.
 
-The files are copied and never run, so a tokenizer that is Python code, as DBRX's first one, cannot be used. `tokenizer`
-says whether a worker can read the files.
+The files are copied and never run. Where a tokenizer is Python code beside a tiktoken vocabulary, as Kimi's is,
+`tiktoken_file` makes a tokenizer.json. `tokenizer` says whether a worker can read the files.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import hashlib
 import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 from moectl.errors import CheckpointError, MoectlError
@@ -20,6 +24,7 @@ from moectl.model.manifest import FileEntry, Manifest, read_manifest, refuse_lin
 from moectl.shards import journal as journals
 from moectl.shards.cache_layout import refuse_pointers
 from moectl.shards.checkpoint import Checkpoint, is_plain_data, open_store, read_json
+from moectl.shards.tiktoken_file import CONFIG, convert
 from moectl.shards.verified import write_stamps
 from moectl.shards.writer import hash_file
 
@@ -29,7 +34,15 @@ KNOWN = "Xenova/dbrx-instruct-tokenizer"
 KNOWN_VOCABULARY = 100352
 _TEMPLATE = "chat_template*"
 _PATTERNS = (
-    *("tokenizer*", "*.tiktoken", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *(
+        "tokenizer*",
+        "*.tiktoken",
+        "tiktoken.model",
+        "vocab*",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ),
     _TEMPLATE,
 )
 
@@ -55,9 +68,10 @@ def fetch_tokenizer(source: str, vocabulary: int) -> TokenizerFiles:
     """
     with contextlib.closing(open_store(source)) as store:
         names = [file for file in store.files if is_tokenizer(file) and is_plain_data(file, store.files[file])]
-        if NAME not in names:
+        made = None if NAME in names else _convert(store.files, store.path, source, vocabulary)
+        if NAME not in names and made is None:
             raise CheckpointError(f"{source} has no {NAME}", hint=f"take another one, such as {KNOWN} for DBRX")
-        found = TokenizerFiles(source, {name: store.path(name) for name in names})
+        found = TokenizerFiles(source, {name: store.path(name) for name in names} | ({NAME: made} if made else {}))
     _check_vocabulary(found.files[NAME], source, vocabulary)
     return found
 
@@ -70,23 +84,27 @@ def with_tokenizer(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> Checkpo
 
 def choose_tokenizer(
     model: str, asked: str | None, can_read: Callable[[Path], object], say: Callable[[str], None]
-) -> Callable[[Checkpoint], Checkpoint]:
+) -> Callable[[Checkpoint, int], Checkpoint]:
     """Return a function that gives a checkpoint a tokenizer, or refuses it, before anything is cut.
 
+    It takes the checkpoint and the size of the model's vocabulary.
     `model` is the user's name of the checkpoint, `asked` the place of the tokenizer, if the user gave one; `can_read`
     raises CheckpointError for files that a worker cannot read.
     """
 
-    def choose(checkpoint: Checkpoint) -> Checkpoint:
-        vocabulary = checkpoint.geometry.vocab_size
+    def choose(checkpoint: Checkpoint, vocabulary: int) -> Checkpoint:
         if asked is not None:
             return with_tokenizer(checkpoint, fetch_tokenizer(asked, vocabulary))
         if NAME in checkpoint.sidecars:
             _check_vocabulary(checkpoint.path(NAME), checkpoint.source, vocabulary)
             return checkpoint
+        made = _convert(checkpoint.files, checkpoint.path, checkpoint.source, vocabulary)
+        if made is not None:
+            say(f"{checkpoint.source} has no {NAME}: making it from its tiktoken vocabulary.")
+            return checkpoint.with_files(checkpoint.sidecars, {NAME: made})
         if _is_readable(checkpoint, can_read):
             return checkpoint
-        return _replace_missing(checkpoint, model, say)
+        return _replace_missing(checkpoint, vocabulary, model, say)
 
     return choose
 
@@ -98,7 +116,7 @@ def add_tokenizer(directory: Path, source: str) -> Manifest:
     """
     manifest = read_manifest(directory)
     refuse_links_outside(directory)
-    tokenizer = fetch_tokenizer(source, manifest.geometry.vocab_size)
+    tokenizer = fetch_tokenizer(source, manifest.structure.vocab_size)
     try:
         with journals.lock_directory(directory):
             manifest = read_manifest(directory)
@@ -135,8 +153,8 @@ def is_tokenizer(file: str) -> bool:
     return any(fnmatch(file.lower(), pattern) for pattern in _PATTERNS)
 
 
-def _replace_missing(checkpoint: Checkpoint, model: str, say: Callable[[str], None]) -> Checkpoint:
-    vocabulary, source = checkpoint.geometry.vocab_size, checkpoint.source
+def _replace_missing(checkpoint: Checkpoint, vocabulary: int, model: str, say: Callable[[str], None]) -> Checkpoint:
+    source = checkpoint.source
     lacks = f"{source} has no {NAME}, and no other tokenizer that can be read without running its code"
     other = KNOWN if vocabulary == KNOWN_VOCABULARY else "REPO|DIR"
     hint = f"moectl shard {shlex.quote(model)} --tokenizer {other}"
@@ -148,6 +166,31 @@ def _replace_missing(checkpoint: Checkpoint, model: str, say: Callable[[str], No
         raise CheckpointError(f"{lacks}; {KNOWN} cannot be downloaded: {error.message}", hint=hint) from None
     say(f"{source} has no {NAME}: taking DBRX's from {KNOWN} (--tokenizer REPO|DIR takes another).")
     return with_tokenizer(checkpoint, taken)
+
+
+def _convert(files: Mapping[str, int], path: Callable[[str], Path], source: str, vocabulary: int) -> Path | None:
+    """Return a tokenizer.json made from a tiktoken vocabulary, None where there is none. Raises CheckpointError."""
+
+    def read(name: str) -> bytes | None:
+        if name not in files:
+            return None
+        refuse_pointers(path(name).parent, [name])
+        return path(name).read_bytes()
+
+    config = read_json(path(CONFIG), f"{source}: {CONFIG}") if CONFIG in files else {}
+    data = convert(read, list(files), config, source, vocabulary)
+    if data is None:
+        return None
+    made = _directory_of_this_process() / f"{hashlib.sha256(data).hexdigest()}.json"
+    made.write_bytes(data)
+    return made
+
+
+@cache
+def _directory_of_this_process() -> Path:
+    directory = tempfile.mkdtemp(prefix="moectl-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory)
 
 
 def _is_readable(checkpoint: Checkpoint, can_read: Callable[[Path], object]) -> bool:

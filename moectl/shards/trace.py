@@ -197,7 +197,7 @@ def trace(model: Any, tensors: Mapping[str, Expression]) -> dict[str, Expression
     """
     if not hasattr(model, "sanitize"):
         return dict(tensors)
-    with _recording():
+    with _recording(model):
         try:
             made = model.sanitize({name: _again(tensor) for name, tensor in tensors.items()})
         except MoectlError:
@@ -252,9 +252,10 @@ def fill(template: Any, values: Sequence[Any]) -> Any:
 
 
 @contextmanager
-def _recording() -> Iterator[None]:
-    """Let mlx-lm's model files meet expressions where they expect arrays."""
-    files = [m for n, m in sys.modules.items() if n.startswith("mlx_lm.models.") and vars(m).get("mx") is mx]
+def _recording(model: Any) -> Iterator[None]:
+    """Let model files meet expressions where they expect arrays: mlx-lm's and this model's."""
+    names = [n for n in sys.modules if n.startswith("mlx_lm.models.")] + [type(model).__module__]
+    files = [m for n in dict.fromkeys(names) if vars(m := sys.modules[n]).get("mx") is mx]
     stand_in: Any = _Recorder(mx)
     for file in files:
         file.mx = stand_in  # type: ignore[attr-defined]

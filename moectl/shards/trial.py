@@ -120,6 +120,15 @@ def record_calls(skeleton: Skeleton, parts: list[LayerParts]) -> dict[str, Call]
     return calls
 
 
+def count_chosen(parts: list[LayerParts], calls: dict[str, Call]) -> None:
+    """Note in each stack how many experts a token goes to."""
+    for layer in parts:
+        for unit in (unit for block in layer.blocks for unit in block.units):
+            call = calls.get(f"{layer.path}.{unit.path}")
+            if unit.experts and call is not None and len(call.args) > 1:
+                unit.top_k = call.args[1].shape[-1]
+
+
 def _paths_of(layer: LayerParts) -> list[str]:
     units = [unit.path for block in layer.blocks for unit in block.units]
     return [*units, *(block.path for block in layer.blocks), *(heads.path for heads in layer.heads)]

@@ -10,7 +10,7 @@ from moectl.errors import PlanError
 from moectl.shards.exceptions import REFUSED
 from moectl.shards.flow import Flow, NoPipeline, follow
 from moectl.shards.skeleton import Skeleton
-from moectl.shards.trial import describe, record_calls, try_parts
+from moectl.shards.trial import count_chosen, describe, record_calls, try_parts
 from moectl.shards.units import LayerParts, at, find_parts
 
 SPLITS = ("experts", "hidden", "tensor", "layers")
@@ -43,6 +43,7 @@ def _look(skeleton: Skeleton) -> Findings:
     except Exception as error:  # any code of a model file runs here; some wants a GPU of Apple's
         return Findings(parts, None, dict.fromkeys(SPLITS, f"it cannot run on this machine: {describe(error)}"))
     whole = try_parts(skeleton, parts, calls)
+    count_chosen(parts, calls)
     units = [unit for layer in parts for block in layer.blocks for unit in block.units]
     heads = [found for layer in parts for found in layer.heads]
     ways: dict[str, str | None] = dict.fromkeys(SPLITS)

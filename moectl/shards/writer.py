@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,8 +20,10 @@ from queue import SimpleQueue
 from moectl.errors import IntegrityError
 from moectl.files import partial_path, sync_directory
 from moectl.model.manifest import FileEntry
-from moectl.shards.recipe import OutputFile, Piece, Quantise
+from moectl.shards.quantize import Converter, converter
+from moectl.shards.recipe import Matrix, OutputFile, Piece
 from moectl.shards.sources import Cancelled, Sources, Supply, fill
+from moectl.shards.stored import StoredReader
 from moectl.shards.tensors import item_bytes
 
 _MEMORY_BYTES = 96 << 20  # for unfinished results, shared by all jobs
@@ -32,7 +34,6 @@ _MAX_VECTORS = 1024  # IOV_MAX of Linux and macOS
 
 OnBytes = Callable[[int], None]
 OnHashed = Callable[[str, FileEntry], None]
-OpenQuantise = Callable[[int], AbstractContextManager[Quantise]]  # (memory in bytes) → one thread's quantiser
 _News = int | tuple[str, FileEntry] | BaseException | None  # bytes made, a hashed file, a failure, the end
 
 
@@ -42,7 +43,6 @@ def make_files(
     missing: Sequence[OutputFile],
     named: Sequence[OutputFile],
     *,
-    quantise: OpenQuantise,
     jobs: int,
     on_bytes: OnBytes,
     on_hashed: OnHashed,
@@ -52,7 +52,7 @@ def make_files(
     The calling thread calls both callbacks. Raises the first failure of any thread: OSError of the output's disk,
     CheckpointError and what `supply` raises for the source, IntegrityError.
     """
-    run = _Run(directory, Sources(supply, missing), missing, quantise, jobs)
+    run = _Run(directory, Sources(supply, missing), missing, jobs)
     run.follow(named, on_bytes, on_hashed)
 
 
@@ -75,7 +75,8 @@ class _Output:
         self.file = file
         self.path = directory / file.path
         self.path.parent.mkdir(exist_ok=True)
-        self.remaining = len(file.pieces)
+        self.pieces = file.pieces
+        self.remaining = len(self.pieces)
         self._flusher = flusher
         self._flush: Future[None] | None = None
         self._unflushed = 0
@@ -123,13 +124,10 @@ class _Output:
 class _Run:
     """The threads, and the file on which they work."""
 
-    def __init__(
-        self, directory: Path, sources: Sources, files: Sequence[OutputFile], quantise: OpenQuantise, jobs: int
-    ) -> None:
+    def __init__(self, directory: Path, sources: Sources, files: Sequence[OutputFile], jobs: int) -> None:
         self._directory = directory
         self._sources = sources
         self._files = iter(files)
-        self._open_quantise = quantise
         self._jobs = jobs
         self._news: SimpleQueue[_News] = SimpleQueue()
         self._ends: SimpleQueue[None] = SimpleQueue()  # wakes the thread that stops the others
@@ -187,12 +185,12 @@ class _Run:
     def _work(self) -> None:
         try:
             with ExitStack() as stack:
-                quantise: Quantise | None = None
+                convert: Converter | None = None
                 while (item := self._take()) is not None:
                     output, piece = item
-                    if not piece.matrix.is_copy and quantise is None:
-                        quantise = stack.enter_context(self._open_quantise(_MEMORY_BYTES // self._jobs))
-                    self._make(output, piece, quantise)
+                    if not piece.is_copy and convert is None:
+                        convert = stack.enter_context(converter(_MEMORY_BYTES // self._jobs))
+                    self._make(output, piece, convert)
         except Cancelled:
             pass
         except BaseException as error:
@@ -211,26 +209,33 @@ class _Run:
                 file = next(self._files, None)
                 if file is None:
                     return None
-                self._output, self._pieces = _Output(file, self._directory, self._flusher), iter(file.pieces)
+                self._output = _Output(file, self._directory, self._flusher)
+                self._pieces = iter(self._output.pieces)
                 self._unfinished.add(self._output)
                 self._news.put(len(file.header))
             return None
 
-    def _make(self, output: _Output, piece: Piece, quantise: Quantise | None) -> None:
-        transfer = _Transfer(piece, self._sources.open(piece.file), output, self._check, self._news.put)
-        if piece.matrix.is_copy:
+    def _make(self, output: _Output, piece: Piece, convert: Converter | None) -> None:
+        transfer = _Transfer(piece, output, self._check, self._news.put)
+        if isinstance(piece.work, Matrix):
+            transfer.open(self._sources.open(piece.file), piece.work)
+        if piece.is_copy:
             transfer.copy()
         else:
-            assert quantise is not None
-            quantise(piece.matrix, transfer.read, transfer.write)
+            assert convert is not None
+            if isinstance(piece.work, Matrix):
+                convert.convert(piece.work, transfer.read, transfer.write)
+            else:
+                convert.compute(piece.work, StoredReader(output.file.stored, self._open_checked), transfer.write)
         transfer.report()
-        self._sources.done(piece.file)
         with self._turn:
             output.remaining -= 1
             last = output.remaining == 0
             if last:
                 self._turn.notify_all()
         if last:
+            for file in output.file.sources:
+                self._sources.done(file)
             output.finish()
             with self._turn:
                 self._unfinished.remove(output)
@@ -247,6 +252,10 @@ class _Run:
         except BaseException as error:
             self._news.put(error)
 
+    def _open_checked(self, file: str) -> int:
+        self._check()
+        return self._sources.open(file)
+
     def _check(self, _: int = 0) -> None:
         if self._stopped:
             raise Cancelled
@@ -260,16 +269,18 @@ class _Run:
 class _Transfer:
     """Reads and writes of one piece."""
 
-    def __init__(
-        self, piece: Piece, fd: int, output: _Output, check: Callable[[], None], tell: Callable[[int], None]
-    ) -> None:
+    def __init__(self, piece: Piece, output: _Output, check: Callable[[], None], tell: Callable[[int], None]) -> None:
         self._piece = piece
         self._output = output
         self._check = check
         self._tell = tell
         self._unreported = 0
-        self._row_bytes = piece.matrix.cols * item_bytes(piece.matrix.dtype)
-        self._fill = partial(fill, fd, piece.file)
+
+    def open(self, fd: int, matrix: Matrix) -> None:
+        """Get ready to read a stored matrix."""
+        self._rows = matrix.rows
+        self._row_bytes = matrix.cols * item_bytes(matrix.dtype)
+        self._fill = partial(fill, fd, self._piece.file)
 
     def read(self, first: int, rows: int, buffer: memoryview, stride: int) -> None:
         """Fill `buffer` with rows of the piece, `stride` bytes from one to the next."""
@@ -296,7 +307,7 @@ class _Transfer:
 
     def copy(self) -> None:
         """Copy the piece unchanged."""
-        rows, width = self._piece.matrix.rows, self._row_bytes
+        rows, width = self._rows, self._row_bytes
         step = max(1, _COPY_BYTES // width)
         buffer = memoryview(bytearray(min(rows, step) * width))
         for first in range(0, rows, step):

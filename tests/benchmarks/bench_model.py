@@ -23,8 +23,8 @@ from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
-from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
+from moectl.model.structure import Quantization
 from moectl.session.session import RankSpec, Session
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint

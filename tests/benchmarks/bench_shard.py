@@ -152,8 +152,8 @@ def peak_bytes() -> int:
 
 def cut_here(source: Path, target: Path, nodes: int, jobs: int, ballast: Path | None = None) -> None:
     """Cut in this process and print the figures as JSON; a subprocess, since peak memory is a process's own."""
-    from moectl.model.manifest import Quantization
     from moectl.model.placement import make_placement
+    from moectl.model.structure import Quantization
     from moectl.shards import build, quantize
     from moectl.shards.checkpoint import open_checkpoint
 

@@ -25,8 +25,9 @@ from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import Done, Generate, Token
 from moectl.engine.random_prompts import check_uncached
 from moectl.engine.request import Request, Stats
-from moectl.model.manifest import Quantization, read_manifest
+from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
+from moectl.model.structure import Quantization
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.quantize import quantizer

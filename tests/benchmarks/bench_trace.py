@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.shards.formats import quantise, read_format, unpack
 from moectl.shards.parts import chunks, full, part
 from moectl.shards.precision import settle, source_of

@@ -38,8 +38,8 @@ from moectl.hosts.remote import LocalRemote, Remote, read_program
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.hosts.survey import read_all_hardware, read_hardware
 from moectl.model.geometry import Geometry, read_geometry
-from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
+from moectl.model.structure import Quantization
 from moectl.planner.measured import Job, Pass, RankSpeed, Speed, read_job, read_speeds
 from tests.support.netns import Cluster
 from tests.support.ring import rank_env

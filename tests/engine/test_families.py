@@ -23,6 +23,7 @@ from tests.support.families import STEPS, families, is_equal, look_at, make_whol
 
 WAYS: dict[str, dict[str, str]] = json.loads((Path(__file__).parent.parent / "golden/ways.json").read_text("utf-8"))
 DOZEN = (
+    "dbrx",
     "mixtral",
     "qwen3_moe",
     "qwen3_next",
@@ -113,6 +114,13 @@ def test_ranks_that_hold_nothing_of_a_unit(family: str, split: str, shares: list
 )
 def test_quantised_models(family: str, group_size: int, split: str) -> None:
     check(family, split, [1, 1], group_size)
+
+
+@pytest.mark.parametrize("split", ["hidden", "experts"])
+@pytest.mark.parametrize("family", ["dbrx", "gpt_oss", "deepseek_v3", "nemotron_h"])
+def test_ranks_group_their_pairs(family: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moectl.engine.network.experts.GROUP_FROM_PAIRS", 1)
+    check(family, split, [2, 1])
 
 
 def test_more_ranks_than_kv_heads() -> None:

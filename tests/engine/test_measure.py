@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from moectl.engine.measure import fit_pass, scale_up, weigh_layers
 from moectl.engine.random_model import Weights, shrink, with_depth
 from moectl.model.geometry import read_geometry
-from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
+from moectl.model.structure import Quantization
 from moectl.planner.measured import Pass, RankSpeed
 from tests.support.tiny import make_config
 

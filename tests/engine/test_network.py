@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl.engine.network.dbrx import Model
-from moectl.engine.network.experts import GROUP_FROM_PAIRS, Experts
+from moectl.engine.network.dbrx import Experts, Model
+from moectl.engine.network.experts import GROUP_FROM_PAIRS
 from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
 from tests.support import oracle

@@ -12,7 +12,7 @@ import pytest
 from moectl.engine.network import stored
 from moectl.engine.network.stored import Parts, Reader, StoredEmbedding, StoredMatrix
 from moectl.errors import IntegrityError
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.shards.tensors import MODES
 
 STACK, ROWS, COLUMNS = 3, 40, 256

@@ -13,8 +13,9 @@ from hypothesis import given, settings, strategies as st
 
 from moectl.errors import IntegrityError
 from moectl.model.geometry import read_geometry
-from moectl.model.manifest import FileEntry, Manifest, Quantization, parse_manifest
+from moectl.model.manifest import FileEntry, Manifest, parse_manifest
 from moectl.model.placement import make_placement
+from moectl.model.structure import Quantization
 from tests.support.tiny import json_values, make_config
 
 CONFIG = make_config()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from moectl.model.geometry import DBRX, Geometry
-from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
+from moectl.model.structure import Quantization
 from moectl.planner.chips import default_working_set_bytes
 from moectl.planner.memory import COMFORTABLE, Memory, Need, Verdict, judge, rank_need
 from moectl.shards.recipe import plan_files

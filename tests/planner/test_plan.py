@@ -16,7 +16,7 @@ from moectl.cli.options import Failed
 from moectl.demo import demo_dir
 from moectl.errors import MoectlError, PlanError
 from moectl.model.geometry import DBRX
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.paths import data_dir
 from moectl.planner.advice import make_plan, refusal
 from moectl.planner.calibration import DEFAULT, PAPER

@@ -9,8 +9,8 @@ import pytest
 
 from moectl.errors import UsageError
 from moectl.model.geometry import DBRX
-from moectl.model.manifest import Quantization
 from moectl.model.placement import make_placement
+from moectl.model.structure import Quantization
 from moectl.planner.calibration import DEFAULT, PAPER, PAPER_NAIVE, Calibration, find_link
 from moectl.planner.chips import find_chip
 from moectl.planner.speed import Prediction, Rates, Work, expected_busiest, expected_busiest_of_copies, predict

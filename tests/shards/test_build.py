@@ -28,8 +28,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, PlanError, ShardsDiffer, StateError, UsageError
 from moectl.hosts.onhost.files import RECORD
 from moectl.model.geometry import PROJECTIONS, expert_name, stacked_name
-from moectl.model.manifest import Manifest, Quantization, read_manifest
+from moectl.model.manifest import Manifest, read_manifest
 from moectl.model.placement import Placement, make_placement
+from moectl.model.structure import Quantization
 from moectl.shards import build, journal, quantize, recipe, writer
 from moectl.shards.checkpoint import Checkpoint, open_checkpoint
 from moectl.shards.sources import Sources, peak_bytes
@@ -707,7 +708,7 @@ for name in ("pwrite", "fsync", "replace", "rename", "unlink", "open"):
 Path.replace = fatal(Path.replace)
 from moectl.shards import quantize; from moectl.shards import build as shards
 from moectl.shards.checkpoint import open_checkpoint
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.model.placement import make_placement
 checkpoint = open_checkpoint(sys.argv[1])
 placement = make_placement(checkpoint.geometry, "hidden", 2, shares=(1, 5), group_size=64)
@@ -1283,7 +1284,7 @@ from pathlib import Path
 import mlx.core as mx
 from moectl.shards import quantize; from moectl.shards import build as shards
 from moectl.shards.checkpoint import open_checkpoint
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.model.placement import make_placement
 def peak():
     status = Path("/proc/self/status")

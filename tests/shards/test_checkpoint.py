@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError, Unreachable, UsageError
 from moectl.model.geometry import read_geometry
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.shards.checkpoint import Checkpoint, open_checkpoint, pull
 from moectl.shards.hub import _require_space
 from tests.support import hub_client

@@ -16,7 +16,7 @@ from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, convert, mixed_quant_predicate_builder
 
 from moectl.errors import CheckpointError, MoectlError, PlanError
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.shards.formats import read_format, unpack
 from moectl.shards.parts import part
 from moectl.shards.precision import settle

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl.model.manifest import Quantization
+from moectl.model.structure import Quantization
 from moectl.shards.parts import full, part
 from moectl.shards.places import Rectangle, find_rectangles
 from moectl.shards.precision import source_of
@@ -80,7 +80,7 @@ def test_copies_and_transposed_copies_are_recognised(checkpoints: dict[str, Trac
 
     assert kinds("mixtral", "_proj.weight") == [{"copied in 1", "copied in 4"}]
     assert kinds("qwen3", "weight") == [{"copied in 1"}]
-    assert kinds("dbrx", "w1.weight", "w2.weight") == [{"copied in 1"}, {"turned"}]
+    assert kinds("dbrx", "up_proj.weight", "down_proj.weight") == [{"copied in 1"}, {"turned"}]
     gpt = kinds("gpt-oss-mxfp4", "gate_proj.weight", "down_proj.weight", "gate_proj.scales", "gate_proj.bias")
     assert gpt == [{"copied in 1"}] * 4  # every other row
     assert kinds("deepseek-v3-fp8", "q_a_proj.weight", "switch_mlp.up_proj.weight") == [{"computed"}, {"computed"}]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from moectl.errors import NotSharded, PlanError, ShardsDiffer, UsageError
-from moectl.model.manifest import Quantization, read_manifest
+from moectl.model.manifest import read_manifest
 from moectl.model.routing import Routing
+from moectl.model.structure import Quantization
 from moectl.paths import cache_dir, data_dir
 from moectl.shards import prepare
 from moectl.shards.prepare import Wanted

@@ -69,9 +69,9 @@ def test_what_cannot_be_built_is_refused(change: dict[str, Any], message: str) -
 
 
 def test_missing_keys_are_named() -> None:
-    config = config_of("dbrx")
-    del config["ffn_config"]["moe_top_k"]
-    with pytest.raises(CheckpointError, match="dbrx: missing key 'moe_top_k'"):
+    config = config_of("ministral3")
+    del config["rope_parameters"]["rope_theta"]
+    with pytest.raises(CheckpointError, match="ministral3: missing key 'rope_theta'"):
         make_skeleton(config)
 
 

@@ -8,8 +8,8 @@ import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl.model.manifest import Quantization
 from moectl.model.regions import Region
+from moectl.model.structure import Quantization
 from moectl.shards.parts import chunks, full, part
 from moectl.shards.trace import list_dropped
 from tests.support.layouts import LAYOUTS, write_layout

@@ -15,8 +15,9 @@ import pytest
 from moectl.errors import IntegrityError, MoectlError
 from moectl.hosts.onhost import files as node
 from moectl.hosts.onhost.files import RECORD
-from moectl.model.manifest import NAME, Manifest, Quantization, read_manifest
+from moectl.model.manifest import NAME, Manifest, read_manifest
 from moectl.model.placement import make_placement
+from moectl.model.structure import Quantization
 from moectl.session.session import Session
 from moectl.shards import build, quantize
 from moectl.shards.checkpoint import open_checkpoint

@@ -14,20 +14,20 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _get_classes
 
+from moectl.engine.network.experts import install
 from moectl.engine.network.parallel import cut, divide
 from moectl.engine.network.stages import keep, make_stage, remove_head
 from moectl.model.ownership import hold, own_layers
 from moectl.shards.flow import names_of_rank
-from moectl.shards.skeleton import Skeleton, make_skeleton
+from moectl.shards.skeleton import Skeleton, find_classes, make_skeleton
 from moectl.shards.units import divisions_of
 from moectl.shards.ways import Findings, look
 from tests.support.fake_group import run_ranks
 
 PROMPT = [3, 11, 5, 7, 2, 9, 4, 8, 6, 1]
 STEPS = 3
-Prepare = Callable[[Any], None]
+Change = Callable[[Any, int, Any], None]  # (model, rank, group)
 
 
 @cache
@@ -52,7 +52,7 @@ def make_whole(family: str, *, quantised: int | None = None) -> Any:
     """
     mx.random.seed(7)
     config = config_of(family)
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = find_classes(config)
     model = model_class(args_class.from_dict(config))
     noisy = [
         (name, (0.05 * mx.random.normal(array.shape) + array).astype(array.dtype))
@@ -97,30 +97,26 @@ def look_at(family: str, *, quantised: int | None = None) -> tuple[Skeleton, Fin
 
 
 def run_split(
-    family: str, found: tuple[Skeleton, Findings], split: str, shares: Sequence[float], *, quantised: int | None = None
+    family: str,
+    found: tuple[Skeleton, Findings],
+    split: str,
+    shares: Sequence[float],
+    *,
+    quantised: int | None = None,
+    change: Change = lambda model, rank, group: None,
 ) -> tuple[list[mx.array], list[int], int]:
-    """Run a model on ranks; return logits, bytes of weights per rank, and sums of one rank."""
-    skeleton, seen = found
+    """Run a model on ranks; return logits, bytes of weights per rank, and sums of one rank.
+
+    `change` may do something to a rank's model before it runs.
+    """
+    skeleton, _ = found
     vocabulary = skeleton.model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]
 
+    leader = len(shares) - 1 if split == "layers" else 0
+
     def run(rank: int, group: Any) -> tuple[list[mx.array], int, int]:
-        model = make_whole(family, quantised=quantised)
-        leader = 0
-        if split == "layers":
-            assert seen.flow is not None
-            spans, leader = own_layers(len(model.layers), shares), len(shares) - 1
-            names = names_of_rank(skeleton, seen.flow, spans[rank], first=rank == 0, last=rank == leader)
-            keep(model, names)
-            make_stage(model, seen.flow, spans, rank, group)
-        else:
-            names = set(skeleton.parameters)
-            holdings = hold(divisions_of(model, seen.parts, split), shares, rank)
-            cut(model, holdings)
-            divide(model, seen.parts, holdings, group)
-            if rank != leader and seen.flow is not None:
-                names = names_of_rank(skeleton, seen.flow, (0, len(model.layers)), first=True, last=False)
-                keep(model, names)
-                remove_head(model, seen.flow)
+        model, names = make_rank(family, found, split, shares, rank, group, quantised=quantised)
+        change(model, rank, group)
         held = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if name in names)
 
         def head(logits: mx.array) -> mx.array:
@@ -132,6 +128,38 @@ def run_split(
 
     results = run_ranks(len(shares), run)
     return results[0][0], [held for _, held, _ in results], results[0][2]
+
+
+def make_rank(
+    family: str,
+    found: tuple[Skeleton, Findings],
+    split: str,
+    shares: Sequence[float],
+    rank: int,
+    group: Any,
+    *,
+    quantised: int | None = None,
+) -> tuple[Any, set[str]]:
+    """Return one rank's model, and the names of the parameters that it needs."""
+    skeleton, seen = found
+    model = make_whole(family, quantised=quantised)
+    if split == "layers":
+        assert seen.flow is not None
+        spans, leader = own_layers(len(model.layers), shares), len(shares) - 1
+        names = names_of_rank(skeleton, seen.flow, spans[rank], first=rank == 0, last=rank == leader)
+        keep(model, names)
+        make_stage(model, seen.flow, spans, rank, group)
+    else:
+        names = set(skeleton.parameters)
+        holdings = hold(divisions_of(model, seen.parts, split), shares, rank)
+        cut(model, holdings)
+        divide(model, seen.parts, holdings, group, rank=rank)
+        if rank != 0 and seen.flow is not None:
+            names = names_of_rank(skeleton, seen.flow, (0, len(model.layers)), first=True, last=False)
+            keep(model, names)
+            remove_head(model, seen.flow)
+    install(model)
+    return model, names
 
 
 def is_equal(some: list[mx.array], others: list[mx.array], tolerance: float = 1e-4) -> tuple[bool, float]:

@@ -13,21 +13,22 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.convert import mixed_quant_predicate_builder
-from mlx_lm.utils import _get_classes, load_config, load_model, quantize_model
+from mlx_lm.utils import load_config, load_model, quantize_model
 
-from moectl.model.manifest import Quantization
 from moectl.model.regions import Region
+from moectl.model.structure import Quantization
 from moectl.shards.formats import Format, read_format, unpack
 from moectl.shards.parts import full, part
 from moectl.shards.precision import Settled, settle
+from moectl.shards.skeleton import find_classes
 from moectl.shards.stored import StoredReader, name_stored
 from moectl.shards.tensors import StoredTensor, read_header
 from moectl.shards.trace import Expression, trace
 
 
 def make_model(config: dict[str, Any]) -> Any:
-    """Return mlx-lm's model for a config; nothing evaluates it."""
-    model_class, args_class = _get_classes(config)
+    """Return the model for a config; nothing evaluates it."""
+    model_class, args_class = find_classes(config)
     return model_class(args_class.from_dict(config))
 
 

@@ -12,28 +12,50 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from moectl.engine.network.exchange import sum_over_ranks
-from moectl.model.ownership import Holding
-from moectl.model.regions import Role, Span, belongs_to_sum, find_regions
+from moectl.engine.network.own_pairs import OwnPairs
+from moectl.model.ownership import Held, Holding
+from moectl.model.regions import Role, belongs_to_sum, find_regions
 from moectl.shards.hooks import Hook, hook_call
 from moectl.shards.units import Block, Heads, LayerParts, Unit, at, narrow
 
 Group = Any  # mx.distributed.Group
 
 
-def divide(model: nn.Module, parts: list[LayerParts], holdings: Mapping[str, Holding], group: Group) -> None:
-    """Let a model compute what a rank holds, and sum over all ranks. Its parameters may be cut before or after."""
+def divide(
+    model: nn.Module,
+    parts: list[LayerParts],
+    holdings: Mapping[str, Holding],
+    group: Group,
+    *,
+    rank: int = 0,
+    held: Held | None = None,
+) -> None:
+    """Let a model compute what a rank holds, and sum over all ranks. Its parameters may be cut before or after.
+
+    `held` are the experts of each rank, where they have copies.
+    """
     for layer in parts:
         module = at(model, layer.path)
         for block in layer.blocks:
             for unit in block.units:
-                _divide_unit(at(module, unit.path), unit, holdings[f"{layer.path}.{unit.path}.{unit.down}"])
-            _install_sums(module, block, group)
+                path = f"{layer.path}.{unit.path}"
+                _divide_unit(at(module, unit.path), unit, holdings[f"{path}.{unit.down}"], rank, held)
         for heads in layer.heads:
             if (holding := holdings.get(f"{layer.path}.{heads.path}.{heads.out}")) is not None:
                 _divide_heads(at(module, heads.path), f"{layer.path}.{heads.path}", heads, holding, holdings)
+    install_sums(model, parts, holdings, group)
+
+
+def install_sums(model: nn.Module, parts: list[LayerParts], holdings: Mapping[str, Holding], group: Group) -> None:
+    """Let a model sum over all ranks what they have parts of, and divide nothing; `holdings` are any rank's."""
+    for layer in parts:
+        module = at(model, layer.path)
+        for block in layer.blocks:
+            _install_sums(module, block, group)
+        for heads in layer.heads:
+            if f"{layer.path}.{heads.path}.{heads.out}" in holdings:
                 hook_call(at(module, heads.path)[heads.out], partial(_sum, group))
 
 
@@ -53,7 +75,7 @@ def take(name: str, array: mx.array, holding: Holding) -> mx.array:
     """Return a rank's part of one array of a module."""
     if belongs_to_sum(name, holding.division):
         return array if holding.adds else mx.zeros_like(array)
-    regions, axis = find_regions(name, array.shape, holding.division, holding.span)
+    regions, axis = find_regions(name, array.shape, holding.division, holding.spans)
     found = [array[tuple(slice(*span) for span in region)] for region in regions]
     return mx.contiguous(mx.concatenate(found, axis=axis))
 
@@ -73,31 +95,18 @@ def _sum(group: Group, call: Hook, *args: Any, **kwargs: Any) -> mx.array:
     return sum_over_ranks(call(*args, **kwargs), group)
 
 
-def _divide_unit(module: nn.Module, unit: Unit, holding: Holding) -> None:
+def _divide_unit(module: nn.Module, unit: Unit, holding: Holding, rank: int, held: Held | None) -> None:
     if holding.is_empty:
         hook_call(module, partial(_give_nothing, module[unit.down].weight.shape[-2], unit.experts > 0))
     elif holding.division.pieces.role is Role.EXPERT:
-        hook_call(module, partial(_run_own_pairs, holding.span))
+        hook_call(module, OwnPairs(unit.experts, holding.numbers, rank, held))
 
 
 def _give_nothing(width: int, is_stack: bool, call: Hook, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     """Return zeros: the rank holds nothing of a unit."""
     of = args[0] if is_stack else x[..., 0]  # a stack has a result for each (token, expert) pair
-    return mx.zeros((*of.shape, width), x.dtype)
-
-
-def _run_own_pairs(span: Span, call: Hook, x: mx.array, indices: mx.array) -> mx.array:
-    """Return the results of a rank's own experts and zeros for the others', (…, K, D); syncs with the host."""
-    start, stop = span
-    chosen = np.array(indices).reshape(-1, indices.shape[-1])
-    token, slot = np.nonzero((chosen >= start) & (chosen < stop))
-    rows = x.reshape(-1, x.shape[-1])
-    out = mx.zeros((*chosen.shape, rows.shape[-1]), x.dtype)
-    if token.size:
-        mine = (chosen[token, slot] - start).astype(np.uint32)
-        y = call(rows[mx.array(token.astype(np.uint32))], mx.array(mine)[:, None])[:, 0]
-        out = out.at[mx.array(token.astype(np.uint32)), mx.array(slot.astype(np.uint32))].add(y.astype(x.dtype))
-    return out.reshape(*indices.shape, rows.shape[-1])
+    nothing = mx.zeros((*of.shape, width), x.dtype)
+    return mx.depends([nothing], [x])[0]  # else its sum could overtake those before it
 
 
 def _divide_heads(module: Any, path: str, heads: Heads, holding: Holding, holdings: Mapping[str, Holding]) -> None:
