@@ -76,7 +76,8 @@ def _experts_are_slower(question: Question, others: dict[str, Plan]) -> str:
     if "experts" not in others:
         return ""
     placement, top_k = others["experts"].placement, question.structure.top_k
-    busiest = expected_busiest([len(placement.experts_of(rank)) for rank in range(len(question.nodes))], top_k)
+    held = [len(placement.experts_of(rank)) for rank in range(placement.world_size)]
+    busiest = expected_busiest(held, top_k)
     return f"; experts would be {busiest * len(question.nodes) / top_k:.2f}× slower in the experts"
 
 

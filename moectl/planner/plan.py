@@ -13,13 +13,16 @@ from functools import partial
 
 from moectl.errors import PlanError
 from moectl.model.placement import Placement, make_placement
+from moectl.model.regions import Role
 from moectl.model.structure import Quantization, Structure
 from moectl.planner.calibration import Calibration, LinkCost
 from moectl.planner.measured import Speed
 from moectl.planner.memory import COMFORTABLE, Memory, Need, Verdict, judge, most_that_fits, rank_need
 from moectl.planner.speed import Prediction, Rates, Work, predict, predict_measured
 
-_MOST_UNITS = 512  # finer shares make no difference
+
+_MOST_UNITS = 168  # into which the hidden dimension is shared out: enough for any two hosts
+_LEAST_SHARE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,23 +172,26 @@ def _place(question: Question, split: str, shares: Sequence[float] | None) -> Pl
     alike = len({(node.memory, node.rates, node.dtype_bytes) for node in question.nodes}) == 1
     if shares is not None or split == "tensor" or alike:
         return even
-    total = _count_units(question, split)
+    total, most = _count_units(question, split)
     weights = [_weight(node, split) for node in question.nodes]
     for limit in (COMFORTABLE, 1.0):
-        divided = spread(total, weights, [_most(question, even, rank, total, limit) for rank in range(nodes)])
+        divided = spread(total, weights, [_most(question, split, rank, total, most, limit) for rank in range(nodes)])
         if divided is not None:
             return make(shares=divided)
-    return make(shares=spread(total, weights, [total] * nodes))
+    return make(shares=spread(total, weights, [most] * nodes))
 
 
-def _count_units(question: Question, split: str) -> int:
-    """Return how many units a split shares out: layers, experts with their copies, or groups of a hidden dimension."""
+def _count_units(question: Question, split: str) -> tuple[int, int]:
+    """Return into how many equal units a split divides a model, copies included, and how many one node can have."""
+    structure = question.structure
     if split == "layers":
-        return question.structure.n_layers
-    if split == "experts":
-        return question.structure.n_experts * question.replicas
-    pieces = (part.hidden for part in question.structure.parts if part.hidden is not None)
-    return max(len(question.nodes), min(_MOST_UNITS, max(found.count // found.grain for found in pieces)))
+        return structure.n_layers, structure.n_layers - len(question.nodes) + 1
+    if split == "experts":  # no node holds an expert twice
+        return structure.n_experts * question.replicas, structure.n_experts
+    found = [pieces for part in structure.parts if (pieces := part.pieces(split)) is not None]
+    units = max(pieces.count // pieces.grain for pieces in found if pieces.role is Role.HIDDEN)
+    units = min(units, _MOST_UNITS)
+    return units, units
 
 
 def _weight(node: Node, split: str) -> float:
@@ -195,17 +201,17 @@ def _weight(node: Node, split: str) -> float:
     return node.rates.bytes_s
 
 
-def _most(question: Question, even: Placement, rank: int, total: int, limit: float) -> int:
-    """Return the largest share of `total` units that a node can hold within `limit` of its budget."""
+def _most(question: Question, split: str, rank: int, total: int, most: int, limit: float) -> int:
+    """Return the largest share of `total` that a node can hold within `limit` of its budget."""
     others = len(question.nodes) - 1
 
     def fits(share: int) -> bool:
-        rest = max((total - share) / others, 1e-6) if others else 1.0
-        shares = tuple(share if r == rank else rest for r in range(others + 1))
-        changed = dataclasses.replace(even, shares=shares, held=None)
-        return find_need(question, changed, rank).total <= limit * question.nodes[rank].memory.budget
+        rest = max((total - share) / others, _LEAST_SHARE)
+        shares = tuple(float(share) if r == rank else rest for r in range(others + 1))
+        held = tuple(tuple(range(share * (r == rank))) for r in range(others + 1)) if split == "experts" else None
+        placement = Placement(split, shares, question.structure, held)
+        return find_need(question, placement, rank).total <= limit * question.nodes[rank].memory.budget
 
-    most = question.structure.n_experts if even.split == "experts" else total - (even.split == "layers") * others
     return most_that_fits(fits, most)
 
 

@@ -18,6 +18,7 @@ from moectl.hosts.remote import Remote
 from moectl.model.catalog import MODELS, CatalogModel
 from moectl.model.manifest import Manifest
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.planner.advice import make_plan, refusal
 from moectl.planner.calibration import CALIBRATIONS, find_link
 from moectl.planner.memory import METAL_DTYPE_BYTES, Verdict, judge
@@ -26,7 +27,7 @@ from moectl.planner.plan import Node, Plan, Question
 from moectl.planner.this_machine import CONTEXT, least_need, own_dtype_bytes, own_memory, too_large
 from moectl.planner.what_if import WhatIfRow, what_if
 from moectl.shards import prepare
-from moectl.shards.prepare import Wanted, choose_quantization, describe_model, find_frequencies
+from moectl.shards.prepare import Place, Wanted, choose_quantization, describe_model, find_frequencies
 
 PROMPT = 512  # tokens
 
@@ -162,7 +163,7 @@ def place_on(
     force: bool,
     say: Callable[[str], None],
     remotes: Sequence[Remote] | None = None,
-) -> Callable[[CatalogModel, Wanted], Placement]:
+) -> Place:
     """Return what chooses a placement on these hosts and refuses one that they cannot hold (see `prepare.shard`).
 
     Where every host's chip and memory are known, `auto` is what the plan finds fastest. Hosts without memory= are asked
@@ -198,7 +199,7 @@ def refuse_early(source: str, wanted: Wanted, hosts: Sequence[Host]) -> None:
         raise refusal(plan)
 
 
-def place_here(force: bool, say: Callable[[str], None]) -> Callable[[CatalogModel, Wanted], Placement]:
+def place_here(force: bool, say: Callable[[str], None]) -> Place:
     """Return what places all ranks on this machine and refuses what it cannot hold (see `prepare.shard`)."""
 
     def place(model: CatalogModel, wanted: Wanted) -> Placement:

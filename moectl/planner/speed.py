@@ -5,14 +5,14 @@ For each token and each layer, with M bytes read and F operations made on a node
     t_node  = max(M / (e_m·B), F / (e_c·P))         e_m, e_c: efficiencies (calibration)
     t_layer = E[max over nodes of t_node] + t_host + c · t_coll      (t_host: + t_sync in `experts`)
     t_coll  = L + (N-2)·L' + bytes on the wire / W   L, L', W: latency, per node, bandwidth (calibration)
-    t_token = layers · t_layer + t_head + t_agree
+    t_token = sum of t_layer over the layers + t_head + t_agree
 
-M is attention and router (replicated; divided in `tensor`) with the context's keys and values, and the experts that the
-node computes. In `experts` their number is random: all C(E, k) choices of k experts are equally likely, and the nodes
-get (c_1 … c_N) of them with the probability ∏ C(s_n, c_n) / C(E, k). The expectation of the slowest node is the exact
-sum over all (c_1 … c_N); with copies, over all choices as the ranks share them.
-In `hidden` every node reads its share of k experts; so it does in `tensor`, with c = 2 collectives instead of 1. In
-`layers` the nodes work one after the other, and N-1 hand-overs per token take the place of the collectives.
+M are the node's parts of the layer, with the experts that it computes, and its caches. In `experts` the number of these
+experts is random: all C(E, k) choices of k experts are equally likely, and the nodes get (c_1 … c_N) of them with the
+probability ∏ C(s_n, c_n) / C(E, k). The expectation of the slowest node is the exact sum over all (c_1 … c_N); with
+copies, over choices as the ranks share them: all, or many at random where there are too many.
+In `hidden` every node reads its share of k experts; so it does in `tensor`, with the collectives of divided attention
+besides. In `layers` the nodes work one after the other, and N-1 hand-overs per token take the place of the collectives.
 
 Prefill is the same with T tokens at once: F grows with T, M does not, and every expert is read.
 `calibration` holds the constants and their sources; `memory` says what fits.
@@ -21,6 +21,7 @@ Prefill is the same with T tokens at once: F grows with T, M does not, and every
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,13 +29,16 @@ from functools import lru_cache
 from itertools import combinations
 
 from moectl.model.balance import share_out
+from moectl.model.ownership import own
 from moectl.model.placement import Placement
+from moectl.model.regions import Pieces, Role
 from moectl.model.structure import Layer, Part
-from moectl.planner.calibration import DEFAULT, Calibration, LinkCost
+from moectl.planner.calibration import DEFAULT, USUAL_LAUNCHES, Calibration, LinkCost
 from moectl.planner.measured import Speed
-from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, each_cache_bytes, layer_cache_bytes
+from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, count_read
 
 GATHER_BELOW_BYTES = 64 * 1024  # as in `engine.network.exchange`, which needs mlx
+_MOST_CHOICES = 4000  # of experts
 TOKEN_BYTES = 12  # the agreed vector: a token and two control words
 
 
@@ -82,15 +86,23 @@ def predict_measured(work: Work, speed: Speed) -> Prediction:
 
     Another context than the measured one changes how much of the cache is read: at the rate of reading weights.
     """
-    n_layers, width = work.placement.structure.n_layers, work.placement.structure.width
-    kept, measured = (
-        sum(each_cache_bytes(work.placement, 0, context, work.dtype_bytes)) for context in (work.context, speed.context)
-    )
+    structure = work.placement.structure
     slowest = min(rank.bytes_s for rank in speed.ranks) or math.inf
-    decode = max(speed.decode.total_s(n_layers) + (kept - measured) / slowest, speed.decode.outer_s)
-    prefill = speed.prefill.total_s(n_layers) * work.prompt_tokens / speed.prefill.tokens
-    exchange = speed.collective_s.get(width * work.dtype_bytes, 0.0)
+    more = _cached(work, 0, work.context) - _cached(work, 0, speed.context)
+    decode = max(speed.decode.total_s(structure.n_layers) + more / slowest, speed.decode.outer_s)
+    prefill = speed.prefill.total_s(structure.n_layers) * work.prompt_tokens / speed.prefill.tokens
+    exchange = speed.collective_s.get(structure.width * work.dtype_bytes, 0.0)
     return _make_prediction(work, decode, prefill, _count_collectives(work.placement, DEFAULT) * exchange, DEFAULT)
+
+
+def _cached(work: Work, rank: int, context: int) -> float:
+    """Return the bytes of caches that a rank reads for one token."""
+    return sum(count_read(work.placement, layer, rank, context, work.dtype_bytes) for layer in _layers(work, rank))
+
+
+def _layers(work: Work, rank: int) -> Iterator[Layer]:
+    structure = work.placement.structure
+    return (structure.kinds[kind] for kind in structure.order[slice(*work.placement.layers(rank))])
 
 
 def _make_prediction(
@@ -112,11 +124,13 @@ def _count_collectives(placement: Placement, calibration: Calibration) -> int:
 
 def _count_exchanges(placement: Placement) -> int:
     """Return the exchanges of one pass through all layers."""
-    if placement.world_size == 1:
+    ranks = placement.world_size
+    if ranks == 1:
         return 0
     if placement.split == "layers":
-        return placement.world_size - 1
-    return sum(layer.sums + layer.head_sums * placement.divides_heads for layer in placement.structure.layers)
+        return ranks - 1
+    heads = placement.divides_heads
+    return sum(layer.sums + layer.head_sums * heads for layer in placement.structure.layers)
 
 
 def expected_busiest(shares: Sequence[int], top_k: int, cost: Callable[[int, int], float] = lambda _, c: c) -> float:
@@ -152,10 +166,19 @@ def _loads(shares: tuple[int, ...], top_k: int) -> Counter[tuple[int, ...]]:
 def _loads_of_copies(owners: tuple[tuple[int, ...], ...], top_k: int) -> Counter[tuple[int, ...]]:
     nodes = range(max(rank for ranks in owners for rank in ranks) + 1)
     found: Counter[tuple[int, ...]] = Counter()
-    for chosen in combinations(range(len(owners)), top_k):
+    for chosen in _choose(len(owners), top_k):
         shares = share_out(dict.fromkeys(chosen, 1), owners).values()
         found[tuple(sum(share.get(node, 0) for share in shares) for node in nodes)] += 1
     return found
+
+
+def _choose(count: int, top_k: int) -> Iterator[tuple[int, ...]]:
+    """Yield every choice of experts; where there are too many, as many random ones, always the same."""
+    if math.comb(count, top_k) <= _MOST_CHOICES:
+        yield from combinations(range(count), top_k)
+        return
+    dice = random.Random(0)
+    yield from (tuple(sorted(dice.sample(range(count), top_k))) for _ in range(_MOST_CHOICES))
 
 
 def _divide(count: int, limits: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -176,21 +199,29 @@ class _Model:
 
     def pass_time(self, tokens: int) -> tuple[float, float]:
         """Return (compute, communication) in seconds of a pass of this many tokens through all layers and the head."""
-        placement, structure = self.work.placement, self.work.placement.structure
-        usual = self.calibration.layer_overhead_s
-        slowest = max(usual if rate.overhead_s is None else rate.overhead_s for rate in self.rates)
-        syncs = placement.split == "experts" and placement.world_size > 1
-        overhead = structure.n_layers * slowest + self.calibration.sync_s * syncs * sum(1 for _ in structure.stacks)
+        placement = self.work.placement
+        structure, ranks = placement.structure, range(placement.world_size)
+        compute = self._overhead()
         if placement.split == "layers":
-            compute = sum(
-                self._node_time(rank, structure.kinds[kind], tokens)
-                for rank in range(placement.world_size)
-                for kind in structure.order[slice(*placement.layers(rank))]
-            )
+            for rank in ranks:
+                times = [self._node_time(layer, rank, None, tokens) for layer in structure.kinds]
+                compute += sum(times[kind] for kind in structure.order[slice(*placement.layers(rank))])
         else:
-            each = [self._slowest(kind, tokens) for kind in structure.kinds]
-            compute = sum(each[kind] for kind in structure.order)
-        return compute + overhead + self._head_time(), self._communication(tokens)
+            slowest = [self._slowest(layer, tokens) for layer in structure.kinds]
+            compute += sum(slowest[kind] for kind in structure.order)
+        return compute + self._head_time(), self._communication(tokens)
+
+    def _overhead(self) -> float:
+        """Return the seconds that all layers take however little they read."""
+        placement = self.work.placement
+        usual = self.calibration
+        waits = placement.split == "experts" and placement.world_size > 1
+        total = 0.0
+        for layer in placement.structure.layers:
+            own = usual.layer_overhead_s + usual.launch_s * (layer.launches or USUAL_LAUNCHES)
+            total += max(own if rate.overhead_s is None else rate.overhead_s for rate in self.rates)
+            total += usual.sync_s * (waits and any(part.is_shared_out for part in layer.parts))
+        return total
 
     def _communication(self, tokens: int) -> float:
         placement, nodes = self.work.placement, len(self.rates)
@@ -204,50 +235,48 @@ class _Model:
         placement = self.work.placement
         ranks = range(placement.world_size)
         stack = next((part for part in layer.parts if part.is_shared_out), None)
-        if placement.split != "experts" or tokens > 1 or stack is None:
-            return max(self._node_time(rank, layer, tokens) for rank in ranks)
+        if placement.split != "experts" or stack is None or tokens > 1:
+            return max(self._node_time(layer, rank, None, tokens) for rank in ranks)
         # Thousands of choices lead to only a few different times.
-        times = [[self._node_time(rank, layer, 1, chosen) for chosen in range(stack.top_k + 1)] for rank in ranks]
+        times = [[self._node_time(layer, rank, n, 1) for n in range(stack.top_k + 1)] for rank in ranks]
         if placement.held is not None:
             return expected_busiest_of_copies(placement.owners, stack.top_k, lambda rank, n: times[rank][n])
-        counts = [round(placement.fraction(stack, rank) * stack.experts) for rank in ranks]
-        return expected_busiest(counts, stack.top_k, lambda rank, n: times[rank][n])
+        spans = own(Pieces(Role.EXPERT, stack.experts), placement.shares)
+        assert spans is not None  # experts can always be shared out
+        held = [stop - start for start, stop in spans]
+        return expected_busiest(held, stack.top_k, lambda rank, n: times[rank][n])
 
-    def _node_time(self, rank: int, layer: Layer, tokens: int, chosen: int | None = None) -> float:
-        """Return the seconds of one layer on a node; `chosen`: the experts of a stack that a token goes to here."""
-        work, rates = self.work, self.rates[rank]
-        read = layer_cache_bytes(work.placement, layer, rank, work.context, work.dtype_bytes)
+    def _node_time(self, layer: Layer, rank: int, chosen: int | None, tokens: int) -> float:
+        """Return the seconds of one layer on a node; `chosen`: how many of the token's experts it computes."""
+        rates = self.rates[rank]
+        read = count_read(self.work.placement, layer, rank, self.work.context, self.work.dtype_bytes)
         operations = 0.0
         for part in layer.parts:
-            share, size = work.placement.fraction(part, rank), part.count_bytes(work.dtype_bytes)
-            if part.experts and part.is_shared_out and chosen is not None:
-                used, pairs = chosen / part.experts, chosen / part.experts
-            elif part.experts:
-                # Copies of an expert share its tokens.
-                own = self._own_share(part, rank)
-                used, pairs = share * _used(part, tokens), tokens * part.active * own
-            else:
-                used, pairs = share, tokens * share
-            read += size * used
+            share, pairs = self._used(part, rank, chosen, tokens)
+            read += part.count_bytes(self.work.dtype_bytes) * share
             operations += 2 * part.values * pairs
         return max(read / rates.bytes_s, operations / rates.flops_s)
 
-    def _own_share(self, part: Part, rank: int) -> float:
-        """Return the part of a stack's work that a rank does."""
-        shares = [self.work.placement.fraction(part, other) for other in range(self.work.placement.world_size)]
-        is_whole = self.work.placement.split != "experts" or not part.is_shared_out
-        return shares[rank] if is_whole else shares[rank] / sum(shares)
+    def _used(self, part: Part, rank: int, chosen: int | None, tokens: int) -> tuple[float, float]:
+        """Return (how much of a part a node reads, how often it multiplies with all of it)."""
+        share = self.work.placement.fraction(part, rank)
+        if not part.experts:
+            return share, tokens * share
+        if chosen is not None and part.is_shared_out:
+            return chosen / part.experts, chosen / part.experts
+        used = 1 - (1 - part.active) ** tokens  # the expected part of its experts that these tokens choose
+        if self.work.placement.held is not None and part.is_shared_out:
+            shares = self.work.placement.shares  # copies of an expert share its tokens
+            return used * share, tokens * part.active * shares[rank] / sum(shares)
+        return used * share, tokens * part.active * share
 
     def _head_time(self) -> float:
         placement = self.work.placement
-        outer = (o.part for o in placement.structure.outer if o.last and placement.holds_outer(o, placement.head_rank))
-        read = sum(part.count_bytes(self.work.dtype_bytes) for part in outer)
-        return read / self.rates[placement.head_rank].bytes_s
-
-
-def _used(part: Part, tokens: int) -> float:
-    """Return the expected part of a stack's experts that this many tokens choose."""
-    return 1 - (1 - part.top_k / part.experts) ** tokens
+        head = placement.head_rank
+        held = (outer for outer in placement.structure.outer if placement.holds_outer(outer, head))
+        # Of the embedding one row is read.
+        read = sum(outer.part.count_bytes(self.work.dtype_bytes) for outer in held if outer.last or not outer.first)
+        return read / self.rates[head].bytes_s
 
 
 def _exchange_time(link: LinkCost, nodes: int, message_bytes: int) -> float:

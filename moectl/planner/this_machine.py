@@ -93,14 +93,11 @@ def count_kv_tokens(manifest: Manifest, rank: int, *, ranks_here: int) -> int | 
     dtype_bytes, longest = own_dtype_bytes(), manifest.structure.context
 
     def fits(steps: int) -> bool:
-        need = rank_need(
-            manifest.placement,
-            rank,
-            context=min(steps * KV_STEP, longest),
-            dtype_bytes=dtype_bytes,
-        )
-        more = steps * KV_STEP - min(steps * KV_STEP, longest)  # tokens of further answers: keys and values only
-        return need.total + cache_bytes(manifest.placement, rank, more, 1, dtype_bytes) <= budget
+        whole, rest = divmod(steps * KV_STEP, longest)  # tokens of full answers, and of one more
+        need = rank_need(manifest.placement, rank, context=longest if whole else rest, dtype_bytes=dtype_bytes)
+        full = cache_bytes(manifest.placement, rank, longest, max(0, whole - 1), dtype_bytes)
+        more = cache_bytes(manifest.placement, rank, rest, bool(whole and rest), dtype_bytes)
+        return need.total + full + more <= budget
 
     return max(min(CONTEXT, longest), most_that_fits(fits, MOST_ANSWERS * longest // KV_STEP) * KV_STEP)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import gated_delta
+from mlx_lm.models import gated_delta, ssm
 from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.model.regions import Division, Role
@@ -84,24 +84,45 @@ def find_moments(
     return _Pass(graph, divisions, waits=not on_gpu).find_most()
 
 
-def _read_graph(skeleton: Skeleton, divisions: Mapping[str, Division]) -> _Graph:
-    """Return the graph of a prompt's pass, as far as the caches need it."""
+def count_launches(skeleton: Skeleton, order: Sequence[int]) -> list[int]:
+    """Return how many operations a layer of each kind has on a GPU when one token passes; 0 where that is not known."""
+    device, counts = mx.default_device(), []
+    mx.set_default_device(mx.cpu)
+    try:
+        with _single_operations():
+            for kind in (None, *range(max(order) + 1)):
+                with _only_some(skeleton, order, only=kind):
+                    graph = _read_graph(skeleton, {}, tokens=1, whole=True)
+                counts.append(sum(operation.name not in _VIEWS for operation in graph.operations))
+    except (RuntimeError, ValueError):
+        return [0] * (max(order) + 1)
+    finally:
+        mx.set_default_device(device)
+    return [count - counts[0] for count in counts[1:]]
+
+
+def _read_graph(
+    skeleton: Skeleton, divisions: Mapping[str, Division], *, tokens: int = TOKENS, whole: bool = False
+) -> _Graph:
+    """Return the graph of a prompt's pass, as far as the caches need it, or the `whole` of it."""
     model, before = skeleton.model, skeleton.parameters
     divided = {name: array for name, array in before.items() if _division_of(name, divisions) is not None}
     told: list[dict[str, Any]] = []
 
-    def run(tokens: mx.array, *arrays: mx.array) -> list[mx.array]:
+    def run(prompt: mx.array, *arrays: mx.array) -> list[mx.array]:
         model.update(tree_unflatten(list(zip(divided, arrays, strict=True))))
         caches = make_prompt_cache(model)
-        model(tokens, cache=caches)
+        logits = model(prompt, cache=caches)
         held = (_arrays_of(cache) for cache in caches)
-        return [array for arrays in held for array in arrays]
+        return [array for arrays in held for array in arrays] + [logits] * whole
 
     contiguous = mx.contiguous
     mx.contiguous = lambda array, *_, **__: mx.abs(array)  # MLX cannot write that operation down
+    mx.disable_compile()
     try:
-        mx.export_function(told.append, run, mx.zeros((1, TOKENS), dtype=mx.int32), *divided.values())
+        mx.export_function(told.append, run, mx.zeros((1, tokens), dtype=mx.int32), *divided.values())
     finally:
+        mx.enable_compile()
         mx.contiguous = contiguous
         model.update(tree_unflatten(list(before.items())))
     return _make_graph(told, list(divided))
@@ -284,14 +305,17 @@ def _make_moment(sums: Mapping[tuple[str, bool], int]) -> Moment:
     return Moment(each("", False), each("hidden", False), each("heads", False), each("", True), each("heads", True))
 
 
+_ALL = -1  # kinds
+
+
 @contextmanager
-def _only_some(skeleton: Skeleton, order: Sequence[int]) -> Iterator[None]:
-    """Let all but the first layers of each kind give back what they get."""
+def _only_some(skeleton: Skeleton, order: Sequence[int], only: int | None = _ALL) -> Iterator[None]:
+    """Let all but the first layers of each kind give back what they get; or all but the first of one kind, or all."""
     seen: Counter[int] = Counter()
     left: list[tuple[Any, Hook]] = []
     for layer, kind in zip(skeleton.layers, order, strict=True):
         seen[kind] += 1
-        if seen[kind] > _LIKE:
+        if seen[kind] > (_LIKE if only == _ALL else int(kind == only)):
             left.append((layer, lambda call, x, *args, **kwargs: x))
     with hooked(left):
         yield
@@ -321,6 +345,33 @@ def _no_loops(*, on_gpu: bool) -> Iterator[None]:
         yield
     finally:
         gated_delta.gated_delta_ops = before
+
+
+@contextmanager
+def _single_operations() -> Iterator[None]:
+    """Let what is one operation on a GPU be one in the graph, too."""
+
+    def one(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return mx.abs(x)
+
+    def recur(x: mx.array, *args: Any, **kwargs: Any) -> tuple[mx.array, mx.array]:
+        state = next(value for value in (*args, *kwargs.values()) if isinstance(value, mx.array) and value.ndim == 4)
+        return mx.abs(x), mx.abs(state)
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
+        shape = (*q.shape[:-1], v.shape[-1])
+        return mx.broadcast_to(q[..., :1], shape) * (k.reshape(-1)[0] + v.reshape(-1)[0])
+
+    with ExitStack() as held:
+        for owner, name, stand_in in (
+            *((mx.fast, name, one) for name in ("rms_norm", "layer_norm", "rope")),
+            (mx.fast, "scaled_dot_product_attention", attend),
+            (ssm, "ssm_attn", recur),
+        ):
+            held.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, stand_in)
+        with _no_loops(on_gpu=True):
+            yield
 
 
 @contextmanager

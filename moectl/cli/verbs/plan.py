@@ -79,12 +79,9 @@ def _count_text(count: int) -> str:
 
 def plan_table(question: Question, plan: Plan) -> str:
     """Return a row per rank."""
-    header = ("RANK", "HOST", _HELD[plan.split], "WEIGHTS", f"KV {question.context}", "NEED", "USABLE", "HEADROOM")
+    header = ("RANK", "HOST", "HOLDS", "WEIGHTS", f"KV {question.context}", "NEED", "USABLE", "HEADROOM")
     rows = [_plan_row(plan, rank, node) for rank, node in enumerate(plan.nodes)]
     return table_text(header, rows, right="adefgh")
-
-
-_HELD = {"experts": "EXPERTS", "hidden": "HIDDEN", "tensor": "HIDDEN", "layers": "LAYERS"}
 
 
 def _plan_row(plan: Plan, rank: int, node: NodePlan) -> tuple[str, ...]:
@@ -98,16 +95,14 @@ def _plan_row(plan: Plan, rank: int, node: NodePlan) -> tuple[str, ...]:
 def _held_text(plan: Plan, rank: int) -> str:
     placement = plan.placement
     if placement.split in ("hidden", "tensor"):
-        return f"{placement.shares[rank]:g}/{sum(placement.shares):g}"
+        return f"{placement.shares[rank] / sum(placement.shares):.0%}"
     if placement.split == "layers":
         first, last = placement.layers(rank)
-        return f"{first}-{last - 1}"
+        return f"layers {first}-{last - 1}"
     numbers = placement.experts_of(rank)
     if placement.held is not None:
-        return f"{len(numbers)}/{placement.structure.n_experts}"
-    if not numbers:
-        return "none"
-    return f"{numbers[0]}-{numbers[-1]}"
+        return f"{len(numbers)}/{placement.structure.n_experts} experts"
+    return f"experts {numbers[0]}-{numbers[-1]}" if numbers else "no expert"
 
 
 def _fit_text(plan: Plan) -> str:
