@@ -100,7 +100,7 @@ def outline(skeleton: Skeleton, found: Findings, config: Mapping[str, Any]) -> S
         {split: reason for split, reason in found.ways.items() if reason is not None},
         has_line=found.flow is not None,
         can_trim=can_trim(seen.caches),
-        can_batch=can_batch(seen.caches),
+        can_batch=can_batch(skeleton),
     )
 
 

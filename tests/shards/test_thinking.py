@@ -59,6 +59,18 @@ CASES = [
     (QWEN, (), "<think>as text</think>4 < 5 </thin", ("as text", "4 < 5 </thin")),
     (PLAIN, (), "<think>x</think>y", ("", "<think>x</think>y")),
     (PLAIN, ("[THINK]", "[/THINK]"), "[THINK]x[/THINK]y", ("x", "y")),
+    (
+        PLAIN,
+        ("<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+        "<|START_THINKING|>x<|END_THINKING|><|START_RESPONSE|>y<|END_RESPONSE|>",
+        ("x", "y"),
+    ),
+    (
+        PLAIN + "{# <seed:think></seed:think> #}",
+        (*THINK, "<seed:think>", "</seed:think>"),
+        "<seed:think>x</seed:think>y<think>",
+        ("x", "y<think>"),
+    ),
     (PLAIN, ("<longcat_think>", "</longcat_think>"), "<longcat_think>x</longcat_think>\ny", ("x", "y")),
     (PLAIN, ("<|channel>", "<channel|>"), "<|channel>thought\nx<channel|>y", ("x", "y")),
     (PLAIN, ("<|channel>", "<channel|>"), "<|channel>other\nx<channel|>y", ("", "<|channel>other\nx<channel|>y")),

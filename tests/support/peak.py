@@ -79,7 +79,9 @@ def compare(
 
 def _fill(array: mx.array) -> mx.array:
     filled = mx.random.normal(array.shape) if mx.issubdtype(array.dtype, mx.floating) else mx.full(array.shape, 7)
-    filled = (0.02 * filled).astype(array.dtype) if mx.issubdtype(array.dtype, mx.floating) else filled.astype(array.dtype)
+    filled = (
+        (0.02 * filled).astype(array.dtype) if mx.issubdtype(array.dtype, mx.floating) else filled.astype(array.dtype)
+    )
     mx.eval(filled)
     return filled
 
