@@ -197,3 +197,12 @@ def is_equal(some: list[mx.array], others: list[mx.array], tolerance: float = 1e
 
 def _number(array: mx.array) -> float:
     return float(np.array(array))
+
+
+def write_family(family: str, directory: Path) -> Path:
+    """Write a family's model as a checkpoint, in the form in which mlx-lm saves one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = dict(tree_flatten(make_whole(family).parameters()))
+    mx.save_safetensors(str(directory / "model.safetensors"), arrays, metadata={"format": "mlx"})
+    (directory / "config.json").write_text(json.dumps(config_of(family)), encoding="utf-8")
+    return directory

@@ -42,10 +42,20 @@ def divide(
             for unit in block.units:
                 path = f"{layer.path}.{unit.path}"
                 _divide_unit(at(module, unit.path), unit, holdings[f"{path}.{unit.down}"], rank, held)
-            _install_sums(module, block, group)
         for heads in layer.heads:
             if (holding := holdings.get(f"{layer.path}.{heads.path}.{heads.out}")) is not None:
                 _divide_heads(at(module, heads.path), f"{layer.path}.{heads.path}", heads, holding, holdings)
+    install_sums(model, parts, holdings, group)
+
+
+def install_sums(model: nn.Module, parts: list[LayerParts], holdings: Mapping[str, Holding], group: Group) -> None:
+    """Let a model sum over all ranks what they have parts of, and divide nothing; `holdings` are any rank's."""
+    for layer in parts:
+        module = at(model, layer.path)
+        for block in layer.blocks:
+            _install_sums(module, block, group)
+        for heads in layer.heads:
+            if f"{layer.path}.{heads.path}.{heads.out}" in holdings:
                 hook_call(at(module, heads.path)[heads.out], partial(_sum, group))
 
 
