@@ -56,7 +56,7 @@ class Question:
 
     def quantised(self, quantization: Quantization | None) -> Question:
         """Return the same question about the model with another precision."""
-        structure = self.structure.quantised(quantization)
+        structure = self.structure.quantised(quantization, over=self.quantization)
         return dataclasses.replace(self, structure=structure, quantization=quantization)
 
 
