@@ -13,6 +13,7 @@ from typing import Any
 from moectl.errors import CheckpointError
 
 MAX_LOGPROBS = 20  # as OpenAI
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # of reasoning: OpenAI's, and DeepSeek's last
 
 
 @dataclass(frozen=True, slots=True)

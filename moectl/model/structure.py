@@ -90,6 +90,7 @@ class Layer:
     caches: tuple[CacheSize, ...] = ()
     sums: int = 1  # over ranks in one pass, where its units are divided,
     head_sums: int = 0  # and more where its heads are
+    launches: int = 0  # operations on a GPU when one token passes; 0: not known
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,13 +127,31 @@ def cache_bytes(placement: Placement, rank: int, context: int, concurrency: int,
     return concurrency * round(sum(each_cache_bytes(placement, rank, context, dtype_bytes)))
 
 
+def count_read(placement: Placement, layer: Layer, rank: int, context: int, dtype_bytes: int) -> float:
+    """Return the bytes that a rank reads of a layer's caches for one token after `context` others."""
+    read = 0.0
+    for cache in layer.caches:
+        heads = 1.0 if cache.heads is None else placement.fraction_of(cache.heads, rank)
+        kept = context if cache.limit is None else min(context, cache.limit)
+        # What does not grow is written, too.
+        fixed = 2 * (cache.fixed * dtype_bytes + cache.floats * CPU_DTYPE_BYTES)
+        read += heads * (cache.per_token * kept * dtype_bytes + fixed)
+    return read
+
+
 def each_cache_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> Iterator[float]:
-    """Yield the bytes of each of a rank's caches, all of one answer."""
-    for layer in _layers_of(placement, rank):
-        for cache in layer.caches:
-            heads = 1.0 if cache.heads is None else placement.fraction_of(cache.heads, rank)
-            elements = cache.per_token * count_kept(cache, context) + cache.fixed
-            yield heads * dtype_bytes * elements + heads * CPU_DTYPE_BYTES * cache.floats
+    """Return the bytes of what a rank keeps of one answer, layer by layer."""
+    return (layer_cache_bytes(placement, layer, rank, context, dtype_bytes) for layer in _layers_of(placement, rank))
+
+
+def layer_cache_bytes(placement: Placement, layer: Layer, rank: int, context: int, dtype_bytes: int) -> float:
+    """Return the bytes of what a rank keeps of one answer in one layer."""
+    total = 0.0
+    for cache in layer.caches:
+        heads = 1.0 if cache.heads is None else placement.fraction_of(cache.heads, rank)
+        elements = cache.per_token * count_kept(cache, context) + cache.fixed
+        total += heads * dtype_bytes * elements + heads * CPU_DTYPE_BYTES * cache.floats
+    return total
 
 
 def count_kept(cache: CacheSize, context: int) -> int:

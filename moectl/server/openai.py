@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from moectl.engine.protocol import Ready
 from moectl.engine.request import Request, too_long
 from moectl.errors import BadField, UsageError
-from moectl.model.parameters import MAX_LOGPROBS, PARAMETERS
+from moectl.model.parameters import EFFORTS, MAX_LOGPROBS, PARAMETERS
 from moectl.server.fields import (
     Fields,
     kind_of,
@@ -36,7 +36,6 @@ COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI
 _GREEDY_BELOW = 1e-3  # a temperature below this differs from 0 only in how it overflows
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its text
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # OpenAI's, and DeepSeek's last one
 _REASONING = ("reasoning_content", "reasoning")  # what an assistant thought: DeepSeek's and vLLM's name, OpenRouter's
 # What transformers and moectl themselves give to a chat template.
 _TAKEN = frozenset(
@@ -123,8 +122,8 @@ def _read_template_options(fields: Fields) -> Fields:
     if _is_deeper(given, _DEEPEST):
         refuse("chat_template_kwargs", f"should have at most {_DEEPEST} objects and lists within each other")
     effort = fields.get("reasoning_effort")
-    if effort not in (None, *_EFFORTS):
-        refuse("reasoning_effort", f"should be one of {', '.join(_EFFORTS)}, it is {show(effort)}")
+    if effort not in (None, *EFFORTS):
+        refuse("reasoning_effort", f"should be one of {', '.join(EFFORTS)}, it is {show(effort)}")
     return {**({} if effort is None else {"reasoning_effort": effort}), **given}
 
 

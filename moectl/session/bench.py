@@ -17,6 +17,7 @@ from moectl.engine.protocol import Done, Profile, Profiled, Ready, Token
 from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request
 from moectl.errors import UsageError
+from moectl.model.ownership import normalise
 from moectl.model.placement import Placement
 from moectl.model.routing import Routing
 from moectl.session.session import Session
@@ -233,13 +234,14 @@ def read_prediction(path: Path, placement: Placement | None, bits: int | None, *
         decode, prefill = float(prediction["decode_tok_s"]), float(prediction["prefill_tok_s"])
         share = prediction.get("communication_share")
         predicted = Predicted(decode, prefill, prompt_tokens / prefill, None if share is None else float(share))
-        planned = (str(document["split"]), tuple(document["shares"]), int(document["q_bits"]), document["layers"])
+        shares = normalise([float(share) for share in document["shares"]])
+        planned = (str(document["split"]), shares, int(document["q_bits"]), document["layers"])
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ZeroDivisionError):
         raise UsageError(f"{path} has no prediction of this version's 'moectl plan --json'") from None
     if placement is not None:
-        here = (placement.split, placement.shares, bits or 16, placement.geometry.n_layers)
+        here = (placement.split, normalise(placement.shares), bits or 16, placement.structure.n_layers)
         if planned != here:
             raise UsageError(
                 f"{path} plans something else: {_describe_planned(*planned)}, and here is {_describe_planned(*here)}",
@@ -248,5 +250,5 @@ def read_prediction(path: Path, placement: Placement | None, bits: int | None, *
     return predicted
 
 
-def _describe_planned(split: str, shares: tuple[int, ...], bits: int, layers: int) -> str:
-    return f"{split} {','.join(map(str, shares))} of {layers} layers at {bits} bits"
+def _describe_planned(split: str, shares: tuple[int | float, ...], bits: int, layers: int) -> str:
+    return f"{split} {':'.join(f'{share:.3g}' for share in shares)} of {layers} layers at {bits} bits"

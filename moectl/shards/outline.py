@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ from moectl.shards.hooks import Hook, hooked
 from moectl.shards.skeleton import Skeleton
 from moectl.shards.units import LayerParts, divisions_of
 from moectl.shards.ways import Findings
-from moectl.shards.working import find_moments
+from moectl.shards.working import count_launches, find_moments
 
 # Names under which configs say how many tokens a model was made for.
 _CONTEXT = (
@@ -83,6 +83,8 @@ def outline(skeleton: Skeleton, found: Findings, config: Mapping[str, Any]) -> S
     ]
     kinds = tuple(dict.fromkeys(layers))
     order = tuple(kinds.index(layer) for layer in layers)
+    launches = count_launches(skeleton, order)
+    kinds = tuple(replace(kind, launches=count) for kind, count in zip(kinds, launches, strict=True))
     return Structure(
         skeleton.model_type,
         kinds,
@@ -96,7 +98,7 @@ def outline(skeleton: Skeleton, found: Findings, config: Mapping[str, Any]) -> S
         {split: reason for split, reason in found.ways.items() if reason is not None},
         has_line=found.flow is not None,
         can_trim=can_trim(seen.caches),
-        can_batch=can_batch(seen.caches),
+        can_batch=can_batch(skeleton),
     )
 
 

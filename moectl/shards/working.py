@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import gated_delta
+from mlx_lm.models import gated_delta, ssm
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from moectl.model.regions import Division, Role
 from moectl.model.structure import Moment
@@ -27,9 +26,10 @@ from moectl.shards.skeleton import Skeleton
 
 TOKENS = 509  # of the prompt: a prime number, so that a dimension of this length is the prompt's
 _ELEMENT = 4  # bytes: a skeleton's arrays are float32
-# MLX queues so many commands before it waits; an array is held until the last command that reads it has run. An
-# operation is two commands, another view of an array is one (mlx/scheduler.h, backend/cpu/encoder.h and eval.cpp).
-_QUEUED = 110
+# MLX queues about 100 commands before it waits, and an array is held until the last command that reads it has run. An
+# operation is two commands, another view of an array one (mlx/scheduler.h, backend/cpu/encoder.h and eval.cpp); with
+# its hidden copies, this number fits what was measured best.
+_QUEUED = 80
 _LIKE = 2  # layers of each kind that are looked at: what one leaves meets what the next one makes
 # Operations whose result is their input, seen in another way; some have to copy what is not in order.
 _COPYING_VIEWS = {"Reshape", "Flatten", "Unflatten"}
@@ -40,7 +40,8 @@ _VIEWS = {
 }
 _REORDERING = {"Broadcast", "BroadcastAxes", "Transpose", "Slice", "Split", "AsStrided", "DynamicSlice"}
 _PRODUCTS = {"Matmul", "QuantizedMatmul", "GatherMM", "GatherQMM", "AddMM"}
-_ROUNDS = 24  # of a loop over tokens: more than MLX queues
+_WIDTH = 20  # of MLX's search, where nothing else is set
+_STACKS = {"GatherMM", "GatherQMM"}
 _FUSED_WIDTHS = (64, 80, 128)  # of heads for which MLX's attention on a GPU writes no scores
 _FRACTIONS = ((1.0, 1.0), (0.5, 1.0), (0.5, 0.5), (0.25, 1.0), (0.25, 0.25), (0.0, 1.0), (0.0, 0.0))
 
@@ -59,7 +60,7 @@ class _Graph:
     operations: list[_Operation]
     parameters: dict[str, str]  # name in the graph → path of a divided array
     given: set[str]  # arrays that are there before and after: parameters, the prompt, numbers
-    outputs: set[str]  # of caches
+    outputs: list[str]  # of caches
 
 
 def find_moments(
@@ -67,43 +68,64 @@ def find_moments(
 ) -> tuple[Moment, ...]:
     """Return the moments of a prompt's pass at which most is there, one for each way to divide the model.
 
-    `order` has the kind of each layer. A CPU writes the scores of attention out, and its experts work elsewhere; a GPU
-    has one operation for an attention. Returns nothing where MLX cannot write the graph down.
+    `order` has the kind of each layer. A CPU writes the scores of attention out, and waits where experts work
+    (`engine.network.experts`); a GPU has one operation for an attention. Returns nothing where MLX cannot write the
+    graph down.
     """
     device = mx.default_device()
     mx.set_default_device(mx.cpu)  # so that the graph is the same on every machine
     try:
-        elsewhere = _fused_attention() if on_gpu else _experts_elsewhere(skeleton)
-        with elsewhere, _short_loops(), _only_some(skeleton, order):
+        with _fused_attention() if on_gpu else nullcontext(), _no_loops(on_gpu=on_gpu), _only_some(skeleton, order):
             graph = _read_graph(skeleton, divisions)
     except (RuntimeError, ValueError):
         return ()
     finally:
         mx.set_default_device(device)
-    return _Pass(graph, divisions).find_most()
+    return _Pass(graph, divisions, waits=not on_gpu).find_most()
 
 
-def _read_graph(skeleton: Skeleton, divisions: Mapping[str, Division]) -> _Graph:
-    """Return the graph of a prompt's pass, as far as the caches need it."""
+def count_launches(skeleton: Skeleton, order: Sequence[int]) -> list[int]:
+    """Return how many operations a layer of each kind has on a GPU when one token passes; 0 where that is not known."""
+    device, counts = mx.default_device(), []
+    mx.set_default_device(mx.cpu)
+    try:
+        with _single_operations():
+            for kind in (None, *range(max(order) + 1)):
+                with _only_some(skeleton, order, only=kind):
+                    graph = _read_graph(skeleton, {}, tokens=1, whole=True)
+                counts.append(sum(operation.name not in _VIEWS for operation in graph.operations))
+    except (RuntimeError, ValueError):
+        return [0] * (max(order) + 1)
+    finally:
+        mx.set_default_device(device)
+    return [count - counts[0] for count in counts[1:]]
+
+
+def _read_graph(
+    skeleton: Skeleton, divisions: Mapping[str, Division], *, tokens: int = TOKENS, whole: bool = False
+) -> _Graph:
+    """Return the graph of a prompt's pass, as far as the caches need it, or the `whole` of it."""
     model, before = skeleton.model, skeleton.parameters
     divided = {name: array for name, array in before.items() if _division_of(name, divisions) is not None}
     told: list[dict[str, Any]] = []
 
-    def run(tokens: mx.array, **arrays: mx.array) -> list[mx.array]:
-        model.update(tree_unflatten(list(arrays.items())))
+    def run(prompt: mx.array, *arrays: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten(list(zip(divided, arrays, strict=True))))
         caches = make_prompt_cache(model)
-        model(tokens, cache=caches)
+        logits = model(prompt, cache=caches)
         held = (_arrays_of(cache) for cache in caches)
-        return [array for arrays in held for array in arrays]
+        return [array for arrays in held for array in arrays] + [logits] * whole
 
     contiguous = mx.contiguous
     mx.contiguous = lambda array, *_, **__: mx.abs(array)  # MLX cannot write that operation down
+    mx.disable_compile()
     try:
-        mx.export_function(told.append, run, mx.zeros((1, TOKENS), dtype=mx.int32), **divided)
+        mx.export_function(told.append, run, mx.zeros((1, tokens), dtype=mx.int32), *divided.values())
     finally:
+        mx.enable_compile()
         mx.contiguous = contiguous
         model.update(tree_unflatten(list(before.items())))
-    return _make_graph(told)
+    return _make_graph(told, list(divided))
 
 
 def _arrays_of(cache: Any) -> Iterator[mx.array]:
@@ -115,8 +137,8 @@ def _arrays_of(cache: Any) -> Iterator[mx.array]:
             yield from (array for _, array in tree_flatten(held) if isinstance(array, mx.array) and array.size)
 
 
-def _make_graph(told: list[dict[str, Any]]) -> _Graph:
-    graph = _Graph({}, {}, [], {}, set(), set())
+def _make_graph(told: list[dict[str, Any]], divided: list[str]) -> _Graph:
+    graph = _Graph({}, {}, [], {}, set(), [])
 
     def note(arrays: list[tuple[str, tuple[int, ...], mx.Dtype]]) -> tuple[str, ...]:
         for name, shape, dtype in arrays:
@@ -126,18 +148,45 @@ def _make_graph(told: list[dict[str, Any]]) -> _Graph:
     for one in told:
         match one["type"]:
             case "inputs":
-                graph.given |= set(note(one["inputs"]))
-            case "keyword_inputs":
-                graph.parameters = {name: path for path, name in one["keywords"]}
+                given = note(one["inputs"])
+                graph.given |= {*given}
+                graph.parameters = dict(zip(given[1:], divided, strict=True))
             case "outputs":
-                graph.outputs = set(note(one["outputs"]))
+                graph.outputs = list(note(one["outputs"]))
             case "constants":
                 for name, array in one["constants"]:
                     graph.given |= set(note([(name, array.shape, array.dtype)]))
             case "primitive":
                 inputs, outputs = note(one["inputs"]), note(one["outputs"])
                 graph.operations.append(_Operation(one["name"], inputs, outputs))
+    graph.operations = _put_in_order(graph)
     return graph
+
+
+def _put_in_order(graph: _Graph) -> list[_Operation]:
+    """Return the operations as MLX runs them: breadth first from the outputs, up to a width (mlx/transforms.cpp)."""
+    makers = {name: operation for operation in graph.operations for name in operation.outputs}
+    asked = _Operation("asked", tuple(graph.outputs), ())
+    left = Counter(id(makers[name]) for o in (*graph.operations, asked) for name in o.inputs if name in makers)
+    tape, place = [asked], 0
+    deeper: list[tuple[_Operation, int]] = []
+    while place < len(tape) or deeper:
+        if place < len(tape):
+            operation, start = tape[place], 0
+            place += 1
+        else:
+            operation, start = deeper.pop()
+        for number in range(start, len(operation.inputs)):
+            maker = makers.get(operation.inputs[number])
+            if maker is None:
+                continue
+            if len(tape) - place >= _WIDTH:
+                deeper.append((operation, number))
+                break
+            left[id(maker)] -= 1
+            if left[id(maker)] == 0:
+                tape.append(maker)
+    return tape[:0:-1]
 
 
 def _division_of(name: str, divisions: Mapping[str, Division]) -> Division | None:
@@ -147,8 +196,9 @@ def _division_of(name: str, divisions: Mapping[str, Division]) -> Division | Non
 class _Pass:
     """One pass, operation by operation. A buffer has the name of the array that it was made for."""
 
-    def __init__(self, graph: _Graph, divisions: Mapping[str, Division]) -> None:
+    def __init__(self, graph: _Graph, divisions: Mapping[str, Division], *, waits: bool) -> None:
         self._graph = graph
+        self._waits = waits  # for what it has queued, before stacked experts work
         self._divisions = divisions
         self._buffer = {name: name for name in graph.given}
         self._in_order: dict[str, bool] = {}
@@ -164,10 +214,11 @@ class _Pass:
         waiting: defaultdict[int, list[str]] = defaultdict(list)
         command = 0
         for number, operation in enumerate(self._graph.operations):
-            before = command
             command += 1 if operation.name in _VIEWS else 2
-            for done in range(before - _QUEUED, command - _QUEUED):
-                for buffer in waiting.pop(done, ()):
+            if self._waits and operation.name in _STACKS:
+                command += _QUEUED
+            for done in [done for done in waiting if done <= command - _QUEUED]:
+                for buffer in waiting.pop(done):
                     self._release(buffer)
             for name in operation.outputs:
                 self._make(operation, name, kept, last_read, uses, number, command)
@@ -227,7 +278,8 @@ class _Pass:
         if operation.name not in _PRODUCTS:
             for given in operation.inputs:
                 source = self._buffer[given]
-                free = source in self._live and uses[source] == number and last_read.get(source, 0) <= command - _QUEUED
+                is_last = source in self._live and uses[source] == number
+                free = is_last and last_read.get(source, -_QUEUED) <= command - _QUEUED
                 if free and self._live[source][2] == size and self._in_order.get(given, True):
                     self._release(source)  # MLX writes the result into it
                     break
@@ -253,49 +305,73 @@ def _make_moment(sums: Mapping[tuple[str, bool], int]) -> Moment:
     return Moment(each("", False), each("hidden", False), each("heads", False), each("", True), each("heads", True))
 
 
+_ALL = -1  # kinds
+
+
 @contextmanager
-def _only_some(skeleton: Skeleton, order: Sequence[int]) -> Iterator[None]:
-    """Let all but the first layers of each kind give back what they get."""
+def _only_some(skeleton: Skeleton, order: Sequence[int], only: int | None = _ALL) -> Iterator[None]:
+    """Let all but the first layers of each kind give back what they get; or all but the first of one kind, or all."""
     seen: Counter[int] = Counter()
     left: list[tuple[Any, Hook]] = []
     for layer, kind in zip(skeleton.layers, order, strict=True):
         seen[kind] += 1
-        if seen[kind] > _LIKE:
+        if seen[kind] > (_LIKE if only == _ALL else int(kind == only)):
             left.append((layer, lambda call, x, *args, **kwargs: x))
     with hooked(left):
         yield
 
 
 @contextmanager
-def _experts_elsewhere(skeleton: Skeleton) -> Iterator[None]:
-    """Let stacks of experts give a result for each pair, and make nothing else."""
+def _no_loops(*, on_gpu: bool) -> Iterator[None]:
+    """Let mlx-lm's loop over a prompt's tokens (linear attention) make what it leaves, without its rounds.
 
-    def stand_in(call: Hook, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        rows = mx.expand_dims(x, -2)
-        return mx.broadcast_to(rows, (*indices.shape, x.shape[-1])) * indices[..., None].astype(x.dtype)
-
-    modules = (module for _, module in skeleton.model.named_modules())
-    with hooked((module, stand_in) for module in modules if isinstance(module, SwitchGLU | SwitchMLP)):
-        yield
-
-
-@contextmanager
-def _short_loops() -> Iterator[None]:
-    """Let mlx-lm's loop over a prompt's tokens (linear attention on a CPU) make a few rounds only."""
+    On a CPU the results of all rounds come after the last state, so that each round's state is kept until then.
+    """
     before = gated_delta.gated_delta_ops
 
-    def shortened(q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, *rest: Any) -> Any:
+    def leave(q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, *_: Any) -> tuple[mx.array, mx.array]:
         q, k = (mx.repeat(array, v.shape[-2] // array.shape[-2], -2) for array in (q, k))
-        few = [array[:, :_ROUNDS] for array in (q, k, v, g, beta)]
-        y, state = before(*few, rest[0] if rest else None, None)
-        rows = mx.broadcast_to(y[:, :1], v.shape)
-        return mx.abs(mx.abs(rows) + state.reshape(-1)[0]), state  # each round's, and all of them stacked
+        rows = q[..., :1] * k[..., :1] * v * beta[..., None] * g.reshape(*g.shape[:3], -1)[..., :1]  # (B, T, H, D)
+        states = mx.broadcast_to(rows[..., None], (*rows.shape, q.shape[-1]))
+        states = mx.abs(states[:, -1:] if on_gpu else states)  # (B, T, H, D, keys' width)
+        last = mx.abs(states[:, -1])
+        found = (rows if on_gpu else states[..., 0]) * last.reshape(-1)[0]
+        for _ in range(_QUEUED):  # the loop has more commands than are queued
+            found = mx.stop_gradient(found)
+        return mx.abs(found), last
 
-    gated_delta.gated_delta_ops = shortened
+    gated_delta.gated_delta_ops = leave
     try:
         yield
     finally:
         gated_delta.gated_delta_ops = before
+
+
+@contextmanager
+def _single_operations() -> Iterator[None]:
+    """Let what is one operation on a GPU be one in the graph, too."""
+
+    def one(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return mx.abs(x)
+
+    def recur(x: mx.array, *args: Any, **kwargs: Any) -> tuple[mx.array, mx.array]:
+        state = next(value for value in (*args, *kwargs.values()) if isinstance(value, mx.array) and value.ndim == 4)
+        return mx.abs(x), mx.abs(state)
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
+        shape = (*q.shape[:-1], v.shape[-1])
+        return mx.broadcast_to(q[..., :1], shape) * (k.reshape(-1)[0] + v.reshape(-1)[0])
+
+    with ExitStack() as held:
+        for owner, name, stand_in in (
+            *((mx.fast, name, one) for name in ("rms_norm", "layer_norm", "rope")),
+            (mx.fast, "scaled_dot_product_attention", attend),
+            (ssm, "ssm_attn", recur),
+        ):
+            held.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, stand_in)
+        with _no_loops(on_gpu=True):
+            yield
 
 
 @contextmanager

@@ -59,6 +59,18 @@ CASES = [
     (QWEN, (), "<think>as text</think>4 < 5 </thin", ("as text", "4 < 5 </thin")),
     (PLAIN, (), "<think>x</think>y", ("", "<think>x</think>y")),
     (PLAIN, ("[THINK]", "[/THINK]"), "[THINK]x[/THINK]y", ("x", "y")),
+    (
+        PLAIN,
+        ("<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+        "<|START_THINKING|>x<|END_THINKING|><|START_RESPONSE|>y<|END_RESPONSE|>",
+        ("x", "y"),
+    ),
+    (
+        PLAIN + "{# <seed:think></seed:think> #}",
+        (*THINK, "<seed:think>", "</seed:think>"),
+        "<seed:think>x</seed:think>y<think>",
+        ("x", "y<think>"),
+    ),
     (PLAIN, ("<longcat_think>", "</longcat_think>"), "<longcat_think>x</longcat_think>\ny", ("x", "y")),
     (PLAIN, ("<|channel>", "<channel|>"), "<|channel>thought\nx<channel|>y", ("x", "y")),
     (PLAIN, ("<|channel>", "<channel|>"), "<|channel>other\nx<channel|>y", ("", "<|channel>other\nx<channel|>y")),
@@ -234,10 +246,12 @@ def test_effort_reaches_a_template_that_knows_it(make: Callable[..., Tokenizer])
 def test_a_switch_that_a_model_does_not_have(
     make: Callable[..., Tokenizer], template: str, added: Sequence[str], think: bool, reason: str, hint: str
 ) -> None:
+    tokenizer = make(template, added)
     with pytest.raises(BadField, match=reason) as caught:
-        ask(make(template, added), think=think)
+        ask(tokenizer, think=think)
     assert caught.value.param == "think"
     assert hint in (caught.value.hint or "")
+    assert ask(tokenizer, options={"reasoning_effort": "low"})  # what the hint says
 
 
 def test_a_program_of_mlx_lm_takes_the_same_options(make: Callable[..., Tokenizer]) -> None:

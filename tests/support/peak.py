@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.engine.network import exchange
+from moectl.engine.network.experts import install
 from moectl.engine.network.parallel import cut, divide
 from moectl.engine.network.stages import keep, make_stage, remove_head
 from moectl.model.ownership import hold, own_layers
@@ -64,6 +65,7 @@ def compare(
         holdings = hold(divisions_of(model, found.parts, split), placement.shares, 0)
         cut(model, holdings)
         divide(model, found.parts, holdings, group)
+    install(model)
     model.update(tree_map(_fill, model.parameters()))
     mx.eval(model.parameters())
     mx.reset_peak_memory()
@@ -77,7 +79,9 @@ def compare(
 
 def _fill(array: mx.array) -> mx.array:
     filled = mx.random.normal(array.shape) if mx.issubdtype(array.dtype, mx.floating) else mx.full(array.shape, 7)
-    filled = (0.02 * filled).astype(array.dtype) if mx.issubdtype(array.dtype, mx.floating) else filled.astype(array.dtype)
+    filled = (
+        (0.02 * filled).astype(array.dtype) if mx.issubdtype(array.dtype, mx.floating) else filled.astype(array.dtype)
+    )
     mx.eval(filled)
     return filled
 

@@ -160,10 +160,12 @@ def test_a_served_model_answers_like_mlx_lm(name: str, split: str, tmp_path: Pat
     process = subprocess.Popen([*MOECTL, *words], stdout=subprocess.PIPE, text=True, env=process_env())
     try:
         assert process.stdout is not None
-        url = json.loads(process.stdout.readline())["url"]
+        line = process.stdout.readline()
+        assert line, "it said why on stderr"
+        url = json.loads(line)["url"]
         api = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         answer = api.completions.create(model="default", prompt=PROMPT, max_tokens=LENGTH, temperature=0)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.communicate(timeout=30)
     assert answer.choices[0].text == answer_of_mlx_lm(source)
