@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,20 @@ def find_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     """Return the classes of a model and of its arguments."""
     own_file = OWN_FILES.get(config["model_type"])
     return (own_file.Model, own_file.ModelArgs) if own_file else _get_classes(config)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Undo at the end what the block does to a module and those below: some keep what they compute in a call."""
+    kept = [(inner, dict(inner), dict(inner.__dict__)) for _, inner in module.named_modules()]
+    try:
+        yield
+    finally:
+        for inner, items, attributes in kept:
+            inner.clear()
+            dict.update(inner, items)
+            inner.__dict__.clear()
+            inner.__dict__.update(attributes)
 
 
 def empty(module: nn.Module) -> None:
