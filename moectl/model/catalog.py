@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moectl.model.geometry import DBRX
 from moectl.model.structure import Quantization, Structure
 
 
