@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -441,11 +441,7 @@ def test_streams_are_used_again(sources: dict[str, Path], tmp_path: Path, monkey
 def test_impossible_quantisation(
     sources: dict[str, Path], tmp_path: Path, quantization: Quantization, words: str
 ) -> None:
-    wanted: dict[str, Any] = {
-        "bits": quantization.bits,
-        "group_size": quantization.group_size,
-        "mode": quantization.mode,
-    }
+    wanted: dict[str, Any] = asdict(quantization)
     with pytest.raises(PlanError, match=words):
         cut_as(sources["fused"], tmp_path / "out", nodes=2, **wanted)
     assert not (tmp_path / "out").exists()

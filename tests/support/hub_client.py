@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moectl.shards import checkpoint, hub
-from moectl.shards.blueprint import draw
 from moectl.shards.checkpoint import Checkpoint, open_checkpoint
 
 CHUNK_BYTES = 16 << 10
@@ -65,6 +64,13 @@ def only_open(source: str, token: str | None = None, revision: str | None = None
     with open_checkpoint(source, revision=revision) as opened:
         draw(opened)
         return Report(opened.revision, len(opened.stored))
+
+
+def draw(opened: Checkpoint) -> None:
+    """Draw a checkpoint's model: what mlx-lm imports reads the environment, too."""
+    from moectl.shards import blueprint
+
+    blueprint.draw(opened)
 
 
 def list_sidecars(source: str) -> tuple[str, ...]:
