@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from moectl.cli.options import unwritable
-from moectl.text import printable, size_text, time_text
+from moectl.text import colour_wanted, printable, size_text, time_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from moectl.cli.options import Common
     from moectl.engine.request import Stats
+    from moectl.server.contracts import Thinking
 
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l\x1b[H\x1b[2J", "\x1b[?25h\x1b[?1049l"
 # A terminal that knows mode 2026 shows a picture when it is complete; others ignore it.
 _BEGIN, _END = "\x1b[?2026h\x1b[H", "\x1b[J\x1b[?2026l"
+_DIM, _BRIGHT = "\x1b[2m", "\x1b[22m"
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -89,15 +91,52 @@ def on_ctrl_t(describe: Callable[[], str], say: Callable[[str], None]) -> Iterat
         signal.signal(number, before)
 
 
-def write_answer(text: str) -> None:
-    """Write a part of an answer to standard output; a terminal gets no control characters. Raises StateError."""
+def write_answer(text: str, begin: str = "", end: str = "") -> None:
+    """Write a part of an answer to standard output, between codes for a terminal. Raises StateError.
+
+    A terminal gets no control characters of the text.
+    """
     try:
-        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+        sys.stdout.write(begin + (printable(text) if sys.stdout.isatty() else text) + end)
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
         raise unwritable(error) from None
+
+
+class AnswerWriter:
+    """Writes an answer to standard output as it comes, its thinking before it: as ollama does, on a terminal dimmed.
+
+    Raises StateError.
+    """
+
+    def __init__(self, *, hides_thinking: bool = False, color: str = "auto") -> None:
+        self.hides_thinking = hides_thinking
+        # Nothing but a terminal gets codes, not even with --color always: an answer may be read by a program.
+        self._dims = sys.stdout.isatty() and colour_wanted(color, sys.stdout)
+        self._thought = ""  # the last piece of the thinking, while it goes on
+
+    def write(self, piece: str | Thinking) -> None:
+        """Write a piece of the answer, or of the thinking."""
+        if isinstance(piece, str):
+            if self._thought:
+                self._dim("\n" * (not self._thought.endswith("\n")) + "...done thinking.\n\n")
+                self._thought = ""
+            write_answer(piece)
+        elif not self.hides_thinking:
+            self._dim(piece.text if self._thought else "Thinking...\n" + piece.text)
+            self._thought = piece.text
+
+    def end_thinking(self) -> bool:
+        """Forget thinking that was not followed by an answer; return whether its last line is not complete."""
+        thought, self._thought = self._thought, ""
+        return bool(thought) and not thought.endswith("\n")
+
+    def _dim(self, text: str) -> None:
+        # Each piece for itself: other messages come between them.
+        begin, end = (_DIM, _BRIGHT) if self._dims else ("", "")
+        write_answer(text, begin, end)
 
 
 def stats_text(stats: Stats) -> str:

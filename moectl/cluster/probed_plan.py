@@ -190,7 +190,7 @@ def _record(question: Question) -> None:
     document = {
         "schema": SCHEMA,
         "hosts": [node.host for node in question.nodes],
-        "geometry": asdict(question.geometry),
+        "structure": asdict(question.structure),
         "quantization": question.quantization and asdict(question.quantization),
         "dtype_bytes": question.nodes[0].dtype_bytes,
         "speeds": [speed.to_json() for speed in question.speeds],
@@ -214,12 +214,12 @@ def recall(
         same = {
             "schema": SCHEMA,
             "hosts": list(hosts),
-            "geometry": asdict(placement.geometry),
+            "structure": asdict(placement.structure),
             "quantization": quantization and asdict(quantization),
         }
         if {key: record[key] for key in same} != json.loads(json.dumps(same)):
             return None
-        work = Work(placement, quantization, context, prompt_tokens, int(record["dtype_bytes"]))
+        work = Work(placement, context, prompt_tokens, int(record["dtype_bytes"]))
         speeds = read_speeds(json.dumps(record["speeds"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError, MoectlError):
         return None

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
-from moectl.engine.network.dbrx import Model
 from moectl.engine.network.witness import WORDS, Witness, find_dissent
 from moectl.errors import RanksDisagree
 
@@ -33,7 +33,7 @@ class Agreement:
 
     def __init__(
         self,
-        model: Model,
+        model: Any,
         group: mx.distributed.Group | None,
         *,
         head_rank: int,

@@ -17,7 +17,7 @@ from moectl.engine.protocol import Done, Event, Refused, Token
 from moectl.engine.request import Request, Stats, too_long
 from moectl.engine.sampling import Odds, Sampler
 from moectl.errors import BadField, MoectlError
-from moectl.shards.token_text import TextStream
+from moectl.shards.thinking import NOTHING, AnswerText, Part
 from moectl.shards.tokenizer import Tokenizer
 
 _WITHOUT_TEMPLATE = "send the text as it is: moectl run --raw, or /v1/completions"
@@ -44,8 +44,9 @@ class Answer:
     count: int = 0  # tokens sent
     ended: bool = False  # Done or Refused has been sent; the row may live on for a step or two
     _tokenizer: Tokenizer | None = None
-    _text: TextStream | None = None
+    _text: AnswerText | None = None
     _length: int = 0  # characters that its tokens have made so far
+    _thought: int = 0  # tokens before the answer
     _stop: StopText = field(default_factory=lambda: StopText(()))
 
     @property
@@ -58,12 +59,10 @@ class Answer:
         self.sampler = sampler
         self.admitted_s = time.perf_counter()
         self._tokenizer = tokenizer
-        self._text = tokenizer.stream_text()
+        self._text = tokenizer.stream_answer(None if self.request.messages is None else self.prompt)
         self._stop = StopText(self.request.stop)
         for token in self.request.answered:  # their text was sent, or is held back again
-            piece = self._text.feed(token)
-            self._length += len(piece)
-            self._stop.feed(piece)
+            self._stop.feed(self._feed(token).text)
 
     def fail(self, error: MoectlError) -> None:
         """Note an error of this answer alone; it takes the place of the next event."""
@@ -109,12 +108,20 @@ class Answer:
             self.first_s = time.perf_counter()
         if finish_reason != "stop":  # a stop token is not text
             self.count += 1
-            offset, piece = self._length, self._text.feed(token)
-            self._length += len(piece)
-            yield Token(self.request.id, token, self._stop.feed(piece), *self._read(token, odds), offset)
-        last = self._stop.feed(self._text.finish()) if finish_reason is not None else ""
+            offset, part = self._length, self._feed(token)
+            text = self._stop.feed(part.text)
+            yield Token(self.request.id, token, text, *self._read(token, odds), offset, part.thinking)
+        last = self._text.finish() if finish_reason is not None else NOTHING
         if self._stop.found or finish_reason is not None:
             yield self._done(finish_reason or "stop", last)
+
+    def _feed(self, token: int) -> Part:
+        assert self._text is not None
+        thinks = self._text.is_thinking
+        part = self._text.feed(token)
+        self._thought += thinks or self._text.is_thinking  # with the markers
+        self._length += len(part.text)
+        return part
 
     @property
     def has_stop(self) -> bool:
@@ -128,7 +135,7 @@ class Answer:
     def _end(self, finish_reason: str) -> Iterator[Event]:
         if not self.ended:
             assert self._text is not None
-            yield self._done(finish_reason, self._stop.feed(self._text.finish()))
+            yield self._done(finish_reason, self._text.finish())
 
     def cancel(self) -> Iterator[Event]:
         """Yield the end of a cancelled answer, unless it has ended."""
@@ -164,9 +171,11 @@ class Answer:
             known.append((token, chosen))
         return chosen, [(i, self._tokenizer.tell(i), logprob) for i, logprob in known]
 
-    def _done(self, finish_reason: str, last: str = "") -> Done:
+    def _done(self, finish_reason: str, last: Part = NOTHING) -> Done:
         """Return the end, with the last piece of text: "stop" where a stop text is complete, else as given."""
         self.ended = True
+        rest = self._stop.feed(last.text)
+        reason = "stop" if self._stop.found else finish_reason
         now = time.perf_counter()
         first = self.first_s or now
         stats = Stats(
@@ -179,8 +188,9 @@ class Answer:
             cached_tokens=min(self.cached, len(self.prompt)),
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
+            thinking_tokens=self._thought,
         )
-        return Done(self.request.id, "stop" if self._stop.found else finish_reason, stats, last + self._stop.flush())
+        return Done(self.request.id, reason, stats, rest + self._stop.flush(), last.thinking)
 
 
 class StopText:
@@ -258,7 +268,7 @@ def _tokenize(request: Request, tokenizer: Tokenizer) -> list[int]:
     if not tokenizer.has_chat_template:
         raise BadField("this model has no chat template", hint=_WITHOUT_TEMPLATE, param=request.source)
     try:
-        return tokenizer.encode_chat(list(request.messages))
+        return tokenizer.encode_chat(request.messages, request.think, request.template_options)
     except BadField:
         raise
     except Exception as error:  # the template is the model's own program

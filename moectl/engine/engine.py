@@ -27,18 +27,20 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
+from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.engine.admission import Admission, held_tokens
 from moectl.engine.agreement import MAX_CANCELS, Agreement
 from moectl.engine.answer import Answer, measure_reach, read_prompt
+from moectl.engine.caches import make_one_row, pack
 from moectl.engine.isolation import isolated
-from moectl.engine.network.dbrx import Model
 from moectl.engine.profile import profile
 from moectl.engine.prompt_cache import PromptCache
 from moectl.engine.protocol import PREFILL_STEP, Cancel, Event, Generate, Order, Prefilled, Profile
 from moectl.engine.sampling import Sampler
 from moectl.engine.speculation import Speculation
 from moectl.errors import BadField
+from moectl.model.placement import Placement
 from moectl.shards.tokenizer import Tokenizer
 
 MAX_BATCH = MAX_CANCELS  # so that one control word can cancel all
@@ -50,16 +52,19 @@ class Engine:
     `kv_tokens` is for how many tokens' keys and values there is memory (None: not known), `cache_tokens` how many
     of those past answers may hold (None: what the running ones leave, or one context), `speculate` how many tokens may
     be proposed at once (0: none), `check_every` after how many steps all ranks compare what they computed (0: never).
-    Equal on all ranks, like `max_seq_len` and `prefill_step`.
+    `trimmable`: all caches of the whole model can forget their last tokens; `batchable`: they take several rows;
+    `entry_tokens`: see `PromptCache`. Equal on all ranks, like `max_seq_len` and `prefill_step`.
     """
 
     def __init__(
         self,
-        model: Model,
+        model: Any,
         tokenizer: Tokenizer,
         *,
+        vocab_size: int,
         rank: int = 0,
         head_rank: int = 0,
+        placement: Placement | None = None,  # which a profile needs
         group: mx.distributed.Group | None = None,
         max_seq_len: int,
         prefill_step: int = PREFILL_STEP,
@@ -67,8 +72,17 @@ class Engine:
         cache_tokens: int | None = None,
         speculate: int = 0,
         check_every: int = 0,
+        trimmable: bool = True,
+        batchable: bool = True,
+        entry_tokens: int = 0,
     ) -> None:
+        if speculate and not trimmable:
+            raise ValueError("a model whose caches cannot be trimmed cannot take proposed tokens back")
         self._model = model
+        self._vocab_size = vocab_size
+        self._placement = placement
+        self._trimmable = trimmable
+        self._batchable = batchable
         self._tokenizer = tokenizer
         self._rank = rank
         self._leads = rank == head_rank
@@ -78,15 +92,16 @@ class Engine:
         if cache_tokens is None:
             cache_tokens = max_seq_len if kv_tokens is None else kv_tokens
         self._cache_tokens = cache_tokens
+        max_rows = MAX_BATCH if batchable else 1
         # One prompt at a time: rows then join in admission order, so that this file can name each row's request.
         self._generator = BatchGenerator(
             model,
             sampler=self._agree_on_tokens,
             prefill_batch_size=1,
-            completion_batch_size=MAX_BATCH,
+            completion_batch_size=max_rows,
             prefill_step_size=prefill_step,
         )
-        self._admission = Admission(max_rows=MAX_BATCH, kv_tokens=kv_tokens, max_cancels=MAX_CANCELS)  # leader
+        self._admission = Admission(max_rows=max_rows, kv_tokens=kv_tokens, max_cancels=MAX_CANCELS)  # leader
         make_word = self._admission.make_word if self._leads else None
         self._agreement = Agreement(model, group, head_rank=head_rank, check_every=check_every, make_word=make_word)
         self._stop = StopSequences([[t] for t in sorted(tokenizer.eos_token_ids)])
@@ -97,7 +112,7 @@ class Engine:
             stop_tokens=frozenset(tokenizer.eos_token_ids),
             agree=self._agreement.agree,
         )
-        self._cache = PromptCache()
+        self._cache = PromptCache(trimmable=trimmable, entry_tokens=entry_tokens)
         self._arrived: dict[int, Answer] = {}  # by request id, not yet admitted
         self._withdrawn: set[int] = set()  # cancelled while they waited: passed by when the count gets there
         self._profiles: dict[int, Profile] = {}  # by id, waiting for their turn and for idleness
@@ -164,10 +179,9 @@ class Engine:
         # The same on every rank: tokens, refusals and errors depend only on the request and the engine's limits. If
         # one rank alone fails here, the ranks do not meet in the next exchange, and that ends the session.
         request, limit = answer.request, self._max_seq_len
-        vocab_size = self._model.placement.geometry.vocab_size
         with isolated(request.id, answer.refuse_for):
             try:
-                prompt = read_prompt(request, self._tokenizer, vocab_size=vocab_size, max_seq_len=limit)
+                prompt = read_prompt(request, self._tokenizer, vocab_size=self._vocab_size, max_seq_len=limit)
                 answer.reach = measure_reach(request, len(prompt), max_seq_len=limit, kv_tokens=self._kv_tokens)
                 answer.prompt = prompt
             except BadField as refusal:
@@ -178,9 +192,15 @@ class Engine:
         self._admitted = order.id
         if self._leads:
             self._admission.admit(order.id)
-        stream = self._generator.stream
+        assert self._placement is not None
         yield from profile(
-            self._model, order, rank=self._rank, leads=self._leads, prefill_step=self._prefill_step, stream=stream
+            self._model,
+            order,
+            placement=self._placement,
+            rank=self._rank,
+            leads=self._leads,
+            prefill_step=self._prefill_step,
+            stream=self._generator.stream,
         )
 
     # Joining and leaving: at the same step and in the same order on every rank.
@@ -227,6 +247,8 @@ class Engine:
         self, answer: Answer, tokens: list[int], computed: int, layers: list[Any] | None, hooks: list[Any]
     ) -> None:
         """Give the generator a row, the first `computed` of whose tokens are in `layers`."""
+        if not self._batchable:
+            layers = make_one_row(layers or make_prompt_cache(self._model))
         [answer.uid] = self._generator.insert(
             [tokens[computed:]],
             max_tokens=[max(1, answer.reach - len(tokens))],
@@ -250,11 +272,19 @@ class Engine:
         if self._leads:
             self._admission.end(answer.request.id)
         if answer.request.cache_prompt and layers is not None:
-            for layer in layers:  # without the room to grow that a row has outside the generator
-                layer.keys, layer.values = map(mx.contiguous, layer.keys_and_values())
-            self._cache.keep(tokens, layers, self._cache_room())
-            # Else they would hold the whole batch's arrays until they are evaluated.
-            mx.async_eval([(layer.keys, layer.values) for layer in layers])  # type: ignore[no-untyped-call]
+            self._keep(tokens, layers)
+
+    def _keep(self, tokens: list[int], layers: list[Any]) -> None:
+        if self._cache.keep(tokens, layers, self._cache_room()):
+            pack(layers)
+
+    def _keep_prompt(self, answer: Answer) -> None:
+        """Keep what was computed of a prompt: of its answer's caches that would be lost, and other turns begin so."""
+        if self._trimmable or not answer.request.cache_prompt:
+            return
+        with mx.stream(self._generator.stream):
+            layers, tokens = self._generator.extract_cache([answer.uid])[answer.uid]
+            self._keep(tokens, layers)
 
     def _cache_room(self) -> int:
         if self._kv_tokens is None:
@@ -277,6 +307,8 @@ class Engine:
         rows = {answer.uid: answer for answer in self._decoding}
         prompts, responses = self._generator.next()
         self._agreement.settle()
+        for part in (part for part in prompts if part.end_of_segment and not part.end_of_prompt):
+            self._keep_prompt(next(answer for answer in self._prefilling if answer.uid == part.uid))
         if self._leads:
             # Without the one that has just joined, and without those that have ended.
             reading = {answer.uid: answer for answer in self._prefilling if not answer.ended}

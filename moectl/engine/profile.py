@@ -11,8 +11,8 @@ The timed steps have barriers that ordinary steps do not have, so this measures 
   that step's time and both. It is negative where barriers cost more than the rest: each adds a wake-up, some 10 µs, and
   ends the overlap of building one layer with computing the one before.
 
-It costs no time while no profile runs: exchanges are observed through `network.exchange`, and a stand-in takes the
-place of the experts only meanwhile.
+It costs no time while no profile runs: exchanges are observed through `network.exchange`, and the experts are watched
+only meanwhile.
 """
 
 from __future__ import annotations
@@ -22,34 +22,48 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl.engine.network.dbrx import Model
 from moectl.engine.network.exchange import Exchange, observed
+from moectl.engine.network.experts import waits_for_host
+from moectl.engine.network.routing import count_experts
 from moectl.engine.protocol import Prefilled, Profile, Profiled
 from moectl.model.balance import share_out
+from moectl.model.ownership import own
 from moectl.model.placement import Placement
+from moectl.model.regions import Role
+from moectl.model.structure import Layer, Part
+from moectl.shards.hooks import Hook, hooked
+from moectl.shards.routers import Stack, find_stacks
 
 
 def profile(
-    model: Model, order: Profile, *, rank: int, leads: bool, prefill_step: int, stream: mx.Stream
+    model: Any,
+    order: Profile,
+    *,
+    placement: Placement,
+    rank: int,
+    leads: bool,
+    prefill_step: int,
+    stream: mx.Stream,
 ) -> Iterator[Prefilled | Profiled]:
     """Run an order's tokens through the model, in step with all other ranks; caches are thrown away.
 
+    A layer without experts has no choices to count, and the work is that of the layers which have some.
     Yields Prefilled on the leader, so that a long prompt shows progress, and Profiled at the end on every rank.
     """
     # Before this adds a cache of its own.
     peak_memory_bytes, peak_rss_bytes = mx.get_peak_memory(), _peak_rss_bytes()
-    routing = _Routing(model.placement, rank, len(model.layers))
+    routing = _Routing(placement, rank)
     clock = _Clock()
     cache = make_prompt_cache(model)
     prompt, single = order.tokens[: -order.steps - 1], order.tokens[-order.steps - 1 :]
-    with _watched(model, routing, clock):
+    with _watched(model, placement, routing, clock):
         for start in range(0, len(prompt), prefill_step):
             with mx.stream(stream):
                 model(mx.array([prompt[start : start + prefill_step]]), cache=cache)
@@ -73,8 +87,8 @@ def profile(
         exchanges=clock.exchanges // order.steps,
         peak_memory_bytes=peak_memory_bytes,
         peak_rss_bytes=peak_rss_bytes,
-        layers=list(range(*model.placement.layers(rank))),
-        chosen=routing.chosen.tolist(),
+        layers=list(range(*placement.layers(rank))),
+        chosen=[routing.chosen[layer].tolist() for layer in range(*placement.layers(rank))],
         own_experts=routing.own / tokens,
         busiest_experts=routing.busiest / tokens,
     )
@@ -91,7 +105,7 @@ class _Clock:
         self.exchanges = 0
         self.runs = False
 
-    def step(self, model: Model, token: int, cache: Any) -> None:
+    def step(self, model: Any, token: int, cache: Any) -> None:
         begin = time.perf_counter()
         self.runs = True
         self.compute(model(mx.array([[token]]), cache=cache), [c.state for c in cache])
@@ -116,13 +130,13 @@ class _Clock:
 class _Routing:
     """Which experts were chosen, and how much of that work each rank has."""
 
-    def __init__(self, placement: Placement, rank: int, layers: int) -> None:
+    def __init__(self, placement: Placement, rank: int) -> None:
         self._rank = rank
         self._parts = _held_parts(placement)
         self._owners = placement.owners if placement.replicas > 1 else None
         self._seen: list[tuple[int, mx.array]] = []
-        self.chosen = np.zeros((layers, placement.geometry.n_experts), dtype=np.int64)
-        self.tokens = 0  # × layers
+        self.chosen = [np.zeros(experts, dtype=np.int64) for experts in count_experts(placement.structure)]
+        self.tokens = 0  # × layers with experts
         self.own = 0.0
         self.busiest = 0.0
 
@@ -136,18 +150,19 @@ class _Routing:
 
     def count(self) -> None:
         for layer, indices in self._seen:
-            experts = np.array(indices).astype(np.int64)  # (T, K)
-            self.chosen[layer] += np.bincount(experts.ravel(), minlength=self.chosen.shape[1])
-            work = self._share(experts)  # (ranks, T)
+            experts = np.array(indices).astype(np.int64).reshape(-1, indices.shape[-1])  # (T, K)
+            self.chosen[layer] += np.bincount(experts.ravel(), minlength=self.chosen[layer].size)
+            work = self._share(layer, experts)  # (ranks, T)
             self.tokens += experts.shape[0]
             self.own += float(work[self._rank].sum())
             self.busiest += float(work.max(axis=0).sum())
         self._seen.clear()
 
-    def _share(self, experts: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _share(self, layer: int, experts: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        parts = self._parts[layer]
         if self._owners is not None:
-            return _share_copies(self._owners, self._parts.shape[0], experts)
-        return self._parts[:, experts].sum(axis=-1)  # type: ignore[no-any-return]
+            return _share_copies(self._owners, parts.shape[0], experts)
+        return parts[:, experts].sum(axis=-1)  # type: ignore[no-any-return]
 
 
 def _share_copies(
@@ -165,45 +180,41 @@ def _share_copies(
     return work
 
 
-def _held_parts(placement: Placement) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return how much of each expert each rank holds, (ranks, experts), 1 = all of it."""
-    parts = np.zeros((placement.world_size, placement.geometry.n_experts))
+def _held_parts(placement: Placement) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+    """Return by layer how much of each expert each rank holds, (ranks, experts), 1 = all of it."""
+    return [_held_part(placement, layer) for layer in placement.structure.layers]
+
+
+def _held_part(placement: Placement, layer: Layer) -> np.ndarray[Any, np.dtype[np.float64]]:
+    stack = max(layer.parts, key=lambda part: part.experts, default=Part())
+    parts = np.zeros((placement.world_size, stack.experts))
+    pieces = stack.pieces(placement.split)
     for rank in range(placement.world_size):
-        low, high = placement.hidden(rank)
-        parts[rank, list(placement.experts_of(rank))] = (high - low) / placement.geometry.ffn_hidden
+        if pieces is None or pieces.role is not Role.EXPERT:
+            parts[rank] = placement.fraction(stack, rank)
+        else:
+            held = placement.held or [range(*span) for span in own(pieces, placement.shares) or ()]
+            parts[rank, list(held[rank])] = 1.0
     return parts
 
 
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """Stands in for one layer's experts."""
+@contextlib.contextmanager
+def _watched(model: Any, placement: Placement, routing: _Routing, clock: _Clock) -> Iterator[None]:
+    """Note what the experts of all layers are called with."""
+    chooses = placement.split == "experts"  # a rank's own pairs are chosen on the host
 
-    layer: int
-    experts: Any
-    routing: _Routing
-    clock: _Clock
-
-    def __call__(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
-        self.routing.saw(self.layer, indices)
-        if not (self.clock.runs and self.experts.waits_for_host(indices)):
-            return self.experts(x, indices, weights)  # type: ignore[no-any-return]
+    def watch(stack: Stack, call: Hook, x: mx.array, indices: mx.array, *args: Any) -> Any:
+        routing.saw(stack.layer, indices)
+        if not (clock.runs and (chooses or waits_for_host(stack.module, indices))):
+            return call(x, indices, *args)
         # Where the experts wait for their input, and perhaps compute on the host, that wait is compute as well.
         begin = time.perf_counter()
-        y = self.experts(x, indices, weights)
-        self.clock.compute_s += time.perf_counter() - begin
-        return y  # type: ignore[no-any-return]
+        y = call(x, indices, *args)
+        clock.compute_s += time.perf_counter() - begin
+        return y
 
-
-@contextlib.contextmanager
-def _watched(model: Model, routing: _Routing, clock: _Clock) -> Iterator[None]:
-    originals = [layer.ffn.experts for layer in model.layers]
-    try:
-        for number, (layer, experts) in enumerate(zip(model.layers, originals, strict=True)):
-            layer.ffn.experts = _Watched(number, experts, routing, clock)  # type: ignore[assignment]
+    with hooked((stack.module, partial(watch, stack)) for stack in find_stacks(model)):
         yield
-    finally:
-        for layer, experts in zip(model.layers, originals, strict=True):
-            layer.ffn.experts = experts
 
 
 def _peak_rss_bytes() -> int:

@@ -1,8 +1,11 @@
-"""Keep the keys and values of past answers, so that a conversation's next turn computes only what is new.
+"""Keep the caches of past prompts and answers, so that a conversation's next turn computes only what is new.
 
 Every rank keeps its own arrays and takes the same decisions: they depend on tokens, their number, and the order of
 calls, which are the same on every rank; never on bytes, which differ between ranks of a pipeline. The least recently
-used entry goes first. Nothing is evaluated or copied here: mlx-lm's generator copies its caches.
+used entry goes first. Nothing is evaluated here.
+
+Keys and values of a prefix are those of the longer text, cut off. A window or a state is not: where a model has such
+caches, an entry is of use to texts that begin with all of it.
 
 Kept values were computed in other pieces than those of a new prompt (another chunk, or one by one beside other rows),
 so they agree up to rounding: in float32 the tokens are the same but for ties within some 1e-6 of a logit, in bfloat16
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import trim_prompt_cache
 
 # A shorter prefix saves nothing, and two prompts that share only a template's first words stay apart.
 MIN_PREFIX = 16
@@ -27,19 +30,25 @@ _Tokens = np.ndarray[Any, np.dtype[np.int32]]
 @dataclass(frozen=True, slots=True, eq=False)
 class _Entry:
     tokens: _Tokens
-    layers: list[Any]  # one KVCache per layer of this rank
+    layers: list[Any]  # this rank's caches
 
 
 class PromptCache:
-    """Keys and values by the tokens they belong to, least recently used first."""
+    """Caches by the tokens they belong to, least recently used first.
 
-    def __init__(self) -> None:
+    `trimmable`: whether all caches of the model can forget their last tokens. `entry_tokens` is what an entry takes
+    besides that of its tokens, counted in tokens.
+    """
+
+    def __init__(self, *, trimmable: bool = True, entry_tokens: int = 0) -> None:
         self._entries: list[_Entry] = []
+        self._trimmable = trimmable
+        self._entry_tokens = entry_tokens
 
     @property
     def tokens(self) -> int:
-        """How many tokens' keys and values are kept."""
-        return sum(entry.tokens.size for entry in self._entries)
+        """How many tokens' keys and values would take the memory of what is kept."""
+        return sum(entry.tokens.size + self._entry_tokens for entry in self._entries)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -49,33 +58,44 @@ class PromptCache:
     def find(self, tokens: Sequence[int]) -> tuple[int, list[Any] | None]:
         """Return (n, layers) for the longest kept prefix of `tokens`, without its last token; (0, None) if too short.
 
-        A found entry counts as used. The layers share the kept arrays: read them, do not write to them.
+        A found entry counts as used. The layers are the caller's.
         """
         wanted = np.array(tokens[:-1], dtype=np.int32)
-        lengths = [_common(entry.tokens, wanted) for entry in self._entries]
+        lengths = [self._count_useful(entry, wanted) for entry in self._entries]
         longest = max(lengths, default=0)
         if longest < MIN_PREFIX:
             return 0, None
         entry = self._entries.pop(lengths.index(longest))
         self._entries.append(entry)
-        layers = [copy.copy(layer) for layer in entry.layers]
-        trim_prompt_cache(layers, entry.tokens.size - longest)
+        layers = copy.deepcopy(entry.layers)  # arrays are shared until one is written to
+        if longest < entry.tokens.size:
+            trim_prompt_cache(layers, entry.tokens.size - longest)
         return longest, layers
 
-    def keep(self, tokens: Sequence[int], layers: list[Any], room: int) -> None:
-        """Keep the layers of these tokens, and `room` tokens in all at most."""
+    def keep(self, tokens: Sequence[int], layers: list[Any], room: int) -> bool:
+        """Keep the layers of these tokens, and what takes `room` tokens in all at most.
+
+        Returns whether it holds on to the layers: it may have no room for them, or know these tokens already.
+        """
         kept = np.array(tokens, dtype=np.int32)
-        if not MIN_PREFIX < kept.size <= room or not can_trim_prompt_cache(layers):
+        if not MIN_PREFIX < kept.size <= room - self._entry_tokens:
             self.shrink(room)
-            return
-        longer = next((e for e in self._entries if _common(e.tokens, kept) == kept.size), None)
-        if longer is not None:
-            self._entries.remove(longer)
-            self._entries.append(longer)
+            return False
+        same = next((e for e in self._entries if self._count_useful(e, kept) == kept.size), None)
+        if same is not None:
+            self._entries.remove(same)
+            self._entries.append(same)
         else:
-            self._entries = [e for e in self._entries if _common(e.tokens, kept) < e.tokens.size]
+            if self._trimmable:
+                self._entries = [e for e in self._entries if _common(e.tokens, kept) < e.tokens.size]
             self._entries.append(_Entry(kept, layers))
         self.shrink(room)
+        return same is None
+
+    def _count_useful(self, entry: _Entry, wanted: _Tokens) -> int:
+        """Return with how many of its tokens an entry can begin a text."""
+        length = _common(entry.tokens, wanted)
+        return length if self._trimmable or length == entry.tokens.size else 0
 
     def shrink(self, room: int) -> None:
         """Drop the least recently used entries until no more than `room` tokens are kept."""

@@ -165,6 +165,7 @@ class Ready:
     wrong_at: int | None = None  # the first exchange that is off
     token_s: float = 0.0  # for each token of a prompt
     step_s: float = 0.0  # for a single token
+    sampling: dict[str, int | float] = field(default_factory=dict)  # the model's defaults, by parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,10 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One more token, and the text that became final with it: none while a character is incomplete."""
+    """One more token, and the text that became final with it: none while a character is incomplete.
+
+    `thinking` is text that comes before the answer, and before `text`.
+    """
 
     id: int
     token: int
@@ -193,6 +197,7 @@ class Token:
     logprob: float | None = None  # natural; of the model before temperature and the like, where it was asked for
     top: list[tuple[int, str, float]] = field(default_factory=list)  # (token, text, logprob) of the most probable
     offset: int = 0  # characters of the answer before its own text, told or held back
+    thinking: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +208,7 @@ class Done:
     finish_reason: str
     stats: Stats
     rest: str = ""  # text that was held back until the end
+    rest_thinking: str = ""  # the same of the thinking
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,18 @@ command line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NoReturn
+import json
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
-from moectl.engine.parameters import PARAMETERS
 from moectl.errors import BadField
+from moectl.model.parameters import PARAMETERS
 
 MAX_PROMPT_BYTES = 4 * 1024 * 1024
 MAX_STOPS = 64  # OpenAI takes 4, editors send up to 14
 MAX_STOP_BYTES = 1024
 MAX_BIASES = 1024
+MAX_OPTION_BYTES = 64 * 1024  # of the chat template's options
 TOO_LONG = "context_length_exceeded"  # OpenAI's code; clients shorten a conversation when they meet it
 LEAST_TOP_P = 1e-6  # at or below this only the most probable token is left; float32 knows no less
 
@@ -44,6 +46,8 @@ class Request:
     # Tokens of the answer that were sent before a restart; it goes on after them. `max_tokens` and the completion
     # tokens of the statistics count them too.
     answered: tuple[int, ...] = ()
+    think: bool | None = None  # think before the answer; None: what the model does by itself
+    template_options: dict[str, Any] = field(default_factory=dict)  # for the chat template, which may know them
     cache_prompt: bool = True  # look for it in the prompt cache, and keep it there; a measurement wants neither
 
     @property
@@ -78,6 +82,9 @@ class Request:
             raise too_long(
                 f"the prompt has {size} bytes, more than {MAX_PROMPT_BYTES}: no context holds it", self.source
             )
+        told = json.dumps(self.template_options, ensure_ascii=False)
+        if (size := _count_bytes(told, "chat_template_kwargs", "an option")) > MAX_OPTION_BYTES:
+            _bad("chat_template_kwargs", f"should have at most {MAX_OPTION_BYTES} bytes, it has {size}")
         if len(self.stop) > MAX_STOPS:
             _bad("stop", f"should be at most {MAX_STOPS} texts, here are {len(self.stop)}")
         for text in self.stop:
@@ -121,3 +128,4 @@ class Stats:
     cached_tokens: int = 0  # of the prompt: found in the prompt cache, not computed again
     drafted_tokens: int = 0  # proposed by prompt lookup
     accepted_tokens: int = 0  # of those: confirmed by the model
+    thinking_tokens: int = 0  # of the completion's: before the answer

@@ -20,7 +20,6 @@ from mlx_lm.models.cache import trim_prompt_cache
 
 from moectl.engine.answer import Answer
 from moectl.engine.lookup import Lookup
-from moectl.engine.network.dbrx import Model
 from moectl.engine.request import Request
 
 # Right guesses in a row before a row is taken out of the generator: both ways copy its keys and values.
@@ -51,7 +50,7 @@ class Speculation:
 
     def __init__(
         self,
-        model: Model,
+        model: Any,
         *,
         most: int,
         leads: bool,

@@ -105,11 +105,7 @@ def _serve(link: ControllerLink) -> None:
         raise errors.NotDeployed(
             f"{directory} is cut for {manifest.world_size} ranks, not {start.world_size}", hint="moectl deploy"
         )
-    if start.run.paranoia and manifest.placement.split == "layers":
-        raise errors.UsageError(
-            "--paranoia compares what all ranks compute, and with --split layers each computes its own layers",
-            hint="leave it out: the canary at the start checks them",
-        )
+    _check_wishes(start, manifest)
     if sys.platform != "darwin" and not start.run.force:  # before any rank here has taken memory
         check_own_memory(manifest, start.rank, ranks_here=start.ranks_here)
     group = open_group(link, start, count_kv_tokens(manifest, start.rank, ranks_here=start.ranks_here))
@@ -119,9 +115,36 @@ def _serve(link: ControllerLink) -> None:
     if mx.metal.is_available() and not start.run.force:
         gpu = int(mx.device_info()["max_recommended_working_set_size"])
         check_own_memory(manifest, start.rank, ranks_here=start.ranks_here, working_set_bytes=gpu)
-    begin = time.perf_counter()
+    from moectl.engine.network.exchange import seam
+
+    with seam():
+        _run(link, start, load, manifest, group)
+
+
+def _check_wishes(start: Start, manifest: Manifest) -> None:
+    """Raise UsageError for what this model or this split cannot do."""
+    if start.run.paranoia and manifest.placement.split == "layers":
+        raise errors.UsageError(
+            "--paranoia compares what all ranks compute, and with --split layers each computes its own layers",
+            hint="leave it out: the canary at the start checks them",
+        )
+    if start.run.speculate and not manifest.structure.can_trim:
+        raise errors.UsageError(
+            f"--speculate takes wrong tokens back, and what a {manifest.structure.model_type} model keeps of earlier"
+            " tokens cannot be taken back",
+            hint="leave --speculate out",
+        )
+
+
+def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, group: Any) -> None:
+    """Load this rank's part, check it, and answer until the controller is done."""
+    import mlx.core as mx
+
+    begin, directory, structure = time.perf_counter(), Path(start.shards).expanduser(), manifest.structure
+    from moectl.engine.caches import count_entry_tokens
     from moectl.engine.engine import Engine
     from moectl.engine.network.load import load_rank
+    from moectl.shards.checkpoint import read_sampling
     from moectl.shards.tokenizer import open_tokenizer
     from moectl.shards.verified import check_files
 
@@ -129,27 +152,40 @@ def _serve(link: ControllerLink) -> None:
     dtype = getattr(mx, start.run.dtype) if start.run.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
     if start.run.agree_routing:
-        for layer in model.layers:
-            layer.ffn.follow_first_rank()
+        from moectl.engine.network.routing import follow_first_rank
+        from moectl.shards.skeleton import make_skeleton
+
+        follow_first_rank(model, make_skeleton(manifest.config), group)
     tokenizer = open_tokenizer(directory)
     engine = Engine(
         model,
         tokenizer,
         rank=start.rank,
         head_rank=manifest.placement.head_rank,
+        placement=manifest.placement,
         group=group,
-        max_seq_len=manifest.geometry.max_seq_len,
+        vocab_size=structure.vocab_size,
+        max_seq_len=structure.context,
         prefill_step=start.run.prefill_step or PREFILL_STEP,
         kv_tokens=load.kv_tokens,
         cache_tokens=start.run.cache_tokens,
         speculate=start.run.speculate,
         check_every=start.run.paranoia,
+        trimmable=structure.can_trim,
+        batchable=structure.can_batch,
+        entry_tokens=count_entry_tokens(structure),
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
-    q, geometry = manifest.quantization, manifest.geometry
-    bits = q.bits if q else None
+    bits = manifest.quantization.bits if manifest.quantization else None
     link.memory_bytes = mx.get_active_memory
-    ready = Ready(manifest.placement.split, bits, geometry.vocab_size, geometry.max_seq_len, geometry.top_k)
+    ready = Ready(
+        manifest.placement.split,
+        bits,
+        structure.vocab_size,
+        structure.context,
+        structure.top_k,
+        sampling=read_sampling(directory),
+    )
     link.tell(Loaded())
     link.tell(_check_results(ready, model, manifest, start))
     for event in engine.serve(link.orders):
@@ -175,9 +211,9 @@ def _check_results(ready: Ready, model: Any, manifest: Manifest, start: Start) -
     """Return `ready` with the result of the canary, where there is one."""
     if manifest.canary is None or not start.run.canary:
         return ready
-    from moectl.engine.network.canary_run import check
+    from moectl.engine.network.canary_check import check
 
-    found = check(model, manifest.canary, rank=start.rank)
+    found = check(model, manifest.canary, manifest.placement, rank=start.rank)
     _log.info("canary: off by %.2g at most", found.verdict.worst)
     return replace(
         ready,

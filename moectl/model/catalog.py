@@ -13,7 +13,13 @@ class CatalogModel:
 
     name: str
     structure: Structure
-    quantization: Quantization | None  # as it is stored; None: 16 bits
+    quantization: Quantization | None  # of most weights in the structure; None: 16 bits
+
+    def quantised(self, quantization: Quantization | None) -> CatalogModel:
+        """Return the model with another precision, as it is where it has that one."""
+        if quantization == self.quantization:
+            return self
+        return CatalogModel(self.name, self.structure.quantised(quantization), quantization)
 
 
 MODELS: dict[str, CatalogModel] = {}

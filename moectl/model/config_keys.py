@@ -2,8 +2,8 @@
 
 A key is used (READ), changes neither tokens nor numbers (HARMLESS), is set by each request (`PerRequest`), or is
 refused unless it has one of a few values (`Only`). In config.json an unknown key is refused too, because it could
-change numbers. null means "not set" everywhere, as transformers writes it. `geometry`, `rope` and `shards.tensors` read
-the values.
+change numbers. Some keys of generation_config.json are defaults of requests: `parameters` reads them. null means "not
+set" everywhere, as transformers writes it. `geometry`, `rope` and `shards.tensors` read the values.
 
 Sources: transformers' PreTrainedConfig, DbrxConfig and GenerationConfig (4.39 to 5), databricks' configuration_dbrx.py.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moectl.errors import CheckpointError
+from moectl.model.parameters import DEFAULTS, read_defaults
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -71,8 +72,9 @@ _GENERATION: dict[str, Rule] = {
     "do_sample": PerRequest((False,)),
     "temperature": PerRequest((1,), "--temp"),
     "top_p": PerRequest((1,), "--top-p"),
-    "top_k": PerRequest((0, 50)),
-    "min_p": PerRequest((0,)),
+    "top_k": PerRequest((0, 50), "--top-k"),
+    "min_p": PerRequest((0,), "--min-p"),
+    "repetition_penalty": PerRequest((1,), "--repetition-penalty"),
     "typical_p": PerRequest((1,)),
     **_all(PerRequest((0,)), "epsilon_cutoff eta_cutoff top_h"),
     "max_length": PerRequest((20,), "--max-tokens"),
@@ -80,7 +82,7 @@ _GENERATION: dict[str, Rule] = {
     "max_time": PerRequest(),
     "num_return_sequences": PerRequest((1,)),
     "task_specific_params": PerRequest(({},)),
-    **_all(Only((1,)), "repetition_penalty encoder_repetition_penalty guidance_scale num_beams"),
+    **_all(Only((1,)), "encoder_repetition_penalty guidance_scale num_beams"),
     "num_beam_groups": Only((1, 0)),
     **_all(Only((0,)), "no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens"),
     **_all(Only((0, [])), "diversity_penalty penalty_alpha"),
@@ -97,6 +99,7 @@ _GENERATION: dict[str, Rule] = {
 _TOP: dict[str, Rule] = {
     **_GENERATION,
     **_LIBRARY,
+    "repetition_penalty": Only((1,)),  # defaults of requests are those of generation_config.json
     **_all(
         READ,
         "model_type architectures auto_map attn_config ffn_config vocab_size quantization quantization_config"
@@ -161,7 +164,8 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_generation(generation: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a key of generation_config.json that changes greedy answers and that moectl ignores."""
+    """Raise CheckpointError for a key of generation_config.json that changes answers and that moectl ignores."""
+    read_defaults(generation)
     _check({key: value for key, value in generation.items() if key in _GENERATION}, _GENERATION, f"{GENERATION}: ")
 
 
@@ -172,6 +176,8 @@ def list_ignored(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tu
         asked, unknown = [], []
         for key, value in given.items():
             rule = _GENERATION.get(key)
+            if file == GENERATION and key in (*DEFAULTS, "do_sample"):
+                continue
             if isinstance(rule, PerRequest) and not _is_one_of(value, rule.usual):
                 asked.append(f"{key} {show(value)}" + f" ({rule.flag})" * bool(rule.flag))
             elif rule is None and file == GENERATION and value is not None:

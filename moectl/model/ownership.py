@@ -100,6 +100,12 @@ def first_owner(spans: Sequence[Span]) -> int:
     return next(rank for rank, (start, stop) in enumerate(spans) if start < stop)
 
 
+def normalise(shares: Shares) -> tuple[float, ...]:
+    """Return shares as parts of 1."""
+    total = math.fsum(shares)
+    return tuple(round(share / total, 9) for share in shares)
+
+
 def share_out(count: int, grain: int, shares: Shares, *, least: int = 0) -> tuple[Span, ...]:
     """Divide `count` into consecutive spans of whole grains, each of at least `least` grains."""
     grains, ranks = count // grain, len(shares)

@@ -24,7 +24,7 @@ class Placement:
     """Who holds what: shares are any positive numbers, one per rank, and are rounded for each part of the model."""
 
     split: str
-    shares: tuple[float, ...]
+    shares: tuple[int | float, ...]
     structure: Structure
     held: Held | None = None  # experts of each rank, where they have copies or are not placed in order
 

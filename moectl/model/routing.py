@@ -18,7 +18,7 @@ SCHEMA = "moectl.routing/1"
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How often each expert was chosen; a layer's counts add up to tokens × top_k."""
+    """How often each expert was chosen: a layer's counts add up to tokens × top_k; without experts it has none."""
 
     model: str
     tokens: int
@@ -26,10 +26,12 @@ class Routing:
     counts: tuple[tuple[int, ...], ...]  # [layer][expert]
 
     def __post_init__(self) -> None:
-        widths = {len(layer) for layer in self.counts}
+        widths = {len(layer) for layer in self.counts if layer}
         if len(widths) != 1 or not 0 < self.top_k <= min(widths) or self.tokens < 1:
-            raise ValueError("every layer needs the same experts, and more of them than work on one token")
+            raise ValueError("layers with experts need the same ones, and more of them than work on one token")
         for number, layer in enumerate(self.counts):
+            if not layer:
+                continue
             if min(layer) < 0 or sum(layer) != self.tokens * self.top_k:
                 raise ValueError(f"layer {number} does not add up to tokens × top_k = {self.tokens * self.top_k}")
 
@@ -40,8 +42,9 @@ class Routing:
 
     @property
     def overall(self) -> tuple[float, ...]:
-        """The mean over the layers of the part of the tokens that chose each expert."""
-        return tuple(sum(column) / len(self.counts) for column in zip(*self.frequencies, strict=True))
+        """The mean over the layers with experts of the part of the tokens that chose each expert."""
+        rows = [row for row in self.frequencies if row]
+        return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
 
 
 def write_routing(path: Path, routing: Routing) -> None:

@@ -64,6 +64,22 @@ class CacheSize:
     fixed: int = 0
     limit: int | None = None  # tokens that are kept; None: all
     heads: Pieces | None = None  # KV heads, where ranks that divide attention divide it too
+    floats: int = 0  # elements whatever the length that are float32, whatever the model's type is
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Elements of the intermediate arrays that are there at once while a prompt passes.
+
+    Per token, and per pair of a token with one of the context: of arrays that every rank has whole, and of those that
+    are divided as the units' hidden dimension or as the attention's heads.
+    """
+
+    whole: int
+    hidden: int
+    heads: int
+    pairs: int
+    head_pairs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +90,7 @@ class Layer:
     caches: tuple[CacheSize, ...] = ()
     sums: int = 1  # over ranks in one pass, where its units are divided,
     head_sums: int = 0  # and more where its heads are
+    launches: int = 0  # operations on a GPU when one token passes; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +113,8 @@ class Structure:
     width: int  # elements of one token's state between layers
     vocab_size: int
     context: int  # tokens, at most
+    cpu_moments: tuple[Moment, ...] = ()  # when most is there on a CPU: one of them, depending on what is divided
+    gpu_moments: tuple[Moment, ...] = ()  # and on a GPU
     refused: Mapping[str, str] = field(default_factory=dict)  # split → why the model cannot be divided so
     has_line: bool = True  # whether layers follow one another, so that a rank can leave out what comes after them
     can_trim: bool = True  # whether all its caches can forget their last tokens

@@ -17,7 +17,7 @@ LOWER_BITS = (8, 6, 4, 3, 2)
 _MIB = 1 << 20
 
 
-def make_plan(question: Question, split: str = "auto", *, shares: Sequence[int] | None = None) -> Plan:
+def make_plan(question: Question, split: str = "auto", *, shares: Sequence[float] | None = None) -> Plan:
     """Answer a question for one split, or for the best, with reasons and advice. Raises what `best_plan` raises."""
     if question.replicas > 1 or question.frequencies is not None:
         if split not in ("auto", "experts"):
@@ -75,9 +75,10 @@ def _reason(question: Question, plan: Plan, others: dict[str, Plan]) -> str:
 def _experts_are_slower(question: Question, others: dict[str, Plan]) -> str:
     if "experts" not in others:
         return ""
-    geometry = question.geometry
-    busiest = expected_busiest(others["experts"].placement.shares, geometry.top_k)
-    return f"; experts would be {busiest * len(question.nodes) / geometry.top_k:.2f}× slower in the experts"
+    placement, top_k = others["experts"].placement, question.structure.top_k
+    held = [len(placement.experts_of(rank)) for rank in range(placement.world_size)]
+    busiest = expected_busiest(held, top_k)
+    return f"; experts would be {busiest * len(question.nodes) / top_k:.2f}× slower in the experts"
 
 
 def _advise(question: Question, plan: Plan) -> Iterator[str]:
@@ -151,7 +152,7 @@ def _advise_bits(question: Question, plan: Plan) -> Iterator[str]:
     now = question.quantization.bits if question.quantization else 16
     for bits in LOWER_BITS:
         if bits < now:
-            smaller = dataclasses.replace(question, quantization=Quantization(bits, 64))
+            smaller = question.quantised(Quantization(bits, 64))
             best = best_plan(smaller)
             if best.verdict < plan.verdict:
                 weights = max(node.need.weights for node in best.nodes)

@@ -14,8 +14,8 @@ from typing import Any
 
 from moectl.errors import CommandFailed
 from moectl.hosts.hardware import Hardware
-from moectl.model.placement import Held, Placement
-from moectl.model.structure import Quantization
+from moectl.model.ownership import Held, normalise
+from moectl.model.placement import Placement
 from moectl.records import build
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -26,7 +26,6 @@ class Job:
     """The job of every rank of a group: measure these placements, one after the other."""
 
     placements: tuple[Placement, ...]
-    quantization: Quantization | None
     memory_bytes: int  # for the weights of a measurement on each host
     prompt_tokens: int = 128  # at most; fewer on a slow machine
     budget_s: float = 1.5  # per placement, for whole passes; the parts take half of that more
@@ -64,7 +63,7 @@ class Speed:
     """A placement's measured speed on a group of hosts."""
 
     split: str
-    shares: tuple[int, ...]
+    shares: tuple[int | float, ...]
     decode: Pass
     prefill: Pass
     collective_s: Mapping[int, float]  # of a sum over all ranks, by the bytes of each rank; empty for one rank
@@ -75,7 +74,8 @@ class Speed:
 
     def is_of(self, placement: Placement) -> bool:
         """Whether this placement was measured."""
-        return (self.split, self.shares, self.held) == (placement.split, placement.shares, placement.held)
+        alike = (self.split, self.held) == (placement.split, placement.held)
+        return alike and normalise(self.shares) == normalise(placement.shares)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

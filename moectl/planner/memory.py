@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import bisect
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from moectl.model.geometry import Geometry
 from moectl.model.placement import Placement
-from moectl.model.structure import Quantization
+from moectl.model.regions import Role
+from moectl.model.structure import CacheSize, Layer, Moment, Part
 
 COMFORTABLE = 0.9
 PREFILL_TOKENS = 512  # the engine's chunk
@@ -85,7 +85,6 @@ def most_that_fits(fits: Callable[[int], bool], most: int) -> int:
 
 def rank_need(
     placement: Placement,
-    quantization: Quantization | None,
     rank: int,
     *,
     context: int,
@@ -96,112 +95,131 @@ def rank_need(
 
     `dtype_bytes` is the size of the type that it calculates in; scales and weights that are not packed have it too.
     """
-    tensors = RankTensors(placement, quantization, rank, dtype_bytes)
     return Need(
-        weights=tensors.all_bytes(),
-        kv=kv_bytes(placement, rank, context, concurrency, dtype_bytes),
+        weights=weight_bytes(placement, rank, dtype_bytes),
+        kv=cache_bytes(placement, rank, context, concurrency, dtype_bytes),
         activations=_activation_bytes(placement, rank, context, dtype_bytes),
-        communication=2 * PREFILL_TOKENS * placement.geometry.d_model * dtype_bytes * (placement.world_size > 1),
+        communication=2 * PREFILL_TOKENS * placement.structure.width * dtype_bytes * (placement.world_size > 1),
         runtime=_runtime_bytes(placement, rank, context, dtype_bytes),
-        loading=tensors.loading_bytes(),
+        loading=_loading_bytes(placement, rank, dtype_bytes),
     )
 
 
-def kv_bytes(placement: Placement, rank: int, context: int, concurrency: int, dtype_bytes: int) -> int:
-    """Return the bytes of a rank's keys and values."""
-    first, last = placement.layers(rank)
-    low, high = placement.kv_heads(rank)
-    tokens = -(-context // KV_STEP) * KV_STEP * concurrency
-    return (last - first) * 2 * (high - low) * placement.geometry.head_dim * dtype_bytes * tokens
+def weight_bytes(placement: Placement, rank: int, dtype_bytes: int) -> int:
+    """Return the bytes of a rank's weights."""
+    layers = sum(layer_bytes(placement, layer, rank, dtype_bytes) for layer in _layers_of(placement, rank))
+    return round(layers) + outer_bytes(placement, rank, dtype_bytes)
 
 
-def head_bytes(geometry: Geometry, quantization: Quantization | None, dtype_bytes: int = METAL_DTYPE_BYTES) -> int:
-    """Return the bytes of the head, which its rank reads for each token."""
-    return matrix_bytes(geometry.vocab_size, geometry.d_model, quantization, dtype_bytes)
+def layer_bytes(placement: Placement, layer: Layer, rank: int, dtype_bytes: int) -> float:
+    """Return the bytes of a rank's part of one layer."""
+    return sum(part.count_bytes(dtype_bytes) * placement.fraction(part, rank) for part in layer.parts)
 
 
-def matrix_bytes(rows: int, columns: int, quantization: Quantization | None, dtype_bytes: int) -> int:
-    """Return the bytes of a matrix in memory: packed with its scales and biases, or plain."""
-    if quantization is None:
-        return rows * columns * dtype_bytes
-    groups = rows * columns // quantization.group_size
-    packed = rows * columns * quantization.bits // 8
-    return packed + groups * (2 * dtype_bytes if quantization.mode == "affine" else 1)
+def outer_bytes(placement: Placement, rank: int, dtype_bytes: int) -> int:
+    """Return the bytes of what a rank has and is in no layer."""
+    held = (outer.part for outer in placement.structure.outer if placement.holds_outer(outer, rank))
+    return sum(part.count_bytes(dtype_bytes) for part in held)
 
 
-@dataclass(frozen=True, slots=True)
-class RankTensors:
-    """The bytes of a rank's tensors in memory, which are also those that it reads for a token."""
+def cache_bytes(placement: Placement, rank: int, context: int, concurrency: int, dtype_bytes: int) -> int:
+    """Return the bytes of a rank's caches for answers of this many tokens each."""
+    return concurrency * round(sum(each_cache_bytes(placement, rank, context, dtype_bytes)))
 
-    placement: Placement
-    quantization: Quantization | None
-    rank: int
-    dtype_bytes: int
 
-    def all_bytes(self) -> int:
-        geometry = self.placement.geometry
-        first, last = self.placement.layers(self.rank)
-        layer = self.attention + len(self.placement.experts_of(self.rank)) * self.expert
-        ends = self.placement.holds_embedding(self.rank) + self.placement.holds_head(self.rank)
-        norm = geometry.d_model * self.dtype_bytes
-        return (last - first) * layer + ends * head_bytes(geometry, self.quantization, self.dtype_bytes) + norm
+def count_read(placement: Placement, layer: Layer, rank: int, context: int, dtype_bytes: int) -> float:
+    """Return the bytes that a rank reads of a layer's caches for one token after `context` others."""
+    read = 0.0
+    for cache in layer.caches:
+        heads = 1.0 if cache.heads is None else placement.fraction_of(cache.heads, rank)
+        kept = context if cache.limit is None else min(context, cache.limit)
+        # What does not grow is written, too.
+        fixed = 2 * (cache.fixed * dtype_bytes + cache.floats * CPU_DTYPE_BYTES)
+        read += heads * (cache.per_token * kept * dtype_bytes + fixed)
+    return read
 
-    @property
-    def attention(self) -> int:
-        """Attention, router and norms of a layer."""
-        geometry = self.placement.geometry
-        low, high = self.placement.kv_heads(self.rank)
-        heads = (high - low) * (geometry.n_heads // geometry.kv_n_heads) * geometry.head_dim
-        kv = 2 * (high - low) * geometry.head_dim
-        projections = self._matrix(heads + kv, geometry.d_model) + self._matrix(geometry.d_model, heads)
-        return projections + (2 + geometry.n_experts) * geometry.d_model * self.dtype_bytes
 
-    @property
-    def expert(self) -> int:
-        """Return the part of one expert in one layer."""
-        start, stop = self.placement.hidden(self.rank)
-        d_model = self.placement.geometry.d_model
-        return 2 * self._matrix(stop - start, d_model) + self._matrix(d_model, stop - start)
+def each_cache_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> Iterator[float]:
+    """Return the bytes of what a rank keeps of one answer, layer by layer."""
+    return (layer_cache_bytes(placement, layer, rank, context, dtype_bytes) for layer in _layers_of(placement, rank))
 
-    def loading_bytes(self) -> int:
-        """Return what is held twice while types are converted: a layer's worth on a CPU, nothing on a GPU."""
-        if self.dtype_bytes == METAL_DTYPE_BYTES:
-            return 0
-        stored = RankTensors(self.placement, self.quantization, self.rank, METAL_DTYPE_BYTES)
-        outer = (self.placement.holds_embedding(self.rank) + self.placement.holds_head(self.rank)) * head_bytes(
-            self.placement.geometry, self.quantization, METAL_DTYPE_BYTES
-        )
-        return max(outer, stored.attention + len(self.placement.experts_of(self.rank)) * stored.expert)
 
-    def _matrix(self, rows: int, columns: int) -> int:
-        return matrix_bytes(rows, columns, self.quantization, self.dtype_bytes)
+def layer_cache_bytes(placement: Placement, layer: Layer, rank: int, context: int, dtype_bytes: int) -> float:
+    """Return the bytes of what a rank keeps of one answer in one layer."""
+    total = 0.0
+    for cache in layer.caches:
+        heads = 1.0 if cache.heads is None else placement.fraction_of(cache.heads, rank)
+        elements = cache.per_token * count_kept(cache, context) + cache.fixed
+        total += heads * dtype_bytes * elements + heads * CPU_DTYPE_BYTES * cache.floats
+    return total
+
+
+def count_kept(cache: CacheSize, context: int) -> int:
+    """Return for how many tokens a cache has room after this many."""
+    if cache.limit is not None and context > cache.limit:
+        # The last chunk of a prompt is there whole, with what each of its tokens looks back to.
+        return min(context, cache.limit + PREFILL_TOKENS - 1)
+    return -(-context // KV_STEP) * KV_STEP
+
+
+def _layers_of(placement: Placement, rank: int) -> Iterator[Layer]:
+    structure = placement.structure
+    return (structure.kinds[kind] for kind in structure.order[slice(*placement.layers(rank))])
+
+
+def _loading_bytes(placement: Placement, rank: int, dtype_bytes: int) -> int:
+    """Return what is held twice while types are converted: a layer's worth on a CPU, nothing on a GPU."""
+    if dtype_bytes == METAL_DTYPE_BYTES:
+        return 0
+    layers = set(_layers_of(placement, rank))
+    largest = max(layer_bytes(placement, layer, rank, METAL_DTYPE_BYTES) for layer in layers)
+    return max(round(largest), outer_bytes(placement, rank, METAL_DTYPE_BYTES))
 
 
 def _activation_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> int:
-    """Return the largest set of MLX's intermediate arrays, at prefill.
-
-    A GPU's attention is fused and its experts are gathered; a CPU writes the scores of all heads out. The 11.5 and 5.5
-    are fitted to MLX's peak on a CPU for d_model 64 to 1024 (tests/test_memory.py); on Metal nothing was measured.
-    """
-    geometry = placement.geometry
+    """Return the largest set of MLX's intermediate arrays, at prefill (`shards.working`)."""
+    structure = placement.structure
     tokens = min(PREFILL_TOKENS, context)
-    start, stop = placement.hidden(rank)
-    low, high = placement.kv_heads(rank)
-    heads = (high - low) * (geometry.n_heads // geometry.kv_n_heads)
-    if dtype_bytes == CPU_DTYPE_BYTES:
-        kv = (high - low) * geometry.head_dim
-        arrays = heads * tokens * context + tokens * (23 * geometry.d_model + 11 * kv) // 2
-    else:
-        experts = tokens * geometry.top_k * (3 * (stop - start) + 2 * geometry.d_model)
-        arrays = experts + tokens * (4 * geometry.d_model + 2 * (heads + 2 * (high - low)) * geometry.head_dim)
-    return arrays * dtype_bytes
+    moments = structure.cpu_moments if dtype_bytes == CPU_DTYPE_BYTES else structure.gpu_moments
+    hidden, heads = _divided(placement, rank)
+
+    def count(moment: Moment) -> float:
+        rows = moment.whole + hidden * moment.hidden + heads * moment.heads
+        return tokens * (rows + context * (moment.pairs + heads * moment.head_pairs))
+
+    growing = 0.0
+    if context > PREFILL_TOKENS:  # keys and values move to a larger array
+        growing = max(each_cache_bytes(placement, rank, context - PREFILL_TOKENS, dtype_bytes), default=0.0)
+    return round(dtype_bytes * max(map(count, moments), default=0.0) + growing)
+
+
+def _divided(placement: Placement, rank: int) -> tuple[float, float]:
+    """Return how much a rank has of the units' hidden dimension and of the attention's heads, at most."""
+    hidden = heads = 0.0
+    for part in {part for layer in placement.structure.kinds for part in layer.parts}:
+        pieces = part.pieces("tensor")
+        if pieces is None:
+            continue
+        if pieces.role is Role.HIDDEN:
+            hidden = max(hidden, placement.fraction(part, rank))
+        elif pieces.role is Role.HEAD:
+            heads = max(heads, placement.fraction(part, rank))
+    return hidden, heads
 
 
 def _runtime_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> int:
     """Return what is held outside MLX: the process, and on a CPU numpy's dequantised expert with the rows for it."""
     if dtype_bytes != CPU_DTYPE_BYTES:
         return RUNTIME_BYTES[dtype_bytes]
-    start, stop = placement.hidden(rank)
     rows = min(PREFILL_TOKENS, context)
-    numpy = (2 * placement.geometry.d_model + 3 * rows) * (stop - start) * dtype_bytes
-    return RUNTIME_BYTES[dtype_bytes] + numpy
+    widths = (_hidden_of(placement, part, rank) for layer in placement.structure.kinds for part in layer.parts)
+    numpy = (2 * placement.structure.width + 3 * rows) * max(widths, default=0.0) * dtype_bytes
+    return RUNTIME_BYTES[dtype_bytes] + round(numpy)
+
+
+def _hidden_of(placement: Placement, part: Part, rank: int) -> float:
+    """Return the hidden dimension of a rank's part of an expert; 0 where the part is no stack of experts."""
+    if not part.experts or part.hidden is None:
+        return 0.0
+    whole = placement.split == "experts" and part.is_shared_out
+    return part.hidden.count * (1.0 if whole else placement.fraction(part, rank))

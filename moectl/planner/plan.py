@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from moectl.errors import PlanError
-from moectl.model.geometry import Geometry
 from moectl.model.placement import Placement, make_placement
-from moectl.model.structure import Quantization
+from moectl.model.regions import Role
+from moectl.model.structure import Quantization, Structure
 from moectl.planner.calibration import Calibration, LinkCost
 from moectl.planner.measured import Speed
 from moectl.planner.memory import COMFORTABLE, Memory, Need, Verdict, judge, most_that_fits, rank_need
 from moectl.planner.speed import Prediction, Rates, Work, predict, predict_measured
+
+
+_MOST_UNITS = 168  # into which the hidden dimension is shared out: enough for any two hosts
+_LEAST_SHARE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +42,8 @@ class Node:
 class Question:
     """A model, the hosts and the use that a plan is for."""
 
-    geometry: Geometry
-    quantization: Quantization | None
+    structure: Structure
+    quantization: Quantization | None  # of most of its weights
     nodes: tuple[Node, ...]  # in rank order
     link: LinkCost
     calibration: Calibration
@@ -50,6 +54,11 @@ class Question:
     frequencies: tuple[float, ...] | None = None  # how often each expert is selected, where that was measured
     speeds: tuple[Speed, ...] = ()  # of the placements that were measured
     can_quantise: bool = False  # whether to advise fewer bits
+
+    def quantised(self, quantization: Quantization | None) -> Question:
+        """Return the same question about the model with another precision."""
+        structure = self.structure.quantised(quantization)
+        return dataclasses.replace(self, structure=structure, quantization=quantization)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +98,7 @@ class Plan:
         return self.verdict is not Verdict.TOO_MUCH
 
 
-def best_plan(question: Question, split: str = "auto", shares: Sequence[int] | None = None) -> Plan:
+def best_plan(question: Question, split: str = "auto", shares: Sequence[float] | None = None) -> Plan:
     """Return the plan for one split, or for `auto` the best of all: it fits, and of those that fit it is the fastest.
 
     Raises PlanError where no placement exists (too many hosts, wrong shares).
@@ -99,7 +108,7 @@ def best_plan(question: Question, split: str = "auto", shares: Sequence[int] | N
     return min(candidates(question, shares), key=_badness)
 
 
-def candidates(question: Question, shares: Sequence[int] | None = None) -> list[Plan]:
+def candidates(question: Question, shares: Sequence[float] | None = None) -> list[Plan]:
     """Return a plan for each split that has a placement. Raises PlanError when none has."""
     plans, refusals = [], []
     for split in ("hidden", "tensor", "experts", "layers"):
@@ -136,7 +145,6 @@ def find_need(question: Question, placement: Placement, rank: int, context: int 
     """Return what a rank needs, with another context than the question's where one is given."""
     return rank_need(
         placement,
-        question.quantization,
         rank,
         context=question.context if context is None else context,
         concurrency=question.concurrency,
@@ -145,9 +153,7 @@ def find_need(question: Question, placement: Placement, rank: int, context: int 
 
 
 def _predict(question: Question, placement: Placement) -> Prediction | None:
-    work = Work(
-        placement, question.quantization, question.context, question.prompt_tokens, question.nodes[0].dtype_bytes
-    )
+    work = Work(placement, question.context, question.prompt_tokens, question.nodes[0].dtype_bytes)
     for speed in question.speeds:
         if speed.is_of(placement):
             return predict_measured(work, speed)
@@ -157,37 +163,35 @@ def _predict(question: Question, placement: Placement) -> Prediction | None:
     return predict(work, rates, question.link, question.calibration)
 
 
-def _place(question: Question, split: str, shares: Sequence[int] | None) -> Placement:
+def _place(question: Question, split: str, shares: Sequence[float] | None) -> Placement:
     nodes = len(question.nodes)
-    group_size = question.quantization.group_size if question.quantization else None
-    make = partial(make_placement, question.geometry, split, nodes, group_size=group_size)
+    make = partial(make_placement, question.structure, split, nodes)
     if split == "experts":
         make = partial(make, replicas=question.replicas, frequencies=question.frequencies)
     even = make(shares=shares)
-    if split == "tensor" and question.quantization is not None:
-        first, last = even.heads(0)
-        width, group = (last - first) * question.geometry.head_dim, question.quantization.group_size
-        if width % group:
-            raise PlanError(
-                f"a tensor split over {nodes} nodes leaves {width} columns of attention to each: "
-                f"not whole groups of {group}",
-                hint="--split hidden, fewer nodes, or a smaller --q-group-size",
-            )
     alike = len({(node.memory, node.rates, node.dtype_bytes) for node in question.nodes}) == 1
     if shares is not None or split == "tensor" or alike:
         return even
-    total = sum(even.shares)
+    total, most = _count_units(question, split)
     weights = [_weight(node, split) for node in question.nodes]
     for limit in (COMFORTABLE, 1.0):
-        divided = spread(total, weights, [_most(question, even, rank, limit) for rank in range(nodes)])
+        divided = spread(total, weights, [_most(question, split, rank, total, most, limit) for rank in range(nodes)])
         if divided is not None:
             return make(shares=divided)
-    return make(shares=spread(total, weights, [_limit(even)] * nodes))
+    return make(shares=spread(total, weights, [most] * nodes))
 
 
-def _limit(even: Placement) -> int:
-    """Return the largest share that a rank can have: it does not hold an expert twice."""
-    return even.geometry.n_experts if even.split == "experts" else sum(even.shares)
+def _count_units(question: Question, split: str) -> tuple[int, int]:
+    """Return into how many equal units a split divides a model, copies included, and how many one node can have."""
+    structure = question.structure
+    if split == "layers":
+        return structure.n_layers, structure.n_layers - len(question.nodes) + 1
+    if split == "experts":  # no node holds an expert twice
+        return structure.n_experts * question.replicas, structure.n_experts
+    found = [pieces for part in structure.parts if (pieces := part.pieces(split)) is not None]
+    units = max(pieces.count // pieces.grain for pieces in found if pieces.role is Role.HIDDEN)
+    units = min(units, _MOST_UNITS)
+    return units, units
 
 
 def _weight(node: Node, split: str) -> float:
@@ -197,15 +201,18 @@ def _weight(node: Node, split: str) -> float:
     return node.rates.bytes_s
 
 
-def _most(question: Question, even: Placement, rank: int, limit: float) -> int:
-    """Return the largest share that a node can hold within `limit` of its budget."""
+def _most(question: Question, split: str, rank: int, total: int, most: int, limit: float) -> int:
+    """Return the largest share of `total` that a node can hold within `limit` of its budget."""
+    others = len(question.nodes) - 1
 
     def fits(share: int) -> bool:
-        shares = tuple(share if r == rank else s for r, s in enumerate(even.shares))
-        changed = dataclasses.replace(even, shares=shares, held=None)
-        return find_need(question, changed, rank).total <= limit * question.nodes[rank].memory.budget
+        rest = max((total - share) / others, _LEAST_SHARE)
+        shares = tuple(float(share) if r == rank else rest for r in range(others + 1))
+        held = tuple(tuple(range(share * (r == rank))) for r in range(others + 1)) if split == "experts" else None
+        placement = Placement(split, shares, question.structure, held)
+        return find_need(question, placement, rank).total <= limit * question.nodes[rank].memory.budget
 
-    return most_that_fits(fits, _limit(even))
+    return most_that_fits(fits, most)
 
 
 def spread(total: int, weights: Sequence[float], limits: Sequence[int]) -> tuple[int, ...] | None:

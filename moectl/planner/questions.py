@@ -27,8 +27,7 @@ from moectl.planner.plan import Node, Plan, Question
 from moectl.planner.this_machine import CONTEXT, least_need, own_dtype_bytes, own_memory, too_large
 from moectl.planner.what_if import WhatIfRow, what_if
 from moectl.shards import prepare
-from moectl.shards.checkpoint import Checkpoint
-from moectl.shards.prepare import Wanted, choose_quantization, describe_model, find_frequencies
+from moectl.shards.prepare import Place, Wanted, choose_quantization, describe_model, find_frequencies
 
 PROMPT = 512  # tokens
 
@@ -68,7 +67,7 @@ class PlanTask:
     model: CatalogModel
     question: Question
     split: str
-    shares: tuple[int, ...] | None
+    shares: tuple[int | float, ...] | None
 
     def solve(self) -> AnsweredPlan:
         """Make the plan. Raises PlanError where nothing can be placed."""
@@ -87,9 +86,9 @@ def set_task(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequence[Ho
     memory is not known, and what opening a checkpoint raises.
     """
     model, manifest = describe_model(source)
-    question = ask(replace(model, quantization=choose_quantization(wanted, model)), asked, hosts)
+    question = ask(model.quantised(choose_quantization(wanted, model.quantization)), asked, hosts)
     question = replace(question, can_quantise=model.quantization is None)
-    question = replace(question, replicas=wanted.replicas, frequencies=find_frequencies(wanted, model.geometry))
+    question = replace(question, replicas=wanted.replicas, frequencies=find_frequencies(wanted, model.structure))
     if manifest is not None and wanted.split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
         question = replace(question, replicas=manifest.placement.replicas)
         return PlanTask(model, question, manifest.split, manifest.shares)
@@ -105,7 +104,7 @@ def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Quest
         make_node(h, calibration, asked.defaults, asked.found.get(h.name), ranks=names.count(h.name)) for h in hosts
     )
     return Question(
-        model.geometry,
+        model.structure,
         model.quantization,
         nodes,
         find_link(calibration, asked.link or default_link(hosts)),
@@ -119,13 +118,13 @@ def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Quest
 def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions) -> tuple[CatalogModel, list[WhatIfRow]]:
     """Return the table of clusters to buy for a model."""
     model, _ = describe_model(source)
-    quantization = choose_quantization(wanted, model)
+    quantization = choose_quantization(wanted, model.quantization)
     context = find_context(model, asked)
     if asked.link is not None:
         find_link(CALIBRATIONS[asked.calibration], asked.link)
     rows = list(
         what_if(
-            replace(model, quantization=quantization) if wanted.bits else model,
+            model.quantised(quantization) if wanted.bits else model,
             CALIBRATIONS[asked.calibration],
             context=context,
             prompt_tokens=find_prompt(asked, context),
@@ -141,7 +140,7 @@ def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions) -> tuple[Cata
 
 def find_context(model: CatalogModel, asked: PlanOptions) -> int:
     """Return the tokens of context to plan for. Raises PlanError beyond the model's."""
-    longest = model.geometry.max_seq_len
+    longest = model.structure.context
     if asked.ctx is not None and asked.ctx > longest:
         raise PlanError(f"a context of {asked.ctx} tokens is beyond the model's {longest}", hint=f"--ctx {longest}")
     return asked.ctx or min(CONTEXT, longest)
@@ -164,7 +163,7 @@ def place_on(
     force: bool,
     say: Callable[[str], None],
     remotes: Sequence[Remote] | None = None,
-) -> Callable[[Checkpoint, Wanted, Quantization | None], Placement]:
+) -> Place:
     """Return what chooses a placement on these hosts and refuses one that they cannot hold (see `prepare.shard`).
 
     Where every host's chip and memory are known, `auto` is what the plan finds fastest. Hosts without memory= are asked
@@ -172,21 +171,20 @@ def place_on(
     """
     nodes = [known_node(host, asked) for host in hosts]
 
-    def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
+    def place(model: CatalogModel, wanted: Wanted) -> Placement:
         count = wanted.nodes or len(wanted.shares or hosts)
         if None in nodes or count != len(nodes):
-            placement = prepare.place(checkpoint, wanted, quantization)
+            placement = prepare.place(model, wanted)
             known = ask_hosts(hosts, nodes, remotes) if remotes and not force else nodes
-            check_fit(checkpoint.source, placement, quantization, known[:count], force=force, warn=say)
+            check_fit(model.name, placement, known[:count], force=force, warn=say)
             return placement
-        frequencies = find_frequencies(wanted, checkpoint.geometry)
-        model = CatalogModel(checkpoint.source, checkpoint.geometry, quantization)
+        frequencies = find_frequencies(wanted, model.structure)
         question = replace(ask(model, asked, hosts), replicas=wanted.replicas, frequencies=frequencies)
         plan = make_plan(question, wanted.split, shares=wanted.shares)
         if not (plan.feasible or force):
             raise refusal(plan)
         say(plan.why)
-        check_fit(checkpoint.source, plan.placement, quantization, nodes, force=force, warn=say)
+        check_fit(model.name, plan.placement, nodes, force=force, warn=say)
         return plan.placement
 
     return place
@@ -201,15 +199,13 @@ def refuse_early(source: str, wanted: Wanted, hosts: Sequence[Host]) -> None:
         raise refusal(plan)
 
 
-def place_here(
-    force: bool, say: Callable[[str], None]
-) -> Callable[[Checkpoint, Wanted, Quantization | None], Placement]:
+def place_here(force: bool, say: Callable[[str], None]) -> Place:
     """Return what places all ranks on this machine and refuses what it cannot hold (see `prepare.shard`)."""
 
-    def place(checkpoint: Checkpoint, wanted: Wanted, quantization: Quantization | None) -> Placement:
-        placement = prepare.place(checkpoint, wanted, quantization)
+    def place(model: CatalogModel, wanted: Wanted) -> Placement:
+        placement = prepare.place(model, wanted)
         nodes = [own_node()] * placement.world_size
-        check_fit(checkpoint.source, placement, quantization, nodes, force=force, warn=say)
+        check_fit(model.name, placement, nodes, force=force, warn=say)
         return placement
 
     return place
@@ -229,13 +225,12 @@ def own_node() -> Node | None:
 def check_here(manifest: Manifest, *, force: bool, say: Callable[[str], None]) -> None:
     """Refuse a shard set whose ranks this machine cannot hold together. Raises PlanError."""
     nodes = [own_node()] * manifest.world_size
-    check_fit(manifest.name, manifest.placement, manifest.quantization, nodes, force=force, warn=say)
+    check_fit(manifest.name, manifest.placement, nodes, force=force, warn=say)
 
 
 def check_fit(
     name: str,
     placement: Placement,
-    quantization: Quantization | None,
     nodes: Sequence[Node | None],
     *,
     force: bool,
@@ -247,7 +242,7 @@ def check_fit(
     where memory is tight.
     """
     for node, ranks in _by_host(nodes):
-        need = least_need(placement, quantization, ranks, node.dtype_bytes)
+        need = least_need(placement, ranks, node.dtype_bytes)
         budget = node.memory.budget
         verdict = judge(need, budget)
         sizes = f"{node.host} needs {need / 1e9:.1f} GB, {budget / 1e9:.1f} GB is usable"
@@ -274,7 +269,7 @@ def check_hosts(
         nodes = [known_node(host, PlanOptions()) for host in hosts]
         if remotes and not force:
             nodes = ask_hosts(hosts, nodes, remotes)
-        check_fit(manifest.name, manifest.placement, manifest.quantization, nodes, force=force, warn=warn)
+        check_fit(manifest.name, manifest.placement, nodes, force=force, warn=warn)
 
 
 def ask_hosts(hosts: Sequence[Host], nodes: Sequence[Node | None], remotes: Sequence[Remote]) -> list[Node | None]:

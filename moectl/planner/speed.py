@@ -5,14 +5,14 @@ For each token and each layer, with M bytes read and F operations made on a node
     t_node  = max(M / (e_m·B), F / (e_c·P))         e_m, e_c: efficiencies (calibration)
     t_layer = E[max over nodes of t_node] + t_host + c · t_coll      (t_host: + t_sync in `experts`)
     t_coll  = L + (N-2)·L' + bytes on the wire / W   L, L', W: latency, per node, bandwidth (calibration)
-    t_token = layers · t_layer + t_head + t_agree
+    t_token = sum of t_layer over the layers + t_head + t_agree
 
-M is attention and router (replicated; divided in `tensor`) with the context's keys and values, and the experts that the
-node computes. In `experts` their number is random: all C(E, k) choices of k experts are equally likely, and the nodes
-get (c_1 … c_N) of them with the probability ∏ C(s_n, c_n) / C(E, k). The expectation of the slowest node is the exact
-sum over all (c_1 … c_N); with copies, over all choices as the ranks share them.
-In `hidden` every node reads its share of k experts; so it does in `tensor`, with c = 2 collectives instead of 1. In
-`layers` the nodes work one after the other, and N-1 hand-overs per token take the place of the collectives.
+M are the node's parts of the layer, with the experts that it computes, and its caches. In `experts` the number of these
+experts is random: all C(E, k) choices of k experts are equally likely, and the nodes get (c_1 … c_N) of them with the
+probability ∏ C(s_n, c_n) / C(E, k). The expectation of the slowest node is the exact sum over all (c_1 … c_N); with
+copies, over choices as the ranks share them: all, or many at random where there are too many.
+In `hidden` every node reads its share of k experts; so it does in `tensor`, with the collectives of divided attention
+besides. In `layers` the nodes work one after the other, and N-1 hand-overs per token take the place of the collectives.
 
 Prefill is the same with T tokens at once: F grows with T, M does not, and every expert is read.
 `calibration` holds the constants and their sources; `memory` says what fits.
@@ -21,6 +21,7 @@ Prefill is the same with T tokens at once: F grows with T, M does not, and every
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,14 +29,16 @@ from functools import lru_cache
 from itertools import combinations
 
 from moectl.model.balance import share_out
-from moectl.model.geometry import Geometry
+from moectl.model.ownership import own
 from moectl.model.placement import Placement
-from moectl.model.structure import Quantization
-from moectl.planner.calibration import DEFAULT, Calibration, LinkCost
+from moectl.model.regions import Pieces, Role
+from moectl.model.structure import Layer, Part
+from moectl.planner.calibration import DEFAULT, USUAL_LAUNCHES, Calibration, LinkCost
 from moectl.planner.measured import Speed
-from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, RankTensors, head_bytes
+from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, count_read
 
 GATHER_BELOW_BYTES = 64 * 1024  # as in `engine.network.exchange`, which needs mlx
+_MOST_CHOICES = 4000  # of experts
 TOKEN_BYTES = 12  # the agreed vector: a token and two control words
 
 
@@ -64,14 +67,9 @@ class Work:
     """A placement and its use: what the nodes have to compute."""
 
     placement: Placement
-    quantization: Quantization | None
     context: int
     prompt_tokens: int
     dtype_bytes: int = METAL_DTYPE_BYTES
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.placement.geometry
 
 
 def predict(work: Work, rates: Sequence[Rates], link: LinkCost, calibration: Calibration) -> Prediction:
@@ -88,15 +86,23 @@ def predict_measured(work: Work, speed: Speed) -> Prediction:
 
     Another context than the measured one changes how much of the cache is read: at the rate of reading weights.
     """
-    geometry = work.geometry
-    low, high = work.placement.kv_heads(0)
-    each = 2 * (high - low) * geometry.head_dim * work.dtype_bytes
+    structure = work.placement.structure
     slowest = min(rank.bytes_s for rank in speed.ranks) or math.inf
-    more = geometry.n_layers * (work.context - speed.context) * each / slowest
-    decode = max(speed.decode.total_s(geometry.n_layers) + more, speed.decode.outer_s)
-    prefill = speed.prefill.total_s(geometry.n_layers) * work.prompt_tokens / speed.prefill.tokens
-    exchange = speed.collective_s.get(geometry.d_model * work.dtype_bytes, 0.0)
+    more = _cached(work, 0, work.context) - _cached(work, 0, speed.context)
+    decode = max(speed.decode.total_s(structure.n_layers) + more / slowest, speed.decode.outer_s)
+    prefill = speed.prefill.total_s(structure.n_layers) * work.prompt_tokens / speed.prefill.tokens
+    exchange = speed.collective_s.get(structure.width * work.dtype_bytes, 0.0)
     return _make_prediction(work, decode, prefill, _count_collectives(work.placement, DEFAULT) * exchange, DEFAULT)
+
+
+def _cached(work: Work, rank: int, context: int) -> float:
+    """Return the bytes of caches that a rank reads for one token."""
+    return sum(count_read(work.placement, layer, rank, context, work.dtype_bytes) for layer in _layers(work, rank))
+
+
+def _layers(work: Work, rank: int) -> Iterator[Layer]:
+    structure = work.placement.structure
+    return (structure.kinds[kind] for kind in structure.order[slice(*work.placement.layers(rank))])
 
 
 def _make_prediction(
@@ -118,10 +124,13 @@ def _count_collectives(placement: Placement, calibration: Calibration) -> int:
 
 def _count_exchanges(placement: Placement) -> int:
     """Return the exchanges of one pass through all layers."""
-    n_layers, ranks = placement.geometry.n_layers, placement.world_size
+    ranks = placement.world_size
     if ranks == 1:
         return 0
-    return {"tensor": 2 * n_layers, "layers": ranks - 1}.get(placement.split, n_layers)
+    if placement.split == "layers":
+        return ranks - 1
+    heads = placement.divides_heads
+    return sum(layer.sums + layer.head_sums * heads for layer in placement.structure.layers)
 
 
 def expected_busiest(shares: Sequence[int], top_k: int, cost: Callable[[int, int], float] = lambda _, c: c) -> float:
@@ -157,10 +166,19 @@ def _loads(shares: tuple[int, ...], top_k: int) -> Counter[tuple[int, ...]]:
 def _loads_of_copies(owners: tuple[tuple[int, ...], ...], top_k: int) -> Counter[tuple[int, ...]]:
     nodes = range(max(rank for ranks in owners for rank in ranks) + 1)
     found: Counter[tuple[int, ...]] = Counter()
-    for chosen in combinations(range(len(owners)), top_k):
+    for chosen in _choose(len(owners), top_k):
         shares = share_out(dict.fromkeys(chosen, 1), owners).values()
         found[tuple(sum(share.get(node, 0) for share in shares) for node in nodes)] += 1
     return found
+
+
+def _choose(count: int, top_k: int) -> Iterator[tuple[int, ...]]:
+    """Yield every choice of experts; where there are too many, as many random ones, always the same."""
+    if math.comb(count, top_k) <= _MOST_CHOICES:
+        yield from combinations(range(count), top_k)
+        return
+    dice = random.Random(0)
+    yield from (tuple(sorted(dice.sample(range(count), top_k))) for _ in range(_MOST_CHOICES))
 
 
 def _divide(count: int, limits: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -182,64 +200,83 @@ class _Model:
     def pass_time(self, tokens: int) -> tuple[float, float]:
         """Return (compute, communication) in seconds of a pass of this many tokens through all layers and the head."""
         placement = self.work.placement
-        layers = [last - first for first, last in map(placement.layers, range(placement.world_size))]
-        usual = self.calibration.layer_overhead_s
-        slowest = max(usual if rate.overhead_s is None else rate.overhead_s for rate in self.rates)
-        each = slowest + self.calibration.sync_s * (placement.split == "experts" and placement.world_size > 1)
-        overhead = self.work.geometry.n_layers * each
+        structure, ranks = placement.structure, range(placement.world_size)
+        compute = self._overhead()
         if placement.split == "layers":
-            compute = sum(n * self._node_time(rank, self._used(tokens), tokens) for rank, n in enumerate(layers))
+            for rank in ranks:
+                times = [self._node_time(layer, rank, None, tokens) for layer in structure.kinds]
+                compute += sum(times[kind] for kind in structure.order[slice(*placement.layers(rank))])
         else:
-            compute = layers[0] * self._slowest(tokens)
-        return compute + overhead + self._head_time(), self._communication(tokens)
+            slowest = [self._slowest(layer, tokens) for layer in structure.kinds]
+            compute += sum(slowest[kind] for kind in structure.order)
+        return compute + self._head_time(), self._communication(tokens)
+
+    def _overhead(self) -> float:
+        """Return the seconds that all layers take however little they read."""
+        placement = self.work.placement
+        usual = self.calibration
+        waits = placement.split == "experts" and placement.world_size > 1
+        total = 0.0
+        for layer in placement.structure.layers:
+            own = usual.layer_overhead_s + usual.launch_s * (layer.launches or USUAL_LAUNCHES)
+            total += max(own if rate.overhead_s is None else rate.overhead_s for rate in self.rates)
+            total += usual.sync_s * (waits and any(part.is_shared_out for part in layer.parts))
+        return total
 
     def _communication(self, tokens: int) -> float:
         placement, nodes = self.work.placement, len(self.rates)
-        message = tokens * self.work.geometry.d_model * self.work.dtype_bytes
+        message = tokens * placement.structure.width * self.work.dtype_bytes
         each = _exchange_time(self.link, 2 if placement.split == "layers" else nodes, message)
         agreed = _exchange_time(self.link, nodes, TOKEN_BYTES) if self.calibration.agreement else 0.0
         return _count_exchanges(placement) * each + agreed
 
-    def _slowest(self, tokens: int) -> float:
+    def _slowest(self, layer: Layer, tokens: int) -> float:
         """Return the expected time of the slowest node in one layer."""
-        placement, geometry = self.work.placement, self.work.geometry
+        placement = self.work.placement
         ranks = range(placement.world_size)
-        if placement.split != "experts":
-            return max(self._node_time(rank, self._used(tokens), tokens) for rank in ranks)
-        if tokens == 1:
-            # Thousands of choices lead to only a few different times.
-            times = [[self._node_time(rank, experts, 1) for experts in range(geometry.top_k + 1)] for rank in ranks]
-            if placement.held is not None:
-                return expected_busiest_of_copies(placement.owners, geometry.top_k, lambda rank, n: times[rank][n])
-            return expected_busiest(placement.shares, geometry.top_k, lambda rank, n: times[rank][n])
-        used = self._used(tokens) / geometry.n_experts
-        return max(self._node_time(rank, used * placement.shares[rank], tokens) for rank in ranks)
+        stack = next((part for part in layer.parts if part.is_shared_out), None)
+        if placement.split != "experts" or stack is None or tokens > 1:
+            return max(self._node_time(layer, rank, None, tokens) for rank in ranks)
+        # Thousands of choices lead to only a few different times.
+        times = [[self._node_time(layer, rank, n, 1) for n in range(stack.top_k + 1)] for rank in ranks]
+        if placement.held is not None:
+            return expected_busiest_of_copies(placement.owners, stack.top_k, lambda rank, n: times[rank][n])
+        spans = own(Pieces(Role.EXPERT, stack.experts), placement.shares)
+        assert spans is not None  # experts can always be shared out
+        held = [stop - start for start, stop in spans]
+        return expected_busiest(held, stack.top_k, lambda rank, n: times[rank][n])
 
-    def _used(self, tokens: int) -> float:
-        """Return the expected number of different experts that this many tokens choose."""
-        geometry = self.work.geometry
-        return geometry.n_experts * (1 - (1 - geometry.top_k / geometry.n_experts) ** tokens)
+    def _node_time(self, layer: Layer, rank: int, chosen: int | None, tokens: int) -> float:
+        """Return the seconds of one layer on a node; `chosen`: how many of the token's experts it computes."""
+        rates = self.rates[rank]
+        read = count_read(self.work.placement, layer, rank, self.work.context, self.work.dtype_bytes)
+        operations = 0.0
+        for part in layer.parts:
+            share, pairs = self._used(part, rank, chosen, tokens)
+            read += part.count_bytes(self.work.dtype_bytes) * share
+            operations += 2 * part.values * pairs
+        return max(read / rates.bytes_s, operations / rates.flops_s)
 
-    def _node_time(self, rank: int, experts: float, tokens: int) -> float:
-        """Return the seconds of one layer on a node that computes this many different experts."""
-        placement, geometry, rates = self.work.placement, self.work.geometry, self.rates[rank]
-        tensors = RankTensors(placement, self.work.quantization, rank, self.work.dtype_bytes)
-        low, high = placement.kv_heads(rank)
-        cached = 2 * (high - low) * geometry.head_dim * self.work.dtype_bytes * self.work.context
-        read = tensors.attention + cached + experts * tensors.expert
-        share = (high - low) / geometry.kv_n_heads
-        attention = 2 * geometry.d_model * (geometry.qkv_dim + geometry.d_model) * share
-        start, stop = placement.hidden(rank)
-        each = 6 * geometry.d_model * (stop - start)
-        # Copies of an expert share its tokens.
-        part = placement.shares[rank] / sum(placement.shares) if placement.split == "experts" else 1.0
-        pairs = tokens * geometry.top_k * part if tokens > 1 else experts
-        flops = tokens * attention + pairs * each
-        return max(read / rates.bytes_s, flops / rates.flops_s)
+    def _used(self, part: Part, rank: int, chosen: int | None, tokens: int) -> tuple[float, float]:
+        """Return (how much of a part a node reads, how often it multiplies with all of it)."""
+        share = self.work.placement.fraction(part, rank)
+        if not part.experts:
+            return share, tokens * share
+        if chosen is not None and part.is_shared_out:
+            return chosen / part.experts, chosen / part.experts
+        used = 1 - (1 - part.active) ** tokens  # the expected part of its experts that these tokens choose
+        if self.work.placement.held is not None and part.is_shared_out:
+            shares = self.work.placement.shares  # copies of an expert share its tokens
+            return used * share, tokens * part.active * shares[rank] / sum(shares)
+        return used * share, tokens * part.active * share
 
     def _head_time(self) -> float:
-        rate = self.rates[self.work.placement.head_rank]
-        return head_bytes(self.work.geometry, self.work.quantization, self.work.dtype_bytes) / rate.bytes_s
+        placement = self.work.placement
+        head = placement.head_rank
+        held = (outer for outer in placement.structure.outer if placement.holds_outer(outer, head))
+        # Of the embedding one row is read.
+        read = sum(outer.part.count_bytes(self.work.dtype_bytes) for outer in held if outer.last or not outer.first)
+        return read / self.rates[head].bytes_s
 
 
 def _exchange_time(link: LinkCost, nodes: int, message_bytes: int) -> float:
@@ -252,7 +289,7 @@ def _exchange_time(link: LinkCost, nodes: int, message_bytes: int) -> float:
 def count_token_bytes(placement: Placement, dtype_bytes: int) -> int:
     """Return the bytes that one rank sends per token in the exchanges of all layers, without the agreed token."""
     ranks = placement.world_size
-    row = placement.geometry.d_model * dtype_bytes
+    row = placement.structure.width * dtype_bytes
     if ranks > 1 and placement.split == "layers":
         return row  # one hand-over to the next rank
     # Small rows are gathered: each goes to all others. Large rows are reduced and spread in N parts.

@@ -16,7 +16,6 @@ from pathlib import Path
 from moectl.errors import PlanError
 from moectl.model.manifest import Manifest
 from moectl.model.placement import Placement
-from moectl.model.structure import Quantization
 from moectl.planner.chips import default_working_set_bytes
 from moectl.planner.memory import (
     COMFORTABLE,
@@ -25,8 +24,8 @@ from moectl.planner.memory import (
     METAL_DTYPE_BYTES,
     Memory,
     Verdict,
+    cache_bytes,
     judge,
-    kv_bytes,
     most_that_fits,
     rank_need,
 )
@@ -61,16 +60,16 @@ def check_own_memory(
     memory = replace(memory, ranks=ranks_here)
     if working_set_bytes is not None:
         memory = replace(memory, working_set=working_set_bytes)
-    need = least_need(manifest.placement, manifest.quantization, [rank], own_dtype_bytes())
+    need = least_need(manifest.placement, [rank], own_dtype_bytes())
     if judge(need, memory.budget) is Verdict.TOO_MUCH:
         sizes = f"{need / 1e9:.1f} GB are needed, {memory.budget / 1e9:.1f} GB usable"
         raise too_large(manifest.name, sizes, need - memory.budget)
 
 
-def least_need(placement: Placement, quantization: Quantization | None, ranks: Iterable[int], dtype_bytes: int) -> int:
+def least_need(placement: Placement, ranks: Iterable[int], dtype_bytes: int) -> int:
     """Return the bytes that ranks on one host need at least: each with memory for a usual context."""
-    context = min(CONTEXT, placement.geometry.max_seq_len)
-    needs = (rank_need(placement, quantization, rank, context=context, dtype_bytes=dtype_bytes) for rank in ranks)
+    context = min(CONTEXT, placement.structure.context)
+    needs = (rank_need(placement, rank, context=context, dtype_bytes=dtype_bytes) for rank in ranks)
     return sum(need.total for need in needs)
 
 
@@ -91,18 +90,14 @@ def count_kv_tokens(manifest: Manifest, rank: int, *, ranks_here: int) -> int | 
     if memory is None:
         return None
     budget = COMFORTABLE * replace(memory, ranks=ranks_here).budget
-    dtype_bytes, longest = own_dtype_bytes(), manifest.geometry.max_seq_len
+    dtype_bytes, longest = own_dtype_bytes(), manifest.structure.context
 
     def fits(steps: int) -> bool:
-        need = rank_need(
-            manifest.placement,
-            manifest.quantization,
-            rank,
-            context=min(steps * KV_STEP, longest),
-            dtype_bytes=dtype_bytes,
-        )
-        more = steps * KV_STEP - min(steps * KV_STEP, longest)  # tokens of further answers: keys and values only
-        return need.total + kv_bytes(manifest.placement, rank, more, 1, dtype_bytes) <= budget
+        whole, rest = divmod(steps * KV_STEP, longest)  # tokens of full answers, and of one more
+        need = rank_need(manifest.placement, rank, context=longest if whole else rest, dtype_bytes=dtype_bytes)
+        full = cache_bytes(manifest.placement, rank, longest, max(0, whole - 1), dtype_bytes)
+        more = cache_bytes(manifest.placement, rank, rest, bool(whole and rest), dtype_bytes)
+        return need.total + full + more <= budget
 
     return max(min(CONTEXT, longest), most_that_fits(fits, MOST_ANSWERS * longest // KV_STEP) * KV_STEP)
 

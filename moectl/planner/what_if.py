@@ -71,7 +71,7 @@ def what_if(
                 node = make_node(host, calibration, Defaults())
                 asked = (
                     Question(
-                        model.geometry,
+                        model.structure if quantization == own else model.structure.quantised(quantization),
                         quantization,
                         (node,) * count,
                         find_link(calibration, kind),

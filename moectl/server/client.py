@@ -23,8 +23,10 @@ from moectl.engine.protocol import Done
 from moectl.engine.request import Stats
 from moectl.errors import MoectlError, RemoteError, StateError, from_json
 from moectl.paths import runtime_dir
-from moectl.server.contracts import NOTICE, SILENCE_S, Notice
+from moectl.server.contracts import NOTICE, SILENCE_S, Notice, Thinking
 from moectl.server.replies import hint_suffix
+
+Events = Generator[str | Thinking | Done | Notice, None, None]  # of an answer: pieces of its text, then Done
 
 SUFFIX = ".sock"
 _NOTICE = f": {NOTICE}".encode()
@@ -122,11 +124,11 @@ class Client:
         gone.join(timeout_s)
         return not gone.is_alive()
 
-    def chat(self, fields: Mapping[str, Any]) -> Generator[str | Done | Notice, None, None]:
+    def chat(self, fields: Mapping[str, Any]) -> Events:
         """Yield a chat completion as it comes; closing the iterator cancels it. `fields` are the API's."""
         return self._stream("/v1/chat/completions", fields)
 
-    def complete(self, fields: Mapping[str, Any]) -> Generator[str | Done | Notice, None, None]:
+    def complete(self, fields: Mapping[str, Any]) -> Events:
         """Yield a completion of a raw prompt as it comes; closing the iterator cancels it."""
         return self._stream("/v1/completions", fields)
 
@@ -145,7 +147,7 @@ class Client:
             if beat == before:
                 raise _silent()
 
-    def _stream(self, path: str, fields: Mapping[str, Any]) -> Generator[str | Done | Notice, None, None]:
+    def _stream(self, path: str, fields: Mapping[str, Any]) -> Events:
         body = json.dumps({**fields, "stream": True}).encode()
         with contextlib.closing(_Connection(self.path, _SILENT_S)) as connection:
             _send(connection, "POST", path, body)
@@ -216,11 +218,13 @@ def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
         yield line
 
 
-def _read_chunk(chunk: dict[str, Any]) -> Iterator[str | Done]:
+def _read_chunk(chunk: dict[str, Any]) -> Iterator[str | Thinking | Done]:
     if "error" in chunk:
         raise _rebuild(chunk["error"])
     for choice in chunk["choices"]:
         text = choice["delta"].get("content") if "delta" in choice else choice.get("text")
+        if thinking := choice.get("delta", {}).get("reasoning_content"):
+            yield Thinking(thinking)
         if text:
             yield text
         if choice.get("finish_reason") is not None:

@@ -27,6 +27,13 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
+class Thinking:
+    """A piece of what the model thinks before it answers; no part of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
     """The state of the cluster, as the controller knows it without asking the workers."""
 

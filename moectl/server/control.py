@@ -59,6 +59,7 @@ class Control:
         return {
             "schema": "moectl.controller/1",
             **self._description,
+            "sampling": self._controller.model.sampling,
             "pid": os.getpid(),
             "running": health.running,
             "queued": health.queued,

@@ -1,9 +1,10 @@
 """OpenAI's JSON, read: from the body of an HTTP request to what the model is asked.
 
 It knows no HTTP library, no clock and no cluster. Fields and their limits are those of OpenAI's API reference, with the
-additions that vLLM and llama.cpp share (top_k, min_p, repetition_penalty, ignore_eos) and the values that only those
-two accept: -1 for no limit and for any seed, empty stop texts, messages without content. Unknown fields are ignored.
-Known fields that moectl does not have, and that would change the answer, are refused.
+additions that vLLM and llama.cpp share (top_k, min_p, repetition_penalty, ignore_eos, chat_template_kwargs), moectl's
+own `think`, and the values that only those two accept: -1 for no limit and for any seed, empty stop texts, messages
+without content. Unknown fields are ignored. Known fields that moectl does not have, and that would change the answer,
+are refused. Where nothing is said the model's own defaults hold, then OpenAI's.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from moectl.engine.parameters import MAX_LOGPROBS, PARAMETERS
 from moectl.engine.protocol import Ready
 from moectl.engine.request import Request, too_long
 from moectl.errors import BadField, UsageError
+from moectl.model.parameters import EFFORTS, MAX_LOGPROBS, PARAMETERS
 from moectl.server.fields import (
     Fields,
     kind_of,
@@ -35,6 +36,12 @@ COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI
 _GREEDY_BELOW = 1e-3  # a temperature below this differs from 0 only in how it overflows
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its text
+_REASONING = ("reasoning_content", "reasoning")  # what an assistant thought: DeepSeek's and vLLM's name, OpenRouter's
+# What transformers and moectl themselves give to a chat template.
+_TAKEN = frozenset(
+    ("messages", "conversation", "conversations", "tools", "documents", "chat_template", "tokenize", "return_dict")
+).union(("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"))
+_DEEPEST = 16  # lists and objects within each other
 _NO_LIMITS = (-1, -2)  # LM Studio's and llama.cpp's; ollama's "the rest of the context"
 _ANY_SEED = -1  # llama.cpp's and vLLM's
 _BODY = 'send one JSON object, as {"messages": [{"role": "user", "content": "hello"}]}'
@@ -85,6 +92,8 @@ def read_chat(fields: Fields, name: str, model: Ready) -> ApiRequest:
         _read_limit(fields, model, model.max_seq_len),
         messages=messages,
         logprobs=logprobs,
+        think=read_typed(fields, "think", bool),
+        template_options=_read_template_options(fields),
         **_read_parameters(fields, model),
     )
     return _ask(fields, True, [request])
@@ -102,6 +111,25 @@ def read_completion(fields: Fields, name: str, model: Ready) -> ApiRequest:
         **_read_parameters(fields, model),
     }
     return _ask(fields, False, [Request(0, **prompt, **same) for prompt in _read_prompts(fields, model)])
+
+
+def _read_template_options(fields: Fields) -> Fields:
+    """Return what a chat template may know, by its names for it. Servers ignore what a template does not know."""
+    given = read_typed(fields, "chat_template_kwargs", dict) or {}
+    for name in given:
+        if name in _TAKEN or not name.isidentifier():
+            refuse(f"chat_template_kwargs.{name}", "is none of a chat template's options", hint="leave it out")
+    if _is_deeper(given, _DEEPEST):
+        refuse("chat_template_kwargs", f"should have at most {_DEEPEST} objects and lists within each other")
+    effort = fields.get("reasoning_effort")
+    if effort not in (None, *EFFORTS):
+        refuse("reasoning_effort", f"should be one of {', '.join(EFFORTS)}, it is {show(effort)}")
+    return {**({} if effort is None else {"reasoning_effort": effort}), **given}
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
 
 
 def _read_limit(fields: Fields, model: Ready, default: int) -> int:
@@ -175,7 +203,14 @@ def _read_message(message: Any, place: str) -> dict[str, str]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         refuse(f"{place}.role", f"should be one of {', '.join(_ROLES)}, it is {show(role)}")
-    return {"role": _ROLES[role], "content": _read_content(message.get("content"), f"{place}.content")}
+    read = {"role": _ROLES[role], "content": _read_content(message.get("content"), f"{place}.content")}
+    for name in _REASONING:
+        thinking = message.get(name)
+        if not isinstance(thinking, str | None):
+            refuse(f"{place}.{name}", f"should be a string, it is {kind_of(thinking)}")
+        if thinking and role == "assistant":
+            read.setdefault(_REASONING[0], thinking)
+    return read
 
 
 def _read_content(content: Any, place: str) -> str:
@@ -230,12 +265,11 @@ def _read_prompt(prompt: Any, model: Ready) -> Fields:
 
 
 def _read_parameters(fields: Fields, model: Ready) -> Fields:
-    """Return what both endpoints share, as keyword arguments of a Request."""
+    """Return what both endpoints share, as keyword arguments of a Request; defaults are the model's, then OpenAI's."""
     limits = PARAMETERS["temperature"]
     temperature = read_number(fields, "temperature", limits.low, limits.high)
     seed = read_integer(fields, "seed", -(2**63), 2**64 - 1)
     read: Fields = {
-        "temperature": 1.0 if temperature is None else temperature if temperature >= _GREEDY_BELOW else 0.0,
         "seed": None if seed in (None, _ANY_SEED) else seed % 2**64,
         "ignore_eos": read_boolean(fields, "ignore_eos"),
         "stop": _read_stop(fields),
@@ -243,12 +277,16 @@ def _read_parameters(fields: Fields, model: Ready) -> Fields:
     }
     top_k = read_integer(fields, "top_k", -1)
     repetition = read_number(fields, "repetition_penalty")
+    if temperature is not None and temperature < _GREEDY_BELOW:
+        temperature = 0.0
     optional = {
+        "temperature": temperature,
         **{name: read_number(fields, name) for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty")},
         "top_k": None if top_k is None else min(max(top_k, 0), 2**31 - 1),  # vLLM's -1 means all, too
         "repetition_penalty": read_number(fields, "repeat_penalty") if repetition is None else repetition,
     }
-    return {**read, **{name: value for name, value in optional.items() if value is not None}}
+    given = {name: value for name, value in optional.items() if value is not None}
+    return {"temperature": 1.0, **model.sampling, **read, **given}
 
 
 def _read_stop(fields: Fields) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ class Reply:
             "system_fingerprint": f"moectl-{__version__}-{model.split}-{model.bits or 16}bit",
         }
         self._texts: list[list[str]] = [[] for _ in asked.requests]
+        self._thinking: list[list[str]] = [[] for _ in asked.requests]
         self._logprobs: list[list[Token]] = [[] for _ in asked.requests]
         self._done: dict[int, Done] = {}
 
@@ -44,18 +45,22 @@ class Reply:
         """Note an event of a choice; yield its chunks of a stream."""
         if isinstance(event, Done):
             self._done[index] = event
-            yield from self._take_text(index, event.rest, [])
+            yield from self._take_text(index, event.rest, event.rest_thinking, [])
             end: Fields = {"delta": {}} if self._asked.chat else {"text": ""}
             yield self._chunk(index, end, event)
         else:
             told = self._asked.logprobs is not None and event.logprob is not None
-            yield from self._take_text(index, event.text, [event] if told else [])
+            yield from self._take_text(index, event.text, event.thinking, [event] if told else [])
 
-    def _take_text(self, index: int, text: str, logprobs: list[Token]) -> Iterator[Fields]:
+    def _take_text(self, index: int, text: str, thinking: str, logprobs: list[Token]) -> Iterator[Fields]:
         self._texts[index].append(text)
+        self._thinking[index].append(thinking)
         self._logprobs[index] += logprobs
-        if text or logprobs:
-            content: Fields = {"delta": {"content": text}} if self._asked.chat else {"text": text}
+        if text or thinking or logprobs:
+            delta = {"reasoning_content": thinking} if thinking else {}
+            if text or not thinking:
+                delta["content"] = text
+            content: Fields = {"delta": delta} if self._asked.chat else {"text": text}
             yield self._chunk(index, {**content, "logprobs": self._tell_logprobs(logprobs)})
 
     def end(self) -> Iterator[Fields]:
@@ -73,7 +78,10 @@ class Reply:
         text = "".join(self._texts[index])
         logprobs = self._tell_logprobs(self._logprobs[index])
         if self._asked.chat:
-            return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
+            message = {"role": "assistant", "content": text, "refusal": None}
+            if thinking := "".join(self._thinking[index]):
+                message["reasoning_content"] = thinking
+            return {"message": message, "logprobs": logprobs}
         return {"text": text, "logprobs": logprobs}
 
     def _chunk(self, index: int, content: Fields, done: Done | None = None) -> Fields:
@@ -93,11 +101,13 @@ class Reply:
         stats: dict[int, Stats] = {index: done.stats for index, done in self._done.items()}
         prompts = [s for index, s in stats.items() if index % self._asked.n == 0]  # each prompt counts once
         prompt, completion = sum(s.prompt_tokens for s in prompts), sum(s.completion_tokens for s in stats.values())
+        thinking = sum(s.thinking_tokens for s in stats.values())
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in prompts)},
+            **({"completion_tokens_details": {"reasoning_tokens": thinking}} if thinking else {}),
         }
 
     def _tell_logprobs(self, tokens: list[Token]) -> Fields | None:

@@ -17,6 +17,7 @@ from moectl.engine.protocol import Done, Profile, Profiled, Ready, Token
 from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request
 from moectl.errors import UsageError
+from moectl.model.ownership import normalise
 from moectl.model.placement import Placement
 from moectl.model.routing import Routing
 from moectl.session.session import Session
@@ -79,7 +80,7 @@ class Benchmark:
     trials: tuple[Trial, ...]
     ranks: tuple[RankTime, ...]
     busiest_experts: float | None  # that the busiest rank of each layer runs, per token; None: ranks take turns
-    routing: Routing
+    routing: Routing | None  # None: a dense model
     predicted: Predicted | None = None
 
     @property
@@ -164,7 +165,7 @@ def bench(
         generation_tokens,
         tuple(done),
         tuple(_rank_time(rank, host, own, _step_s(done)) for rank, (host, own) in enumerate(by_rank)),
-        None if model.split == "layers" else profiles[0][0].busiest_experts,
+        profiles[0][0].busiest_experts if model.split != "layers" and model.top_k else None,
         _join_routing(name, model.top_k, prompt_tokens + generation_tokens, profiles[0]),
         predicted,
     )
@@ -204,12 +205,14 @@ def _rank_time(rank: int, host: str, profiles: Sequence[Profiled], step_s: float
     )
 
 
-def _join_routing(name: str, top_k: int, tokens: int, profiles: Iterable[Profiled]) -> Routing:
+def _join_routing(name: str, top_k: int, tokens: int, profiles: Iterable[Profiled]) -> Routing | None:
     """Take each layer from the first rank that has it: where several have it, their routers agree."""
     layers: dict[int, tuple[int, ...]] = {}
     for profile in profiles:
         for layer, counts in zip(profile.layers, profile.chosen, strict=True):
             layers.setdefault(layer, tuple(counts))
+    if not any(layers.values()):
+        return None
     return Routing(name, tokens, top_k, tuple(layers[layer] for layer in sorted(layers)))
 
 
@@ -231,13 +234,14 @@ def read_prediction(path: Path, placement: Placement | None, bits: int | None, *
         decode, prefill = float(prediction["decode_tok_s"]), float(prediction["prefill_tok_s"])
         share = prediction.get("communication_share")
         predicted = Predicted(decode, prefill, prompt_tokens / prefill, None if share is None else float(share))
-        planned = (str(document["split"]), tuple(document["shares"]), int(document["q_bits"]), document["layers"])
+        shares = normalise([float(share) for share in document["shares"]])
+        planned = (str(document["split"]), shares, int(document["q_bits"]), document["layers"])
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ZeroDivisionError):
         raise UsageError(f"{path} has no prediction of this version's 'moectl plan --json'") from None
     if placement is not None:
-        here = (placement.split, placement.shares, bits or 16, placement.geometry.n_layers)
+        here = (placement.split, normalise(placement.shares), bits or 16, placement.structure.n_layers)
         if planned != here:
             raise UsageError(
                 f"{path} plans something else: {_describe_planned(*planned)}, and here is {_describe_planned(*here)}",
@@ -246,5 +250,5 @@ def read_prediction(path: Path, placement: Placement | None, bits: int | None, *
     return predicted
 
 
-def _describe_planned(split: str, shares: tuple[int, ...], bits: int, layers: int) -> str:
-    return f"{split} {','.join(map(str, shares))} of {layers} layers at {bits} bits"
+def _describe_planned(split: str, shares: tuple[int | float, ...], bits: int, layers: int) -> str:
+    return f"{split} {':'.join(f'{share:.3g}' for share in shares)} of {layers} layers at {bits} bits"

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, Unreachable
 from moectl.model.config_keys import CONFIG, GENERATION, check_generation, list_ignored
+from moectl.model.parameters import read_defaults
 from moectl.shards.cache_layout import find_snapshot, name_snapshot, refuse_pointers
 from moectl.shards.hub import OnBytes, Repository, find_cached
 from moectl.shards.hub_errors import MIRRORS
@@ -191,6 +192,12 @@ def _read_generation(store: _Store) -> dict[str, Any]:
     generation = read_json(store.path(GENERATION), f"{store.name}: {GENERATION}")
     check_generation(generation)
     return generation
+
+
+def read_sampling(directory: Path) -> dict[str, int | float]:
+    """Return the model's defaults for requests, from a shard set or a checkpoint. Raises CheckpointError."""
+    path = directory / GENERATION
+    return read_defaults(read_json(path, str(path))) if path.is_file() else {}
 
 
 def _is_sidecar(file: str, size: int) -> bool:

@@ -7,9 +7,6 @@ the graph of that pass, so that a model which is built in another way is refused
 
 from __future__ import annotations
 
-import io
-import re
-from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +16,12 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.model.regions import Span
+from moectl.shards.graph import Graph
 from moectl.shards.hooks import Hook, hooked
 from moectl.shards.skeleton import Skeleton
 
 TOKENS = 2
 _LATER = 5000  # tokens in a cache, more than any window
-_EDGE = re.compile(r'^"?([^"]+?)"? -> "?([^"]+?)"?$', re.MULTILINE)
 
 
 class NoPipeline(Exception):
@@ -174,45 +171,24 @@ def _are_equal(some: list[Any], others: list[Any]) -> bool:
 
 
 class _Uses:
-    """What arrays of the pass are made of, from MLX's own drawing of its graph."""
+    """What arrays of the pass are made of."""
 
     def __init__(
         self, calls: list[_Call], states: list[mx.array], logits: mx.array, outer: dict[str, mx.array]
     ) -> None:
         named = {f"state {number}": array for number, array in enumerate(states)}
         named |= {f"parameter {name}": array for name, array in outer.items()}
-        known = {id(array) for array in named.values()}
-        asked = [a for call in calls for a in (call.state, *_arrays(call.rest))] + [logits]
-        for array in asked:
-            if id(array) not in known:
-                named[f"asked {len(named)}"] = array
-                known.add(id(array))
-        self._names = {id(array): name for name, array in named.items()}
-        drawing = io.StringIO()
-        mx.export_to_dot(drawing, *asked, **named)
-        self._inputs: defaultdict[str, list[str]] = defaultdict(list)
-        for source, target in _EDGE.findall(drawing.getvalue()):
-            self._inputs[target].append(source)
-        self._keep = named  # ids are those of living arrays
+        self._graph = Graph([a for call in calls for a in (call.state, *_arrays(call.rest))] + [logits], named)
 
     def states_of(self, arrays: list[mx.array]) -> set[int]:
         """Return the numbers of the layers whose states these arrays are made of."""
-        return {int(name.split()[1]) for name in self._reach(arrays) if name.startswith("state ")}
+        found = self._graph.find_sources(arrays)
+        return {int(name.split()[1]) for name in found if name.startswith("state ")}
 
     def parameters_of(self, arrays: list[mx.array]) -> set[str]:
         """Return the names of the parameters that these arrays are made of, not counting those behind a state."""
-        return {name.partition(" ")[2] for name in self._reach(arrays) if name.startswith("parameter ")}
-
-    def _reach(self, arrays: list[mx.array]) -> set[str]:
-        seen: set[str] = set()
-        todo = [self._names[id(array)] for array in arrays]
-        while todo:
-            name = todo.pop()
-            if name not in seen:
-                seen.add(name)
-                if not name.startswith(("state ", "parameter ")):
-                    todo += self._inputs[name]
-        return seen
+        found = self._graph.find_sources(arrays)
+        return {name.partition(" ")[2] for name in found if name.startswith("parameter ")}
 
 
 def _modules_of(names: set[str]) -> frozenset[str]:

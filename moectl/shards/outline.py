@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.model.regions import Division, Pieces, Role
 from moectl.model.structure import CacheSize, Layer, Outer, Part, Quantization, Structure
+from moectl.shards.caches import can_batch, can_trim, list_parts
 from moectl.shards.flow import TOKENS, Flow
 from moectl.shards.hooks import Hook, hooked
 from moectl.shards.skeleton import Skeleton
 from moectl.shards.units import LayerParts, divisions_of
 from moectl.shards.ways import Findings
+from moectl.shards.working import count_launches, find_moments
 
 # Names under which configs say how many tokens a model was made for.
 _CONTEXT = (
@@ -80,17 +82,23 @@ def outline(skeleton: Skeleton, found: Findings, config: Mapping[str, Any]) -> S
         for number, path in enumerate(paths)
     ]
     kinds = tuple(dict.fromkeys(layers))
+    order = tuple(kinds.index(layer) for layer in layers)
+    launches = count_launches(skeleton, order)
+    kinds = tuple(replace(kind, launches=count) for kind, count in zip(kinds, launches, strict=True))
     return Structure(
         skeleton.model_type,
         kinds,
-        tuple(kinds.index(layer) for layer in layers),
+        order,
         tuple(_outer(found.flow, by_layer[""])),
         seen.width,
         seen.vocab_size,
         find_context(config),
+        find_moments(skeleton, order, divided, on_gpu=False),
+        find_moments(skeleton, order, divided, on_gpu=True),
         {split: reason for split, reason in found.ways.items() if reason is not None},
         has_line=found.flow is not None,
-        can_trim=all(_can_trim(cache) for cache in seen.caches),
+        can_trim=can_trim(seen.caches),
+        can_batch=can_batch(skeleton),
     )
 
 
@@ -104,8 +112,8 @@ def find_context(config: Mapping[str, Any]) -> int:
 
 
 def _look_through(skeleton: Skeleton) -> _Seen:
-    """Run two tokens through a skeleton, of which nothing is computed."""
-    seen = _Seen(caches=tuple(make_prompt_cache(skeleton.model)))
+    """Run two tokens through a skeleton, in bfloat16; nothing of it is computed."""
+    seen, before = _Seen(caches=tuple(make_prompt_cache(skeleton.model))), skeleton.parameters
 
     def note(call: Hook, *args: Any, **kwargs: Any) -> Any:
         state = next(value for value in (*args, *kwargs.values()) if isinstance(value, mx.array))
@@ -113,11 +121,14 @@ def _look_through(skeleton: Skeleton) -> _Seen:
         return call(*args, **kwargs)
 
     mx.disable_compile()
+    floats = [(name, array) for name, array in before.items() if array.dtype == mx.float32]
     try:
+        skeleton.model.update(tree_unflatten([(name, array.astype(mx.bfloat16)) for name, array in floats]))
         with hooked([(skeleton.layers[0], note)]):
             logits = skeleton.model(mx.zeros((1, TOKENS), dtype=mx.int32), cache=list(seen.caches))
         seen.vocab_size = logits.shape[-1]
     finally:
+        skeleton.model.update(tree_unflatten(floats))
         mx.enable_compile()
     return seen
 
@@ -170,7 +181,7 @@ def _size_caches(
         return ()
     prefix = f"{found.parts[number].path}." if found.parts else "-"
     kv = [d.pieces for path, d in heads.items() if path.startswith(prefix) and d.pieces.role is Role.KV_HEAD]
-    return tuple(_size_cache(part, kv[0] if kv else None) for part in _parts(caches[owner]))
+    return tuple(_size_cache(part, kv[0] if kv else None) for part in list_parts(caches[owner]))
 
 
 def _size_cache(cache: Any, heads: Pieces | None) -> CacheSize:
@@ -181,20 +192,9 @@ def _size_cache(cache: Any, heads: Pieces | None) -> CacheSize:
         divides = heads is not None and keys.shape[1] == heads.count
         return CacheSize(each, 0, limit, heads if divides else None)
     state = [array for _, array in tree_flatten(getattr(cache, "cache", [])) if isinstance(array, mx.array)]
-    return CacheSize(fixed=sum(math.prod(array.shape) for array in state))
-
-
-def _parts(cache: Any) -> Iterator[Any]:
-    inner = getattr(cache, "caches", None)
-    if inner is None:
-        yield cache
-    else:
-        for part in inner:
-            yield from _parts(part)
-
-
-def _can_trim(cache: Any) -> bool:
-    return all(type(part) is KVCache for part in _parts(cache))
+    wide = [array for array in state if array.dtype == mx.float32]  # the pass computes in bfloat16
+    floats = sum(math.prod(array.shape) for array in wide)
+    return CacheSize(fixed=sum(math.prod(array.shape) for array in state) - floats, floats=floats)
 
 
 def _outer(flow: Flow | None, counted: Mapping[Any, list[int]]) -> Iterator[Outer]:

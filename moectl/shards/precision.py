@@ -7,7 +7,7 @@ of the files to be written.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,37 @@ def settle(
             raise CheckpointError(
                 f"{name} is stored as {parameters[name].dtype}, and the model needs floats", hint=ANOTHER_COPY
             )
-    return Settled(parameters, table)
+    return Settled(parameters, None if table is None else _complete(model, table))
+
+
+def quantise_by(model: Any, table: Mapping[str, Any], names: Collection[str]) -> None:
+    """Make those modules quantised of which scales are among `names`, each as a complete table says."""
+
+    def choose(path: str, module: Any) -> Any:
+        return table.get(path, True) if f"{path}.scales" in names and hasattr(module, "to_quantized") else False
+
+    nn.quantize(
+        model,
+        group_size=table["group_size"],
+        bits=table["bits"],
+        mode=table.get("mode") or "affine",
+        class_predicate=choose,
+    )
+
+
+def _complete(model: Any, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table that names each module which is quantised in another way than most."""
+    made = dict(table)
+    usual = (table["bits"], table["group_size"], table.get("mode") or "affine")
+    for path, module in model.named_modules():
+        if "scales" in module:
+            own = module.bits, module.group_size, getattr(module, "mode", "affine")
+            if own != usual or "global_scale" in module:
+                made[path] = dict(zip(("bits", "group_size", "mode"), own, strict=True))
+                made[path] |= {"global_scale": True} if "global_scale" in module else {}
+            else:
+                made.pop(path, None)
+    return made
 
 
 def cast(model: Any, config: Mapping[str, Any], traced: Mapping[str, Expression]) -> dict[str, Expression]:

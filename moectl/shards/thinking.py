@@ -17,8 +17,14 @@ Edges = dict[str, list[tuple[str, str]]]  # state → what is written on the way
 
 ANSWER, THINKING = "normal", "reasoning"  # mlx-lm's names
 _HEADER = "header"  # of a message: neither of both, told only where no message follows
-# Pairs that mlx-lm does not know: Mistral's and Seed-OSS's.
-_MORE = (("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+# Pairs that mlx-lm does not know: Mistral's, Seed-OSS's, Apertus' and Command A's.
+_MORE = (
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+_AROUND_ANSWER = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")  # Command A's
 _AS_TEXT = (("<think>", "</think>"), *_MORE)  # that a template may name although they are not tokens
 # gpt-oss writes a message for each channel; `analysis` is its thinking.
 _CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
@@ -40,6 +46,9 @@ class Part(NamedTuple):
 
     thinking: str
     text: str
+
+
+NOTHING = Part("", "")
 
 
 class Markers:
@@ -78,14 +87,16 @@ def find_markers(renderer: Any, template: str, added: Mapping[str, int], form: M
     elif added.keys() >= set(_CHANNELS):
         edges = _CHANNEL_EDGES
     else:
-        pairs = [(start, end) for start, end in _MORE if {start, end} <= added.keys()]
-        if renderer.has_thinking:
-            pairs = [(renderer.think_start, renderer.think_end)]
-        for start, end in pairs or [pair for pair in _AS_TEXT if all(marker in template for marker in pair)]:
-            # A model may begin again what its prompt has begun.
-            edges = {ANSWER: [(start, THINKING)], THINKING: [(end, ANSWER), (start, THINKING)]}
-        if edges:
-            edges[ANSWER] += [(marker, ANSWER) for marker in renderer.structural_markers]
+        named = [pair for pair in _AS_TEXT if all(marker in template for marker in pair)]
+        pairs = [(renderer.think_start, renderer.think_end)] * renderer.has_thinking
+        pairs += [pair for pair in _MORE if added.keys() >= set(pair)]
+        # A vocabulary may have markers that the model does not use.
+        for start, end in [*(pair for pair in pairs if pair in named), *pairs, *named][:1]:
+            around = [marker for marker in _AROUND_ANSWER if marker in added] + list(renderer.structural_markers)
+            edges = {
+                ANSWER: [(start, THINKING), *((marker, ANSWER) for marker in around)],
+                THINKING: [(end, ANSWER), (start, THINKING)],  # a model may begin again what its prompt has begun
+            }
     return Markers(edges, form.get("initial_state", ANSWER), added) if edges else None
 
 

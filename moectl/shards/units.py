@@ -158,19 +158,30 @@ def _find_blocks(layer: nn.Module) -> list[Block]:
     return list(blocks.values())
 
 
-def _read_unit(path: str, module: nn.Module) -> Unit | None:
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module has the projections of a unit."""
+    return _match(module) is not None
+
+
+def _match(module: nn.Module) -> tuple[tuple[str, ...], str] | None:
     for ups, down in _PATTERNS:
-        if not all(isinstance(module.get(name), nn.Module) and "weight" in module[name] for name in (*ups, down)):
-            continue
-        lower = module[down]
-        hidden = dims(lower)[1]
-        rows = [dims(module[name])[0] for name in ups]
-        if len(set(rows)) > 1 or rows[0] % hidden:
-            return None
-        stacked = isinstance(lower, _SWITCHES)
-        owns = stacked and type(module).__call__ in (SwitchGLU.__call__, SwitchMLP.__call__)
-        return Unit(path, ups, down, hidden, rows[0] // hidden, 1, lower.weight.shape[0] if stacked else 0, owns)
+        if all(isinstance(module.get(name), nn.Module) and "weight" in module[name] for name in (*ups, down)):
+            return ups, down
     return None
+
+
+def _read_unit(path: str, module: nn.Module) -> Unit | None:
+    if (found := _match(module)) is None:
+        return None
+    ups, down = found
+    lower = module[down]
+    hidden = dims(lower)[1]
+    rows = [dims(module[name])[0] for name in ups]
+    if len(set(rows)) > 1 or rows[0] % hidden:
+        return None
+    stacked = isinstance(lower, _SWITCHES)
+    owns = stacked and type(module).__call__ in (SwitchGLU.__call__, SwitchMLP.__call__)
+    return Unit(path, ups, down, hidden, rows[0] // hidden, 1, lower.weight.shape[0] if stacked else 0, owns)
 
 
 def dims(linear: nn.Module) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from moectl.cli.chat.chat import is_command, is_open, read_block
 from moectl.cli.chat.settings import ALIASES, ChatSettings, change_setting, settings_table, value_text
 from moectl.cli.chat.transcript import Message, Transcript, load_transcript, save_transcript
 from moectl.errors import UsageError
+from moectl.model.parameters import EFFORTS
 from moectl.text import printable
 from tests.support.terminal import Terminal
 
@@ -429,6 +430,28 @@ def test_settings_change_what_is_asked(tmp_path: Path) -> None:
         assert talk.enter("/show system") == ["Be brief."]
 
 
+def test_thinking_is_shown_before_the_answer_and_kept_apart(tmp_path: Path) -> None:
+    with Talk(tmp_path) as talk:
+        talk.ready()
+        assert talk.enter("/set nothink") == ["Set think to false."]
+        assert talk.enter("/set think") == ["Set think to true."]
+        assert talk.enter("/set reasoning_effort high") == ["Set reasoning_effort to high."]
+        assert talk.enter("ponder 2+2") == ["Thinking...", "I add.", "...done thinking.", "", "4", ""]
+        assert talk.enter("hello")[0] == "You said: hello"
+        assert talk.events("asked")[-1] == [["user", "ponder 2+2"], ["assistant", "4"], ["user", "hello"]]
+        assert talk.events("thoughts")[-1] == [None, "I add.", None]
+        assert [talk.events("settings")[-1][name] for name in ("think", "reasoning_effort")] == [True, "high"]
+        talk.enter(f"/save {tmp_path / 'chat'}")
+        assert load_transcript(tmp_path / "chat", ChatSettings(1)).messages[1].thinking == "I add."
+        # Nothing was answered yet, so nothing is kept.
+        talk.type("wonder\r")
+        talk.wait(lambda: talk.lines[-1] == "Why")
+        talk.type(CTRL_C)
+        talk.ready()
+        assert talk.enter("hello")[0] == "You said: hello"
+        assert ["user", "wonder"] not in talk.events("asked")[-1]
+
+
 def test_a_system_message_of_several_lines(tmp_path: Path) -> None:
     with Talk(tmp_path) as talk:
         talk.ready()
@@ -447,7 +470,8 @@ def test_a_system_message_of_several_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     ["temperature hot", "temperature 2.5", "temperature -1", "temperature nan", "top_p -1", "max_tokens 0",
-     "max_tokens 1.5", "seed -1", "top_q 1", "temperature", "system", 'stop "a', "repetition_penalty 0"],
+     "max_tokens 1.5", "seed -1", "top_q 1", "temperature", "system", 'stop "a', "repetition_penalty 0",
+     "think perhaps", "reasoning_effort huge"],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_line(tmp_path: Path, wrong: str) -> None:
     name, _, value = wrong.partition(" ")
@@ -665,6 +689,8 @@ settings = st.builds(
     frequency_penalty=st.floats(-2, 2),
     repetition_penalty=st.floats(0.01, 10),
     stop=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=3).map(tuple),
+    think=st.none() | st.booleans(),
+    reasoning_effort=st.none() | st.sampled_from(EFFORTS[1:]),
 )
 texts = st.text(st.characters(codec="utf-8"))
 exchanges = st.lists(st.tuples(texts, texts, st.sampled_from(["stop", "length", "cancelled"])), max_size=3)
@@ -673,7 +699,9 @@ transcripts = st.builds(
     model=texts,
     settings=settings,
     messages=exchanges.map(
-        lambda said: tuple(m for q, a, why in said for m in (Message("user", q), Message("assistant", a, why)))
+        lambda said: tuple(
+            m for q, a, why in said for m in (Message("user", q), Message("assistant", a, why, q or None))
+        )
     ),
 )
 

@@ -28,18 +28,14 @@ from moectl.engine.protocol import (
     read_messages,
 )
 from moectl.engine.request import Request
-from moectl.model.placement import make_placement
-from moectl.shards.build import cut
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.quantize import quantizer
 from tests.engine.test_batching import PROMPTS, answer_alone, load_demo
+from tests.support.cutting import cut
 from tests.support.ring import process_env
 
 
 def test_a_worker_obeys_the_limits_it_is_started_with(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(demo_dir()))
     shards = tmp_path / "shards"
-    cut(checkpoint, make_placement(checkpoint.geometry, "hidden", 1), None, shards, name="one", quantise=quantizer)
+    cut(demo_dir(), shards, split="hidden", nodes=1)
     start = Start(0, 1, str(shards), [], 10, run=RunOptions(cache_tokens=0, prefill_step=16))
     asked = [Request(1, "a " * 70, 40), *(Request(n, "a " * 40, 2) for n in (2, 3))]
     command = [sys.executable, "-m", "moectl", "worker"]
@@ -92,9 +88,8 @@ def run_load(load: dict[str, Any], shards: Path, directory: Path) -> list[dict[s
 
 @pytest.mark.parametrize("split", ["hidden", "layers"])
 def test_ranks_stay_together_under_load(split: str, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(demo_dir()))
     shards = tmp_path / "shards"
-    cut(checkpoint, make_placement(checkpoint.geometry, split, 2), None, shards, name="two", quantise=quantizer)
+    cut(demo_dir(), shards, split=split, nodes=2)
     load = {"requests": 100, "cancels": 80, "seed": 4, "prompts": PROMPTS}
     zero, one = run_load(load, shards, tmp_path)
     leader, follower = (one, zero) if split == "layers" else (zero, one)

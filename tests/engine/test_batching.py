@@ -17,11 +17,8 @@ from moectl.engine.engine import MAX_BATCH
 from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import Done, Prefilled, Token
 from moectl.model.manifest import read_manifest
-from moectl.model.placement import make_placement
-from moectl.shards.build import cut
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer import open_tokenizer
+from tests.support.cutting import cut
 from tests.support.driven import Driven
 
 PROMPTS = (
@@ -43,8 +40,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 
 def load_demo(out: Path) -> tuple[Any, Any]:
-    checkpoint = open_checkpoint(str(demo_dir()))
-    cut(checkpoint, make_placement(checkpoint.geometry, "hidden", 1), None, out, name="demo", quantise=quantizer)
+    cut(demo_dir(), out, split="hidden", nodes=1)
     return load_rank(out, read_manifest(out), 0), open_tokenizer(out)
 
 
@@ -579,7 +575,7 @@ def test_a_logits_processor_sees_the_prompt_and_every_token_before(parts: tuple[
     seen: list[mx.array] = []
 
     def look(context: mx.array, logits: mx.array) -> mx.array:
-        assert logits.shape == (1, model.placement.geometry.vocab_size)
+        assert logits.shape == (1, model.args.vocab_size)
         seen.append(context)
         return logits
 

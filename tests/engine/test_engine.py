@@ -15,12 +15,9 @@ from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import Cancel, Done, Generate, Prefilled, Refused, Token
 from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
-from moectl.model.placement import make_placement
-from moectl.shards.build import cut
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer import open_tokenizer
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.cutting import cut
 from tests.support.tiny import write_checkpoint
 
 
@@ -30,16 +27,15 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     source = tmp_path_factory.mktemp("engine") / "model"
     write_checkpoint(source, vocab_size=VOCAB_SIZE, n_experts=4, top_k=2)
     write_tokenizer(source)
-    checkpoint = open_checkpoint(str(source))
     out = source.parent / "shards"
-    cut(checkpoint, make_placement(checkpoint.geometry, "hidden", 1), None, out, name="one", quantise=quantizer)
+    cut(source, out, split="hidden", nodes=1)
     return load_rank(out, read_manifest(out), 0), open_tokenizer(out)
 
 
 def serve(parts: tuple[Any, Any], *orders: Generate | Cancel, prefill_step: int = 32) -> list[Any]:
     """Give all orders at once; return every event."""
     model, tokenizer = parts
-    engine = Engine(model, tokenizer, max_seq_len=512, prefill_step=prefill_step)
+    engine = Engine(model, tokenizer, vocab_size=VOCAB_SIZE, max_seq_len=512, prefill_step=prefill_step)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for order in orders:
         inbox.put(order)
@@ -131,7 +127,7 @@ def test_what_the_engine_relies_on_in_mlx_lm(parts: tuple[Any, Any]) -> None:
     """The sampler is called once per step for the running rows, in admission order, then once for a row that joins."""
     sizes: list[int] = []
     model, tokenizer = parts
-    engine = Engine(model, tokenizer, max_seq_len=512)
+    engine = Engine(model, tokenizer, vocab_size=VOCAB_SIZE, max_seq_len=512)
     agree = engine._agree_on_tokens
 
     def spy(logprobs: mx.array) -> mx.array:

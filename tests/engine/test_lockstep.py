@@ -20,13 +20,8 @@ import numpy as np
 import pytest
 
 from moectl.demo import demo_dir
-from moectl.engine.network.canary_run import compute_canary
-from moectl.model.placement import make_placement
-from moectl.model.structure import Quantization
-from moectl.shards.build import cut
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.quantize import quantizer
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.cutting import cut
 from tests.support.ring import process_env
 from tests.support.tiny import write_checkpoint
 
@@ -72,14 +67,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"demo": demo_dir(), "random": random, "deep": deep}
 
 
-def cut_case(source: Path, out: Path, split: str, shares: tuple[int, ...], bits: int, *, canary: bool = False) -> Path:
-    checkpoint = open_checkpoint(str(source))
-    quantization = None if bits == 16 else Quantization(bits, 64)
+def cut_case(source: Path, out: Path, split: str, shares: tuple[int, ...], bits: int) -> Path:
     split, replicas = ("experts", 2) if split == "copies" else (split, 1)
-    geometry = checkpoint.geometry
-    placement = make_placement(geometry, split, len(shares), shares=shares, group_size=64, replicas=replicas)
-    compute = compute_canary if canary else None
-    cut(checkpoint, placement, quantization, out, name=out.name, quantise=quantizer, compute_canary=compute)
+    precision: dict[str, Any] = {} if bits == 16 else {"bits": bits, "group_size": 64}
+    cut(source, out, split=split, shares=shares, replicas=replicas, **precision)
     return out
 
 
@@ -133,7 +124,6 @@ def make_cases(cases: list[Case], models: dict[str, Path], directory: Path) -> l
                     split,
                     shares,
                     bits,
-                    canary=bits == 4 and len(shares) > 1,
                 )
             ),
             "prompts": PROMPTS[model],
@@ -182,10 +172,6 @@ def test_tokens_and_logits_equal_one_process(
         leader = results[world_size - 1 if split == "layers" else 0][number]
         assert leader["tokens"] == one["tokens"], case
         np.testing.assert_allclose(leader["logits"], one["logits"], atol=1e-4, rtol=0, err_msg=case)
-        for canary in (rank[number]["canary"] for rank in results if rank[number]["canary"]):
-            assert canary["wrong_at"] is None, case
-            assert canary["worst"] < 1e-4, case
-    assert any(rank["canary"] for rank in results[0])
 
 
 @pytest.mark.parametrize("split", ["hidden", "experts"])

@@ -83,5 +83,5 @@ def test_a_vector_with_one_number_per_head_is_divided() -> None:
 
 def test_a_bias_after_the_sum_is_one_ranks() -> None:
     division, bias = Division(-1, Pieces(Role.HIDDEN, 8)), mx.ones((3,))
-    assert take("bias", bias, Holding(division, (0, 4), adds=True)).tolist() == [1, 1, 1]
-    assert take("bias", bias, Holding(division, (4, 8), adds=False)).tolist() == [0, 0, 0]
+    assert take("bias", bias, Holding(division, ((0, 4),), adds=True)).tolist() == [1, 1, 1]
+    assert take("bias", bias, Holding(division, ((4, 8),), adds=False)).tolist() == [0, 0, 0]

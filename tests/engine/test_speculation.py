@@ -23,18 +23,19 @@ from moectl.engine.protocol import Done, Generate, Load, Order, RunOptions, Star
 from moectl.engine.request import Request
 from moectl.engine.sampling import Sampler
 from moectl.engine.speculation import is_foreseeable
+from moectl.errors import UsageError
 from moectl.model.manifest import read_manifest
-from moectl.model.placement import make_placement
-from moectl.shards.build import cut
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.quantize import quantizer
+from moectl.session.session import Session
 from moectl.shards.tokenizer import open_tokenizer
 from tests.engine.test_batch_ranks import keep_beating, run_load
 from tests.engine.test_batching import PROMPTS, load_demo
 from tests.engine.test_lockstep import cut_case, run_ranks
+from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.batch_rank import make_requests
+from tests.support.cutting import cut
 from tests.support.driven import Driven
+from tests.support.layouts import write_layout
 from tests.support.ring import process_env
 from tests.support.tiny import write_checkpoint
 
@@ -391,9 +392,8 @@ def test_ranks_propose_alike(parts: Parts, quoting: tuple[int, ...], tmp_path: P
 def test_ranks_stay_together_while_requests_come_and_go(
     parts: Parts, quoting: tuple[int, ...], split: str, tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(str(demo_dir()))
     shards = tmp_path / "shards"
-    cut(checkpoint, make_placement(checkpoint.geometry, split, 2), None, shards, name="two", quantise=quantizer)
+    cut(demo_dir(), shards, split=split, nodes=2)
     prompts = [parts[1].decode(quoting), PROMPTS[3]]
     load = {"requests": 60, "cancels": 25, "seed": 5, "prompts": prompts, "speculate": 4, "lone": 0.7}
     zero, one = run_load(load, shards, tmp_path)
@@ -413,9 +413,8 @@ def test_ranks_stay_together_while_requests_come_and_go(
 
 
 def test_a_worker_speculates_as_it_is_told(quoting: tuple[int, ...], plain: Driven, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(demo_dir()))
     shards = tmp_path / "shards"
-    cut(checkpoint, make_placement(checkpoint.geometry, "hidden", 1), None, shards, name="one", quantise=quantizer)
+    cut(demo_dir(), shards, split="hidden", nodes=1)
     request = Request(1, "", SAID, prompt_tokens=quoting, ignore_eos=True)
     orders: list[Order] = [Start(0, 1, str(shards), [], 10, run=RunOptions(speculate=4)), Load(), Generate(request)]
     command = [sys.executable, "-m", "moectl", "worker"]
@@ -430,3 +429,19 @@ def test_a_worker_speculates_as_it_is_told(quoting: tuple[int, ...], plain: Driv
         beats.set()
         worker.kill()
     assert stats.accepted_tokens > SAID / 3
+
+
+def test_a_model_whose_caches_keep_more_than_tokens_is_refused_by_name(tmp_path: Path) -> None:
+    write_layout(tmp_path / "source", "qwen3-next")
+    write_tokenizer(tmp_path / "source")
+    cut(tmp_path / "source", tmp_path / "shards", split="hidden", nodes=1)
+    ranks = specs(tmp_path / "shards", count=1)
+    with (
+        pytest.raises(UsageError, match="what a qwen3_next model keeps of earlier tokens cannot be taken") as caught,
+        Session(ranks, RunOptions(speculate=4)),
+    ):
+        pass
+    assert caught.value.hint == "leave --speculate out"
+    with Session(ranks) as session:
+        told = list(session.generate(Request(1, "", 4, prompt_tokens=(5, 6, 7), ignore_eos=True)))
+    assert isinstance(told[-1], Done)

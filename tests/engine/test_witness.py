@@ -14,22 +14,20 @@ import tokenizers
 
 from moectl.engine.agreement import check_seen
 from moectl.engine.engine import Engine
-from moectl.engine.network.dbrx import Model
 from moectl.engine.network.fingerprint import take_fingerprint
 from moectl.engine.network.witness import Witness, find_dissent
 from moectl.engine.protocol import Done, Fatal, Generate, Order, Prefilled, RunOptions, Token
 from moectl.engine.request import Request
 from moectl.engine.worker import describe_failure
 from moectl.errors import RanksDisagree, UsageError, to_json
-from moectl.model.geometry import read_geometry
-from moectl.model.placement import make_placement
 from moectl.session.session import Session
 from moectl.shards.tokenizer import Tokenizer
 from tests.engine.test_lockstep import cut_case
 from tests.model.test_canary import damage
 from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
-from tests.support.tiny import make_config, write_checkpoint
+from tests.support.families import make_whole
+from tests.support.tiny import write_checkpoint
 
 NO_TOKENS = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()), eos_token_ids={1})
 
@@ -62,7 +60,7 @@ def test_the_engine_tells_who_it_is() -> None:
 
 
 def test_what_is_seen_depends_on_choice_and_state_alone() -> None:
-    model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
+    model = make_whole("mixtral")
     witness = Witness(model)
     tokens = mx.array([[1, 2, 3]])
     mx.eval(model(tokens))
@@ -74,11 +72,11 @@ def test_what_is_seen_depends_on_choice_and_state_alone() -> None:
         seen.append(witness.take().tolist())
     mx.eval(model(mx.array([[1, 2, 4]])))
     assert seen[0] == seen[1] != witness.take().tolist()
-    hashes, x = mx.array([5, 6, 7, 8], dtype=mx.uint32), mx.ones((2, 8))
-    for order in ([[0, 1], [2, 3]], [[1, 0], [3, 2]]):
-        witness.see(hashes, x, mx.array(order), is_last=True)
+    for order in ([[0, 1], [2, 3]], [[1, 0], [3, 2]], [[2, 3], [0, 1]]):
+        witness.see_choice(0, mx.array(order))
+        witness.see_state(mx.ones((2, 8)))
         seen.append(witness.take().tolist())
-    assert seen[2] == seen[3]
+    assert seen[2] == seen[3] != seen[4]
 
 
 def test_chunks_may_be_longer_than_the_signs() -> None:
@@ -109,8 +107,8 @@ def test_comparing_and_agreeing_change_no_answer(shards: Path) -> None:
 
 def test_what_is_seen_of_a_prompt_waits_for_no_later_step() -> None:
     """A chunk's last layer is of no use to the caches; its exchanges would come in no certain order beside others."""
-    model = Model(make_placement(read_geometry(make_config()), "hidden", 1))
-    engine = Engine(model, NO_TOKENS, max_seq_len=64, prefill_step=8)
+    model = make_whole("mixtral")
+    engine = Engine(model, NO_TOKENS, vocab_size=64, max_seq_len=64, prefill_step=8)
     witness = Witness(model)
     engine._agreement._witness, engine._agreement._check_every = witness, 1  # one rank alone has none
     inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()

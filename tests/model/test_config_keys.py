@@ -208,7 +208,6 @@ def test_what_changes_nothing_is_no_obstacle(path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("repetition_penalty", 1.05),
         ("encoder_repetition_penalty", 1.2),
         ("no_repeat_ngram_size", 3),
         ("bad_words_ids", [[5]]),
@@ -288,12 +287,12 @@ def test_a_set_that_was_cut_from_such_a_config_names_the_key_too(tmp_path: Path,
 
 def test_settings_that_are_left_to_requests_are_told_first(tmp_path: Path, moectl: Any) -> None:
     directory = write_words(write_checkpoint(tmp_path / "m"))
-    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "max_new_tokens": None, "mood": "dry"}
+    sampling = {"do_sample": True, "temperature": 0.6, "typical_p": 0.9, "max_new_tokens": 512, "mood": "dry"}
     (directory / "generation_config.json").write_text(json.dumps({**published.GENERATION, **sampling}))
     code, err = moectl("shard", str(directory), "--nodes", "1", "--dry-run", "-o", str(tmp_path / "s"))
     assert code == 0, err
-    told = "generation_config.json: not used, each request sets its own: do_sample true, temperature 0.6 (--temp), "
-    assert f"Warning: {told}top_p 0.9 (--top-p)\n" in err
+    told = "generation_config.json: not used, each request sets its own: typical_p 0.9, max_new_tokens 512"
+    assert f"Warning: {told} (--max-tokens)\n" in err
     assert 'Warning: generation_config.json: not used, moectl does not know: mood "dry"\n' in err
 
 

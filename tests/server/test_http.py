@@ -26,7 +26,7 @@ from moectl.engine.request import TOO_LONG
 from moectl.server import replies
 from moectl.server.http import MAX_BODY_BYTES, Grace, make_app, serve
 from moectl.server.sockets import listen_tcp, listen_unix
-from tests.support.fake_cluster import ENDS_AFTER, MODEL, FakeCluster
+from tests.support.fake_cluster import ENDS_AFTER, MODEL, THOUGHTS, FakeCluster
 
 KEY = "sesame"
 
@@ -125,6 +125,31 @@ def test_a_streamed_chat(site: Site) -> None:
         assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
         assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], ENDS_AFTER)
         assert len({c.id for c in chunks}) == 1
+
+
+def test_thinking_has_a_field_of_its_own(site: Site) -> None:
+    thinking, answer = expected(THOUGHTS), expected(5).removeprefix(expected(THOUGHTS))
+    with site.client() as client:
+        done = ask(client, "ponder", max_tokens=5)
+        message = done.choices[0].message
+        assert (message.reasoning_content, message.content) == (thinking, answer)
+        assert done.usage.completion_tokens_details.reasoning_tokens == THOUGHTS
+        deltas = [chunk.choices[0].delta for chunk in ask(client, "ponder", max_tokens=5, stream=True)]
+        assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == thinking
+        assert "".join(delta.content or "" for delta in deltas) == answer
+        assert not any(delta.content for delta in deltas if hasattr(delta, "reasoning_content"))
+        cut = ask(client, "ponder", max_tokens=2).choices[0]
+        assert (cut.message.content, cut.message.reasoning_content) == ("", expected(2))
+        assert cut.finish_reason == "length"
+
+
+def test_how_to_think_reaches_the_request(site: Site) -> None:
+    options = {"enable_thinking": False}
+    with site.client() as client:
+        ask(client, reasoning_effort="high", extra_body={"chat_template_kwargs": options, "think": False})
+    request = site.cluster.requests[-1]
+    assert request.think is False
+    assert request.template_options == {"reasoning_effort": "high", **options}
 
 
 def test_over_the_unix_socket_no_key_is_wanted(site: Site) -> None:

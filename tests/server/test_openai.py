@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,6 +63,38 @@ def test_every_field_reaches_the_request() -> None:
         assert request.max_tokens == 5
 
 
+def test_a_models_defaults_hold_where_nothing_is_said() -> None:
+    model = replace(MODEL, sampling={"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05})
+    for read, body in ((openai.read_chat, SAY_HELLO), (openai.read_completion, {"prompt": "hello"})):
+        [request] = read(body, "tiny", model).requests
+        assert {name: getattr(request, name) for name in model.sampling} == model.sampling
+        given = {"temperature": 0, "top_k": -1, "top_p": 1, "repeat_penalty": 1, "min_p": 0.1}
+        [request] = read({**body, **given}, "tiny", model).requests
+        assert (request.temperature, request.top_k, request.top_p, request.repetition_penalty) == (0, 0, 1, 1)
+        assert request.min_p == 0.1
+        [request] = read({**body, "temperature": None, "top_p": 0.5}, "tiny", model).requests
+        assert (request.temperature, request.top_p) == (0.6, 0.5)
+
+
+def test_options_of_the_chat_template() -> None:
+    assert read_chat().requests[0].template_options == {}
+    asked = read_chat(think=True, reasoning_effort="high", chat_template_kwargs={"enable_thinking": False, "date": []})
+    [request] = asked.requests
+    assert request.think
+    assert request.template_options == {"reasoning_effort": "high", "enable_thinking": False, "date": []}
+    assert decode(encode(GenerateOrder(request))) == GenerateOrder(request)
+    own = {"reasoning_effort": "low"}
+    assert read_chat(reasoning_effort="high", chat_template_kwargs=own).requests[0].template_options == own
+    assert read_completion(think=True, reasoning_effort="low", chat_template_kwargs=own) == read_completion()
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_what_an_assistant_thought_is_kept_for_the_template(name: str) -> None:
+    talk = [{"role": "assistant", "content": "4", name: "I add."}, {"role": "user", "content": "Sure?", name: "x"}]
+    kept = {"role": "assistant", "content": "4", "reasoning_content": "I add."}
+    assert read_chat(messages=talk).requests[0].messages == (kept, {"role": "user", "content": "Sure?"})
+
+
 def test_small_print_of_fields() -> None:
     assert read_chat(max_completion_tokens=3, max_tokens=9).requests[0].max_tokens == 3
     assert read_chat(max_tokens=10**30).requests[0].max_tokens == MODEL.max_seq_len
@@ -111,7 +144,6 @@ NOTHING_SAID: dict[str, Any] = {
     "store": True,
     "metadata": {"a": "b"},
     "service_tier": "auto",
-    "reasoning_effort": "low",
     "verbosity": "medium",
     "parallel_tool_calls": True,
     "prompt_cache_key": "x",
@@ -239,6 +271,17 @@ CHAT_REFUSALS: list[tuple[str, Any, str]] = [
     ("top_logprobs", 5, "needs logprobs"),
     ("tool_choice", "required", "needs tools"),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}, "needs tools"),
+    ("think", "yes", "should be a boolean"),
+    ("reasoning_effort", "huge", "one of none, minimal, low"),
+    ("reasoning_effort", 3, "one of none, minimal, low"),
+    ("reasoning_effort", ["low"], "one of none, minimal, low"),
+    ("chat_template_kwargs", "x", "should be an object"),
+    ("chat_template_kwargs", {"add_generation_prompt": False}, "none of a chat template's options"),
+    ("chat_template_kwargs", {"a b": 1}, "none of a chat template's options"),
+    ("chat_template_kwargs", {"a": "\ud800"}, "not UTF-8"),
+    ("chat_template_kwargs", {"a": "x" * 2**16}, "at most 65536 bytes"),
+    ("chat_template_kwargs", {"a": json.loads("[" * 20 + "]" * 20)}, "at most 16 objects"),
+    ("messages", [{"role": "assistant", "content": "x", "reasoning_content": 5}], "should be a string"),
 ]
 SHARED_REFUSALS: list[tuple[str, Any, str]] = [
     ("model", "gpt-5", "'tiny' is"),

@@ -231,7 +231,7 @@ def test_a_profile_waits_its_turn_and_leaves_nothing_behind(alone: Path) -> None
     assert 0 < told.compute_s <= told.step_s
     assert [e.tokens for e in events if isinstance(e, Prefilled) and e.id == 2] == [16, 32, 48, 64, 80, 92]
     assert all(type(layer.ffn.experts) is Experts for layer in model.layers)
-    assert exchange._observer is None
+    assert exchange._observer.get() is None
 
 
 def test_orders_that_reach_ranks_at_different_times(source: Path) -> None:

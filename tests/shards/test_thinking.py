@@ -5,9 +5,7 @@ mlx-lm's own machine over the whole text is the other opinion, where no letters 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,39 +15,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from moectl.errors import BadField
 from moectl.shards.chat_template import _Bare
-from moectl.shards.tokenizer import Tokenizer, open_tokenizer
-from tests.support import vocabularies
-
-THINK = ("<think>", "</think>")
-CHANNELS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
-XTML = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>"
-    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-)
-QWEN = CHATML + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"  # as Qwen3
-ALWAYS = CHATML + "<think>\n{% endif %}"  # as DeepSeek-R1
-NAMED = CHATML + "{{ '<think>' if thinking else '</think>' }}{% endif %}"  # as DeepSeek-V3.1
-HARMONY = (  # as gpt-oss
-    "<|start|>system<|message|>Reasoning: {{ reasoning_effort or 'medium' }}<|end|>{% for m in messages %}<|start|>"
-    "{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}"
-    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant{# <|channel|>analysis<|message|> #}{% endif %}"
-)
-PLAIN = CHATML.split("{% if m.role", 1)[0] + "{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+from moectl.shards.tokenizer import Tokenizer
+from tests.support.thinkers import ALWAYS, CHANNELS, HARMONY, NAMED, PLAIN, QWEN, THINK, XTML, make_thinker
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
     def make(template: str, added: Sequence[str] = THINK, **config: Any) -> Tokenizer:
-        directory: Path = tmp_path_factory.mktemp("tokenizer")
-        (directory / "tokenizer.json").write_text(vocabularies.make_cl100k(*added).to_str())
-        told = {"eos_token": "<|endoftext|>", "chat_template": template, **config}
-        (directory / "tokenizer_config.json").write_text(json.dumps(told))
-        return open_tokenizer(directory)
+        return make_thinker(tmp_path_factory.mktemp("tokenizer"), template, added, **config)
 
     return make
 
@@ -86,6 +59,18 @@ CASES = [
     (QWEN, (), "<think>as text</think>4 < 5 </thin", ("as text", "4 < 5 </thin")),
     (PLAIN, (), "<think>x</think>y", ("", "<think>x</think>y")),
     (PLAIN, ("[THINK]", "[/THINK]"), "[THINK]x[/THINK]y", ("x", "y")),
+    (
+        PLAIN,
+        ("<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+        "<|START_THINKING|>x<|END_THINKING|><|START_RESPONSE|>y<|END_RESPONSE|>",
+        ("x", "y"),
+    ),
+    (
+        PLAIN + "{# <seed:think></seed:think> #}",
+        (*THINK, "<seed:think>", "</seed:think>"),
+        "<seed:think>x</seed:think>y<think>",
+        ("x", "y<think>"),
+    ),
     (PLAIN, ("<longcat_think>", "</longcat_think>"), "<longcat_think>x</longcat_think>\ny", ("x", "y")),
     (PLAIN, ("<|channel>", "<channel|>"), "<|channel>thought\nx<channel|>y", ("x", "y")),
     (PLAIN, ("<|channel>", "<channel|>"), "<|channel>other\nx<channel|>y", ("", "<|channel>other\nx<channel|>y")),
@@ -261,10 +246,12 @@ def test_effort_reaches_a_template_that_knows_it(make: Callable[..., Tokenizer])
 def test_a_switch_that_a_model_does_not_have(
     make: Callable[..., Tokenizer], template: str, added: Sequence[str], think: bool, reason: str, hint: str
 ) -> None:
+    tokenizer = make(template, added)
     with pytest.raises(BadField, match=reason) as caught:
-        ask(make(template, added), think=think)
+        ask(tokenizer, think=think)
     assert caught.value.param == "think"
     assert hint in (caught.value.hint or "")
+    assert ask(tokenizer, options={"reasoning_effort": "low"})  # what the hint says
 
 
 def test_a_program_of_mlx_lm_takes_the_same_options(make: Callable[..., Tokenizer]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from moectl.engine.engine import Engine
+from moectl.engine.network.exchange import seam
 from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import Cancel, Done, Generate, Token
 from moectl.engine.request import Request
@@ -116,6 +117,7 @@ def main() -> None:
             rank=rank,
             head_rank=leader,
             group=group,
+            vocab_size=manifest.structure.vocab_size,
             max_seq_len=512,
             prefill_step=16,
             kv_tokens=1200,
@@ -123,10 +125,11 @@ def main() -> None:
             speculate=job.get("speculate", 0),
         )
 
-    load(make_engine(), job | {"requests": 20, "cancels": 8}, rank)
-    engine = make_engine()
-    before = held_bytes(engine)
-    tokens, reasons, accepted = load(engine, job, rank)
+    with seam():
+        load(make_engine(), job | {"requests": 20, "cancels": 8}, rank)
+        engine = make_engine()
+        before = held_bytes(engine)
+        tokens, reasons, accepted = load(engine, job, rank)
     kept = engine._cache.prompts
     out = {
         "tokens": tokens,

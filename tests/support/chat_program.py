@@ -24,6 +24,7 @@ from moectl.cli.chat.transcript import Message
 from moectl.engine.protocol import Done
 from moectl.engine.request import Stats
 from moectl.errors import MoectlError, PeerLost, UsageError
+from moectl.server.contracts import Thinking
 
 HOSTILE = "a\x1b]0;owned\x07b\x1b[2Jc\x9b2Jd\re\x08\x7ff\tg\nh"
 
@@ -34,16 +35,19 @@ class Ruled:
     def __init__(self, log: Path) -> None:
         self._log = log
 
-    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Done, None, None]:
+    def chat(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Thinking | Done, None, None]:
         """Return an answer and hold on to it, so that it ends when it is closed and not when it is forgotten."""
         self._held = self._stream(messages, settings)
         return self._held
 
-    def _stream(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Done, None, None]:
+    def _stream(
+        self, messages: Sequence[Message], settings: ChatSettings
+    ) -> Generator[str | Thinking | Done, None, None]:
         word, *rest = messages[-1].content.split()
         ended = False
         try:
             self._note(asked=[[m.role, m.content] for m in messages], settings=asdict(settings))
+            self._note(thoughts=[m.thinking for m in messages])
             pieces = 0
             for piece in self._answer(word, rest):
                 pieces += 1
@@ -57,8 +61,12 @@ class Ruled:
                 self._stop(word, rest)
                 self._note(stopped=messages[-1].content)
 
-    def _answer(self, word: str, rest: list[str]) -> Iterator[str]:
+    def _answer(self, word: str, rest: list[str]) -> Iterator[str | Thinking]:
         match word:
+            case "ponder":
+                return iter((Thinking("I "), Thinking("add."), "4"))
+            case "wonder":
+                return itertools.chain((Thinking("Why"),), self._hang())
             case "forever" | "reluctant":
                 return itertools.chain(("The ", "router ", "is"), self._hang())
             case "think":  # no word yet

@@ -22,10 +22,14 @@ def _text(event: Token | Done) -> str:
 class Driven:
     """An engine that leads, its inbox, and everything it has told."""
 
-    def __init__(self, parts: tuple[Any, Any], *, max_seq_len: int = 512, **options: Any) -> None:
+    def __init__(
+        self, parts: tuple[Any, Any], *, max_seq_len: int = 512, vocab_size: int | None = None, **options: Any
+    ) -> None:
         model, tokenizer = parts
         self.tokenizer = tokenizer
-        self.engine = Engine(model, tokenizer, max_seq_len=max_seq_len, **options)
+        if vocab_size is None:
+            vocab_size = model.args.vocab_size
+        self.engine = Engine(model, tokenizer, vocab_size=vocab_size, max_seq_len=max_seq_len, **options)
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.events: list[Event] = []
         self.steps = 0

@@ -12,11 +12,15 @@ from moectl.errors import PeerLost, QueueFull, StateError
 from moectl.server.contracts import Health
 
 ENDS_AFTER = 20  # tokens, unless ignore_eos
+THOUGHTS = 3
 MODEL = Ready("hidden", 4, vocab_size=1000, max_seq_len=256, top_k=4)
 
 
 class FakeAnswer:
-    """Says "SEED:0 ", "SEED:1 ", … ; obeys the prompt's words refuse, lose, bug, unfinished, slow, endless, hushed."""
+    """Says "SEED:0 ", "SEED:1 ", … ; obeys the prompt's words refuse, lose, bug, unfinished, slow, endless, hushed.
+
+    With the word ponder, the first THOUGHTS tokens are thinking.
+    """
 
     def __init__(self, cluster: FakeCluster, request: Request, text: str) -> None:
         self._cluster = cluster
@@ -69,14 +73,21 @@ class FakeAnswer:
         text = f"{self._request.seed or 0}:{number} "
         if "hushed" in self._text:
             text = ""
+        if self._thinks(number):
+            return Token(self._request.id, number, "", thinking=text)
         if self._request.logprobs is None:
             return Token(self._request.id, number, text)
         top = [(number + i, f"{self._request.seed or 0}:{number + i} ", -0.5 - i) for i in range(3)]
         top[2] = (999, "\ufffd", float("-inf"))
         return Token(self._request.id, number, text, -0.5, top[: max(1, self._request.logprobs)], self._length)
 
+    def _thinks(self, number: int) -> bool:
+        return "ponder" in self._text and number < THOUGHTS
+
     def _done(self, reason: str, said: int) -> Done:
-        return Done(self._request.id, reason, Stats(7, said, 0.1, 0.2, 0.1, 1000, cached_tokens=3, drafted_tokens=2))
+        thoughts = sum(map(self._thinks, range(said)))
+        stats = Stats(7, said, 0.1, 0.2, 0.1, 1000, cached_tokens=3, drafted_tokens=2, thinking_tokens=thoughts)
+        return Done(self._request.id, reason, stats)
 
 
 class FakeCluster:

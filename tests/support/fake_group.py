@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import cache
 from typing import Any, TypeVar
 
@@ -100,7 +101,7 @@ def run_ranks(size: int, run: Callable[[int, Any], T]) -> list[T]:
                 errors.append(error)
 
     with _patched():
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+        threads = [threading.Thread(target=copy_context().run, args=(work, rank)) for rank in range(size)]
         for thread in threads:
             thread.start()
         for thread in threads:

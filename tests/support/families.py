@@ -27,7 +27,7 @@ from tests.support.fake_group import run_ranks
 
 PROMPT = [3, 11, 5, 7, 2, 9, 4, 8, 6, 1]
 STEPS = 3
-Prepare = Callable[[Any], None]
+Change = Callable[[Any, int, Any], None]  # (model, rank, group)
 
 
 @cache
@@ -97,31 +97,26 @@ def look_at(family: str, *, quantised: int | None = None) -> tuple[Skeleton, Fin
 
 
 def run_split(
-    family: str, found: tuple[Skeleton, Findings], split: str, shares: Sequence[float], *, quantised: int | None = None
+    family: str,
+    found: tuple[Skeleton, Findings],
+    split: str,
+    shares: Sequence[float],
+    *,
+    quantised: int | None = None,
+    change: Change = lambda model, rank, group: None,
 ) -> tuple[list[mx.array], list[int], int]:
-    """Run a model on ranks; return logits, bytes of weights per rank, and sums of one rank."""
-    skeleton, seen = found
+    """Run a model on ranks; return logits, bytes of weights per rank, and sums of one rank.
+
+    `change` may do something to a rank's model before it runs.
+    """
+    skeleton, _ = found
     vocabulary = skeleton.model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]
 
+    leader = len(shares) - 1 if split == "layers" else 0
+
     def run(rank: int, group: Any) -> tuple[list[mx.array], int, int]:
-        model = make_whole(family, quantised=quantised)
-        leader = 0
-        if split == "layers":
-            assert seen.flow is not None
-            spans, leader = own_layers(len(model.layers), shares), len(shares) - 1
-            names = names_of_rank(skeleton, seen.flow, spans[rank], first=rank == 0, last=rank == leader)
-            keep(model, names)
-            make_stage(model, seen.flow, spans, rank, group)
-        else:
-            names = set(skeleton.parameters)
-            holdings = hold(divisions_of(model, seen.parts, split), shares, rank)
-            cut(model, holdings)
-            divide(model, seen.parts, holdings, group)
-            if rank != leader and seen.flow is not None:
-                names = names_of_rank(skeleton, seen.flow, (0, len(model.layers)), first=True, last=False)
-                keep(model, names)
-                remove_head(model, seen.flow)
-        install(model)
+        model, names = make_rank(family, found, split, shares, rank, group, quantised=quantised)
+        change(model, rank, group)
         held = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if name in names)
 
         def head(logits: mx.array) -> mx.array:
@@ -135,6 +130,38 @@ def run_split(
     return results[0][0], [held for _, held, _ in results], results[0][2]
 
 
+def make_rank(
+    family: str,
+    found: tuple[Skeleton, Findings],
+    split: str,
+    shares: Sequence[float],
+    rank: int,
+    group: Any,
+    *,
+    quantised: int | None = None,
+) -> tuple[Any, set[str]]:
+    """Return one rank's model, and the names of the parameters that it needs."""
+    skeleton, seen = found
+    model = make_whole(family, quantised=quantised)
+    if split == "layers":
+        assert seen.flow is not None
+        spans, leader = own_layers(len(model.layers), shares), len(shares) - 1
+        names = names_of_rank(skeleton, seen.flow, spans[rank], first=rank == 0, last=rank == leader)
+        keep(model, names)
+        make_stage(model, seen.flow, spans, rank, group)
+    else:
+        names = set(skeleton.parameters)
+        holdings = hold(divisions_of(model, seen.parts, split), shares, rank)
+        cut(model, holdings)
+        divide(model, seen.parts, holdings, group, rank=rank)
+        if rank != 0 and seen.flow is not None:
+            names = names_of_rank(skeleton, seen.flow, (0, len(model.layers)), first=True, last=False)
+            keep(model, names)
+            remove_head(model, seen.flow)
+    install(model)
+    return model, names
+
+
 def is_equal(some: list[mx.array], others: list[mx.array], tolerance: float = 1e-4) -> tuple[bool, float]:
     """Whether logits are within a part of their size, with the same greedy tokens; and how far they are off."""
     off = max(_number(mx.abs(a - b).max() / mx.abs(b).max()) for a, b in zip(some, others, strict=True))
@@ -144,3 +171,12 @@ def is_equal(some: list[mx.array], others: list[mx.array], tolerance: float = 1e
 
 def _number(array: mx.array) -> float:
     return float(np.array(array))
+
+
+def write_family(family: str, directory: Path) -> Path:
+    """Write a family's model as a checkpoint, in the form in which mlx-lm saves one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = dict(tree_flatten(make_whole(family).parameters()))
+    mx.save_safetensors(str(directory / "model.safetensors"), arrays, metadata={"format": "mlx"})
+    (directory / "config.json").write_text(json.dumps(config_of(family)), encoding="utf-8")
+    return directory

@@ -110,9 +110,9 @@ Store = Callable[[str, mx.array], Tensors]
 
 def _ends(config: Config, norm: float = 1.0) -> Tensors:
     size = config["hidden_size"]
-    yield from plain("model.embed_tokens.weight", noise(_VOCABULARY, size, scale=1.0))
+    yield from plain("model.embed_tokens.weight", noise(config["vocab_size"], size, scale=1.0))
     yield from plain("model.norm.weight", noise(size, scale=0.1, around=norm))
-    yield from plain("lm_head.weight", noise(_VOCABULARY, size))
+    yield from plain("lm_head.weight", noise(config["vocab_size"], size))
 
 
 def _norms(layer: str, size: int, around: float = 1.0) -> Tensors:

@@ -18,11 +18,13 @@ import mlx.core as mx
 import numpy as np
 
 from moectl.engine.engine import Engine
-from moectl.engine.network.canary_run import check
+from moectl.engine.network.exchange import seam
 from moectl.engine.network.load import load_rank
+from moectl.engine.network.stages import _End
 from moectl.engine.protocol import Done, Generate, Token
 from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
+from moectl.shards.hooks import Hook, hooked
 from moectl.shards.tokenizer import open_tokenizer
 from tests.support.words import ask_chat
 
@@ -41,7 +43,8 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
         rank=rank,
         head_rank=leader,
         group=group,
-        max_seq_len=manifest.geometry.max_seq_len,
+        vocab_size=manifest.structure.vocab_size,
+        max_seq_len=manifest.structure.context,
         prefill_step=32,
         speculate=case.get("speculate", 0),
     )
@@ -58,19 +61,33 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
         if isinstance(event, Done):
             accepted += event.stats.accepted_tokens
     tokens = list(answers.values())
-    checked = check(model, manifest.canary, rank=rank) if manifest.canary else None
-    probe = mx.array([[t % manifest.geometry.vocab_size for t in range(3, 40)]])
-    hidden = model.transformer(probe, None)
-    logits = model(probe)
+    probe = mx.array([[t % manifest.structure.vocab_size for t in range(3, 40)]])
+    hidden, logits = run_probe(model, probe)
     mx.eval(hidden, logits)
     mx.synchronize()
     return {
         "tokens": tokens,
         "accepted": accepted,
-        "canary": {"worst": checked.verdict.worst, "wrong_at": checked.verdict.wrong_at} if checked else None,
         "hidden": np.array(hidden.astype(mx.float32)).tobytes().hex() if case.get("keep_hidden") else None,
         "logits": np.array(logits.astype(mx.float32)).tolist() if rank == leader else None,
     }
+
+
+def run_probe(model: Any, probe: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the state after the last layer (nothing on a rank that does not compute it), and the logits."""
+    seen = [mx.array([])]
+
+    def note(call: Hook, *args: Any, **kwargs: Any) -> mx.array:
+        try:
+            seen.append(call(*args, **kwargs))
+        except _End as end:
+            seen.append(end.state)
+            raise
+        return seen[-1]
+
+    with hooked([(model.layers[-1], note)]):
+        logits = model(probe)
+    return seen[-1], logits
 
 
 def main() -> None:
@@ -79,7 +96,8 @@ def main() -> None:
     os.environ["MLX_RANK"] = str(rank)
     os.environ["MLX_HOSTFILE"] = job["hostfile"]
     group = mx.distributed.init(strict=True, backend="ring") if job["world_size"] > 1 else None
-    results = [run_case(case, rank, group) for case in job["cases"]]
+    with seam():
+        results = [run_case(case, rank, group) for case in job["cases"]]
     Path(job["out"], f"rank-{rank}.json").write_text(json.dumps(results))
     os._exit(0)  # as the worker does: no destructor of the ring may keep the test waiting
 

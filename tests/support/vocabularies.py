@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from tokenizers import (
@@ -38,8 +40,11 @@ TEXTS = (
 SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
 
-def make_cl100k(*more: str) -> Tokenizer:
-    """Return byte-level BPE with cl100k's split, numbers without a token, and special tokens and `more` above them."""
+def make_cl100k(*more: str, numbered: Mapping[str, int] | None = None) -> Tokenizer:
+    """Return byte-level BPE with cl100k's split, numbers without a token, and special tokens and `more` above them.
+
+    With `numbered` its special tokens are these, with these numbers below or far above all others.
+    """
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(CL100K), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -50,8 +55,12 @@ def make_cl100k(*more: str) -> Tokenizer:
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
     told = json.loads(tokenizer.to_str())
     vocabulary = told["model"]["vocab"]
-    vocabulary |= {content: len(vocabulary) + 20 + i for i, content in enumerate((*SPECIAL, *more))}
-    told["added_tokens"] = [_added(content, vocabulary[content]) for content in (*SPECIAL, *more)]
+    if numbered is None:
+        numbered = {content: len(vocabulary) + 20 + i for i, content in enumerate((*SPECIAL, *more))}
+    else:
+        vocabulary = {text: number + 1000 for text, number in vocabulary.items()}
+    told["model"]["vocab"] = vocabulary | numbered
+    told["added_tokens"] = [_added(content, number) for content, number in sorted(numbered.items(), key=itemgetter(1))]
     return Tokenizer.from_str(json.dumps(told))
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, TextIO
 
 from moectl.cli.chat.settings import ALIASES, ChatSettings, change_setting, settings_table, split_words, value_text
 from moectl.cli.chat.transcript import Message, Transcript, load_transcript, save_transcript
-from moectl.cli.terminal import stats_text, write_answer
+from moectl.cli.terminal import AnswerWriter, stats_text, write_answer
 from moectl.engine.protocol import Done
 from moectl.errors import MoectlError, RemoteError, UsageError
+from moectl.server.contracts import Thinking
 from moectl.text import colour_wanted, printable
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 # Yields the answer to a conversation, which begins with the system message if there is one; the last item is Done.
 # A KeyboardInterrupt while it waits, or `close()`, has to stop the answer on the cluster: in a `finally`, which no
 # second one disturbs for two seconds. Raises MoectlError.
-Answer = Callable[[Sequence[Message], ChatSettings], Generator[str | Done, None, None]]
+Answer = Callable[[Sequence[Message], ChatSettings], Generator[str | Thinking | Done, None, None]]
 
 HELP = '''\
 Available commands:
@@ -47,6 +48,7 @@ HELP_SET = '''\
   /set NAME VALUE       Change a setting; /set alone lists their names and values
   /set system "TEXT"    Set the system message; of several lines with """; "" for none
   /set stop "A" "B"     End answers at these texts
+  /set think, nothink   Let the model think before it answers, or not
   /set verbose, quiet   Show speeds after each answer, or do not
   /set history, nohistory
                         Remember what is typed from here on, or do not'''
@@ -79,6 +81,7 @@ def chat(
     *,
     history: Path | None,
     stats: bool = False,
+    hides_thinking: bool = False,
     color: str = "auto",
 ) -> None:
     """Talk with the person at the terminal until they leave; call it in the main thread, which gets the signals.
@@ -90,7 +93,8 @@ def chat(
 
     screen = sys.stderr if sys.stderr.isatty() else sys.stdout
     coloured = colour_wanted(color, screen)
-    talk = _Chat(model, answer, settings, screen, stats=stats, coloured=coloured)
+    writer = AnswerWriter(hides_thinking=hides_thinking, color=color)
+    talk = _Chat(model, answer, settings, screen, writer, stats=stats, coloured=coloured)
     keyboard = Keyboard(screen, history=history, is_open=is_open, say=talk.say, coloured=coloured)
     with keyboard.attached():
         talk.run(keyboard)
@@ -128,11 +132,19 @@ class _Leave(Exception):
 
 class _Chat:
     def __init__(
-        self, model: str, answer: Answer, settings: ChatSettings, screen: TextIO, *, stats: bool, coloured: bool
+        self,
+        model: str,
+        answer: Answer,
+        settings: ChatSettings,
+        screen: TextIO,
+        writer: AnswerWriter,
+        *,
+        stats: bool,
+        coloured: bool,
     ) -> None:
         self._model, self._answer = model, answer
         self._settings = settings
-        self._screen = screen
+        self._screen, self._writer = screen, writer
         self._stats, self._coloured = stats, coloured
         self._messages: tuple[Message, ...] = ()
         self._last: Stats | None = None
@@ -195,11 +207,12 @@ class _Chat:
             return
         question = Message("user", text)
         pieces: list[str] = []
+        thoughts: list[str] = []
         finished, reason = None, "cancelled"
         interrupted = False
         try:
             with self._keyboard.waiting():
-                finished = self._stream(question, pieces)
+                finished = self._stream(question, pieces, thoughts)
             reason = finished.finish_reason
         except KeyboardInterrupt:
             interrupted = True
@@ -207,25 +220,28 @@ class _Chat:
             self._end_line("".join(pieces), interrupted)
         # A question without any answer is taken back, like one that failed: roles have to take turns.
         if pieces or finished:
-            answer = Message("assistant", "".join(pieces), reason)
+            answer = Message("assistant", "".join(pieces), reason, "".join(thoughts) or None)
             self._messages = (*self._messages, question, answer)
         self._say_end(finished)
 
-    def _stream(self, question: Message, pieces: list[str]) -> Done:
+    def _stream(self, question: Message, pieces: list[str], thoughts: list[str]) -> Done:
         system = self._settings.system
         before = (Message("system", system),) if system else ()
         with contextlib.closing(self._answer((*before, *self._messages, question), self._settings)) as stream:
             for event in self._keyboard.interruptible(stream):
                 if isinstance(event, Done):
                     return event
-                pieces.append(event)
-                write_answer(event)
+                if isinstance(event, Thinking):
+                    thoughts.append(event.text)
+                else:
+                    pieces.append(event)
+                self._writer.write(event)
         raise RemoteError("the answer broke off", hint="ask again")
 
     def _end_line(self, answer: str, interrupted: bool) -> None:
         self._screen.write("^C" if interrupted else "")
         self._screen.flush()
-        unfinished = bool(answer) and not answer.endswith("\n")
+        unfinished = self._writer.end_thinking() or (bool(answer) and not answer.endswith("\n"))
         if unfinished:
             write_answer("\n")
         if interrupted and not (unfinished and sys.stdout.isatty()):
@@ -265,6 +281,8 @@ class _Chat:
         elif name in ("verbose", "quiet"):
             self._stats = name == "verbose"
             self.say(f"Set '{name}' mode.")
+        elif name in ("think", "nothink") and not value:
+            self._change("think", "true" if name == "think" else "false")
         elif name in ("history", "nohistory"):
             self._keyboard.remembers = name == "history"
             self.say(f"Set '{name}' mode.")

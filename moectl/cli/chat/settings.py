@@ -7,12 +7,20 @@ import textwrap
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from moectl.engine.parameters import PARAMETERS
 from moectl.errors import UsageError
+from moectl.model.parameters import EFFORTS, PARAMETERS
 
 # Names that people bring from ollama and mlx_lm.
 ALIASES = {"num_predict": "max_tokens", "temp": "temperature", "repeat_penalty": "repetition_penalty"}
-_TEXTS = {"system": 'a text, or "" for none', "stop": 'texts that end an answer, or "" for none'}
+_CHOSEN: dict[str, dict[str, Any]] = {
+    "think": {"true": True, "false": False},
+    "reasoning_effort": {name: name for name in EFFORTS[1:]},
+}
+_TEXTS = {
+    "system": 'a text, or "" for none',
+    "stop": 'texts that end an answer, or "" for none',
+    **{name: f"{', '.join(values)}, or none" for name, values in _CHOSEN.items()},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +38,16 @@ class ChatSettings:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    think: bool | None = None  # None: what the model does by itself
+    reasoning_effort: str | None = None
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
             if not PARAMETERS[name].allows(value := getattr(self, name)):
                 raise UsageError(f"{name} should be {_allowed_text(name)}: it is {value!r}")
+        if self.reasoning_effort not in (None, *EFFORTS[1:]):
+            allowed = _TEXTS["reasoning_effort"]
+            raise UsageError(f"reasoning_effort should be {allowed}: it is {self.reasoning_effort!r}")
         if not all(self.stop):
             raise UsageError(f"stop should be {_TEXTS['stop']}: it is {self.stop!r}")
 
@@ -57,6 +70,8 @@ def change_setting(settings: ChatSettings, name: str, value: str) -> ChatSetting
         return replace(settings, system=_unquote(value) or None)
     if name == "stop":
         return replace(settings, stop=tuple(word for word in split_words(value) if word))
+    if name in _CHOSEN:
+        return replace(settings, **{name: _read_choice(name, value)})
     number: Any = _read_number(name, value)
     return replace(settings, **{name: number})
 
@@ -73,7 +88,15 @@ def value_text(value: Any) -> str:
         return "none"
     if isinstance(value, tuple):
         return " ".join(map(shlex.quote, value))
-    return str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def sampling_text(settings: ChatSettings) -> str:
+    """Return how tokens are chosen: what differs from the plain choice."""
+    plain = ChatSettings(1)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    told = [f"{name} {value:g}" for name in names if (value := getattr(settings, name)) != getattr(plain, name)]
+    return ", ".join(told if settings.temperature else ["greedy", *told])
 
 
 def split_words(text: str) -> list[str]:
@@ -89,6 +112,13 @@ def _allowed_text(name: str) -> str:
         return _TEXTS[name]
     number = PARAMETERS[name]
     return f"a{' whole' if number.kind is int else ''} number, {number.text}{', or none' if number.optional else ''}"
+
+
+def _read_choice(name: str, value: str) -> Any:
+    known = _CHOSEN[name] | {"none": None}
+    if value.lower() not in known:
+        raise UsageError(f"{name} should be {_allowed_text(name)}: it is {value!r}")
+    return known[value.lower()]
 
 
 def _read_number(name: str, value: str) -> float | None:

@@ -1,7 +1,7 @@
 """What was said in a chat, and the file that keeps it: `/save` and `/load`.
 
 The file is JSON, `{"schema": "moectl.chat/1", "model", "settings": {…}, "messages": [{"role", "content",
-"finish_reason"}]}`; fields may be added, never renamed.
+"finish_reason", "thinking"}]}`; fields may be added, never renamed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ class Message:
     role: str
     content: str
     finish_reason: str | None = None
+    thinking: str | None = None  # before the answer
+
+    def api_fields(self) -> dict[str, str]:
+        """Return the turn as a message of an API request; the model's template says whether to repeat the thinking."""
+        thinking = {"reasoning_content": self.thinking} if self.thinking else {}
+        return {"role": self.role, "content": self.content, **thinking}
 
 
 @dataclass(frozen=True, slots=True)

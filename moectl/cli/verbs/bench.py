@@ -38,16 +38,17 @@ def bench_text(result: Benchmark, *, width: int | None = None) -> str:
             r.host,
             *(f"{1e3 * seconds:.1f} ms" for seconds in (r.compute_s, r.all_reduce_s, r.other_s)),
             size_text(r.peak_memory_bytes),
-            f"{r.own_experts:.2f}",
+            "-" if result.routing is None else f"{r.own_experts:.2f}",
         )
         for r in result.ranks
     ]
     lines.append(table_text(header, rows, right="acdefg", width=width))
     if result.imbalance is not None and len(result.ranks) > 1:
         lines.append(f"busiest rank: {result.busiest_experts:.2f} experts per layer, {result.imbalance:.2f}× the mean")
-    each = [frequency for layer in result.routing.frequencies for frequency in layer]
-    even = result.routing.top_k / len(result.routing.counts[0])
-    lines.append(f"experts work on {min(each):.0%} to {max(each):.0%} of a layer's tokens (even: {even:.0%})")
+    if result.routing is not None:
+        each = [frequency for layer in result.routing.frequencies for frequency in layer]
+        even = result.routing.top_k / len(result.routing.overall)
+        lines.append(f"experts work on {min(each):.0%} to {max(each):.0%} of a layer's tokens (even: {even:.0%})")
     return "\n".join(lines)
 
 
@@ -112,7 +113,7 @@ def bench_json(result: Benchmark) -> dict[str, Any]:
         "ranks": [asdict(rank) for rank in result.ranks],
         "busiest_experts": result.busiest_experts,
         "imbalance": result.imbalance,
-        "routing": {name: getattr(result.routing, name) for name in ("tokens", "top_k", "counts")},
+        "routing": result.routing and {name: getattr(result.routing, name) for name in ("tokens", "top_k", "counts")},
         "predicted": None if predicted is None else asdict(predicted),
     }
 
@@ -184,11 +185,15 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
         common.say(f"trial {number} of {trials}: {speeds}")
 
     with launch.open_session(target, run_options(options), on_log=log_printer(common)) as session:
+        if options["routing_stats"] and not session.model.top_k:
+            raise errors.UsageError(
+                f"{target.name} has no experts: there are no choices to count", hint="leave --routing-stats out"
+            )
         counts = {key: options[key] for key in ("prompt_tokens", "generation_tokens")}
         result = benchmark.bench(session, target.name, trials=trials, predicted=predicted, on_trial=on_trial, **counts)
     document = bench_json(result)
     common.print(bench_text(result), document)
-    if options["routing_stats"]:
+    if options["routing_stats"] and result.routing is not None:
         routing.write_routing(options["routing_stats"], result.routing)
     if plot:
         plotting.write_plot(plot, [*earlier, document])

@@ -53,7 +53,7 @@ def measured_lines(question: Question, measured: MeasuredCluster) -> list[str]:
             f"narrowest link {measured.bandwidth_bytes_s[c][d] * 8e-9:.1f} Gb/s ({names[d]}-{names[c]})"
         )
     for speed in measured.speeds:
-        decode_s = speed.decode.total_s(question.geometry.n_layers)
+        decode_s = speed.decode.total_s(question.structure.n_layers)
         rates = ", ".join(f"{rank.bytes_s / 1e9:.1f}" for rank in speed.ranks)
         lines.append(f"Measured: {speed.split} {1 / decode_s:.1f} tok/s; weights read at {rates} GB/s")
     return lines
@@ -61,12 +61,15 @@ def measured_lines(question: Question, measured: MeasuredCluster) -> list[str]:
 
 def model_text(model: CatalogModel, question: Question) -> str:
     """Return a model in one line."""
-    g = model.geometry
+    structure = model.structure
+    experts = ""
+    if structure.n_experts:
+        experts = f"{structure.n_experts} experts, {structure.top_k} used per token · "
     quantization = question.quantization
     precision = "bf16" if quantization is None else f"{quantization.bits}-bit {quantization.mode}"
     return (
-        f"{model.name} · {_count_text(g.parameters)} parameters, {_count_text(g.active_parameters)} active · "
-        f"{g.n_layers} layers · {g.n_experts} experts, {g.top_k} used per token · {precision}"
+        f"{model.name} · {_count_text(structure.parameters)} parameters, "
+        f"{_count_text(structure.active_parameters)} active · {structure.n_layers} layers · {experts}{precision}"
     )
 
 
@@ -76,12 +79,9 @@ def _count_text(count: int) -> str:
 
 def plan_table(question: Question, plan: Plan) -> str:
     """Return a row per rank."""
-    header = ("RANK", "HOST", _HELD[plan.split], "WEIGHTS", f"KV {question.context}", "NEED", "USABLE", "HEADROOM")
+    header = ("RANK", "HOST", "HOLDS", "WEIGHTS", f"KV {question.context}", "NEED", "USABLE", "HEADROOM")
     rows = [_plan_row(plan, rank, node) for rank, node in enumerate(plan.nodes)]
     return table_text(header, rows, right="adefgh")
-
-
-_HELD = {"experts": "EXPERTS", "hidden": "HIDDEN", "tensor": "HIDDEN", "layers": "LAYERS"}
 
 
 def _plan_row(plan: Plan, rank: int, node: NodePlan) -> tuple[str, ...]:
@@ -95,14 +95,14 @@ def _plan_row(plan: Plan, rank: int, node: NodePlan) -> tuple[str, ...]:
 def _held_text(plan: Plan, rank: int) -> str:
     placement = plan.placement
     if placement.split in ("hidden", "tensor"):
-        return f"{placement.shares[rank]}/{sum(placement.shares)}"
+        return f"{placement.shares[rank] / sum(placement.shares):.0%}"
     if placement.split == "layers":
         first, last = placement.layers(rank)
-        return f"{first}-{last - 1}"
+        return f"layers {first}-{last - 1}"
     numbers = placement.experts_of(rank)
     if placement.held is not None:
-        return f"{len(numbers)}/{placement.geometry.n_experts}"
-    return f"{numbers[0]}-{numbers[-1]}"
+        return f"{len(numbers)}/{placement.structure.n_experts} experts"
+    return f"experts {numbers[0]}-{numbers[-1]}" if numbers else "no expert"
 
 
 def _fit_text(plan: Plan) -> str:
@@ -128,7 +128,7 @@ def plan_json(
         "schema": "moectl.plan/1",
         "model": model.name,
         "q_bits": quantization.bits if quantization else 16,
-        "layers": question.geometry.n_layers,
+        "layers": question.structure.n_layers,
         "context": question.context,
         "feasible": plan.feasible,
         "verdict": plan.verdict.name.lower(),

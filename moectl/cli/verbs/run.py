@@ -5,17 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from moectl import errors
-from moectl.cli.options import Common, Duration, F, at_terminal, common, count_restarts, restart_options, target_options
+from moectl.cli.options import (
+    Common,
+    Duration,
+    F,
+    at_terminal,
+    common,
+    count_restarts,
+    refuse_both,
+    restart_options,
+    target_options,
+)
 from moectl.cli.target import choose_target, run_options
-from moectl.cli.terminal import log_printer, stats_text, write_answer
+from moectl.cli.terminal import AnswerWriter, log_printer, stats_text, write_answer
 from moectl.cli.verb import verb
-from moectl.engine.parameters import PARAMETERS
+from moectl.model.parameters import EFFORTS, PARAMETERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -24,10 +34,13 @@ if TYPE_CHECKING:
     from moectl.cli.chat.transcript import Message
     from moectl.engine.protocol import Done
     from moectl.server.attach import Attached
-    from moectl.server.client import Client
-    from moectl.server.contracts import Notice
+    from moectl.server.client import Client, Events
+    from moectl.server.contracts import Thinking
 
 _END_S = 15.0  # for a controller to unload the model
+
+
+_ELSE = "(default: the model's, else"
 
 
 def _sampling(parameter: str, *names: str, help: str, default: float | None = None) -> Callable[[F], F]:
@@ -43,9 +56,21 @@ def _sampling(parameter: str, *names: str, help: str, default: float | None = No
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
 @_sampling("max_tokens", "-m", "--max-tokens", default=256, help="Maximum number of tokens of an answer.")
-@_sampling("temperature", "-t", "--temp", default=0.0, help="Temperature of sampling; 0 takes the likeliest token.")
-@_sampling("top_p", "--top-p", default=1.0, help="Sample from the likeliest tokens that together are this probable.")
+@_sampling("temperature", "-t", "--temp", help=f"Temperature of sampling; 0 takes the likeliest token {_ELSE} 0).")
+@_sampling("top_p", "--top-p", help=f"Sample from the likeliest tokens that together are this probable {_ELSE} 1).")
+@_sampling("top_k", "--top-k", help=f"Sample from this many of the likeliest tokens; 0 is all {_ELSE} 0).")
+@_sampling("min_p", "--min-p", help=f"Sample from tokens this probable, relative to the likeliest {_ELSE} 0).")
+@_sampling("repetition_penalty", "--repetition-penalty", help=f"Make tokens of the text so far less likely {_ELSE} 1).")
 @_sampling("seed", "--seed", help="Make sampling repeatable.")
+@click.option(
+    "--think/--no-think",
+    default=None,
+    help="Let the model think before it answers, or not (default: as the model does by itself).",
+)
+@click.option(
+    "--reasoning-effort", type=click.Choice(EFFORTS[1:]), help="How much to think, for models that know such levels."
+)
+@click.option("--hide-thinking", is_flag=True, help="Show the answer only.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
 @click.option("--stats", is_flag=True, help="Print speeds on standard error afterwards, as -v does.")
 @click.option(
@@ -61,12 +86,20 @@ def _sampling(parameter: str, *names: str, help: str, default: float | None = No
 @target_options
 @common
 def run(
-    common: Common, prompt: tuple[str, ...], stats: bool, keep_alive: float, no_history: bool, **options: Any
+    common: Common,
+    prompt: tuple[str, ...],
+    stats: bool,
+    keep_alive: float,
+    no_history: bool,
+    hide_thinking: bool,
+    **options: Any,
 ) -> None:
     """Generate text; without PROMPT at a terminal, chat.
 
     When standard input is not a terminal, its text comes before PROMPT. Without hosts and without a deployment, the
     bundled demo model answers on two local ranks. The model stays loaded for some time; 'moectl stop' unloads it.
+
+    Some models think before they answer. What they think comes before the answer, dimmed on a terminal.
 
     \b
     Examples:
@@ -74,13 +107,14 @@ def run(
       git diff | moectl run "Write a commit message for this diff."
       moectl run --local 2 --model ./my-dbrx "Hello"
     """
-    from moectl.cli.chat.settings import ChatSettings
+    from moectl.cli.chat.settings import ChatSettings, sampling_text
     from moectl.server import attach
     from moectl.server.contracts import ControllerOptions
 
-    sampling = ChatSettings(
-        temperature=options["temp"], **{name: options[name] for name in ("max_tokens", "system", "top_p", "seed")}
-    )
+    thinking = {"--think/--no-think": options["think"] is not None, "--reasoning-effort": options["reasoning_effort"]}
+    refuse_both({"--raw": options["raw"]}, thinking)
+    options["temperature"] = options.pop("temp")
+    given = {field.name: options[field.name] for field in fields(ChatSettings) if options.get(field.name) is not None}
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
     target = choose_target(common, options)
@@ -91,12 +125,15 @@ def run(
         return attach.attach(target, wanted, settings, say=common.say, on_log=log_printer(common))
 
     found = connect()
-    stats = stats or bool(common.verbose)
+    looks = {"stats": stats or bool(common.verbose), "hides_thinking": hide_thinking}
     try:
+        settings = ChatSettings(**{**found.client.describe().get("sampling", {}), **given})
+        if common.verbose:
+            common.say(f"Sampling: {sampling_text(settings)}.")
         if chats:
-            _chat(common, sampling, connect, attach.describe_place(target), stats=stats, history=not no_history)
+            _chat(common, settings, connect, attach.describe_place(target), history=not no_history, **looks)
         else:
-            _answer(common, _ask(found.client, text, sampling, raw=options["raw"]), stats)
+            _answer(common, _ask(found.client, text, settings, raw=options["raw"]), settings.max_tokens, **looks)
     finally:
         if keep_alive == 0:
             with contextlib.suppress(errors.MoectlError):  # it may have ended already
@@ -105,7 +142,7 @@ def run(
                 found.client.wait_until_gone(_END_S)
 
 
-def _ask(client: Client, text: str, settings: ChatSettings, *, raw: bool) -> Generator[str | Done | Notice, None, None]:
+def _ask(client: Client, text: str, settings: ChatSettings, *, raw: bool) -> Events:
     if raw:
         return client.complete({**settings.api_fields(), "prompt": text})
     system = [{"role": "system", "content": settings.system}] if settings.system is not None else []
@@ -113,14 +150,21 @@ def _ask(client: Client, text: str, settings: ChatSettings, *, raw: bool) -> Gen
 
 
 def _chat(
-    common: Common, settings: ChatSettings, connect: Callable[[], Attached], title: str, *, stats: bool, history: bool
+    common: Common,
+    settings: ChatSettings,
+    connect: Callable[[], Attached],
+    title: str,
+    *,
+    history: bool,
+    stats: bool,
+    hides_thinking: bool,
 ) -> None:
     from moectl.cli.chat.chat import chat
     from moectl.paths import state_dir
     from moectl.server.contracts import Notice
 
-    def answer(messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Done, None, None]:
-        said = [{"role": message.role, "content": message.content} for message in messages]
+    def answer(messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Thinking | Done, None, None]:
+        said = [message.api_fields() for message in messages]
         # A controller may end in a long pause: each question looks for it again. To close the connection is to cancel.
         with contextlib.closing(connect().client.chat({**settings.api_fields(), "messages": said})) as events:
             for event in events:
@@ -130,7 +174,7 @@ def _chat(
                     yield event
 
     path = state_dir() / "history" if history else None
-    chat(title, answer, settings, history=path, stats=stats, color=common.color)
+    chat(title, answer, settings, history=path, stats=stats, hides_thinking=hides_thinking, color=common.color)
 
 
 def _prompt_text(words: tuple[str, ...], common: Common) -> str:
@@ -146,37 +190,46 @@ def _prompt_text(words: tuple[str, ...], common: Common) -> str:
     return text
 
 
-def _answer(common: Common, events: Generator[str | Done | Notice, None, None], stats: bool) -> None:
+def _answer(common: Common, events: Events, max_tokens: int, *, stats: bool, hides_thinking: bool) -> None:
     """Print an answer as it comes; Ctrl-C cancels it."""
-    from moectl.engine.protocol import Done
-    from moectl.server.contracts import Notice
-
+    writer = AnswerWriter(hides_thinking=hides_thinking, color=common.color)
     pieces: list[str] = []
-    done: Done | None = None
+    thoughts: list[str] = []
+    done = _stream(common, events, writer, pieces, thoughts)
+    whole, thinking = "".join(pieces), "".join(thoughts)
+    if common.json:
+        shown = None if hides_thinking else thinking or None
+        document = {"schema": "moectl.run/1", "text": whole, "thinking": shown, "finish_reason": done.finish_reason}
+        click.echo(json.dumps({**document, "stats": asdict(done.stats)}))
+    elif not whole.endswith("\n"):
+        write_answer("\n")
+    if done.finish_reason == "length" and thinking and not whole:
+        common.say(f"[ended at --max-tokens {max_tokens}, before the answer: a larger number allows more]")
+    if stats:
+        click.echo(stats_text(done.stats), err=True)
+
+
+def _stream(common: Common, events: Events, writer: AnswerWriter, pieces: list[str], thoughts: list[str]) -> Done:
+    """Write an answer, and what comes between its pieces; keep the pieces of the answer and of the thinking."""
+    from moectl.engine.protocol import Done
+    from moectl.server.contracts import Notice, Thinking
+
     with contextlib.closing(events):
         try:
             for event in events:
                 if isinstance(event, Done):
-                    done = event
-                elif isinstance(event, Notice):
-                    _say_between(common, event.text, pieces)
-                else:
-                    pieces.append(event)
-                    write_answer("" if common.json else event)
+                    return event
+                if isinstance(event, Notice):
+                    _say_between(common, event.text, pieces or ([] if writer.hides_thinking else thoughts))
+                    continue
+                text, kept = (event.text, thoughts) if isinstance(event, Thinking) else (event, pieces)
+                kept.append(text)
+                writer.write("" if common.json else event)
         except KeyboardInterrupt:
             if not common.json:
                 write_answer("\n")
             raise
-    if done is None:
-        raise errors.RemoteError("the answer ended before it was done")
-    whole = "".join(pieces)
-    if common.json:
-        document = {"schema": "moectl.run/1", "text": whole, "finish_reason": done.finish_reason}
-        click.echo(json.dumps({**document, "stats": asdict(done.stats)}))
-    elif not whole.endswith("\n"):
-        write_answer("\n")
-    if stats:
-        click.echo(stats_text(done.stats), err=True)
+    raise errors.RemoteError("the answer ended before it was done")
 
 
 def _say_between(common: Common, text: str, pieces: list[str]) -> None:

@@ -146,8 +146,7 @@ def _needs(world_size: int) -> tuple[int, ...]:
     from moectl.shards.prepare import newest_shards
 
     _, manifest = newest_shards(world_size)
-    placement, quantization = manifest.placement, manifest.quantization
-    return tuple(least_need(placement, quantization, [rank], METAL_DTYPE_BYTES) for rank in range(world_size))
+    return tuple(least_need(manifest.placement, [rank], METAL_DTYPE_BYTES) for rank in range(world_size))
 
 
 def _check_output(output: Path, *, force: bool) -> None:

@@ -141,7 +141,7 @@ def check_memory(host: Host, rank: int, survey: Survey, manifest: Manifest | Non
     node = known_node(host, PlanOptions(found={host.name: replace(hardware, in_use_bytes=used)}))
     if manifest is None or node is None or rank >= manifest.world_size:
         return ok("memory", f"{what}, {(hardware.in_use_bytes or 0) / _GIB:.1f} GiB in use", **values)
-    need = least_need(manifest.placement, manifest.quantization, [rank], node.dtype_bytes)
+    need = least_need(manifest.placement, [rank], node.dtype_bytes)
     budget = node.memory.budget
     sizes = f"{what}; {manifest.name} needs {need / 1e9:.1f} GB of {budget / 1e9:.1f} GB usable"
     values |= {"need_bytes": need, "usable_bytes": budget}

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +23,7 @@ Observer = Callable[[mx.array, Exchange], mx.array]
 # Up to here latency, not bandwidth, decides: all_gather makes N-1 hops where all_sum makes 2(N-1).
 GATHER_BELOW_BYTES = 64 * 1024
 
-_observer: Observer | None = None
+_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 _backend_sum = mx.distributed.all_sum
 
 
@@ -56,20 +58,29 @@ def take_first(indices: mx.array, weights: mx.array, group: mx.distributed.Group
     return chosen.astype(indices.dtype), shares.astype(weights.dtype)
 
 
+def share_first(arrays: Sequence[mx.array], group: mx.distributed.Group) -> list[mx.array]:
+    """Return rank 0's arrays on every rank, in one exchange. Not observed: it is no rank's work."""
+    flat = mx.concatenate([array.reshape(-1).astype(mx.float32) for array in arrays])
+    first = mx.distributed.all_gather(flat[None], group=group)[0]
+    ends = list(accumulate(array.size for array in arrays))
+    parts = mx.split(first, ends[:-1])
+    return [part.reshape(array.shape).astype(array.dtype) for part, array in zip(parts, arrays, strict=True)]
+
+
 def run_exchange(x: mx.array, exchange: Exchange) -> mx.array:
     """Return `exchange(x)`, an array that other ranks take part in; an observer may run it in its own way."""
-    return exchange(x) if _observer is None else _observer(x, exchange)
+    observer = _observer.get()
+    return exchange(x) if observer is None else observer(x, exchange)
 
 
 @contextlib.contextmanager
 def observed(observer: Observer) -> Iterator[None]:
     """Call `observer(x, exchange)` in the place of every `exchange(x)` that is built while the block runs."""
-    global _observer
-    before, _observer = _observer, observer
+    before = _observer.set(observer)
     try:
         yield
     finally:
-        _observer = before
+        _observer.reset(before)
 
 
 def _sum(x: mx.array, group: mx.distributed.Group) -> mx.array:

@@ -12,14 +12,19 @@ from moectl.model.canary import WIDTH
 _TOKENS = 4096  # have signs of their own; then these come again
 
 
-def take_fingerprint(x: mx.array, first: int) -> mx.array:
-    """Return (WIDTH,) float32 for the rows x (…, L, D) of the tokens from number `first` on; chunks' add up."""
+def take_fingerprint(x: mx.array, first: int, tokens: int | None = None) -> mx.array:
+    """Return (WIDTH,) float32 for the rows x (…, D) of the tokens from number `first` on; chunks' add up.
+
+    There are as many rows as `tokens`, or several for each, whose order does not matter.
+    """
     rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-    tokens, columns = _signs(rows.shape[1])
-    return tokens[mx.arange(first, first + rows.shape[0]) % _TOKENS] @ rows @ columns
+    if tokens is not None and rows.shape[0] != tokens:
+        rows = rows.reshape(tokens, -1, rows.shape[-1]).sum(axis=1)
+    signs, columns = _signs(rows.shape[1])
+    return signs[mx.arange(first, first + rows.shape[0]) % _TOKENS] @ rows @ columns
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _signs(width: int) -> tuple[mx.array, mx.array]:
     source = np.random.default_rng(20_251_121)
     tokens = source.integers(0, 2, _TOKENS) * 2 - 1

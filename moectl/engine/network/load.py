@@ -1,35 +1,29 @@
-"""Load one rank's part of a shard set into a `Model`. It reads what the manifest lists and nothing else."""
+"""Load one rank's part of a shard set into mlx-lm's model. It reads what the manifest lists and nothing else."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
-from moectl.engine.network.dbrx import Model
-from moectl.engine.network.stored import Parts, Reader, StoredEmbedding, StoredMatrix
+from moectl.engine.network import experts
+from moectl.engine.network.parallel import divide
+from moectl.engine.network.stages import keep, make_stage, remove_head
 from moectl.errors import IntegrityError
-from moectl.model.manifest import Manifest, is_for, refuse_links_outside
-from moectl.model.placement import Placement
-from moectl.model.structure import Quantization
-from moectl.shards.tensors import StoredTensor, quantization_table
+from moectl.model.manifest import Manifest, refuse_links_outside
+from moectl.model.ownership import Holding, find_holding
+from moectl.model.regions import belongs_to_sum, find_regions
+from moectl.shards.flow import names_of_rank
+from moectl.shards.parts import full
+from moectl.shards.precision import quantise_by
+from moectl.shards.skeleton import Skeleton, make_skeleton
+from moectl.shards.units import divisions_of
+from moectl.shards.ways import Findings, look, require
 
 _HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
-
-# Shards name experts as the checkpoint does, mlx-lm's SwitchGLU by role.
-_EXPERT_NAMES = {
-    "experts.w1.": "experts.mlp.gate_proj.",
-    "experts.v1.": "experts.mlp.up_proj.",
-    "experts.w2.": "experts.mlp.down_proj.",
-}
-_EXPERT = re.compile(r"(\.experts)\.\d+(?=\.)")
-_BLOCK = re.compile(r"(transformer\.blocks\.)(\d+)\.")
 
 
 def compute_dtype() -> mx.Dtype:
@@ -47,111 +41,69 @@ def load_rank(
     group: mx.distributed.Group | None = None,
     *,
     dtype: mx.Dtype | None = None,
-) -> Model:
+) -> Any:
     """Build the model of one rank and read its weights, layer by layer.
 
-    `dtype` is what activations, scales and unquantised weights become (None: `compute_dtype()`). Raises IntegrityError
-    when a file is missing, truncated, or does not hold what the manifest's geometry needs.
+    `dtype` is what activations, scales and unquantised weights become (None: `compute_dtype()`). The model's own sums
+    need `exchange.seam`. Raises IntegrityError when a file is missing, truncated, or does not hold what the manifest's
+    model needs.
     """
-    dtype = dtype or compute_dtype()
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    weights = _open_weights(directory, manifest, rank)
-    model = Model(manifest.placement, rank, group)
-    _quantise_like(model, manifest, rank, weights)
-    wanted = list(dict(tree_flatten(model.parameters())))
-    _check(model, wanted, weights, directory, rank)
-    model.eval()
-    names = [f"transformer.blocks.{i}." for i in range(len(model.layers))]
-    for prefix in names:
-        _materialise(model, [n for n in wanted if n.startswith(prefix)], weights, dtype)
-    _materialise(model, [n for n in wanted if not n.startswith("transformer.blocks.")], weights, dtype)
-    return model
-
-
-def load_part(
-    directory: Path,
-    manifest: Manifest,
-    rank: int,
-    layer: int | None,
-    *,
-    dtype: mx.Dtype,
-    reader: Reader | None = None,
-) -> Model:
-    """Build a model of which a rank's part of one layer is there, as `layers[0]`; None: all but the layers.
-
-    The layer counts from the model's first one. Nothing else is read; with a `reader` matrices stay on disk, and it
-    reads them when they are used. Raises IntegrityError as `load_rank`.
-    """
-    mine = "transformer.blocks." if layer is None else f"transformer.blocks.{layer}."
-    files = {
-        file
-        for tensor, places in manifest.tensors.items()
-        if tensor.startswith(mine) == (layer is not None)
-        for file in places
-    }
-    weights = _open_weights(directory, manifest, rank, files)
-    model = Model(_only(manifest.placement, rank, layer), rank)
-    if layer is not None:
-        weights = {_BLOCK.sub("transformer.blocks.0.", name): array for name, array in weights.items()}
-    _quantise_like(model, manifest, rank, weights, first=layer)
-    wanted = [n for n, _ in tree_flatten(model.parameters()) if n.startswith("transformer.blocks.") != (layer is None)]
-    _check(model, wanted, weights, directory, rank)
-    model.eval()
-    if reader is not None:
-        stored = {
-            name: tensor
-            for file in files
-            if is_for(file, rank)
-            for name, tensor in reader.open(directory / file).items()
-        }
-        stored = {_module_name(name, 0 if layer is None else layer): tensor for name, tensor in stored.items()}
-        wanted = _leave_on_disk(model, wanted, stored, reader)
-    _materialise(model, wanted, weights, dtype)
-    return model
-
-
-def _only(placement: Placement, rank: int, layer: int | None) -> Placement:
-    """Return a placement of a model that has one layer, on this rank; None: no layer."""
-    count = 0 if layer is None else 1
-    shorter = replace(placement, geometry=replace(placement.geometry, n_layers=count))
-    if placement.split != "layers":
-        return shorter
-    return replace(shorter, shares=tuple(count * (other == rank) for other in range(placement.world_size)))
-
-
-def _leave_on_disk(model: Model, wanted: list[str], stored: Mapping[str, StoredTensor], reader: Reader) -> list[str]:
-    """Let `reader` read the model's matrices when they are used; return what of `wanted` they are not."""
-    matrices: list[tuple[str, nn.Module]] = []
-    for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
-        if f"{path}.weight" in wanted and module.weight.ndim > 1:
-            scales, biases = stored.get(f"{path}.scales"), stored.get(f"{path}.biases")
-            quantization = Quantization(module.bits, module.group_size, module.mode) if scales else None
-            kind = StoredEmbedding if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) else StoredMatrix
-            matrices.append((path, kind(Parts(stored[f"{path}.weight"], scales, biases, quantization), reader)))
-    model.update_modules(tree_unflatten(matrices))
-    paths = {path for path, _ in matrices}
-    return [name for name in wanted if name.rpartition(".")[0] not in paths]
-
-
-def _check(model: Model, wanted: list[str], weights: dict[str, mx.array], directory: Path, rank: int) -> None:
+    weights = open_weights(directory, manifest, rank)
+    skeleton, found = build_skeleton(manifest)
+    model, placement = skeleton.model, manifest.placement
+    if placement.world_size > 1:
+        require(skeleton, found, placement.split)
+    holdings: dict[str, Holding] = {}
+    if placement.split != "layers" and placement.world_size > 1:
+        holdings = placement.hold(divisions_of(model, found.parts, placement.split), rank)
+    names = names_held(skeleton, found, manifest, rank)
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
-    for name in wanted:
-        if name not in weights:
-            raise IntegrityError(f"{directory} has no tensor {name!r} for rank {rank}", hint=_HINT)
-        if weights[name].shape != shapes[name]:
-            raise IntegrityError(
-                f"{directory}: {name} has shape {weights[name].shape}, expected {shapes[name]}",
-                hint=_HINT,
-            )
+    layers = [f"{skeleton.paths[id(layer)]}." for layer in skeleton.layers]
+    keep(model, names)
+    if placement.split == "layers" and placement.world_size > 1:
+        assert found.flow is not None
+        spans = [placement.layers(r) for r in range(placement.world_size)]
+        make_stage(model, found.flow, spans, rank, group)
+    elif placement.world_size > 1:
+        divide(model, found.parts, holdings, group, rank=rank, held=placement.held)
+        if rank != placement.head_rank and found.flow is not None:
+            remove_head(model, found.flow)
+    experts.install(model)
+    reader = _Reader(directory, manifest, rank, weights, holdings, shapes)
+    casts = getattr(model, "cast_predicate", lambda _: True)
+    for prefix in layers:
+        reader.fill(model, [n for n in names if n.startswith(prefix)], dtype or compute_dtype(), casts)
+    reader.fill(model, [n for n in names if not n.startswith(tuple(layers))], dtype or compute_dtype(), casts)
+    return model
 
 
-def _open_weights(
+def build_skeleton(manifest: Manifest) -> tuple[Skeleton, Findings]:
+    """Return a shard set's model without weights, quantised as the set is, and what of it can be divided."""
+    skeleton = make_skeleton(manifest.config)
+    found = look(skeleton)
+    if manifest.table is not None:
+        quantise_by(skeleton.model, manifest.table, manifest.tensors)
+    return skeleton, found
+
+
+def names_held(skeleton: Skeleton, found: Findings, manifest: Manifest, rank: int) -> list[str]:
+    """Return the parameters of which a rank has at least a part, in the model's order."""
+    placement = manifest.placement
+    if found.flow is None:
+        return list(skeleton.parameters)
+    first, last = placement.split != "layers" or rank == 0, rank == placement.head_rank
+    mine = names_of_rank(skeleton, found.flow, placement.layers(rank), first=first, last=last)
+    return [name for name in skeleton.parameters if name in mine]
+
+
+def open_weights(
     directory: Path, manifest: Manifest, rank: int, only: Collection[str] | None = None
 ) -> dict[str, mx.array]:
+    """Return a rank's arrays by name; they are read when they are used. Raises IntegrityError."""
     refuse_links_outside(directory)
     weights: dict[str, mx.array] = {}
-    first, _ = manifest.placement.layers(rank)
     for path, entry in manifest.files_of(rank).items():
         if not path.endswith(".safetensors") or (only is not None and path not in only):
             continue
@@ -163,46 +115,53 @@ def _open_weights(
         except (OSError, RuntimeError, ValueError) as error:
             raise IntegrityError(f"{file} cannot be read: {error}", hint=_HINT) from None
         assert isinstance(loaded, dict)
-        weights.update((_module_name(name, first), array) for name, array in loaded.items())
+        weights.update(loaded)
     return weights
 
 
-def _module_name(name: str, first: int) -> str:
-    """Return a tensor's name in the module of a rank whose first layer is `first`."""
-    for theirs, ours in _EXPERT_NAMES.items():
-        name = name.replace(theirs, ours)
-    return _BLOCK.sub(lambda match: f"{match[1]}{int(match[2]) - first}.", name)
+class _Reader:
+    """Gives a model its arrays, checked."""
 
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        rank: int,
+        weights: dict[str, mx.array],
+        holdings: dict[str, Holding],
+        shapes: dict[str, tuple[int, ...]],
+    ) -> None:
+        self._directory, self._weights, self._rank = directory, weights, rank
+        self._holdings, self._shapes = holdings, shapes
+        self._manifest, self._files = manifest, manifest.files_of(rank)
 
-def _quantise_like(
-    model: Model, manifest: Manifest, rank: int, weights: dict[str, mx.array], *, first: int | None = None
-) -> None:
-    """Make those modules quantised whose weights come with scales; `first` is the number of the model's first layer."""
-    q = manifest.quantization
-    if q is None:
-        return
-    if first is None:
-        first, _ = manifest.placement.layers(rank)
-    # A layer's experts are alike (`recipe`): what is said of one holds for the stack.
-    overrides = {
-        _module_name(_EXPERT.sub(r"\1", name) + ".", first).removesuffix("."): own
-        for name, own in quantization_table(manifest.config).items()
-    }
+    def fill(self, model: Any, names: list[str], dtype: mx.Dtype, casts: Callable[[str], bool]) -> None:
+        """Evaluate these parameters and put them into a model; floats become `dtype` where `casts` allows it."""
+        # Popping frees each layer's lazy source before the next one is read: the peak is one layer above the model.
+        arrays = [(name, self._take(name)) for name in names]
+        ready = [
+            (name, array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and casts(name) else array)
+            for name, array in arrays
+        ]
+        model.load_weights(ready, strict=False)
+        mx.eval([array for _, array in ready])
 
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if f"{path}.scales" not in weights:
-            return False
-        override = overrides.get(path)
-        if isinstance(override, dict):
-            return {key: override[key] for key in ("bits", "group_size", "mode") if override.get(key) is not None}
-        return hasattr(module, "to_quantized")
-
-    nn.quantize(model, group_size=q.group_size, bits=q.bits, mode=q.mode, class_predicate=predicate)
-
-
-def _materialise(model: Model, names: list[str], weights: dict[str, mx.array], dtype: mx.Dtype) -> None:
-    # Popping frees each layer's lazy source before the next one is read: the peak is one layer above the model.
-    arrays = [(name, weights.pop(name)) for name in names]
-    ready = [(n, a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a) for n, a in arrays]
-    model.load_weights(ready, strict=False)
-    mx.eval([a for _, a in ready])
+    def _take(self, name: str) -> mx.array:
+        holding, whole, last = find_holding(self._holdings, name), self._shapes[name], name.rpartition(".")[2]
+        regions, shape = [full(whole)], whole
+        if holding is not None:
+            is_zero = belongs_to_sum(last, holding.division) and not holding.adds
+            regions, axis = find_regions(last, whole, holding.division, holding.spans)
+            length = sum(region[axis][1] - region[axis][0] for region in regions)
+            shape = (*whole[:axis], length, *whole[axis + 1 :])
+            if is_zero or holding.is_empty:
+                return mx.zeros(shape)  # another rank adds it, or there is nothing of it here
+        if (array := self._weights.pop(name, None)) is None:
+            raise IntegrityError(f"{self._directory} has no tensor {name!r} for rank {self._rank}", hint=_HINT)
+        if array.shape != shape:
+            raise IntegrityError(f"{self._directory}: {name} has shape {array.shape}, expected {shape}", hint=_HINT)
+        places = self._manifest.tensors.get(name, {})
+        held = [region for file, found in places.items() if file in self._files for region in found]
+        if (held or [full(whole)]) != regions:
+            raise IntegrityError(f"{self._directory}: {name} holds {held or 'all'}, expected {regions}", hint=_HINT)
+        return array

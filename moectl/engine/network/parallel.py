@@ -42,10 +42,20 @@ def divide(
             for unit in block.units:
                 path = f"{layer.path}.{unit.path}"
                 _divide_unit(at(module, unit.path), unit, holdings[f"{path}.{unit.down}"], rank, held)
-            _install_sums(module, block, group)
         for heads in layer.heads:
             if (holding := holdings.get(f"{layer.path}.{heads.path}.{heads.out}")) is not None:
                 _divide_heads(at(module, heads.path), f"{layer.path}.{heads.path}", heads, holding, holdings)
+    install_sums(model, parts, holdings, group)
+
+
+def install_sums(model: nn.Module, parts: list[LayerParts], holdings: Mapping[str, Holding], group: Group) -> None:
+    """Let a model sum over all ranks what they have parts of, and divide nothing; `holdings` are any rank's."""
+    for layer in parts:
+        module = at(model, layer.path)
+        for block in layer.blocks:
+            _install_sums(module, block, group)
+        for heads in layer.heads:
+            if f"{layer.path}.{heads.path}.{heads.out}" in holdings:
                 hook_call(at(module, heads.path)[heads.out], partial(_sum, group))
 
 
@@ -95,7 +105,8 @@ def _divide_unit(module: nn.Module, unit: Unit, holding: Holding, rank: int, hel
 def _give_nothing(width: int, is_stack: bool, call: Hook, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     """Return zeros: the rank holds nothing of a unit."""
     of = args[0] if is_stack else x[..., 0]  # a stack has a result for each (token, expert) pair
-    return mx.zeros((*of.shape, width), x.dtype)
+    nothing = mx.zeros((*of.shape, width), x.dtype)
+    return mx.depends([nothing], [x])[0]  # else its sum could overtake those before it
 
 
 def _divide_heads(module: Any, path: str, heads: Heads, holding: Holding, holdings: Mapping[str, Holding]) -> None:

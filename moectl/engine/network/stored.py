@@ -1,4 +1,4 @@
-"""Matrices of a shard set that stay on disk: they are read piece by piece each time something is multiplied with them.
+"""Matrices of a file that stay on disk: they are read piece by piece each time something is multiplied with them.
 
 A piece is turned into float32 where it still lies in a core's cache, and is gone after its product; so a model of any
 size runs in a few megabytes, and each weight is read once for all rows that meet it. For a CPU.
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from moectl.errors import IntegrityError
+from moectl.model.regions import Span
 from moectl.model.structure import Quantization
 from moectl.shards.quantize import thread_stream
 from moectl.shards.tensors import ITEM_BYTES, StoredTensor, read_header
@@ -98,53 +98,54 @@ class Parts:
     scales: StoredTensor | None
     biases: StoredTensor | None
     quantization: Quantization | None
+    factors: _Floats | None = None  # nvfp4's scale of each whole matrix
 
 
-class StoredMatrix(nn.Module):
-    """Stands in for a linear layer, or for a stack of them."""
+class StoredMatrix:
+    """A matrix, or a stack of them, that is multiplied where it lies."""
 
     def __init__(self, parts: Parts, reader: Reader) -> None:
-        super().__init__()
         self._parts = parts
         self._reader = reader
-        self._rows = parts.weight.shape[-2]
+        self.rows = parts.weight.shape[-2]
         q = parts.quantization
-        self._columns = parts.weight.shape[-1] * 32 // q.bits if q else parts.weight.shape[-1]
+        self.columns = parts.weight.shape[-1] * 32 // q.bits if q else parts.weight.shape[-1]
         self._planes = 8 // q.bits if q and q.mode == "affine" and 8 % q.bits == 0 else 0  # 0: rows are in order
 
-    def __call__(self, x: mx.array) -> mx.array:  # (…, in) → (…, out)
-        found = self.times(np.asarray(x.astype(mx.float32)).reshape(-1, self._columns))
-        return mx.array(found).reshape(*x.shape[:-1], self._rows).astype(x.dtype)
-
-    def times(self, x: _Floats, item: int = 0) -> _Floats:
-        """Return x (T, in) times the transpose of matrix number `item` of the stack: (T, out)."""
-        out = np.empty((self._rows, x.shape[0]), np.float32)
+    def times(self, x: _Floats, item: int = 0, rows: Span | None = None) -> _Floats:
+        """Return x (T, in) times the transpose of (some rows of) matrix number `item` of the stack: (T, out)."""
+        begin, end = rows or (0, self.rows)
+        out = np.empty((end - begin, x.shape[0]), np.float32)
         sums = self._sum_groups(x)
         if self._planes:
             x = x.reshape(x.shape[0], -1, self._planes).swapaxes(1, 2).reshape(x.shape)
         turned = np.ascontiguousarray(x.T)  # this way round a product with few rows of `x` is fastest
-        step = max(1, _PIECE_BYTES // (4 * self._columns))
+        step = max(1, _PIECE_BYTES // (4 * self.columns))
         step = max(step // 16 * 16, min(step, 16))
 
         def work(first: int) -> None:
-            count = min(step, self._rows - first)
-            piece, biases = self._read(item * self._rows + first, count)
+            count = min(step, end - begin - first)
+            piece, biases = self._read(item * self.rows + begin + first, count)
             part = out[first : first + count]
             np.matmul(piece, turned, out=part)
             if sums is not None and biases is not None:
                 part += biases @ sums.T
 
-        self._reader.share_out(work, range(0, self._rows, step))
+        self._reader.share_out(work, range(0, end - begin, step))
+        if self._parts.factors is not None:
+            out *= self._parts.factors[item]
         return np.ascontiguousarray(out.T)
 
     def read_rows(self, numbers: list[int]) -> _Floats:
         """Return these rows, (n, in)."""
-        out = np.empty((len(numbers), self._columns), np.float32)
+        out = np.empty((len(numbers), self.columns), np.float32)
         for place, number in enumerate(numbers):
             piece, biases = self._read(number, 1)
             out[place] = piece.reshape(self._planes, -1).T.reshape(-1) if self._planes else piece[0]
             if biases is not None:
-                out[place] += np.repeat(biases[0], self._columns // biases.shape[1])
+                out[place] += np.repeat(biases[0], self.columns // biases.shape[1])
+        if self._parts.factors is not None:
+            out *= self._parts.factors[0]
         return out
 
     def _sum_groups(self, x: _Floats) -> _Floats | None:
@@ -158,7 +159,7 @@ class StoredMatrix(nn.Module):
         """Return rows in float32, (count, in), plane by plane, and the biases of groups that have still to be added."""
         q, room = self._parts.quantization, self._reader.room
         weight = self._reader.read(self._parts.weight, first, count, "weight")
-        whole = room("whole", 4 * count * self._columns).view(np.float32).reshape(count, self._columns)
+        whole = room("whole", 4 * count * self.columns).view(np.float32).reshape(count, self.columns)
         if q is None:
             return _widen(weight, self._parts.weight.dtype, whole), None
         assert self._parts.scales is not None
@@ -203,14 +204,6 @@ class StoredMatrix(nn.Module):
             )
             mx.eval(found)
             return np.asarray(found)
-
-
-class StoredEmbedding(StoredMatrix):
-    """Stands in for an embedding."""
-
-    def __call__(self, tokens: mx.array) -> mx.array:  # (…,) → (…, in)
-        numbers: list[int] = tokens.reshape(-1).tolist()  # type: ignore[assignment]
-        return mx.array(self.read_rows(numbers)).reshape(*tokens.shape, self._columns)
 
 
 def _widen(stored: np.ndarray[Any, Any], dtype: str, out: _Floats) -> _Floats:

@@ -2,7 +2,8 @@
 
 Each rank chooses experts by itself from the same hidden state. If one rank computes something else, the sums mix parts
 that do not belong together, and the answers are wrong without an error. A witness looks at the routers only when it is
-told to, so that other steps cost nothing. It compares nothing by itself: that takes an exchange.
+told to, so that other steps cost nothing. It compares nothing by itself: that takes an exchange. The choice is what a
+stack of experts is called with; a dense model has none, and its state alone is compared.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from moectl.engine.network.dbrx import Model
 from moectl.engine.network.fingerprint import take_fingerprint
+from moectl.shards.hooks import Hook, hook_call
+from moectl.shards.routers import find_last_unit, find_stacks
 
 WORDS = 2  # int32, of each rank
 # Between chips that round differently the states differ by some percent of their size, and errors by all of it.
 TOLERANCE = 0.1
+_APART = 1 << 16  # numbers of experts in different layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,27 +35,37 @@ class Dissent:
 
 
 class Witness:
-    """Watches one rank's routers while `looks` is set."""
+    """Watches what one rank's experts are called with while `looks` is set."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Any) -> None:
         self.looks = False
         self._routing: list[mx.array] = []
         self._states: list[mx.array] = []
-        source = np.random.default_rng(20_251_121)
-        hashes = source.integers(0, 2**32, (len(model.layers), model.placement.geometry.n_experts), dtype=np.uint32)
-        for number, layer in enumerate(model.layers):
-            is_last = number == len(model.layers) - 1
-            watched = _Watched(layer.ffn.router, self, mx.array(hashes[number]), is_last)
-            layer.ffn.router = watched  # type: ignore[assignment]
+        for number, stack in enumerate(find_stacks(model)):
+            hook_call(stack.module, partial(self._watch_choice, number))
+        hook_call(find_last_unit(model), self._watch_state)
 
-    def see(self, hashes: mx.array, x: mx.array, indices: mx.array, *, is_last: bool) -> None:
-        """Note one layer's choice (T, K), whatever the order of its experts, and the last layer's input (T, D)."""
-        place = mx.arange(1, 2 * indices.shape[0], 2, dtype=mx.uint32)
-        self._routing.append((hashes[indices].sum(axis=-1) * place).sum())
-        if is_last:
-            rows = x.astype(mx.float32)
-            size = mx.sqrt((rows * rows).sum()) + 1e-30
-            self._states.append(take_fingerprint(rows, 0)[0] / size)
+    def _watch_choice(self, number: int, call: Hook, x: mx.array, indices: mx.array, *args: Any) -> Any:
+        if self.looks:
+            self.see_choice(number, indices)
+        return call(x, indices, *args)
+
+    def _watch_state(self, call: Hook, *args: Any, **kwargs: Any) -> Any:
+        if self.looks:
+            self.see_state(next(value for value in (*args, *kwargs.values()) if isinstance(value, mx.array)))
+        return call(*args, **kwargs)
+
+    def see_choice(self, number: int, indices: mx.array) -> None:
+        """Note a layer's choice (…, K), whatever the order of its experts."""
+        chosen = indices.reshape(-1, indices.shape[-1]).astype(mx.uint32)
+        place = mx.arange(1, 2 * chosen.shape[0], 2, dtype=mx.uint32)
+        self._routing.append((_hash(chosen + _APART * number).sum(axis=-1) * place).sum())
+
+    def see_state(self, x: mx.array) -> None:
+        """Note the last unit's input (…, D)."""
+        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        size = mx.sqrt((rows * rows).sum()) + 1e-30
+        self._states.append(take_fingerprint(rows, 0)[0] / size)
 
     def settle(self) -> None:
         """Compute what was seen and not taken.
@@ -66,7 +79,7 @@ class Witness:
         """Return what was seen since the last call, (WORDS,) int32; zeros where nothing was."""
         if not self._states:
             return mx.zeros((WORDS,), dtype=mx.int32)
-        routing = sum(self._routing[1:], self._routing[0]).astype(mx.uint32)
+        routing = sum(self._routing, mx.array(0, dtype=mx.uint32))
         state = sum(self._states[1:], self._states[0]).astype(mx.float32)
         self._routing, self._states = [], []
         return mx.stack([routing.view(mx.int32), state.view(mx.int32)])
@@ -96,17 +109,8 @@ def _to_float(word: int) -> float:
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """Stands in for one layer's router."""
-
-    router: Any
-    witness: Witness
-    hashes: mx.array
-    is_last: bool
-
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        indices, weights = self.router(x)
-        if self.witness.looks:
-            self.witness.see(self.hashes, x, indices, is_last=self.is_last)
-        return indices, weights
+def _hash(numbers: mx.array) -> mx.array:
+    """Return numbers (uint32) without any order among them, so that sums of some tell which these are (murmur3)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        numbers = (numbers ^ (numbers >> shift)) * mx.array(factor, dtype=mx.uint32)
+    return numbers ^ (numbers >> 16)
