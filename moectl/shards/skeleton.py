@@ -19,7 +19,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
 from moectl.errors import CheckpointError
+from moectl.model.config_keys import CORRECT
 from moectl.shards.exceptions import OWN_FILES
+
+_MOST_LAYERS = 10_000  # each is a Python object
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
     known = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
     if not isinstance(model_type, str) or MODEL_REMAPPING.get(model_type, model_type) not in known:
         raise _unknown(model_type)
+    _refuse_endless(config)
     own = copy.deepcopy(dict(config))  # some model files write into it
     try:
         model_class, args_class = find_classes(own)
@@ -73,7 +77,15 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
         ) from error
     try:
         model = model_class(args_class.from_dict(own))
-    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ) as error:
         # A model file says in any of these ways that a key is missing or wrong; none of them checks config.json.
         raise CheckpointError(
             f"config.json does not describe a model that mlx-lm can build: {model_type}: {_line(error)}",
@@ -111,6 +123,14 @@ def empty(module: nn.Module) -> None:
 
 def _zeros(array: mx.array) -> mx.array:
     return mx.broadcast_to(mx.array(0, dtype=array.dtype), array.shape)
+
+
+def _refuse_endless(config: Mapping[str, Any]) -> None:
+    inner = config.get("text_config")
+    for table in (config, inner if isinstance(inner, Mapping) else {}):
+        for key, value in table.items():
+            if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
+                raise CheckpointError(f"config.json: {key} is {value}: no model has so many", hint=CORRECT)
 
 
 def _unknown(model_type: object) -> CheckpointError:

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from moectl.cli import plot
 from moectl.cli.verbs import bench as report
 from moectl.engine.engine import Engine
 from moectl.engine.network import exchange
-from moectl.engine.network.dbrx import Experts
 from moectl.engine.network.load import load_rank
 from moectl.engine.profile import _share_copies
 from moectl.engine.protocol import Done, Generate, Prefilled, Profile, Profiled, Ready, Refused, Token
@@ -35,7 +35,9 @@ from moectl.model.placement import make_placement
 from moectl.model.routing import Routing, read_routing, write_routing
 from moectl.session.bench import Benchmark, Predicted, RankTime, Trial, bench, read_prediction
 from moectl.session.session import Session
+from moectl.shards.hooks import hooked
 from moectl.shards.prepare import Wanted, find_frequencies
+from moectl.shards.routers import find_stacks
 from moectl.shards.tokenizer import open_tokenizer
 from tests.cli.test_cli import run
 from tests.engine.test_lockstep import cut_case
@@ -144,14 +146,12 @@ def choices(alone: Path, tokens: list[int]) -> list[np.ndarray[Any, Any]]:
 
     model = load_rank(alone, read_manifest(alone), 0)
     seen: list[np.ndarray[Any, Any]] = []
-    with pytest.MonkeyPatch.context() as patched:
-        original = Experts.__call__
 
-        def spy(self: Experts, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
-            seen.append(np.array(indices).astype(int))
-            return original(self, x, indices, weights)
+    def spy(call: Any, x: mx.array, indices: mx.array, *args: Any) -> Any:
+        seen.append(np.array(indices).astype(int).reshape(-1, TOP_K))
+        return call(x, indices, *args)
 
-        patched.setattr(Experts, "__call__", spy)
+    with hooked((stack.module, spy) for stack in find_stacks(model)):
         mx.eval(model(mx.array([tokens])))
     return seen
 
@@ -202,8 +202,16 @@ def test_text_and_json_of_real_ranks(measured: tuple[Benchmark, list[int]]) -> N
 
 
 def serve(shards: Path, *orders: Generate | Profile, tokenizer: Any = None) -> tuple[Any, list[Any]]:
-    model = load_rank(shards, read_manifest(shards), 0)
-    engine = Engine(model, tokenizer or open_tokenizer(shards), max_seq_len=512, prefill_step=16)
+    manifest = read_manifest(shards)
+    model = load_rank(shards, manifest, 0)
+    engine = Engine(
+        model,
+        tokenizer or open_tokenizer(shards),
+        vocab_size=manifest.structure.vocab_size,
+        placement=manifest.placement,
+        max_seq_len=512,
+        prefill_step=16,
+    )
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for order in (*orders, None):
         inbox.put(order)
@@ -230,7 +238,7 @@ def test_a_profile_waits_its_turn_and_leaves_nothing_behind(alone: Path) -> None
     assert [sum(layer) for layer in told.chosen] == [100 * TOP_K] * LAYERS
     assert 0 < told.compute_s <= told.step_s
     assert [e.tokens for e in events if isinstance(e, Prefilled) and e.id == 2] == [16, 32, 48, 64, 80, 92]
-    assert all(type(layer.ffn.experts) is Experts for layer in model.layers)
+    assert {type(stack.module) for stack in find_stacks(model)} == {SwitchGLU}
     assert exchange._observer.get() is None
 
 

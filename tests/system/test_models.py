@@ -164,7 +164,8 @@ def test_a_served_model_answers_like_mlx_lm(name: str, split: str, tmp_path: Pat
         assert line, "it said why on stderr"
         url = json.loads(line)["url"]
         api = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-        answer = api.completions.create(model="default", prompt=PROMPT, max_tokens=LENGTH, temperature=0)
+        [model] = api.models.list().data
+        answer = api.completions.create(model=model.id, prompt=PROMPT, max_tokens=LENGTH, temperature=0)
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
