@@ -38,6 +38,10 @@ TOLERANCE_LOW_PRECISION = 0.2
 _SMALL = 0.05  # of the mean size: smaller values are compared with that
 
 
+class NoReference(Exception):
+    """A model for which no canary can be computed; says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Canary:
     """The reference of one shard set."""

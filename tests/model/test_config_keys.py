@@ -29,7 +29,6 @@ from moectl.model.manifest import read_manifest
 from moectl.shards import prepare
 from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.prepare import Wanted
-from moectl.shards.quantize import quantizer
 from moectl.shards.tensors import read_quantization
 from tests.support import published
 from tests.support.tiny import make_weights, to_layout, write_checkpoint, write_weights, write_words
@@ -277,7 +276,7 @@ def test_nothing_is_written_of_what_is_refused(
 
 
 def test_a_set_that_was_cut_from_such_a_config_names_the_key_too(tmp_path: Path, moectl: Any) -> None:
-    prepare.shard(str(write_checkpoint(tmp_path / "m")), Wanted(nodes=1), directory=tmp_path / "s", quantise=quantizer)
+    prepare.shard(str(write_checkpoint(tmp_path / "m")), Wanted(nodes=1), directory=tmp_path / "s")
     manifest = json.loads((tmp_path / "s" / "moectl.json").read_text())
     manifest["config"]["sliding_window"] = 128
     (tmp_path / "s" / "moectl.json").write_text(json.dumps(manifest))
@@ -325,7 +324,7 @@ def test_the_demo_answers_alike_wherever_its_rope_theta_stands(tmp_path: Path) -
         (source / "config.json").unlink()
         config = edited(edit, json.loads((demo_dir() / "config.json").read_text()))
         (source / "config.json").write_text(json.dumps(config))
-        prepare.shard(str(source), Wanted(nodes=1), directory=output, quantise=quantizer)
+        prepare.shard(str(source), Wanted(nodes=1), directory=output)
         manifest = read_manifest(output)
         answers[where] = generate(load_rank(output, manifest, 0, dtype=mx.float32), [2, 31, 512, 77, 100, 9], 40)
         canaries[where] = compute_canary(output, manifest)
@@ -496,7 +495,7 @@ def test_overrides_of_modules_and_of_a_layers_experts_are_honoured(
     experts = [f"transformer.blocks.1.ffn.experts.{e}.{p}" for e in range(16) for p in ("w1", "v1", "w2")]
     own = dict.fromkeys([*experts, "lm_head"], how)
     source = write_mixed(tmp_path / "m", key, **own)
-    prepare.shard(str(source), Wanted(nodes=1), directory=tmp_path / "s", quantise=quantizer)
+    prepare.shard(str(source), Wanted(nodes=1), directory=tmp_path / "s")
     model = load_rank(tmp_path / "s", read_manifest(tmp_path / "s"), 0, dtype=mx.float32)
     layers = [model.layers[i].ffn.experts.mlp.gate_proj for i in (0, 1)]
     assert [layer.bits for layer in layers] == [4, how["bits"]]
