@@ -34,7 +34,7 @@ PROMPT = 17
 
 def time_batch(model: Any, tokenizer: Any, prompts: RandomPrompts, rows: int, tokens: int) -> float:
     """Return the tokens per second of all rows together, from the first token told to the last."""
-    engine = Engine(model, tokenizer, vocab_size=VOCAB_SIZE, max_seq_len=2048)
+    engine = Engine(model, tokenizer, vocab_size=model.args.vocab_size, max_seq_len=2048)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for number in range(1, rows + 1):
         inbox.put(Generate(Request(number, "", tokens, prompt_tokens=prompts.draw(PROMPT), ignore_eos=True)))
@@ -63,9 +63,11 @@ def main() -> None:
             write_checkpoint(source, vocab_size=VOCAB_SIZE, max_seq_len=2048, **sizes)
             write_tokenizer(source)
         out = Path(scratch) / "shards"
-        cut(source, out, bits=args.bits)
+        cut(
+            source, out, nodes=1, bits=None if args.bits == 16 else args.bits, group_size=64 if args.bits < 16 else None
+        )
         model, tokenizer = load_rank(out, read_manifest(out), 0), open_tokenizer(out)
-        prompts = RandomPrompts(VOCAB_SIZE)
+        prompts = RandomPrompts(model.args.vocab_size)
         time_batch(model, tokenizer, prompts, 8, 20)
         # Turn by turn, so that both see the same weather.
         speeds = {rows: list[float]() for rows in (1, 8)}

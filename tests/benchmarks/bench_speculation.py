@@ -45,7 +45,7 @@ class Answered:
 def answer(parts: tuple[Any, Any], prompt: tuple[int, ...], count: int, speculate: int, temperature: float) -> Answered:
     """Generate `count` tokens."""
     model, tokenizer = parts
-    engine = Engine(model, tokenizer, vocab_size=VOCAB_SIZE, max_seq_len=2048, speculate=speculate)
+    engine = Engine(model, tokenizer, vocab_size=model.args.vocab_size, max_seq_len=2048, speculate=speculate)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     request = Request(1, "", count, prompt_tokens=prompt, ignore_eos=True, temperature=temperature, seed=1)
     for order in (Generate(request), None):
@@ -99,7 +99,9 @@ def main() -> None:
             write_checkpoint(source, vocab_size=VOCAB_SIZE, max_seq_len=2048, **sizes)
             write_tokenizer(source)
         out = Path(scratch) / "shards"
-        cut(source, out, bits=args.bits)
+        cut(
+            source, out, nodes=1, bits=None if args.bits == 16 else args.bits, group_size=64 if args.bits < 16 else None
+        )
         parts = load_rank(out, read_manifest(out), 0), open_tokenizer(out)
         question = tuple(parts[1].encode_chat([{"role": "user", "content": QUESTION}]))
         said = answer(parts, question, args.generate, 0, 0.0).tokens
