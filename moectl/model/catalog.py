@@ -1,6 +1,6 @@
 """The models that moectl knows by name: a plan for them needs neither network nor files.
 
-`catalog.json` holds their structures; tests/support/make_catalog.py makes it from published sizes.
+`catalog.json` holds their structures; tests/support/make_catalog.py makes it from tests/golden/sizes.json.
 """
 
 from __future__ import annotations

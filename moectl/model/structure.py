@@ -20,6 +20,9 @@ class Quantization:
     group_size: int
     mode: str = "affine"
 
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {self.mode}, groups of {self.group_size}"
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

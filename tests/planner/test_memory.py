@@ -24,7 +24,7 @@ from moectl.planner.memory import (
 )
 from moectl.shards.outline import outline
 from tests.support.families import config_of, look_at, run_split
-from tests.support.structures import DBRX, dbrx
+from tests.support.structures import dbrx
 
 GIB = 1 << 30
 
@@ -61,7 +61,7 @@ def test_weights_are_those_that_ranks_hold(family: str, split: str, shares: tupl
 
 
 def test_dbrx_is_as_large_as_its_index_says() -> None:
-    assert rank_need(make_placement(DBRX, "hidden", 1), 0, context=1).weights == 263_193_047_040
+    assert rank_need(make_placement(dbrx(), "hidden", 1), 0, context=1).weights == 263_193_047_040
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Make the catalog, moectl/model/catalog.json, from the sizes of published models in tests/golden/published.json.
+"""Make the catalog, moectl/model/catalog.json, from the sizes of published models in tests/golden/sizes.json.
 
 `python -m tests.support.make_catalog`; tests/model/test_catalog.py keeps both equal. The sizes are those of each
 repository's config.json, as far as they decide shapes.
@@ -19,7 +19,7 @@ from moectl.shards.skeleton import make_skeleton
 from moectl.shards.ways import look
 
 _EMPTY: tuple[Any, ...] = (None, 0, (), [], {})
-PUBLISHED = Path(__file__).parent.parent / "golden" / "published.json"
+PUBLISHED = Path(__file__).parent.parent / "golden" / "sizes.json"
 CATALOG = Path(__file__).parent.parent.parent / "moectl" / "model" / "catalog.json"
 
 

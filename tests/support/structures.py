@@ -1,7 +1,9 @@
-"""Structures of models for tests that need no weights: DBRX as it is published, and a small one of its kind."""
+"""Structures of models for tests that need no weights: of a config.json, and of DBRX by its name."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -10,24 +12,22 @@ from moectl.model.structure import Quantization, Structure
 from moectl.shards.outline import outline
 from moectl.shards.skeleton import make_skeleton
 from moectl.shards.ways import look
-from tests.support.tiny import make_config
 
-DBRX = MODELS["databricks/dbrx-instruct"].structure
-Q4 = Quantization(4, 64)
+DBRX = MODELS["databricks/dbrx-instruct"]
 
 
-def dbrx(bits: int = 16) -> Structure:
-    """Return DBRX's structure at this precision."""
-    return DBRX if bits == 16 else DBRX.quantised(Quantization(bits, 64))
+def structure_of(config: Mapping[str, Any]) -> Structure:
+    """Return the structure of the model that a config.json describes, in 16 bits."""
+    return _find(json.dumps(config, sort_keys=True))
 
 
 @cache
-def _small(sizes: tuple[tuple[str, Any], ...]) -> Structure:
-    config = make_config(**dict(sizes))
+def _find(text: str) -> Structure:
+    config = json.loads(text)
     skeleton = make_skeleton(config)
     return outline(skeleton, look(skeleton), config)
 
 
-def small(**sizes: Any) -> Structure:
-    """Return the structure of a DBRX of the tests' small size; `sizes` are the keywords of `tiny.make_config`."""
-    return _small(tuple(sorted(sizes.items())))
+def dbrx(bits: int = 16) -> Structure:
+    """Return DBRX's structure at this precision."""
+    return DBRX.quantised(None if bits == 16 else Quantization(bits, 64)).structure
