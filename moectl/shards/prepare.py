@@ -110,7 +110,7 @@ def find_frequencies(wanted: Wanted, structure: Structure) -> tuple[float, ...] 
     if routing is None:
         return None
     shape = (sum(1 for _ in structure.stacks), structure.n_experts)
-    there = (len(routing.counts), len(routing.counts[0]))
+    there = (sum(map(bool, routing.counts)), len(routing.overall))
     if shape != there:
         raise PlanError(
             f"the routing statistics are of {routing.model}, with {there[0]} layers of {there[1]} experts; "

@@ -7,12 +7,18 @@ import io
 from importlib.metadata import requires
 
 import mlx.core as mx
+from mlx_lm.chat_templates import deepseek_v32, muse_spark
+from mlx_lm.generate import TextStateMachine
 from mlx_lm.models import cache, switch_layers
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING, _get_classes
 
+from moectl.shards.chat_template import _Bare
 from moectl.shards.skeleton import make_skeleton
+from moectl.shards.thinking import ANSWER, THINKING
 from tests.support.families import config_of
+from tests.support.vocabularies import make_cl100k
 
 
 def test_mlx_lm_is_pinned_to_a_minor_version() -> None:
@@ -46,6 +52,26 @@ def test_caches() -> None:
     assert len(cache.CacheList(cache.KVCache(), cache.KVCache()).caches) == 2
     skeleton = make_skeleton(config_of("nemotron_h"))
     assert len(make_prompt_cache(skeleton.model)) < len(skeleton.layers)  # a model makes its own
+
+
+def test_what_marks_thinking() -> None:
+    tokens = _Bare(make_cl100k("<think>", "</think>"), "", {})
+    wrapper = TokenizerWrapper(tokens, lambda _: None)
+    assert (wrapper.has_thinking, wrapper.think_start, wrapper.think_end) == (True, "<think>", "</think>")
+    assert wrapper.structural_markers == ()
+    state = TextStateMachine({ANSWER: [("<", THINKING)], THINKING: [(">", ANSWER)]}).make_state()
+    state, parts = TextStateMachine.split(state, "a<b>c<d")
+    assert parts == [(ANSWER, "a"), (THINKING, "b"), (ANSWER, "c"), (THINKING, "d")]
+    assert state[0] == THINKING
+    assert TextStateMachine.flush(state)[1:] == ("", THINKING)
+    form = muse_spark.RESPONSE_FORMAT
+    assert form["initial_state"] in form["transitions"]
+
+
+def test_templates_are_asked_to_think_where_the_model_has_markers() -> None:
+    source = inspect.getsource(TokenizerWrapper.apply_chat_template)
+    assert "kwargs[self._thinking_kwarg] = self.has_thinking" in source
+    assert "enable_thinking" in inspect.getsource(deepseek_v32.apply_chat_template)
 
 
 def test_mlx_draws_its_graph() -> None:

@@ -95,7 +95,7 @@ class _Run:
             tuple(encode_points([_numbers(point) for point in prompt]) for prompt in rank) for rank in self._points
         )
         top, spread = _read_head(logits)
-        return Canary("float32", points, top, spread, chunk=CHUNK, deals=True, unmet=tuple(self._find_unmet()))
+        return Canary("float32", points, top, spread, chunk=CHUNK, unmet=tuple(self._find_unmet()))
 
     def _build(self) -> Skeleton:
         return build_skeleton(self._manifest)[0]
