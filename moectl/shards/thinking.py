@@ -87,6 +87,9 @@ def find_markers(renderer: Any, template: str, added: Mapping[str, int], form: M
     elif added.keys() >= set(_CHANNELS):
         edges = _CHANNEL_EDGES
     else:
+        # Some vocabularies have a marker as one of their ordinary tokens.
+        ids = {renderer.think_start: renderer.think_start_tokens, renderer.think_end: renderer.think_end_tokens}
+        added = {text: tokens[0] for text, tokens in ids.items() if tokens and len(tokens) == 1} | dict(added)
         named = [pair for pair in _AS_TEXT if all(marker in template for marker in pair)]
         pairs = [(renderer.think_start, renderer.think_end)] * renderer.has_thinking
         pairs += [pair for pair in _MORE if added.keys() >= set(pair)]
