@@ -95,15 +95,20 @@ def shard_model(
 ) -> Made:
     """Cut a model with progress on the terminal, `among` other bars; `options` are `prepare.shard`'s."""
     from moectl.cli.progress import progress
-    from moectl.model.canary import describe_unmet
+    from moectl.model.canary import NoReference, describe_unmet
     from moectl.shards import prepare
     from moectl.shards.tokenizer_files import choose_tokenizer
 
     canaries: list[Canary] = []
+    warnings: list[str] = []
     with contextlib.nullcontext(among) if among else progress(quiet=common.quiet) as bars:
 
-        def compute_canary(directory: Path, manifest: Manifest) -> Canary:
-            canaries.append(_compute_canary(directory, manifest, bars))
+        def compute_canary(directory: Path, manifest: Manifest) -> Canary | None:
+            try:
+                canaries.append(_compute_canary(directory, manifest, bars))
+            except NoReference as error:
+                warnings.append(f"{manifest.name} has no canary, so its starts are not checked: {error}")
+                return None
             return canaries[-1]
 
         made = prepare.shard(
@@ -115,7 +120,7 @@ def shard_model(
             bars=bars,
             **options,
         )
-    for warning in filter(None, map(describe_unmet, canaries)):
+    for warning in [*warnings, *filter(None, map(describe_unmet, canaries))]:
         common.say(f"Warning: {warning}")
     return made
 

@@ -16,8 +16,8 @@ from moectl.shards.caches import list_parts
 _MOST_STATES = 16  # entries of the prompt cache, where a context takes no memory
 
 
-def pack(caches: list[Any]) -> list[Any]:
-    """Let a row's caches hold its own numbers only, and begin to compute them; return the caches.
+def pack(caches: list[Any]) -> None:
+    """Let a row's caches hold its own numbers only, and begin to compute them.
 
     Without the room to grow, and without the other rows of the batch that they were in.
     """
@@ -27,14 +27,14 @@ def pack(caches: list[Any]) -> list[Any]:
         elif isinstance(part, ArraysCache):
             part.cache = [None if array is None else array * 1 for array in part.cache]  # else a view of all rows
     mx.async_eval([whole.state for whole in caches])  # type: ignore[no-untyped-call]
-    return caches
 
 
 def make_one_row(caches: list[Any]) -> list[Any]:
     """Let mlx-lm's generator take caches that it has no batch for, one row at a time; return the caches."""
     for whole in caches:
+        kind: Any = type(whole)
         if not isinstance(whole, _OneRow):
-            whole.__class__ = _add_one_row(type(whole))
+            whole.__class__ = _add_one_row(kind)
     return caches
 
 

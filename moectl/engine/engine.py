@@ -272,7 +272,11 @@ class Engine:
         if self._leads:
             self._admission.end(answer.request.id)
         if answer.request.cache_prompt and layers is not None:
-            self._cache.keep(tokens, pack(layers), self._cache_room())
+            self._keep(tokens, layers)
+
+    def _keep(self, tokens: list[int], layers: list[Any]) -> None:
+        if self._cache.keep(tokens, layers, self._cache_room()):
+            pack(layers)
 
     def _keep_prompt(self, answer: Answer) -> None:
         """Keep what was computed of a prompt: of its answer's caches that would be lost, and other turns begin so."""
@@ -280,7 +284,7 @@ class Engine:
             return
         with mx.stream(self._generator.stream):
             layers, tokens = self._generator.extract_cache([answer.uid])[answer.uid]
-            self._cache.keep(tokens, pack(layers), self._cache_room())
+            self._keep(tokens, layers)
 
     def _cache_room(self) -> int:
         if self._kv_tokens is None:

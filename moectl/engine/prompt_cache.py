@@ -72,12 +72,15 @@ class PromptCache:
             trim_prompt_cache(layers, entry.tokens.size - longest)
         return longest, layers
 
-    def keep(self, tokens: Sequence[int], layers: list[Any], room: int) -> None:
-        """Keep the layers of these tokens, and what takes `room` tokens in all at most."""
+    def keep(self, tokens: Sequence[int], layers: list[Any], room: int) -> bool:
+        """Keep the layers of these tokens, and what takes `room` tokens in all at most.
+
+        Returns whether it holds on to the layers: it may have no room for them, or know these tokens already.
+        """
         kept = np.array(tokens, dtype=np.int32)
         if not MIN_PREFIX < kept.size <= room - self._entry_tokens:
             self.shrink(room)
-            return
+            return False
         same = next((e for e in self._entries if self._count_useful(e, kept) == kept.size), None)
         if same is not None:
             self._entries.remove(same)
@@ -87,6 +90,7 @@ class PromptCache:
                 self._entries = [e for e in self._entries if _common(e.tokens, kept) < e.tokens.size]
             self._entries.append(_Entry(kept, layers))
         self.shrink(room)
+        return same is None
 
     def _count_useful(self, entry: _Entry, wanted: _Tokens) -> int:
         """Return with how many of its tokens an entry can begin a text."""

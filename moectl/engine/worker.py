@@ -211,9 +211,9 @@ def _check_results(ready: Ready, model: Any, manifest: Manifest, start: Start) -
     """Return `ready` with the result of the canary, where there is one."""
     if manifest.canary is None or not start.run.canary:
         return ready
-    from moectl.engine.network.canary_run import check
+    from moectl.engine.network.canary_check import check
 
-    found = check(model, manifest.canary, rank=start.rank)
+    found = check(model, manifest.canary, manifest.placement, rank=start.rank)
     _log.info("canary: off by %.2g at most", found.verdict.worst)
     return replace(
         ready,

@@ -71,7 +71,7 @@ def what_if(
                 node = make_node(host, calibration, Defaults())
                 asked = (
                     Question(
-                        model.structure if quantization == own else model.structure.quantised(quantization),
+                        model.quantised(quantization).structure,
                         quantization,
                         (node,) * count,
                         find_link(calibration, kind),

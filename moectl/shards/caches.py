@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mlx_lm.models.cache import KVCache
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from moectl.shards.exceptions import ONE_ROW
+from moectl.shards.skeleton import Skeleton
+
+_ROWS = 2
 
 
 def can_trim(caches: Iterable[Any]) -> bool:
@@ -19,9 +25,24 @@ def can_trim(caches: Iterable[Any]) -> bool:
     return all(type(part) is KVCache for cache in caches for part in list_parts(cache))
 
 
-def can_batch(caches: Iterable[Any]) -> bool:
-    """Whether mlx-lm's batch generator takes all caches."""
-    return all(hasattr(part, "merge") for cache in caches for part in list_parts(cache))
+def can_batch(skeleton: Skeleton) -> bool:
+    """Whether mlx-lm's batch generator takes all caches, and the model takes caches of several rows.
+
+    Some model files count tokens by themselves, as one number for all rows.
+    """
+    if skeleton.model_type in ONE_ROW:
+        return False
+    mx.disable_compile()  # on a CPU it would call a compiler for each function of each shape
+    try:
+        rows = [make_prompt_cache(skeleton.model) for _ in range(_ROWS)]
+        caches = [whole[0].merge(list(whole)) for whole in zip(*rows, strict=True)]
+        for length in (_ROWS + 1, 1):
+            skeleton.model(mx.zeros((_ROWS, length), dtype=mx.int32), cache=caches)
+    except Exception:  # any code of a model file runs here
+        return False
+    finally:
+        mx.enable_compile()
+    return True
 
 
 def list_parts(cache: Any) -> Iterator[Any]:

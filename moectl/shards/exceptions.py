@@ -15,3 +15,8 @@ OWN_FILES: dict[str, ModuleType] = {
 REFUSED = {
     "phi3small": "mlx-lm's own model file ends the process on a CPU (MLX 0.32.4), so that it cannot be checked",
 }
+
+# model_type → why it answers one request at a time, though its caches look as if they took several rows.
+ONE_ROW = {
+    "afm7": "its last layers count the padding of shorter rows as tokens (mlx-lm 0.32.2)",
+}

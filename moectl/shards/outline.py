@@ -18,7 +18,7 @@ from moectl.model.structure import CacheSize, Layer, Outer, Part, Quantization, 
 from moectl.shards.caches import can_batch, can_trim, list_parts
 from moectl.shards.flow import TOKENS, Flow
 from moectl.shards.hooks import Hook, hooked
-from moectl.shards.skeleton import Skeleton
+from moectl.shards.skeleton import Skeleton, empty
 from moectl.shards.units import LayerParts, divisions_of
 from moectl.shards.ways import Findings
 from moectl.shards.working import count_launches, find_moments
@@ -48,7 +48,9 @@ class _Seen:
 
 def outline(skeleton: Skeleton, found: Findings, config: Mapping[str, Any]) -> Structure:
     """Return the structure of a model whose modules have the precision that they will have."""
-    model, seen = skeleton.model, _look_through(skeleton)
+    model = skeleton.model
+    empty(model)  # what was quantised is not computed yet, and would be seen in graphs
+    seen = _look_through(skeleton)
     units = {
         f"{layer.path}.{unit.path}": unit for layer in found.parts for block in layer.blocks for unit in block.units
     }
@@ -98,7 +100,7 @@ def outline(skeleton: Skeleton, found: Findings, config: Mapping[str, Any]) -> S
         {split: reason for split, reason in found.ways.items() if reason is not None},
         has_line=found.flow is not None,
         can_trim=can_trim(seen.caches),
-        can_batch=can_batch(seen.caches),
+        can_batch=can_batch(skeleton),
     )
 
 

@@ -21,13 +21,14 @@ from moectl.engine.protocol import Generate, Token
 from moectl.engine.request import Request
 from moectl.shards.caches import can_batch, can_trim
 from moectl.shards.tokenizer import Tokenizer, open_tokenizer
-from tests.engine.test_families import CANNOT_RUN, DOZEN, OTHERS, seen
+from tests.engine.test_families import CANNOT_RUN, DOZEN, OTHERS, WAYS, seen
 from tests.support.alphabet import write_tokenizer
 from tests.support.driven import Driven
 from tests.support.fake_group import _stream, run_ranks
 from tests.support.families import make_rank, make_whole
 
-KINDS = ("llama4", "mamba2", "deepseek_v32", "baichuan_m1")  # chunks, states, lists of caches
+# Chunks, states, lists of caches; two that take one row at a time.
+KINDS = ("llama4", "mamba2", "deepseek_v32", "baichuan_m1", "gpt_bigcode", "afm7")
 FEW = (*DOZEN, *KINDS)
 ALL = [*FEW, *(pytest.param(family, marks=pytest.mark.long) for family in OTHERS if family not in KINDS)]
 # A window of 8 or 16 and chunks of 16 are less than these.
@@ -56,8 +57,8 @@ def whole(family: str) -> Any:
 
 
 def traits(family: str) -> dict[str, Any]:
-    caches = make_prompt_cache(whole(family))
-    return {"vocab_size": 512, "trimmable": can_trim(caches), "batchable": can_batch(caches), "prefill_step": 16}
+    caches, takes_rows = make_prompt_cache(whole(family)), can_batch(seen(family)[0])
+    return {"vocab_size": 512, "trimmable": can_trim(caches), "batchable": takes_rows, "prefill_step": 16}
 
 
 def make_prompt(length: int) -> tuple[int, ...]:
@@ -152,16 +153,22 @@ def serve_on_ranks(
     return tokens, [kept for _, kept in found]
 
 
-RANKS = [(family, "hidden") for family in FEW] + [("nemotron_h", "layers"), ("qwen3_next", "layers")]
+RANKS = [(family, "hidden") for family in FEW if "hidden" not in WAYS[family]]
+OTHER_SPLITS = [("nemotron_h", "layers"), ("qwen3_next", "layers"), ("llama4", "layers"), ("gpt_oss", "experts")]
 
 
-@pytest.mark.parametrize(("family", "split"), [*RANKS, ("gpt_oss", "experts"), ("llama4", "layers")])
+@pytest.mark.parametrize(("family", "split"), RANKS + OTHER_SPLITS)
 def test_ranks_answer_as_one_machine(family: str, split: str, tokenizer: Tokenizer) -> None:
     prompts = [make_prompt(41), make_prompt(5), make_prompt(41)]
     tokens, kept = serve_on_ranks(family, tokenizer, split, prompts)
     for number, prompt in enumerate(prompts, 1):
         assert tokens[number] == alone(family, tokenizer, prompt)
     assert kept[0] == kept[1] != []
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_only_few_models_take_one_row_at_a_time(family: str) -> None:
+    assert traits(family)["batchable"] == (family not in ("llama4", "gpt_bigcode", "afm7"))
 
 
 def test_proposed_tokens_need_caches_that_can_be_trimmed(tokenizer: Tokenizer) -> None:

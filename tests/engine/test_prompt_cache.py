@@ -82,25 +82,65 @@ def test_a_turn_replaces_the_turn_it_continues() -> None:
     assert cache.prompts == [count(0, 30)]
 
 
+def test_an_entry_that_cannot_be_trimmed_begins_texts_with_all_of_it() -> None:
+    cache = PromptCache(trimmable=False)
+    for length in (20, 30):
+        assert cache.keep(count(0, length), make_layers(count(0, length)), room=100)
+    assert cache.prompts == [count(0, 20), count(0, 30)]  # a prompt and its answer
+    assert cache.find(count(0, 29))[0] == 20
+    assert cache.find(count(0, 20))[0] == 0
+    assert cache.find([*count(0, 25), 99, 98])[0] == 20
+    found, layers = cache.find(count(0, 31))
+    assert found == 30
+    assert layers is not None
+    assert keys_of(layers) == count(0, 30)
+    assert not cache.keep(count(0, 20), make_layers(count(0, 20)), room=100)
+
+
+def test_what_is_found_can_be_written_to() -> None:
+    cache = PromptCache(trimmable=False)
+    cache.keep(count(0, 20), make_layers(count(0, 20)), room=100)
+    _, layers = cache.find(count(0, 22))
+    assert layers is not None
+    layers[0].update_and_fetch(mx.zeros((1, 1, 1, 1)), mx.zeros((1, 1, 1, 1)))
+    layers[0].keys[:] = 7
+    _, again = cache.find(count(0, 22))
+    assert again is not None
+    assert keys_of(again) == count(0, 20)
+
+
+def test_what_an_entry_takes_besides_its_tokens_counts() -> None:
+    cache = PromptCache(trimmable=False, entry_tokens=50)
+    assert not cache.keep(count(0, 20), make_layers(count(0, 20)), room=69)
+    for start in (0, 100, 200):
+        assert cache.keep(count(start, 20), make_layers(count(start, 20)), room=140)
+    assert [prompt[0] for prompt in cache.prompts] == [100, 200]
+    assert cache.tokens == 140
+
+
+CALLS = ("find", "keep", "shrink")
 words = st.integers(0, 1)
 sentences = st.lists(words, min_size=1, max_size=4 * MIN_PREFIX)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.sampled_from(["find", "keep", "shrink"]), sentences, st.integers(0, 160)), max_size=12))
-def test_ranks_with_other_layers_decide_alike(calls: list[tuple[str, list[int], int]]) -> None:
-    one, two = PromptCache(), PromptCache()
+@given(
+    st.lists(st.tuples(st.sampled_from(["find", "keep", "shrink"]), sentences, st.integers(0, 160)), max_size=12),
+    st.booleans(),
+)
+def test_ranks_with_other_layers_decide_alike(calls: list[tuple[str, list[int], int]], trimmable: bool) -> None:
+    one, two = PromptCache(trimmable=trimmable), PromptCache(trimmable=trimmable)
     for call, tokens, room in calls:
         if call == "find":
             prompts = one.prompts
             found, layers = one.find(tokens)
             assert found == two.find(tokens)[0]
-            best = max((len(_prefix(p, tokens[:-1])) for p in prompts), default=0)
+            common = [(len(_prefix(p, tokens[:-1])), len(p)) for p in prompts]
+            best = max((n for n, whole in common if trimmable or n == whole), default=0)
             assert found == (best if best >= MIN_PREFIX else 0)
             assert (layers is None) == (found == 0)
         elif call == "keep":
-            one.keep(tokens, make_layers(tokens, 1), room)
-            two.keep(tokens, make_layers(tokens, 3), room)
+            assert one.keep(tokens, make_layers(tokens, 1), room) == two.keep(tokens, make_layers(tokens, 3), room)
             assert one.tokens <= room
         else:
             one.shrink(room)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import mlx.core as mx
@@ -20,12 +23,13 @@ from moectl.shards.precision import settle
 from moectl.shards.skeleton import make_skeleton
 from moectl.shards.trace import Expression, Stored, check_parameters, form_of, trace
 from tests.support import oracle, tiny
+from tests.support.ring import process_env
 
 
-def build(case: str) -> Model:
+def build(case: str, seed: int = oracle.GOLDEN_SEED) -> Model:
     config = oracle.make_config(case)
     model: Model = make_skeleton(config).model
-    weights = {name: mx.array(value) for name, value in oracle.make_weights(config).items()}
+    weights = {name: mx.array(value) for name, value in oracle.make_weights(config, seed).items()}
     model.load_weights(list(model.sanitize(weights).items()))
     return model
 
@@ -40,6 +44,36 @@ def test_logits_equal_the_golden_ones(case: str) -> None:
     cache = make_prompt_cache(model)
     steps = mx.concatenate([model(mx.array([[token]]), cache) for token in oracle.TOKENS[0]], axis=1)
     np.testing.assert_allclose(np.array(steps), expected, atol=1e-4, rtol=0)
+
+
+def test_golden_cases_differ_from_each_other() -> None:
+    with np.load(oracle.GOLDEN) as golden:
+        distinct = {golden[case].tobytes() for case in oracle.CASES if case not in ("clip-1e4", "clip-none")}
+    assert len(distinct) == len(oracle.CASES) - 2
+
+
+@pytest.fixture(scope="module")
+def live_logits(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The live oracle's logits by case, computed in a process of its own, which may find torch where this one does not.
+
+    MOECTL_TEST_TORCH names the directory: beside moectl, every process that imports transformers would load torch.
+    """
+    path = os.pathsep.join(filter(None, (os.environ.get("MOECTL_TEST_TORCH"), process_env().get("PYTHONPATH"))))
+    env = {**process_env(), "PYTHONPATH": path}
+    found = subprocess.run([sys.executable, "-c", "import torch"], env=env, capture_output=True, check=False)
+    if b"ModuleNotFoundError" in found.stderr:
+        pytest.skip("torch is not installed; golden logits serve")
+    out = tmp_path_factory.mktemp("oracle") / "logits.npz"
+    subprocess.run([sys.executable, "-m", "tests.support.oracle", str(out)], env=env, check=True)
+    with np.load(out) as logits:
+        return dict(logits)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", oracle.CASES)
+def test_logits_equal_the_live_oracle(case: str, live_logits: Any) -> None:
+    actual = np.array(build(case, oracle.LIVE_SEED)(mx.array(oracle.LIVE_TOKENS)))
+    np.testing.assert_allclose(actual, live_logits[case], atol=1e-4, rtol=0)
 
 
 CONFIG = tiny.make_config(d_model=64, ffn_hidden=128, n_experts=4, top_k=2)

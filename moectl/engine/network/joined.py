@@ -25,6 +25,7 @@ from moectl.shards.parts import full
 HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
 _NVFP4_MOST = 448 * 6  # the largest scale times the largest value
 _Floats = np.ndarray[Any, np.dtype[np.float32]]
+_Matrices = dict[str, StoredMatrix]  # by file
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,13 @@ class Segment:
 class JoinedMatrix:
     """A linear layer's matrix, or a stack of them; `axis` is that along which ranks have parts of it, if they have."""
 
-    def __init__(self, axis: int | None, segments: Sequence[Segment], matrices: dict[str, StoredMatrix], rows: int):
+    def __init__(
+        self, axis: int | None, segments: Sequence[Segment], whole: Sequence[Segment], matrices: _Matrices, rows: int
+    ) -> None:
         self.axis = axis
         self.rows = rows
         self._segments = segments  # in the order of files, and of places in a file
-        self._cover = cover(segments) if axis is not None else segments[:1]
+        self._cover = whole  # those that together are the matrix
         self._matrices = matrices
 
     def spans(self, rank: int) -> list[Span]:
@@ -65,8 +68,10 @@ class JoinedMatrix:
         found = [self._matrices[s.file].times(x, item, s.within(*s.span)) for s in self._cover]
         return np.concatenate(found, axis=1)
 
-    def times_columns(self, rank: int, x: _Floats, item: int = 0) -> _Floats:
-        """Return what a rank's columns give for x (T, in of this rank): (T, out)."""
+    def times_part(self, rank: int, x: _Floats, item: int = 0) -> _Floats:
+        """Return what a rank's columns give for x (T, in of the rank): (T, out). Raises ValueError."""
+        if x.shape[1] != sum(stop - start for start, stop in self.spans(rank)):
+            raise ValueError(f"an input of {x.shape[1]} columns")
         files = [segment.file for segment in self._segments if segment.rank == rank]
         return self._matrices[files[0]].times(x, item) if files else np.zeros((len(x), self.rows), np.float32)
 
@@ -100,7 +105,7 @@ class JoinedSet:
         if axis is None:
             return self._load(segments[0].file)[name]
         found = []
-        for segment in cover(segments, name):
+        for segment in cover(segments, shape[axis], name):
             index: list[slice] = [slice(None)] * len(shape)
             index[axis] = slice(*segment.within(*segment.span))
             found.append(self._load(segment.file)[name][tuple(index)])
@@ -123,11 +128,14 @@ class JoinedSet:
         if "scales" in module:
             quantization = Quantization(module.bits, module.group_size, getattr(module, "mode", "affine"))
         matrices = {s.file: StoredMatrix(self._open_parts(path, s.file, quantization), self._reader) for s in segments}
-        back = None if axis is None else axis - len(shape)
-        if back == -1 and quantization is not None:
+        if axis is None:
+            return JoinedMatrix(None, segments, segments[:1], matrices, shape[-2])
+        length = shape[axis]
+        if axis == len(shape) - 1 and quantization is not None:
+            length = length * 32 // quantization.bits
             segments = [_widen(segment, 32, quantization.bits) for segment in segments]
-        place = {None: None, -1: -1, -2: -2}.get(back, 0)
-        return JoinedMatrix(place, segments, matrices, shape[-2])
+        place = {1: -1, 2: -2}.get(len(shape) - axis, 0)
+        return JoinedMatrix(place, segments, cover(segments, length, path), matrices, shape[-2])
 
     def _open_parts(self, path: str, file: str, quantization: Quantization | None) -> Parts:
         held = self._reader.open(self._directory / file)
@@ -135,7 +143,7 @@ class JoinedSet:
             return Parts(held[f"{path}.weight"], None, None, None)
         factors = None
         if f"{path}.global_scale" in held:
-            factors = np.array(self._load(file)[f"{path}.global_scale"].reshape(-1)) / _NVFP4_MOST
+            factors = np.array(self._load(file)[f"{path}.global_scale"].reshape(-1) / _NVFP4_MOST)
         return Parts(held[f"{path}.weight"], held[f"{path}.scales"], held.get(f"{path}.biases"), quantization, factors)
 
     def _load(self, file: str) -> dict[str, mx.array]:
@@ -175,8 +183,8 @@ class JoinedSet:
             raise IntegrityError(f"{file}: {name} has shape {stored.shape}, expected {wanted}", hint=HINT)
 
 
-def cover(segments: Sequence[Segment], name: str = "a matrix") -> list[Segment]:
-    """Return segments, or parts of them, that together are the axis from 0 on, each place once.
+def cover(segments: Sequence[Segment], length: int, name: str) -> list[Segment]:
+    """Return segments, or parts of them, that together are an axis of this length, each place once.
 
     Raises IntegrityError where a place is missing.
     """
@@ -189,6 +197,8 @@ def cover(segments: Sequence[Segment], name: str = "a matrix") -> list[Segment]:
         if stop > done:
             found.append(Segment((done, stop), segment.file, segment.rank, segment.within(done, stop)[0]))
             done = stop
+    if done < length:
+        raise IntegrityError(f"no rank has {done} to {length} of {name}", hint=HINT)
     return found
 
 

@@ -20,6 +20,7 @@ from moectl.shards.flow import names_of_rank
 from moectl.shards.parts import full
 from moectl.shards.precision import quantise_by
 from moectl.shards.skeleton import Skeleton, make_skeleton
+from moectl.shards.trace import Stored, form_of, trace
 from moectl.shards.units import divisions_of
 from moectl.shards.ways import Findings, look, require
 
@@ -82,6 +83,9 @@ def load_rank(
 def build_skeleton(manifest: Manifest) -> tuple[Skeleton, Findings]:
     """Return a shard set's model without weights, quantised as the set is, and what of it can be divided."""
     skeleton = make_skeleton(manifest.config)
+    # As mlx-lm loads what it has converted: some `sanitize` takes the head away where there are no weights for it.
+    kept = {name: array for name, array in skeleton.parameters.items() if name in manifest.tensors}
+    trace(skeleton.model, {n: Stored(n, form_of(tuple(array.shape), array.dtype)) for n, array in kept.items()})
     found = look(skeleton)
     if manifest.table is not None:
         quantise_by(skeleton.model, manifest.table, manifest.tensors)
