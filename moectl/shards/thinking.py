@@ -17,10 +17,11 @@ Edges = dict[str, list[tuple[str, str]]]  # state → what is written on the way
 
 ANSWER, THINKING = "normal", "reasoning"  # mlx-lm's names
 _HEADER = "header"  # of a message: neither of both, told only where no message follows
-# Pairs that mlx-lm does not know: Mistral's, Seed-OSS's, Apertus' and Command A's.
+# Pairs that mlx-lm does not know: Mistral's, Seed-OSS's, EXAONE Deep's, Apertus' and Command A's.
 _MORE = (
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
+    ("<thought>", "</thought>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
