@@ -112,13 +112,13 @@ def test_the_ranks_of_a_set_compute_what_transformers_computes(
 def test_transformers_says_the_same_today(cases: list[str], tmp_path: Path) -> None:
     """MOECTL_TEST_TORCH names the directory with torch and accelerate, which transformers wants for FP8 and MXFP4."""
     path = os.pathsep.join(filter(None, (os.environ.get("MOECTL_TEST_TORCH"), process_env().get("PYTHONPATH"))))
-    env = {**process_env(), "PYTHONPATH": path}
-    found = subprocess.run(
-        [sys.executable, "-c", "import torch, accelerate"], env=env, capture_output=True, check=False
-    )
+    env = {**process_env(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # torch's threads wait busily for each other
+    there = [sys.executable, "-c", "import torch, accelerate"]
+    found = subprocess.run(there, env=env, capture_output=True, check=False)
     if b"ModuleNotFoundError" in found.stderr:
         pytest.skip("torch or accelerate is not installed; the golden files serve")
-    subprocess.run([*wanted[:1], "-m", "tests.support.transformers_models", str(tmp_path), *cases], env=env, check=True)
+    program = [sys.executable, "-m", "tests.support.transformers_models", str(tmp_path), *cases]
+    subprocess.run(program, env=env, check=True)
     live = json.loads((tmp_path / "transformers.json").read_text(encoding="utf-8"))
     golden = json.loads((theirs.GOLDEN / "transformers.json").read_text(encoding="utf-8"))
     assert live == {case: golden[case] for case in cases}
