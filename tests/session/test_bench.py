@@ -29,7 +29,7 @@ from moectl.engine.protocol import Done, Generate, Prefilled, Profile, Profiled,
 from moectl.engine.random_prompts import RandomPrompts
 from moectl.engine.request import Request
 from moectl.errors import PlanError, StateError, UsageError
-from moectl.model.geometry import DBRX, read_geometry
+from moectl.model.geometry import DBRX
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
 from moectl.model.routing import Routing, read_routing, write_routing
@@ -43,8 +43,9 @@ from tests.cli.test_cli import run
 from tests.engine.test_lockstep import cut_case
 from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.families import write_family
 from tests.support.ring import process_env
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import write_checkpoint, write_words
 
 LAYERS, EXPERTS, TOP_K = 2, 16, 4
 PROMPT, GENERATED = 40, 9
@@ -570,7 +571,18 @@ def test_wrong_words_are_usage_errors(
     assert (code, message in said) == (2, True), said
 
 
-def test_what_the_hints_about_its_files_say_is_done(source: Path, tmp_path: Path) -> None:
+def test_a_dense_model_has_no_choices_to_count(tmp_path: Path) -> None:
+    source = write_words(write_family("llama", tmp_path / "llama"))
+    measure = ("--model", str(source), "--local", "2", "-p", "8", "-g", "3", "-n", "1")
+    refused = moectl(*measure, "--routing-stats", str(tmp_path / "routing.json"), code=2).stderr
+    assert "has no experts: there are no choices to count" in refused
+    assert "Hint: leave --routing-stats out" in refused
+    document = json.loads(moectl(*measure, "--json").stdout)
+    assert (document["routing"], document["imbalance"]) == (None, None)
+    assert "experts work on" not in moectl(*measure).stdout
+
+
+def test_what_the_hints_about_its_files_say_is_done(source: Path, alone: Path, tmp_path: Path) -> None:
     stats, earlier, picture = (tmp_path / name for name in ("routing.json", "earlier.json", "picture.svg"))
     with pytest.raises(UsageError) as caught:
         read_routing(stats)
@@ -579,14 +591,14 @@ def test_what_the_hints_about_its_files_say_is_done(source: Path, tmp_path: Path
     with pytest.raises(UsageError) as caught:
         plot.read_documents([earlier])
     assert caught.value.hint == "moectl bench --json > FILE"
-    geometry = read_geometry(json.loads((source / "config.json").read_text()))
+    structure = read_manifest(alone).structure
     others = Routing("other", 4, 1, ((4, 0),))
     with pytest.raises(PlanError) as refused:
-        find_frequencies(Wanted(routing=others), geometry)
+        find_frequencies(Wanted(routing=others), structure)
     assert refused.value.hint == "moectl bench --routing-stats FILE counts this model's"
     measure = ("--model", str(source), "--local", "1", "-p", "8", "-g", "3", "-n", "1")
     earlier.write_text(moectl(*measure, "--routing-stats", str(stats), "--json").stdout)
-    assert find_frequencies(Wanted(routing=read_routing(stats)), geometry)
+    assert find_frequencies(Wanted(routing=read_routing(stats)), structure)
     assert "Hint: add --plot FILE.svg\n" in moectl(*measure, "--compare", str(earlier), code=2).stderr
     moectl(*measure, "--compare", str(earlier), "--plot", str(picture))
     assert svg_texts(picture)
