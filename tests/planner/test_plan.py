@@ -35,9 +35,7 @@ def mac(name: str, gib: int, bandwidth_gb_s: float = 273.0, in_use: int = 0) -> 
 
 def ask(*nodes: Node, bits: int = 4, link: str = "tb-tcp", **more: Any) -> Question:
     model = MODELS["databricks/dbrx-instruct"].quantised(None if bits == 16 else Quantization(bits, 64))
-    return Question(
-        model.structure, model.quantization, nodes, DEFAULT.links[link], DEFAULT, can_quantise=True, **more
-    )
+    return Question(model.structure, model.quantization, nodes, DEFAULT.links[link], DEFAULT, can_quantise=True, **more)
 
 
 def test_auto_knows_that_hidden_does_not_fit_small_macs() -> None:
@@ -232,7 +230,10 @@ def test_tables_never_wrap(columns: str) -> None:
         (("--hosts", "a", "--memory", "8GB"), "its chip is not known"),
         (("--hosts", "a", "--chip", "m4", "--memory", "32GB", "--ctx", "99999"), "beyond the model's 32768"),
         (("--hosts", "a", "--chip", "m4", "--memory", "32GB", "--link", "string"), "unknown link 'string'"),
-        (("--hosts", "a,b,c,d,e,f,g,h,i", "--chip", "m4", "--memory", "32GB", "--split", "tensor"), "cannot be divided by 9 nodes"),
+        (
+            ("--hosts", "a,b,c,d,e,f,g,h,i", "--chip", "m4", "--memory", "32GB", "--split", "tensor"),
+            "cannot be divided by 9 nodes",
+        ),
         (("--hosts", "a,b", "--chip", "m4", "--memory", "32GB", "--shares", "1,2,3"), "3 shares were given for 2"),
         ((), "no hosts are given"),
     ],

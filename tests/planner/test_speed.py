@@ -8,9 +8,9 @@ import statistics
 import pytest
 
 from moectl.errors import PlanError, UsageError
+from moectl.model.catalog import MODELS
 from moectl.model.placement import make_placement
 from moectl.model.structure import Structure
-from moectl.model.catalog import MODELS
 from moectl.planner.calibration import DEFAULT, PAPER, PAPER_NAIVE, PEERS, Calibration, find_link
 from moectl.planner.chips import find_chip
 from moectl.planner.speed import Prediction, Rates, Work, expected_busiest, expected_busiest_of_copies, predict
@@ -53,7 +53,9 @@ def test_the_papers_clusters(nodes: int, tok_s: float, share: float) -> None:
 QWEN, DEEPSEEK = "mlx-community/Qwen3-235B-A22B-Instruct-2507-8bit", "mlx-community/DeepSeek-V3.1-4bit"
 
 
-@pytest.mark.parametrize(("model", "nodes", "tok_s"), [(QWEN, 1, 19.5), (QWEN, 4, 31.9), (DEEPSEEK, 1, 21.1), (DEEPSEEK, 4, 32.5)])
+@pytest.mark.parametrize(
+    ("model", "nodes", "tok_s"), [(QWEN, 1, 19.5), (QWEN, 4, 31.9), (DEEPSEEK, 1, 21.1), (DEEPSEEK, 4, 32.5)]
+)
 def test_published_clusters_of_macs(model: str, nodes: int, tok_s: float) -> None:
     """M3 Ultras with RDMA, exo: within 10 %, with one set of constants for both models and numbers of nodes."""
     got = run(nodes, "tensor", calibration=PEERS, structure=MODELS[model].structure)
@@ -69,7 +71,9 @@ def test_what_does_not_scale_on_published_clusters() -> None:
 
 def test_dense_models_have_no_experts_to_share_out() -> None:
     llama = MODELS["mlx-community/Llama-3.3-70B-Instruct-4bit"].structure
-    with pytest.raises(PlanError, match="a llama model cannot be split by experts: it has no stacked experts") as caught:
+    with pytest.raises(
+        PlanError, match="a llama model cannot be split by experts: it has no stacked experts"
+    ) as caught:
         run(2, "experts", structure=llama)
     assert caught.value.hint == "use --split hidden or --split tensor or --split layers"
     # 40 GB at 0.8 × 819 GB/s: 17 tok/s at most; two nodes read half of it each.
@@ -174,7 +178,6 @@ def test_copies_make_the_busiest_node_less_busy() -> None:
     assert expected_busiest_of_copies(twice.owners, 4) == pytest.approx(1.16, abs=0.005)
     rates = [Rates(6e11, 2e13)] * 4
     speeds = [
-        predict(Work(p, 256, 128), rates, find_link(DEFAULT, "rdma"), DEFAULT).decode_tok_s
-        for p in (spans, twice)
+        predict(Work(p, 256, 128), rates, find_link(DEFAULT, "rdma"), DEFAULT).decode_tok_s for p in (spans, twice)
     ]
     assert speeds[0] < speeds[1]
