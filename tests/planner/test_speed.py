@@ -8,9 +8,9 @@ import statistics
 import pytest
 
 from moectl.errors import PlanError, UsageError
+from moectl.model.catalog import MODELS
 from moectl.model.placement import make_placement
 from moectl.model.structure import Structure
-from moectl.model.catalog import MODELS
 from moectl.planner.calibration import DEFAULT, PAPER, PAPER_NAIVE, PEERS, Calibration, find_link
 from moectl.planner.chips import find_chip
 from moectl.planner.speed import Prediction, Rates, Work, expected_busiest, expected_busiest_of_copies, predict
