@@ -16,8 +16,9 @@ from moectl.cluster.doctor.finding import Finding, fail, ok, skip, warn
 from moectl.cluster.probe import Site, Tried
 from moectl.errors import HostsError, MoectlError
 from moectl.hosts.thunderbolt import Interface
-from moectl.model.geometry import Geometry
 from moectl.model.placement import make_placement
+from moectl.model.regions import Pieces, Role
+from moectl.model.structure import Layer, Part, Structure
 from moectl.planner.measured import Job
 from moectl.session.backend import choose_backend
 
@@ -26,21 +27,19 @@ BUDGET_S = 1.0  # a busy machine needs a second for what takes an idle one some 
 SLOW_PART = 1 / 3  # of the best pair's bandwidth
 SLOW_RTT_S = 3e-3  # a switch adds less than 1 ms; Wi-Fi adds more than this
 SLOW_BYTES_S = 50e6  # half a gigabit link
-# A sum of 1 kB, since the latency is what counts; all else is as small as the model's rules allow.
-_GEOMETRY = Geometry(
-    d_model=256,
-    n_layers=2,
-    n_heads=4,
-    kv_n_heads=2,
-    ffn_hidden=128,
-    n_experts=4,
-    top_k=1,
-    vocab_size=512,
-    max_seq_len=2048,
-    rope_theta=10_000.0,
-    clip_qkv=None,
-    moe_normalize=1.0,
-)
+# A sum of 1 kB, since the latency is what counts; all else is as small as a model can be.
+_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "rms_norm_eps": 1e-5,
+}
+_MLP = Part(3 * 256 * 256, hidden=Pieces(Role.HIDDEN, 256))
+_STRUCTURE = Structure("llama", (Layer((_MLP,)),), (0, 0), (), width=256, vocab_size=512, context=2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,7 @@ def try_collective(sites: Sequence[Site], ranks: Sequence[int], backend: str, *,
         replace(site, host=replace(site.host, rdma=_pair_devices(site, ranks, place)))
         for place, site in enumerate(sites)
     ]
-    job = Job((make_placement(_GEOMETRY, "hidden", 2),), None, 1 << 28, 16, BUDGET_S)
+    job = Job((make_placement(_STRUCTURE, "hidden", 2),), _CONFIG, None, 1 << 28, 16, BUDGET_S)
     try:
         chosen = choose_backend(backend, [site.host for site in pair])
         [speed] = probe.measure_speed(pair, job, backend=chosen, start_timeout_s=COLLECTIVE_START_S)
