@@ -41,7 +41,10 @@ class Group:
 
 
 def time_model(model: Any, tokens: int, group: Group) -> tuple[float, float]:
-    """Return the seconds of a pass of (this many tokens, one token after them) without the group; all begin together."""
+    """Return the seconds of a pass of (this many tokens, one token after them), without exchanges.
+
+    All ranks begin together.
+    """
     prompt, one = mx.zeros((1, tokens), dtype=mx.int32), mx.zeros((1, 1), dtype=mx.int32)
     caches: list[Any] = []
 

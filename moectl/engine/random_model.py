@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.engine.network import experts
@@ -85,9 +85,7 @@ class Weights:
                     model.update(_nest(name, _hollow(take(name.rpartition(".")[2], array, holding))))
             divide(model, found.parts, holdings, group, rank=rank, held=placement.held)
             if rank != placement.head_rank and found.flow is not None:
-                keep_names(
-                    skeleton, names_of_rank(skeleton, found.flow, (0, depth), first=True, last=False)
-                )
+                keep_names(skeleton, names_of_rank(skeleton, found.flow, (0, depth), first=True, last=False))
                 remove_head(model, found.flow)
         experts.install(model)
         return Short(model, structure, trims, batches)
@@ -145,11 +143,10 @@ def shorten(config: Mapping[str, Any], layers: int, depth: int) -> dict[str, Any
     """Return the config.json of the same model with fewer layers: the first ones."""
     short = copy.deepcopy(dict(config))
     for key, value in short.items():
+        is_pattern = isinstance(value, list) or (isinstance(value, str) and key.endswith("pattern"))
         if key in _LAYERS and value == layers:
             short[key] = depth
-        elif isinstance(value, list) and len(value) == layers:
-            short[key] = value[:depth]
-        elif isinstance(value, str) and key.endswith("pattern") and len(value) == layers:
+        elif is_pattern and len(value) == layers:
             short[key] = value[:depth]
         elif isinstance(value, dict) and key not in ("quantization", "quantization_config"):
             short[key] = shorten(value, layers, depth)
@@ -189,8 +186,6 @@ def _layer_names(model: Any) -> list[str]:
 
 
 def _nest(name: str, array: mx.array) -> dict[str, Any]:
-    from mlx.utils import tree_unflatten
-
     nested: dict[str, Any] = tree_unflatten([(name, array)])
     return nested
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from moectl.cluster.probe import Site, measure_speed
 from moectl.demo import demo_dir
@@ -21,9 +22,9 @@ from moectl.planner.measured import Job
 from moectl.planner.speed import Work, predict_measured
 from moectl.session.bench import bench
 from moectl.session.session import RankSpec, Session
+from moectl.shards.blueprint import draw
 from moectl.shards.build import cut
 from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.quantize import quantizer
 from tests.support.netns import run_cluster
 from tests.support.ring import rank_env
 
@@ -32,11 +33,11 @@ DTYPE_BYTES = 4  # float32, on a CPU
 PROMPT, GENERATED = 128, 96
 
 
-def predict(sites: list[Site], placements: list[Placement]) -> list[float]:
+def predict(sites: list[Site], placements: list[Placement], config: dict[str, Any]) -> list[float]:
     """Return predicted decode tokens per second of each placement."""
-    job = Job(tuple(placements), None, 1 << 30, prompt_tokens=PROMPT, budget_s=3.0 / len(placements))
+    job = Job(tuple(placements), config, None, 1 << 30, prompt_tokens=PROMPT, budget_s=3.0 / len(placements))
     speeds = measure_speed(sites, job)
-    works = [Work(p, None, PROMPT + GENERATED // 2, PROMPT, DTYPE_BYTES) for p in placements]
+    works = [Work(p, PROMPT + GENERATED // 2, PROMPT, DTYPE_BYTES) for p in placements]
     return [predict_measured(work, speed).decode_tok_s for work, speed in zip(works, speeds, strict=True)]
 
 
@@ -60,11 +61,12 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.model)
     count = 4 if options.netns else 2
-    placements = [make_placement(checkpoint.geometry, split, count) for split in options.splits.split(",")]
+    blueprint = draw(checkpoint)
+    placements = [make_placement(blueprint.structure, split, count) for split in options.splits.split(",")]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for placement in placements:
-            cut(checkpoint, placement, None, directory / placement.split, name=placement.split, quantise=quantizer)
+            cut(checkpoint, blueprint, placement, directory / placement.split, name=placement.split)
         if options.netns:
             (directory / "net").mkdir()
             with run_cluster(directory / "net", count) as cluster:
@@ -76,12 +78,13 @@ def main() -> None:
 
 def table(hosts: list[_Place], placements: list[Placement], directory: Path, options: argparse.Namespace) -> None:
     """Print one row per latency and split."""
+    config = open_checkpoint(options.model).config
     print(f"{len(hosts)} ranks, {options.model}, {PROMPT} prompt + {GENERATED} generated tokens")
     print(f"{'delay':>8} {'split':>8} {'predicted':>10} {'measured':>9} {'ratio':>6}")
     for delay in options.latencies.split(","):
         env = rank_env(RING_DELAY_US=delay)
         sites = [Site(host, remote, sys.executable, ips, env) for host, remote, ips in hosts]
-        for placement, predicted in zip(placements, predict(sites, placements), strict=True):
+        for placement, predicted in zip(placements, predict(sites, placements, config), strict=True):
             found = measure(sites, directory / placement.split, options.trials)
             ratio = predicted / found
             print(f"{delay:>5} µs {placement.split:>8} {predicted:10.1f} {found:9.1f} {ratio:6.2f}", flush=True)

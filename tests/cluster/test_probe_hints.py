@@ -12,15 +12,14 @@ from moectl.cli.app import cli
 from moectl.cluster.probe import measure_speed
 from moectl.errors import PlanError
 from moectl.model.placement import make_placement
-from moectl.planner.measured import Job
-from tests.cluster.test_probe import TINY, sites
+from tests.cluster.test_probe import CONFIG, TINY, make_job, sites
 
 DEMO = Path(__file__).parent.parent.parent / "moectl/demo/moectl-demo"
 
 
 def test_what_takes_too_long_to_measure_is_planned_without_the_flag_as_the_hint_says() -> None:
     with pytest.raises(PlanError) as caught:
-        measure_speed(sites(1), Job((make_placement(TINY, "hidden", 1),), None, 1 << 30, 16, 1e-12))
+        measure_speed(sites(1), make_job(CONFIG, make_placement(TINY, "hidden", 1), budget_s=1e-12))
     assert caught.value.hint == "plan without --probe"
     result = CliRunner().invoke(cli, ["plan", str(DEMO), "--local", "1", "--json"])
     assert json.loads(result.stdout)["schema"] == "moectl.plan/1"

@@ -9,15 +9,18 @@ import pytest
 from hypothesis import given, strategies as st
 from mlx.utils import tree_flatten
 
-from moectl.engine.measure import fit_pass, scale_up, weigh_layers
-from moectl.engine.random_model import Weights, shrink, with_depth
-from moectl.model.geometry import read_geometry
+from moectl.engine.measure import count_first_layers, fit_pass, scale_of, weigh_layers
+from moectl.engine.random_model import Weights, fewer_experts, shorten
+from moectl.model.catalog import MODELS
 from moectl.model.placement import make_placement
 from moectl.model.structure import Quantization
 from moectl.planner.measured import Pass, RankSpeed
+from tests.support.families import config_of
+from tests.support.structures import structure_of
 from tests.support.tiny import make_config
 
-TINY = read_geometry(make_config(n_layers=3))
+CONFIG = make_config(n_layers=3)
+TINY = structure_of(CONFIG)
 MODES = [None, Quantization(4, 64), Quantization(8, 32), Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4")]
 times = st.floats(0, 100, allow_nan=False)
 
@@ -40,47 +43,42 @@ def test_a_model_of_one_layer_is_all_layer() -> None:
     assert fit_pass(1, {1: [0.25]}) == Pass(1, 0.25, 0.0)
 
 
-def test_only_the_experts_time_is_scaled() -> None:
-    assert scale_up(Pass(1, 1.0, 0.5), 0.5, 0.5) == Pass(1, 1.5, 0.5)
-    assert scale_up(Pass(1, 1.0, 0.5), 2.0, 0.5) == Pass(1, 1.0, 0.5)
-    assert scale_up(Pass(1, 1.0, 0.5), 0.4, 1.0) == Pass(1, 1.0, 0.5)
+def test_a_config_with_fewer_layers() -> None:
+    config = {"num_hidden_layers": 4, "layer_types": list("abab"), "hybrid_override_pattern": "MEM*", "vocab_size": 4}
+    short = {"num_hidden_layers": 2, "layer_types": ["a", "b"], "hybrid_override_pattern": "ME", "vocab_size": 4}
+    assert shorten(config, 4, 2) == short
+    assert shorten({"text_config": config}, 4, 2) == {"text_config": short}
+    assert structure_of(shorten(CONFIG, 3, 2)).n_layers == 2
 
 
-def test_fewer_experts_come_before_narrower_ones_where_they_cost_no_time() -> None:
-    hidden = make_placement(TINY, "hidden", 2)
-    fewer = shrink(hidden, None)
-    assert (fewer.geometry.n_experts, fewer.geometry.ffn_hidden) == (TINY.top_k, TINY.ffn_hidden)
-    narrower = shrink(fewer, None)
-    assert narrower.shares == (1, 1)
-    assert narrower.geometry.ffn_hidden == 2 * hidden.unit
-    assert shrink(narrower, None) == narrower
+def test_a_config_with_fewer_experts() -> None:
+    assert structure_of(fewer_experts(CONFIG, 16, 8)).n_experts == 8
+    assert structure_of(fewer_experts(config_of("gpt_oss"), 8, 4)).n_experts == 4
 
 
-def test_whole_experts_get_narrower_in_whole_groups() -> None:
-    experts = make_placement(TINY, "experts", 2)
-    sizes = []
-    while (shorter := shrink(experts, Quantization(4, 64))) != experts:
-        experts = shorter
-        sizes.append(experts.geometry.ffn_hidden)
-    assert sizes == [192, 64]
-    assert experts.shares == (8, 8)
+def test_first_layers_of_another_kind_do_not_stand_for_all() -> None:
+    """DeepSeek's first three layers are dense, and read less than one with experts."""
+    deepseek = MODELS["deepseek-ai/DeepSeek-V3.1"].structure
+    assert count_first_layers(deepseek) == 4
+    assert scale_of(deepseek, deepseek, 4) == pytest.approx(1, abs=0.05)
+    assert count_first_layers(MODELS["Qwen/Qwen3-Next-80B-A3B-Instruct"].structure) == 4
+    assert count_first_layers(TINY) == 1
+    assert scale_of(TINY, TINY, 1) == 1
 
 
 @pytest.mark.parametrize("quantization", MODES, ids=str)
 @pytest.mark.parametrize("shared", [False, True])
 def test_weights_are_counted_before_they_are_made(quantization: Quantization | None, shared: bool) -> None:
-    placement = make_placement(TINY, "hidden", 2, group_size=64)
-    weights = Weights(quantization, shared=shared)
-    model = weights.make_model(placement, 0, None)
-    counted = weights.count_bytes(model, mx.float32)
-    weights.fill(model, mx.float32)
+    placement = make_placement(TINY, "hidden", 2)
+    weights = Weights(CONFIG, quantization, shared=shared)
+    short = weights.make_model(placement, 3, 0, None)
+    counted = weights.count_bytes(short, mx.float32)
+    model = weights.fill(short, mx.float32).model
     arrays = dict(tree_flatten(model.parameters()))
-    per_layer = [{n.split(".", 3)[3]: a for n, a in arrays.items() if f"blocks.{i}." in n} for i in range(3)]
-    distinct = [
-        a for n, a in arrays.items() if not shared or not n.startswith(("transformer.blocks.1", "transformer.blocks.2"))
-    ]
-    assert counted == sum(a.nbytes for a in distinct)
-    assert all(mx.array_equal(per_layer[0][n], per_layer[2][n]) for n in per_layer[0] if shared)
+    later = ("transformer.blocks.1", "transformer.blocks.2")
+    assert counted == sum(a.nbytes for n, a in arrays.items() if not shared or not n.startswith(later))
+    first = {n: a for n, a in arrays.items() if "blocks.0." in n}
+    assert all(mx.array_equal(a, arrays[n.replace("blocks.0.", "blocks.2.")]) for n, a in first.items() if shared)
     logits = model(mx.array([[1, 2, 3]]))
     assert mx.isfinite(logits).all()
     assert mx.abs(logits).max() > 0
@@ -88,21 +86,14 @@ def test_weights_are_counted_before_they_are_made(quantization: Quantization | N
 
 def test_models_of_other_depth_have_the_same_weights() -> None:
     placement = make_placement(TINY, "experts", 2)
-    weights = Weights(None, shared=False)
-    long = weights.fill(weights.make_model(placement, 1, None), mx.float32)
-    short = weights.fill(weights.make_model(with_depth(placement, 1), 1, None), mx.float32)
+    weights = Weights(CONFIG, None, shared=False)
+    long, short = (weights.fill(weights.make_model(placement, depth, 0, None), mx.float32).model for depth in (3, 1))
     theirs = dict(tree_flatten(long.parameters()))
     assert len(short.layers) == 1
     assert all(mx.array_equal(array, theirs[name]) for name, array in tree_flatten(short.parameters()))
 
 
-def test_a_shortened_pipeline_has_its_layers_evenly() -> None:
-    short = with_depth(make_placement(TINY, "layers", 2, shares=(1, 2)), 4)
-    assert short.shares == (2, 2)
-    assert short.geometry.n_layers == 4
-
-
 def test_a_layer_of_a_pipeline_takes_longer_where_the_slow_rank_has_more() -> None:
-    slow, fast = (RankSpeed(s / 2, {4: s / 2}, None, 1.0, 1.0) for s in (3.0, 1.0))
+    slow, fast = (RankSpeed(s, 1.0, 1.0) for s in (3.0, 1.0))
     assert weigh_layers((3, 1), (slow, fast)) == pytest.approx((3 * 3 + 1 * 1) / 4 / 2)
     assert weigh_layers((2, 2), (slow, fast)) == pytest.approx(1.0)
