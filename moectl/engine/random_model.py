@@ -176,7 +176,7 @@ def module_bytes(module: Any, dtype: mx.Dtype) -> float:
 
 
 def _wanted(model: Any) -> list[tuple[str, mx.array]]:
-    left = getattr(model, "moectl_left", frozenset())
+    left: frozenset[str] = getattr(model, "moectl_left", frozenset())
     return [(name, array) for name, array in tree_flatten(model.parameters()) if name not in left]
 
 

@@ -86,7 +86,7 @@ def make_families() -> dict[str, dict[str, Any]]:
 
 def _file_of(config: dict[str, Any]) -> str:
     model_type: str = config["model_type"]
-    return MODEL_REMAPPING.get(model_type, model_type)
+    return str(MODEL_REMAPPING.get(model_type, model_type))
 
 
 def strip(value: Any) -> Any:
