@@ -55,6 +55,7 @@ def make_catalog(entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "names": [name, *entry.get("also", [])],
             "quantised": entry.get("quantised", {}),
             "structure": strip(asdict(find_structure(entry))),
+            "config": entry["config"],
         }
         for name, entry in entries.items()
     ]
