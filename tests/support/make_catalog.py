@@ -54,6 +54,7 @@ def make_catalog(entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "names": [name, *entry.get("also", [])],
             "quantised": entry.get("quantised", {}),
+            "config": entry["config"],
             "structure": strip(asdict(find_structure(entry))),
             "config": entry["config"],
         }
