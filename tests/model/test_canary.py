@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,9 @@ from moectl.shards.writer import hash_file
 from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.cutting import cut
-from tests.support.tiny import write_checkpoint
+from tests.support.families import write_family
+from tests.support.ring import process_env
+from tests.support.tiny import write_checkpoint, write_words
 
 point = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
 
@@ -130,6 +134,27 @@ def test_a_damaged_one_is_refused(sets: dict[str, Path], change: str) -> None:
         raw["canary"][change] = value
         with pytest.raises(IntegrityError, match="damaged"):
             parse_manifest(json.dumps(raw), Path("moectl.json"))
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("dbrx", "the canary's prompts do not reach every expert, so it does not check these: layer 0: "),
+        ("iquestloopcoder", "has no canary, so its starts are not checked: its layers are not run one after the other"),
+    ],
+)
+def test_what_it_does_not_check_is_said(family: str, said: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "set"
+    if family == "dbrx":
+        write_words(write_checkpoint(source, n_experts=256, top_k=1, ffn_hidden=32, d_model=32, n_layers=1))
+    else:
+        write_words(write_family(family, source))
+    command = [sys.executable, "-m", "moectl", "shard", str(source), "-o", str(out), "--nodes", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=process_env(), check=True)
+    assert "Warning: " in done.stderr
+    assert said in done.stderr
+    canary = read_manifest(out).canary
+    assert canary is None or len(canary.unmet) >= 256 - 46
 
 
 def damage(directory: Path, out: Path, file: str) -> Path:

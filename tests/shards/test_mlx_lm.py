@@ -8,7 +8,7 @@ from importlib.metadata import requires
 
 import mlx.core as mx
 from mlx_lm.chat_templates import deepseek_v32, muse_spark
-from mlx_lm.generate import TextStateMachine
+from mlx_lm.generate import BatchGenerator, PromptProcessingBatch, TextStateMachine
 from mlx_lm.models import cache, switch_layers
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -36,6 +36,20 @@ def test_names_of_model_files() -> None:
 def test_stacks_of_experts_are_called_with_states_and_indices() -> None:
     for kind in (switch_layers.SwitchGLU, switch_layers.SwitchMLP):
         assert list(inspect.signature(kind.__call__).parameters) == ["self", "x", "indices"]
+
+
+def test_stacked_matrices_are_called_one_by_one() -> None:
+    for kind in (switch_layers.SwitchLinear, switch_layers.QuantizedSwitchLinear):
+        assert list(inspect.signature(kind.__call__).parameters) == ["self", "x", "indices", "sorted_indices"]
+
+
+def test_the_generator_gives_rows_back_between_prompt_and_answer() -> None:
+    assert list(inspect.signature(BatchGenerator.extract_cache).parameters) == ["self", "uids"]
+    response = PromptProcessingBatch.Response(0, (1, 2), True, False)
+    assert (response.end_of_segment, response.end_of_prompt) == (True, False)
+    for kind in (cache.KVCache, cache.RotatingKVCache, cache.ArraysCache, cache.CacheList):
+        assert hasattr(kind, "merge")
+    assert not hasattr(cache.ChunkedKVCache, "merge")  # it then could have a batch
 
 
 def test_blocks_sum_by_themselves_over_their_sharding_group() -> None:

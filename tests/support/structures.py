@@ -8,10 +8,12 @@ from functools import cache
 from typing import Any
 
 from moectl.model.catalog import MODELS
-from moectl.model.structure import Structure
+from moectl.model.structure import Quantization, Structure
 from moectl.shards.outline import outline
 from moectl.shards.skeleton import make_skeleton
 from moectl.shards.ways import look
+
+DBRX = MODELS["databricks/dbrx-instruct"]
 
 
 def structure_of(config: Mapping[str, Any]) -> Structure:
@@ -26,6 +28,6 @@ def _find(text: str) -> Structure:
     return outline(skeleton, look(skeleton), config)
 
 
-def dbrx() -> Structure:
-    """Return DBRX's structure, in 16 bits."""
-    return MODELS["databricks/dbrx-instruct"].structure
+def dbrx(bits: int = 16) -> Structure:
+    """Return DBRX's structure at this precision."""
+    return DBRX.quantised(None if bits == 16 else Quantization(bits, 64)).structure
