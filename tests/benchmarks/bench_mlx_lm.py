@@ -1,9 +1,10 @@
 """moectl beside `mlx_lm`'s own distribution, in one run: `python -m tests.benchmarks.bench_mlx_lm`.
 
 Two ranks on this machine have both: the model as `mlx_lm.sharded_load` divides it, by its own `shard()`, with mlx-lm's
-greedy `generate_step`; and moectl's engine on a set cut with `hidden`. They take turns, on the same ring, each with a
-prompt never seen before, while the shim delays every exchange. Printed are medians of tokens per second and of the
-ratios of neighbours, and how much of the model lies on each host's disk. Ratios matter; absolutes are this machine's.
+greedy `generate_step`; and moectl's engine on sets cut with `hidden` and `tensor`. They take turns, on the same ring,
+each with a prompt never seen before, while the shim delays every exchange. Printed are medians of tokens per second, of
+the ratios of neighbours and their range, and how much of the model lies on each host's disk. Ratios matter; absolutes
+are this machine's, which should have nothing else to do: with more processes than cores an exchange waits for a core.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from tests.support.cutting import cut
 from tests.support.ring import process_env
 
 RANKS = 2
-SIDES = ("mlx_lm", "moectl")
+THEIRS = "mlx_lm"
 _SHARED: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 6,
@@ -178,14 +179,12 @@ class Ours:
 def run_rank(job: dict[str, Any], rank: int) -> None:
     """Time both sides turn by turn; rank 0 prints one JSON line."""
     group = mx.distributed.init(strict=True, backend="ring")
-    sides: dict[str, Any] = {
-        "mlx_lm": Theirs(Path(job["model"]), group),
-        "moectl": Ours(Path(job["set"]), rank, group),
-    }
+    sides: dict[str, Any] = {THEIRS: Theirs(Path(job["model"]), group)}
+    sides |= {split: Ours(Path(directory), rank, group) for split, directory in job["sets"].items()}
     draw = random.Random(job["delay"])
-    found: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
+    found: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for trial in range(job["trials"] + 1):
-        for side in SIDES if trial % 2 else SIDES[::-1]:
+        for side in list(sides) if trial % 2 else list(sides)[::-1]:
             prompt = [draw.randrange(VOCAB_SIZE - 8) for _ in range(job["prompt"])]
             speeds = sides[side].time(prompt, job["generate"] if trial else 8)
             mx.eval(mx.distributed.all_sum(mx.ones((1,)), group=group))  # both begin together
@@ -222,6 +221,7 @@ def run(job: dict[str, Any], scratch: Path) -> dict[str, list[tuple[float, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--splits", default="hidden,tensor")
     parser.add_argument("--latencies", default="0,100,300,1000", help="microseconds per exchange")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--generate", type=int, default=48)
@@ -238,25 +238,30 @@ def main() -> None:
 
 def measure(family: str, args: argparse.Namespace, scratch: Path) -> None:
     """Print one family's table."""
-    model, shards = scratch / "model", scratch / "set"
+    model, sets = scratch / "model", {split: scratch / split for split in args.splits.split(",")}
     size = write_model(model, FAMILIES[family])
-    manifest = cut(model, shards, split="hidden", nodes=RANKS)
-    ours = [
-        sum(entry.bytes for path, entry in manifest.files_of(rank).items() if path.endswith(".safetensors")) / size
-        for rank in range(RANKS)
-    ]
-    print(f"{family}: {size / 1e9:.2f} GB in float32, {RANKS} ranks, {args.prompt} + {args.generate} tokens", end="")
-    print(f"; on each disk: moectl {', '.join(f'{part:.2f}' for part in ours)}, mlx_lm 1.00 of the model")
-    print(f"{'delay':>8}  {'':>7} {'mlx_lm':>8} {'moectl':>8} {'ratio':>6} {'least':>6} {'most':>6}")
+    print(f"{family}: {size / 1e9:.2f} GB in float32, {RANKS} ranks, {args.prompt} + {args.generate} tokens")
+    for split, directory in sets.items():
+        manifest = cut(model, directory, split=split, nodes=RANKS)
+        held = [
+            sum(entry.bytes for path, entry in manifest.files_of(rank).items() if path.endswith(".safetensors"))
+            for rank in range(RANKS)
+        ]
+        print(
+            f"on each disk with {split}: {', '.join(f'{part / size:.2f}' for part in held)} of the model; mlx_lm: 1.00"
+        )
+    print(f"{'delay':>8} {'':>8} {'split':>7} {THEIRS:>8} {'moectl':>8} {'ratio':>6} {'least':>6} {'most':>6}")
     for delay in map(int, args.latencies.split(",")):
-        job = {"model": str(model), "set": str(shards), "delay": delay, "trials": args.trials}
-        found = run({**job, "prompt": args.prompt, "generate": args.generate}, scratch)
+        job = {"model": str(model), "sets": {split: str(directory) for split, directory in sets.items()}}
+        job |= {"delay": delay, "trials": args.trials, "prompt": args.prompt, "generate": args.generate}
+        found = run(job, scratch)
         for column, what in enumerate(("prefill", "decode")):
-            theirs, mine = ([trial[column] for trial in found[side]] for side in SIDES)
-            ratios = [b / a for a, b in zip(theirs, mine, strict=True)]
-            medians = f"{statistics.median(theirs):8.1f} {statistics.median(mine):8.1f}"
-            spread = f"{statistics.median(ratios):6.2f} {min(ratios):6.2f} {max(ratios):6.2f}"
-            print(f"{delay:>5} µs  {what:>7} {medians} {spread}", flush=True)
+            for split in sets:
+                theirs, mine = ([trial[column] for trial in found[side]] for side in (THEIRS, split))
+                ratios = [b / a for a, b in zip(theirs, mine, strict=True)]
+                medians = f"{statistics.median(theirs):8.1f} {statistics.median(mine):8.1f}"
+                spread = f"{statistics.median(ratios):6.2f} {min(ratios):6.2f} {max(ratios):6.2f}"
+                print(f"{delay:>5} µs {what:>8} {split:>7} {medians} {spread}", flush=True)
 
 
 if __name__ == "__main__":
