@@ -16,7 +16,7 @@ from moectl.shards.precision import cast, settle
 from moectl.shards.skeleton import Skeleton, make_skeleton
 from moectl.shards.stored import name_stored
 from moectl.shards.tensors import StoredTensor
-from moectl.shards.trace import Expression, trace
+from moectl.shards.trace import Expression, check_parameters, trace
 from moectl.shards.ways import Findings, look
 
 
@@ -66,6 +66,8 @@ def draw(headers: Headers, wanted: Quantization | None = None, recipe: str | Non
     traced = trace(skeleton.model, unpack(name_stored(headers.stored), form))
     if form.kind == "plain" and wanted is None:
         traced = cast(skeleton.model, config, traced)  # as `mlx_lm.convert` copies
+    if form.table is None:  # so that nothing is tried of a model that is not the checkpoint's
+        check_parameters({name: tuple(array.shape) for name, array in skeleton.parameters.items()}, traced)
     found = look(skeleton)
     settled = settle(skeleton.model, config, traced, form, wanted, recipe)
     return Blueprint(

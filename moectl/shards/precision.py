@@ -19,6 +19,7 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, mixed_quant_p
 from mlx_lm.utils import _takes_global_scale, infer_quant_config, quantize_model
 
 from moectl.errors import CheckpointError, PlanError
+from moectl.model.config_keys import CORRECT
 from moectl.model.structure import Quantization
 from moectl.shards.formats import Format, quantise
 from moectl.shards.trace import ANOTHER_COPY, Expression, check_parameters, record
@@ -48,6 +49,8 @@ def settle(
     table = dict(form.table) if form.table else None
     if table is not None:
         _keep(model, table, traced)
+        if not any("scales" in module for _, module in model.named_modules()):
+            raise CheckpointError("config.json says that the checkpoint is quantised, and no tensor is", hint=CORRECT)
     given = dict(traced)
     if wanted is not None:
         if form.kind == "mlx":
@@ -59,6 +62,11 @@ def settle(
         table = _quantise(model, config, table, wanted, recipe)
     parameters = _quantise_nodes(model, given)
     check_parameters({name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}, parameters)
+    for name, array in tree_flatten(model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.issubdtype(parameters[name].dtype, mx.floating):
+            raise CheckpointError(
+                f"{name} is stored as {parameters[name].dtype}, and the model needs floats", hint=ANOTHER_COPY
+            )
     return Settled(parameters, None if table is None else _complete(model, table))
 
 

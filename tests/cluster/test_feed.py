@@ -26,7 +26,6 @@ from moectl.hosts.onhost.files import RECORD, hash_file
 from moectl.model.manifest import NAME, read_manifest
 from moectl.shards import prepare
 from moectl.shards.prepare import Made, Wanted
-from moectl.shards.quantize import quantizer
 from tests.cluster.test_deploy import assert_holds, make_hosts
 from tests.support.ring import process_env
 from tests.support.running import wait_for
@@ -47,7 +46,7 @@ def hosts(sshd: Server, tmp_path: Path) -> list[Host]:
 
 
 def cutting(model: Path, directory: Path) -> Callable[..., Made]:
-    return partial(prepare.shard, str(model), Wanted(nodes=2), directory=directory, quantise=quantizer)
+    return partial(prepare.shard, str(model), Wanted(nodes=2), directory=directory)
 
 
 def write_hosts(hosts: list[Host], path: Path) -> str:
@@ -74,7 +73,6 @@ def test_deploy_shard_brings_what_shard_and_deploy_bring(model: Path, hosts: lis
         str(model),
         Wanted(split="experts", nodes=2, shares=(5, 11), bits=8),
         directory=tmp_path / "alone",
-        quantise=quantizer,
     )
     alone = read_manifest(made.directory)
     for rank, host in enumerate(hosts):

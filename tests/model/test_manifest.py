@@ -12,26 +12,34 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from moectl.errors import IntegrityError
-from moectl.model.geometry import read_geometry
 from moectl.model.manifest import FileEntry, Manifest, parse_manifest
 from moectl.model.placement import make_placement
 from moectl.model.structure import Quantization
+from tests.model.test_placement import structure
 from tests.support.tiny import json_values, make_config
 
 CONFIG = make_config()
-PLACEMENT = make_placement(read_geometry(CONFIG), "hidden", 2)
+MODEL = structure(layers=2, heads=4, kv_heads=2, hidden=384)
+UP = "transformer.blocks.0.ffn.experts.up_proj"
 WHOLE = Manifest(
     name="tiny",
     source="dbrx/tiny",
     revision="0123abcd",
     fingerprint="f" * 64,
     config=CONFIG,
+    structure=MODEL,
     quantization=Quantization(4, 64),
-    split=PLACEMENT.split,
-    shares=PLACEMENT.shares,
-    unit=PLACEMENT.unit,
-    files={"config.json": FileEntry(7, "0" * 64), "common/head.safetensors": FileEntry(99, "a" * 64)},
-    tensors={"lm_head.weight": ["common/head.safetensors"]},
+    table={"bits": 4, "group_size": 64, "lm_head": {"bits": 8, "group_size": 64, "mode": "affine"}},
+    split="hidden",
+    shares=(1, 1.5),
+    files={"config.json": FileEntry(7, "0" * 64), "rank-0/head.safetensors": FileEntry(99, "a" * 64)},
+    tensors={
+        "lm_head.weight": {"rank-0/head.safetensors": ()},
+        f"{UP}.weight": {
+            "rank-0/layer-000.safetensors": (((0, 16), (0, 128), (0, 8)),),
+            "rank-1/layer-000.safetensors": (((0, 16), (128, 384), (0, 8)),),
+        },
+    },
 )
 RAW: dict[str, Any] = json.loads(WHOLE.to_json())
 PATH = PurePosixPath("set/moectl.json")
@@ -58,9 +66,9 @@ def parse(text: str) -> Manifest | None:
         manifest = parse_manifest(text, PATH)
     except IntegrityError:
         return None
-    assert manifest.placement.geometry == manifest.geometry
+    assert manifest.placement.structure == manifest.structure
     assert manifest.files_of(0).items() <= manifest.files.items()
-    assert json.loads(manifest.to_json())["schema"] == "moectl.shards/1"
+    assert json.loads(manifest.to_json())["schema"] == "moectl.shards/2"
     return manifest
 
 
@@ -68,10 +76,10 @@ def test_what_is_written_is_read_back() -> None:
     assert parse(WHOLE.to_json()) == WHOLE
 
 
-@pytest.mark.parametrize(("split", "shares"), [("experts", (15, 1)), ("tensor", (2, 4)), ("layers", (1, 1))])
-def test_every_split_is_read_back(split: str, shares: tuple[int, ...]) -> None:
-    placement = make_placement(read_geometry(CONFIG), split, 2, shares=shares, group_size=64)
-    manifest = replace(WHOLE, split=split, shares=placement.shares, unit=placement.unit)
+@pytest.mark.parametrize(("split", "shares"), [("experts", (15, 1)), ("tensor", (2, 4.5)), ("layers", (0.1, 1))])
+def test_every_split_is_read_back(split: str, shares: tuple[float, ...]) -> None:
+    placement = make_placement(MODEL, split, 2, shares=shares)
+    manifest = replace(WHOLE, split=split, shares=placement.shares)
     read = parse(manifest.to_json())
     assert read == manifest
     assert read is not None
@@ -79,14 +87,14 @@ def test_every_split_is_read_back(split: str, shares: tuple[int, ...]) -> None:
 
 
 def test_copies_of_experts_are_read_back() -> None:
-    placement = make_placement(read_geometry(CONFIG), "experts", 3, replicas=2, frequencies=range(16))
-    manifest = replace(WHOLE, split="experts", shares=placement.shares, unit=1, held=placement.held)
+    placement = make_placement(MODEL, "experts", 3, replicas=2, frequencies=range(16))
+    manifest = replace(WHOLE, split="experts", shares=placement.shares, held=placement.held)
     read = parse(manifest.to_json())
     assert read == manifest
     assert read is not None
     assert read.placement == placement
     for held in ([[0, 1]], [[0], "1"], [list(range(16)), [3, 3], [1]], [list(range(15)), [1], [2]], [[True], [], []]):
-        raw = {**json.loads(manifest.to_json()), "held": held, "shares": [len(e) for e in held]}
+        raw = {**json.loads(manifest.to_json()), "held": held, "shares": [1] * len(held)}
         assert parse(json.dumps(raw)) is None
     assert parse(change(("held",), [[0], [1]])) is None
 
@@ -131,11 +139,20 @@ def test_damaged_text_never_surprises(start: int, length: int, text: str) -> Non
         (("shares",), "11"),
         (("shares",), ["1", "5"]),
         (("shares",), []),
-        (("shares",), [1, 1]),
-        (("unit",), "64"),
-        (("unit",), 0),
-        (("unit",), True),
-        (("split",), "layers"),
+        (("shares",), [1, 0]),
+        (("shares",), [1, -1]),
+        (("shares",), [1, 1e999]),
+        (("split",), "rows"),
+        (("structure",), {}),
+        (("structure", "order"), []),
+        (("structure", "order"), [0, 1]),
+        (("structure", "kinds"), []),
+        (("structure", "kinds", 0, "parts", 0, "values"), "4"),
+        (("structure", "kinds", 0, "parts", 0, "heads", "role"), "tail"),
+        (("structure", "vocab_size"), None),
+        (("table",), 4),
+        (("tensors", f"{UP}.weight", "rank-0/layer-000.safetensors"), [[[0, 16], [0]]]),
+        (("tensors", f"{UP}.weight"), ["rank-0/layer-000.safetensors"]),
         (("files",), []),
         (("files", "config.json"), 7),
         (("files", "../precious"), {"bytes": 1, "sha256": "0" * 64}),
@@ -148,9 +165,7 @@ def test_damaged_text_never_surprises(start: int, length: int, text: str) -> Non
         (("quantization", "bits"), "4"),
         (("revision",), 4),
         (("source",), None),
-        (("schema",), "moectl.shards/0"),
-        (("config", "model_type"), "llama"),
-        (("config", "attn_config", "rope_theta"), 10**400),
+        (("schema",), "moectl.shards/1"),
     ],
     ids=str,
 )
@@ -161,6 +176,6 @@ def test_each_part_is_checked(path: tuple[Any, ...], value: Any) -> None:
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"schema": "moectl.shards/1"}'], ids=len)
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"schema": "moectl.shards/2"}'], ids=len)
 def test_what_is_no_manifest_is_refused(text: str) -> None:
     assert parse(text) is None

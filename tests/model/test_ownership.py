@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, strategies as st
 
 from moectl.errors import PlanError
-from moectl.model.ownership import find_holding, first_owner, hold, own, own_layers, share_out
+from moectl.model.ownership import Holding, find_holding, find_runs, first_owner, hold, own, own_layers, share_out
 from moectl.model.regions import Division, Pieces, Role
 
 
@@ -101,3 +103,21 @@ def test_a_holding_is_of_a_module_or_of_one_array() -> None:
     assert find_holding(holdings, "attn.sinks") == holdings["attn.sinks"]
     assert find_holding(holdings, "attn.q_proj.bias") == holdings["attn.q_proj"]
     assert find_holding(holdings, "attn.norm.weight") is None
+
+
+def test_experts_that_do_not_follow_one_another_are_several_spans() -> None:
+    experts, hidden = Division(0, Pieces(Role.EXPERT, 8)), Division(-2, Pieces(Role.HIDDEN, 64))
+    held = ((0, 1, 4), (2, 3, 4, 5, 6, 7))
+    first, second = (hold({"stack": experts, "mlp": hidden}, [1, 1], rank, held) for rank in range(2))
+    assert first["stack"] == Holding(experts, ((0, 2), (4, 5)), adds=True)
+    assert second["stack"] == Holding(experts, ((2, 8),), adds=False)
+    assert first["stack"].numbers == [0, 1, 4]
+    assert second["stack"].span == (2, 8)
+    assert (first["mlp"].span, second["mlp"].span) == ((0, 32), (32, 64))
+
+
+@given(st.sets(st.integers(0, 40), min_size=1))
+def test_runs_are_the_numbers_and_as_few_as_can_be(numbers: set[int]) -> None:
+    runs = find_runs(sorted(numbers))
+    assert [n for start, stop in runs for n in range(start, stop)] == sorted(numbers)
+    assert all(stop < start for (_, stop), (start, _) in pairwise(runs))

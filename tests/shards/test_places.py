@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl.model.structure import Quantization
 from moectl.shards.parts import full, part
 from moectl.shards.places import Rectangle, find_rectangles
-from moectl.shards.precision import source_of
-from moectl.shards.quantize import quantizer
-from moectl.shards.recipe import Matrix, OutputFile, Piece, part_bytes
-from moectl.shards.stored import spell
 from moectl.shards.trace import Expression
-from moectl.shards.writer import make_files
 from tests.shards.test_trace import equal, regions
 from tests.support.layouts import LAYOUTS, write_layout
 from tests.support.tiny import write_checkpoint
-from tests.support.traced import Traced, load_whole, open_traced
+from tests.support.traced import Traced, open_traced
 
 
 @pytest.fixture(scope="module")
@@ -88,88 +79,3 @@ def test_copies_and_transposed_copies_are_recognised(checkpoints: dict[str, Trac
     assert kimi[0] == {"copied in 1", "copied in 4"}
     assert kimi[1:] == [{"copied in 4"}, {"computed"}, {"turned"}, {"copied in 6"}]
     assert Counter(map(kind_of, checkpoints["mlx-overrides"].parameters.values())).keys() == {"copied in 1"}
-
-
-def make_piece(traced: Traced, r: Rectangle, dtype: str, target: Quantization | str, to: tuple[int, ...]) -> Piece:
-    tensor = traced.stored[r.name]
-    return Piece(
-        tensor.file, tensor.offset + r.offset, r.stride, Matrix(r.rows, r.cols, dtype, r.transposed, target), to
-    )
-
-
-def lay_out(traced: Traced) -> Iterator[tuple[list[str], OutputFile]]:
-    """Yield a file for each parameter, or quantised weight, that the writer's byte path can make."""
-    for name, node in traced.parameters.items():
-        source, quantization = source_of(node)
-        rectangles = find_rectangles(source, full(source.shape))
-        if rectangles is None or (quantization is not None and node.operation.result != 0):
-            continue
-        base = name.removesuffix("weight")
-        names = [name] if quantization is None else [f"{base}{p}" for p in ("weight", "scales", "biases")]
-        names = [n for n in names if n in traced.parameters]
-        header, end, offsets = {}, 0, []
-        for n in names:
-            one = traced.parameters[n]
-            offsets.append(end)
-            place = [end, end + one.nbytes]
-            end += one.nbytes
-            header[n] = {"dtype": spell(one.dtype), "shape": list(one.shape), "data_offsets": place}
-        text = json.dumps(header).encode()
-        start = 8 + len(text)
-        dtype = spell(source.dtype)
-        target = quantization or dtype
-        columns = source.shape[-1] if source.ndim else 1
-        pieces = []
-        for r in rectangles:
-            before = [r.at // columns * width for width in part_bytes(columns, dtype, target)]
-            if quantization is None:
-                before = [r.at * source.dtype.size]
-            to = tuple(start + o + b for o, b in zip(offsets, before, strict=True))
-            pieces.append(make_piece(traced, r, dtype, target, to))
-        path = f"common/{len(text)}-{name}.safetensors"
-        yield names, OutputFile(path, len(text).to_bytes(8, "little") + text, tuple(names), tuple(pieces), start + end)
-
-
-class Directory:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def path(self, file: str) -> Path:
-        return self._path / file
-
-    def prefetch(self, file: str) -> None: ...
-
-    def release(self, file: str) -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("gpt-oss-mxfp4", None),
-        ("kimi-k25-int4", None),
-        ("mixtral", Quantization(4, 64, "affine")),
-        ("kimi-k2-int4", Quantization(4, 32, "affine")),
-    ],
-)
-def test_the_byte_path_makes_the_files_of_what_is_stored_as_it_is(
-    name: str, wanted: Quantization | None, checkpoints: dict[str, Traced], tmp_path: Path
-) -> None:
-    directory = checkpoints[name].directory
-    traced, whole = open_traced(directory, wanted), load_whole(directory, wanted)
-    files = list(lay_out(traced))
-    assert len(files) > 20
-    make_files(
-        Directory(directory),
-        tmp_path,
-        [file for _, file in files],
-        [],
-        quantise=quantizer,
-        jobs=2,
-        on_bytes=lambda _: None,
-        on_hashed=lambda *_: None,
-    )
-    for names, file in files:
-        made = mx.load(str(tmp_path / file.path))
-        assert isinstance(made, dict)
-        for n in names:
-            assert equal(made[n], whole[n]), n

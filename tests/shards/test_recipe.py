@@ -8,38 +8,13 @@ import mlx.core as mx
 import pytest
 
 from moectl.errors import PlanError
-from moectl.model.manifest import Manifest
-from moectl.model.regions import Region
 from moectl.model.structure import Quantization
+from moectl.shards.blueprint import draw
+from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.ways import SPLITS
-from tests.support.cutting import cut
+from tests.support.cutting import compare, cut
 from tests.support.layouts import LAYOUTS, write_layout
 from tests.support.traced import load_whole, open_traced
-
-
-def compare(directory: Path, manifest: Manifest, whole: dict[str, mx.array]) -> None:
-    """See that each file holds the regions that the manifest says, and that together they are all."""
-    files = {name: mx.load(str(directory / name)) for name in manifest.files if name.endswith(".safetensors")}
-    found = {(name, file) for file, arrays in files.items() for name in arrays}
-    assert found == {(name, file) for name, places in manifest.tensors.items() for file in places}
-    for name, places in manifest.tensors.items():
-        covered = mx.zeros(whole[name].shape, dtype=mx.bool_)
-        for file, regions in places.items():
-            array = files[file][name]  # type: ignore[index]
-            wanted = join(whole[name], regions)
-            assert array.dtype == whole[name].dtype, name
-            assert mx.array_equal(array.view(mx.uint8), wanted.view(mx.uint8)), f"{name} in {file}"
-            for region in regions or (tuple((0, n) for n in array.shape),):
-                covered[tuple(slice(*span) for span in region)] = True
-        assert covered.all(), f"{name} is not whole"
-    assert set(whole) == set(manifest.tensors)
-
-
-def join(array: mx.array, regions: tuple[Region, ...]) -> mx.array:
-    if not regions:
-        return array
-    axis = next((i for i in range(array.ndim) if any(region[i] != (0, array.shape[i]) for region in regions)), 0)
-    return mx.concatenate([array[tuple(slice(*span) for span in region)] for region in regions], axis=axis)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,9 +40,6 @@ def load(source: Path, layout: str) -> dict[str, mx.array]:
 
 
 def can(source: Path, split: str) -> bool:
-    from moectl.shards.blueprint import draw
-    from moectl.shards.checkpoint import open_checkpoint
-
     with open_checkpoint(str(source)) as checkpoint:
         return draw(checkpoint).found.ways[split] is None
 

@@ -20,7 +20,6 @@ from moectl.shards.hub import _lock
 from moectl.shards.hub_errors import MIRRORS
 from moectl.shards.journal import lock_directory
 from moectl.shards.prepare import Wanted
-from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer_files import KNOWN, fetch_tokenizer
 from moectl.shards.verified import check_files
 from tests.shards.test_hub_environment import DEMO, DRY, moectl
@@ -72,21 +71,18 @@ def test_what_the_hint_about_another_quantisation_says_is_cut(model: Path) -> No
     config = model / "config.json"
     before = config.read_text()
     config.write_text(json.dumps({**json.loads(before), "quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    hint = hint_of(lambda: prepare.shard(str(model), Wanted(), quantise=quantizer), CheckpointError)
-    assert hint == "start from the 16-bit checkpoint: moectl shard --q-bits 4"
+    hint = hint_of(lambda: prepare.shard(str(model), Wanted()), CheckpointError)
+    assert hint.startswith("start from the 16-bit checkpoint, or from one that MLX has quantised")
     config.write_text(before)
-    made = prepare.shard(str(model), Wanted(bits=4), quantise=quantizer)
+    made = prepare.shard(str(model), Wanted(bits=4))
     assert made.directory.name == "tiny-q4-hidden-1"
 
 
-def test_the_mirrors_and_the_model_that_hints_name_are_taken(hub: Hub, tmp_path: Path) -> None:
+def test_the_mirrors_that_hints_name_are_taken(hub: Hub, tmp_path: Path) -> None:
     plain = hub.add("acme/pickled", DEMO)
     plain.files = {name: data for name, data in plain.files.items() if not name.endswith(".safetensors")}
     plain.promise()
-    other = hub.add("acme/other", DEMO)
-    other.files["config.json"] = json.dumps({**json.loads(other.files["config.json"]), "model_type": "llama"}).encode()
-    other.promise()
-    for name in (*MIRRORS, "databricks/dbrx-instruct"):
+    for name in MIRRORS:
         hub.repos.pop(name, None)
 
     def refused(name: str, **variables: str) -> str:
@@ -98,12 +94,10 @@ def test_the_mirrors_and_the_model_that_hints_name_are_taken(hub: Hub, tmp_path:
     assert pickled == "pickled (.bin, .pt) and GGUF weights are not read; try " + " or ".join(MIRRORS)
     absent = refused("acme/absent", HF_TOKEN="hf_accepted")
     assert absent == "try a mirror: " + ", ".join(MIRRORS)
-    kind = refused("acme/other")
-    assert kind == "moectl shard databricks/dbrx-instruct"
-    for name in (MIRRORS[0], "databricks/dbrx-instruct"):
-        assert name in f"{pickled} {absent} {kind}"
-        hub.add(name, DEMO)
-        assert moectl(hub, tmp_path, "shard", name, "-n", "1", "--dry-run")[0] == 0
+    assert MIRRORS[0] in pickled
+    assert MIRRORS[0] in absent
+    hub.add(MIRRORS[0], DEMO)
+    assert moectl(hub, tmp_path, "shard", MIRRORS[0], "-n", "1", "--dry-run")[0] == 0
 
 
 @pytest.mark.parametrize("right", ["acme/tiny", str(DEMO)])
@@ -211,7 +205,7 @@ def test_who_waits_for_another_shard_as_the_hint_says_cuts_it(model: Path, tmp_p
     out.mkdir()
 
     def cut() -> prepare.Made:
-        return prepare.shard(str(model), Wanted(nodes=2), quantise=quantizer, directory=out)
+        return prepare.shard(str(model), Wanted(nodes=2), directory=out)
 
     with lock_directory(out):
         assert hint_of(cut, StateError) == "wait until it has finished, or end it"
@@ -220,19 +214,19 @@ def test_who_waits_for_another_shard_as_the_hint_says_cuts_it(model: Path, tmp_p
 
 def test_the_shard_command_that_a_hint_names_makes_what_was_missing(model: Path) -> None:
     assert hint_of(lambda: prepare.newest_shards(None), NotSharded) == "moectl shard MODEL"
-    made = prepare.shard(str(model), Wanted(nodes=2), quantise=quantizer)
+    made = prepare.shard(str(model), Wanted(nodes=2))
     assert prepare.newest_shards(None)[0] == made.directory
     assert hint_of(lambda: prepare.newest_shards(3), NotSharded) == "moectl shard MODEL --nodes 3"
-    made = prepare.shard(str(model), Wanted(nodes=3), quantise=quantizer)
+    made = prepare.shard(str(model), Wanted(nodes=3))
     assert prepare.newest_shards(3)[0] == made.directory
 
 
 def test_the_same_shard_again_as_the_hint_says_mends_a_manifest(model: Path) -> None:
-    made = prepare.shard(str(model), Wanted(nodes=2), quantise=quantizer)
+    made = prepare.shard(str(model), Wanted(nodes=2))
     (made.directory / "moectl.json").write_bytes(b"\xff\xfe")
     hint = hint_of(lambda: prepare.find_shards(made.directory), IntegrityError)
     assert hint == "run the same 'moectl shard' again"
-    prepare.shard(str(model), Wanted(nodes=2), quantise=quantizer)
+    prepare.shard(str(model), Wanted(nodes=2))
     manifest = prepare.find_shards(made.directory)[1]
     check_files(made.directory, manifest, 0)
 

@@ -15,15 +15,13 @@ import pytest
 from moectl.errors import IntegrityError, MoectlError
 from moectl.hosts.onhost import files as node
 from moectl.hosts.onhost.files import RECORD
-from moectl.model.manifest import NAME, Manifest, read_manifest
-from moectl.model.placement import make_placement
-from moectl.model.structure import Quantization
+from moectl.model.manifest import NAME, read_manifest
 from moectl.session.session import Session
-from moectl.shards import build, quantize
-from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards import build
 from moectl.shards.verified import check_files
 from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.cutting import cut
 from tests.support.tiny import write_checkpoint
 
 LAYER = "rank-1/layer-000.safetensors"
@@ -34,14 +32,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     write_checkpoint(source, n_experts=4, top_k=2, ffn_hidden=128, vocab_size=VOCAB_SIZE)
     write_tokenizer(source)
-    cut(source, directory := tmp_path_factory.mktemp("sets") / "tiny")
+    cut(source, directory := tmp_path_factory.mktemp("sets") / "tiny", nodes=2, bits=4)
     return directory
-
-
-def cut(source: Path, directory: Path) -> Manifest:
-    checkpoint = open_checkpoint(str(source))
-    placement = make_placement(checkpoint.geometry, "hidden", 2, shares=(1, 1), group_size=64)
-    return build.cut(checkpoint, placement, Quantization(4, 64), directory, name="tiny", quantise=quantize.quantizer)
 
 
 @pytest.fixture
@@ -204,7 +196,7 @@ def test_what_the_hint_about_damaged_files_says_finds_what_mends_them(tmp_path: 
     write_checkpoint(tmp_path / "tiny", n_experts=4, top_k=2, ffn_hidden=128, vocab_size=VOCAB_SIZE)
     write_tokenizer(tmp_path / "tiny")
     directory = tmp_path / "set"
-    manifest = cut(tmp_path / "tiny", directory)
+    manifest = cut(tmp_path / "tiny", directory, nodes=2, bits=4)
     _flip(directory / LAYER)
     with pytest.raises(IntegrityError) as caught:
         check_files(directory, manifest, 1)
@@ -217,6 +209,6 @@ def test_what_the_hint_about_damaged_files_says_finds_what_mends_them(tmp_path: 
         True,
     )
     (directory / LAYER).unlink()
-    cut(tmp_path / "tiny", directory)
+    cut(tmp_path / "tiny", directory, nodes=2, bits=4)
     check_files(directory, manifest, 1)
     assert subprocess.run(command, capture_output=True).returncode == 0

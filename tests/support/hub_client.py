@@ -59,10 +59,18 @@ def enter(environment: dict[str, str]) -> None:
 
 
 def only_open(source: str, token: str | None = None, revision: str | None = None) -> Report:
-    """Open and close a checkpoint."""
+    """Open a checkpoint, draw its model and close it."""
     _log_in(token)
     with open_checkpoint(source, revision=revision) as opened:
-        return Report(opened.revision, len(opened.tensors))
+        draw(opened)
+        return Report(opened.revision, len(opened.stored))
+
+
+def draw(opened: Checkpoint) -> None:
+    """Draw a checkpoint's model: what mlx-lm imports reads the environment, too."""
+    from moectl.shards import blueprint
+
+    blueprint.draw(opened)
 
 
 def list_sidecars(source: str) -> tuple[str, ...]:
@@ -82,7 +90,8 @@ def fetch(source: str, work_dir: Path, *, keep_source: bool = False, token: str 
         report.peak_bytes = max(report.peak_bytes, sum(p.stat().st_size for p in _files(work_dir)))
 
     with open_checkpoint(source, work_dir=work_dir, keep_source=keep_source, on_bytes=watch) as opened:
-        report.revision, report.tensors = opened.revision, len(opened.tensors)
+        draw(opened)
+        report.revision, report.tensors = opened.revision, len(opened.stored)
         _consume(opened, report)
     report.left = sorted(p.name for p in _files(work_dir))
     return report

@@ -18,6 +18,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from moectl.model.geometry import PROJECTIONS, Geometry, block, expert_name, read_geometry
+from moectl.shards.tensors import ITEM_BYTES
 
 LAYOUTS = ("fused", "v2", "mlx", "mlx-quantized")
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
@@ -113,6 +114,20 @@ def to_layout(
     return out
 
 
+def to_parameters(weights: Mapping[str, mx.array], geometry: Geometry) -> dict[str, mx.array]:
+    """Return canonical weights as the model's parameters: stacked experts; queries, keys and values apart."""
+    made = {name: value for name, value in weights.items() if ".ffn.experts." not in name and ".Wqkv." not in name}
+    rows = geometry.n_heads * geometry.head_dim, (geometry.n_heads + geometry.kv_n_heads) * geometry.head_dim
+    for i in range(geometry.n_layers):
+        attention = f"{block(i)}.norm_attn_norm.attn"
+        for name, part in zip("qkv", mx.split(weights[f"{attention}.Wqkv.weight"], list(rows)), strict=True):
+            made[f"{attention}.{name}_proj.weight"] = part
+        for projection, name in zip(PROJECTIONS, ("gate_proj", "up_proj", "down_proj"), strict=True):
+            experts = [weights[expert_name(i, e, projection)] for e in range(geometry.n_experts)]
+            made[f"{block(i)}.ffn.experts.{name}.weight"] = mx.stack(experts)
+    return made
+
+
 def write_checkpoint(
     directory: Path,
     *,
@@ -200,11 +215,7 @@ def write_hollow_dbrx(directory: Path) -> Path:
         vocab_size=100352,
         max_seq_len=32768,
     )
-    geometry = read_geometry(config)
-    shapes: dict[str, tuple[int, ...]] = geometry.outer_shapes()
-    for i in range(geometry.n_layers):
-        shapes |= geometry.layer_shapes(i)
-        shapes |= {f"{block(i)}.ffn.experts.mlp.{p}": (16 * 10752, 6144) for p in PROJECTIONS}
+    shapes = fused_shapes(config)
     files: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for name in order_names(shapes):
@@ -217,16 +228,29 @@ def write_hollow_dbrx(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     for i, held in enumerate(files, 1):
-        _write_hollow(directory / f"model-{i:05}-of-{len(files):05}.safetensors", held)
+        path = directory / f"model-{i:05}-of-{len(files):05}.safetensors"
+        write_hollow(path, {name: ("BF16", shape) for name, shape in held.items()})
     return directory
 
 
-def _write_hollow(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def fused_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a published DBRX."""
+    geometry = read_geometry(config)
+    shapes: dict[str, tuple[int, ...]] = geometry.outer_shapes()
+    rows = geometry.n_experts * geometry.ffn_hidden
+    for i in range(geometry.n_layers):
+        shapes |= geometry.layer_shapes(i)
+        shapes |= {f"{block(i)}.ffn.experts.mlp.{p}": (rows, geometry.d_model) for p in PROJECTIONS}
+    return shapes
+
+
+def write_hollow(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Write a safetensors file of holes: a type and a shape for each name."""
     header: dict[str, Any] = {}
     end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + ITEM_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
