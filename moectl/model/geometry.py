@@ -122,16 +122,11 @@ def stacked_name(layer: int, projection: str) -> str:
 def read_geometry(config: Mapping[str, Any]) -> Geometry:
     """Read the geometry from a parsed config.json.
 
-    Raises CheckpointError when the architecture is not DBRX, the activation is not silu, a field is missing, not
-    possible or contradicts another, or a key would change numbers and moectl does not support it (`config_keys`).
+    Raises CheckpointError when the activation is not silu, a field is missing, not possible or contradicts another, or
+    a key would change numbers and moectl does not support it (`config_keys`).
     Defaults are those of transformers' DbrxConfig; `attn_config.rope_theta` and
     `ffn_config.moe_normalize_expert_weights` count, as in the original modeling_dbrx.py.
     """
-    if config.get("model_type") != "dbrx":
-        raise CheckpointError(
-            f"this model is of type {config.get('model_type')!r}; moectl runs 'dbrx'",
-            hint="moectl shard databricks/dbrx-instruct",
-        )
     attn, ffn = config.get("attn_config"), config.get("ffn_config")
     if not isinstance(attn, Mapping) or not isinstance(ffn, Mapping):
         raise CheckpointError(

@@ -15,6 +15,7 @@ import mlx.core as mx
 from moectl.errors import CheckpointError
 from moectl.model.config_keys import CORRECT, show
 from moectl.shards.exceptions import OWN_FILES
+from moectl.shards.tensors import MODES
 from moectl.shards.trace import ANOTHER_COPY, Expression, Stored, form_of, record
 
 _BLOCK = (128, 128)  # of FP8 scales, where config.json is silent
@@ -50,12 +51,22 @@ def read_format(config: Mapping[str, Any]) -> Format:
     if own or method is None:
         if not isinstance(raw.get("bits"), int) or not isinstance(raw.get("group_size"), int):
             raise CheckpointError("config.json: quantization has no bits or no group_size", hint=CORRECT)
+        _check_mode(raw)
         own_file = OWN_FILES.get(str(config.get("model_type")))
         return Format("mlx", own_file.rename_table(raw) if own_file else raw)
     readers = {"fp8": _read_fp8, "compressed-tensors": _read_compressed, "modelopt": _read_modelopt}
     if not isinstance(method, str) or method not in {*readers, *_MX}:
         raise _refused(f"by {method!r}")
     return readers[method](raw) if method in readers else Format("packed", _MX[method])
+
+
+def _check_mode(raw: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for numbers that MLX does not have; mlx-lm would take those of the tensors in silence."""
+    mode = raw.get("mode") or "affine"
+    groups, widths = MODES.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
+    if raw["bits"] not in widths or raw["group_size"] not in groups:
+        said = {key: raw[key] for key in ("bits", "group_size", "mode") if key in raw}
+        raise CheckpointError(f"config.json: quantization is {show(said)}, and MLX has no such mode", hint=CORRECT)
 
 
 def unpack(tensors: Mapping[str, Stored], form: Format) -> dict[str, Expression]:

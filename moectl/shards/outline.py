@@ -13,12 +13,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from moectl.errors import CheckpointError
 from moectl.model.regions import Division, Pieces, Role
 from moectl.model.structure import CacheSize, Layer, Outer, Part, Quantization, Structure
 from moectl.shards.caches import can_batch, can_trim, list_parts
 from moectl.shards.flow import TOKENS, Flow
 from moectl.shards.hooks import Hook, hooked
 from moectl.shards.skeleton import Skeleton, empty
+from moectl.shards.trial import describe
 from moectl.shards.units import LayerParts, divisions_of
 from moectl.shards.ways import Findings
 from moectl.shards.working import count_launches, find_moments
@@ -129,6 +131,11 @@ def _look_through(skeleton: Skeleton) -> _Seen:
         with hooked([(skeleton.layers[0], note)]):
             logits = skeleton.model(mx.zeros((1, TOKENS), dtype=mx.int32), cache=list(seen.caches))
         seen.vocab_size = logits.shape[-1]
+    except Exception as error:  # any code of a model file runs here
+        raise CheckpointError(
+            f"a {skeleton.model_type} model cannot run as config.json describes it: {describe(error)}",
+            hint="compare config.json with the one of the original repository",
+        ) from error
     finally:
         skeleton.model.update(tree_unflatten(floats))
         mx.enable_compile()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
 from moectl.model.catalog import MODELS, CatalogModel
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
+from moectl.model.ownership import Held
 from moectl.model.placement import Placement, make_placement
 from moectl.model.routing import Routing
 from moectl.model.structure import Quantization, Structure
@@ -172,12 +173,21 @@ def shard_set_name(
         name += f"-x{placement.replicas}"
     if len(set(placement.shares)) > 1:
         name += "-" + ".".join(f"{share:g}" for share in placement.shares)
-    even = placement.held and make_placement(
-        placement.structure, placement.split, placement.world_size, shares=placement.shares, replicas=placement.replicas
-    )
-    if even and placement.held != even.held:
+    if placement.held is not None and placement.held != _hold_evenly(placement):
         name += "-" + hashlib.sha256(repr(placement.held).encode()).hexdigest()[:6]
     return name
+
+
+def _hold_evenly(placement: Placement) -> Held | None:
+    """Return the experts of each rank, if all experts were selected equally often."""
+    return make_placement(
+        placement.structure,
+        placement.split,
+        placement.world_size,
+        shares=placement.shares,
+        replicas=placement.replicas,
+        frequencies=[1.0] * placement.structure.n_experts,
+    ).held
 
 
 def shard(

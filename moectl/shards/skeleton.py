@@ -25,6 +25,11 @@ from moectl.shards.exceptions import OWN_FILES
 _MOST_LAYERS = 10_000  # each is a Python object
 
 
+# Names of numbers of modules, and the most of them that any model has.
+_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_experts", "n_routed_experts")
+_MOST = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class Skeleton:
     """A module tree whose parameters are zeros that take no memory."""
@@ -62,6 +67,7 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
         raise _unknown(model_type)
     _refuse_endless(config)
     own = copy.deepcopy(dict(config))  # some model files write into it
+    _check_depth(own)
     try:
         model_class, args_class = find_classes(own)
     except AttributeError:  # a module of mlx-lm that is no model file
@@ -77,16 +83,10 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
         ) from error
     try:
         model = model_class(args_class.from_dict(own))
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # A model file says in any of these ways that a key is missing or wrong; none of them checks config.json.
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # A model file says in any way that a key is missing or wrong; none of them checks config.json.
         raise CheckpointError(
             f"config.json does not describe a model that mlx-lm can build: {model_type}: {_line(error)}",
             hint="compare config.json with the one of the original repository",
@@ -114,6 +114,15 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             dict.update(inner, items)
             inner.__dict__.clear()
             inner.__dict__.update(attributes)
+
+
+def _check_depth(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a number of layers that no model has: building them would never end."""
+    tables = [table for table in (config, config.get("text_config")) if isinstance(table, Mapping)]
+    for table in tables:
+        for key in _COUNTS:
+            if isinstance(value := table.get(key), int) and value > _MOST:
+                raise CheckpointError(f"config.json: {key} is {value}, more than any model has", hint=CORRECT)
 
 
 def empty(module: nn.Module) -> None:

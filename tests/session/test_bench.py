@@ -17,35 +17,32 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
-from mlx_lm.models.switch_layers import SwitchGLU
 
 from moectl.cli import plot
 from moectl.cli.verbs import bench as report
 from moectl.engine.engine import Engine
 from moectl.engine.network import exchange
+from moectl.engine.network.dbrx import Experts
 from moectl.engine.network.load import load_rank
 from moectl.engine.profile import _share_copies
 from moectl.engine.protocol import Done, Generate, Prefilled, Profile, Profiled, Ready, Refused, Token
 from moectl.engine.random_prompts import RandomPrompts
 from moectl.engine.request import Request
 from moectl.errors import PlanError, StateError, UsageError
-from moectl.model.geometry import DBRX
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
 from moectl.model.routing import Routing, read_routing, write_routing
 from moectl.session.bench import Benchmark, Predicted, RankTime, Trial, bench, read_prediction
 from moectl.session.session import Session
-from moectl.shards.hooks import hooked
 from moectl.shards.prepare import Wanted, find_frequencies
-from moectl.shards.routers import find_stacks
 from moectl.shards.tokenizer import open_tokenizer
 from tests.cli.test_cli import run
 from tests.engine.test_lockstep import cut_case
 from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
-from tests.support.families import write_family
 from tests.support.ring import process_env
-from tests.support.tiny import write_checkpoint, write_words
+from tests.support.structures import dbrx, structure_of
+from tests.support.tiny import write_checkpoint
 
 LAYERS, EXPERTS, TOP_K = 2, 16, 4
 PROMPT, GENERATED = 40, 9
@@ -147,12 +144,14 @@ def choices(alone: Path, tokens: list[int]) -> list[np.ndarray[Any, Any]]:
 
     model = load_rank(alone, read_manifest(alone), 0)
     seen: list[np.ndarray[Any, Any]] = []
+    with pytest.MonkeyPatch.context() as patched:
+        original = Experts.__call__
 
-    def spy(call: Any, x: mx.array, indices: mx.array, *args: Any) -> Any:
-        seen.append(np.array(indices).astype(int).reshape(-1, TOP_K))
-        return call(x, indices, *args)
+        def spy(self: Experts, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
+            seen.append(np.array(indices).astype(int))
+            return original(self, x, indices, weights)
 
-    with hooked((stack.module, spy) for stack in find_stacks(model)):
+        patched.setattr(Experts, "__call__", spy)
         mx.eval(model(mx.array([tokens])))
     return seen
 
@@ -204,11 +203,11 @@ def test_text_and_json_of_real_ranks(measured: tuple[Benchmark, list[int]]) -> N
 
 def serve(shards: Path, *orders: Generate | Profile, tokenizer: Any = None) -> tuple[Any, list[Any]]:
     manifest = read_manifest(shards)
-    model = load_rank(shards, manifest, 0)
+    model, vocab_size = load_rank(shards, manifest, 0), manifest.structure.vocab_size
     engine = Engine(
         model,
         tokenizer or open_tokenizer(shards),
-        vocab_size=manifest.structure.vocab_size,
+        vocab_size=vocab_size,
         placement=manifest.placement,
         max_seq_len=512,
         prefill_step=16,
@@ -239,7 +238,7 @@ def test_a_profile_waits_its_turn_and_leaves_nothing_behind(alone: Path) -> None
     assert [sum(layer) for layer in told.chosen] == [100 * TOP_K] * LAYERS
     assert 0 < told.compute_s <= told.step_s
     assert [e.tokens for e in events if isinstance(e, Prefilled) and e.id == 2] == [16, 32, 48, 64, 80, 92]
-    assert {type(stack.module) for stack in find_stacks(model)} == {SwitchGLU}
+    assert all(type(layer.ffn.experts) is Experts for layer in model.layers)
     assert exchange._observer.get() is None
 
 
@@ -440,13 +439,13 @@ def test_files_that_are_not_there_or_not_json(tmp_path: Path) -> None:
 def test_a_prediction_comes_from_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     prediction: dict[str, Any] = {"decode_tok_s": 6.1, "prefill_tok_s": 63, "ttft_s": 8.1, "communication_share": 0.23}
-    planned = {"schema": "moectl.plan/1", "split": "experts", "shares": [8, 8], "q_bits": 4, "layers": 40}
+    planned = {"schema": "moectl.plan/1", "split": "experts", "shares": [1, 1], "q_bits": 4, "layers": 40}
     path.write_text(json.dumps({**planned, "prediction": prediction}))
-    placement = make_placement(DBRX, "experts", 2)
+    placement = make_placement(dbrx(), "experts", 2)
     found = read_prediction(path, placement, 4, prompt_tokens=126)
     assert found == Predicted(6.1, 63, 2.0, 0.23)  # the first token's time is that of this many prompt tokens
-    for other, bits in ((make_placement(DBRX, "hidden", 2, group_size=64), 4), (placement, None)):
-        with pytest.raises(UsageError, match="plans something else: experts 8,8 of 40 layers at 4 bits, and here is "):
+    for other, bits in ((make_placement(dbrx(), "hidden", 2), 4), (placement, None)):
+        with pytest.raises(UsageError, match="plans something else: experts 1,1 of 40 layers at 4 bits, and here is "):
             read_prediction(path, other, bits, prompt_tokens=126)
     bad: list[Any] = [{**planned, "prediction": None}, {"schema": "x"}, {}, []]
     for wrong in bad:
@@ -529,7 +528,7 @@ def moectl(*words: str, code: int = 0, **env: str) -> subprocess.CompletedProces
 
 def test_the_verb_with_everything(source: Path, tmp_path: Path) -> None:
     plan, stats, picture = (tmp_path / name for name in ("plan.json", "routing.json", "picture.svg"))
-    planned = {"schema": "moectl.plan/1", "split": "experts", "shares": [8, 8], "q_bits": 16, "layers": LAYERS}
+    planned = {"schema": "moectl.plan/1", "split": "experts", "shares": [1, 1], "q_bits": 16, "layers": LAYERS}
     plan.write_text(json.dumps({**planned, "prediction": {"decode_tok_s": 1, "prefill_tok_s": 2, "ttft_s": 3}}))
     files = ("--plan", str(plan), "--routing-stats", str(stats), "--plot", str(picture))
     target = ("--model", str(source), "--local", "2", "--split", "experts")
@@ -571,18 +570,7 @@ def test_wrong_words_are_usage_errors(
     assert (code, message in said) == (2, True), said
 
 
-def test_a_dense_model_has_no_choices_to_count(tmp_path: Path) -> None:
-    source = write_words(write_family("llama", tmp_path / "llama"))
-    measure = ("--model", str(source), "--local", "2", "-p", "8", "-g", "3", "-n", "1")
-    refused = moectl(*measure, "--routing-stats", str(tmp_path / "routing.json"), code=2).stderr
-    assert "has no experts: there are no choices to count" in refused
-    assert "Hint: leave --routing-stats out" in refused
-    document = json.loads(moectl(*measure, "--json").stdout)
-    assert (document["routing"], document["imbalance"]) == (None, None)
-    assert "experts work on" not in moectl(*measure).stdout
-
-
-def test_what_the_hints_about_its_files_say_is_done(source: Path, alone: Path, tmp_path: Path) -> None:
+def test_what_the_hints_about_its_files_say_is_done(source: Path, tmp_path: Path) -> None:
     stats, earlier, picture = (tmp_path / name for name in ("routing.json", "earlier.json", "picture.svg"))
     with pytest.raises(UsageError) as caught:
         read_routing(stats)
@@ -591,7 +579,7 @@ def test_what_the_hints_about_its_files_say_is_done(source: Path, alone: Path, t
     with pytest.raises(UsageError) as caught:
         plot.read_documents([earlier])
     assert caught.value.hint == "moectl bench --json > FILE"
-    structure = read_manifest(alone).structure
+    structure = structure_of(json.loads((source / "config.json").read_text()))
     others = Routing("other", 4, 1, ((4, 0),))
     with pytest.raises(PlanError) as refused:
         find_frequencies(Wanted(routing=others), structure)

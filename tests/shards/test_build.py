@@ -754,7 +754,7 @@ def _cut_and_kill(source: Path, directory: Path, after: int, *options: str) -> t
     return done.returncode, int(done.stdout) if done.returncode == 0 else after
 
 
-@pytest.mark.parametrize(("layout", "attempts"), [("fused", 3), ("deepseek-v3-fp8", 2)])
+@pytest.mark.parametrize(("layout", "attempts"), [("fused", 2), ("deepseek-v3-fp8", 1)])
 def test_kill_at_any_moment_then_resume(sources: dict[str, Path], tmp_path: Path, layout: str, attempts: int) -> None:
     """What is copied and turned, and (of FP8) what is computed, is the same bytes after any interruption."""
     source = sources[layout] if layout in sources else layouts.write_layout(tmp_path / "source", layout)
@@ -780,7 +780,7 @@ def test_kill_while_replacing_another_set(sources: dict[str, Path], tmp_path: Pa
     source = sources["fused"]
     _cut_and_kill(source, tmp_path / "whole", sys.maxsize)
     checkpoint = open_checkpoint(str(source))
-    for after in (4, 15, 28):
+    for after in (4, 28):
         directory = tmp_path / str(after)
         cut(checkpoint, directory, quantization=Quantization(8, 64), shares=(5, 1))
         assert _cut_and_kill(source, directory, after, "force")[0] == -signal.SIGKILL
@@ -1327,7 +1327,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, bits: int, jobs: in
 def test_memory_does_not_grow_with_what_is_computed(tmp_path: Path, packed: bool, bits: int | None, jobs: int) -> None:
     """Two layers of DeepSeek-V3's width as holes, in FP8 (one result: 132 MB of floats) or int4."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 64}
-    sizes |= {"intermediate_size": 9216, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+    sizes |= {"intermediate_size": 9216, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     config = {**MODELS["kimi-k2-int4" if packed else "kimi-k2"], **sizes}
     (tmp_path / "source").mkdir()
     (tmp_path / "source/config.json").write_text(json.dumps(config))

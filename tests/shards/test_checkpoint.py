@@ -34,6 +34,7 @@ from moectl.shards.trace import sources
 from tests.support import hub_client
 from tests.support.cutting import assert_same
 from tests.support.hub import Fault, Hub
+from tests.support.layouts import write_layout
 from tests.support.tiny import (
     json_values,
     make_config,
@@ -374,6 +375,24 @@ def test_damage_is_one_clear_error(
         draw(open_checkpoint(str(directory)))
     assert type(caught.value) is kind
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_experts_per_tok", 9, "a mixtral model cannot run as config.json describes it: [argpartition]"),
+        ("num_attention_heads", 0, "config.json does not describe a model that mlx-lm can build: mixtral: integer"),
+    ],
+)
+def test_a_config_with_which_the_model_cannot_run_is_refused(
+    tmp_path: Path, key: str, value: int, message: str
+) -> None:
+    directory = write_layout(tmp_path, "mixtral")
+    edit_json(directory / "config.json", lambda c: c.update({key: value}))
+    with pytest.raises(CheckpointError) as caught:
+        draw(open_checkpoint(str(directory)))
+    assert caught.value.message.startswith(message)
+    assert caught.value.hint == "compare config.json with the one of the original repository"
 
 
 @pytest.mark.parametrize("part", ["scales", "biases"])

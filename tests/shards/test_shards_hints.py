@@ -78,14 +78,11 @@ def test_what_the_hint_about_another_quantisation_says_is_cut(model: Path) -> No
     assert made.directory.name == "tiny-q4-hidden-1"
 
 
-def test_the_mirrors_and_the_model_that_hints_name_are_taken(hub: Hub, tmp_path: Path) -> None:
+def test_the_mirrors_that_hints_name_are_taken(hub: Hub, tmp_path: Path) -> None:
     plain = hub.add("acme/pickled", DEMO)
     plain.files = {name: data for name, data in plain.files.items() if not name.endswith(".safetensors")}
     plain.promise()
-    other = hub.add("acme/other", DEMO)
-    other.files["config.json"] = json.dumps({**json.loads(other.files["config.json"]), "model_type": "llama"}).encode()
-    other.promise()
-    for name in (*MIRRORS, "databricks/dbrx-instruct"):
+    for name in MIRRORS:
         hub.repos.pop(name, None)
 
     def refused(name: str, **variables: str) -> str:
@@ -97,12 +94,10 @@ def test_the_mirrors_and_the_model_that_hints_name_are_taken(hub: Hub, tmp_path:
     assert pickled == "pickled (.bin, .pt) and GGUF weights are not read; try " + " or ".join(MIRRORS)
     absent = refused("acme/absent", HF_TOKEN="hf_accepted")
     assert absent == "try a mirror: " + ", ".join(MIRRORS)
-    kind = refused("acme/other")
-    assert kind == "moectl shard databricks/dbrx-instruct"
-    for name in (MIRRORS[0], "databricks/dbrx-instruct"):
-        assert name in f"{pickled} {absent} {kind}"
-        hub.add(name, DEMO)
-        assert moectl(hub, tmp_path, "shard", name, "-n", "1", "--dry-run")[0] == 0
+    assert MIRRORS[0] in pickled
+    assert MIRRORS[0] in absent
+    hub.add(MIRRORS[0], DEMO)
+    assert moectl(hub, tmp_path, "shard", MIRRORS[0], "-n", "1", "--dry-run")[0] == 0
 
 
 @pytest.mark.parametrize("right", ["acme/tiny", str(DEMO)])

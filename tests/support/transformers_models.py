@@ -113,7 +113,9 @@ def make_tensor(name: str, dtype: str, shape: Sequence[int], seed: int, embeddin
         return (2.0 ** -(3 + (eight_bits % 2).astype(np.float64))).astype("<f4").tobytes()
     numbers = eight_bits.view(np.int8).astype(np.float32)
     if len(shape) == 1:  # norms, biases and the like
-        values = np.floor(numbers / 8) / 128 + np.float32(norm if "norm" in name and name.endswith("weight") else 0)
+        values: NDArray[np.floating[Any]] = np.floor(numbers / 8) / 128 + np.float32(
+            norm if "norm" in name and name.endswith("weight") else 0
+        )
     elif "embed" in name:
         values = numbers / np.float32(embedding)
     else:
@@ -201,7 +203,8 @@ def make(directory: Path, only: Sequence[str]) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    told, logits = {}, {}
+    told: dict[str, dict[str, Any]] = {}
+    logits: dict[str, Any] = {}
     for case in only:
         told[case], logits[case] = compute(case)
         print(case, "seed", told[case]["seed"], "largest logit", float(np.abs(logits[case]).max()), flush=True)  # noqa: T201

@@ -116,7 +116,7 @@ def answer_of_mlx_lm(directory: Path) -> str:
 
 @pytest.fixture(scope="module")
 def hostfile(netns_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []}
         for host in netns_session.hosts()
     ]
