@@ -11,13 +11,13 @@ import sys
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.engine.network import exchange
 from moectl.engine.network.experts import install
 from moectl.engine.network.parallel import cut, divide
-from moectl.engine.network.stages import keep, make_stage, remove_head
+from moectl.engine.network.stages import keep, make_stage
 from moectl.model.ownership import hold, own_layers
 from moectl.model.placement import make_placement
 from moectl.planner.memory import CPU_DTYPE_BYTES, Need, rank_need
