@@ -105,7 +105,7 @@ def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
     nodes = tuple(replace(node, rates=own) for node, own in zip(question.nodes, rates, strict=True))
     exchanges = sorted(first.collective_s.items())
     collective_s = exchanges[0][1] if exchanges else 0.0
-    work_s = max(rank.attention_s + max(rank.experts_s.values()) for rank in first.ranks)
+    work_s = max(rank.layer_s for rank in first.ranks)
     calibration = Calibration(
         "measured",
         memory_efficiency=1.0,

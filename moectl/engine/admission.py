@@ -15,17 +15,21 @@ from collections import deque
 from collections.abc import Collection
 
 
-def held_tokens(reaches: Collection[int]) -> int:
-    """Return the tokens of memory of a batch whose rows may reach these lengths: all take as much as the longest."""
-    return len(reaches) * max(reaches, default=0)
+def held_tokens(reaches: Collection[int], row_tokens: int = 0) -> int:
+    """Return the tokens of memory of a batch whose rows may reach these lengths: all take as much as the longest.
+
+    `row_tokens` is what a row takes whatever its length, counted in tokens.
+    """
+    return len(reaches) * (max(reaches, default=0) + row_tokens)
 
 
 class Admission:
     """The leader's view of the requests that wait and run, and of the cancels to send."""
 
-    def __init__(self, *, max_rows: int, kv_tokens: int | None, max_cancels: int) -> None:
+    def __init__(self, *, max_rows: int, kv_tokens: int | None, max_cancels: int, row_tokens: int = 0) -> None:
         self._max_rows = max_rows
         self._kv_tokens = kv_tokens
+        self._row_tokens = row_tokens
         self._max_cancels = max_cancels  # in one word
         self._waiting: dict[int, int] = {}  # by id: the length it may reach; 0: it is refused and takes no row
         self._running: dict[int, int] = {}  # promised a row, not ended yet
@@ -99,5 +103,6 @@ class Admission:
         if reach == 0:
             return True
         reaches = [*self._running.values(), reach]
-        fits = self._kv_tokens is None or held_tokens(reaches) <= self._kv_tokens
-        return fits and len(reaches) <= self._max_rows
+        if self._kv_tokens is None or len(reaches) == 1:  # there is memory for what one row may reach
+            return len(reaches) <= self._max_rows
+        return held_tokens(reaches, self._row_tokens) <= self._kv_tokens and len(reaches) <= self._max_rows

@@ -38,10 +38,11 @@ def make_one_row(caches: list[Any]) -> list[Any]:
     return caches
 
 
-def count_entry_tokens(structure: Structure) -> int:
+def count_row_tokens(structure: Structure) -> int:
     """Return as many tokens as take the memory that a row takes whatever its length."""
     sizes = [size for layer in structure.layers for size in layer.caches]
-    fixed, per_token = sum(size.fixed for size in sizes), sum(size.per_token for size in sizes)
+    # Elements of 16 bits; the others are twice as large.
+    fixed, per_token = sum(size.fixed + 2 * size.floats for size in sizes), sum(size.per_token for size in sizes)
     if not fixed:
         return 0
     return math.ceil(fixed / per_token) if per_token else structure.context // _MOST_STATES

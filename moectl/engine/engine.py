@@ -53,7 +53,8 @@ class Engine:
     of those past answers may hold (None: what the running ones leave, or one context), `speculate` how many tokens may
     be proposed at once (0: none), `check_every` after how many steps all ranks compare what they computed (0: never).
     `trimmable`: all caches of the whole model can forget their last tokens; `batchable`: they take several rows;
-    `entry_tokens`: see `PromptCache`. Equal on all ranks, like `max_seq_len` and `prefill_step`.
+    `row_tokens`: what a row's caches take whatever its length, counted in tokens. Equal on all ranks, like
+    `max_seq_len` and `prefill_step`.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Engine:
         check_every: int = 0,
         trimmable: bool = True,
         batchable: bool = True,
-        entry_tokens: int = 0,
+        row_tokens: int = 0,
     ) -> None:
         if speculate and not trimmable:
             raise ValueError("a model whose caches cannot be trimmed cannot take proposed tokens back")
@@ -101,7 +102,10 @@ class Engine:
             completion_batch_size=max_rows,
             prefill_step_size=prefill_step,
         )
-        self._admission = Admission(max_rows=max_rows, kv_tokens=kv_tokens, max_cancels=MAX_CANCELS)  # leader
+        self._row_tokens = row_tokens
+        self._admission = Admission(  # on the leader
+            max_rows=max_rows, kv_tokens=kv_tokens, max_cancels=MAX_CANCELS, row_tokens=row_tokens
+        )
         make_word = self._admission.make_word if self._leads else None
         self._agreement = Agreement(model, group, head_rank=head_rank, check_every=check_every, make_word=make_word)
         self._stop = StopSequences([[t] for t in sorted(tokenizer.eos_token_ids)])
@@ -112,7 +116,7 @@ class Engine:
             stop_tokens=frozenset(tokenizer.eos_token_ids),
             agree=self._agreement.agree,
         )
-        self._cache = PromptCache(trimmable=trimmable, entry_tokens=entry_tokens)
+        self._cache = PromptCache(trimmable=trimmable, entry_tokens=row_tokens)
         self._arrived: dict[int, Answer] = {}  # by request id, not yet admitted
         self._withdrawn: set[int] = set()  # cancelled while they waited: passed by when the count gets there
         self._profiles: dict[int, Profile] = {}  # by id, waiting for their turn and for idleness
@@ -289,7 +293,8 @@ class Engine:
     def _cache_room(self) -> int:
         if self._kv_tokens is None:
             return self._cache_tokens
-        left = self._kv_tokens - held_tokens([answer.reach for answer in self._running.values()])
+        reaches = [answer.reach for answer in self._running.values()]
+        left = self._kv_tokens - held_tokens(reaches, self._row_tokens)
         return max(0, min(self._cache_tokens, left))
 
     # One step: compute, tell, obey.

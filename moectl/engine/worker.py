@@ -141,7 +141,7 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
     import mlx.core as mx
 
     begin, directory, structure = time.perf_counter(), Path(start.shards).expanduser(), manifest.structure
-    from moectl.engine.caches import count_entry_tokens
+    from moectl.engine.caches import count_row_tokens
     from moectl.engine.engine import Engine
     from moectl.engine.network.load import load_rank
     from moectl.shards.checkpoint import read_sampling
@@ -173,7 +173,7 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
         check_every=start.run.paranoia,
         trimmable=structure.can_trim,
         batchable=structure.can_batch,
-        entry_tokens=count_entry_tokens(structure),
+        row_tokens=count_row_tokens(structure),
     )
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     bits = manifest.quantization.bits if manifest.quantization else None

@@ -6,10 +6,10 @@ weights that the routers give. Of every array that a rank adds to an exchange it
 elements with fixed random signs; of the last token it keeps the largest logits. The first exchange with wrong numbers
 names the rank at fault: up to there it had the same input as when the set was cut.
 
-It proves that the ranks compute what the machine that cut the set computed: no shard, chip or exchange changes a
-number. It does not prove that the model is the one that was trained: the machine that cut the set used the same code
-and read config.json in the same way, so a mistake in either is in the reference too. `config_keys`, which refuses
-unknown keys, and the tests against transformers' DBRX guard against that.
+The reference is mlx-lm's undivided model, computed from the files of all ranks when the set was cut. So it proves that
+the ranks together compute that model: no division, shard, chip or exchange changes a number. It does not prove that the
+model is the one that was trained: a mistake in mlx-lm, or in how its files were read, is in the reference too. The
+tests against transformers guard against that.
 
 Only data and their comparison; `engine.network.canary_run` computes them.
 """
@@ -22,10 +22,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Tokens in one chunk, on one machine as on the ranks, because copies of experts divide the work of a chunk. It is large
-# enough that DBRX groups tokens by expert, and small enough that reading the weights takes longer than computing.
+# Tokens that ranks read at a time: copies of experts divide the work of a chunk. It is large enough that tokens are
+# grouped by expert, and small enough that reading the weights takes longer than computing.
 CHUNK = 16
-_CHUNK_BEFORE = 512  # of a canary that does not name its chunk
+_MOST = 512  # tokens in a chunk
 SHORT = 5
 LONG = 1  # the number of the long prompt
 TOP = 16  # logits that are kept
@@ -50,12 +50,11 @@ class Canary:
     points: tuple[tuple[str, ...], ...]  # by rank and prompt: WIDTH float32 numbers for each exchange, in base64
     top: tuple[tuple[tuple[int, float], ...], ...]  # by prompt: tokens and their logits, largest first
     spread: tuple[float, ...]  # by prompt: the standard deviation of all logits
-    chunk: int = _CHUNK_BEFORE  # tokens that were read at a time
-    deals: bool = False  # whether the long prompt's tokens went to all experts in turn
+    chunk: int = CHUNK  # tokens that are read at a time
     unmet: tuple[tuple[int, int], ...] = ()  # (layer, expert) that no token reached, or not in each copy
 
     def __post_init__(self) -> None:
-        if not 0 < self.chunk <= _CHUNK_BEFORE:
+        if not 0 < self.chunk <= _MOST:
             raise ValueError("its canary cannot be read")
         for prompts in self.points:
             for text in prompts:

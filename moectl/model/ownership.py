@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from moectl.errors import PlanError
@@ -76,6 +77,11 @@ def own(pieces: Pieces, shares: Shares) -> tuple[Span, ...] | None:
 
     The spans of KV heads overlap where there are more ranks than KV heads.
     """
+    return _own(pieces, tuple(shares))
+
+
+@lru_cache(maxsize=4096)
+def _own(pieces: Pieces, shares: Shares) -> tuple[Span, ...] | None:
     if pieces.role in (Role.EXPERT, Role.HIDDEN):
         return share_out(pieces.count, pieces.grain, shares)
     heads = _own_heads(pieces, shares)

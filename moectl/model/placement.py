@@ -63,7 +63,7 @@ class Placement:
     @property
     def divides_heads(self) -> bool:
         """Whether attention is divided: in all layers or in none."""
-        heads = {part.heads for part in self.structure.parts if part.heads is not None}
+        heads = {part.heads for kind in self.structure.kinds for part in kind.parts if part.heads is not None}
         return self.split == "tensor" and all(own(pieces, self.shares) is not None for pieces in heads)
 
     def experts_of(self, rank: int) -> tuple[int, ...]:

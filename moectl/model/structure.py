@@ -20,6 +20,9 @@ class Quantization:
     group_size: int
     mode: str = "affine"
 
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {self.mode}, groups of {self.group_size}"
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -75,11 +78,11 @@ class Moment:
     are divided as the units' hidden dimension or as the attention's heads.
     """
 
-    whole: int
-    hidden: int
-    heads: int
-    pairs: int
-    head_pairs: int
+    whole: int = 0
+    hidden: int = 0
+    heads: int = 0
+    pairs: int = 0
+    head_pairs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +161,16 @@ class Structure:
         """The parameters that take part in one token."""
         return round(sum(part.values * part.active + part.floats for part in self.parts))
 
-    def quantised(self, quantization: Quantization | None) -> Structure:
+    def quantised(self, quantization: Quantization | None, *, over: Quantization | None = None) -> Structure:
         """Return the structure with all matrices quantised so, or in 16 bits: an estimate for a plan.
 
-        Which matrices mlx-lm would leave out is not looked up: those whose rows are no whole groups.
+        `over` is the precision of most matrices; those with another one are packed already, and stay. Which matrices
+        mlx-lm would leave out is not looked up: those whose rows are no whole groups.
         """
 
         def change(part: Part) -> Part:
+            if part.quantization not in (None, over):
+                return part
             grain = 1 if quantization is None else quantization.group_size
             hidden = None if part.hidden is None else replace(part.hidden, grain=grain)
             return replace(part, quantization=quantization if part.values else None, hidden=hidden)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import bisect
 import enum
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moectl.model.placement import Placement
@@ -107,7 +108,8 @@ def rank_need(
 
 def weight_bytes(placement: Placement, rank: int, dtype_bytes: int) -> int:
     """Return the bytes of a rank's weights."""
-    layers = sum(layer_bytes(placement, layer, rank, dtype_bytes) for layer in _layers_of(placement, rank))
+    kinds = count_kinds(placement, rank)
+    layers = sum(count * layer_bytes(placement, layer, rank, dtype_bytes) for layer, count in kinds.items())
     return round(layers) + outer_bytes(placement, rank, dtype_bytes)
 
 
@@ -124,7 +126,9 @@ def outer_bytes(placement: Placement, rank: int, dtype_bytes: int) -> int:
 
 def cache_bytes(placement: Placement, rank: int, context: int, concurrency: int, dtype_bytes: int) -> int:
     """Return the bytes of a rank's caches for answers of this many tokens each."""
-    return concurrency * round(sum(each_cache_bytes(placement, rank, context, dtype_bytes)))
+    kinds = count_kinds(placement, rank).items()
+    each = (count * layer_cache_bytes(placement, layer, rank, context, dtype_bytes) for layer, count in kinds)
+    return concurrency * round(sum(each))
 
 
 def count_read(placement: Placement, layer: Layer, rank: int, context: int, dtype_bytes: int) -> float:
@@ -137,11 +141,6 @@ def count_read(placement: Placement, layer: Layer, rank: int, context: int, dtyp
         fixed = 2 * (cache.fixed * dtype_bytes + cache.floats * CPU_DTYPE_BYTES)
         read += heads * (cache.per_token * kept * dtype_bytes + fixed)
     return read
-
-
-def each_cache_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> Iterator[float]:
-    """Return the bytes of what a rank keeps of one answer, layer by layer."""
-    return (layer_cache_bytes(placement, layer, rank, context, dtype_bytes) for layer in _layers_of(placement, rank))
 
 
 def layer_cache_bytes(placement: Placement, layer: Layer, rank: int, context: int, dtype_bytes: int) -> float:
@@ -162,17 +161,19 @@ def count_kept(cache: CacheSize, context: int) -> int:
     return -(-context // KV_STEP) * KV_STEP
 
 
-def _layers_of(placement: Placement, rank: int) -> Iterator[Layer]:
+def count_kinds(placement: Placement, rank: int) -> dict[Layer, int]:
+    """Return how many layers of each kind a rank has."""
     structure = placement.structure
-    return (structure.kinds[kind] for kind in structure.order[slice(*placement.layers(rank))])
+    counts = Counter(structure.order[slice(*placement.layers(rank))])
+    return {structure.kinds[kind]: count for kind, count in sorted(counts.items())}
 
 
 def _loading_bytes(placement: Placement, rank: int, dtype_bytes: int) -> int:
     """Return what is held twice while types are converted: a layer's worth on a CPU, nothing on a GPU."""
     if dtype_bytes == METAL_DTYPE_BYTES:
         return 0
-    layers = set(_layers_of(placement, rank))
-    largest = max(layer_bytes(placement, layer, rank, METAL_DTYPE_BYTES) for layer in layers)
+    kinds = count_kinds(placement, rank)
+    largest = max(layer_bytes(placement, layer, rank, METAL_DTYPE_BYTES) for layer in kinds)
     return max(round(largest), outer_bytes(placement, rank, METAL_DTYPE_BYTES))
 
 
@@ -189,7 +190,8 @@ def _activation_bytes(placement: Placement, rank: int, context: int, dtype_bytes
 
     growing = 0.0
     if context > PREFILL_TOKENS:  # keys and values move to a larger array
-        growing = max(each_cache_bytes(placement, rank, context - PREFILL_TOKENS, dtype_bytes), default=0.0)
+        before, kinds = context - PREFILL_TOKENS, count_kinds(placement, rank)
+        growing = max(layer_cache_bytes(placement, layer, rank, before, dtype_bytes) for layer in kinds)
     return round(dtype_bytes * max(map(count, moments), default=0.0) + growing)
 
 

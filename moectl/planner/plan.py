@@ -20,7 +20,6 @@ from moectl.planner.measured import Speed
 from moectl.planner.memory import COMFORTABLE, Memory, Need, Verdict, judge, most_that_fits, rank_need
 from moectl.planner.speed import Prediction, Rates, Work, predict, predict_measured
 
-
 _MOST_UNITS = 168  # into which the hidden dimension is shared out: enough for any two hosts
 _LEAST_SHARE = 1e-6
 
@@ -57,7 +56,7 @@ class Question:
 
     def quantised(self, quantization: Quantization | None) -> Question:
         """Return the same question about the model with another precision."""
-        structure = self.structure.quantised(quantization)
+        structure = self.structure.quantised(quantization, over=self.quantization)
         return dataclasses.replace(self, structure=structure, quantization=quantization)
 
 

@@ -18,7 +18,6 @@ from moectl.hosts.remote import Remote
 from moectl.model.catalog import MODELS, CatalogModel
 from moectl.model.manifest import Manifest
 from moectl.model.placement import Placement
-from moectl.model.structure import Quantization
 from moectl.planner.advice import make_plan, refusal
 from moectl.planner.calibration import CALIBRATIONS, find_link
 from moectl.planner.memory import METAL_DTYPE_BYTES, Verdict, judge

@@ -35,7 +35,7 @@ from moectl.model.regions import Pieces, Role
 from moectl.model.structure import Layer, Part
 from moectl.planner.calibration import DEFAULT, USUAL_LAUNCHES, Calibration, LinkCost
 from moectl.planner.measured import Speed
-from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, count_read
+from moectl.planner.memory import METAL_DTYPE_BYTES, PREFILL_TOKENS, count_kinds, count_read
 
 GATHER_BELOW_BYTES = 64 * 1024  # as in `engine.network.exchange`, which needs mlx
 _MOST_CHOICES = 4000  # of experts
@@ -97,12 +97,8 @@ def predict_measured(work: Work, speed: Speed) -> Prediction:
 
 def _cached(work: Work, rank: int, context: int) -> float:
     """Return the bytes of caches that a rank reads for one token."""
-    return sum(count_read(work.placement, layer, rank, context, work.dtype_bytes) for layer in _layers(work, rank))
-
-
-def _layers(work: Work, rank: int) -> Iterator[Layer]:
-    structure = work.placement.structure
-    return (structure.kinds[kind] for kind in structure.order[slice(*work.placement.layers(rank))])
+    kinds = count_kinds(work.placement, rank).items()
+    return sum(n * count_read(work.placement, layer, rank, context, work.dtype_bytes) for layer, n in kinds)
 
 
 def _make_prediction(
@@ -200,15 +196,15 @@ class _Model:
     def pass_time(self, tokens: int) -> tuple[float, float]:
         """Return (compute, communication) in seconds of a pass of this many tokens through all layers and the head."""
         placement = self.work.placement
-        structure, ranks = placement.structure, range(placement.world_size)
+        ranks = range(placement.world_size)
         compute = self._overhead()
         if placement.split == "layers":
             for rank in ranks:
-                times = [self._node_time(layer, rank, None, tokens) for layer in structure.kinds]
-                compute += sum(times[kind] for kind in structure.order[slice(*placement.layers(rank))])
+                kinds = count_kinds(placement, rank).items()
+                compute += sum(count * self._node_time(layer, rank, None, tokens) for layer, count in kinds)
         else:
-            slowest = [self._slowest(layer, tokens) for layer in structure.kinds]
-            compute += sum(slowest[kind] for kind in structure.order)
+            kinds = count_kinds(placement, 0).items()
+            compute += sum(count * self._slowest(layer, tokens) for layer, count in kinds)
         return compute + self._head_time(), self._communication(tokens)
 
     def _overhead(self) -> float:

@@ -9,11 +9,10 @@ from moectl.errors import HostsError, PlanError
 from moectl.hosts.hostfile import Host
 from moectl.model.catalog import CatalogModel
 from moectl.model.structure import Quantization
-from moectl.planner.advice import make_plan
 from moectl.planner.calibration import LINKS, Calibration, find_link
 from moectl.planner.chips import CHIPS, Chip, find_chip
 from moectl.planner.nodes import Defaults, make_node
-from moectl.planner.plan import Plan, Question
+from moectl.planner.plan import Plan, Question, best_plan
 
 COUNTS = (1, 2, 3, 4, 8)
 BITS = (4, 8, 16)
@@ -71,7 +70,7 @@ def what_if(
                 node = make_node(host, calibration, Defaults())
                 asked = (
                     Question(
-                        model.structure if quantization == own else model.structure.quantised(quantization),
+                        model.quantised(quantization).structure,
                         quantization,
                         (node,) * count,
                         find_link(calibration, kind),
@@ -93,6 +92,6 @@ def _links(chip: Chip) -> list[str]:
 
 def _try_plan(question: Question) -> Plan | None:
     try:
-        return make_plan(question)
+        return best_plan(question)
     except PlanError:
         return None

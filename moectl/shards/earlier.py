@@ -13,7 +13,7 @@ from moectl.errors import IntegrityError, NotSharded, ShardsDiffer, UsageError
 from moectl.files import partial_path
 from moectl.model.manifest import NAME as MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from moectl.shards import journal as journals
-from moectl.shards.recipe import OutputFile, describe
+from moectl.shards.recipe import OutputFile
 from moectl.shards.sidecars import CheckpointReader, hash_sidecar, list_sidecars
 
 # The weight files of a shard set of any version of moectl. Of the files that a journal lists, only these are deleted.
@@ -105,7 +105,7 @@ def _done_of(directory: Path, plain: Manifest, files: Sequence[OutputFile], ther
         )
     raise ShardsDiffer(
         f"{directory} already holds another shard set: {there.source}, "
-        f"{describe(there.quantization)}, {there.split} {','.join(map(str, there.shares))}",
+        f"{there.quantization or '16-bit'}, {there.split} {','.join(map(str, there.shares))}",
         hint="choose another directory with -o, or replace it with --force",
     )
 

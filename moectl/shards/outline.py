@@ -19,7 +19,7 @@ from moectl.model.structure import CacheSize, Layer, Outer, Part, Quantization, 
 from moectl.shards.caches import can_batch, can_trim, list_parts
 from moectl.shards.flow import TOKENS, Flow
 from moectl.shards.hooks import Hook, hooked
-from moectl.shards.skeleton import Skeleton
+from moectl.shards.skeleton import Skeleton, empty
 from moectl.shards.trial import describe
 from moectl.shards.units import LayerParts, divisions_of
 from moectl.shards.ways import Findings
@@ -50,7 +50,9 @@ class _Seen:
 
 def outline(skeleton: Skeleton, found: Findings, config: Mapping[str, Any]) -> Structure:
     """Return the structure of a model whose modules have the precision that they will have."""
-    model, seen = skeleton.model, _look_through(skeleton)
+    model = skeleton.model
+    empty(model)  # what was quantised is not computed yet, and would be seen in graphs
+    seen = _look_through(skeleton)
     units = {
         f"{layer.path}.{unit.path}": unit for layer in found.parts for block in layer.blocks for unit in block.units
     }

@@ -1,6 +1,7 @@
 """From a model's name to a shard set on this machine: open the checkpoint, place it on ranks, cut it.
 
-It joins `checkpoint`, `blueprint`, `placement` and `build`.
+It joins `checkpoint`, `blueprint`, `placement` and `build`. What needs MLX is imported by the functions that cut or
+look at a checkpoint: finding a finished set does without.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moectl.errors import NotSharded, PlanError, ShardsDiffer
 from moectl.model.catalog import MODELS, CatalogModel
@@ -19,14 +21,14 @@ from moectl.model.placement import Placement, make_placement
 from moectl.model.routing import Routing
 from moectl.model.structure import Quantization, Structure
 from moectl.paths import cache_dir, data_dir
-from moectl.shards import build
-from moectl.shards.blueprint import Blueprint, draw, find_quantization, is_by_mlx
-from moectl.shards.build import ComputeCanary
 from moectl.shards.checkpoint import Checkpoint, open_checkpoint
 from moectl.shards.hub_environment import check_numbers
-from moectl.shards.recipe import describe, plan_files
 from moectl.shards.tensors import MODES
-from moectl.shards.writer import OnHashed
+
+if TYPE_CHECKING:
+    from moectl.shards.blueprint import Blueprint
+    from moectl.shards.build import ComputeCanary
+    from moectl.shards.writer import OnHashed
 
 PLAIN_BITS = 16
 _TOKENIZER = "tokenizer.json"
@@ -74,7 +76,7 @@ def choose_quantization(wanted: Wanted, kept: Quantization | None) -> Quantizati
         quantization = Quantization(wanted.bits or bits, wanted.group_size or group_size, wanted.mode)
     if kept is not None and quantization != kept:
         raise PlanError(
-            f"the checkpoint is quantised ({describe(kept)}) and cannot become {describe(quantization)}",
+            f"the checkpoint is quantised ({kept}) and cannot become {quantization or f'{PLAIN_BITS}-bit'}",
             hint="leave --q-bits, --q-group-size and --q-mode out, or start from the 16-bit checkpoint",
         )
     if quantization is not None:
@@ -109,7 +111,7 @@ def find_frequencies(wanted: Wanted, structure: Structure) -> tuple[float, ...] 
     if routing is None:
         return None
     shape = (sum(1 for _ in structure.stacks), structure.n_experts)
-    there = (len(routing.counts), len(routing.counts[0]))
+    there = (sum(map(bool, routing.counts)), len(routing.overall))
     if shape != there:
         raise PlanError(
             f"the routing statistics are of {routing.model}, with {there[0]} layers of {there[1]} experts; "
@@ -140,6 +142,8 @@ def place(model: CatalogModel, wanted: Wanted) -> Placement:
 
 def draw_wanted(checkpoint: Checkpoint, wanted: Wanted) -> Blueprint:
     """Draw a checkpoint's model with the precision that is wanted. Raises CheckpointError, PlanError."""
+    from moectl.shards.blueprint import draw, find_quantization, is_by_mlx
+
     kept = find_quantization(checkpoint.config)
     if kept is not None and not is_by_mlx(checkpoint.config) and wanted.bits != PLAIN_BITS:
         quantization = choose_quantization(wanted, None)  # of what is not packed yet, as mlx-lm does
@@ -216,6 +220,9 @@ def shard(
     Before anything is written, `on_files` gets the set's name, its directory, who holds what and the bytes of each
     weight file; then `on_file` gets each file that is whole, as in `build.cut`.
     """
+    from moectl.shards import build
+    from moectl.shards.recipe import plan_files
+
     check_numbers()  # the canary loads huggingface_hub after the cut
     checkpoint = open_checkpoint(
         source,
@@ -302,6 +309,8 @@ def describe_model(source: str) -> tuple[CatalogModel, Manifest | None]:
     try:
         _, manifest = find_shards(source)
     except NotSharded:
+        from moectl.shards.blueprint import draw
+
         with open_checkpoint(source) as checkpoint:
             blueprint = draw(checkpoint)
             return CatalogModel(checkpoint.source, blueprint.structure, blueprint.quantization), None

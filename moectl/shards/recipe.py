@@ -130,13 +130,6 @@ def part_bytes(columns: int, dtype: str, target: Quantization | str) -> tuple[in
     return (packed, groups)
 
 
-def describe(quantization: Quantization | None) -> str:
-    """Return a quantisation in a few words."""
-    if quantization is None:
-        return "16-bit"
-    return f"{quantization.bits}-bit {quantization.mode}, groups of {quantization.group_size}"
-
-
 class _Planner:
     def __init__(self, blueprint: Blueprint, stored: Mapping[str, StoredTensor], placement: Placement) -> None:
         self._blueprint = blueprint

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,11 @@ from moectl.model.config_keys import CORRECT
 from moectl.shards.exceptions import OWN_FILES
 
 _MOST_LAYERS = 10_000  # each is a Python object
+
+
+# Names of numbers of modules, and the most of them that any model has.
+_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_experts", "n_routed_experts")
+_MOST = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
         raise _unknown(model_type)
     _refuse_endless(config)
     own = copy.deepcopy(dict(config))  # some model files write into it
+    _check_depth(own)
     try:
         model_class, args_class = find_classes(own)
     except AttributeError:  # a module of mlx-lm that is no model file
@@ -76,16 +83,10 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
         ) from error
     try:
         model = model_class(args_class.from_dict(own))
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # A model file says in any of these ways that a key is missing or wrong; none of them checks config.json.
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # A model file says in any way that a key is missing or wrong; none of them checks config.json.
         raise CheckpointError(
             f"config.json does not describe a model that mlx-lm can build: {model_type}: {_line(error)}",
             hint="compare config.json with the one of the original repository",
@@ -99,6 +100,29 @@ def find_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     """Return the classes of a model and of its arguments."""
     own_file = OWN_FILES.get(config["model_type"])
     return (own_file.Model, own_file.ModelArgs) if own_file else _get_classes(config)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Undo at the end what the block does to a module and those below: some keep what they compute in a call."""
+    kept = [(inner, dict(inner), dict(inner.__dict__)) for _, inner in module.named_modules()]
+    try:
+        yield
+    finally:
+        for inner, items, attributes in kept:
+            inner.clear()
+            dict.update(inner, items)
+            inner.__dict__.clear()
+            inner.__dict__.update(attributes)
+
+
+def _check_depth(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a number of layers that no model has: building them would never end."""
+    tables = [table for table in (config, config.get("text_config")) if isinstance(table, Mapping)]
+    for table in tables:
+        for key in _COUNTS:
+            if isinstance(value := table.get(key), int) and value > _MOST:
+                raise CheckpointError(f"config.json: {key} is {value}, more than any model has", hint=CORRECT)
 
 
 def empty(module: nn.Module) -> None:

@@ -17,10 +17,11 @@ Edges = dict[str, list[tuple[str, str]]]  # state → what is written on the way
 
 ANSWER, THINKING = "normal", "reasoning"  # mlx-lm's names
 _HEADER = "header"  # of a message: neither of both, told only where no message follows
-# Pairs that mlx-lm does not know: Mistral's, Seed-OSS's, Apertus' and Command A's.
+# Pairs that mlx-lm does not know: Mistral's, Seed-OSS's, EXAONE Deep's, Apertus' and Command A's.
 _MORE = (
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
+    ("<thought>", "</thought>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
@@ -87,6 +88,9 @@ def find_markers(renderer: Any, template: str, added: Mapping[str, int], form: M
     elif added.keys() >= set(_CHANNELS):
         edges = _CHANNEL_EDGES
     else:
+        # Some vocabularies have a marker as one of their ordinary tokens.
+        ids = {renderer.think_start: renderer.think_start_tokens, renderer.think_end: renderer.think_end_tokens}
+        added = {text: tokens[0] for text, tokens in ids.items() if tokens and len(tokens) == 1} | dict(added)
         named = [pair for pair in _AS_TEXT if all(marker in template for marker in pair)]
         pairs = [(renderer.think_start, renderer.think_end)] * renderer.has_thinking
         pairs += [pair for pair in _MORE if added.keys() >= set(pair)]

@@ -24,7 +24,7 @@ from moectl.model.ownership import own
 from moectl.model.regions import Role, Span
 from moectl.shards.flow import TOKENS
 from moectl.shards.hooks import Hook, hooked, replaced_sum
-from moectl.shards.skeleton import Skeleton
+from moectl.shards.skeleton import Skeleton, unchanged
 from moectl.shards.units import Block, Heads, LayerParts, Unit, at, divide_heads, find_strange_array, narrow
 
 T = TypeVar("T")
@@ -315,8 +315,7 @@ def _run_heads(module: nn.Module, heads: Heads, call: Call, spans: dict[str, Spa
 @contextmanager
 def _filled(module: nn.Module, without: list[str]) -> Iterator[None]:
     """Fill a module's parameters with random numbers, but not those below `without`; at the end undo everything."""
-    kept = [(inner, dict(inner), dict(inner.__dict__)) for _, inner in module.named_modules()]
-    try:
+    with unchanged(module):
         for path, inner in module.named_modules():
             if any(path == other or path.startswith(f"{other}.") for other in without):
                 continue
@@ -324,12 +323,6 @@ def _filled(module: nn.Module, without: list[str]) -> Iterator[None]:
                 if isinstance(value, mx.array) and not name.startswith("_") and mx.issubdtype(value.dtype, mx.floating):
                     inner[name] = _numbers(f"{path}.{name}", value.shape)
         yield
-    finally:
-        for inner, items, attributes in kept:
-            inner.clear()
-            dict.update(inner, items)
-            inner.__dict__.clear()
-            inner.__dict__.update(attributes)
 
 
 def _numbers(name: str, shape: tuple[int, ...]) -> mx.array:

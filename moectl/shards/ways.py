@@ -9,7 +9,7 @@ import mlx.core as mx
 from moectl.errors import PlanError
 from moectl.shards.exceptions import REFUSED
 from moectl.shards.flow import Flow, NoPipeline, follow
-from moectl.shards.skeleton import Skeleton
+from moectl.shards.skeleton import Skeleton, unchanged
 from moectl.shards.trial import count_chosen, describe, record_calls, try_parts
 from moectl.shards.units import LayerParts, at, find_parts
 
@@ -31,7 +31,8 @@ def look(skeleton: Skeleton) -> Findings:
         return Findings([], None, dict.fromkeys(SPLITS, reason))
     mx.disable_compile()  # on a CPU it would call a compiler for each function of each shape
     try:
-        return _look(skeleton)
+        with unchanged(skeleton.model):
+            return _look(skeleton)
     finally:
         mx.enable_compile()
 

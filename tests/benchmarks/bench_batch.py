@@ -24,13 +24,9 @@ from moectl.engine.protocol import Done, Generate, Token
 from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
-from moectl.model.placement import make_placement
-from moectl.model.structure import Quantization
-from moectl.shards.build import cut
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer import open_tokenizer
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.cutting import cut
 from tests.support.tiny import write_checkpoint
 
 PROMPT = 17
@@ -38,7 +34,7 @@ PROMPT = 17
 
 def time_batch(model: Any, tokenizer: Any, prompts: RandomPrompts, rows: int, tokens: int) -> float:
     """Return the tokens per second of all rows together, from the first token told to the last."""
-    engine = Engine(model, tokenizer, max_seq_len=2048)
+    engine = Engine(model, tokenizer, vocab_size=model.args.vocab_size, max_seq_len=2048)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for number in range(1, rows + 1):
         inbox.put(Generate(Request(number, "", tokens, prompt_tokens=prompts.draw(PROMPT), ignore_eos=True)))
@@ -66,13 +62,12 @@ def main() -> None:
             sizes: dict[str, Any] = {"n_layers": 4, "d_model": 512, "n_heads": 8, "kv_n_heads": 2, "ffn_hidden": 896}
             write_checkpoint(source, vocab_size=VOCAB_SIZE, max_seq_len=2048, **sizes)
             write_tokenizer(source)
-        checkpoint = open_checkpoint(str(source))
         out = Path(scratch) / "shards"
-        quantization = None if args.bits == 16 else Quantization(args.bits, 64)
-        placement = make_placement(checkpoint.geometry, "hidden", 1)
-        cut(checkpoint, placement, quantization, out, name="batch", quantise=quantizer)
+        cut(
+            source, out, nodes=1, bits=None if args.bits == 16 else args.bits, group_size=64 if args.bits < 16 else None
+        )
         model, tokenizer = load_rank(out, read_manifest(out), 0), open_tokenizer(out)
-        prompts = RandomPrompts(checkpoint.geometry.vocab_size)
+        prompts = RandomPrompts(model.args.vocab_size)
         time_batch(model, tokenizer, prompts, 8, 20)
         # Turn by turn, so that both see the same weather.
         speeds = {rows: list[float]() for rows in (1, 8)}

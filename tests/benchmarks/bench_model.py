@@ -7,6 +7,7 @@ its own generator. No prompt is measured twice: a cache would know it. Ratios ma
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -23,22 +24,17 @@ from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
-from moectl.model.placement import make_placement
-from moectl.model.structure import Quantization
 from moectl.session.session import RankSpec, Session
-from moectl.shards.build import cut
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer import open_tokenizer
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.cutting import cut
 from tests.support.ring import rank_env
 from tests.support.tiny import write_checkpoint
 
 
 def time_mlx_lm(source: Path, bits: int, length: int, count: int) -> tuple[float, float]:
     """Return mlx-lm's (prefill, decode) in tokens per second, float32 activations as in moectl on a CPU."""
-    checkpoint = open_checkpoint(str(source))
-    model = Model(ModelArgs.from_dict(checkpoint.config))
+    model = Model(ModelArgs.from_dict(json.loads((source / "config.json").read_text())))
     weights: dict[str, Any] = {}
     for file in sorted(source.glob("*.safetensors")):
         weights.update(mx.load(str(file)))  # type: ignore[arg-type]
@@ -90,10 +86,7 @@ def main() -> None:
             show(bits, "mlx-lm, 1 process", reference, reference)
             for split, ranks in (("hidden", 1), ("hidden", 2), ("experts", 2)):
                 shards = Path(scratch) / f"{bits}-{split}-{ranks}"
-                checkpoint = open_checkpoint(str(source))
-                placement = make_placement(checkpoint.geometry, split, ranks, group_size=64)
-                quantization = None if bits == 16 else Quantization(bits, 64)
-                cut(checkpoint, placement, quantization, shards, name="bench", quantise=quantizer)
+                cut(source, shards, split=split, nodes=ranks, bits=bits)
                 measured = time_moectl(shards, ranks, args.prompt, args.generate)
                 show(bits, f"moectl {split}, {ranks} rank{'s' * (ranks > 1)}", measured, reference)
 

@@ -17,6 +17,7 @@ from moectl.cluster.deploy.deploy import deploy
 from moectl.hosts.onhost.files import hash_file
 from moectl.model.manifest import NAME, FileEntry, Manifest, write_manifest
 from tests.support.netns import Cluster, run_cluster
+from tests.support.structures import structure_of
 from tests.support.tiny import make_config
 
 RANKS = 4
@@ -34,7 +35,19 @@ def make_shards(directory: Path, common_mb: int, rank_mb: int) -> Manifest:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(os.urandom(FILE_BYTES))
         files[name] = FileEntry(FILE_BYTES, hash_file(str(path)))
-    manifest = Manifest(directory.name, "bench", None, "", make_config(), None, "experts", (4,) * RANKS, 1, files)
+    manifest = Manifest(
+        directory.name,
+        "bench",
+        None,
+        "",
+        make_config(),
+        structure_of(make_config()),
+        None,
+        None,
+        "experts",
+        (1,) * RANKS,
+        files,
+    )
     write_manifest(directory, manifest)
     return manifest
 

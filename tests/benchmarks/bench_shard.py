@@ -153,22 +153,21 @@ def peak_bytes() -> int:
 def cut_here(source: Path, target: Path, nodes: int, jobs: int, ballast: Path | None = None) -> None:
     """Cut in this process and print the figures as JSON; a subprocess, since peak memory is a process's own."""
     from moectl.model.placement import make_placement
-    from moectl.model.structure import Quantization
-    from moectl.shards import build, quantize
+    from moectl.shards import build
     from moectl.shards.checkpoint import open_checkpoint
+    from moectl.shards.prepare import Wanted, draw_wanted
 
     baseline = peak_bytes()
     began, cpu = time.perf_counter(), time.process_time()
     with open_checkpoint(str(source)) as checkpoint:
-        placement = make_placement(checkpoint.geometry, "hidden", nodes, group_size=GROUP)
-        quantization = Quantization(BITS, GROUP)
+        blueprint = draw_wanted(checkpoint, Wanted(bits=BITS, group_size=GROUP))
+        placement = make_placement(blueprint.structure, "hidden", nodes)
         build.cut(
             checkpoint,
+            blueprint,
             placement,
-            quantization,
             target,
             name="bench",
-            quantise=quantize.quantizer,
             jobs=jobs,
             on_bytes=Ballast(ballast).drop if ballast else lambda _: None,
         )

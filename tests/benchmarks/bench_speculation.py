@@ -26,13 +26,9 @@ from moectl.engine.protocol import Done, Generate, Token
 from moectl.engine.random_prompts import check_uncached
 from moectl.engine.request import Request, Stats
 from moectl.model.manifest import read_manifest
-from moectl.model.placement import make_placement
-from moectl.model.structure import Quantization
-from moectl.shards.build import cut
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.quantize import quantizer
 from moectl.shards.tokenizer import open_tokenizer
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.cutting import cut
 from tests.support.tiny import write_checkpoint
 
 QUESTION = "Tell me a long story about experts."
@@ -49,7 +45,7 @@ class Answered:
 def answer(parts: tuple[Any, Any], prompt: tuple[int, ...], count: int, speculate: int, temperature: float) -> Answered:
     """Generate `count` tokens."""
     model, tokenizer = parts
-    engine = Engine(model, tokenizer, max_seq_len=2048, speculate=speculate)
+    engine = Engine(model, tokenizer, vocab_size=model.args.vocab_size, max_seq_len=2048, speculate=speculate)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     request = Request(1, "", count, prompt_tokens=prompt, ignore_eos=True, temperature=temperature, seed=1)
     for order in (Generate(request), None):
@@ -102,11 +98,10 @@ def main() -> None:
             sizes: dict[str, Any] = {"n_layers": 4, "d_model": 512, "n_heads": 8, "kv_n_heads": 2, "ffn_hidden": 896}
             write_checkpoint(source, vocab_size=VOCAB_SIZE, max_seq_len=2048, **sizes)
             write_tokenizer(source)
-        checkpoint = open_checkpoint(str(source))
         out = Path(scratch) / "shards"
-        quantization = None if args.bits == 16 else Quantization(args.bits, 64)
-        placement = make_placement(checkpoint.geometry, "hidden", 1)
-        cut(checkpoint, placement, quantization, out, name="speculation", quantise=quantizer)
+        cut(
+            source, out, nodes=1, bits=None if args.bits == 16 else args.bits, group_size=64 if args.bits < 16 else None
+        )
         parts = load_rank(out, read_manifest(out), 0), open_tokenizer(out)
         question = tuple(parts[1].encode_chat([{"role": "user", "content": QUESTION}]))
         said = answer(parts, question, args.generate, 0, 0.0).tokens

@@ -48,6 +48,7 @@ from moectl.session.session import RankSpec, Session
 from moectl.shards.verified import check_files
 from tests.support.netns import Cluster
 from tests.support.sshd import Server, find_free_port
+from tests.support.structures import structure_of
 from tests.support.tiny import make_config
 
 LAYER_BYTES = 200_000
@@ -63,8 +64,9 @@ def make_shards(directory: Path, ranks: int, *, layer_bytes: int = LAYER_BYTES) 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(os.urandom(layer_bytes))
         files[name] = FileEntry(layer_bytes, hash_file(str(path)))
-    shares = tuple(16 // ranks for _ in range(ranks))
-    manifest = Manifest(directory.name, "tiny", None, "", make_config(), None, "experts", shares, 1, files)
+    config = make_config()
+    structure, shares = structure_of(config), (1,) * ranks
+    manifest = Manifest(directory.name, "tiny", None, "", config, structure, None, None, "experts", shares, files)
     write_manifest(directory, manifest)
     return manifest
 

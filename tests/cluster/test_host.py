@@ -33,11 +33,10 @@ from moectl.hosts.remote import LocalRemote
 from moectl.hosts.ssh.config import read_ssh_settings
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.hosts.survey import Survey
-from moectl.model.geometry import read_geometry
 from moectl.model.manifest import FileEntry, Manifest
-from moectl.model.placement import make_placement
 from tests.support.beside import run_agent
 from tests.support.sshd import Server, find_free_port, make_key, run_sshd
+from tests.support.structures import structure_of
 from tests.support.tiny import make_config
 
 MAC = Host("mac1")
@@ -265,14 +264,12 @@ def test_other_versions(changes: dict[str, Any], deployed: bool, level: str, tex
 
 def manifest(size: int) -> Manifest:
     config = make_config()
-    placement = make_placement(read_geometry(config), "hidden", 2)
+    structure = structure_of(config)
     files = {
         "rank-0/layer-000.safetensors": FileEntry(size, "0" * 64),
         "rank-1/layer-000.safetensors": FileEntry(10**15, "0" * 64),  # no matter of rank 0's
     }
-    return Manifest(
-        "tiny", "tiny", None, "f" * 64, config, None, placement.split, placement.shares, placement.unit, files
-    )
+    return Manifest("tiny", "tiny", None, "f" * 64, config, structure, None, None, "hidden", (1, 1), files)
 
 
 def test_an_incomplete_shard_set() -> None:

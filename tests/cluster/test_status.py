@@ -28,13 +28,13 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import workers
 from moectl.hosts.programs import ask, list_pythons
 from moectl.hosts.remote import LocalRemote
-from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
 from moectl.planner import speed
 from moectl.server.metrics import WINDOW_S, Throughput
 from moectl.session.deployment import DeployedRank, Deployment, find_deployment, forget_hosts, write_deployment
 from tests.support.running import wait_for
 from tests.support.sshd import Server, find_free_port
+from tests.support.structures import structure_of
 from tests.support.tiny import make_config
 
 NAME = "tiny-hidden-2"
@@ -261,19 +261,17 @@ def test_throughput_of_a_steady_stream() -> None:
 
 def test_bytes_per_token_follow_the_exchange() -> None:
     assert speed.GATHER_BELOW_BYTES == GATHER_BELOW_BYTES
-    geometry = read_geometry(make_config())
-    row, layers = 4 * geometry.d_model, geometry.n_layers
+    structure = structure_of(make_config())
+    row, layers = 4 * structure.width, structure.n_layers
     counted = {
-        split: speed.count_token_bytes(make_placement(geometry, split, 2), 4)
+        split: speed.count_token_bytes(make_placement(structure, split, 2), 4)
         for split in ("hidden", "tensor", "layers")
     }
     assert counted == {"hidden": layers * row, "tensor": 2 * layers * row, "layers": row}
-    assert speed.count_token_bytes(make_placement(geometry, "experts", 4), 4) == 3 * layers * row
-    assert speed.count_token_bytes(make_placement(geometry, "hidden", 1), 4) == 0
-    wide = replace(geometry, d_model=1 << 16)
-    assert speed.count_token_bytes(replace(make_placement(geometry, "experts", 4), geometry=wide), 2) == (
-        layers * 2 * 3 * (2 << 16) // 4
-    )
+    assert speed.count_token_bytes(make_placement(structure, "experts", 4), 4) == 3 * layers * row
+    assert speed.count_token_bytes(make_placement(structure, "hidden", 1), 4) == 0
+    wide = replace(structure, width=1 << 16)
+    assert speed.count_token_bytes(make_placement(wide, "experts", 4), 2) == (layers * 2 * 3 * (2 << 16) // 4)
 
 
 # As macOS's ps(1) prints these columns.

@@ -22,6 +22,16 @@ def make() -> Admission:
 def test_rows_are_counted_as_long_as_the_longest() -> None:
     assert held_tokens([10, 40, 20]) == 120
     assert held_tokens([]) == 0
+    assert held_tokens([10, 40, 20], 5) == 135
+
+
+def test_what_a_row_takes_whatever_its_length_counts_beside_others_and_never_alone() -> None:
+    admission = Admission(max_rows=ROWS, kv_tokens=100, max_cancels=CANCELS, row_tokens=30)
+    for request_id, reach in ((1, 100), (2, 20), (3, 20), (4, 20)):
+        admission.arrive(request_id, reach)
+    assert admission.make_word() == (1, [])
+    admission.end(1)
+    assert admission.make_word() == (3, [])
 
 
 def test_no_more_than_the_rows_are_admitted() -> None:

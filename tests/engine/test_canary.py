@@ -17,7 +17,7 @@ import pytest
 from moectl.engine.network.canary_check import check
 from moectl.engine.network.canary_run import compute_canary
 from moectl.engine.network.load import load_rank
-from moectl.engine.network.reference import find_direct
+from moectl.engine.network.reference import survey
 from moectl.errors import IntegrityError
 from moectl.model.canary import LONG, TOLERANCE, NoReference, decode_points, describe_unmet, judge
 from moectl.model.manifest import FileEntry, Manifest
@@ -36,6 +36,8 @@ WAYS = {
     "qwen3_next": ("hidden", "experts", "tensor", "layers"),  # linear attention
     "nemotron_h": ("hidden", "experts", "tensor", "layers"),  # state space, a matrix behind the experts
     "gemma4_text": ("hidden", "experts", "tensor"),  # layers that share caches, and return more than a state
+    "kimi_k3": ("hidden", "experts"),  # what it computes of weights is kept, and layers get an object that they change
+    "nanbeige (looped)": ("tensor",),  # each layer runs twice
     "phi3": ("hidden", "layers"),  # two matrices in one
     "llama": ("hidden", "tensor", "layers"),
 }
@@ -225,8 +227,8 @@ def test_a_file_that_was_cut_short_is_told(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_matrix_that_is_used_past_its_module_is_in_memory(base: Path) -> None:
-    assert find_direct(make_skeleton(config_of("llama"))) == set()
-    assert find_direct(make_skeleton(config_of("seed_oss"))) == {"model.embed_tokens.weight"}
+    assert survey(make_skeleton(config_of("llama"))) == (set(), 4)
+    assert survey(make_skeleton(config_of("seed_oss"))) == ({"model.embed_tokens.weight"}, 4)
     directory, manifest = make_set(base, "seed_oss", "hidden")
     assert run_check([directory] * 2, manifest) == [None, None]
 

@@ -19,8 +19,7 @@ from moectl.errors import IntegrityError, PlanError
 from moectl.model.manifest import Manifest, read_manifest
 from moectl.shards.skeleton import find_classes
 from tests.support.cutting import cut
-from tests.support.fake_group import run_ranks
-from tests.support.families import is_equal, run_greedily
+from tests.support.families import is_equal, run_greedily, run_set
 from tests.support.layouts import LAYOUTS, write_layout
 from tests.support.tiny import write_checkpoint
 
@@ -60,24 +59,6 @@ def unsplit(name: str, base: Path) -> list[mx.array]:
         tree_map(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters())
     )
     return run_greedily(model)
-
-
-def run_set(directory: Path) -> list[mx.array]:
-    """Return the logits of a set's ranks."""
-    manifest = read_manifest(directory)
-    leader, size = manifest.placement.head_rank, manifest.structure.vocab_size
-
-    def run(rank: int, group: Any) -> list[mx.array]:
-        model = load_rank(directory, manifest, rank, group)
-
-        def head(logits: mx.array) -> mx.array:
-            wide = logits if rank == leader else mx.zeros((1, size)) + logits * 0
-            gathered: mx.array = group.gather(wide.astype(mx.float32)[None])
-            return gathered[leader]
-
-        return run_greedily(model, head)
-
-    return run_ranks(manifest.world_size, run)[leader]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def cut_case(source: Path, out: Path, split: str, shares: tuple[int, ...], bits:
     return out
 
 
-def run_ranks(world_size: int, cases: list[dict[str, Any]], directory: Path) -> list[list[dict[str, Any]]]:
+def run_ranks(world_size: int, cases: list[dict[str, Any]], directory: Path, **env: str) -> list[list[dict[str, Any]]]:
     """Run the cases on one ring of this size; return results by rank, then by case."""
     with ExitStack() as held:
         listeners = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(world_size)]
@@ -87,7 +87,8 @@ def run_ranks(world_size: int, cases: list[dict[str, Any]], directory: Path) -> 
     )
     command = [sys.executable, "-m", "tests.support.lockstep_rank", str(job)]
     ranks = [
-        subprocess.Popen([*command, str(rank)], env=process_env(), stderr=subprocess.PIPE) for rank in range(world_size)
+        subprocess.Popen([*command, str(rank)], env={**process_env(), **env}, stderr=subprocess.PIPE)
+        for rank in range(world_size)
     ]
     try:
         for rank, process in enumerate(ranks):

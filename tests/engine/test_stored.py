@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from moectl.engine.network import stored
-from moectl.engine.network.stored import Parts, Reader, StoredEmbedding, StoredMatrix
+from moectl.engine.network.joined import JoinedSet, Segment, cover
+from moectl.engine.network.stored import Parts, Reader, StoredMatrix
 from moectl.errors import IntegrityError
+from moectl.model.manifest import FileEntry
 from moectl.model.structure import Quantization
 from moectl.shards.tensors import MODES
 
@@ -52,10 +57,42 @@ def test_products_are_those_of_the_matrix_in_memory(
         matrix = StoredMatrix(parts, reader)
         for item in range(STACK):
             np.testing.assert_allclose(matrix.times(x, item), x @ whole[item].T, rtol=1e-4, atol=1e-4)
-        shaped = np.array(matrix(mx.array(x)[None].astype(mx.float32)))
-        np.testing.assert_allclose(shaped, x[None] @ whole[0].T, rtol=1e-4, atol=1e-4)
-        rows = np.array(StoredEmbedding(parts, reader)(mx.array([[2, 39, 2]])))
-        np.testing.assert_allclose(rows, whole[0][[2, 39, 2]][None], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(matrix.times(x, 1, (9, 31)), x @ whole[1][9:31].T, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(matrix.read_rows([2, 39, 2]), whole[0][[2, 39, 2]], rtol=1e-5, atol=1e-6)
+
+
+def test_a_scale_of_a_whole_matrix_counts(tmp_path: Path) -> None:
+    """nvfp4 may have one for each expert."""
+    weight = mx.random.normal((STACK, ROWS, COLUMNS), key=mx.random.key(3))
+    made = mx.stack([mx.max(mx.abs(one)) for one in weight]).astype(mx.float32)
+    pairs: Any = [
+        mx.quantize(one, 16, 4, mode="nvfp4", global_scale=scale) for one, scale in zip(weight, made, strict=True)
+    ]
+    arrays = {"m.weight": mx.stack([w for w, _ in pairs]), "m.scales": mx.stack([s for _, s in pairs])}
+    mx.save_safetensors(str(tmp_path / "m.safetensors"), {**arrays, "m.global_scale": made})
+    x = np.random.default_rng(1).standard_normal((5, COLUMNS), np.float32)
+    module = QuantizedSwitchLinear(COLUMNS, ROWS, STACK, False, 16, 4, "nvfp4")
+    files = {"m.safetensors": FileEntry((tmp_path / "m.safetensors").stat().st_size, "")}
+    tensors: dict[str, Any] = {name: {"m.safetensors": ()} for name in (*arrays, "m.global_scale")}
+    with Reader() as reader:
+        manifest: Any = SimpleNamespace(files=files, tensors=tensors)
+        matrix = JoinedSet(tmp_path, manifest, reader).open_matrix("m", module)
+        for item, (w, s) in enumerate(pairs):
+            whole = mx.dequantize(w, s, None, 16, 4, mode="nvfp4", global_scale=made[item], dtype=mx.float32)
+            np.testing.assert_allclose(matrix.times(x, item), x @ np.array(whole).T, rtol=1e-4, atol=1e-4)
+
+
+def segment(start: int, stop: int, rank: int, first: int = 0) -> Segment:
+    return Segment((start, stop), f"rank-{rank}", rank, first)
+
+
+def test_segments_cover_each_place_once() -> None:
+    parts = [segment(4, 8, 1), segment(0, 4, 0), segment(2, 8, 2, 1)]
+    assert cover(parts, 8, "m") == [segment(0, 4, 0), segment(4, 8, 2, 3)]
+    with pytest.raises(IntegrityError, match="no rank has 4 to 6 of m"):
+        cover([segment(0, 4, 0), segment(6, 8, 1)], 8, "m")
+    with pytest.raises(IntegrityError, match="no rank has 8 to 9 of m"):
+        cover(parts, 9, "m")
 
 
 def test_a_file_that_was_cut_short_is_an_error(tmp_path: Path) -> None:

@@ -52,7 +52,6 @@ from moectl.session import target as launch
 from moectl.session.deployment import Deployment
 from moectl.shards import prepare
 from moectl.shards.prepare import Wanted
-from moectl.shards.quantize import quantizer
 
 STATS = Stats(3, 2, 0.1, 0.2, 0.1, 1000)
 
@@ -754,7 +753,7 @@ def test_a_frozen_controller_is_stopped_now(tmp_path: Path, monkeypatch: pytest.
 
 def test_targets_have_a_place_each(tmp_path: Path) -> None:
     for nodes, name in ((1, "a"), (2, "b")):
-        prepare.shard(str(demo_dir()), Wanted(nodes=nodes), quantise=quantizer, directory=tmp_path / name)
+        prepare.shard(str(demo_dir()), Wanted(nodes=nodes), directory=tmp_path / name)
     one, two = (launch.decode_target(f"local {tmp_path / name}") for name in ("a", "b"))
     assert launch.decode_target(launch.encode_target(one)) == one
     assert launch.target_key(one) != launch.target_key(two)

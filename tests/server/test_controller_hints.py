@@ -16,7 +16,6 @@ from moectl.server.client import Client, find_running, socket_path
 from moectl.server.sockets import listen_unix
 from moectl.shards import prepare
 from moectl.shards.prepare import Wanted
-from moectl.shards.quantize import quantizer
 from tests.cli.test_cli import run
 from tests.support.running import wait_for
 from tests.support.tiny import write_checkpoint, write_words
@@ -78,7 +77,7 @@ def test_the_command_again_starts_a_new_controller_as_the_hint_says(call: Call) 
 
 def test_once_it_has_loaded_as_the_hint_says_an_old_set_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_words(write_checkpoint(tmp_path / "tiny", n_layers=1))
-    made = prepare.shard(str(model), Wanted(), quantise=quantizer)
+    made = prepare.shard(str(model), Wanted())
     [one] = make_listing().sets
     monkeypatch.setattr("moectl.cluster.sets._ASK_S", 0.1)
     with listen_unix(socket_path("abc")):

@@ -29,7 +29,6 @@ from moectl.engine.protocol import Done, Generate, Prefilled, Profile, Profiled,
 from moectl.engine.random_prompts import RandomPrompts
 from moectl.engine.request import Request
 from moectl.errors import PlanError, StateError, UsageError
-from moectl.model.geometry import DBRX, read_geometry
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
 from moectl.model.routing import Routing, read_routing, write_routing
@@ -42,6 +41,7 @@ from tests.engine.test_lockstep import cut_case
 from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.ring import process_env
+from tests.support.structures import dbrx, structure_of
 from tests.support.tiny import write_checkpoint
 
 LAYERS, EXPERTS, TOP_K = 2, 16, 4
@@ -202,8 +202,16 @@ def test_text_and_json_of_real_ranks(measured: tuple[Benchmark, list[int]]) -> N
 
 
 def serve(shards: Path, *orders: Generate | Profile, tokenizer: Any = None) -> tuple[Any, list[Any]]:
-    model = load_rank(shards, read_manifest(shards), 0)
-    engine = Engine(model, tokenizer or open_tokenizer(shards), max_seq_len=512, prefill_step=16)
+    manifest = read_manifest(shards)
+    model, vocab_size = load_rank(shards, manifest, 0), manifest.structure.vocab_size
+    engine = Engine(
+        model,
+        tokenizer or open_tokenizer(shards),
+        vocab_size=vocab_size,
+        placement=manifest.placement,
+        max_seq_len=512,
+        prefill_step=16,
+    )
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for order in (*orders, None):
         inbox.put(order)
@@ -431,13 +439,13 @@ def test_files_that_are_not_there_or_not_json(tmp_path: Path) -> None:
 def test_a_prediction_comes_from_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     prediction: dict[str, Any] = {"decode_tok_s": 6.1, "prefill_tok_s": 63, "ttft_s": 8.1, "communication_share": 0.23}
-    planned = {"schema": "moectl.plan/1", "split": "experts", "shares": [8, 8], "q_bits": 4, "layers": 40}
+    planned = {"schema": "moectl.plan/1", "split": "experts", "shares": [1, 1], "q_bits": 4, "layers": 40}
     path.write_text(json.dumps({**planned, "prediction": prediction}))
-    placement = make_placement(DBRX, "experts", 2)
+    placement = make_placement(dbrx(), "experts", 2)
     found = read_prediction(path, placement, 4, prompt_tokens=126)
     assert found == Predicted(6.1, 63, 2.0, 0.23)  # the first token's time is that of this many prompt tokens
-    for other, bits in ((make_placement(DBRX, "hidden", 2, group_size=64), 4), (placement, None)):
-        with pytest.raises(UsageError, match="plans something else: experts 8,8 of 40 layers at 4 bits, and here is "):
+    for other, bits in ((make_placement(dbrx(), "hidden", 2), 4), (placement, None)):
+        with pytest.raises(UsageError, match="plans something else: experts 1,1 of 40 layers at 4 bits, and here is "):
             read_prediction(path, other, bits, prompt_tokens=126)
     bad: list[Any] = [{**planned, "prediction": None}, {"schema": "x"}, {}, []]
     for wrong in bad:
@@ -520,7 +528,7 @@ def moectl(*words: str, code: int = 0, **env: str) -> subprocess.CompletedProces
 
 def test_the_verb_with_everything(source: Path, tmp_path: Path) -> None:
     plan, stats, picture = (tmp_path / name for name in ("plan.json", "routing.json", "picture.svg"))
-    planned = {"schema": "moectl.plan/1", "split": "experts", "shares": [8, 8], "q_bits": 16, "layers": LAYERS}
+    planned = {"schema": "moectl.plan/1", "split": "experts", "shares": [1, 1], "q_bits": 16, "layers": LAYERS}
     plan.write_text(json.dumps({**planned, "prediction": {"decode_tok_s": 1, "prefill_tok_s": 2, "ttft_s": 3}}))
     files = ("--plan", str(plan), "--routing-stats", str(stats), "--plot", str(picture))
     target = ("--model", str(source), "--local", "2", "--split", "experts")
@@ -571,14 +579,14 @@ def test_what_the_hints_about_its_files_say_is_done(source: Path, tmp_path: Path
     with pytest.raises(UsageError) as caught:
         plot.read_documents([earlier])
     assert caught.value.hint == "moectl bench --json > FILE"
-    geometry = read_geometry(json.loads((source / "config.json").read_text()))
+    structure = structure_of(json.loads((source / "config.json").read_text()))
     others = Routing("other", 4, 1, ((4, 0),))
     with pytest.raises(PlanError) as refused:
-        find_frequencies(Wanted(routing=others), geometry)
+        find_frequencies(Wanted(routing=others), structure)
     assert refused.value.hint == "moectl bench --routing-stats FILE counts this model's"
     measure = ("--model", str(source), "--local", "1", "-p", "8", "-g", "3", "-n", "1")
     earlier.write_text(moectl(*measure, "--routing-stats", str(stats), "--json").stdout)
-    assert find_frequencies(Wanted(routing=read_routing(stats)), geometry)
+    assert find_frequencies(Wanted(routing=read_routing(stats)), structure)
     assert "Hint: add --plot FILE.svg\n" in moectl(*measure, "--compare", str(earlier), code=2).stderr
     moectl(*measure, "--compare", str(earlier), "--plot", str(picture))
     assert svg_texts(picture)

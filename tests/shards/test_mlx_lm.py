@@ -7,12 +7,18 @@ import io
 from importlib.metadata import requires
 
 import mlx.core as mx
+from mlx_lm.chat_templates import deepseek_v32, muse_spark
+from mlx_lm.generate import BatchGenerator, PromptProcessingBatch, TextStateMachine
 from mlx_lm.models import cache, switch_layers
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING, _get_classes
 
+from moectl.shards.chat_template import _Bare
 from moectl.shards.skeleton import make_skeleton
+from moectl.shards.thinking import ANSWER, THINKING
 from tests.support.families import config_of
+from tests.support.vocabularies import make_cl100k
 
 
 def test_mlx_lm_is_pinned_to_a_minor_version() -> None:
@@ -32,6 +38,20 @@ def test_stacks_of_experts_are_called_with_states_and_indices() -> None:
         assert list(inspect.signature(kind.__call__).parameters) == ["self", "x", "indices"]
 
 
+def test_stacked_matrices_are_called_one_by_one() -> None:
+    for kind in (switch_layers.SwitchLinear, switch_layers.QuantizedSwitchLinear):
+        assert list(inspect.signature(kind.__call__).parameters) == ["self", "x", "indices", "sorted_indices"]
+
+
+def test_the_generator_gives_rows_back_between_prompt_and_answer() -> None:
+    assert list(inspect.signature(BatchGenerator.extract_cache).parameters) == ["self", "uids"]
+    response = PromptProcessingBatch.Response(0, (1, 2), True, False)
+    assert (response.end_of_segment, response.end_of_prompt) == (True, False)
+    for kind in (cache.KVCache, cache.RotatingKVCache, cache.ArraysCache, cache.CacheList):
+        assert hasattr(kind, "merge")
+    assert not hasattr(cache.ChunkedKVCache, "merge")  # it then could have a batch
+
+
 def test_blocks_sum_by_themselves_over_their_sharding_group() -> None:
     block = make_skeleton(config_of("deepseek_v3")).layers[-1].mlp
     assert block.sharding_group is None
@@ -46,6 +66,26 @@ def test_caches() -> None:
     assert len(cache.CacheList(cache.KVCache(), cache.KVCache()).caches) == 2
     skeleton = make_skeleton(config_of("nemotron_h"))
     assert len(make_prompt_cache(skeleton.model)) < len(skeleton.layers)  # a model makes its own
+
+
+def test_what_marks_thinking() -> None:
+    tokens = _Bare(make_cl100k("<think>", "</think>"), "", {})
+    wrapper = TokenizerWrapper(tokens, lambda _: None)
+    assert (wrapper.has_thinking, wrapper.think_start, wrapper.think_end) == (True, "<think>", "</think>")
+    assert wrapper.structural_markers == ()
+    state = TextStateMachine({ANSWER: [("<", THINKING)], THINKING: [(">", ANSWER)]}).make_state()
+    state, parts = TextStateMachine.split(state, "a<b>c<d")
+    assert parts == [(ANSWER, "a"), (THINKING, "b"), (ANSWER, "c"), (THINKING, "d")]
+    assert state[0] == THINKING
+    assert TextStateMachine.flush(state)[1:] == ("", THINKING)
+    form = muse_spark.RESPONSE_FORMAT
+    assert form["initial_state"] in form["transitions"]
+
+
+def test_templates_are_asked_to_think_where_the_model_has_markers() -> None:
+    source = inspect.getsource(TokenizerWrapper.apply_chat_template)
+    assert "kwargs[self._thinking_kwarg] = self.has_thinking" in source
+    assert "enable_thinking" in inspect.getsource(deepseek_v32.apply_chat_template)
 
 
 def test_mlx_draws_its_graph() -> None:

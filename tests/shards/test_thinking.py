@@ -6,6 +6,7 @@ mlx-lm's own machine over the whole text is the other opinion, where no letters 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from moectl.errors import BadField
 from moectl.shards.chat_template import _Bare
-from moectl.shards.tokenizer import Tokenizer
+from moectl.shards.tokenizer import Tokenizer, open_tokenizer
 from tests.support.thinkers import ALWAYS, CHANNELS, HARMONY, NAMED, PLAIN, QWEN, THINK, XTML, make_thinker
+from tests.support.tiny import write_words
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,19 @@ def test_letters_that_imitate_a_marker_are_text(
     begin, end = (tokenizer._tokens.encode(text, add_special_tokens=False).ids for text in (opening, closing))
     tokens = [*begin, *spell(tokenizer, f"a{closing}b{opening}"), *end, *spell(tokenizer, f"c{opening}d{closing}")]
     assert part(tokenizer, tokens, ask(tokenizer)) == (f"a{closing}b{opening}", f"c{opening}d{closing}")
+
+
+def test_a_marker_may_be_an_ordinary_token(tmp_path: Path) -> None:
+    words = ("<think>", "</think>", "<", "think", ">", "x", "y")
+    numbers = {word: number for number, word in enumerate(words, 10)}
+    write_words(tmp_path, numbers)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }} <think>")
+    tokenizer = open_tokenizer(tmp_path)
+    prompt, said = (
+        [numbers[word] for word in text.split()] for text in ("x <think>", "x < think > </think> y < think >")
+    )
+    assert tokenizer.stream_answer(prompt).is_thinking
+    assert part(tokenizer, said, prompt) == ("x < think >", "y < think >")
 
 
 @pytest.mark.parametrize("text", ["what is <think>", "<think>", "<think>\n", "</think>", "a<think>b</think><think>"])

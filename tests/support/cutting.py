@@ -1,4 +1,4 @@
-"""Cut a checkpoint in this process, without the canary, and compare a shard set with a model's whole parameters."""
+"""Cut a checkpoint in this process, and compare a shard set with a model's whole parameters."""
 
 from __future__ import annotations
 
@@ -20,13 +20,30 @@ from moectl.shards.prepare import Wanted, draw_wanted, place
 from moectl.shards.recipe import Computed, Matrix, Read as ReadRows, Write
 
 
-def cut(source: Path, directory: Path, *, jobs: int = 2, force: bool = False, **wanted: Any) -> Manifest:
+def cut(
+    source: Path,
+    directory: Path,
+    *,
+    jobs: int = 2,
+    force: bool = False,
+    compute_canary: build.ComputeCanary | None = None,
+    **wanted: Any,
+) -> Manifest:
     """Cut a checkpoint as `wanted`, the fields of `Wanted`, says; return the manifest."""
     asked = Wanted(**wanted)
     with open_checkpoint(str(source)) as checkpoint:
         blueprint = draw_wanted(checkpoint, asked)
         placement = place(CatalogModel(checkpoint.source, blueprint.structure, blueprint.quantization), asked)
-        return build.cut(checkpoint, blueprint, placement, directory, name="set", jobs=jobs, force=force)
+        return build.cut(
+            checkpoint,
+            blueprint,
+            placement,
+            directory,
+            name="set",
+            jobs=jobs,
+            force=force,
+            compute_canary=compute_canary,
+        )
 
 
 def compare(directory: Path, manifest: Manifest, whole: dict[str, mx.array]) -> None:

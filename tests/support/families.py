@@ -16,8 +16,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.engine.network.experts import install
+from moectl.engine.network.load import load_rank
 from moectl.engine.network.parallel import cut, divide
 from moectl.engine.network.stages import keep, make_stage, remove_head
+from moectl.model.manifest import read_manifest
 from moectl.model.ownership import hold, own_layers
 from moectl.shards.flow import names_of_rank
 from moectl.shards.skeleton import Skeleton, find_classes, make_skeleton
@@ -76,11 +78,17 @@ def quantise(model: nn.Module, group_size: int) -> None:
     )
 
 
-def run_greedily(model: Any, head: Callable[[mx.array], mx.array] = lambda logits: logits) -> list[mx.array]:
+def run_greedily(
+    model: Any,
+    head: Callable[[mx.array], mx.array] = lambda logits: logits,
+    *,
+    prompt: Sequence[int] = PROMPT,
+    steps: int = STEPS,
+) -> list[mx.array]:
     """Return the logits of the last token of the prompt and of each step; `head` brings them from the rank with it."""
     caches = make_prompt_cache(model)
-    tokens, found = mx.array([PROMPT]), []
-    for _ in range(STEPS):
+    tokens, found = mx.array([list(prompt)]), []
+    for _ in range(steps):
         logits = head(model(tokens, cache=caches)[:, -1])
         mx.eval(logits, [c.state for c in caches if not c.empty()])
         found.append(logits)
@@ -128,6 +136,24 @@ def run_split(
 
     results = run_ranks(len(shares), run)
     return results[0][0], [held for _, held, _ in results], results[0][2]
+
+
+def run_set(directory: Path, *, prompt: Sequence[int] = PROMPT, steps: int = STEPS) -> list[mx.array]:
+    """Return the logits of a shard set's ranks."""
+    manifest = read_manifest(directory)
+    leader, size = manifest.placement.head_rank, manifest.structure.vocab_size
+
+    def run(rank: int, group: Any) -> list[mx.array]:
+        model = load_rank(directory, manifest, rank, group)
+
+        def head(logits: mx.array) -> mx.array:
+            wide = logits if rank == leader else mx.zeros((1, size)) + logits * 0
+            gathered: mx.array = group.gather(wide.astype(mx.float32)[None])
+            return gathered[leader]
+
+        return run_greedily(model, head, prompt=prompt, steps=steps)
+
+    return run_ranks(manifest.world_size, run)[leader]
 
 
 def make_rank(

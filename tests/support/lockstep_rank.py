@@ -47,6 +47,8 @@ def run_case(case: dict[str, Any], rank: int, group: Any) -> dict[str, Any]:
         max_seq_len=manifest.structure.context,
         prefill_step=32,
         speculate=case.get("speculate", 0),
+        trimmable=manifest.structure.can_trim,
+        batchable=manifest.structure.can_batch,
     )
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for number, prompt in enumerate(case["prompts"], 1):

@@ -22,13 +22,10 @@ from moectl.hosts.onhost.prelude import parse_answer
 from moectl.hosts.remote import LocalRemote, read_program
 from moectl.hosts.ssh.remote import SSHRemote
 from moectl.model.manifest import NAME, is_inside, parse_manifest, read_manifest
-from moectl.model.placement import make_placement
 from moectl.session.session import RankSpec, Session
 from moectl.shards import build
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.prepare import shard_set_name
-from moectl.shards.quantize import quantizer
 from tests.model.test_manifest import PATH, RAW
+from tests.support import cutting
 from tests.support.lone_host import deploy_host
 from tests.support.tiny import write_checkpoint
 
@@ -43,10 +40,7 @@ LEADING = [
 
 
 def cut(source: Path, directory: Path, *, force: bool = False) -> None:
-    with open_checkpoint(str(source)) as opened:
-        placement = make_placement(opened.geometry, "hidden", 2)
-        name = shard_set_name(opened.source, placement, None)
-        build.cut(opened, placement, None, directory, name=name, quantise=quantizer, force=force)
+    cutting.cut(source, directory, force=force, split="hidden", nodes=2)
 
 
 @pytest.fixture

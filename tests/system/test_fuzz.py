@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -42,8 +43,10 @@ from moectl.planner.speed import Prediction
 from moectl.session.deployment import DeployedRank, Deployment, deployment_path, find_deployment, write_deployment
 from moectl.session.session import RankSpec, Session
 from moectl.shards import journal
+from moectl.shards.blueprint import draw
 from moectl.shards.checkpoint import open_checkpoint
-from tests.model.test_manifest import PATH, PLACEMENT, WHOLE
+from moectl.shards.tensors import ITEM_BYTES
+from tests.model.test_manifest import PATH, WHOLE
 from tests.support.lone_host import deploy_host
 from tests.support.mutation import edit, fuzz
 from tests.support.running import wait_for
@@ -125,8 +128,8 @@ def test_manifests(tmp_path: Path, seconds: float) -> None:
 
     from dataclasses import replace
 
-    copies = make_placement(WHOLE.geometry, "experts", 2, replicas=2)
-    held = replace(WHOLE, split="experts", shares=copies.shares, unit=1, held=copies.held, quantization=None)
+    copies = make_placement(WHOLE.structure, "experts", 2, replicas=2)
+    held = replace(WHOLE, split="experts", shares=copies.shares, held=copies.held, quantization=None)
     fuzz("manifest", [WHOLE.to_json().encode(), held.to_json().encode()], read, seconds=seconds)
 
 
@@ -141,8 +144,9 @@ def test_safetensors_headers(tmp_path: Path, seconds: float, layout: str) -> Non
         file.write_bytes(data + whole[length:])
         opened = open_checkpoint(str(directory))
         size = file.stat().st_size
-        for tensor in opened.tensors.values():
-            assert 8 <= tensor.offset <= tensor.offset + tensor.nbytes <= size
+        for tensor in opened.stored.values():
+            nbytes = math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 0)
+            assert 8 <= tensor.offset <= tensor.offset + nbytes <= size
 
     def read_json(data: bytes) -> None:  # a header that is found, whatever it says
         read(len(data).to_bytes(8, "little") + data)
@@ -158,7 +162,7 @@ def test_model_configurations(tmp_path: Path, seconds: float) -> None:
 
         def read(data: bytes, name: str = name) -> None:
             (directory / name).write_bytes(data)
-            open_checkpoint(str(directory))
+            draw(open_checkpoint(str(directory)))
 
         fuzz(name, [whole], read, seconds=seconds / 2)
         (directory / name).write_bytes(whole)
@@ -193,7 +197,7 @@ def test_probe_records(seconds: float) -> None:
     whole = {
         "schema": probed_plan.SCHEMA,
         "hosts": ["a", "b"],
-        "geometry": asdict(PLACEMENT.geometry),
+        "structure": asdict(WHOLE.structure),
         "quantization": None,
         "dtype_bytes": 4,
         "speeds": [speed().to_json()],
@@ -202,7 +206,7 @@ def test_probe_records(seconds: float) -> None:
 
     def read(data: bytes) -> None:
         (state_dir() / probed_plan.RECORD).write_bytes(data)
-        found = probed_plan.recall(["a", "b"], PLACEMENT, None, context=64, prompt_tokens=8)
+        found = probed_plan.recall(["a", "b"], WHOLE.placement, None, context=64, prompt_tokens=8)
         assert found is None or isinstance(found, Prediction)
 
     read(json.dumps(whole).encode())

@@ -116,7 +116,7 @@ def answer_of_mlx_lm(directory: Path) -> str:
 
 @pytest.fixture(scope="module")
 def hostfile(netns_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []}
         for host in netns_session.hosts()
     ]
@@ -164,7 +164,8 @@ def test_a_served_model_answers_like_mlx_lm(name: str, split: str, tmp_path: Pat
         assert line, "it said why on stderr"
         url = json.loads(line)["url"]
         api = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-        answer = api.completions.create(model="default", prompt=PROMPT, max_tokens=LENGTH, temperature=0)
+        [model] = api.models.list().data
+        answer = api.completions.create(model=model.id, prompt=PROMPT, max_tokens=LENGTH, temperature=0)
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)

@@ -227,7 +227,9 @@ def _check_results(common: Common, remotes: Sequence[Remote], *, force: bool) ->
 
     target = launch.find_deployment(None)
     if target is None or read_manifest(Path(target.shards)).canary is None:
-        common.say("Not checked: the set was cut with --no-canary, or by an older moectl.")
+        common.say(
+            "Not checked: the set has no canary (it was cut with --no-canary, or none can be computed for its model)."
+        )
     elif attach.is_loaded(target):
         common.say("Not checked: the model is running. After 'moectl stop', the next start checks it.")
     else:

@@ -44,7 +44,7 @@ def check(model: Any, canary: Canary, placement: Placement, *, rank: int) -> Che
     tolerance = choose_tolerance(canary, find_dtype(model))
     worst, wrong_at, token_s, step_s = 0.0, None, 0.0, 0.0
     for number, tokens in enumerate(make_prompts(structure.vocab_size, structure.context, canary.chunk)):
-        experts = count_experts(structure) if canary.deals and number == LONG else None
+        experts = count_experts(structure) if number == LONG else None
         run = _Run(model, canary.chunk, experts)
         token_s, step_s = run.read(tokens)
         expected = decode_points(canary.points[rank][number])

@@ -63,7 +63,6 @@ class _Run:
         self._tokens = np.array(rows)
         self._experts = count_experts(structure)
         self._met = [set[int]() for _ in self._experts]
-        self._unmet: list[tuple[int, int]] = []
         self._points: _Points = [[[] for _ in prompts] for _ in range(size)]
         joined = JoinedSet(directory, manifest, reader)
         skeleton, self._found = build_skeleton(manifest)
@@ -78,19 +77,25 @@ class _Run:
 
     def compute(self, on_layer: Callable[[int, int], None]) -> Canary:
         last = [(prompt, length - 1) for prompt, length in enumerate(self._lengths)]
-        count = len(self._experts)
+        done = 0
 
         def note(number: int, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, record: Record) -> None:
+            nonlocal done
             self._note_layer(number, args, kwargs, found, record)
-            on_layer(number + 1, count)
+            done += 1
+            on_layer(done, self._whole.calls)
 
-        with seam(), observed(self._see):
-            logits = self._whole.run(mx.array(self._tokens), last, note)
+        mx.disable_compile()  # a CPU would call a compiler for each function of each shape
+        try:
+            with seam(), observed(self._see):
+                logits = self._whole.run(mx.array(self._tokens), last, note)
+        finally:
+            mx.enable_compile()
         points = tuple(
             tuple(encode_points([_numbers(point) for point in prompt]) for prompt in rank) for rank in self._points
         )
         top, spread = _read_head(logits)
-        return Canary("float32", points, top, spread, chunk=CHUNK, deals=True, unmet=tuple(self._unmet))
+        return Canary("float32", points, top, spread, chunk=CHUNK, unmet=tuple(self._find_unmet()))
 
     def _build(self) -> Skeleton:
         return build_skeleton(self._manifest)[0]
@@ -146,7 +151,6 @@ class _Run:
     def _note_layer(
         self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, record: Record
     ) -> None:
-        unmet = set(range(self._experts[number])) - self._met[number]
         added: list[list[mx.array]] = []
         totals, record.totals = list(record.totals), list(record.totals)
         for rank, rehearsal in enumerate(self._ranks):
@@ -154,9 +158,6 @@ class _Run:
                 added.append(rehearsal.run(number, args, kwargs, found, record))
             except WrongPart as error:
                 raise self._refuse(number, f"rank {rank}: {error}") from error
-            held = {e for h in self._stack_holdings(rehearsal, number) for e in h}
-            unmet |= held - rehearsal.met[number]
-        self._unmet += [(number, expert) for expert in sorted(unmet)]
         for exchange, total in enumerate(totals if self._ranks else ()):
             parts = [self._take_points(each[exchange]) for each in added]
             for prompt, wanted in enumerate(self._take_points(total)):
@@ -166,6 +167,15 @@ class _Run:
                     self._points[rank][prompt].append(point)
         if self._placement.split == "layers":
             self._note_hand_over(number, found)
+
+    def _find_unmet(self) -> Iterator[tuple[int, int]]:
+        """Yield (layer, expert) of those that no token reached, or not in each copy."""
+        for number, count in enumerate(self._experts):
+            unmet = set(range(count)) - self._met[number]
+            for rank in self._ranks:
+                held = {expert for numbers in self._stack_holdings(rank, number) for expert in numbers}
+                unmet |= held - rank.met[number]
+            yield from ((number, expert) for expert in sorted(unmet))
 
     def _stack_holdings(self, rehearsal: Rehearsal, number: int) -> Iterator[list[int]]:
         for unit in (unit for block in self._found.parts[number].blocks for unit in block.units):
@@ -225,14 +235,12 @@ def _numbers(x: mx.array) -> list[float]:
 
 @contextmanager
 def _on_cpu() -> Iterator[None]:
-    """Compute on the CPU meanwhile, and compile nothing: a CPU would call a compiler for each function and shape."""
+    """Compute on the CPU meanwhile."""
     before = mx.default_device()
     mx.clear_cache()
     mx.set_default_device(mx.Device(mx.cpu))
-    mx.disable_compile()
     try:
         yield
     finally:
-        mx.enable_compile()
         mx.set_default_device(before)
         mx.clear_cache()

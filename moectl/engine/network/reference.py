@@ -7,6 +7,7 @@ parts of all ranks can be computed from it without reading anything again (`rehe
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 
@@ -25,6 +26,7 @@ from moectl.engine.network.experts import run_grouped, to_numpy
 from moectl.engine.network.joined import JoinedMatrix, JoinedSet
 from moectl.model.canary import NoReference
 from moectl.model.regions import Span
+from moectl.shards.caches import list_parts
 from moectl.shards.flow import TOKENS
 from moectl.shards.graph import Graph
 from moectl.shards.hooks import Hook, hook_call, hooked
@@ -59,7 +61,7 @@ class Record:
     small: dict[str, mx.array] = field(default_factory=dict)  # the arrays that are in memory
 
 
-OnLayer = Callable[[int, tuple[Any, ...], dict[str, Any], Any, Record], None]  # number, arguments, result, record
+OnLayer = Callable[[int, tuple[Any, ...], dict[str, Any], Any, Record], None]  # layer, arguments, result, record
 
 
 class Reference:
@@ -72,9 +74,10 @@ class Reference:
         self._joined, self._ranks = joined, ranks
         self._opened: dict[str, JoinedMatrix] = {}
         self._last: list[tuple[int, int]] = []
-        self._at_end = False
+        self._done = 0  # calls of layers
         self._matrices = find_matrices(self.model)
-        on_disk = {f"{path}.{name}" for path in self._matrices for name in _ON_DISK} - find_direct(spare)
+        direct, self.calls = survey(spare)
+        on_disk = {f"{path}.{name}" for path in self._matrices for name in _ON_DISK} - direct
         self.small = [name for name in skeleton.parameters if name not in on_disk]
         self.prefixes = [f"{skeleton.paths[id(layer)]}." for layer in skeleton.layers]
         self._limit_direct(skeleton)
@@ -95,6 +98,8 @@ class Reference:
         hooks = [(layer, partial(self._pass_layer, n, on_layer)) for n, layer in enumerate(self.model.layers)]
         with hooked(hooks):
             logits = self.model(tokens, cache=self.caches)
+        if self._done != self.calls or not self.calls:
+            raise NoReference("its layers are not run one after the other")
         if logits.shape[1] == tokens.shape[1]:
             logits = self._pick(logits)
         found = logits.reshape(len(last), -1).astype(mx.float32)
@@ -108,17 +113,27 @@ class Reference:
         mine = [name for name in self.small if name.startswith(self.prefixes[number])]
         self.record = Record(small=self._read(mine))
         fill(self.model, self.record.small)
+        given, named = self._copy(args), self._copy(kwargs)
         found = call(*args, **kwargs)
         leaves = list(arrays_of(found))
         mx.eval(leaves, [cache.state for cache in self.caches if not cache.empty()])
         if not all(mx.isfinite(leaf).all().item() for leaf in leaves if mx.issubdtype(leaf.dtype, mx.floating)):
             raise NoReference(f"what layer {number} computes is no number when its matrices stay on disk")
-        on_layer(number, args, kwargs, found, self.record)
+        on_layer(number, given, named, found, self.record)
         forget(self.model, mine)
         self.record = Record()
         self._close()
-        self._at_end = number == len(self.prefixes) - 1
+        self._done += 1
         return found
+
+    def _copy(self, value: Any) -> Any:
+        """Return arguments as they are now: a layer may change what it is given. Caches stay what they are."""
+        known = {id(part) for cache in self.caches for part in (cache, *list_parts(cache))}
+
+        def copied(leaf: Any) -> Any:
+            return leaf if isinstance(leaf, mx.array) or id(leaf) in known else copy.deepcopy(leaf)
+
+        return tree_map(copied, value)
 
     def _read(self, names: Sequence[str]) -> dict[str, mx.array]:
         shapes = dict(tree_flatten(self.model.parameters()))
@@ -144,7 +159,7 @@ class Reference:
 
     def _apply(self, path: str, module: Any, x: mx.array, indices: mx.array | None = None, *_: Any) -> mx.array:
         """Return a product (…, out), of the wanted rows only behind the last layer."""
-        if self._at_end and x.ndim == 3 and indices is None:
+        if self._done == self.calls > 0 and x.ndim == 3 and indices is None:
             x = self._pick(x)
         matrix = self._open(path, module)
         held = [matrix.spans(rank) if matrix.axis == -1 else [] for rank in range(self._ranks)]
@@ -199,12 +214,12 @@ def find_matrices(model: Any) -> dict[str, Any]:
     return found
 
 
-def find_direct(skeleton: Skeleton) -> set[str]:
-    """Return the names of matrices' arrays that a model uses past the calls of their modules.
+def survey(skeleton: Skeleton) -> tuple[set[str], int]:
+    """Return the names of matrices' arrays that a model uses past the calls of their modules, and its calls of layers.
 
-    Found by a pass of which nothing is computed.
+    Found by a pass of which nothing is computed; the skeleton is of no use afterwards.
     """
-    model, results = skeleton.model, list[mx.array]()
+    model, results, calls = skeleton.model, list[mx.array](), 0
     matrices = find_matrices(model)
     named = {
         f"{path}.{name}": module[name]
@@ -216,10 +231,13 @@ def find_direct(skeleton: Skeleton) -> set[str]:
     named = {name: parameter for name, parameter in tree_flatten(model.parameters()) if name in named}
 
     def replace(call: Hook, *args: Any, **kwargs: Any) -> mx.array:
+        results.extend(arrays_of(args))
         found = call(*args, **kwargs)
         return mx.zeros(found.shape, found.dtype)
 
     def note(call: Hook, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
         found = call(*args, **kwargs)
         results.extend(arrays_of(found))
         return found
@@ -229,7 +247,7 @@ def find_direct(skeleton: Skeleton) -> set[str]:
             module.as_linear = partial(replace, module.as_linear)
     with hooked([*((m, replace) for m in matrices.values()), *((layer, note) for layer in model.layers)]):
         results.append(model(mx.zeros((1, TOKENS), dtype=mx.int32), cache=make_prompt_cache(model)))
-    return Graph(results, named).find_sources(results)
+    return Graph(results, named).find_sources(results), calls
 
 
 def forget(model: Any, names: Sequence[str] | None = None) -> None:

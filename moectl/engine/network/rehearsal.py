@@ -6,6 +6,7 @@ whole. So what ranks add to each exchange is known, and that it adds up to what 
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -137,7 +138,9 @@ class Rehearsal:
             return [self._own(part) for part in value]
         if isinstance(value, dict):
             return {key: self._own(part) for key, part in value.items()}
-        return self._known.get(id(value), (value, value))[1]
+        if isinstance(value, mx.array) or id(value) in self._known:
+            return self._known.get(id(value), (value, value))[1]
+        return copy.deepcopy(value)
 
     def _replay(self, path: str, call: Hook, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Return a rank's part of the next product of a matrix."""

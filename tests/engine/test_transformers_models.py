@@ -1,0 +1,127 @@
+"""Checkpoints of many families, as publishers store them: the tokens and logits that transformers computes.
+
+They are read as `moectl shard` reads them: traced through mlx-lm's loading, then computed part by part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from moectl.errors import PlanError
+from moectl.shards.ways import SPLITS
+from tests.support import transformers_models as theirs
+from tests.support.cutting import cut
+from tests.support.families import is_equal, run_greedily, run_set
+from tests.support.ring import process_env
+from tests.support.traced import open_traced
+
+# How mlx-lm's own model files differ from transformers; the case beside it shows that all else is equal.
+WRONG = {
+    "gpt_oss": "mlx-lm's YaRN rounds its bounds although config.json says `truncate: false`: logits are 1e-2 off",
+    "ernie4_5_moe": "mlx-lm leaves e_score_correction_bias out: other experts are chosen",
+}
+DOZEN = (
+    *("mixtral", "qwen3_moe", "qwen3_next", "gpt_oss (truncate)", "deepseek_v3", "kimi_k2", "glm4_moe"),
+    *("minimax_m2", "nemotron_h", "gemma3_text", "llama", "mistral3"),
+)
+QUICK = ("hidden", "tensor")
+LIVE = ["qwen3_next", "gpt_oss (truncate)", "deepseek_v3", "mistral3"]
+LONG = pytest.mark.long
+
+
+@pytest.fixture(autouse=True)
+def uncompiled() -> Iterator[None]:
+    """On a CPU MLX calls a compiler for each function of each shape."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@cache
+def source_of(case: str, root: Path) -> Path:
+    return theirs.write_model(case, root / case)
+
+
+def load_traced(case: str, root: Path) -> Any:
+    """Return mlx-lm's model with all parameters computed from the traced checkpoint, in float32."""
+    traced = open_traced(source_of(case, root))
+    found = {name: traced.part(name) for name in traced.parameters}
+    model = traced.model  # its `sanitize` may have taken the head away
+    model.load_weights(
+        [(n, a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a) for n, a in found.items()]
+    )
+    model.eval()
+    return model
+
+
+def compare(case: str, found: list[mx.array]) -> None:
+    """Compare every token, and the logits of those for which transformers' are kept."""
+    assert [int(np.array(logits).argmax()) for logits in found] == theirs.tokens_of(case)
+    expected = [mx.array(logits)[None] for logits in theirs.logits_of(case)]
+    same, off = is_equal(found[: theirs.LOGITS], expected)
+    assert same, f"{off:.1e} off"
+
+
+def marks_of(case: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xfail(reason=WRONG[case], strict=True)] if case in WRONG else []
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=marks_of(case)) for case in theirs.cases()])
+def test_a_published_checkpoint_computes_what_transformers_computes(case: str, checkpoints: Path) -> None:
+    compare(case, run_greedily(load_traced(case, checkpoints), prompt=theirs.PROMPT, steps=theirs.STEPS))
+
+
+@pytest.mark.parametrize(
+    ("case", "split"),
+    [
+        pytest.param(*pair, marks=[*marks_of(pair[0]), *([] if pair[0] in DOZEN and pair[1] in QUICK else [LONG])])
+        for pair in product(theirs.cases(), SPLITS)
+    ],
+)
+def test_the_ranks_of_a_set_compute_what_transformers_computes(
+    case: str, split: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    try:
+        cut(source_of(case, checkpoints), tmp_path, split=split, nodes=2)
+    except PlanError as error:
+        pytest.skip(f"refused: {error.message}")
+    compare(case, run_set(tmp_path, prompt=theirs.PROMPT, steps=theirs.STEPS))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "cases", [LIVE, pytest.param([c for c in theirs.cases() if c not in LIVE], marks=LONG)], ids=["few", "others"]
+)
+def test_transformers_says_the_same_today(cases: list[str], tmp_path: Path) -> None:
+    """MOECTL_TEST_TORCH names the directory with torch and accelerate, which transformers wants for FP8 and MXFP4."""
+    path = os.pathsep.join(filter(None, (os.environ.get("MOECTL_TEST_TORCH"), process_env().get("PYTHONPATH"))))
+    env = {**process_env(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # torch's threads wait busily for each other
+    there = [sys.executable, "-c", "import torch, accelerate"]
+    found = subprocess.run(there, env=env, capture_output=True, check=False)
+    if b"ModuleNotFoundError" in found.stderr:
+        pytest.skip("torch or accelerate is not installed; the golden files serve")
+    program = [sys.executable, "-m", "tests.support.transformers_models", str(tmp_path), *cases]
+    subprocess.run(program, env=env, check=True)
+    live = json.loads((tmp_path / "transformers.json").read_text(encoding="utf-8"))
+    golden = json.loads((theirs.GOLDEN / "transformers.json").read_text(encoding="utf-8"))
+    assert live == {case: golden[case] for case in cases}
+    with np.load(tmp_path / "transformers.npz") as logits:
+        for case in cases:
+            np.testing.assert_allclose(logits[case], theirs.logits_of(case), rtol=1e-4, atol=1e-4)
