@@ -97,9 +97,7 @@ class _Bench:
     def measure(self) -> Speed:
         weights = self._choose_weights()
         rank, group = self._group.rank, self._group.group
-        models = {
-            depth: weights.make_model(with_depth(self._placement, depth), rank, group) for depth in self._depths
-        }
+        models = {depth: weights.make_model(with_depth(self._placement, depth), rank, group) for depth in self._depths}
         decode, prefill = _Passes(models, self._placement, self._job, self._group, self._tell).measure()
         collective = self._time_collectives(prefill.tokens)
         del models
@@ -201,9 +199,7 @@ def _work_of(placement: Placement, rank: int, dtype_bytes: int) -> tuple[float, 
 class _Passes:
     """Whole passes through the engine, with models of several depths in turn."""
 
-    def __init__(
-        self, models: dict[int, Any], placement: Placement, job: Job, group: Group, tell: Tell
-    ) -> None:
+    def __init__(self, models: dict[int, Any], placement: Placement, job: Job, group: Group, tell: Tell) -> None:
         self._tell = tell
         self._models = models
         self._placement = placement

@@ -174,9 +174,7 @@ class _Reader:
     def _take(self, name: str) -> mx.array:
         holding, whole, last = find_holding(self._holdings, name), self._shapes[name], name.rpartition(".")[2]
         regions, shape = find_part(name, whole, holding)
-        if holding is not None and (
-            holding.is_empty or (belongs_to_sum(last, holding.division) and not holding.adds)
-        ):
+        if holding is not None and (holding.is_empty or (belongs_to_sum(last, holding.division) and not holding.adds)):
             return mx.zeros(shape)  # another rank adds it, or there is nothing of it here
         if (array := self._weights.pop(name, None)) is None:
             raise IntegrityError(f"{self._directory} has no tensor {name!r} for rank {self._rank}", hint=_HINT)
