@@ -111,7 +111,7 @@ def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
         memory_efficiency=1.0,
         compute_efficiency=1.0,
         layer_overhead_s=max(0.0, first.decode.layer_s - work_s - collective_s),
-        launch_s=0.0,  # in the overhead
+        launch_s=0.0,
         sync_s=0.0,
         agreement=True,
         links={},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from typing import Any
@@ -23,14 +23,14 @@ class CatalogModel:
     name: str
     structure: Structure
     quantization: Quantization | None  # of most weights in the structure; None: 16 bits
-    config: Mapping[str, Any] = field(default_factory=dict)  # config.json, as far as it decides shapes
+    config: Mapping[str, Any] = field(default_factory=dict)  # its config.json
 
     def quantised(self, quantization: Quantization | None) -> CatalogModel:
         """Return the model with another precision, as it is where it has that one."""
         if quantization == self.quantization:
             return self
         structure = self.structure.quantised(quantization, over=self.quantization)
-        return replace(self, structure=structure, quantization=quantization)
+        return CatalogModel(self.name, structure, quantization, self.config)
 
 
 class _Catalog(Mapping[str, CatalogModel]):
@@ -48,8 +48,9 @@ class _Catalog(Mapping[str, CatalogModel]):
     def __getitem__(self, name: str) -> CatalogModel:
         entry = self._by_name[name]
         model = CatalogModel(name, build(Structure, entry["structure"]), None, entry["config"])
-        numbers = entry["quantised"].get(name)
-        return model if numbers is None else model.quantised(Quantization(*numbers))
+        if (numbers := entry["quantised"].get(name)) is None:
+            return model
+        return model.quantised(Quantization(*numbers))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)

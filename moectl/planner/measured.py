@@ -28,7 +28,7 @@ class Job:
 
     placements: tuple[Placement, ...]
     config: dict[str, Any]  # the model's config.json
-    quantization: Quantization | None  # of most weights
+    quantization: Quantization | None
     memory_bytes: int  # for the weights of a measurement on each host
     prompt_tokens: int = 128  # at most; fewer on a slow machine
     budget_s: float = 1.5  # per placement, for whole passes; the parts take half of that more
@@ -54,9 +54,9 @@ class Pass:
 class RankSpeed:
     """One rank's own work, beside the other ranks, without exchanges."""
 
-    layer_s: float  # of an average layer, for one token
-    bytes_s: float  # at which weights are read in products with one vector
-    flops_s: float  # in products with many vectors
+    layer_s: float  # of one token in an average layer
+    bytes_s: float  # at which the weights are read for one token
+    flops_s: float  # operations per second of a prompt
 
 
 @dataclass(frozen=True, slots=True)

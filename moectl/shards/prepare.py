@@ -313,8 +313,7 @@ def describe_model(source: str) -> tuple[CatalogModel, Manifest | None]:
 
         with open_checkpoint(source) as checkpoint:
             blueprint = draw(checkpoint)
-            described = blueprint.structure, blueprint.quantization, checkpoint.config
-            return CatalogModel(checkpoint.source, *described), None
+            return CatalogModel(checkpoint.source, blueprint.structure, blueprint.quantization, checkpoint.config), None
     return CatalogModel(manifest.name, manifest.structure, manifest.quantization, manifest.config), manifest
 
 

@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 import mlx.core as mx
-import pytest
 from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -88,10 +87,11 @@ def _fill(array: mx.array) -> mx.array:
 
 
 def main(family: str, split: str, ranks: str, group_size: str, sizes: str, tokens: str = "509") -> None:
-    with pytest.MonkeyPatch.context() as patch, exchange.seam():
-        patch.setattr(exchange, "_backend_sum", lambda x, *, group: mx.abs(x))
-        patch.setattr(mx.distributed, "all_gather", lambda x, *, group: mx.concatenate([x] * group.size()))
-        patch.setattr(mx.distributed, "send", lambda x, to, *, group: mx.abs(x))
+    alone: Any = mx.distributed  # what the others would add is left out
+    vars(exchange)["_backend_sum"] = lambda x, *, group: mx.abs(x)
+    alone.all_gather = lambda x, *, group: mx.concatenate([x] * group.size())
+    alone.send = lambda x, to, *, group: mx.abs(x)
+    with exchange.seam():
         need, peak = compare(family, split, int(ranks), int(group_size), json.loads(sizes), int(tokens))
     found = {"estimate": need.arrays, "peak": peak, "weights": need.weights, "kv": need.kv}
     sys.stdout.write(json.dumps(found) + "\n")

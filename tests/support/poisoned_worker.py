@@ -66,16 +66,16 @@ class PoisonedText:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def feed(self, token: int) -> str:
+    def feed(self, token: int) -> Any:
         self._count += 1
         if self._count > AFTER and self._place != "end of text":
             raise Panic("poison") if self._place == "panic" else TypeError("poison")
-        return str(self._real.feed(token))
+        return self._real.feed(token)
 
-    def finish(self) -> str:
+    def finish(self) -> Any:
         if self._place == "end of text":
             raise TypeError("poison")
-        return str(self._real.finish())
+        return self._real.finish()
 
 
 def poison() -> None:

@@ -27,19 +27,20 @@ BUDGET_S = 1.0  # a busy machine needs a second for what takes an idle one some 
 SLOW_PART = 1 / 3  # of the best pair's bandwidth
 SLOW_RTT_S = 3e-3  # a switch adds less than 1 ms; Wi-Fi adds more than this
 SLOW_BYTES_S = 50e6  # half a gigabit link
-# A sum of 1 kB, since the latency is what counts; all else is as small as a model can be.
+# A sum of 1 kB, since the latency is what counts; all else is as small as the model's rules allow.
+_WIDTH, _HIDDEN, _VOCABULARY = 256, 128, 512
 _CONFIG = {
     "model_type": "llama",
-    "hidden_size": 256,
+    "hidden_size": _WIDTH,
+    "intermediate_size": _HIDDEN,
     "num_hidden_layers": 2,
-    "intermediate_size": 256,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 512,
+    "vocab_size": _VOCABULARY,
     "rms_norm_eps": 1e-5,
 }
-_MLP = Part(3 * 256 * 256, hidden=Pieces(Role.HIDDEN, 256))
-_STRUCTURE = Structure("llama", (Layer((_MLP,)),), (0, 0), (), width=256, vocab_size=512, context=2048)
+_LAYER = Layer((Part(3 * _WIDTH * _HIDDEN, hidden=Pieces(Role.HIDDEN, _HIDDEN)),))
+_STRUCTURE = Structure("llama", (_LAYER,), (0, 0), (), _WIDTH, _VOCABULARY, 2048)
 
 
 @dataclass(frozen=True, slots=True)
