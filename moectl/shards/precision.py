@@ -153,6 +153,11 @@ def _keep(model: Any, table: Mapping[str, Any], traced: Mapping[str, Expression]
         ) from error
 
 
+def quantise_as_wanted(model: Any, config: Mapping[str, Any], wanted: Quantization) -> None:
+    """Make the modules quantised that `mlx_lm.convert` would quantise, and so. Raises PlanError."""
+    _quantise(model, config, None, wanted, None)
+
+
 def _quantise(
     model: Any, config: Mapping[str, Any], table: Mapping[str, Any] | None, wanted: Quantization, recipe: str | None
 ) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _ELEMENT = 4  # bytes: a skeleton's arrays are float32
 # MLX queues about 100 commands before it waits, and an array is held until the last command that reads it has run. An
 # operation is two commands, another view of an array one (mlx/scheduler.h, backend/cpu/encoder.h and eval.cpp); with
 # its hidden copies, this number fits what was measured best.
-_QUEUED = 80
+_QUEUED = 64
 _LIKE = 2  # layers of each kind that are looked at: what one leaves meets what the next one makes
 # Operations whose result is their input, seen in another way; some have to copy what is not in order.
 _COPYING_VIEWS = {"Reshape", "Flatten", "Unflatten"}

@@ -17,7 +17,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama": {
         "hidden_size": 1024,
         "intermediate_size": 2816,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 12,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "vocab_size": 8192,

@@ -64,16 +64,47 @@ class Record:
 OnLayer = Callable[[int, tuple[Any, ...], dict[str, Any], Any, Record], None]  # layer, arguments, result, record
 
 
-class Reference:
-    """The model; `ranks` is how many ranks have a part of it, `last` the places (prompt, token) of wanted logits."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Prompts of unequal length as rows of a batch: behind its own tokens each row goes on as the longest one.
 
-    def __init__(self, joined: JoinedSet, skeleton: Skeleton, spare: Skeleton, ranks: int) -> None:
+    Only the prompts' tokens are multiplied with matrices; the others take what the longest row's have in their place.
+    """
+
+    tokens: np.ndarray[Any, np.dtype[np.int64]]  # (prompts, L)
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]]) -> Batch:
+        """Return prompts as a batch; the last one is the longest."""
+        rows = [[*tokens, *prompts[-1][len(tokens) :]] for tokens in prompts]
+        return cls(np.array(rows), tuple(map(len, prompts)))
+
+    @property
+    def keep(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The numbers of the prompts' tokens, counted through the batch."""
+        width = self.tokens.shape[1]
+        return np.concatenate([row * width + np.arange(length) for row, length in enumerate(self.lengths)])
+
+    @property
+    def spread(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """For each token of the batch, the number among `keep` of the one that stands for it."""
+        starts = np.cumsum([0, *self.lengths])
+        width = np.arange(self.tokens.shape[1])
+        rows = [np.where(width < n, start, starts[-2]) + width for n, start in zip(self.lengths, starts, strict=False)]
+        return np.concatenate(rows)
+
+
+class Reference:
+    """The model; `ranks` is how many ranks have a part of it."""
+
+    def __init__(self, joined: JoinedSet, skeleton: Skeleton, spare: Skeleton, batch: Batch, ranks: int) -> None:
         self.model: Any = skeleton.model
         self.record = Record()
         self.caches = make_prompt_cache(self.model)
         self._joined, self._ranks = joined, ranks
         self._opened: dict[str, JoinedMatrix] = {}
-        self._last: list[tuple[int, int]] = []
+        self._batch, self._keep, self._spread = batch, batch.keep, batch.spread
         self._done = 0  # calls of layers
         self._matrices = find_matrices(self.model)
         direct, self.calls = survey(spare)
@@ -87,22 +118,19 @@ class Reference:
             if isinstance(module, _EMBEDDING):
                 module.as_linear = partial(self._apply, path, module)
 
-    def run(self, tokens: mx.array, last: Sequence[tuple[int, int]], on_layer: OnLayer) -> mx.array:
-        """Return the logits (places, V) of some tokens (prompt, place) of a batch (B, L), in float32.
+    def run(self, on_layer: OnLayer) -> mx.array:
+        """Return the logits (prompts, V) of each prompt's last token, in float32.
 
         Raises NoReference, and IntegrityError from the set's files.
         """
-        self._last = list(last)
         outer = [name for name in self.small if not name.startswith(tuple(self.prefixes))]
         fill(self.model, self._read(outer))
         hooks = [(layer, partial(self._pass_layer, n, on_layer)) for n, layer in enumerate(self.model.layers)]
         with hooked(hooks):
-            logits = self.model(tokens, cache=self.caches)
+            logits = self.model(mx.array(self._batch.tokens), cache=self.caches)
         if self._done != self.calls or not self.calls:
             raise NoReference("its layers are not run one after the other")
-        if logits.shape[1] == tokens.shape[1]:
-            logits = self._pick(logits)
-        found = logits.reshape(len(last), -1).astype(mx.float32)
+        found = self._pick(logits)[:, 0].astype(mx.float32)
         mx.eval(found)
         self._close()
         if not mx.isfinite(found).all().item():
@@ -173,7 +201,10 @@ class Reference:
 
         width = matrix.rows * (self._ranks if is_divided else 1)
         if indices is None:
-            found = mx.array(times(to_numpy(x).reshape(-1, x.shape[-1]), 0)).reshape(*x.shape[:-1], width)
+            rows = to_numpy(x).reshape(-1, x.shape[-1])
+            is_batch = len(rows) == len(self._spread)
+            made = times(rows[self._keep], 0)[self._spread] if is_batch else times(rows, 0)
+            found = mx.array(made).reshape(*x.shape[:-1], width)
         else:
             found = run_grouped(x, indices, width, times)
         parts = list(mx.split(found, self._ranks, axis=-1)) if is_divided else []
@@ -187,10 +218,10 @@ class Reference:
         return y
 
     def _pick(self, x: mx.array) -> mx.array:
-        """Return the wanted tokens of a batch, (places, 1, D)."""
+        """Return each prompt's last token of a batch, (prompts, 1, D)."""
         if x.shape[1] == 1:
             return x
-        return mx.stack([x[prompt, place] for prompt, place in self._last])[:, None]
+        return mx.stack([x[row, length - 1] for row, length in enumerate(self._batch.lengths)])[:, None]
 
     def _limit_direct(self, skeleton: Skeleton) -> None:
         """Raise NoReference where too much of a layer would have to be in memory."""

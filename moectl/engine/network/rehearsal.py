@@ -40,7 +40,7 @@ from moectl.shards.skeleton import Skeleton
 from moectl.shards.units import LayerParts, at, divisions_of
 
 _TOLERANCE = 1e-4
-Rows = Sequence[tuple[int, int]]  # spans of a batch's tokens that ranks meet together, in order
+Rows = Sequence[tuple[int, int]]  # spans of tokens that ranks meet together, in order
 
 
 class WrongPart(Exception):
@@ -61,7 +61,7 @@ class StandInGroup:
 
 
 class Rehearsal:
-    """One rank; `rows` are the spans of tokens, counted through the batch, in which it meets them."""
+    """One rank; `rows` are the spans of tokens, counted through all prompts, in which it meets them."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class Rehearsal:
                     yield path, (at(self.model, path), holding)
 
     def _by_rows(self, call: Hook, x: mx.array, indices: mx.array, *args: Any) -> mx.array:
-        """Return a rank's pairs of a batch, span by span as it will meet the tokens; nothing for tokens in no span."""
+        """Return a rank's pairs, span by span as it will meet the tokens."""
         flat = indices.reshape(-1, indices.shape[-1])
         found = mx.zeros((*flat.shape, x.shape[-1]))
         for start, stop in self._rows:
