@@ -54,6 +54,20 @@ class Answer:
         """What the model reads first: the prompt, and the answer so far where it is resumed."""
         return [*self.prompt, *self.request.answered]
 
+    def read(self, tokenizer: Tokenizer, *, vocab_size: int, max_seq_len: int, kv_tokens: int | None) -> None:
+        """Find its prompt and its reach, or note why it takes no row.
+
+        The same on every rank: all depends on the request and the engine's limits only. If one rank alone fails here,
+        the ranks do not meet in the next exchange, and that ends the session.
+        """
+        with isolated(self.request.id, self.refuse_for):
+            try:
+                prompt = read_prompt(self.request, tokenizer, vocab_size=vocab_size, max_seq_len=max_seq_len)
+                self.reach = measure_reach(self.request, len(prompt), max_seq_len=max_seq_len, kv_tokens=kv_tokens)
+                self.prompt = prompt
+            except BadField as refusal:
+                self.refuse_for(refusal)
+
     def lead(self, tokenizer: Tokenizer, sampler: Sampler) -> None:
         """Get ready to sample and to send events."""
         self.sampler = sampler
@@ -276,3 +290,12 @@ def _tokenize(request: Request, tokenizer: Tokenizer) -> list[int]:
         raise BadField(
             f"the model's chat template fails: {reason}", hint=_WITHOUT_TEMPLATE, param=request.source
         ) from None
+
+
+def sample_rows(answers: list[Answer], logprobs: mx.array) -> mx.array:
+    """Return each row's token (B,) from log-probabilities (B, V)."""
+    best = mx.argmax(logprobs, axis=-1)
+    if all(answer.is_plain for answer in answers):
+        return best
+    rows = [(answer, slice(i, i + 1)) for i, answer in enumerate(answers)]
+    return mx.concatenate([best[row] if a.is_plain else a.sample(logprobs[row], best[row]) for a, row in rows])
