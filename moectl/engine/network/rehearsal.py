@@ -128,6 +128,7 @@ class Rehearsal:
         if len(theirs) > 1:  # a later layer may take what this rank has of it
             self._known |= {id(one): (one, other) for one, other in zip(theirs, ours, strict=True)}
         forget(self.model, list(small))
+        self._record = Record()
         return added
 
     def _own(self, value: Any) -> Any:
