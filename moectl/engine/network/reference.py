@@ -52,7 +52,7 @@ class Product:
 
 
 @dataclass(slots=True)
-class Record:
+class LayerRecord:
     """What happened in one layer."""
 
     products: defaultdict[str, list[Product]] = field(default_factory=lambda: defaultdict(list))  # by path
@@ -61,11 +61,11 @@ class Record:
     small: dict[str, mx.array] = field(default_factory=dict)  # the arrays that are in memory
 
 
-OnLayer = Callable[[int, tuple[Any, ...], dict[str, Any], Any, Record], None]  # layer, arguments, result, record
+OnLayer = Callable[[int, tuple[Any, ...], dict[str, Any], Any, LayerRecord], None]  # layer, arguments, result, record
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class PromptBatch:
     """Prompts of unequal length as rows of a batch: behind its own tokens each row goes on as the longest one.
 
     Only the prompts' tokens are multiplied with matrices; the others take what the longest row's have in their place.
@@ -75,7 +75,7 @@ class Batch:
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]]) -> Batch:
+    def of(cls, prompts: Sequence[Sequence[int]]) -> PromptBatch:
         """Return prompts as a batch; the last one is the longest."""
         rows = [[*tokens, *prompts[-1][len(tokens) :]] for tokens in prompts]
         return cls(np.array(rows), tuple(map(len, prompts)))
@@ -98,9 +98,9 @@ class Batch:
 class Reference:
     """The model; `ranks` is how many ranks have a part of it."""
 
-    def __init__(self, joined: JoinedSet, skeleton: Skeleton, spare: Skeleton, batch: Batch, ranks: int) -> None:
+    def __init__(self, joined: JoinedSet, skeleton: Skeleton, spare: Skeleton, batch: PromptBatch, ranks: int) -> None:
         self.model: Any = skeleton.model
-        self.record = Record()
+        self.record = LayerRecord()
         self.caches = make_prompt_cache(self.model)
         self._joined, self._ranks = joined, ranks
         self._opened: dict[str, JoinedMatrix] = {}
@@ -139,7 +139,7 @@ class Reference:
 
     def _pass_layer(self, number: int, on_layer: OnLayer, call: Hook, *args: Any, **kwargs: Any) -> Any:
         mine = [name for name in self.small if name.startswith(self.prefixes[number])]
-        self.record = Record(small=self._read(mine))
+        self.record = LayerRecord(small=self._read(mine))
         fill(self.model, self.record.small)
         given, named = self._copy(args), self._copy(kwargs)
         found = call(*args, **kwargs)
@@ -149,7 +149,7 @@ class Reference:
             raise NoReference(f"what layer {number} computes is no number when its matrices stay on disk")
         on_layer(number, given, named, found, self.record)
         forget(self.model, mine)
-        self.record = Record()
+        self.record = LayerRecord()
         self._close()
         self._done += 1
         return found
