@@ -74,7 +74,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 768,
         "moe_shared_expert_intermediate_size": 1024,
         "moe_latent_size": None,
-        "n_routed_experts": 40,
+        "n_routed_experts": 48,
         "vocab_size": 8192,
     },
 }

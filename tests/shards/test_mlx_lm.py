@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import io
 from importlib.metadata import requires
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.chat_templates import deepseek_v32, muse_spark
 from mlx_lm.generate import BatchGenerator, PromptProcessingBatch, TextStateMachine
-from mlx_lm.models import cache, switch_layers
+from mlx_lm.models import cache, gated_delta, ssm, switch_layers
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING, _get_classes
@@ -50,6 +51,21 @@ def test_the_generator_gives_rows_back_between_prompt_and_answer() -> None:
     for kind in (cache.KVCache, cache.RotatingKVCache, cache.ArraysCache, cache.CacheList):
         assert hasattr(kind, "merge")
     assert not hasattr(cache.ChunkedKVCache, "merge")  # it then could have a batch
+
+
+def test_linear_attention_and_state_spaces_have_one_function_each() -> None:
+    """`working` lets them make what they leave, without a loop over the prompt."""
+    first = ["q", "k", "v", "g", "beta", "state", "mask"]
+    assert list(inspect.signature(gated_delta.gated_delta_ops).parameters) == first
+    assert "gated_delta_ops(" in inspect.getsource(gated_delta.gated_delta_update)
+    assert list(inspect.signature(ssm.ssm_attn).parameters)[:8] == "x A_log B C D dt dt_bias state".split()
+
+
+def test_mlx_writes_a_graph_down_with_shapes() -> None:
+    told: list[dict[str, Any]] = []
+    mx.export_function(told.append, lambda x: [x @ x], mx.zeros((3, 3)))
+    assert [one["type"] for one in told] == ["inputs", "keyword_inputs", "outputs", "constants", "primitive"]
+    assert (told[-1]["name"], told[-1]["outputs"][0][1]) == ("Matmul", (3, 3))
 
 
 def test_blocks_sum_by_themselves_over_their_sharding_group() -> None:
