@@ -17,7 +17,7 @@ from moectl.engine.protocol import Done, Event, Refused, Token
 from moectl.engine.request import Request, Stats, too_long
 from moectl.engine.sampling import Odds, Sampler
 from moectl.errors import BadField, MoectlError
-from moectl.shards.thinking import NOTHING, AnswerText, Part
+from moectl.shards.thinking import NOTHING, AnswerText, Told
 from moectl.shards.tokenizer import Tokenizer
 
 _WITHOUT_TEMPLATE = "send the text as it is: moectl run --raw, or /v1/completions"
@@ -129,7 +129,7 @@ class Answer:
         if self._stop.found or finish_reason is not None:
             yield self._done(finish_reason or "stop", last)
 
-    def _feed(self, token: int) -> Part:
+    def _feed(self, token: int) -> Told:
         assert self._text is not None
         thinks = self._text.is_thinking
         part = self._text.feed(token)
@@ -185,7 +185,7 @@ class Answer:
             known.append((token, chosen))
         return chosen, [(i, self._tokenizer.tell(i), logprob) for i, logprob in known]
 
-    def _done(self, finish_reason: str, last: Part = NOTHING) -> Done:
+    def _done(self, finish_reason: str, last: Told = NOTHING) -> Done:
         """Return the end, with the last piece of text: "stop" where a stop text is complete, else as given."""
         self.ended = True
         rest = self._stop.feed(last.text)

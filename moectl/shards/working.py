@@ -335,8 +335,8 @@ def _no_loops(*, on_gpu: bool) -> Iterator[None]:
         states = mx.broadcast_to(rows[..., None], (*rows.shape, q.shape[-1]))
         states = mx.abs(states[:, -1:] if on_gpu else states)  # (B, T, H, D, keys' width)
         last = mx.abs(states[:, -1])
-        found = (rows if on_gpu else states[..., 0]) * last.reshape(-1)[0]
-        for _ in range(_QUEUED):  # the loop has more commands than are queued
+        found: Any = (rows if on_gpu else states[..., 0]) * last.reshape(-1)[0]
+        for _round in range(_QUEUED):  # the loop has more commands than are queued
             found = mx.stop_gradient(found)
         return mx.abs(found), last
 

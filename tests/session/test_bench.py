@@ -40,9 +40,10 @@ from tests.cli.test_cli import run
 from tests.engine.test_lockstep import cut_case
 from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.families import write_family
 from tests.support.ring import process_env
 from tests.support.structures import dbrx, structure_of
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import write_checkpoint, write_words
 
 LAYERS, EXPERTS, TOP_K = 2, 16, 4
 PROMPT, GENERATED = 40, 9
@@ -145,7 +146,7 @@ def choices(alone: Path, tokens: list[int]) -> list[np.ndarray[Any, Any]]:
     model = load_rank(alone, read_manifest(alone), 0)
     seen: list[np.ndarray[Any, Any]] = []
     with pytest.MonkeyPatch.context() as patched:
-        original = SwitchGLU.__call__
+        original: Any = SwitchGLU.__call__
 
         def spy(self: Any, x: mx.array, indices: mx.array) -> Any:
             seen.append(np.array(indices).astype(int).reshape(-1, TOP_K))
@@ -568,6 +569,17 @@ def test_wrong_words_are_usage_errors(
 ) -> None:
     code, _, said = run(capsys, monkeypatch, "bench", *words)
     assert (code, message in said) == (2, True), said
+
+
+def test_a_dense_model_has_no_choices_to_count(tmp_path: Path) -> None:
+    source = write_words(write_family("llama", tmp_path / "llama"))
+    measure = ("--model", str(source), "--local", "2", "-p", "8", "-g", "3", "-n", "1")
+    refused = moectl(*measure, "--routing-stats", str(tmp_path / "routing.json"), code=2).stderr
+    assert "has no experts: there are no choices to count" in refused
+    assert "Hint: leave --routing-stats out" in refused
+    document = json.loads(moectl(*measure, "--json").stdout)
+    assert (document["routing"], document["imbalance"]) == (None, None)
+    assert "experts work on" not in moectl(*measure).stdout
 
 
 def test_what_the_hints_about_its_files_say_is_done(source: Path, tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_another_layout_of_the_same_weights_beside_them_is_passed_over(tmp_path:
 def test_what_modelopt_writes_beside_the_config_counts(tmp_path: Path) -> None:
     """NVIDIA's repositories say in a file of its own how they are quantised; where config.json says it, that counts."""
     directory = write_layout(tmp_path, "qwen3")
-    told = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    told: dict[str, Any] = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
     (directory / "hf_quant_config.json").write_text(json.dumps(told))
     opened = open_checkpoint(str(directory))
     assert opened.config["quantization_config"] == {"quant_method": "modelopt", **told}

@@ -56,7 +56,6 @@ def make_catalog(entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "quantised": entry.get("quantised", {}),
             "config": entry["config"],
             "structure": strip(asdict(find_structure(entry))),
-            "config": entry["config"],
         }
         for name, entry in entries.items()
     ]
@@ -87,7 +86,7 @@ def make_families() -> dict[str, dict[str, Any]]:
 
 def _file_of(config: dict[str, Any]) -> str:
     model_type: str = config["model_type"]
-    return MODEL_REMAPPING.get(model_type, model_type)
+    return str(MODEL_REMAPPING.get(model_type, model_type))
 
 
 def strip(value: Any) -> Any:

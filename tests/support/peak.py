@@ -87,9 +87,10 @@ def _fill(array: mx.array) -> mx.array:
 
 
 def main(family: str, split: str, ranks: str, group_size: str, sizes: str, tokens: str = "509") -> None:
-    exchange._backend_sum = lambda x, *, group: mx.abs(x)
-    mx.distributed.all_gather = lambda x, *, group: mx.concatenate([x] * group.size())
-    mx.distributed.send = lambda x, to, *, group: mx.abs(x)
+    alone: Any = mx.distributed  # what the others would add is left out
+    vars(exchange)["_backend_sum"] = lambda x, *, group: mx.abs(x)
+    alone.all_gather = lambda x, *, group: mx.concatenate([x] * group.size())
+    alone.send = lambda x, to, *, group: mx.abs(x)
     with exchange.seam():
         need, peak = compare(family, split, int(ranks), int(group_size), json.loads(sizes), int(tokens))
     found = {"estimate": need.arrays, "peak": peak, "weights": need.weights, "kv": need.kv}
