@@ -22,6 +22,7 @@ from moectl.errors import CheckpointError, PlanError
 from moectl.model.config_keys import CORRECT
 from moectl.model.structure import Quantization
 from moectl.shards.formats import Format, quantise
+from moectl.shards.stored import spell
 from moectl.shards.trace import ANOTHER_COPY, Expression, check_parameters, record
 
 
@@ -65,7 +66,7 @@ def settle(
     for name, array in tree_flatten(model.parameters()):
         if mx.issubdtype(array.dtype, mx.floating) and not mx.issubdtype(parameters[name].dtype, mx.floating):
             raise CheckpointError(
-                f"{name} is stored as {parameters[name].dtype}, and the model needs floats", hint=ANOTHER_COPY
+                f"{name} is stored as {spell(parameters[name].dtype)}, and the model needs floats", hint=ANOTHER_COPY
             )
     return Settled(parameters, None if table is None else _complete(model, table))
 

@@ -363,11 +363,12 @@ def _single_operations() -> Iterator[None]:
         return mx.broadcast_to(q[..., :1], shape) * (k.reshape(-1)[0] + v.reshape(-1)[0])
 
     with ExitStack() as held:
-        for owner, name, stand_in in (
+        stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
             *((mx.fast, name, one) for name in ("rms_norm", "layer_norm", "rope")),
             (mx.fast, "scaled_dot_product_attention", attend),
             (ssm, "ssm_attn", recur),
-        ):
+        ]
+        for owner, name, stand_in in stand_ins:
             held.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, stand_in)
         with _no_loops(on_gpu=True):

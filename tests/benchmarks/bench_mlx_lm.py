@@ -252,10 +252,7 @@ def measure(family: str, args: argparse.Namespace, scratch: Path) -> None:
         )
     print(f"{'delay':>8} {'':>8} {'split':>7} {THEIRS:>8} {'moectl':>8} {'ratio':>6} {'least':>6} {'most':>6}")
     for delay in map(int, args.latencies.split(",")):
-        job: dict[str, Any] = {
-            "model": str(model),
-            "sets": {split: str(directory) for split, directory in sets.items()},
-        }
+        job: dict[str, Any] = {"model": str(model), "sets": {split: str(place) for split, place in sets.items()}}
         job |= {"delay": delay, "trials": args.trials, "prompt": args.prompt, "generate": args.generate}
         found = run(job, scratch)
         for column, what in enumerate(("prefill", "decode")):

@@ -41,7 +41,7 @@ from moectl.shards.formats import quantise
 from moectl.shards.recipe import OutputFile
 from moectl.shards.sources import Sources, peak_bytes
 from moectl.shards.tensors import item_bytes
-from moectl.shards.trace import Stored, form_of, record
+from moectl.shards.trace import Stored, form_of, record, sources as find_sources
 from tests.benchmarks.bench_trace import MODELS, headers
 from tests.support import layouts, tiny
 from tests.support.cutting import assert_same, compare, converting, cut as cut_as
@@ -390,9 +390,9 @@ def test_files_are_as_the_safetensors_library_writes_them(tmp_path: Path, quanti
         assert safetensors.serialize(tensors, metadata={"format": "mlx"}) == data, path
 
 
-def test_each_source_byte_is_read_once(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each read of a source file, from now on."""
     counts: list[int] = []
     preadv = os.preadv
 
@@ -401,13 +401,32 @@ def test_each_source_byte_is_read_once(
         return counts[-1]
 
     monkeypatch.setattr(os, "preadv", count)
+    return counts
+
+
+def test_each_source_byte_is_read_once(sources: dict[str, Path], tmp_path: Path, read_bytes: list[int]) -> None:
     for layout in PLAIN:
         for split in ("experts", "hidden"):
-            counts.clear()
+            read_bytes.clear()
             checkpoint = open_checkpoint(str(sources[layout]))
             cut(checkpoint, tmp_path / layout / split, split=split, jobs=2)
             stored = checkpoint.stored.values()
-            assert sum(counts) == sum(math.prod(t.shape) * item_bytes(t.dtype) for t in stored)
+            assert sum(read_bytes) == sum(math.prod(t.shape) * item_bytes(t.dtype) for t in stored)
+
+
+@pytest.mark.parametrize("layout", ["deepseek-v3-fp8", "kimi-k2-int4", "gpt-oss-mxfp4", "qwen3-next"])
+def test_what_is_computed_reads_each_source_byte_once_but_for_scales(
+    layout: str, tmp_path: Path, read_bytes: list[int]
+) -> None:
+    """Scales of blocks that are cut, and scales of which biases are made too, are read again; nothing else is."""
+    checkpoint = open_checkpoint(str(layouts.write_layout(tmp_path / "source", layout)))
+    blueprint = draw(checkpoint)
+    stored = [checkpoint.stored[name] for name in find_sources(blueprint.parameters.values())]
+    needed = sum(math.prod(t.shape) * item_bytes(t.dtype) for t in stored)
+    for split in ("experts", "hidden"):
+        read_bytes.clear()
+        build.cut(checkpoint, blueprint, place(blueprint.structure, split), tmp_path / split, name=split, jobs=2)
+        assert needed <= sum(read_bytes) < needed * 1.01
 
 
 def test_streams_are_used_again(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -324,7 +324,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], type[MoectlError], str]] = [
         CheckpointError,
         r"gate_proj\.weight has shape \(2, 128, 64\).*\(2, 64, 64\)",
     ),
-    ("wrong dtype", _change(dtype="I16"), CheckpointError, r"gate_proj\.weight is stored as mlx.core.int16"),
+    ("wrong dtype", _change(dtype="I16"), CheckpointError, r"gate_proj\.weight is stored as I16"),
     ("two layouts", _mix, CheckpointError, r"has no tensor .*experts\.1\.w1\.weight"),
     ("another model", _config(lambda c: c.update(model_type="llama")), CheckpointError, r"can build: llama: .*missing"),
     ("an unknown model", _config(lambda c: c.update(model_type="dbrx2")), CheckpointError, r"model_type = 'dbrx2'"),

@@ -24,7 +24,7 @@ from moectl.engine.network.fingerprint import take_fingerprint
 from moectl.engine.network.joined import JoinedSet
 from moectl.engine.network.load import build_skeleton
 from moectl.engine.network.parallel import install_sums
-from moectl.engine.network.reference import Batch, Record, Reference, arrays_of
+from moectl.engine.network.reference import LayerRecord, PromptBatch, Reference, arrays_of
 from moectl.engine.network.rehearsal import Rehearsal, StandInGroup, WrongPart
 from moectl.engine.network.routing import count_experts, deal
 from moectl.engine.network.stored import Reader
@@ -59,7 +59,7 @@ class _Run:
         self._manifest, self._placement = manifest, manifest.placement
         structure, size = manifest.structure, manifest.world_size
         prompts = make_prompts(structure.vocab_size, structure.context, CHUNK)
-        self._batch = Batch.of(prompts)
+        self._batch = PromptBatch.of(prompts)
         self._experts = count_experts(structure)
         self._met = [set[int]() for _ in self._experts]
         self._points: _Points = [[[] for _ in prompts] for _ in range(size)]
@@ -77,7 +77,7 @@ class _Run:
     def compute(self, on_layer: Callable[[int, int], None]) -> Canary:
         done = 0
 
-        def note(number: int, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, record: Record) -> None:
+        def note(number: int, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, record: LayerRecord) -> None:
             nonlocal done
             self._note_layer(number, args, kwargs, found, record)
             done += 1
@@ -148,7 +148,7 @@ class _Run:
         return found[mx.array(self._batch.spread)].reshape(*indices.shape, -1)
 
     def _note_layer(
-        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, record: Record
+        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, record: LayerRecord
     ) -> None:
         added: list[list[mx.array]] = []
         totals, record.totals = list(record.totals), list(record.totals)
