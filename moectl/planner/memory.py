@@ -100,7 +100,7 @@ def rank_need(
         weights=weight_bytes(placement, rank, dtype_bytes),
         kv=cache_bytes(placement, rank, context, concurrency, dtype_bytes),
         activations=_activation_bytes(placement, rank, context, dtype_bytes),
-        communication=2 * PREFILL_TOKENS * placement.structure.width * dtype_bytes * (placement.world_size > 1),
+        communication=PREFILL_TOKENS * placement.structure.width * dtype_bytes * (placement.world_size > 1),
         runtime=_runtime_bytes(placement, rank, context, dtype_bytes),
         loading=_loading_bytes(placement, rank, dtype_bytes),
     )
@@ -192,7 +192,8 @@ def _activation_bytes(placement: Placement, rank: int, context: int, dtype_bytes
     if context > PREFILL_TOKENS:  # keys and values move to a larger array
         before, kinds = context - PREFILL_TOKENS, count_kinds(placement, rank)
         growing = max(layer_cache_bytes(placement, layer, rank, before, dtype_bytes) for layer in kinds)
-    return round(dtype_bytes * max(map(count, moments), default=0.0) + growing)
+    unpacked = _unpacked_bytes(placement, rank) if dtype_bytes == CPU_DTYPE_BYTES else 0.0
+    return round(dtype_bytes * max(map(count, moments), default=0.0) + growing + unpacked)
 
 
 def _divided(placement: Placement, rank: int) -> tuple[float, float]:
@@ -209,14 +210,21 @@ def _divided(placement: Placement, rank: int) -> tuple[float, float]:
     return hidden, heads
 
 
+def _unpacked_bytes(placement: Placement, rank: int) -> float:
+    """Return the bytes of one expert's matrix, which a CPU unpacks to multiply with it (`engine.network.experts`)."""
+    stacks = [part for kind in placement.structure.kinds for part in kind.parts if part.experts and part.quantization]
+    widest = max((_hidden_of(placement, part, rank) for part in stacks), default=0.0)
+    return CPU_DTYPE_BYTES * placement.structure.width * widest
+
+
 def _runtime_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> int:
-    """Return what is held outside MLX: the process, and on a CPU numpy's dequantised expert with the rows for it."""
+    """Return what is held outside MLX: the process, and on a CPU numpy's rows for stacked experts, before and after."""
     if dtype_bytes != CPU_DTYPE_BYTES:
         return RUNTIME_BYTES[dtype_bytes]
-    rows = min(PREFILL_TOKENS, context)
-    widths = (_hidden_of(placement, part, rank) for layer in placement.structure.kinds for part in layer.parts)
-    numpy = (2 * placement.structure.width + 3 * rows) * max(widths, default=0.0) * dtype_bytes
-    return RUNTIME_BYTES[dtype_bytes] + round(numpy)
+    tokens, width = min(PREFILL_TOKENS, context), placement.structure.width
+    stacks = [part for kind in placement.structure.kinds for part in kind.parts if part.experts]
+    rows = (part.top_k * (_hidden_of(placement, part, rank) + width) for part in stacks)
+    return RUNTIME_BYTES[dtype_bytes] + round(tokens * max(rows, default=0.0) * dtype_bytes)
 
 
 def _hidden_of(placement: Placement, part: Part, rank: int) -> float:

@@ -55,18 +55,20 @@ def compare(
         quantise(skeleton.model, group_size)
     placement = make_placement(outline(skeleton, found, config), split, ranks)
     need = rank_need(placement, 0, context=tokens, dtype_bytes=CPU_DTYPE_BYTES)
-    model, group = skeleton.model, _Alone(ranks)
+    model, group, names = skeleton.model, _Alone(ranks), set(skeleton.parameters)
     if split == "layers":
         assert found.flow is not None
         spans = own_layers(len(model.layers), placement.shares)
-        keep(model, names_of_rank(skeleton, found.flow, spans[0], first=True, last=ranks == 1))
+        names = names_of_rank(skeleton, found.flow, spans[0], first=True, last=ranks == 1)
+        keep(model, names)
         make_stage(model, found.flow, spans, 0, group)
     else:
         holdings = hold(divisions_of(model, found.parts, split), placement.shares, 0)
         cut(model, holdings)
         divide(model, found.parts, holdings, group)
     install(model)
-    model.update(tree_map(_fill, model.parameters()))
+    filled = [(name, _fill(array)) for name, array in tree_flatten(model.parameters()) if name in names]
+    model.update(tree_unflatten(filled))
     mx.eval(model.parameters())
     mx.reset_peak_memory()
     caches = make_prompt_cache(model)
@@ -93,7 +95,8 @@ def main(family: str, split: str, ranks: str, group_size: str, sizes: str, token
     alone.send = lambda x, to, *, group: mx.abs(x)
     with exchange.seam():
         need, peak = compare(family, split, int(ranks), int(group_size), json.loads(sizes), int(tokens))
-    found = {"estimate": need.arrays, "peak": peak, "weights": need.weights, "kv": need.kv}
+    running = need.weights + need.kv + need.activations + need.communication  # nothing is loaded here
+    found = {"estimate": running, "peak": peak, "weights": need.weights, "kv": need.kv}
     sys.stdout.write(json.dumps(found) + "\n")
 
 
