@@ -2,7 +2,7 @@
 
 One pass goes through all layers. A layer's norms and other small arrays are there only while it runs, and its matrices
 are read piece by piece, each once for all tokens. What its matrices gave is kept until the layer is done, so that the
-parts of all ranks can be computed from it without reading anything again (`rehearsal`). For a CPU, in float32.
+parts of all ranks can be computed from it without reading anything again (`rehearsal`). For a CPU.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Product:
 
 
 @dataclass(slots=True)
-class Record:
+class LayerRecord:
     """What happened in one layer."""
 
     products: defaultdict[str, list[Product]] = field(default_factory=lambda: defaultdict(list))  # by path
@@ -61,11 +61,11 @@ class Record:
     small: dict[str, mx.array] = field(default_factory=dict)  # the arrays that are in memory
 
 
-OnLayer = Callable[[int, tuple[Any, ...], dict[str, Any], Any, Record], None]  # layer, arguments, result, record
+OnLayer = Callable[[int, tuple[Any, ...], dict[str, Any], Any, LayerRecord], None]  # layer, arguments, result, record
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class PromptBatch:
     """Prompts of unequal length as rows of a batch: behind its own tokens each row goes on as the longest one.
 
     Only the prompts' tokens are multiplied with matrices; the others take what the longest row's have in their place.
@@ -75,7 +75,7 @@ class Batch:
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]]) -> Batch:
+    def of(cls, prompts: Sequence[Sequence[int]]) -> PromptBatch:
         """Return prompts as a batch; the last one is the longest."""
         rows = [[*tokens, *prompts[-1][len(tokens) :]] for tokens in prompts]
         return cls(np.array(rows), tuple(map(len, prompts)))
@@ -96,13 +96,23 @@ class Batch:
 
 
 class Reference:
-    """The model; `ranks` is how many ranks have a part of it."""
+    """The model; `ranks` is how many ranks have a part of it, `dtype` the type of what goes from module to module."""
 
-    def __init__(self, joined: JoinedSet, skeleton: Skeleton, spare: Skeleton, batch: Batch, ranks: int) -> None:
+    def __init__(
+        self,
+        joined: JoinedSet,
+        skeleton: Skeleton,
+        spare: Skeleton,
+        batch: PromptBatch,
+        *,
+        ranks: int,
+        dtype: mx.Dtype,
+    ) -> None:
         self.model: Any = skeleton.model
-        self.record = Record()
+        self.record = LayerRecord()
         self.caches = make_prompt_cache(self.model)
-        self._joined, self._ranks = joined, ranks
+        self._joined, self._ranks, self._dtype = joined, ranks, dtype
+        self._casts: Callable[[str], bool] = getattr(self.model, "cast_predicate", lambda _: True)
         self._opened: dict[str, JoinedMatrix] = {}
         self._batch, self._keep, self._spread = batch, batch.keep, batch.spread
         self._done = 0  # calls of layers
@@ -139,7 +149,7 @@ class Reference:
 
     def _pass_layer(self, number: int, on_layer: OnLayer, call: Hook, *args: Any, **kwargs: Any) -> Any:
         mine = [name for name in self.small if name.startswith(self.prefixes[number])]
-        self.record = Record(small=self._read(mine))
+        self.record = LayerRecord(small=self._read(mine))
         fill(self.model, self.record.small)
         given, named = self._copy(args), self._copy(kwargs)
         found = call(*args, **kwargs)
@@ -149,7 +159,7 @@ class Reference:
             raise NoReference(f"what layer {number} computes is no number when its matrices stay on disk")
         on_layer(number, given, named, found, self.record)
         forget(self.model, mine)
-        self.record = Record()
+        self.record = LayerRecord()
         self._close()
         self._done += 1
         return found
@@ -166,11 +176,16 @@ class Reference:
     def _read(self, names: Sequence[str]) -> dict[str, mx.array]:
         shapes = dict(tree_flatten(self.model.parameters()))
         found = {name: self._joined.read(name, shapes[name].shape) for name in names if self._joined.has(name)}
-        wide = {n: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a for n, a in found.items()}
-        mx.eval(list(wide.values()))
+        ready = {
+            name: array.astype(self._dtype) if self._is_cast(name, array) else array for name, array in found.items()
+        }
+        mx.eval(list(ready.values()))
         found.clear()
         self._joined.release()
-        return wide
+        return ready
+
+    def _is_cast(self, name: str, array: mx.array) -> bool:
+        return mx.issubdtype(array.dtype, mx.floating) and self._casts(name)
 
     def _close(self) -> None:
         self._opened.clear()
@@ -184,7 +199,7 @@ class Reference:
     def _multiply(self, path: str, module: Any, call: Hook, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         if isinstance(module, _EMBEDDING):
             rows = self._open(path, module).read_rows(np.array(x).reshape(-1).tolist())
-            return mx.array(rows).reshape(*x.shape, -1)
+            return mx.array(rows).reshape(*x.shape, -1).astype(self._dtype)
         return self._apply(path, module, x, *args)
 
     def _apply(self, path: str, module: Any, x: mx.array, indices: mx.array | None = None, *_: Any) -> mx.array:

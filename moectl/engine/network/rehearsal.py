@@ -22,8 +22,8 @@ from moectl.engine.network.experts import run_grouped, to_numpy
 from moectl.engine.network.joined import JoinedSet
 from moectl.engine.network.parallel import divide
 from moectl.engine.network.reference import (
+    LayerRecord,
     Product,
-    Record,
     Reference,
     arrays_of,
     fill,
@@ -77,7 +77,7 @@ class Rehearsal:
         self.holdings = placement.hold(divisions_of(skeleton.model, parts, placement.split), rank)
         self.model: Any = skeleton.model
         self._rank, self._joined, self._rows = rank, joined, rows
-        self._record, self._layer = Record(), 0
+        self._record, self._layer = LayerRecord(), 0
         self._done: defaultdict[str, int] = defaultdict(int)  # calls of each matrix
         self._known: dict[int, tuple[Any, Any]] = {}  # what is the whole's, and this rank's in its place
         matrices = find_matrices(self.model)
@@ -98,7 +98,7 @@ class Rehearsal:
                 self._known[id(one)] = one, other
 
     def run(
-        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, record: Record
+        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, record: LayerRecord
     ) -> list[mx.array]:
         """Return what the rank adds to each exchange of a layer, which was called with these arguments.
 
@@ -128,7 +128,7 @@ class Rehearsal:
         if len(theirs) > 1:  # a later layer may take what this rank has of it
             self._known |= {id(one): (one, other) for one, other in zip(theirs, ours, strict=True)}
         forget(self.model, list(small))
-        self._record = Record()
+        self._record = LayerRecord()
         return added
 
     def _own(self, value: Any) -> Any:
