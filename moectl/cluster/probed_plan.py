@@ -111,6 +111,7 @@ def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
         memory_efficiency=1.0,
         compute_efficiency=1.0,
         layer_overhead_s=max(0.0, first.decode.layer_s - work_s - collective_s),
+        launch_s=0.0,
         sync_s=0.0,
         agreement=True,
         links={},
@@ -151,6 +152,7 @@ def _measure_speeds(
     able = [plan for plan in plans if plan.verdict is not Verdict.TOO_MUCH] or plans[:1]
     job = Job(
         tuple(plan.placement for plan in able),
+        dict(task.model.config),
         task.question.quantization,
         probe.memory_to_use(hardware) // max(Counter(host.name for host in where.hosts).values()),
         budget_s=max(LEAST_BUDGET_S, BUDGET_S / max(1, len(able))),

@@ -44,6 +44,7 @@ from moectl.shards.tokenizer import Tokenizer
 
 _LEAST_ROUNDS = 2
 _MOST_TOKENS = 64
+_PATIENCE, _PATIENCE_S = 4, 20.0  # times the budget, and seconds, that the least may take
 _PART_S = 0.04  # for each thing that is measured by itself
 
 Tell = Callable[[int], None]  # gets a token that was generated
@@ -215,6 +216,9 @@ class _Passes:
         ratio = sum(self._models) / shallow
         self._answer(shallow, 8, 3)  # compiles kernels
         prompt_s, step_s = self._answer(shallow, 8, 3)
+        least_s = (_LEAST_ROUNDS + 1) * ratio * (prompt_s + 3 * step_s)
+        if least_s > max(_PATIENCE * self._job.budget_s, _PATIENCE_S):
+            raise PlanError(f"these hosts would take {least_s:.0f} s to measure", hint="plan without --probe")
         budget = self._job.budget_s / (_LEAST_ROUNDS + 1)
         # Eight tokens at once take no less per token than many.
         prompt = int(min(self._job.prompt_tokens, max(8, budget / 2 / ratio / (prompt_s / 8))))
@@ -275,7 +279,8 @@ def fit_pass(tokens: int, seconds: Mapping[int, Sequence[float]], order: Sequenc
         return Pass(tokens, times[0] / depths[0], 0.0)
     rows = np.hstack([np.ones((len(depths), 1)), counts])
     found, *_ = np.linalg.lstsq(rows, np.array(times), rcond=None)
-    each = np.clip(found[1:], 0.0, times[-1] / depths[-1])
+    each = np.maximum(found[1:], 0.0)
+    each *= min(1.0, times[-1] / max(float(counts[-1] @ each), 1e-12))
     whole = np.array([list(order).count(kind) for kind in kinds], dtype=float)
     return Pass(tokens, float(whole @ each / whole.sum()), max(0.0, times[-1] - float(counts[-1] @ each)))
 

@@ -50,14 +50,16 @@ def shorten(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
 def choose_depths(order: Sequence[int], ranks: int) -> list[int]:
     """Return numbers of first layers from whose times that of each kind of layer follows, fewest first.
 
-    `order` has the kind of each layer; `ranks` is how many layers there have to be at least.
+    `order` has the kind of each layer; `ranks` is how many layers there have to be at least. Of a kind of which there
+    are no more after these, the time is in what is left.
     """
     if len(set(order)) == 1:
         return sorted({min(len(order), 2 * ranks), min(len(order), 2 * ranks + 4)})
     kinds = sorted(set(order))
     found: list[int] = []
     rows: list[list[int]] = []
-    for depth in range(min(ranks, len(order)), len(order) + 1):
+    whole = 1 + max(order.index(kind) for kind in kinds)  # a model file may want a layer of each kind
+    for depth in range(max(ranks, whole), len(order) + 1):
         row = [1, *(list(order[:depth]).count(kind) for kind in kinds)]
         if np.linalg.matrix_rank(np.array([*rows, row])) > len(rows):
             rows.append(row)

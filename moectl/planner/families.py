@@ -26,7 +26,7 @@ FOUR_BITS = Quantization(4, 64)
 MACS_GIB = (16, 24, 32, 48, 64, 96, 128, 256, 512)
 COUNTS = (1, 2, 3, 4, 6, 8)
 CONTEXT = 4096
-TRANSFORMERS, MLX_LM, REFUSED, UNKNOWN = "transformers", "mlx-lm", "refused", "not compared"
+TRANSFORMERS, MLX_LM, REFUSED, UNKNOWN = "transformers", "mlx-lm", "no split: refused", "not compared"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,8 @@ def _describe(name: str, known: dict[str, Any] | None) -> Family:
         return Family(name, (), {}, UNKNOWN, None, ())
     refused: dict[str, str] = known["refused"]
     verified = TRANSFORMERS if known.get("transformers") else MLX_LM
-    examples = tuple(sorted(_examples_of({name, *known.get("aliases", ())}), key=lambda example: example.bytes))
-    listed = [*known.get("examples", ()), *(example.name for example in examples)]
+    examples = tuple(_examples_of({name, *known.get("aliases", ())}))
+    listed = [*(example.name for example in examples), *known.get("examples", ())]
     return Family(
         name,
         tuple(known.get("aliases", ())),

@@ -54,6 +54,7 @@ def make_catalog(entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "names": [name, *entry.get("also", [])],
             "quantised": entry.get("quantised", {}),
+            "config": entry["config"],
             "structure": strip(asdict(find_structure(entry))),
         }
         for name, entry in entries.items()
@@ -85,7 +86,7 @@ def make_families() -> dict[str, dict[str, Any]]:
 
 def _file_of(config: dict[str, Any]) -> str:
     model_type: str = config["model_type"]
-    return MODEL_REMAPPING.get(model_type, model_type)
+    return str(MODEL_REMAPPING.get(model_type, model_type))
 
 
 def strip(value: Any) -> Any:

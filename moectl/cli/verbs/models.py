@@ -17,26 +17,19 @@ if TYPE_CHECKING:
 
 
 def models_text(families: list[Family], *, width: int | None = None) -> str:
-    """Return the table of all families, those of which moectl knows a published model first."""
-    header = ("FAMILY", "SPLITS", "COMPARED WITH", "4 BITS", "MACS", "EXAMPLE")
-    rows = [
-        (
-            family.name,
-            " ".join(family.splits) or "none",
-            family.verified,
-            _range_text([size_text(example.bytes) for example in family.examples]),
-            _range_text([_macs_text(example) for example in family.examples]),
-            family.repository or "",
-        )
-        for family in families
-    ]
-    table = table_text(header, rows, right="d", width=width or columns())
+    """Return the table of all families."""
+    header = ("FAMILY", "SPLITS", "COMPARED WITH", "MACS", "4 BITS", "EXAMPLE")
+    rows = [_family_row(family) for family in families]
+    table = table_text(header, rows, right="e", width=width or columns())
     return f"{table}\n{len(families)} families; moectl models FAMILY says more of one."
 
 
-def _range_text(texts: list[str]) -> str:
-    """Return the first and the last of some texts, of models in the order of their sizes."""
-    return "-" if not texts else texts[0] if texts[0] == texts[-1] else f"{texts[0]} … {texts[-1]}"
+def _family_row(family: Family) -> tuple[str, ...]:
+    splits = " ".join(family.splits) or "none"
+    if not family.examples:
+        return (family.name, splits, family.verified, "", "", family.repository or "")
+    example = family.examples[0]
+    return (family.name, splits, family.verified, _macs_text(example), size_text(example.bytes), example.name)
 
 
 def _macs_text(example: Example) -> str:
@@ -48,7 +41,8 @@ def _macs_text(example: Example) -> str:
 
 def family_text(family: Family, *, width: int | None = None) -> str:
     """Return what is known of one family."""
-    lines = [f"{family.name}: splits {', '.join(family.splits) or 'none'}; results compared with {family.verified}"]
+    compared = family.verified if " " in family.verified else f"compared with {family.verified}"
+    lines = [f"{family.name}: splits {', '.join(family.splits) or 'none'}; {compared}"]
     if family.aliases:
         lines.append(f"It also reads model types {', '.join(family.aliases)}.")
     lines += [f"Not --split {split}: {why}." for split, why in family.refused.items()]
@@ -75,9 +69,9 @@ def models_json(families: list[Family]) -> dict[str, Any]:
 def models(common: Common, family: str | None) -> None:
     """Show which families of models there are, how they can be split, and which Macs hold them.
 
-    A family is a model file of mlx-lm. COMPARED WITH says what the results of its splits were compared with in moectl's
-    tests: transformers, or mlx-lm's own unsplit model. MACS is the cluster with the least memory that holds the family's
-    published models at 4 bits with 4096 tokens of context.
+    A family is a model file of mlx-lm. COMPARED WITH says with what moectl's tests compare the results of its splits:
+    transformers, or mlx-lm's own unsplit model. MACS is the cluster with the least memory that holds the example at 4
+    bits with 4096 tokens of context.
 
     \b
     Examples:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from moectl.engine.network.fingerprint import take_fingerprint
 from moectl.engine.network.joined import JoinedSet
 from moectl.engine.network.load import build_skeleton
 from moectl.engine.network.parallel import install_sums
-from moectl.engine.network.reference import Record, Reference, arrays_of
+from moectl.engine.network.reference import LayerRecord, PromptBatch, Reference, arrays_of
 from moectl.engine.network.rehearsal import Rehearsal, StandInGroup, WrongPart
 from moectl.engine.network.routing import count_experts, deal
 from moectl.engine.network.stored import Reader
@@ -32,8 +33,9 @@ from moectl.model.canary import CHUNK, LONG, TOP, Canary, NoReference, cut_chunk
 from moectl.model.manifest import Manifest
 from moectl.model.regions import Role
 from moectl.shards.hooks import Hook, hook_call
+from moectl.shards.precision import quantise_by
 from moectl.shards.routers import find_stacks
-from moectl.shards.skeleton import Skeleton
+from moectl.shards.skeleton import Skeleton, make_skeleton
 from moectl.shards.units import at
 
 _TOLERANCE = 1e-3  # of the sum of all ranks' parts, in float32
@@ -57,17 +59,14 @@ class _Run:
         self._manifest, self._placement = manifest, manifest.placement
         structure, size = manifest.structure, manifest.world_size
         prompts = make_prompts(structure.vocab_size, structure.context, CHUNK)
-        self._lengths = [len(tokens) for tokens in prompts]
-        # One batch: the short prompt's row goes on as the long one's, so that it meets no more experts.
-        rows = [[*tokens, *prompts[LONG][len(tokens) :]] for tokens in prompts]
-        self._tokens = np.array(rows)
+        self._batch = PromptBatch.of(prompts)
         self._experts = count_experts(structure)
         self._met = [set[int]() for _ in self._experts]
         self._points: _Points = [[[] for _ in prompts] for _ in range(size)]
         joined = JoinedSet(directory, manifest, reader)
         skeleton, self._found = build_skeleton(manifest)
         is_divided = size > 1 and self._placement.split != "layers"
-        self._whole = _start(lambda: Reference(joined, skeleton, self._build(), size))
+        self._whole = _start(lambda: Reference(joined, skeleton, self._build(), self._batch, size))
         self._ranks: list[Rehearsal] = []
         for rank in range(size) if is_divided else ():
             chunks = self._list_chunks()
@@ -76,10 +75,9 @@ class _Run:
         self._hook_whole()
 
     def compute(self, on_layer: Callable[[int, int], None]) -> Canary:
-        last = [(prompt, length - 1) for prompt, length in enumerate(self._lengths)]
         done = 0
 
-        def note(number: int, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, record: Record) -> None:
+        def note(number: int, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, record: LayerRecord) -> None:
             nonlocal done
             self._note_layer(number, args, kwargs, found, record)
             done += 1
@@ -88,7 +86,7 @@ class _Run:
         mx.disable_compile()  # a CPU would call a compiler for each function of each shape
         try:
             with seam(), observed(self._see):
-                logits = self._whole.run(mx.array(self._tokens), last, note)
+                logits = self._whole.run(note)
         finally:
             mx.enable_compile()
         points = tuple(
@@ -98,16 +96,15 @@ class _Run:
         return Canary("float32", points, top, spread, chunk=CHUNK, unmet=tuple(self._find_unmet()))
 
     def _build(self) -> Skeleton:
-        return build_skeleton(self._manifest)[0]
+        skeleton = make_skeleton(self._manifest.config)
+        if self._manifest.table is not None:
+            quantise_by(skeleton.model, self._manifest.table, self._manifest.tensors)
+        return skeleton
 
     def _list_chunks(self) -> list[tuple[int, int]]:
-        """Return the spans of tokens, counted through the batch, that ranks read at a time."""
-        width, found = self._tokens.shape[1], []
-        for prompt, length in enumerate(self._lengths):
-            first = prompt * width
-            for chunk in cut_chunks(range(length), CHUNK):
-                found.append((first, first := first + len(chunk)))
-        return found
+        """Return the spans of tokens, counted through all prompts, that ranks read at a time."""
+        chunks = [chunk for length in self._batch.lengths for chunk in cut_chunks(range(length), CHUNK)]
+        return list(pairwise(accumulate(map(len, chunks), initial=0)))
 
     def _hook_whole(self) -> None:
         """Let the whole model note what exchanges have to add up to, and deal tokens out."""
@@ -137,19 +134,21 @@ class _Run:
         return found
 
     def _deal(self, layer: int, call: Hook, x: mx.array, indices: mx.array, *args: Any, is_whole: bool) -> mx.array:
-        """Let the short prompt's tokens go to the experts that were chosen, and all others to all in turn."""
-        rows, width = self._tokens.shape
-        chosen = indices.reshape(rows, width, -1)
-        dealt = deal(0, chosen.shape[1:], self._experts[layer]).astype(indices.dtype)
-        keeps = [mx.arange(width) < (0 if row == LONG else length) for row, length in enumerate(self._lengths)]
-        mixed = mx.where(mx.stack(keeps)[..., None], chosen, dealt)
+        """Let the short prompt's tokens go to the experts that were chosen, and the long one's to all in turn.
+
+        What is not a prompt's token goes to none.
+        """
+        keep, short = mx.array(self._batch.keep), sum(self._batch.lengths[:LONG])
+        chosen = indices.reshape(-1, indices.shape[-1])[keep]
+        dealt = deal(0, (chosen.shape[0] - short, chosen.shape[1]), self._experts[layer]).astype(indices.dtype)
+        mixed = mx.concatenate([chosen[:short], dealt])
         if is_whole:
             self._met[layer].update(np.unique(np.array(mixed)).tolist())
-        found: mx.array = call(x, mixed.reshape(indices.shape), *args)
-        return found
+        found = call(x.reshape(-1, x.shape[-1])[keep][None], mixed[None], *args)[0]
+        return found[mx.array(self._batch.spread)].reshape(*indices.shape, -1)
 
     def _note_layer(
-        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, record: Record
+        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, record: LayerRecord
     ) -> None:
         added: list[list[mx.array]] = []
         totals, record.totals = list(record.totals), list(record.totals)
@@ -185,8 +184,8 @@ class _Run:
 
     def _take_points(self, x: mx.array) -> list[mx.array]:
         """Return the fingerprint of each prompt's tokens in a batch's array."""
-        rows = x.reshape(*self._tokens.shape, -1, x.shape[-1])
-        found = [take_fingerprint(rows[p, :length], 0, length) for p, length in enumerate(self._lengths)]
+        rows = x.reshape(*self._batch.tokens.shape, -1, x.shape[-1])
+        found = [take_fingerprint(rows[p, :length], 0, length) for p, length in enumerate(self._batch.lengths)]
         mx.eval(found)
         return found
 

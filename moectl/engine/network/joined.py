@@ -91,8 +91,12 @@ class JoinedSet:
                 raise IntegrityError(f"{name} has {size} bytes, expected {entry.bytes}", hint=HINT)
         self._loaded: dict[str, dict[str, mx.array]] = {}
 
-    def close_files(self) -> None:
+    def release(self) -> None:
+        """Let go of what was read, as it is stored."""
         self._loaded.clear()
+
+    def close_files(self) -> None:
+        self.release()
         self._reader.close_files()
 
     def has(self, name: str) -> bool:

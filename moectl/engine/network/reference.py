@@ -52,7 +52,7 @@ class Product:
 
 
 @dataclass(slots=True)
-class Record:
+class LayerRecord:
     """What happened in one layer."""
 
     products: defaultdict[str, list[Product]] = field(default_factory=lambda: defaultdict(list))  # by path
@@ -61,19 +61,50 @@ class Record:
     small: dict[str, mx.array] = field(default_factory=dict)  # the arrays that are in memory
 
 
-OnLayer = Callable[[int, tuple[Any, ...], dict[str, Any], Any, Record], None]  # layer, arguments, result, record
+OnLayer = Callable[[int, tuple[Any, ...], dict[str, Any], Any, LayerRecord], None]  # layer, arguments, result, record
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """Prompts of unequal length as rows of a batch: behind its own tokens each row goes on as the longest one.
+
+    Only the prompts' tokens are multiplied with matrices; the others take what the longest row's have in their place.
+    """
+
+    tokens: np.ndarray[Any, np.dtype[np.int64]]  # (prompts, L)
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]]) -> PromptBatch:
+        """Return prompts as a batch; the last one is the longest."""
+        rows = [[*tokens, *prompts[-1][len(tokens) :]] for tokens in prompts]
+        return cls(np.array(rows), tuple(map(len, prompts)))
+
+    @property
+    def keep(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The numbers of the prompts' tokens, counted through the batch."""
+        width = self.tokens.shape[1]
+        return np.concatenate([row * width + np.arange(length) for row, length in enumerate(self.lengths)])
+
+    @property
+    def spread(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """For each token of the batch, the number among `keep` of the one that stands for it."""
+        starts = np.cumsum([0, *self.lengths])
+        width = np.arange(self.tokens.shape[1])
+        rows = [np.where(width < n, start, starts[-2]) + width for n, start in zip(self.lengths, starts, strict=False)]
+        return np.concatenate(rows)
 
 
 class Reference:
-    """The model; `ranks` is how many ranks have a part of it, `last` the places (prompt, token) of wanted logits."""
+    """The model; `ranks` is how many ranks have a part of it."""
 
-    def __init__(self, joined: JoinedSet, skeleton: Skeleton, spare: Skeleton, ranks: int) -> None:
+    def __init__(self, joined: JoinedSet, skeleton: Skeleton, spare: Skeleton, batch: PromptBatch, ranks: int) -> None:
         self.model: Any = skeleton.model
-        self.record = Record()
+        self.record = LayerRecord()
         self.caches = make_prompt_cache(self.model)
         self._joined, self._ranks = joined, ranks
         self._opened: dict[str, JoinedMatrix] = {}
-        self._last: list[tuple[int, int]] = []
+        self._batch, self._keep, self._spread = batch, batch.keep, batch.spread
         self._done = 0  # calls of layers
         self._matrices = find_matrices(self.model)
         direct, self.calls = survey(spare)
@@ -87,22 +118,19 @@ class Reference:
             if isinstance(module, _EMBEDDING):
                 module.as_linear = partial(self._apply, path, module)
 
-    def run(self, tokens: mx.array, last: Sequence[tuple[int, int]], on_layer: OnLayer) -> mx.array:
-        """Return the logits (places, V) of some tokens (prompt, place) of a batch (B, L), in float32.
+    def run(self, on_layer: OnLayer) -> mx.array:
+        """Return the logits (prompts, V) of each prompt's last token, in float32.
 
         Raises NoReference, and IntegrityError from the set's files.
         """
-        self._last = list(last)
         outer = [name for name in self.small if not name.startswith(tuple(self.prefixes))]
         fill(self.model, self._read(outer))
         hooks = [(layer, partial(self._pass_layer, n, on_layer)) for n, layer in enumerate(self.model.layers)]
         with hooked(hooks):
-            logits = self.model(tokens, cache=self.caches)
+            logits = self.model(mx.array(self._batch.tokens), cache=self.caches)
         if self._done != self.calls or not self.calls:
             raise NoReference("its layers are not run one after the other")
-        if logits.shape[1] == tokens.shape[1]:
-            logits = self._pick(logits)
-        found = logits.reshape(len(last), -1).astype(mx.float32)
+        found = self._pick(logits)[:, 0].astype(mx.float32)
         mx.eval(found)
         self._close()
         if not mx.isfinite(found).all().item():
@@ -111,7 +139,7 @@ class Reference:
 
     def _pass_layer(self, number: int, on_layer: OnLayer, call: Hook, *args: Any, **kwargs: Any) -> Any:
         mine = [name for name in self.small if name.startswith(self.prefixes[number])]
-        self.record = Record(small=self._read(mine))
+        self.record = LayerRecord(small=self._read(mine))
         fill(self.model, self.record.small)
         given, named = self._copy(args), self._copy(kwargs)
         found = call(*args, **kwargs)
@@ -121,7 +149,7 @@ class Reference:
             raise NoReference(f"what layer {number} computes is no number when its matrices stay on disk")
         on_layer(number, given, named, found, self.record)
         forget(self.model, mine)
-        self.record = Record()
+        self.record = LayerRecord()
         self._close()
         self._done += 1
         return found
@@ -140,6 +168,8 @@ class Reference:
         found = {name: self._joined.read(name, shapes[name].shape) for name in names if self._joined.has(name)}
         wide = {n: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a for n, a in found.items()}
         mx.eval(list(wide.values()))
+        found.clear()
+        self._joined.release()
         return wide
 
     def _close(self) -> None:
@@ -162,22 +192,14 @@ class Reference:
         if self._done == self.calls > 0 and x.ndim == 3 and indices is None:
             x = self._pick(x)
         matrix = self._open(path, module)
-        held = [matrix.spans(rank) if matrix.axis == -1 else [] for rank in range(self._ranks)]
-        is_divided = matrix.axis == -1
-
-        def times(rows: np.ndarray[Any, np.dtype[np.float32]], item: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-            if not is_divided:
-                return matrix.times(rows, item)
-            each = [matrix.times_part(rank, take_columns(rows, spans), item) for rank, spans in enumerate(held)]
-            return np.concatenate(each, axis=1)
-
-        width = matrix.rows * (self._ranks if is_divided else 1)
-        if indices is None:
-            found = mx.array(times(to_numpy(x).reshape(-1, x.shape[-1]), 0)).reshape(*x.shape[:-1], width)
+        parts: list[mx.array] = []
+        if matrix.axis == -1:  # one rank after the other, so that each file is read once and little is held
+            for rank in range(self._ranks):
+                part = take_columns(x, matrix.spans(rank))
+                parts.append(self._times(part, indices, matrix.rows, partial(matrix.times_part, rank)))
+            y: mx.array = sum(parts[1:], parts[0])
         else:
-            found = run_grouped(x, indices, width, times)
-        parts = list(mx.split(found, self._ranks, axis=-1)) if is_divided else []
-        y: mx.array = sum(parts[1:], parts[0]) if is_divided else found
+            y = self._times(x, indices, matrix.rows, matrix.times)
         bias = module.bias if "bias" in module else None
         if bias is not None and indices is not None:
             bias = bias[indices][..., None, :]
@@ -186,11 +208,20 @@ class Reference:
         self.record.products[path].append(Product(matrix, x, indices, y, parts, bias))
         return y
 
+    def _times(self, x: mx.array, indices: mx.array | None, width: int, times: Callable[..., Any]) -> mx.array:
+        """Return products (…, width), of the prompts' own tokens where x has a row for each token of the batch."""
+        if indices is not None:
+            return run_grouped(x, indices, width, times)
+        rows = to_numpy(x).reshape(-1, x.shape[-1])
+        is_batch = len(rows) == len(self._spread)
+        made = times(rows[self._keep])[self._spread] if is_batch else times(rows)
+        return mx.array(made).reshape(*x.shape[:-1], width)
+
     def _pick(self, x: mx.array) -> mx.array:
-        """Return the wanted tokens of a batch, (places, 1, D)."""
+        """Return each prompt's last token of a batch, (prompts, 1, D)."""
         if x.shape[1] == 1:
             return x
-        return mx.stack([x[prompt, place] for prompt, place in self._last])[:, None]
+        return mx.stack([x[row, length - 1] for row, length in enumerate(self._batch.lengths)])[:, None]
 
     def _limit_direct(self, skeleton: Skeleton) -> None:
         """Raise NoReference where too much of a layer would have to be in memory."""

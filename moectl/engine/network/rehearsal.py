@@ -22,8 +22,8 @@ from moectl.engine.network.experts import run_grouped, to_numpy
 from moectl.engine.network.joined import JoinedSet
 from moectl.engine.network.parallel import divide
 from moectl.engine.network.reference import (
+    LayerRecord,
     Product,
-    Record,
     Reference,
     arrays_of,
     fill,
@@ -40,7 +40,7 @@ from moectl.shards.skeleton import Skeleton
 from moectl.shards.units import LayerParts, at, divisions_of
 
 _TOLERANCE = 1e-4
-Rows = Sequence[tuple[int, int]]  # spans of a batch's tokens that ranks meet together, in order
+Rows = Sequence[tuple[int, int]]  # spans of tokens that ranks meet together, in order
 
 
 class WrongPart(Exception):
@@ -61,7 +61,7 @@ class StandInGroup:
 
 
 class Rehearsal:
-    """One rank; `rows` are the spans of tokens, counted through the batch, in which it meets them."""
+    """One rank; `rows` are the spans of tokens, counted through all prompts, in which it meets them."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Rehearsal:
         self.holdings = placement.hold(divisions_of(skeleton.model, parts, placement.split), rank)
         self.model: Any = skeleton.model
         self._rank, self._joined, self._rows = rank, joined, rows
-        self._record, self._layer = Record(), 0
+        self._record, self._layer = LayerRecord(), 0
         self._done: defaultdict[str, int] = defaultdict(int)  # calls of each matrix
         self._known: dict[int, tuple[Any, Any]] = {}  # what is the whole's, and this rank's in its place
         matrices = find_matrices(self.model)
@@ -98,7 +98,7 @@ class Rehearsal:
                 self._known[id(one)] = one, other
 
     def run(
-        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, record: Record
+        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, record: LayerRecord
     ) -> list[mx.array]:
         """Return what the rank adds to each exchange of a layer, which was called with these arguments.
 
@@ -128,6 +128,7 @@ class Rehearsal:
         if len(theirs) > 1:  # a later layer may take what this rank has of it
             self._known |= {id(one): (one, other) for one, other in zip(theirs, ours, strict=True)}
         forget(self.model, list(small))
+        self._record = LayerRecord()
         return added
 
     def _own(self, value: Any) -> Any:
@@ -179,7 +180,7 @@ class Rehearsal:
                     yield path, (at(self.model, path), holding)
 
     def _by_rows(self, call: Hook, x: mx.array, indices: mx.array, *args: Any) -> mx.array:
-        """Return a rank's pairs of a batch, span by span as it will meet the tokens; nothing for tokens in no span."""
+        """Return a rank's pairs, span by span as it will meet the tokens."""
         flat = indices.reshape(-1, indices.shape[-1])
         found = mx.zeros((*flat.shape, x.shape[-1]))
         for start, stop in self._rows:
