@@ -46,6 +46,11 @@ def count_text(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+def parameters_text(count: int) -> str:
+    """Return a number of parameters as "132B" or "7.6M"."""
+    return f"{count / 1e9:.0f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
 def time_text(seconds: float) -> str:
     """Return a duration as "0.4 s", "41.0 s" or "10m51s"."""
     if seconds < 60:

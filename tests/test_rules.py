@@ -40,7 +40,6 @@ MOST_LINES, LEAST_LINES = 400, 40
 SIZES = {
     "engine.network.fingerprint": "what the canary and the witness both compute",
     "engine.random_prompts": "prompts for measurements, which the bench and the profile share",
-    "model.catalog": "the list of known models, which grows",
     "shards.exceptions": "the one list of what holds for single model types",
     "paths": "the one place that knows where files of moectl are",
 }

@@ -13,6 +13,7 @@ from moectl.cli.verbs import (
     help,
     list as list_,
     logs,
+    models,
     plan,
     run as run_,
     serve,
@@ -67,6 +68,7 @@ def cli() -> None:
 
 for _verb in (
     setup.setup,
+    models.models,
     plan.plan,
     shard.shard,
     shard.pull,

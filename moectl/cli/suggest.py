@@ -56,6 +56,13 @@ def host_list(ctx: click.Context, param: click.Parameter, incomplete: str) -> Of
     return _matching((f"{done}{comma}{address}" for address in found if address not in taken), incomplete)
 
 
+def families(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
+    """Offer the families of models that moectl's tests compared."""
+    from importlib.resources import files as package
+
+    return _matching(json.loads((package("moectl.model") / "families.json").read_text(encoding="utf-8")), incomplete)
+
+
 def topics(ctx: click.Context, param: click.Parameter, incomplete: str) -> Offers:
     """Offer the guides, then the verbs."""
     from moectl.cli.guides import TOPICS

@@ -105,12 +105,13 @@ def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
     nodes = tuple(replace(node, rates=own) for node, own in zip(question.nodes, rates, strict=True))
     exchanges = sorted(first.collective_s.items())
     collective_s = exchanges[0][1] if exchanges else 0.0
-    work_s = max(rank.attention_s + max(rank.experts_s.values()) for rank in first.ranks)
+    work_s = max(rank.layer_s for rank in first.ranks)
     calibration = Calibration(
         "measured",
         memory_efficiency=1.0,
         compute_efficiency=1.0,
         layer_overhead_s=max(0.0, first.decode.layer_s - work_s - collective_s),
+        launch_s=0.0,
         sync_s=0.0,
         agreement=True,
         links={},
@@ -151,6 +152,7 @@ def _measure_speeds(
     able = [plan for plan in plans if plan.verdict is not Verdict.TOO_MUCH] or plans[:1]
     job = Job(
         tuple(plan.placement for plan in able),
+        dict(task.model.config),
         task.question.quantization,
         probe.memory_to_use(hardware) // max(Counter(host.name for host in where.hosts).values()),
         budget_s=max(LEAST_BUDGET_S, BUDGET_S / max(1, len(able))),

@@ -17,7 +17,7 @@ from moectl.engine.protocol import Done, Event, Refused, Token
 from moectl.engine.request import Request, Stats, too_long
 from moectl.engine.sampling import Odds, Sampler
 from moectl.errors import BadField, MoectlError
-from moectl.shards.thinking import NOTHING, AnswerText, Part
+from moectl.shards.thinking import NOTHING, AnswerText, Told
 from moectl.shards.tokenizer import Tokenizer
 
 _WITHOUT_TEMPLATE = "send the text as it is: moectl run --raw, or /v1/completions"
@@ -53,6 +53,20 @@ class Answer:
     def tokens(self) -> list[int]:
         """What the model reads first: the prompt, and the answer so far where it is resumed."""
         return [*self.prompt, *self.request.answered]
+
+    def read(self, tokenizer: Tokenizer, *, vocab_size: int, max_seq_len: int, kv_tokens: int | None) -> None:
+        """Find its prompt and its reach, or note why it takes no row.
+
+        The same on every rank: all depends on the request and the engine's limits only. If one rank alone fails here,
+        the ranks do not meet in the next exchange, and that ends the session.
+        """
+        with isolated(self.request.id, self.refuse_for):
+            try:
+                prompt = read_prompt(self.request, tokenizer, vocab_size=vocab_size, max_seq_len=max_seq_len)
+                self.reach = measure_reach(self.request, len(prompt), max_seq_len=max_seq_len, kv_tokens=kv_tokens)
+                self.prompt = prompt
+            except BadField as refusal:
+                self.refuse_for(refusal)
 
     def lead(self, tokenizer: Tokenizer, sampler: Sampler) -> None:
         """Get ready to sample and to send events."""
@@ -115,7 +129,7 @@ class Answer:
         if self._stop.found or finish_reason is not None:
             yield self._done(finish_reason or "stop", last)
 
-    def _feed(self, token: int) -> Part:
+    def _feed(self, token: int) -> Told:
         assert self._text is not None
         thinks = self._text.is_thinking
         part = self._text.feed(token)
@@ -171,7 +185,7 @@ class Answer:
             known.append((token, chosen))
         return chosen, [(i, self._tokenizer.tell(i), logprob) for i, logprob in known]
 
-    def _done(self, finish_reason: str, last: Part = NOTHING) -> Done:
+    def _done(self, finish_reason: str, last: Told = NOTHING) -> Done:
         """Return the end, with the last piece of text: "stop" where a stop text is complete, else as given."""
         self.ended = True
         rest = self._stop.feed(last.text)
@@ -276,3 +290,12 @@ def _tokenize(request: Request, tokenizer: Tokenizer) -> list[int]:
         raise BadField(
             f"the model's chat template fails: {reason}", hint=_WITHOUT_TEMPLATE, param=request.source
         ) from None
+
+
+def sample_rows(answers: list[Answer], logprobs: mx.array) -> mx.array:
+    """Return each row's token (B,) from log-probabilities (B, V)."""
+    best = mx.argmax(logprobs, axis=-1)
+    if all(answer.is_plain for answer in answers):
+        return best
+    rows = [(answer, slice(i, i + 1)) for i, answer in enumerate(answers)]
+    return mx.concatenate([best[row] if a.is_plain else a.sample(logprobs[row], best[row]) for a, row in rows])

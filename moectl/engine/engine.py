@@ -23,15 +23,16 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl.engine.admission import Admission, held_tokens
+from moectl.engine.admission import Admission
 from moectl.engine.agreement import MAX_CANCELS, Agreement
-from moectl.engine.answer import Answer, measure_reach, read_prompt
+from moectl.engine.answer import Answer, sample_rows
 from moectl.engine.caches import make_one_row, pack
 from moectl.engine.isolation import isolated
 from moectl.engine.profile import profile
@@ -39,7 +40,6 @@ from moectl.engine.prompt_cache import PromptCache
 from moectl.engine.protocol import PREFILL_STEP, Cancel, Event, Generate, Order, Prefilled, Profile
 from moectl.engine.sampling import Sampler
 from moectl.engine.speculation import Speculation
-from moectl.errors import BadField
 from moectl.model.placement import Placement
 from moectl.shards.tokenizer import Tokenizer
 
@@ -80,19 +80,16 @@ class Engine:
         if speculate and not trimmable:
             raise ValueError("a model whose caches cannot be trimmed cannot take proposed tokens back")
         self._model = model
-        self._vocab_size = vocab_size
         self._placement = placement
         self._trimmable = trimmable
         self._batchable = batchable
         self._tokenizer = tokenizer
+        self._read = partial(
+            Answer.read, tokenizer=tokenizer, vocab_size=vocab_size, max_seq_len=max_seq_len, kv_tokens=kv_tokens
+        )
         self._rank = rank
         self._leads = rank == head_rank
-        self._max_seq_len = max_seq_len
         self._prefill_step = prefill_step
-        self._kv_tokens = kv_tokens
-        if cache_tokens is None:
-            cache_tokens = max_seq_len if kv_tokens is None else kv_tokens
-        self._cache_tokens = cache_tokens
         max_rows = MAX_BATCH if batchable else 1
         # One prompt at a time: rows then join in admission order, so that this file can name each row's request.
         self._generator = BatchGenerator(
@@ -102,7 +99,6 @@ class Engine:
             completion_batch_size=max_rows,
             prefill_step_size=prefill_step,
         )
-        self._row_tokens = row_tokens
         self._admission = Admission(  # on the leader
             max_rows=max_rows, kv_tokens=kv_tokens, max_cancels=MAX_CANCELS, row_tokens=row_tokens
         )
@@ -116,7 +112,9 @@ class Engine:
             stop_tokens=frozenset(tokenizer.eos_token_ids),
             agree=self._agreement.agree,
         )
-        self._cache = PromptCache(trimmable=trimmable, entry_tokens=row_tokens)
+        if cache_tokens is None:
+            cache_tokens = max_seq_len if kv_tokens is None else kv_tokens
+        self._cache = PromptCache(cache_tokens, kv_tokens, trimmable=trimmable, row_tokens=row_tokens)
         self._arrived: dict[int, Answer] = {}  # by request id, not yet admitted
         self._withdrawn: set[int] = set()  # cancelled while they waited: passed by when the count gets there
         self._profiles: dict[int, Profile] = {}  # by id, waiting for their turn and for idleness
@@ -178,18 +176,6 @@ class Engine:
             yield from answer.refuse()
         if self._admission.arrive(answer.request.id, answer.reach):
             yield from answer.cancel()
-
-    def _read(self, answer: Answer) -> None:
-        # The same on every rank: tokens, refusals and errors depend only on the request and the engine's limits. If
-        # one rank alone fails here, the ranks do not meet in the next exchange, and that ends the session.
-        request, limit = answer.request, self._max_seq_len
-        with isolated(request.id, answer.refuse_for):
-            try:
-                prompt = read_prompt(request, self._tokenizer, vocab_size=self._vocab_size, max_seq_len=limit)
-                answer.reach = measure_reach(request, len(prompt), max_seq_len=limit, kv_tokens=self._kv_tokens)
-                answer.prompt = prompt
-            except BadField as refusal:
-                answer.refuse_for(refusal)
 
     def _profile(self, order: Profile) -> Iterator[Event]:
         # No request is admitted past this order's id, so every rank is idle here, at the same place in the count.
@@ -291,11 +277,7 @@ class Engine:
             self._keep(tokens, layers)
 
     def _cache_room(self) -> int:
-        if self._kv_tokens is None:
-            return self._cache_tokens
-        reaches = [answer.reach for answer in self._running.values()]
-        left = self._kv_tokens - held_tokens(reaches, self._row_tokens)
-        return max(0, min(self._cache_tokens, left))
+        return self._cache.find_room([answer.reach for answer in self._running.values()])
 
     # One step: compute, tell, obey.
 
@@ -411,17 +393,8 @@ class Engine:
             answers = self._decoding
             self._sampled_rows = True
         if self._leads:
-            tokens = _sample(answers, logprobs).astype(mx.int32)
+            tokens = sample_rows(answers, logprobs).astype(mx.int32)
         else:
             tokens = mx.zeros((len(answers),), dtype=mx.int32)
         self._in_flight = list(answers), self._agreement.agree(tokens, logprobs)
         return self._in_flight[1]
-
-
-def _sample(answers: list[Answer], logprobs: mx.array) -> mx.array:
-    """Return each row's token (B,) from log-probabilities (B, V)."""
-    best = mx.argmax(logprobs, axis=-1)
-    if all(answer.is_plain for answer in answers):
-        return best
-    rows = [(answer, slice(i, i + 1)) for i, answer in enumerate(answers)]
-    return mx.concatenate([best[row] if a.is_plain else a.sample(logprobs[row], best[row]) for a, row in rows])

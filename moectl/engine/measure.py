@@ -1,14 +1,14 @@
-"""Measure a group of nodes with a shortened model: the real layers, engine and exchanges, with random weights.
+"""Measure a group of nodes with shortened models: the real layers, engine and exchanges, with random weights.
 
 `python -m moectl.engine.measure` is a worker whose only request is a `measured.Job` (the prompt, as JSON). Rank 0
 answers with a list of `measured.Speed` as JSON. It loads no shard and writes nothing.
 
-An engine answers with a model of few layers and with one of more. The slope over depth is the time of one layer in a
-session: exchange, host work and waiting for the slowest rank are in it. What is left is embedding, head, sampling and
-agreement. All ranks work at once, so ranks that share a machine slow each other down as they will in a session.
+An engine answers with models of the first few layers. From their times at several depths follow the time of a layer of
+each kind in a session (exchange, host work and waiting for the slowest rank are in it), and what is left: embedding,
+head, sampling and agreement. All ranks work at once, so ranks that share a machine slow each other down as they will in
+a session.
 
-Weights that do not fit in the job's memory are shared by all layers. If that is not enough, there are fewer experts
-where their number costs no time, or a shorter hidden dimension, whose time is scaled up again.
+Weights that do not fit in the job's memory are shared by layers that are alike.
 """
 
 from __future__ import annotations
@@ -17,41 +17,58 @@ import json
 import queue
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+import numpy as np
 import tokenizers
+from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.engine.controller_link import ControllerLink
 from moectl.engine.engine import Engine
 from moectl.engine.group import open_group
-from moectl.engine.network.dbrx import Model
+from moectl.engine.network.exchange import seam, sum_over_ranks
 from moectl.engine.network.load import compute_dtype
-from moectl.engine.parts import Group, PartTimes
 from moectl.engine.protocol import Done, Generate, Load, Loaded, Ready, Start, Token
-from moectl.engine.random_model import Weights, module_bytes, shrink, with_depth
+from moectl.engine.random_model import RandomWeights, choose_depths, with_depth
 from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request, Stats
 from moectl.engine.worker import run
 from moectl.errors import PlanError
 from moectl.model.placement import Placement
-from moectl.model.structure import Quantization
+from moectl.model.structure import Structure
 from moectl.planner.measured import Job, Pass, RankSpeed, Speed, read_job
 from moectl.shards.tokenizer import Tokenizer
 
-DEEP = 6  # layers of the longer model, at most
-SHALLOW_PART = 3  # the shorter one has this part of them
-_LEAST_TOKENS = 11  # of an answer: a short prompt and what it takes to time a step
-_PROBE_WIDTH = 2048
-_PATIENCE = 4  # times the budget that an estimate of the least may be, since estimates are rough
-_LEAST_SCALE = 1 / 8
 _LEAST_ROUNDS = 2
 _MOST_TOKENS = 64
+_PATIENCE, _PATIENCE_S = 4, 20.0  # times the budget, and seconds, that the least may take
+_PART_S = 0.04  # for each thing that is measured by itself
 
 Tell = Callable[[int], None]  # gets a token that was generated
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """This rank and the group of all; `group` is None for a single rank."""
+
+    rank: int
+    size: int
+    group: Any
+
+    def share(self, *values: float) -> list[list[float]]:
+        """Return every rank's values, by rank; every rank waits for all."""
+        mine = mx.array([values], dtype=mx.float32)
+        if self.group is None:
+            return mine.tolist()  # type: ignore[return-value]
+        with mx.stream(mx.cpu):
+            return mx.distributed.all_gather(mine, group=self.group).tolist()  # type: ignore[return-value]
+
+    def largest(self, value: float) -> float:
+        """Return the largest of all ranks' values, so that all decide alike."""
+        return max(row[0] for row in self.share(value))
 
 
 def measure(job: Job, group: Group, tell: Tell = lambda token: None) -> list[Speed]:
@@ -71,128 +88,137 @@ class _Bench:
 
     def __init__(self, placement: Placement, job: Job, group: Group, tell: Tell) -> None:
         self._tell = tell
-        self._placement = placement
+        self._placement, self._structure = placement, placement.structure
         self._job = job
         self._group = group
         self._dtype = compute_dtype()
-        self._deep = min(DEEP, placement.geometry.n_layers)
-        self._shallow = max(1, self._deep // SHALLOW_PART)
-        if placement.split == "layers":
-            self._shallow, self._deep = placement.world_size, 2 * placement.world_size  # as many on each rank
+        least = placement.world_size if placement.split == "layers" else 1
+        self._depths = choose_depths(self._structure.order, least)
 
     def measure(self) -> Speed:
-        short, weights = self._choose_size()
-        scale = short.geometry.ffn_hidden / self._placement.geometry.ffn_hidden
-        models = {
-            depth: weights.fill(
-                weights.make_model(with_depth(short, depth), self._group.rank, self._group.group), self._dtype
-            )
-            for depth in {self._shallow, self._deep}
-        }
-        decode, prefill = _Passes(models, self._job, self._group, self._tell).measure()
-        solo = weights.fill(weights.make_model(with_depth(short, self._deep), self._group.rank, None), self._dtype)
-        parts = PartTimes(solo, short, self._group, prefill.tokens, scale)
-        ranks = parts.measure()
-        collective = parts.time_collectives(self._dtype)
-        attention = max(rank.attention_s for rank in ranks)
+        weights = self._choose_weights()
+        rank, group = self._group.rank, self._group.group
+        models = {depth: weights.make_model(with_depth(self._placement, depth), rank, group) for depth in self._depths}
+        decode, prefill = _Passes(models, self._placement, self._job, self._group, self._tell).measure()
+        collective = self._time_collectives(prefill.tokens)
+        del models
+        own = self._measure_alone(weights, prefill.tokens)
+        ranks = tuple(RankSpeed(*row) for row in self._group.share(own.layer_s, own.bytes_s, own.flops_s))
         if self._placement.split == "layers":
-            sums, uneven = [0.0, 0.0], weigh_layers(self._placement.shares, ranks)
-        else:
-            sums, uneven = [collective.get(n * parts.row_bytes(self._dtype), 0.0) for n in (1, prefill.tokens)], 1.0
-        decode, prefill = (replace(p, layer_s=uneven * p.layer_s) for p in (decode, prefill))
+            uneven = weigh_layers([last - first for first, last in self._spans()], ranks)
+            decode, prefill = (replace(p, layer_s=uneven * p.layer_s) for p in (decode, prefill))
+        placement = self._placement
         return Speed(
-            self._placement.split,
-            self._placement.shares,
-            scale_up(decode, attention + sums[0], scale),
-            scale_up(prefill, attention + sums[1], scale),
-            collective,
-            ranks,
-            prefill.tokens,
-            scale,
-            self._placement.held,
+            placement.split, placement.shares, decode, prefill, collective, ranks, prefill.tokens, placement.held
         )
 
-    def _choose_size(self) -> tuple[Placement, Weights]:
-        """Return the placement to build and where its weights come from, the same on every rank; set the depths."""
-        short, shared = self._placement, False
-        bytes_s = _matvec_rate(self._job.quantization, self._dtype)
-        while True:
-            weights = Weights(self._job.quantization, shared=shared)
-            model = weights.make_model(with_depth(short, self._deep), self._group.rank, None)
-            needed = self._group.largest(weights.count_bytes(model, self._dtype))
-            needed_s = self._group.largest(self._least_work(model, short) / bytes_s)
-            fits, quick = needed <= self._job.memory_bytes, needed_s <= _PATIENCE * self._job.budget_s
-            if fits and quick:
-                return short, weights
-            if not quick and self._deep > 2 and self._placement.split != "layers":
-                self._shallow, self._deep = 1, 2
-            elif not fits and not shared:
-                shared = True
-            elif (shorter := shrink(short, self._job.quantization)) != short and self._is_telling(shorter):
-                short = shorter
-            else:
-                self._refuse(needed, needed_s, fits)
+    def _spans(self) -> list[tuple[int, int]]:
+        return [self._placement.layers(rank) for rank in range(self._placement.world_size)]
 
-    def _is_telling(self, short: Placement) -> bool:
-        """Whether times of experts so narrow can be scaled up without blowing up their noise."""
-        return short.geometry.ffn_hidden >= _LEAST_SCALE * self._placement.geometry.ffn_hidden
-
-    def _refuse(self, needed: float, needed_s: float, fits: bool) -> NoReturn:
-        if fits:
-            raise PlanError(f"this host would take {needed_s:.0f} s to measure", hint="plan without --probe")
+    def _choose_weights(self) -> RandomWeights:
+        """Return where weights come from, alike on every rank."""
+        deep = with_depth(self._placement, self._depths[-1])
+        needed = 0.0
+        for shared in (False, True):
+            weights = RandomWeights(self._job.config, self._job.quantization, self._dtype, shared)
+            needed = self._group.largest(weights.count_bytes(deep, self._group.rank))
+            if needed <= self._job.memory_bytes:
+                return weights
         allowed = self._job.memory_bytes
         raise PlanError(
             f"measuring needs {needed / 1e9:.1f} GB, and may take {allowed / 1e9:.1f} GB here",
             hint="free some memory there, or plan without --probe",
         )
 
-    def _least_work(self, model: Model, placement: Placement) -> float:
-        """Return the bytes that the fewest passes of both models read, one token after the other."""
-        layer = model.layers[0]
-        held = len(placement.experts_of(self._group.rank))
-        chosen = min(placement.geometry.top_k, held) / held
-        each = module_bytes(layer.norm_attn_norm, self._dtype) + chosen * module_bytes(layer.ffn, self._dtype)
-        head = module_bytes(model.lm_head, self._dtype) if "lm_head" in model else 0.0
-        answers = {self._shallow: _LEAST_ROUNDS + 3, self._deep: _LEAST_ROUNDS + 1}
-        return sum(n * (_LEAST_TOKENS * depth * each + 4 * head) for depth, n in answers.items())
+    def _measure_alone(self, weights: RandomWeights, tokens: int) -> RankSpeed:
+        """Return this rank's own work on a layer, beside the other ranks and without exchanges."""
+        times: dict[int, list[float]] = {}
+        many: dict[int, list[float]] = {}
+        for depth in self._depths:
+            placement = with_depth(self._placement, depth)
+            if placement.split == "layers":  # its layers are whole
+                placement = replace(placement, shares=(1,))
+            model = weights.make_model(placement, 0 if placement.world_size == 1 else self._group.rank, None)
+            many[depth], times[depth] = self._time_model(model, tokens)
+        order = self._structure.order
+        one, all_of = fit_pass(1, times, order), fit_pass(tokens, many, order)
+        read, operations = _work_of(self._placement, self._group.rank, self._dtype.size)
+        return RankSpeed(one.layer_s, read / max(one.layer_s, 1e-9), tokens * operations / max(all_of.layer_s, 1e-9))
+
+    def _time_model(self, model: Any, tokens: int) -> tuple[list[float], list[float]]:
+        """Return the seconds of some prompts, and of some single tokens after one."""
+        prompts, steps = [], []
+        self._group.largest(0.0)  # all ranks begin together
+        for _ in range(3):
+            cache = make_prompt_cache(model)
+            begin = time.perf_counter()
+            mx.eval(model(mx.zeros((1, tokens), dtype=mx.int32), cache=cache))
+            prompts.append(time.perf_counter() - begin)
+            begin, count = time.perf_counter(), 0
+            while time.perf_counter() - begin < _PART_S or count < 2:
+                mx.eval(model(mx.zeros((1, 1), dtype=mx.int32), cache=cache))
+                count += 1
+            steps.append((time.perf_counter() - begin) / count)
+        return prompts[1:], steps[1:]
+
+    def _time_collectives(self, tokens: int) -> dict[int, float]:
+        """Return the seconds of one sum over all ranks, by bytes, for one token and for a prompt."""
+        if self._group.size == 1:
+            return {}
+        row, width = self._structure.width * self._dtype.size, self._structure.width
+        return {
+            count * row: self._time_collective(mx.ones((count, width), dtype=self._dtype))
+            for count in sorted({1, tokens})
+        }
+
+    def _time_collective(self, x: mx.array) -> float:
+        def chain(count: int) -> float:
+            y = x
+            for _ in range(count):
+                y = sum_over_ranks(y, self._group.group) * (1 / self._group.size)
+            self._group.largest(0.0)
+            begin = time.perf_counter()
+            mx.eval(y)
+            return (time.perf_counter() - begin) / count
+
+        chain(2)
+        count = max(2, min(50, int(_PART_S / self._group.largest(chain(2)) / 2)))
+        return self._group.largest(statistics.median(chain(count) for _ in range(5)))
 
 
-def _matvec_rate(quantization: Quantization | None, dtype: mx.Dtype) -> float:
-    """Return roughly the bytes of weights per second that this device multiplies with one vector."""
-    linear: Any = nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH, bias=False)
-    linear.set_dtype(dtype)
-    if quantization is not None:
-        q = quantization
-        linear = nn.QuantizedLinear.from_linear(linear, q.group_size, q.bits, q.mode)
-    x = mx.ones((1, _PROBE_WIDTH), dtype=dtype)
-    mx.eval(linear.parameters(), x)
-    seconds = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        mx.eval(linear(x))
-        seconds.append(time.perf_counter() - begin)
-    return module_bytes(linear, dtype) / min(seconds)
+def _work_of(placement: Placement, rank: int, dtype_bytes: int) -> tuple[float, float]:
+    """Return the bytes that a token reads in an average layer of a rank, and the operations with them."""
+    structure, read, operations = placement.structure, 0.0, 0.0
+    for layer in structure.layers:
+        for part in layer.parts:
+            share = placement.fraction(part, rank) * part.active
+            read += part.count_bytes(dtype_bytes) * share
+            operations += 2 * part.values * share
+    return read / structure.n_layers, operations / structure.n_layers
 
 
 class _Passes:
-    """Whole passes through the engine, with a shallow and a deep model in turn."""
+    """Whole passes through the engine, with models of several depths in turn."""
 
-    def __init__(self, models: dict[int, Model], job: Job, group: Group, tell: Tell) -> None:
+    def __init__(self, models: dict[int, Any], placement: Placement, job: Job, group: Group, tell: Tell) -> None:
         self._tell = tell
         self._models = models
+        self._placement = placement
         self._job = job
         self._group = group
-        vocab_size = next(iter(models.values())).placement.geometry.vocab_size
-        self._prompts = RandomPrompts(vocab_size)  # the same ones on every rank
+        self._prompts = RandomPrompts(placement.structure.vocab_size)  # the same ones on every rank
         self._first: dict[int, list[float]] = {depth: [] for depth in models}  # seconds of the prompt
         self._step: dict[int, list[float]] = {depth: [] for depth in models}  # seconds per generated token
 
     def measure(self) -> tuple[Pass, Pass]:
         """Return (decode, prefill)."""
-        shallow, deep = min(self._models), max(self._models)
-        ratio = 1 + deep / shallow
+        shallow = min(self._models)
+        ratio = sum(self._models) / shallow
         self._answer(shallow, 8, 3)  # compiles kernels
         prompt_s, step_s = self._answer(shallow, 8, 3)
+        least_s = (_LEAST_ROUNDS + 1) * ratio * (prompt_s + 3 * step_s)
+        if least_s > max(_PATIENCE * self._job.budget_s, _PATIENCE_S):
+            raise PlanError(f"these hosts would take {least_s:.0f} s to measure", hint="plan without --probe")
         budget = self._job.budget_s / (_LEAST_ROUNDS + 1)
         # Eight tokens at once take no less per token than many.
         prompt = int(min(self._job.prompt_tokens, max(8, budget / 2 / ratio / (prompt_s / 8))))
@@ -207,18 +233,22 @@ class _Passes:
             rounds += 1
             spent = self._group.largest(time.perf_counter() - begin)
             if rounds > _LEAST_ROUNDS and spent > self._job.budget_s:
-                return fit_pass(1, self._step), fit_pass(prompt, self._first)
+                order = self._placement.structure.order
+                return fit_pass(1, self._step, order), fit_pass(prompt, self._first, order)
 
     def _answer(self, depth: int, prompt: int, count: int) -> tuple[float, float]:
         """Return the seconds (to the first token, per further token) of one answer, the same on every rank."""
-        model = self._models[depth]
+        structure: Structure = self._placement.structure
         engine = Engine(
-            model,
+            self._models[depth],
             _NoText(),
+            vocab_size=structure.vocab_size,
             rank=self._group.rank,
-            head_rank=model.placement.head_rank,
+            head_rank=self._placement.head_rank,
             group=self._group.group,
             max_seq_len=1 << 20,
+            trimmable=structure.can_trim,
+            batchable=structure.can_batch,
         )
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         tokens = self._prompts.draw(prompt)
@@ -236,16 +266,23 @@ class _Passes:
         return max(row[0] for row in told), max(row[1] for row in told)
 
 
-def fit_pass(tokens: int, seconds: dict[int, list[float]]) -> Pass:
-    """Return the line through the medians of the shallowest and the deepest model, by depth.
+def fit_pass(tokens: int, seconds: Mapping[int, Sequence[float]], order: Sequence[int]) -> Pass:
+    """Return the time of an average layer of the whole model, and what is left, from medians at several depths.
 
-    It meets the deepest one's; noise may not make a part negative.
+    `order` has the kind of each layer. The deepest model's time is met; noise may not make a part negative.
     """
-    shallow, deep = min(seconds), max(seconds)
-    low, high = (statistics.median(seconds[depth]) for depth in (shallow, deep))
-    layer = (high - low) / (deep - shallow) if deep > shallow else high / deep
-    layer = min(max(layer, 0.0), high / deep)
-    return Pass(tokens, layer, max(0.0, high - deep * layer))
+    kinds = sorted(set(order))
+    depths = sorted(seconds)
+    times = [statistics.median(seconds[depth]) for depth in depths]
+    counts = np.array([[list(order[:depth]).count(kind) for kind in kinds] for depth in depths], dtype=float)
+    if len(depths) == 1:
+        return Pass(tokens, times[0] / depths[0], 0.0)
+    rows = np.hstack([np.ones((len(depths), 1)), counts])
+    found, *_ = np.linalg.lstsq(rows, np.array(times), rcond=None)
+    each = np.maximum(found[1:], 0.0)
+    each *= min(1.0, times[-1] / max(float(counts[-1] @ each), 1e-12))
+    whole = np.array([list(order).count(kind) for kind in kinds], dtype=float)
+    return Pass(tokens, float(whole @ each / whole.sum()), max(0.0, times[-1] - float(counts[-1] @ each)))
 
 
 class _NoText(Tokenizer):
@@ -255,16 +292,11 @@ class _NoText(Tokenizer):
         super().__init__(tokenizers.Tokenizer(tokenizers.models.BPE()), eos_token_ids=set())
 
 
-def weigh_layers(shares: Sequence[int], ranks: Sequence[RankSpeed]) -> float:
-    """Return how much longer a layer takes on average with these shares than with even ones."""
-    times = [rank.attention_s + max(rank.experts_s.values()) for rank in ranks]
+def weigh_layers(counts: Sequence[int], ranks: Sequence[RankSpeed]) -> float:
+    """Return how much longer a layer takes on average where the ranks have these numbers of layers than evenly."""
+    times = [rank.layer_s for rank in ranks]
     mean = statistics.fmean(times)
-    return sum(n * t for n, t in zip(shares, times, strict=True)) / (sum(shares) * mean) if mean else 1.0
-
-
-def scale_up(measured: Pass, other_s: float, scale: float) -> Pass:
-    """Return a pass with the time of whole experts; `other_s` of each layer's is not the experts'."""
-    return replace(measured, layer_s=measured.layer_s + max(0.0, measured.layer_s - other_s) * (1 / scale - 1))
+    return sum(n * t for n, t in zip(counts, times, strict=True)) / (sum(counts) * mean) if mean else 1.0
 
 
 def _serve(link: ControllerLink) -> None:
@@ -275,11 +307,12 @@ def _serve(link: ControllerLink) -> None:
     link.tell(Ready("", None, 0, 0, 0))  # there is no model before there is a job
     order: Generate = link.take(Generate)
     # Without text: the findings come with the end.
-    speeds = measure(
-        read_job(order.request.prompt),
-        Group(start.rank, start.world_size, group),
-        lambda token: link.tell(Token(order.request.id, token, "")),
-    )
+    with seam():
+        speeds = measure(
+            read_job(order.request.prompt),
+            Group(start.rank, start.world_size, group),
+            lambda token: link.tell(Token(order.request.id, token, "")),
+        )
     if start.rank == 0:
         stats = Stats(0, 0, 0.0, 0.0, 0.0, mx.get_peak_memory())
         link.tell(Done(order.request.id, "stop", stats, json.dumps([speed.to_json() for speed in speeds])))

@@ -15,12 +15,14 @@ a close tie may fall the other way. A request that must not depend on earlier on
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from mlx_lm.models.cache import trim_prompt_cache
+
+from moectl.engine.admission import held_tokens
 
 # A shorter prefix saves nothing, and two prompts that share only a template's first words stay apart.
 MIN_PREFIX = 16
@@ -36,19 +38,29 @@ class _Entry:
 class PromptCache:
     """Caches by the tokens they belong to, least recently used first.
 
-    `trimmable`: whether all caches of the model can forget their last tokens. `entry_tokens` is what an entry takes
-    besides that of its tokens, counted in tokens.
+    It may take `most` tokens, and of `kv_tokens` what the running rows leave. `trimmable`: whether all caches of the
+    model can forget their last tokens. `row_tokens` is what a row takes whatever its length, counted in tokens.
     """
 
-    def __init__(self, *, trimmable: bool = True, entry_tokens: int = 0) -> None:
+    def __init__(
+        self, most: int = 0, kv_tokens: int | None = None, *, trimmable: bool = True, row_tokens: int = 0
+    ) -> None:
         self._entries: list[_Entry] = []
+        self._most = most
+        self._kv_tokens = kv_tokens
         self._trimmable = trimmable
-        self._entry_tokens = entry_tokens
+        self._row_tokens = row_tokens
+
+    def find_room(self, reaches: Collection[int]) -> int:
+        """Return how many tokens it may take beside running rows that may reach these lengths."""
+        if self._kv_tokens is None:
+            return self._most
+        return max(0, min(self._most, self._kv_tokens - held_tokens(reaches, self._row_tokens)))
 
     @property
     def tokens(self) -> int:
         """How many tokens' keys and values would take the memory of what is kept."""
-        return sum(entry.tokens.size + self._entry_tokens for entry in self._entries)
+        return sum(entry.tokens.size + self._row_tokens for entry in self._entries)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -78,7 +90,7 @@ class PromptCache:
         Returns whether it holds on to the layers: it may have no room for them, or know these tokens already.
         """
         kept = np.array(tokens, dtype=np.int32)
-        if not MIN_PREFIX < kept.size <= room - self._entry_tokens:
+        if not MIN_PREFIX < kept.size <= room - self._row_tokens:
             self.shrink(room)
             return False
         same = next((e for e in self._entries if self._count_useful(e, kept) == kept.size), None)

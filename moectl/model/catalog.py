@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from typing import Any
@@ -23,12 +23,14 @@ class CatalogModel:
     name: str
     structure: Structure
     quantization: Quantization | None  # of most weights in the structure; None: 16 bits
+    config: Mapping[str, Any] = field(default_factory=dict)  # its config.json
 
     def quantised(self, quantization: Quantization | None) -> CatalogModel:
         """Return the model with another precision, as it is where it has that one."""
         if quantization == self.quantization:
             return self
-        return CatalogModel(self.name, self.structure.quantised(quantization, over=self.quantization), quantization)
+        structure = self.structure.quantised(quantization, over=self.quantization)
+        return CatalogModel(self.name, structure, quantization, self.config)
 
 
 class _Catalog(Mapping[str, CatalogModel]):
@@ -45,10 +47,10 @@ class _Catalog(Mapping[str, CatalogModel]):
 
     def __getitem__(self, name: str) -> CatalogModel:
         entry = self._by_name[name]
-        model = CatalogModel(name, build(Structure, entry["structure"]), None)
+        model = CatalogModel(name, build(Structure, entry["structure"]), None, entry["config"])
         if (numbers := entry["quantised"].get(name)) is None:
             return model
-        return CatalogModel(name, model.structure.quantised(Quantization(*numbers)), Quantization(*numbers))
+        return model.quantised(Quantization(*numbers))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)

@@ -17,18 +17,18 @@ are left for communication, 6 times the decentralised exchange.
 
 `default` is what moectl expects of today's software: 80 % of the bandwidth and 2.6 µs for each launch of an operation,
 100 µs for a layer of DBRX, because the graph of the next step is built while this one runs (building takes 140 µs per
-layer, measured on Linux) and `mx.set_wired_limit` avoids the wiring. In `experts` the host has to read the router's choice before it launches the
-rank's own experts: 120 µs more. The collectives are published ranges at 2 and 4 nodes: RDMA
-20-25 µs (27-31 µs seen in an app, 4 µs raw), TCP over Thunderbolt 150-300 µs, 10 GbE 500-700 µs. That of 1 GbE is
+layer, measured on Linux) and `mx.set_wired_limit` avoids the wiring. In `experts` the host has to read the router's
+choice before it launches the rank's own experts: 120 µs more. The collectives are published ranges at 2 and 4 nodes:
+RDMA 20-25 µs (27-31 µs seen in an app, 4 µs raw), TCP over Thunderbolt 150-300 µs, 10 GbE 500-700 µs. That of 1 GbE is
 10 GbE's with 100 µs more for the switch, an estimate. moectl measured nothing of `default` on a Mac; `plan --probe`
 measures a cluster.
 
 `peers` is the software that clusters of Macs run today (exo with MLX's RDMA, split by `tensor`), fitted to what is
 published of 1 and 4 M3 Ultras: Qwen3-235B at 8 bits 19.5 and 31.9 tok/s, DeepSeek V3.1 at 4 bits 21.1 and 32.5. Reading
 the weights takes a quarter of the time on 4 nodes. What does not scale is the time per layer: an operation is launched
-on every node, however little it reads. 5.3 µs per launch meet all four within 16 %: 185 µs for a layer of Qwen3 (35
-launches), 260 µs for one of DeepSeek (49), where 200 to 350 µs per layer are reported. An exchange takes the 27 to 31 µs
-that were seen in an app.
+on every node, however little it reads. 5.3 µs per launch meet all four within 7 %: 185 µs for a layer of Qwen3 (35
+launches), 265 µs for one of DeepSeek (50), where 200 to 350 µs per layer are reported. An exchange takes the 27 to
+31 µs that were seen in an app.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from moectl.errors import CommandFailed
 from moectl.hosts.hardware import Hardware
 from moectl.model.ownership import Held, normalise
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.records import build
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -26,6 +27,8 @@ class Job:
     """The job of every rank of a group: measure these placements, one after the other."""
 
     placements: tuple[Placement, ...]
+    config: dict[str, Any]  # the model's config.json
+    quantization: Quantization | None
     memory_bytes: int  # for the weights of a measurement on each host
     prompt_tokens: int = 128  # at most; fewer on a slow machine
     budget_s: float = 1.5  # per placement, for whole passes; the parts take half of that more
@@ -49,13 +52,11 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class RankSpeed:
-    """The time of one rank's own work on one token and one layer, beside the other ranks, without exchanges."""
+    """One rank's own work, beside the other ranks, without exchanges."""
 
-    attention_s: float  # norms, attention over the context, router
-    experts_s: Mapping[int, float]  # by the number of chosen experts that this rank computes (a part of)
-    head_s: float | None  # final norm and head, per token; None where this rank has none
-    bytes_s: float  # at which weights are read in a product with one vector
-    flops_s: float  # in products with many vectors
+    layer_s: float  # of one token in an average layer
+    bytes_s: float  # at which the weights are read for one token
+    flops_s: float  # operations per second of a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,6 @@ class Speed:
     collective_s: Mapping[int, float]  # of a sum over all ranks, by the bytes of each rank; empty for one rank
     ranks: tuple[RankSpeed, ...]
     context: int  # tokens in the cache during decode
-    scale: float  # of the experts' hidden dimension that was measured; the times are for all of it
     held: Held | None = None
 
     def is_of(self, placement: Placement) -> bool:

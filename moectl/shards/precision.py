@@ -22,6 +22,7 @@ from moectl.errors import CheckpointError, PlanError
 from moectl.model.config_keys import CORRECT
 from moectl.model.structure import Quantization
 from moectl.shards.formats import Format, quantise
+from moectl.shards.stored import spell
 from moectl.shards.trace import ANOTHER_COPY, Expression, check_parameters, record
 
 
@@ -65,7 +66,7 @@ def settle(
     for name, array in tree_flatten(model.parameters()):
         if mx.issubdtype(array.dtype, mx.floating) and not mx.issubdtype(parameters[name].dtype, mx.floating):
             raise CheckpointError(
-                f"{name} is stored as {parameters[name].dtype}, and the model needs floats", hint=ANOTHER_COPY
+                f"{name} is stored as {spell(parameters[name].dtype)}, and the model needs floats", hint=ANOTHER_COPY
             )
     return Settled(parameters, None if table is None else _complete(model, table))
 
@@ -151,6 +152,11 @@ def _keep(model: Any, table: Mapping[str, Any], traced: Mapping[str, Expression]
         raise CheckpointError(
             f"config.json: quantization does not fit the model: {error}", hint=ANOTHER_COPY
         ) from error
+
+
+def quantise_as_wanted(model: Any, config: Mapping[str, Any], wanted: Quantization) -> None:
+    """Make the modules quantised that `mlx_lm.convert` would quantise, and so. Raises PlanError."""
+    _quantise(model, config, None, wanted, None)
 
 
 def _quantise(

@@ -313,8 +313,8 @@ def describe_model(source: str) -> tuple[CatalogModel, Manifest | None]:
 
         with open_checkpoint(source) as checkpoint:
             blueprint = draw(checkpoint)
-            return CatalogModel(checkpoint.source, blueprint.structure, blueprint.quantization), None
-    return CatalogModel(manifest.name, manifest.structure, manifest.quantization), manifest
+            return CatalogModel(checkpoint.source, blueprint.structure, blueprint.quantization, checkpoint.config), None
+    return CatalogModel(manifest.name, manifest.structure, manifest.quantization, manifest.config), manifest
 
 
 def find_shards(where: str | Path) -> tuple[Path, Manifest]:

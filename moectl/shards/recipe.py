@@ -224,8 +224,21 @@ def _hold(node: Expression, last: str, holding: Holding, name: str) -> tuple[Exp
         ) from None
     if regions == [full(node.shape)]:
         return node, ()
-    taken = [record(mx.array.__getitem__, node, tuple(slice(*span) for span in region)) for region in regions]
+    taken = [_take(node, region) for region in regions]
     return (taken[0] if len(taken) == 1 else record(mx.concatenate, taken, axis)), tuple(regions)
+
+
+def _take(node: Expression, region: Region) -> Expression:
+    """Return a region of an expression; of a stack as one of fewer arrays, so that the others' files need not come."""
+    operation = node.operation
+    alike = all(x.dtype == node.dtype for x in node.inputs)
+    if operation.name == "stack" and operation.kwargs.get("axis", 0) == 0 and len(operation.args) == 1 and alike:
+        node = record(mx.stack, list(node.inputs[slice(*region[0])]))
+        region = ((0, node.shape[0]), *region[1:])
+    if region == full(node.shape):
+        return node
+    taken: Expression = record(mx.array.__getitem__, node, tuple(slice(*span) for span in region))
+    return taken
 
 
 def _forms(node: Expression, target: Quantization | None) -> list[tuple[str, tuple[int, ...]]]:

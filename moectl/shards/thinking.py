@@ -42,14 +42,14 @@ _CHANNEL_EDGES: Edges = {
 _FIRST_SIGN = 0xD800  # half a surrogate pair: no decoded text has one
 
 
-class Part(NamedTuple):
+class Told(NamedTuple):
     """A piece of an answer's text, and of the thinking before it."""
 
     thinking: str
     text: str
 
 
-NOTHING = Part("", "")
+NOTHING = Told("", "")
 
 
 class Markers:
@@ -124,7 +124,7 @@ class AnswerText:
         """Whether the next token belongs to the thinking, unless it is a marker."""
         return self._markers is not None and self._state[0] == THINKING
 
-    def feed(self, token: int) -> Part:
+    def feed(self, token: int) -> Told:
         """Return what becomes final with one more token."""
         sign = None if self._markers is None else self._markers.signs.get(token)
         if sign is None:
@@ -133,7 +133,7 @@ class AnswerText:
         self._stream = self._open_stream()
         return self._part(text)
 
-    def finish(self) -> Part:
+    def finish(self) -> Told:
         """Return what was held back, after the last token."""
         from mlx_lm.generate import TextStateMachine
 
@@ -144,17 +144,17 @@ class AnswerText:
         self._state, text, _ = TextStateMachine.flush(self._state)
         last = self._join([(state, text)])
         unclaimed, self._unclaimed = self._unclaimed or "", None
-        return Part(first.thinking + last.thinking, first.text + last.text + unclaimed)
+        return Told(first.thinking + last.thinking, first.text + last.text + unclaimed)
 
-    def _part(self, text: str) -> Part:
+    def _part(self, text: str) -> Told:
         from mlx_lm.generate import TextStateMachine
 
         if self._markers is None:
-            return Part("", text)
+            return Told("", text)
         self._state, pieces = TextStateMachine.split(self._state, text)
         return self._join(pieces)
 
-    def _join(self, pieces: Sequence[tuple[str, str]]) -> Part:
+    def _join(self, pieces: Sequence[tuple[str, str]]) -> Told:
         assert self._markers is not None
         thinking, answer = "", ""
         for number, (state, signed) in enumerate(pieces):
@@ -174,4 +174,4 @@ class AnswerText:
                 thinking += text.rstrip()
             else:
                 answer += text
-        return Part(thinking, answer)
+        return Told(thinking, answer)

@@ -29,7 +29,7 @@ _ELEMENT = 4  # bytes: a skeleton's arrays are float32
 # MLX queues about 100 commands before it waits, and an array is held until the last command that reads it has run. An
 # operation is two commands, another view of an array one (mlx/scheduler.h, backend/cpu/encoder.h and eval.cpp); with
 # its hidden copies, this number fits what was measured best.
-_QUEUED = 80
+_QUEUED = 64
 _LIKE = 2  # layers of each kind that are looked at: what one leaves meets what the next one makes
 # Operations whose result is their input, seen in another way; some have to copy what is not in order.
 _COPYING_VIEWS = {"Reshape", "Flatten", "Unflatten"}
@@ -335,8 +335,8 @@ def _no_loops(*, on_gpu: bool) -> Iterator[None]:
         states = mx.broadcast_to(rows[..., None], (*rows.shape, q.shape[-1]))
         states = mx.abs(states[:, -1:] if on_gpu else states)  # (B, T, H, D, keys' width)
         last = mx.abs(states[:, -1])
-        found = (rows if on_gpu else states[..., 0]) * last.reshape(-1)[0]
-        for _ in range(_QUEUED):  # the loop has more commands than are queued
+        found: Any = (rows if on_gpu else states[..., 0]) * last.reshape(-1)[0]
+        for _round in range(_QUEUED):  # the loop has more commands than are queued
             found = mx.stop_gradient(found)
         return mx.abs(found), last
 
@@ -363,11 +363,12 @@ def _single_operations() -> Iterator[None]:
         return mx.broadcast_to(q[..., :1], shape) * (k.reshape(-1)[0] + v.reshape(-1)[0])
 
     with ExitStack() as held:
-        for owner, name, stand_in in (
+        stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
             *((mx.fast, name, one) for name in ("rms_norm", "layer_norm", "rope")),
             (mx.fast, "scaled_dot_product_attention", attend),
             (ssm, "ssm_attn", recur),
-        ):
+        ]
+        for owner, name, stand_in in stand_ins:
             held.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, stand_in)
         with _no_loops(on_gpu=True):

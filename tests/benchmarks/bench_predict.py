@@ -7,9 +7,11 @@ into every exchange. Prints predicted and measured tokens per second and their r
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from moectl.cluster.probe import Site, measure_speed
 from moectl.demo import demo_dir
@@ -21,22 +23,21 @@ from moectl.planner.measured import Job
 from moectl.planner.speed import Work, predict_measured
 from moectl.session.bench import bench
 from moectl.session.session import RankSpec, Session
-from moectl.shards.build import cut
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.quantize import quantizer
+from tests.support.cutting import cut
 from tests.support.netns import run_cluster
 from tests.support.ring import rank_env
+from tests.support.structures import structure_of
 
 _Place = tuple[Host, Remote, tuple[str, ...]]
 DTYPE_BYTES = 4  # float32, on a CPU
 PROMPT, GENERATED = 128, 96
 
 
-def predict(sites: list[Site], placements: list[Placement]) -> list[float]:
+def predict(sites: list[Site], config: dict[str, Any], placements: list[Placement]) -> list[float]:
     """Return predicted decode tokens per second of each placement."""
-    job = Job(tuple(placements), None, 1 << 30, prompt_tokens=PROMPT, budget_s=3.0 / len(placements))
+    job = Job(tuple(placements), config, None, 1 << 30, prompt_tokens=PROMPT, budget_s=3.0 / len(placements))
     speeds = measure_speed(sites, job)
-    works = [Work(p, None, PROMPT + GENERATED // 2, PROMPT, DTYPE_BYTES) for p in placements]
+    works = [Work(p, PROMPT + GENERATED // 2, PROMPT, DTYPE_BYTES) for p in placements]
     return [predict_measured(work, speed).decode_tok_s for work, speed in zip(works, speeds, strict=True)]
 
 
@@ -58,30 +59,36 @@ def main() -> None:
     parser.add_argument("--latencies", default="0,100,300,1000", help="microseconds per exchange")
     parser.add_argument("--trials", type=int, default=3)
     options = parser.parse_args()
-    checkpoint = open_checkpoint(options.model)
+    config = json.loads((Path(options.model) / "config.json").read_text())
     count = 4 if options.netns else 2
-    placements = [make_placement(checkpoint.geometry, split, count) for split in options.splits.split(",")]
+    placements = [make_placement(structure_of(config), split, count) for split in options.splits.split(",")]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for placement in placements:
-            cut(checkpoint, placement, None, directory / placement.split, name=placement.split, quantise=quantizer)
+            cut(Path(options.model), directory / placement.split, split=placement.split, nodes=count)
         if options.netns:
             (directory / "net").mkdir()
             with run_cluster(directory / "net", count) as cluster:
                 remotes: list[_Place] = [(h, SSHRemote(h, config=str(cluster.config)), h.ips) for h in cluster.hosts()]
-                table(remotes, placements, directory, options)
+                table(remotes, config, placements, directory, options)
         else:
-            table([(Host("localhost"), LocalRemote(), ("127.0.0.1",))] * count, placements, directory, options)
+            table([(Host("localhost"), LocalRemote(), ("127.0.0.1",))] * count, config, placements, directory, options)
 
 
-def table(hosts: list[_Place], placements: list[Placement], directory: Path, options: argparse.Namespace) -> None:
+def table(
+    hosts: list[_Place],
+    config: dict[str, Any],
+    placements: list[Placement],
+    directory: Path,
+    options: argparse.Namespace,
+) -> None:
     """Print one row per latency and split."""
     print(f"{len(hosts)} ranks, {options.model}, {PROMPT} prompt + {GENERATED} generated tokens")
     print(f"{'delay':>8} {'split':>8} {'predicted':>10} {'measured':>9} {'ratio':>6}")
     for delay in options.latencies.split(","):
         env = rank_env(RING_DELAY_US=delay)
         sites = [Site(host, remote, sys.executable, ips, env) for host, remote, ips in hosts]
-        for placement, predicted in zip(placements, predict(sites, placements), strict=True):
+        for placement, predicted in zip(placements, predict(sites, config, placements), strict=True):
             found = measure(sites, directory / placement.split, options.trials)
             ratio = predicted / found
             print(f"{delay:>5} µs {placement.split:>8} {predicted:10.1f} {found:9.1f} {ratio:6.2f}", flush=True)

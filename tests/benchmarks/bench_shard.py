@@ -3,7 +3,7 @@
 Makes (streamed) and deletes a fused checkpoint of random bf16 weights. The cut and the bare `mx.quantize` run
 in the same minutes with as many streams; the source is in the page cache if memory allows. Not a test.
 
-    python tests/benchmarks/bench_shard.py --gb 6.3 --jobs 1 2
+    python -m tests.benchmarks.bench_shard --gb 6.3 --jobs 1 2
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
+
+from tests.support.memory import peak_bytes
 
 D_MODEL, FFN_HIDDEN, GROUP, BITS = 6144, 10752, 64, 4
 EXPERT_BYTES = 3 * D_MODEL * FFN_HIDDEN * 2
@@ -142,14 +143,6 @@ class Ballast:
             self._dropped = 0
 
 
-def peak_bytes() -> int:
-    """Return this process's peak resident memory; getrusage on Linux would count its parent's too."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def cut_here(source: Path, target: Path, nodes: int, jobs: int, ballast: Path | None = None) -> None:
     """Cut in this process and print the figures as JSON; a subprocess, since peak memory is a process's own."""
     from moectl.model.placement import make_placement
@@ -210,7 +203,15 @@ def run(root: Path, args: argparse.Namespace) -> None:
             write_file(paths[-1], {"ballast": (int(size * 0.3) // 2,)}, bytes(1 << 24))
             os.sync()  # only clean pages can be dropped
         before = measure_quantize(jobs, args.seconds)
-        command = [sys.executable, __file__, "--jobs", str(jobs), "--nodes", str(args.nodes)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.bench_shard",
+            "--jobs",
+            str(jobs),
+            "--nodes",
+            str(args.nodes),
+        ]
         command += ["--cut", *map(str, paths)]
         got = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         after = measure_quantize(jobs, args.seconds)

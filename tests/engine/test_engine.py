@@ -115,7 +115,7 @@ def test_streamed_text_never_splits_a_character(parts: tuple[Any, Any], text: st
     script = list(tokenizer.encode(text))
     waiting = iter([*script, 0, 0, 0])  # a step may be in flight behind the last one
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine_module, "_sample", lambda *_: mx.array([next(waiting)]))
+        patched.setattr(engine_module, "sample_rows", lambda *_: mx.array([next(waiting)]))
         events = serve(parts, ask(1, "say it", len(script)))
     pieces = [e.text if isinstance(e, Token) else e.rest for e in events if isinstance(e, Token | Done)]
     assert tokens_of(events, 1) == script

@@ -182,6 +182,7 @@ def test_repeated_text_is_answered_the_same_in_fewer_passes(family: str, tokeniz
     text = (*prompt, *alone(family, tokenizer, prompt, 40), *prompt)
     driven = drive(family, tokenizer, speculate=6)
     assert answer(driven, text, 40) == alone(family, tokenizer, text, 40)
+    assert driven.stats(driven._asked).accepted_tokens > 0
 
 
 def test_the_families_that_cannot_run_are_left_out() -> None:

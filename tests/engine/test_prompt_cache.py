@@ -110,7 +110,7 @@ def test_what_is_found_can_be_written_to() -> None:
 
 
 def test_what_an_entry_takes_besides_its_tokens_counts() -> None:
-    cache = PromptCache(trimmable=False, entry_tokens=50)
+    cache = PromptCache(trimmable=False, row_tokens=50)
     assert not cache.keep(count(0, 20), make_layers(count(0, 20)), room=69)
     for start in (0, 100, 200):
         assert cache.keep(count(start, 20), make_layers(count(start, 20)), room=140)

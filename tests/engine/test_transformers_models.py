@@ -26,6 +26,7 @@ from tests.support.cutting import cut
 from tests.support.families import is_equal, run_greedily, run_set
 from tests.support.ring import process_env
 from tests.support.traced import open_traced
+from tests.system.test_end_to_end import moectl
 
 # How mlx-lm's own model files differ from transformers; the case beside it shows that all else is equal.
 WRONG = {
@@ -39,6 +40,7 @@ DOZEN = (
 QUICK = ("hidden", "tensor")
 LIVE = ["qwen3_next", "gpt_oss (truncate)", "deepseek_v3", "mistral3"]
 LONG = pytest.mark.long
+FIRST = 0x4E00  # the character of token 0
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,30 @@ def test_the_ranks_of_a_set_compute_what_transformers_computes(
     except PlanError as error:
         pytest.skip(f"refused: {error.message}")
     compare(case, run_set(tmp_path, prompt=theirs.PROMPT, steps=theirs.STEPS))
+
+
+def write_alphabet(directory: Path) -> None:
+    """Write a tokenizer with one character for each number."""
+    model = {
+        "type": "WordLevel",
+        "vocab": {chr(FIRST + i): i for i in range(theirs.VOCABULARY)},
+        "unk_token": chr(FIRST),
+    }
+    split = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+    told = {"version": "1.0", "added_tokens": [], "pre_tokenizer": split, "decoder": {"type": "Fuse"}, "model": model}
+    (directory / "tokenizer.json").write_text(json.dumps(told))
+    (directory / "tokenizer_config.json").write_text("{}")
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("case", ["qwen3_next", *(pytest.param(case, marks=LONG) for case in LIVE[1:])])
+def test_the_command_line_says_what_transformers_says(case: str, tmp_path: Path) -> None:
+    model = theirs.write_model(case, tmp_path / "model")
+    write_alphabet(model)
+    prompt = "".join(chr(FIRST + token) for token in theirs.PROMPT)
+    asked = ("--local", "2", "--keep-alive", "0", "--raw", "--temp", "0", "-m", str(theirs.STEPS))
+    said = moectl("run", "--model", str(model), *asked, prompt, XDG_CACHE_HOME=str(tmp_path / "cache")).stdout
+    assert [ord(letter) - FIRST for letter in said.strip()] == theirs.tokens_of(case)
 
 
 @pytest.mark.oracle

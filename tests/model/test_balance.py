@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 from moectl.model.balance import share_out
-from moectl.model.geometry import read_geometry
 from moectl.model.placement import make_placement
+from tests.support.structures import structure_of
 from tests.support.tiny import make_config
 
-GEOMETRY = read_geometry(make_config())  # 16 experts, as DBRX
+STRUCTURE = structure_of(make_config())  # 16 experts, as DBRX
 
 
 @st.composite
@@ -66,7 +66,7 @@ def test_the_order_of_the_counts_does_not_matter(selection: tuple[dict[int, int]
 )
 def test_expected_experts_of_the_busiest_node(nodes: int, replicas: int, expected: float) -> None:
     """All 1820 choices of 4 experts of 16, as likely as each other, one token."""
-    owners = make_placement(GEOMETRY, "experts", nodes, replicas=replicas).owners
+    owners = make_placement(STRUCTURE, "experts", nodes, replicas=replicas).owners
     chosen = list(combinations(range(16), 4))
     busiest = [max(loads_of(share_out(dict.fromkeys(four, 1), owners)).values()) for four in chosen]
     assert sum(busiest) / len(busiest) == pytest.approx(expected, abs=0.005)

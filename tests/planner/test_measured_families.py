@@ -1,7 +1,7 @@
 """Estimated memory beside MLX's own peak, for models of different kinds: one rank of each, with random weights.
 
 Keys and values (llama, mixtral), rotating ones (gpt_oss), MLA (deepseek_v3), linear attention (qwen3_next), state space
-(nemotron_h): 150 to 350 MB, whole and in two splits. `--long` measures all of them.
+(nemotron_h): 200 to 450 MB, whole and in two splits. `--long` measures all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama": {
         "hidden_size": 1024,
         "intermediate_size": 2816,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 12,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "vocab_size": 8192,
@@ -74,7 +74,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 768,
         "moe_shared_expert_intermediate_size": 1024,
         "moe_latent_size": None,
-        "n_routed_experts": 16,
+        "n_routed_experts": 40,
         "vocab_size": 8192,
     },
 }

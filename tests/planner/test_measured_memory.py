@@ -17,7 +17,6 @@ from moectl.planner.memory import CPU_DTYPE_BYTES, rank_need
 from moectl.session import target
 from moectl.shards import prepare
 from moectl.shards.prepare import Wanted
-from moectl.shards.quantize import quantizer
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.ring import rank_env
 from tests.support.tiny import write_checkpoint
@@ -36,7 +35,7 @@ def measure(model: Path, wanted: Wanted, prompt: str, directory: Path) -> float:
     The estimate is of a whole chunk of a prompt (512 tokens), which this one fills: no other step takes as much, since
     the canary's chunks are short.
     """
-    made = prepare.shard(str(model), wanted, quantise=quantizer, directory=directory)
+    made = prepare.shard(str(model), wanted, directory=directory)
     manifest = read_manifest(made.directory)
     with target.open_session(target.Local(made.directory, manifest), RunOptions()) as session:
         ends = [list(session.generate(Request(n, prompt, max_tokens=8, cache_prompt=False)))[-1] for n in (1, 2, 3)]
@@ -44,7 +43,7 @@ def measure(model: Path, wanted: Wanted, prompt: str, directory: Path) -> float:
     tokens = done[0].stats.prompt_tokens
     assert 500 < tokens <= 512
     peak = max(end.stats.peak_memory_bytes for end in done)  # on a busy machine one pass may not reach it
-    need = rank_need(manifest.placement, manifest.quantization, 0, context=tokens, dtype_bytes=CPU_DTYPE_BYTES)
+    need = rank_need(manifest.placement, 0, context=tokens, dtype_bytes=CPU_DTYPE_BYTES)
     return need.arrays / peak
 
 

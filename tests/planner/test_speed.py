@@ -63,7 +63,7 @@ def test_published_clusters_of_macs(model: str, nodes: int, tok_s: float) -> Non
 
 
 def test_what_does_not_scale_on_published_clusters() -> None:
-    """Launches take most of a token's time on 4 nodes: 200 to 350 µs per layer were reported, at one model or another."""
+    """Launches, which every node makes for every layer: 200 to 350 µs per layer were reported of such software."""
     for model, least, most in ((QWEN, 180e-6, 200e-6), (DEEPSEEK, 250e-6, 300e-6)):
         kind = MODELS[model].structure.kinds[-1]
         assert least < PEERS.launch_s * kind.launches < most

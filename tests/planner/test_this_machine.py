@@ -18,7 +18,6 @@ from moectl.planner import this_machine
 from moectl.planner.memory import Memory
 from moectl.session.session import RankSpec, Session
 from moectl.shards.prepare import Wanted, shard
-from moectl.shards.quantize import quantizer
 
 # A worker on a machine of 300 MB.
 SMALL = """
@@ -33,7 +32,7 @@ runpy.run_module("moectl", run_name="__main__")
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> tuple[Path, Manifest]:
-    made = shard(str(demo_dir()), Wanted(nodes=1), quantise=quantizer, directory=tmp_path / "set")
+    made = shard(str(demo_dir()), Wanted(nodes=1), directory=tmp_path / "set")
     from moectl.model.manifest import read_manifest
 
     return made.directory, read_manifest(made.directory)

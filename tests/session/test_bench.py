@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from moectl.cli import plot
 from moectl.cli.verbs import bench as report
 from moectl.engine.engine import Engine
 from moectl.engine.network import exchange
-from moectl.engine.network.dbrx import Experts
 from moectl.engine.network.load import load_rank
 from moectl.engine.profile import _share_copies
 from moectl.engine.protocol import Done, Generate, Prefilled, Profile, Profiled, Ready, Refused, Token
@@ -40,9 +40,10 @@ from tests.cli.test_cli import run
 from tests.engine.test_lockstep import cut_case
 from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
+from tests.support.families import write_family
 from tests.support.ring import process_env
 from tests.support.structures import dbrx, structure_of
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import write_checkpoint, write_words
 
 LAYERS, EXPERTS, TOP_K = 2, 16, 4
 PROMPT, GENERATED = 40, 9
@@ -145,13 +146,13 @@ def choices(alone: Path, tokens: list[int]) -> list[np.ndarray[Any, Any]]:
     model = load_rank(alone, read_manifest(alone), 0)
     seen: list[np.ndarray[Any, Any]] = []
     with pytest.MonkeyPatch.context() as patched:
-        original = Experts.__call__
+        original: Any = SwitchGLU.__call__
 
-        def spy(self: Experts, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
-            seen.append(np.array(indices).astype(int))
-            return original(self, x, indices, weights)
+        def spy(self: Any, x: mx.array, indices: mx.array) -> Any:
+            seen.append(np.array(indices).astype(int).reshape(-1, TOP_K))
+            return original(self, x, indices)
 
-        patched.setattr(Experts, "__call__", spy)
+        patched.setattr(SwitchGLU, "__call__", spy)
         mx.eval(model(mx.array([tokens])))
     return seen
 
@@ -238,7 +239,7 @@ def test_a_profile_waits_its_turn_and_leaves_nothing_behind(alone: Path) -> None
     assert [sum(layer) for layer in told.chosen] == [100 * TOP_K] * LAYERS
     assert 0 < told.compute_s <= told.step_s
     assert [e.tokens for e in events if isinstance(e, Prefilled) and e.id == 2] == [16, 32, 48, 64, 80, 92]
-    assert all(type(layer.ffn.experts) is Experts for layer in model.layers)
+    assert all(type(layer.ffn.experts) is SwitchGLU for layer in model.layers)
     assert exchange._observer.get() is None
 
 
@@ -568,6 +569,17 @@ def test_wrong_words_are_usage_errors(
 ) -> None:
     code, _, said = run(capsys, monkeypatch, "bench", *words)
     assert (code, message in said) == (2, True), said
+
+
+def test_a_dense_model_has_no_choices_to_count(tmp_path: Path) -> None:
+    source = write_words(write_family("llama", tmp_path / "llama"))
+    measure = ("--model", str(source), "--local", "2", "-p", "8", "-g", "3", "-n", "1")
+    refused = moectl(*measure, "--routing-stats", str(tmp_path / "routing.json"), code=2).stderr
+    assert "has no experts: there are no choices to count" in refused
+    assert "Hint: leave --routing-stats out" in refused
+    document = json.loads(moectl(*measure, "--json").stdout)
+    assert (document["routing"], document["imbalance"]) == (None, None)
+    assert "experts work on" not in moectl(*measure).stdout
 
 
 def test_what_the_hints_about_its_files_say_is_done(source: Path, tmp_path: Path) -> None:

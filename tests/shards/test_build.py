@@ -41,10 +41,11 @@ from moectl.shards.formats import quantise
 from moectl.shards.recipe import OutputFile
 from moectl.shards.sources import Sources, peak_bytes
 from moectl.shards.tensors import item_bytes
-from moectl.shards.trace import Stored, form_of, record
+from moectl.shards.trace import Stored, form_of, record, sources as find_sources
 from tests.benchmarks.bench_trace import MODELS, headers
 from tests.support import layouts, tiny
 from tests.support.cutting import assert_same, compare, converting, cut as cut_as
+from tests.support.traced import load_whole
 
 SHAPE: dict[str, Any] = dict(n_layers=2, d_model=128, ffn_hidden=384, n_experts=4, vocab_size=96)
 PLAIN = ("fused", "v2", "mlx")
@@ -389,9 +390,9 @@ def test_files_are_as_the_safetensors_library_writes_them(tmp_path: Path, quanti
         assert safetensors.serialize(tensors, metadata={"format": "mlx"}) == data, path
 
 
-def test_each_source_byte_is_read_once(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each read of a source file, from now on."""
     counts: list[int] = []
     preadv = os.preadv
 
@@ -400,13 +401,32 @@ def test_each_source_byte_is_read_once(
         return counts[-1]
 
     monkeypatch.setattr(os, "preadv", count)
+    return counts
+
+
+def test_each_source_byte_is_read_once(sources: dict[str, Path], tmp_path: Path, read_bytes: list[int]) -> None:
     for layout in PLAIN:
         for split in ("experts", "hidden"):
-            counts.clear()
+            read_bytes.clear()
             checkpoint = open_checkpoint(str(sources[layout]))
             cut(checkpoint, tmp_path / layout / split, split=split, jobs=2)
             stored = checkpoint.stored.values()
-            assert sum(counts) == sum(math.prod(t.shape) * item_bytes(t.dtype) for t in stored)
+            assert sum(read_bytes) == sum(math.prod(t.shape) * item_bytes(t.dtype) for t in stored)
+
+
+@pytest.mark.parametrize("layout", ["deepseek-v3-fp8", "kimi-k2-int4", "gpt-oss-mxfp4", "qwen3-next"])
+def test_what_is_computed_reads_each_source_byte_once_but_for_scales(
+    layout: str, tmp_path: Path, read_bytes: list[int]
+) -> None:
+    """Scales of blocks that are cut, and scales of which biases are made too, are read again; nothing else is."""
+    checkpoint = open_checkpoint(str(layouts.write_layout(tmp_path / "source", layout)))
+    blueprint = draw(checkpoint)
+    stored = [checkpoint.stored[name] for name in find_sources(blueprint.parameters.values())]
+    needed = sum(math.prod(t.shape) * item_bytes(t.dtype) for t in stored)
+    for split in ("experts", "hidden"):
+        read_bytes.clear()
+        build.cut(checkpoint, blueprint, place(blueprint.structure, split), tmp_path / split, name=split, jobs=2)
+        assert needed <= sum(read_bytes) < needed * 1.01
 
 
 def test_streams_are_used_again(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1198,6 +1218,33 @@ def test_remote_files_come_one_by_one_and_go(tmp_path: Path, jobs: int) -> None:
     assert 3 <= remote.most <= 5
 
 
+def test_files_of_what_is_computed_come_one_by_one_and_go(tmp_path: Path) -> None:
+    """DeepSeek-V3 in FP8, a file for each layer: the one that is read and the next. Nothing comes in vain."""
+    source = layouts.write_layout(tmp_path / "source", "deepseek-v3-fp8", files=None, num_hidden_layers=4)
+    remote = Remote(source, tmp_path / "work")
+    made = cut(remote, tmp_path / "out", jobs=2)
+    compare(tmp_path / "out", made, load_whole(source, Q4))
+    assert remote.fetched == sorted(remote.sizes)[:-1]  # in order, each once; not the layer of multi-token prediction
+    assert remote.most == 2
+    assert not remote.here
+
+
+@pytest.mark.parametrize(("layout", "split"), [("v2", "experts"), ("v2", "hidden"), ("fused", "layers")])
+def test_a_lost_file_fetches_only_what_it_is_made_of(tmp_path: Path, layout: str, split: str) -> None:
+    source = tiny.write_checkpoint(tmp_path / "source", layout=layout, files=20, **SHAPE)
+    remote = Remote(source, tmp_path / "work")
+    cut(remote, tmp_path / "out", split=split)
+    whole = tree(tmp_path / "out")
+    for lost in (f for f in whole if f.startswith("rank-") and "layer" in f):
+        (tmp_path / "out" / lost).unlink()
+        remote.fetched.clear()
+        cut(remote, tmp_path / "out", split=split)
+        (file,) = [f for f in plan(remote, split=split) if f.path == lost]
+        assert set(remote.fetched) == {piece.file for piece in file.pieces}, lost
+        assert not remote.here
+        assert tree(tmp_path / "out") == whole
+
+
 def test_the_next_file_of_the_real_model_comes_while_others_are_worked_on(tmp_path: Path) -> None:
     """The 61 files of databricks/dbrx-instruct as holes, on four ranks: the network is idle only while pieces are."""
     checkpoint = open_checkpoint(str(tiny.write_hollow_dbrx(tmp_path)))
@@ -1289,15 +1336,10 @@ _RSS_SCRIPT = """
 import json, sys
 from pathlib import Path
 from tests.support.cutting import cut
-def peak():
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
+from tests.support.memory import peak_bytes
+before = peak_bytes()
 cut(Path(sys.argv[1]), Path(sys.argv[2]), jobs=int(sys.argv[4]), **json.loads(sys.argv[3]))
-print(peak() - before)
+print(peak_bytes() - before)
 """
 
 

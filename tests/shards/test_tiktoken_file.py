@@ -262,7 +262,7 @@ def test_a_tokenizer_json_that_is_there_is_taken(tmp_path: Path) -> None:
     source = write_words(write_checkpoint(tmp_path / "both"))
     (source / "tiktoken.model").write_bytes(b"")
     with open_checkpoint(str(source)) as checkpoint:
-        chosen = choose_tokenizer(str(source), None, lambda _: None, lambda said: pytest.fail(said))(checkpoint)
+        chosen = choose_tokenizer(str(source), None, lambda _: None, lambda said: pytest.fail(said))(checkpoint, 128)
     assert chosen is checkpoint
 
 

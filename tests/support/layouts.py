@@ -25,8 +25,11 @@ _TYPES = {mx.bfloat16: "BF16", mx.float32: "F32", mx.uint8: "U8", mx.int32: "I32
 _VOCABULARY = 160
 
 
-def write_layout(directory: Path, name: str, *, files: int = 2, **changes: Any) -> Path:
-    """Write the checkpoint of this name (one of LAYOUTS) and return its directory; `changes` go into its config."""
+def write_layout(directory: Path, name: str, *, files: int | None = 2, **changes: Any) -> Path:
+    """Write the checkpoint of this name (one of LAYOUTS) and return its directory; `changes` go into its config.
+
+    With None for `files` each layer has a file of its own, after one with all the rest.
+    """
     if name in _CONVERTED:
         source = write_layout(directory / "source", _CONVERTED[name].source, **changes)
         return _convert(source, directory / "converted", _CONVERTED[name])
@@ -36,16 +39,22 @@ def write_layout(directory: Path, name: str, *, files: int = 2, **changes: Any) 
     return write_tensors(directory, config, layout.make(config), files=files)
 
 
-def write_tensors(directory: Path, config: Config, tensors: Tensors, *, files: int = 1) -> Path:
-    """Write tensors of any type of safetensors, in order, to some files."""
+def write_tensors(directory: Path, config: Config, tensors: Tensors, *, files: int | None = 1) -> Path:
+    """Write tensors of any type of safetensors, in order, to some files, or (None) to one for each layer."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     held = list(tensors)
-    per_file = -(-len(held) // files)
+    if files is None:
+        layers: dict[str, list[tuple[str, mx.array, str]]] = {}
+        for tensor in held:
+            layers.setdefault(tensor[0].partition(".layers.")[2].partition(".")[0], []).append(tensor)
+        groups = list(layers.values())
+    else:
+        per_file = -(-len(held) // files)
+        groups = [held[number * per_file : (number + 1) * per_file] for number in range(files)]
     index = {}
-    for number in range(files):
-        file = f"model-{number + 1:05}-of-{files:05}.safetensors"
-        chosen = held[number * per_file : (number + 1) * per_file]
+    for number, chosen in enumerate(groups, start=1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
         _write_file(directory / file, chosen)
         index.update({name: file for name, _, _ in chosen})
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))

@@ -1,7 +1,7 @@
 """The peak of MLX's memory on one rank of a model, beside the planner's estimate: run as a program of its own.
 
-`python -m tests.support.peak FAMILY SPLIT RANKS BITS '{"key": …}'` prints both. The model has random weights and the family's
-small configuration with other sizes. The other ranks are not there: what they would add is left out.
+`python -m tests.support.peak FAMILY SPLIT RANKS GROUP_SIZE SIZES TOKENS` prints both. The model has random weights, and
+the family's small configuration with other sizes (JSON). The other ranks are not there: what they add is left out.
 """
 
 from __future__ import annotations
@@ -87,11 +87,14 @@ def _fill(array: mx.array) -> mx.array:
 
 
 def main(family: str, split: str, ranks: str, group_size: str, sizes: str, tokens: str = "509") -> None:
-    exchange._backend_sum = lambda x, *, group: mx.abs(x)
-    mx.distributed.all_gather = lambda x, *, group: mx.concatenate([x] * group.size())
-    mx.distributed.send = lambda x, to, *, group: mx.abs(x)
-    need, peak = compare(family, split, int(ranks), int(group_size), json.loads(sizes), int(tokens))
-    print(json.dumps({"estimate": need.arrays, "peak": peak, "weights": need.weights, "kv": need.kv}))
+    alone: Any = mx.distributed  # what the others would add is left out
+    vars(exchange)["_backend_sum"] = lambda x, *, group: mx.abs(x)
+    alone.all_gather = lambda x, *, group: mx.concatenate([x] * group.size())
+    alone.send = lambda x, to, *, group: mx.abs(x)
+    with exchange.seam():
+        need, peak = compare(family, split, int(ranks), int(group_size), json.loads(sizes), int(tokens))
+    found = {"estimate": need.arrays, "peak": peak, "weights": need.weights, "kv": need.kv}
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moectl.engine import answer as answer_module, controller_link, engine as engine_module, worker
+from moectl.engine import answer as answer_module, controller_link, worker
 from moectl.engine.answer import Answer
 from moectl.engine.protocol import Done, Prefilled, Token
 from moectl.engine.sampling import Sampler
@@ -66,16 +66,16 @@ class PoisonedText:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def feed(self, token: int) -> str:
+    def feed(self, token: int) -> Any:
         self._count += 1
         if self._count > AFTER and self._place != "end of text":
             raise Panic("poison") if self._place == "panic" else TypeError("poison")
-        return str(self._real.feed(token))
+        return self._real.feed(token)
 
-    def finish(self) -> str:
+    def finish(self) -> Any:
         if self._place == "end of text":
             raise TypeError("poison")
-        return str(self._real.finish())
+        return self._real.finish()
 
 
 def poison() -> None:
@@ -92,7 +92,7 @@ def poison() -> None:
                 self._text = PoisonedText(self._text, place) if place in TEXT else self._text  # type: ignore[assignment]
 
     Answer.lead = poisoned_lead  # type: ignore[assignment, method-assign]
-    fail_where(engine_module, "read_prompt", lambda request, *_, **__: is_poisoned(request, "prompt"))
+    fail_where(answer_module, "read_prompt", lambda request, *_, **__: is_poisoned(request, "prompt"))
     fail_where(Sampler, "__init__", lambda _, request, **__: is_poisoned(request, "sampler made"))
     fail_where(
         Sampler, "_adjust", lambda self, *_: is_late(self, "logits") or is_poisoned(self._request, "first logits")

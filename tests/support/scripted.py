@@ -1,6 +1,6 @@
 """A checkpoint that follows a script, without training: its layers add nothing, its head maps each token to the next.
 
-It has DBRX's shape. Asked to think, as it does by itself, it answers <think>x</think>yz, else yz.
+It is a small Qwen3. Asked to think, as it does by itself, it answers <think>x</think>yz, else yz.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 
 from tests.support.thinkers import make_thinker
-from tests.support.tiny import make_config
 
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -21,7 +20,7 @@ _TEMPLATE = (
     "{{ '<think></think><|plain|>' if enable_thinking is false else '<|deep|>' }}{% endif %}"
 )
 _SCRIPTS = (("<|deep|>", "<think>", "x", "</think>", "y", "z", "<|im_end|>"), ("<|plain|>", "y"))
-_WIDTH, _LAYERS, _HEADS, _KV_HEADS, _EXPERTS, _HIDDEN = 128, 2, 4, 2, 4, 128
+_WIDTH, _LAYERS, _HEADS, _KV_HEADS = 128, 2, 4, 2
 
 
 def write_scripted(directory: Path) -> Path:
@@ -32,16 +31,22 @@ def write_scripted(directory: Path) -> Path:
     generation = {"eos_token_id": number["<|im_end|>"], "do_sample": True, "temperature": 0.7, "top_k": 1}
     (directory / "generation_config.json").write_text(json.dumps(generation))
     size = max(number.values()) + 1
-    config = make_config(
-        n_layers=_LAYERS,
-        d_model=_WIDTH,
-        n_heads=_HEADS,
-        kv_n_heads=_KV_HEADS,
-        ffn_hidden=_HIDDEN,
-        n_experts=_EXPERTS,
-        top_k=2,
-        vocab_size=size,
-    )
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": _WIDTH,
+        "intermediate_size": _WIDTH,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": _KV_HEADS,
+        "head_dim": _WIDTH // _HEADS,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "vocab_size": size,
+        "torch_dtype": "bfloat16",
+    }
     (directory / "config.json").write_text(json.dumps(config))
     steps = {number[before]: number[after] for script in _SCRIPTS for before, after in pairwise(script)}
     mx.save_safetensors(str(directory / "model.safetensors"), _make_weights(size, steps), metadata={"format": "pt"})
@@ -54,17 +59,18 @@ def _make_weights(size: int, steps: dict[int, int]) -> dict[str, mx.array]:
     head = np.zeros((size, _WIDTH))
     for before, after in steps.items():
         head[after] += embedding[before] / 4
-    weights = {"wte": embedding, "norm_f": np.ones(_WIDTH)}
-    for layer in range(_LAYERS):
-        attention, experts = f"blocks.{layer}.norm_attn_norm", f"blocks.{layer}.ffn.experts.mlp"
-        rows = _WIDTH + 2 * _KV_HEADS * (_WIDTH // _HEADS)
-        weights |= {
-            f"{attention}.attn.Wqkv": noise.standard_normal((rows, _WIDTH)) / 50,
-            f"{attention}.attn.out_proj": np.zeros((_WIDTH, _WIDTH)),
-            f"{attention}.norm_1": np.ones(_WIDTH),
-            f"{attention}.norm_2": np.ones(_WIDTH),
-            f"blocks.{layer}.ffn.router.layer": noise.standard_normal((_EXPERTS, _WIDTH)) / 50,
-            **{f"{experts}.{name}": np.zeros((_EXPERTS * _HIDDEN, _WIDTH)) for name in ("w1", "v1", "w2")},
-        }
-    named = {f"transformer.{name}" + ".weight" * (".mlp." not in name): value for name, value in weights.items()}
-    return {name: mx.array(value).astype(mx.bfloat16) for name, value in (named | {"lm_head.weight": head}).items()}
+    weights = {"model.embed_tokens": embedding, "model.norm": np.ones(_WIDTH), "lm_head": head}
+    head_dim = _WIDTH // _HEADS
+    rows = {"q": _WIDTH, "k": _KV_HEADS * head_dim, "v": _KV_HEADS * head_dim}
+    for prefix in (f"model.layers.{layer}." for layer in range(_LAYERS)):
+        for name, count in rows.items():
+            weights[f"{prefix}self_attn.{name}_proj"] = noise.standard_normal((count, _WIDTH)) / 50
+        for name in ("gate", "up"):
+            weights[f"{prefix}mlp.{name}_proj"] = noise.standard_normal((_WIDTH, _WIDTH)) / 50
+        for name in ("self_attn.o_proj", "mlp.down_proj"):  # so that the layer adds nothing
+            weights[prefix + name] = np.zeros((_WIDTH, _WIDTH))
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[prefix + name] = np.ones(_WIDTH)
+        for name in ("q", "k"):
+            weights[f"{prefix}self_attn.{name}_norm"] = np.ones(head_dim)
+    return {f"{name}.weight": mx.array(value).astype(mx.bfloat16) for name, value in weights.items()}

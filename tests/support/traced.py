@@ -69,18 +69,22 @@ def open_traced(directory: Path, wanted: Quantization | None = None, recipe: str
     return Traced(directory, model, config, form, stored, tensors, settled.parameters, reader, settled)
 
 
-def load_whole(directory: Path, wanted: Quantization | None = None, recipe: str | None = None) -> dict[str, mx.array]:
-    """Return the parameters that mlx-lm has after loading, or after converting, a checkpoint."""
+def load_whole(
+    directory: Path, wanted: Quantization | None = None, recipe: str | None = None, *, cast: bool = False
+) -> dict[str, mx.array]:
+    """Return the parameters that mlx-lm has after loading, or after converting (`cast`: in 16 bits), a checkpoint."""
     with redirect_stdout(io.StringIO()):
         model, config = load_model(directory, lazy=True)
+        if wanted is not None or cast:
+            _cast(model, config)
         if wanted is not None:
-            _convert(model, config, wanted, recipe)
+            predicate = mixed_quant_predicate_builder(recipe, model, wanted.group_size) if recipe else None
+            quantize_model(model, config, wanted.group_size, wanted.bits, mode=wanted.mode, quant_predicate=predicate)
     return dict(tree_flatten(model.parameters()))
 
 
-def _convert(model: Any, config: dict[str, Any], wanted: Quantization, recipe: str | None) -> None:
-    """Do what `mlx_lm.convert` does between loading and saving, in its order."""
-    predicate = mixed_quant_predicate_builder(recipe, model, wanted.group_size) if recipe else None
+def _cast(model: Any, config: dict[str, Any]) -> None:
+    """Give floats the type that `mlx_lm.convert` gives them, between loading and quantising."""
     name = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     if name is not None:
         dtype = getattr(mx, name)
@@ -90,4 +94,3 @@ def _convert(model: Any, config: dict[str, Any], wanted: Quantization, recipe: s
             return value.astype(dtype) if casts(path) and mx.issubdtype(value.dtype, mx.floating) else value
 
         model.update(tree_map_with_path(cast, model.parameters()))
-    quantize_model(model, config, wanted.group_size, wanted.bits, mode=wanted.mode, quant_predicate=predicate)

@@ -187,10 +187,8 @@ def test_deployment_records(seconds: float) -> None:
 
 
 def speed() -> Speed:
-    rank = RankSpeed(1e-3, {1: 1e-3, 2: 2e-3}, 1e-3, 1e9, 1e12)
-    return Speed(
-        "hidden", (3, 3), Pass(1, 1e-3, 2e-3), Pass(8, 1e-2, 2e-2), {64: 1e-4, 4096: 2e-4}, (rank, rank), 64, 1
-    )
+    rank = RankSpeed(1e-3, 1e9, 1e12)
+    return Speed("hidden", (3, 3), Pass(1, 1e-3, 2e-3), Pass(8, 1e-2, 2e-2), {64: 1e-4, 4096: 2e-4}, (rank, rank), 64)
 
 
 def test_probe_records(seconds: float) -> None:

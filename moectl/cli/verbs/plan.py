@@ -11,7 +11,7 @@ from moectl.cli import suggest
 from moectl.cli.options import DEFAULT_MODEL, Common, common, refuse_both, wanted_options, was_given
 from moectl.cli.target import read_wanted
 from moectl.cli.verb import verb
-from moectl.text import size_text, table_text, time_text
+from moectl.text import parameters_text, size_text, table_text, time_text
 
 if TYPE_CHECKING:
     from moectl.hosts.hostfile import HostList
@@ -68,13 +68,9 @@ def model_text(model: CatalogModel, question: Question) -> str:
     quantization = question.quantization
     precision = "bf16" if quantization is None else f"{quantization.bits}-bit {quantization.mode}"
     return (
-        f"{model.name} · {_count_text(structure.parameters)} parameters, "
-        f"{_count_text(structure.active_parameters)} active · {structure.n_layers} layers · {experts}{precision}"
+        f"{model.name} · {parameters_text(structure.parameters)} parameters, "
+        f"{parameters_text(structure.active_parameters)} active · {structure.n_layers} layers · {experts}{precision}"
     )
-
-
-def _count_text(count: int) -> str:
-    return f"{count / 1e9:.0f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def plan_table(question: Question, plan: Plan) -> str:
@@ -223,10 +219,10 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
 )
 @click.option(
     "--calibration",
-    type=click.Choice(["default", "paper", "paper-naive"]),
+    type=click.Choice(["default", "paper", "paper-naive", "peers"]),
     default="default",
     show_default=True,
-    help="Constants of the prediction: moectl's, or those that fit the measurements of arXiv 2506.23635.",
+    help="Constants of the prediction: moectl's, those of arXiv 2506.23635, or what exo reaches on clusters of Macs.",
 )
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Plan N ranks on this machine (implies --probe).")
 @click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them; this takes about 10 seconds.")
@@ -235,13 +231,13 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
 def plan(common: Common, model: str, **options: Any) -> None:
     """Show which host would hold what, whether it fits, and how fast it would be.
 
-    It downloads no weights and sends no files. It knows DBRX by its name, other models by their headers, and hosts by
-    their keys in hosts.txt, by --chip and --memory, or by what they answer with --probe.
+    It downloads no weights and sends no files. It knows published models by their names (see moectl models), others by
+    their headers, and hosts by their keys in hosts.txt, by --chip and --memory, or by what they answer with --probe.
 
     \b
     Examples:
       moectl plan --hosts mac1,mac2 --chip m2-ultra --memory 192GB
-      moectl plan --q-bits 4 --link rdma --hostfile hosts.txt
+      moectl plan moonshotai/Kimi-K2-Instruct --q-bits 4 --link rdma --hostfile hosts.txt
       moectl plan --what-if
     """
     from moectl.planner.advice import refusal

@@ -16,8 +16,9 @@ from moectl.cluster.doctor.finding import Finding, fail, ok, skip, warn
 from moectl.cluster.probe import Site, Tried
 from moectl.errors import HostsError, MoectlError
 from moectl.hosts.thunderbolt import Interface
-from moectl.model.geometry import Geometry
 from moectl.model.placement import make_placement
+from moectl.model.regions import Pieces, Role
+from moectl.model.structure import Layer, Part, Structure
 from moectl.planner.measured import Job
 from moectl.session.backend import choose_backend
 
@@ -27,20 +28,19 @@ SLOW_PART = 1 / 3  # of the best pair's bandwidth
 SLOW_RTT_S = 3e-3  # a switch adds less than 1 ms; Wi-Fi adds more than this
 SLOW_BYTES_S = 50e6  # half a gigabit link
 # A sum of 1 kB, since the latency is what counts; all else is as small as the model's rules allow.
-_GEOMETRY = Geometry(
-    d_model=256,
-    n_layers=2,
-    n_heads=4,
-    kv_n_heads=2,
-    ffn_hidden=128,
-    n_experts=4,
-    top_k=1,
-    vocab_size=512,
-    max_seq_len=2048,
-    rope_theta=10_000.0,
-    clip_qkv=None,
-    moe_normalize=1.0,
-)
+_WIDTH, _HIDDEN, _VOCABULARY = 256, 128, 512
+_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": _WIDTH,
+    "intermediate_size": _HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": _VOCABULARY,
+    "rms_norm_eps": 1e-5,
+}
+_LAYER = Layer((Part(3 * _WIDTH * _HIDDEN, hidden=Pieces(Role.HIDDEN, _HIDDEN)),))
+_STRUCTURE = Structure("llama", (_LAYER,), (0, 0), (), _WIDTH, _VOCABULARY, 2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def try_collective(sites: Sequence[Site], ranks: Sequence[int], backend: str, *,
         replace(site, host=replace(site.host, rdma=_pair_devices(site, ranks, place)))
         for place, site in enumerate(sites)
     ]
-    job = Job((make_placement(_GEOMETRY, "hidden", 2),), None, 1 << 28, 16, BUDGET_S)
+    job = Job((make_placement(_STRUCTURE, "hidden", 2),), _CONFIG, None, 1 << 28, 16, BUDGET_S)
     try:
         chosen = choose_backend(backend, [site.host for site in pair])
         [speed] = probe.measure_speed(pair, job, backend=chosen, start_timeout_s=COLLECTIVE_START_S)

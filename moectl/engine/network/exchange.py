@@ -14,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from moectl.model.placement import Placement
 from moectl.shards.hooks import replaced_sum
 
 Exchange = Callable[[mx.array], mx.array]
@@ -50,14 +49,6 @@ def seam() -> Iterator[None]:
         yield
 
 
-def take_first(indices: mx.array, weights: mx.array, group: mx.distributed.Group) -> tuple[mx.array, mx.array]:
-    """Return rank 0's indices and weights, both (T, K), on every rank. Not observed: it is no rank's work."""
-    both = mx.concatenate([indices.astype(mx.float32), weights.astype(mx.float32)], axis=-1)
-    first = mx.distributed.all_gather(both[None], group=group)[0]
-    chosen, shares = mx.split(first, 2, axis=-1)
-    return chosen.astype(indices.dtype), shares.astype(weights.dtype)
-
-
 def share_first(arrays: Sequence[mx.array], group: mx.distributed.Group) -> list[mx.array]:
     """Return rank 0's arrays on every rank, in one exchange. Not observed: it is no rank's work."""
     flat = mx.concatenate([array.reshape(-1).astype(mx.float32) for array in arrays])
@@ -88,27 +79,3 @@ def _sum(x: mx.array, group: mx.distributed.Group) -> mx.array:
         return _backend_sum(x, group=group)
     parts = mx.distributed.all_gather(x[None], group=group)
     return parts.astype(mx.float32).sum(axis=0).astype(x.dtype)
-
-
-class Pipeline:
-    """A rank's place among the ranks that a token passes through; with all layers on each rank, there is one place."""
-
-    def __init__(self, placement: Placement, rank: int, group: mx.distributed.Group | None) -> None:
-        self.is_last = placement.split != "layers" or rank == placement.world_size - 1
-        self._rank = rank
-        self._group = group
-
-    def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """Return what the rank before sends, of this shape and dtype."""
-        source, group = self._rank - 1, self._group
-        return run_exchange(mx.zeros((0,)), lambda _: mx.distributed.recv(shape, dtype, source, group=group))
-
-    def send(self, h: mx.array, cache: Any) -> mx.array:
-        """Send `h` to the next rank and return it.
-
-        Evaluating the result or `cache` sends it: at prefill only caches are evaluated.
-        """
-        sent = run_exchange(h, lambda x: mx.distributed.send(x, self._rank + 1, group=self._group))
-        if cache is not None:
-            cache.keys = mx.depends([cache.keys], [sent])[0]
-        return sent

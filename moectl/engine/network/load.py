@@ -15,7 +15,8 @@ from moectl.engine.network.stages import keep, make_stage, remove_head
 from moectl.errors import IntegrityError
 from moectl.model.manifest import Manifest, refuse_links_outside
 from moectl.model.ownership import Holding, find_holding
-from moectl.model.regions import belongs_to_sum, find_regions
+from moectl.model.placement import Placement
+from moectl.model.regions import Region, belongs_to_sum, find_regions
 from moectl.shards.flow import names_of_rank
 from moectl.shards.parts import full
 from moectl.shards.precision import quantise_by
@@ -53,25 +54,10 @@ def load_rank(
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     weights = open_weights(directory, manifest, rank)
     skeleton, found = build_skeleton(manifest)
-    model, placement = skeleton.model, manifest.placement
-    if placement.world_size > 1:
-        require(skeleton, found, placement.split)
-    holdings: dict[str, Holding] = {}
-    if placement.split != "layers" and placement.world_size > 1:
-        holdings = placement.hold(divisions_of(model, found.parts, placement.split), rank)
-    names = names_held(skeleton, found, manifest, rank)
+    model = skeleton.model
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
     layers = [f"{skeleton.paths[id(layer)]}." for layer in skeleton.layers]
-    keep(model, names)
-    if placement.split == "layers" and placement.world_size > 1:
-        assert found.flow is not None
-        spans = [placement.layers(r) for r in range(placement.world_size)]
-        make_stage(model, found.flow, spans, rank, group)
-    elif placement.world_size > 1:
-        divide(model, found.parts, holdings, group, rank=rank, held=placement.held)
-        if rank != placement.head_rank and found.flow is not None:
-            remove_head(model, found.flow)
-    experts.install(model)
+    names, holdings = make_part(skeleton, found, manifest.placement, rank, group)
     reader = _Reader(directory, manifest, rank, weights, holdings, shapes)
     casts = getattr(model, "cast_predicate", lambda _: True)
     for prefix in layers:
@@ -92,9 +78,44 @@ def build_skeleton(manifest: Manifest) -> tuple[Skeleton, Findings]:
     return skeleton, found
 
 
-def names_held(skeleton: Skeleton, found: Findings, manifest: Manifest, rank: int) -> list[str]:
+def make_part(
+    skeleton: Skeleton, found: Findings, placement: Placement, rank: int, group: mx.distributed.Group | None
+) -> tuple[list[str], dict[str, Holding]]:
+    """Let a whole model compute one rank's part; return the names of the parameters that it needs, and its holdings.
+
+    The parameters stay whole and empty. Raises PlanError where the model cannot be split so.
+    """
+    model = skeleton.model
+    if placement.world_size > 1:
+        require(skeleton, found, placement.split)
+    holdings: dict[str, Holding] = {}
+    if placement.split != "layers" and placement.world_size > 1:
+        holdings = placement.hold(divisions_of(model, found.parts, placement.split), rank)
+    names = _list_needed(skeleton, found, placement, rank)
+    keep(model, names)
+    if placement.split == "layers" and placement.world_size > 1:
+        assert found.flow is not None
+        spans = [placement.layers(r) for r in range(placement.world_size)]
+        make_stage(model, found.flow, spans, rank, group)
+    elif placement.world_size > 1:
+        divide(model, found.parts, holdings, group, rank=rank, held=placement.held)
+        if rank != placement.head_rank and found.flow is not None:
+            remove_head(model, found.flow)
+    experts.install(model)
+    return names, holdings
+
+
+def find_part(name: str, whole: tuple[int, ...], holding: Holding | None) -> tuple[list[Region], tuple[int, ...]]:
+    """Return the regions of a parameter that a rank has, and the shape of them together."""
+    if holding is None:
+        return [full(whole)], whole
+    regions, axis = find_regions(name.rpartition(".")[2], whole, holding.division, holding.spans)
+    length = sum(region[axis][1] - region[axis][0] for region in regions)
+    return regions, (*whole[:axis], length, *whole[axis + 1 :])
+
+
+def _list_needed(skeleton: Skeleton, found: Findings, placement: Placement, rank: int) -> list[str]:
     """Return the parameters of which a rank has at least a part, in the model's order."""
-    placement = manifest.placement
     if found.flow is None:
         return list(skeleton.parameters)
     first, last = placement.split != "layers" or rank == 0, rank == placement.head_rank
@@ -152,14 +173,9 @@ class _Reader:
 
     def _take(self, name: str) -> mx.array:
         holding, whole, last = find_holding(self._holdings, name), self._shapes[name], name.rpartition(".")[2]
-        regions, shape = [full(whole)], whole
-        if holding is not None:
-            is_zero = belongs_to_sum(last, holding.division) and not holding.adds
-            regions, axis = find_regions(last, whole, holding.division, holding.spans)
-            length = sum(region[axis][1] - region[axis][0] for region in regions)
-            shape = (*whole[:axis], length, *whole[axis + 1 :])
-            if is_zero or holding.is_empty:
-                return mx.zeros(shape)  # another rank adds it, or there is nothing of it here
+        regions, shape = find_part(name, whole, holding)
+        if holding is not None and (holding.is_empty or (belongs_to_sum(last, holding.division) and not holding.adds)):
+            return mx.zeros(shape)  # another rank adds it, or there is nothing of it here
         if (array := self._weights.pop(name, None)) is None:
             raise IntegrityError(f"{self._directory} has no tensor {name!r} for rank {self._rank}", hint=_HINT)
         if array.shape != shape:
