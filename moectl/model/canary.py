@@ -1,8 +1,8 @@
 """The canary: the results of fixed prompts on one machine, kept in the manifest and compared at every start.
 
 Two prompts go through the model, one shorter and one longer than a chunk of prefill. The short one goes to the experts
-that the routers choose. The tokens of the long one go to all experts in turn, so that each expert is used, with the
-weights that the routers give. Of every array that a rank adds to an exchange it keeps a few numbers: sums over all
+that the routers choose. The tokens of the long one go to all experts in turn, so that each expert is used, with equal
+weights, whose sum is the routers'. Of every array that a rank adds to an exchange it keeps a few numbers: sums over all
 elements with fixed random signs; of the last token it keeps the largest logits. The first exchange with wrong numbers
 names the rank at fault: up to there it had the same input as when the set was cut.
 
@@ -35,7 +35,8 @@ WIDTH = 4  # numbers for each exchange
 # arithmetic on another device, they differ by some percent, and a token may go to another expert where two are close.
 TOLERANCE = 1e-3
 TOLERANCE_LOW_PRECISION = 0.2
-_SMALL = 0.05  # of the mean size: smaller values are compared with that
+TOLERANCE_OF_CHOICE = 1.0  # of the prompt that goes to the chosen experts, at low precision
+_SMALL = 0.2  # of the mean size: smaller values are compared with that
 
 
 class NoReference(Exception):
@@ -47,7 +48,8 @@ class Canary:
     """The reference of one shard set."""
 
     dtype: str  # of the activations
-    points: tuple[tuple[str, ...], ...]  # by rank and prompt: WIDTH float32 numbers for each exchange, in base64
+    # By rank and prompt: for each exchange WIDTH float32 numbers and the size that such have, in base64.
+    points: tuple[tuple[str, ...], ...]
     top: tuple[tuple[tuple[int, float], ...], ...]  # by prompt: tokens and their logits, largest first
     spread: tuple[float, ...]  # by prompt: the standard deviation of all logits
     chunk: int = CHUNK  # tokens that are read at a time
@@ -91,12 +93,12 @@ def encode_points(points: Sequence[Sequence[float]]) -> str:
 
 
 def decode_points(text: str) -> list[tuple[float, ...]]:
-    """Return the numbers of each exchange. Raises ValueError."""
+    """Return the numbers of each exchange, and their size. Raises ValueError."""
     data = base64.b64decode(text, validate=True)
-    if len(data) % (4 * WIDTH):
+    if len(data) % (4 * (WIDTH + 1)):
         raise ValueError("its canary cannot be read")
     flat = struct.unpack(f"<{len(data) // 4}f", data)
-    return [flat[i : i + WIDTH] for i in range(0, len(flat), WIDTH)]
+    return [flat[i : i + WIDTH + 1] for i in range(0, len(flat), WIDTH + 1)]
 
 
 def describe_unmet(canary: Canary) -> str | None:
@@ -117,14 +119,17 @@ def judge(
     *,
     tolerance: float,
 ) -> CanaryVerdict:
-    """Compare one rank's exchanges, in their order, with the expected ones."""
-    sizes = [math.hypot(*point) for point in expected]
+    """Compare one rank's exchanges, in their order, with the expected ones, which know the size of their numbers.
+
+    It is that of the array: where its elements happen to cancel out, its numbers are small, and their errors are not.
+    """
+    sizes = [point[WIDTH] for point in expected]
     least = _SMALL * sum(sizes) / len(sizes) if sizes else 0.0
     worst, wrong_at = 0.0, None
     if len(found) != len(expected):
         return CanaryVerdict(math.inf, min(len(found), len(expected)))
     for number, (should, is_) in enumerate(zip(expected, found, strict=True)):
-        off = math.dist(should, is_) / max(sizes[number], least, 1e-30)
+        off = math.dist(should[:WIDTH], is_[:WIDTH]) / max(sizes[number], least, 1e-30)
         off = off if math.isfinite(off) else math.inf
         worst = max(worst, off)
         if off > tolerance and wrong_at is None:
@@ -140,6 +145,11 @@ def judge_logits(canary: Canary, prompt: int, found: Sequence[float]) -> float:
     return off / max(canary.spread[prompt], 1e-30)
 
 
-def choose_tolerance(canary: Canary, dtype: str) -> float:
-    """Return the largest deviation that is allowed when the activations have this dtype here."""
-    return TOLERANCE if canary.dtype == dtype == "float32" else TOLERANCE_LOW_PRECISION
+def choose_tolerance(canary: Canary, dtype: str, *, chooses: bool = False) -> float:
+    """Return the largest deviation that is allowed when the activations have this dtype here.
+
+    `chooses`: the prompt's tokens go to the experts that routers choose.
+    """
+    if canary.dtype == dtype == "float32":
+        return TOLERANCE
+    return TOLERANCE_OF_CHOICE if chooses else TOLERANCE_LOW_PRECISION

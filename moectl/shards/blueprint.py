@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from moectl.model.structure import Quantization, Structure
 from moectl.shards.formats import read_format, unpack
 from moectl.shards.outline import outline
-from moectl.shards.precision import cast, settle
+from moectl.shards.precision import cast, count_left, settle
 from moectl.shards.skeleton import Skeleton, make_skeleton
 from moectl.shards.stored import name_stored
 from moectl.shards.tensors import StoredTensor
@@ -39,6 +39,7 @@ class Blueprint:
     quantization: Quantization | None  # of most weights; None: 16 bits
     table: dict[str, Any] | None  # config.json's `quantization`, as mlx-lm writes it
     structure: Structure
+    left: float = 0.0  # the part of the weights that could not be quantised as wanted
 
 
 def find_quantization(config: Mapping[str, Any]) -> Quantization | None:
@@ -77,4 +78,5 @@ def draw(headers: Headers, wanted: Quantization | None = None, recipe: str | Non
         wanted or find_quantization(config),
         settled.table,
         outline(skeleton, found, config),
+        0.0 if wanted is None else count_left(skeleton.model, wanted),
     )

@@ -154,6 +154,25 @@ def _keep(model: Any, table: Mapping[str, Any], traced: Mapping[str, Expression]
         ) from error
 
 
+def count_left(model: Any, wanted: Quantization) -> float:
+    """Return the part of a model's weights that stay in 16 bits because their rows are no whole groups.
+
+    Raises PlanError where that are all of them.
+    """
+    left, done = 0, 0
+    for _, module in model.named_modules():
+        if "scales" in module:
+            done += module.weight.size * 32 // module.bits
+        elif hasattr(module, "to_quantized") and module.weight.shape[-1] % wanted.group_size:
+            left += module.weight.size
+    if left and not done:
+        raise PlanError(
+            f"groups of {wanted.group_size} divide no row of the model's matrices",
+            hint="choose a smaller --q-group-size, --q-bits 16, or another --q-mode",
+        )
+    return left / max(1, left + done)
+
+
 def quantise_as_wanted(model: Any, config: Mapping[str, Any], wanted: Quantization) -> None:
     """Make the modules quantised that `mlx_lm.convert` would quantise, and so. Raises PlanError."""
     _quantise(model, config, None, wanted, None)

@@ -235,6 +235,9 @@ def shard(
         for note in checkpoint.notes:
             say(f"Warning: {note}")
         blueprint = draw_wanted(checkpoint, wanted)
+        if blueprint.left:
+            stays = f"{blueprint.left:.1%} of the weights stay in 16 bits: their rows are no whole groups"
+            say(f"Warning: {stays}; --q-group-size 32 has the smallest groups")
         if choose_tokenizer:
             checkpoint = choose_tokenizer(checkpoint, blueprint.structure.vocab_size)
         model = CatalogModel(checkpoint.source, blueprint.structure, blueprint.quantization)

@@ -19,6 +19,7 @@ STEPS: list[tuple[tuple[str, ...], str]] = [
     (("pull", "some/model"), "model"),
     (("plan", str(demo_dir()), "--local", "1"), "Fits"),
     (("shard", str(demo_dir()), "--nodes", "1"), "moectl-demo"),
+    (("models", "dbrx"), "dbrx"),
     (("hosts",), "localhost"),
     (("setup", "hosts.txt"), "localhost"),
     (("deploy", "hosts.txt"), "localhost"),

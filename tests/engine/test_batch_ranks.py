@@ -14,6 +14,7 @@ from typing import IO, Any
 import pytest
 
 from moectl.demo import demo_dir
+from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import (
     Beat,
     Done,
@@ -28,8 +29,12 @@ from moectl.engine.protocol import (
     read_messages,
 )
 from moectl.engine.request import Request
+from moectl.shards.tokenizer import open_tokenizer
 from tests.engine.test_batching import PROMPTS, answer_alone, load_demo
+from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.cutting import cut
+from tests.support.driven import Driven
+from tests.support.layouts import write_layout
 from tests.support.ring import process_env
 
 
@@ -75,7 +80,8 @@ def run_load(load: dict[str, Any], shards: Path, directory: Path) -> list[dict[s
     job = directory / "job.json"
     job.write_text(json.dumps(load | {"shards": str(shards), "hostfile": str(hostfile), "out": str(directory)}))
     command = [sys.executable, "-m", "tests.support.batch_rank", str(job)]
-    ranks = [subprocess.Popen([*command, str(rank)], env=process_env(), stderr=subprocess.PIPE) for rank in range(2)]
+    env = {**process_env(), "MLX_DISABLE_COMPILE": "1"}  # on a CPU it calls a compiler for each function of each shape
+    ranks = [subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE) for rank in range(2)]
     try:
         for rank, process in enumerate(ranks):
             _, log = process.communicate(timeout=240)
@@ -101,3 +107,24 @@ def test_ranks_stay_together_under_load(split: str, tmp_path: Path) -> None:
     assert all(leader["tokens"][str(number)] == alone for number in range(10, 101, 10))
     for rank in (zero, one):
         assert abs(rank["after"] - rank["before"]) <= 0.05 * rank["before"]
+
+
+@pytest.mark.parametrize("split", ["hidden", "layers"])
+def test_ranks_whose_caches_hold_states_stay_together_under_load(split: str, tmp_path: Path) -> None:
+    """As pipeline stages one rank has states only, and both have to keep and find the same."""
+    source = write_layout(tmp_path / "source", "qwen3-next", vocab_size=VOCAB_SIZE)
+    write_tokenizer(source)
+    shards = tmp_path / "shards"
+    cut(source, shards, split=split, nodes=2)
+    zero, one = run_load({"requests": 60, "cancels": 40, "seed": 4, "prompts": PROMPTS}, shards, tmp_path)
+    leader, follower = (one, zero) if split == "layers" else (zero, one)
+    assert follower["tokens"] == follower["reasons"] == {}
+    assert sorted(map(int, leader["reasons"])) == list(range(1, 61))
+    assert leader["kept"] == follower["kept"] != []
+    whole = cut(source, tmp_path / "whole", nodes=1)
+    parts = load_rank(tmp_path / "whole", whole, 0), open_tokenizer(source)
+    driven = Driven(parts, trimmable=whole.structure.can_trim, batchable=whole.structure.can_batch)
+    driven.ask(PROMPTS[0], 20, ignore_eos=True)
+    driven.run()
+    assert not whole.structure.can_trim
+    assert all(leader["tokens"][str(number)] == driven.tokens(1) for number in range(10, 61, 10))

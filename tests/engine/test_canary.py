@@ -73,13 +73,13 @@ def make_set(base: Path, family: str, split: str, *wanted: tuple[str, Any]) -> t
     return directory, replace(manifest, canary=compute_canary(directory, manifest))
 
 
-def run_check(directories: Sequence[Path], manifest: Manifest) -> list[int | None]:
+def run_check(directories: Sequence[Path], manifest: Manifest, dtype: mx.Dtype | None = None) -> list[int | None]:
     """Return by rank the first wrong exchange; each rank loads from a directory of its own."""
     canary = manifest.canary
     assert canary is not None
 
     def run(rank: int, group: Any) -> int | None:
-        model = load_rank(directories[rank], resized(manifest, directories[rank]), rank, group)
+        model = load_rank(directories[rank], resized(manifest, directories[rank]), rank, group, dtype=dtype)
         return check(model, canary, manifest.placement, rank=rank).verdict.wrong_at
 
     return run_ranks(manifest.world_size, run)
@@ -139,6 +139,17 @@ def load(path: Path) -> dict[str, mx.array]:
     found = mx.load(str(path))
     assert isinstance(found, dict)
     return found
+
+
+@pytest.mark.parametrize(("family", "split"), [("qwen3_next", "hidden"), ("gpt_oss", "tensor"), ("mixtral", "tensor")])
+def test_ranks_that_round_to_16_bits_pass_and_wrong_ones_do_not(
+    family: str, split: str, base: Path, tmp_path: Path
+) -> None:
+    """Some tokens may go to other experts there: that counts for nothing."""
+    directory, manifest = make_set(base, family, split)
+    assert run_check([directory] * 2, manifest, mx.bfloat16) == [None, None]
+    wrong = copy_with(directory, tmp_path / "wrong", "rank-1/layer-001.safetensors", flip, "down_proj")
+    assert guilty(run_check([directory, wrong], manifest, mx.bfloat16)) == [1]
 
 
 def copy_with(directory: Path, out: Path, file: str, change: Any, name: str = "") -> Path:

@@ -23,6 +23,7 @@ from moectl.model.canary import (
     CHUNK,
     TOLERANCE,
     TOLERANCE_LOW_PRECISION,
+    TOLERANCE_OF_CHOICE,
     Canary,
     choose_tolerance,
     cut_chunks,
@@ -42,7 +43,7 @@ from tests.support.families import write_family
 from tests.support.ring import process_env
 from tests.support.tiny import write_checkpoint, write_words
 
-point = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
+point = st.lists(st.floats(-1e6, 1e6, width=32), min_size=5, max_size=5)
 
 
 @given(st.lists(point))
@@ -63,8 +64,8 @@ def test_prompts_are_shorter_and_longer_than_a_chunk() -> None:
 
 
 def test_the_first_exchange_that_is_off_is_told() -> None:
-    expected = [[1.0, 2.0, 3.0, 4.0]] * 5
-    found = [list(point) for point in expected]
+    expected = [[1.0, 2.0, 3.0, 4.0, math.sqrt(30)]] * 5
+    found = [list(point[:4]) for point in expected]
     assert judge(expected, found, tolerance=0.01).wrong_at is None
     found[3] = [1.0, 2.0, 3.0, 5.0]
     found[2][0] += 0.001
@@ -76,15 +77,21 @@ def test_the_first_exchange_that_is_off_is_told() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_wrong(bad: float) -> None:
-    verdict = judge([[1.0] * 4], [[1.0, bad, 1.0, 1.0]], tolerance=10)
+    verdict = judge([[1.0, 1.0, 1.0, 1.0, 2.0]], [[1.0, bad, 1.0, 1.0]], tolerance=10)
     assert (verdict.worst, verdict.wrong_at) == (math.inf, 0)
     canary = Canary("float32", (), (((3, 1.0), (4, 0.5)),), (1.0,))
     assert judge_logits(canary, 0, [1.0, bad]) == math.inf
     assert judge_logits(canary, 0, [1.0, 0.75]) == 0.25
 
 
+def test_numbers_that_cancel_out_are_judged_by_the_size_of_the_array() -> None:
+    verdict = judge([[0.01, 0.0, 0.0, 0.0, 2.0]], [[0.02, 0.0, 0.0, 0.0]], tolerance=0.01)
+    assert verdict.worst == pytest.approx(0.005)
+    assert verdict.wrong_at is None
+
+
 def test_a_rank_that_adds_nothing_is_judged_by_the_others_size() -> None:
-    expected = [[1.0] * 4, [0.0] * 4]
+    expected = [[1.0, 1.0, 1.0, 1.0, 2.0], [0.0] * 5]
     assert judge(expected, [[1.0] * 4, [1e-4] * 4], tolerance=0.01).wrong_at is None
     assert judge(expected, [[1.0] * 4, [1.0] * 4], tolerance=0.01).wrong_at == 1
 
@@ -93,6 +100,7 @@ def test_only_float32_on_both_sides_is_compared_closely() -> None:
     canary = Canary("float32", (), (), ())
     assert choose_tolerance(canary, "float32") == TOLERANCE
     assert choose_tolerance(canary, "bfloat16") == TOLERANCE_LOW_PRECISION
+    assert choose_tolerance(canary, "bfloat16", chooses=True) == TOLERANCE_OF_CHOICE
     assert choose_tolerance(replace(canary, dtype="bfloat16"), "float32") == TOLERANCE_LOW_PRECISION
 
 

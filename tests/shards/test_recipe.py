@@ -96,6 +96,7 @@ def test_what_is_stored_as_it_is_wanted_is_not_computed(layout: str, tmp_path: P
 
 
 _KIMI = """
+import sys
 from types import SimpleNamespace
 from tests.benchmarks.bench_trace import MODELS, make_headers
 from tests.support.memory import peak_bytes
@@ -103,24 +104,25 @@ from moectl.model.placement import make_placement
 from moectl.model.structure import Quantization
 from moectl.shards.blueprint import draw
 from moectl.shards.recipe import plan_files
-stored = make_headers(MODELS["kimi-k2"])
+config = MODELS[sys.argv[1]]
+stored = make_headers(config)
 before = peak_bytes()
-blueprint = draw(SimpleNamespace(config=MODELS["kimi-k2"], stored=stored), Quantization(4, 64))
+blueprint = draw(SimpleNamespace(config=config, stored=stored), Quantization(4, 64))
 files = plan_files(blueprint, stored, make_placement(blueprint.structure, "hidden", 4))
 print(len(stored), len(files), sum(file.bytes for file in files), peak_bytes() - before)
 """
 
 
-def test_the_largest_model_is_laid_out_in_little_memory() -> None:
+@pytest.mark.parametrize(("model", "headers", "size"), [("kimi-k2", 139_583, 577e9), ("kimi-k2-int4", 208_215, 640e9)])
+def test_the_largest_model_is_laid_out_in_little_memory(model: str, headers: int, size: float) -> None:
     """Kimi K2 by its headers, on four ranks in 4 bits. It takes about 6 s of CPU."""
     root = Path(__file__).parent.parent.parent
-    done = subprocess.run([sys.executable, "-c", _KIMI], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", _KIMI, model], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    names, files, size, memory = map(int, done.stdout.split())
-    assert names == 139_583
-    assert files == 2 + 61 * 5
-    assert size == pytest.approx(577e9, rel=0.01)  # 1026 G values, of which the routers are not quantised
-    assert 0 < memory < 400 << 20
+    names, files, total, memory = map(int, done.stdout.split())
+    assert (names, files) == (headers, 2 + 61 * 5)
+    assert total == pytest.approx(size, rel=0.01)  # 1026 G values; int4 has groups of 32
+    assert 0 < memory < 256 << 20
 
 
 @pytest.mark.parametrize("recipe", ["mixed_2_6", "mixed_3_4", "mixed_4_6"])

@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from moectl.engine.caches import count_row_tokens
 from moectl.engine.engine import Engine
 from moectl.engine.network.exchange import seam
 from moectl.engine.network.load import load_rank
@@ -123,6 +124,9 @@ def main() -> None:
             kv_tokens=1200,
             cache_tokens=400,
             speculate=job.get("speculate", 0),
+            trimmable=manifest.structure.can_trim,
+            batchable=manifest.structure.can_batch,
+            row_tokens=count_row_tokens(manifest.structure),
         )
 
     with seam():

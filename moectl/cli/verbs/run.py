@@ -117,6 +117,7 @@ def run(
     given = {field.name: options[field.name] for field in fields(ChatSettings) if options.get(field.name) is not None}
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
+    ChatSettings(**given)  # a wrong number is refused before a model is loaded
     target = choose_target(common, options)
     wanted = run_options(options)
 

@@ -22,14 +22,14 @@ import numpy as np
 from moectl.engine.network.exchange import Exchange, observed, seam
 from moectl.engine.network.fingerprint import take_fingerprint
 from moectl.engine.network.joined import JoinedSet
-from moectl.engine.network.load import build_skeleton
+from moectl.engine.network.load import build_skeleton, compute_dtype
 from moectl.engine.network.parallel import install_sums
 from moectl.engine.network.reference import LayerRecord, PromptBatch, Reference, arrays_of
 from moectl.engine.network.rehearsal import Rehearsal, StandInGroup, WrongPart
-from moectl.engine.network.routing import count_experts, deal
+from moectl.engine.network.routing import count_experts, deal, run_dealt
 from moectl.engine.network.stored import Reader
 from moectl.errors import IntegrityError
-from moectl.model.canary import CHUNK, LONG, TOP, Canary, NoReference, cut_chunks, encode_points, make_prompts
+from moectl.model.canary import CHUNK, LONG, TOP, WIDTH, Canary, NoReference, cut_chunks, encode_points, make_prompts
 from moectl.model.manifest import Manifest
 from moectl.model.regions import Role
 from moectl.shards.hooks import Hook, hook_call
@@ -38,25 +38,33 @@ from moectl.shards.routers import find_stacks
 from moectl.shards.skeleton import Skeleton, make_skeleton
 from moectl.shards.units import at
 
-_TOLERANCE = 1e-3  # of the sum of all ranks' parts, in float32
+# Of the sum of all ranks' parts; in 16 bits each of them is rounded.
+_TOLERANCE = 1e-3
+_TOLERANCE_LOW_PRECISION = 0.03
 _Points = list[list[list[mx.array]]]  # by rank, prompt and exchange
 
 
 def compute_canary(
-    directory: Path, manifest: Manifest, *, on_layer: Callable[[int, int], None] = lambda done, of: None
+    directory: Path,
+    manifest: Manifest,
+    *,
+    dtype: mx.Dtype | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, of: None,
 ) -> Canary:
     """Run the canary's prompts through a finished shard set.
 
+    `dtype` is what activations are rounded to (None: `compute_dtype()`, what ranks on machines like this one have).
     `on_layer(done, of)` is told how far it is. Raises IntegrityError, also where the ranks' parts do not add up to the
     whole, and NoReference where the model cannot be run without a GPU, or not without much memory.
     """
+    dtype = dtype or compute_dtype()
     with _on_cpu(), Reader() as reader:
-        return _Run(directory, manifest, reader).compute(on_layer)
+        return _Run(directory, manifest, reader, dtype).compute(on_layer)
 
 
 class _Run:
-    def __init__(self, directory: Path, manifest: Manifest, reader: Reader) -> None:
-        self._manifest, self._placement = manifest, manifest.placement
+    def __init__(self, directory: Path, manifest: Manifest, reader: Reader, dtype: mx.Dtype) -> None:
+        self._manifest, self._placement, self._dtype = manifest, manifest.placement, dtype
         structure, size = manifest.structure, manifest.world_size
         prompts = make_prompts(structure.vocab_size, structure.context, CHUNK)
         self._batch = PromptBatch.of(prompts)
@@ -66,7 +74,7 @@ class _Run:
         joined = JoinedSet(directory, manifest, reader)
         skeleton, self._found = build_skeleton(manifest)
         is_divided = size > 1 and self._placement.split != "layers"
-        self._whole = _start(lambda: Reference(joined, skeleton, self._build(), self._batch, size))
+        self._whole = _start(lambda: Reference(joined, skeleton, self._build(), self._batch, ranks=size, dtype=dtype))
         self._ranks: list[Rehearsal] = []
         for rank in range(size) if is_divided else ():
             chunks = self._list_chunks()
@@ -93,7 +101,9 @@ class _Run:
             tuple(encode_points([_numbers(point) for point in prompt]) for prompt in rank) for rank in self._points
         )
         top, spread = _read_head(logits)
-        return Canary("float32", points, top, spread, chunk=CHUNK, unmet=tuple(self._find_unmet()))
+        return Canary(
+            str(self._dtype).rpartition(".")[2], points, top, spread, chunk=CHUNK, unmet=tuple(self._find_unmet())
+        )
 
     def _build(self) -> Skeleton:
         skeleton = make_skeleton(self._manifest.config)
@@ -145,6 +155,7 @@ class _Run:
         if is_whole:
             self._met[layer].update(np.unique(np.array(mixed)).tolist())
         found = call(x.reshape(-1, x.shape[-1])[keep][None], mixed[None], *args)[0]
+        found = mx.concatenate([found[:short], run_dealt(lambda *_: found[short:], x, dealt)])
         return found[mx.array(self._batch.spread)].reshape(*indices.shape, -1)
 
     def _note_layer(
@@ -183,16 +194,20 @@ class _Run:
                 yield holding.numbers
 
     def _take_points(self, x: mx.array) -> list[mx.array]:
-        """Return the fingerprint of each prompt's tokens in a batch's array."""
+        """Return the fingerprint of each prompt's tokens in a batch's array, and the size that such have."""
         rows = x.reshape(*self._batch.tokens.shape, -1, x.shape[-1])
-        found = [take_fingerprint(rows[p, :length], 0, length) for p, length in enumerate(self._batch.lengths)]
+        found = []
+        for prompt, length in enumerate(self._batch.lengths):
+            mine = rows[prompt, :length].astype(mx.float32)
+            size = math.sqrt(WIDTH) * mx.linalg.norm(mine.reshape(-1))
+            found.append(mx.concatenate([take_fingerprint(mine, 0, length), size[None]]))
         mx.eval(found)
         return found
 
     def _check_sum(self, number: int, wanted: mx.array, parts: list[mx.array]) -> None:
-        size = sum(math.hypot(*_numbers(part)) for part in [wanted, *parts])
-        off = math.hypot(*_numbers(sum(parts[1:], parts[0]) - wanted))
-        if not off <= _TOLERANCE * size:
+        size = sum(_numbers(part)[WIDTH] for part in [wanted, *parts])
+        off = math.hypot(*_numbers(sum(parts[1:], parts[0]) - wanted)[:WIDTH])
+        if not off <= (_TOLERANCE if self._dtype == mx.float32 else _TOLERANCE_LOW_PRECISION) * size:
             raise self._refuse(number, f"they are off by {off / max(size, 1e-30):.1g}")
 
     def _refuse(self, number: int, reason: str) -> IntegrityError:

@@ -2,7 +2,7 @@
 
 One pass goes through all layers. A layer's norms and other small arrays are there only while it runs, and its matrices
 are read piece by piece, each once for all tokens. What its matrices gave is kept until the layer is done, so that the
-parts of all ranks can be computed from it without reading anything again (`rehearsal`). For a CPU, in float32.
+parts of all ranks can be computed from it without reading anything again (`rehearsal`). For a CPU.
 """
 
 from __future__ import annotations
@@ -96,13 +96,23 @@ class PromptBatch:
 
 
 class Reference:
-    """The model; `ranks` is how many ranks have a part of it."""
+    """The model; `ranks` is how many ranks have a part of it, `dtype` the type of what goes from module to module."""
 
-    def __init__(self, joined: JoinedSet, skeleton: Skeleton, spare: Skeleton, batch: PromptBatch, ranks: int) -> None:
+    def __init__(
+        self,
+        joined: JoinedSet,
+        skeleton: Skeleton,
+        spare: Skeleton,
+        batch: PromptBatch,
+        *,
+        ranks: int,
+        dtype: mx.Dtype,
+    ) -> None:
         self.model: Any = skeleton.model
         self.record = LayerRecord()
         self.caches = make_prompt_cache(self.model)
-        self._joined, self._ranks = joined, ranks
+        self._joined, self._ranks, self._dtype = joined, ranks, dtype
+        self._casts: Callable[[str], bool] = getattr(self.model, "cast_predicate", lambda _: True)
         self._opened: dict[str, JoinedMatrix] = {}
         self._batch, self._keep, self._spread = batch, batch.keep, batch.spread
         self._done = 0  # calls of layers
@@ -166,11 +176,16 @@ class Reference:
     def _read(self, names: Sequence[str]) -> dict[str, mx.array]:
         shapes = dict(tree_flatten(self.model.parameters()))
         found = {name: self._joined.read(name, shapes[name].shape) for name in names if self._joined.has(name)}
-        wide = {n: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a for n, a in found.items()}
-        mx.eval(list(wide.values()))
+        ready = {
+            name: array.astype(self._dtype) if self._is_cast(name, array) else array for name, array in found.items()
+        }
+        mx.eval(list(ready.values()))
         found.clear()
         self._joined.release()
-        return wide
+        return ready
+
+    def _is_cast(self, name: str, array: mx.array) -> bool:
+        return mx.issubdtype(array.dtype, mx.floating) and self._casts(name)
 
     def _close(self) -> None:
         self._opened.clear()
@@ -184,7 +199,7 @@ class Reference:
     def _multiply(self, path: str, module: Any, call: Hook, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         if isinstance(module, _EMBEDDING):
             rows = self._open(path, module).read_rows(np.array(x).reshape(-1).tolist())
-            return mx.array(rows).reshape(*x.shape, -1)
+            return mx.array(rows).reshape(*x.shape, -1).astype(self._dtype)
         return self._apply(path, module, x, *args)
 
     def _apply(self, path: str, module: Any, x: mx.array, indices: mx.array | None = None, *_: Any) -> mx.array:

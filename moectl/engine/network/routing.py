@@ -35,12 +35,22 @@ def deal(first: int, shape: Sequence[int], experts: int) -> mx.array:
     return chosen.reshape(*shape).astype(mx.uint32)
 
 
+def run_dealt(call: Hook, x: mx.array, indices: mx.array, *args: Any) -> mx.array:
+    """Return a stack's results (…, K, D) for experts that were dealt: for each of a token's, the mean of them all.
+
+    So it does not matter in which order a router names those that it chose, nor how it weighs each: devices differ in
+    the first, and two experts that are close may change places.
+    """
+    found: mx.array = call(x, indices, *args)
+    return mx.broadcast_to(found.mean(axis=-2, keepdims=True), found.shape)
+
+
 @contextmanager
 def dealt(model: Any, experts: Sequence[int], first: int) -> Iterator[None]:
-    """Let all layers' tokens be dealt out, whose numbers begin with `first`; their weights stay the routers'."""
+    """Let all layers' tokens be dealt out, whose numbers begin with `first`; the sum of weights stays the routers'."""
 
     def hook(layer: int, call: Hook, x: mx.array, indices: mx.array, *args: Any) -> Any:
-        return call(x, deal(first, indices.shape, experts[layer]).astype(indices.dtype), *args)
+        return run_dealt(call, x, deal(first, indices.shape, experts[layer]).astype(indices.dtype), *args)
 
     with hooked((stack.module, partial(hook, stack.layer)) for stack in find_stacks(model)):
         yield
