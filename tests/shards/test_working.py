@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import pytest
 
-from moectl.shards import working
 from moectl.shards.skeleton import make_skeleton
 from moectl.shards.units import divisions_of
 from moectl.shards.ways import look
@@ -46,7 +46,7 @@ def test_a_graph_that_mlx_cannot_write_down_gives_nothing(monkeypatch: pytest.Mo
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Unable to get state for primitive New")
 
-    monkeypatch.setattr(working.mx, "export_function", fail)
+    monkeypatch.setattr(mx, "export_function", fail)
     skeleton = make_skeleton(config_of("llama"))
     assert find_moments(skeleton, (0,) * 4, {}, on_gpu=False) == ()
     assert count_launches(skeleton, (0,) * 4) == [0]
