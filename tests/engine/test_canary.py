@@ -38,6 +38,8 @@ WAYS = {
     "gemma4_text": ("tensor",),  # layers that share caches, and return more than a state
     "kimi_k3": ("hidden",),  # what it computes of weights is kept, and layers get an object that they change
     "nanbeige (looped)": ("tensor",),  # each layer runs twice
+    "gptj": ("hidden",),  # its layers are called by names of arguments
+    "afm7": ("hidden",),  # layers that take keys of another one
     "phi3": ("hidden",),  # two matrices in one
     "llama": ("tensor", "layers"),
 }
