@@ -488,7 +488,7 @@ def _be_moectl(request: dict[str, Any]) -> None:
         os.dup2(fd, wanted)
     sys.stdin = _real_open(0, closefd=False)
     sys.argv = ["moectl", *request["argv"]]
-    if "huggingface_hub" in sys.modules:  # which has read its environment
+    if "huggingface_hub" in sys.modules and "HF_HUB_CACHE" in os.environ:  # it has read its environment
         from huggingface_hub import constants
 
         constants.HF_HUB_CACHE, constants.DOWNLOAD_CHUNK_SIZE = os.environ["HF_HUB_CACHE"], 16 << 10

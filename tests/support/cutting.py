@@ -39,7 +39,7 @@ def cut(
             blueprint,
             placement,
             directory,
-            name="set",
+            name=directory.name,
             jobs=jobs,
             force=force,
             compute_canary=compute_canary,

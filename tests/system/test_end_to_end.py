@@ -54,7 +54,7 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
     hosts.write_text("\n".join(["# two names of one machine", *lines]) + "\n")
     at = ("--hostfile", str(hosts))
     made = json.loads(moectl("shard", str(model), *at, "--json").stdout)
-    assert made["shares"] == [3, 3]
+    assert made["shares"] == [1, 1]
 
     dry = moectl("deploy", str(hosts), "--dry-run")
     assert "Dry run: nothing was copied." in dry.stdout
