@@ -8,6 +8,7 @@ from pathlib import Path
 
 TOPICS = (
     "cluster",
+    "models",
     "daily",
     "planning",
     "deploying",
