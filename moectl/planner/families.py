@@ -49,6 +49,7 @@ class Family:
     verified: str  # with what its splits were compared: transformers, mlx-lm's unsplit model, or nothing
     repository: str | None  # an example
     examples: tuple[Example, ...]  # published models that moectl knows
+    differs: str | None = None  # how mlx-lm's model file differs from transformers
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -97,7 +98,7 @@ def _describe(name: str, known: dict[str, Any] | None) -> Family:
     if known is None:
         return Family(name, (), {}, UNKNOWN, None, ())
     refused: dict[str, str] = known["refused"]
-    verified = TRANSFORMERS if known.get("transformers") else MLX_LM
+    verified = TRANSFORMERS if known.get("transformers") and "differs" not in known else MLX_LM
     examples = tuple(_examples_of({name, *known.get("aliases", ())}))
     listed = [*(example.name for example in examples), *known.get("examples", ())]
     return Family(
@@ -107,6 +108,7 @@ def _describe(name: str, known: dict[str, Any] | None) -> Family:
         REFUSED if len(refused) == len(SPLITS) else verified,
         listed[0] if listed else None,
         examples,
+        known.get("differs"),
     )
 
 

@@ -28,11 +28,6 @@ from tests.support.ring import process_env
 from tests.support.traced import open_traced
 from tests.system.test_end_to_end import moectl
 
-# How mlx-lm's own model files differ from transformers; the case beside it shows that all else is equal.
-WRONG = {
-    "gpt_oss": "mlx-lm's YaRN rounds its bounds although config.json says `truncate: false`: logits are 1e-2 off",
-    "ernie4_5_moe": "mlx-lm leaves e_score_correction_bias out: other experts are chosen",
-}
 DOZEN = (
     *("mixtral", "qwen3_moe", "qwen3_next", "gpt_oss (truncate)", "deepseek_v3", "kimi_k2", "glm4_moe"),
     *("minimax_m2", "nemotron_h", "gemma3_text", "llama", "mistral3"),
@@ -82,7 +77,7 @@ def compare(case: str, found: list[mx.array]) -> None:
 
 
 def marks_of(case: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.xfail(reason=WRONG[case], strict=True)] if case in WRONG else []
+    return [pytest.mark.xfail(reason=theirs.WRONG[case], strict=True)] if case in theirs.WRONG else []
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=marks_of(case)) for case in theirs.cases()])

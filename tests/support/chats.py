@@ -1,8 +1,9 @@
-"""Ten families' small files as their repositories publish them: keys about end tokens, defaults and special tokens.
+"""Small files of ten families, with the keys that their repositories publish about end tokens, defaults and the like.
 
-The numbers are the published ones. The chat templates are this project's own: each writes the family's turns and uses
-what its published template uses of Jinja, without tools. With the published templates of llama.cpp's collection and of
-others the same comparisons were made by hand; they are not kept here.
+The Hub was out of reach when the numbers were written: some come from what public files repeat of them, some from
+memory. The chat templates are this project's own: each writes the family's turns and uses what its published template
+uses of Jinja, without tools. With the published templates of llama.cpp's collection and of others the same comparisons
+were made by hand; they are not kept here.
 """
 
 from __future__ import annotations

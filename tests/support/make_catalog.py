@@ -19,6 +19,7 @@ from moectl.model.structure import Structure
 from moectl.shards.outline import outline
 from moectl.shards.skeleton import make_skeleton
 from moectl.shards.ways import look
+from tests.support.transformers_models import WRONG
 
 _EMPTY: tuple[Any, ...] = (None, 0, (), [], {})
 PUBLISHED = Path(__file__).parent.parent / "golden" / "sizes.json"
@@ -76,7 +77,10 @@ def make_families() -> dict[str, dict[str, Any]]:
     found["dbrx"] |= {"transformers": True, "examples": ["databricks/dbrx-instruct"]}  # logits.npz
     for name in compared:
         own = found[_file_of(published[name]["config"])]
-        own["transformers"] = True
+        if name in WRONG:
+            own["differs"] = WRONG[name]
+        else:
+            own["transformers"] = True
         own.setdefault("examples", []).append(published[name]["from"].partition(" ")[0].rstrip(","))
     for alias, name in MODEL_REMAPPING.items():
         if name in found:

@@ -35,6 +35,12 @@ SEEDS = 20
 FLOAT32 = ("A_log", "e_score_correction_bias")  # endings of names that publishers store so
 EMBEDDING = 2048  # what divides the numbers of an embedding
 
+# How mlx-lm's own model files differ from transformers; the case beside it shows that all else is equal.
+WRONG = {
+    "gpt_oss": "mlx-lm's YaRN rounds its bounds although config.json says truncate: false, logits are 1e-2 off",
+    "ernie4_5_moe": "mlx-lm leaves e_score_correction_bias out, other experts are chosen",
+}
+
 Shapes = dict[str, tuple[str, list[int]]]  # name → (safetensors' type, shape)
 
 

@@ -45,6 +45,8 @@ def family_text(family: Family, *, width: int | None = None) -> str:
     lines = [f"{family.name}: splits {', '.join(family.splits) or 'none'}; {compared}"]
     if family.aliases:
         lines.append(f"It also reads model types {', '.join(family.aliases)}.")
+    if family.differs:
+        lines.append(f"It differs from transformers: {family.differs}.")
     lines += [f"Not --split {split}: {why}." for split, why in family.refused.items()]
     if family.examples:
         header = ("MODEL", "PARAMETERS", "4 BITS", "SMALLEST CLUSTER OF MACS")
