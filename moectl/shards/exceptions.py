@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from moectl.shards import dbrx
-
-# model_type → the model file that takes the place of mlx-lm's.
-OWN_FILES: dict[str, ModuleType] = {
-    "dbrx": dbrx,  # mlx-lm's loops over tokens in Python, and has a list of experts, which cannot be shared out
-}
-
 # model_type → why no way to split it is offered, though its modules look as if there were some.
 REFUSED = {
     "phi3small": "mlx-lm's own model file ends the process on a CPU (MLX 0.32.4), so that it cannot be checked",
@@ -20,3 +13,14 @@ REFUSED = {
 ONE_ROW = {
     "afm7": "its last layers count the padding of shorter rows as tokens (mlx-lm 0.32.2)",
 }
+
+
+def find_own_file(model_type: object) -> ModuleType | None:
+    """Return the model file that takes the place of mlx-lm's, None where there is none."""
+    if (
+        model_type == "dbrx"
+    ):  # mlx-lm's loops over tokens in Python, and has a list of experts, which cannot be shared out
+        from moectl.shards import dbrx  # it imports mlx-lm, which a wrong variable of the Hub stops
+
+        return dbrx
+    return None

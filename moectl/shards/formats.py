@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from moectl.errors import CheckpointError
 from moectl.model.config_keys import CORRECT, show
-from moectl.shards.exceptions import OWN_FILES
+from moectl.shards.exceptions import find_own_file
 from moectl.shards.tensors import MODES
 from moectl.shards.trace import ANOTHER_COPY, Expression, Stored, form_of, record
 
@@ -52,7 +52,7 @@ def read_format(config: Mapping[str, Any]) -> Format:
         if not isinstance(raw.get("bits"), int) or not isinstance(raw.get("group_size"), int):
             raise CheckpointError("config.json: quantization has no bits or no group_size", hint=CORRECT)
         _check_mode(raw)
-        own_file = OWN_FILES.get(str(config.get("model_type")))
+        own_file = find_own_file(config.get("model_type"))
         return Format("mlx", own_file.rename_table(raw) if own_file else raw)
     readers = {"fp8": _read_fp8, "compressed-tensors": _read_compressed, "modelopt": _read_modelopt}
     if not isinstance(method, str) or method not in {*readers, *_MX}:

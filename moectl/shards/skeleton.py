@@ -20,7 +20,7 @@ from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
 from moectl.errors import CheckpointError
 from moectl.model.config_keys import CORRECT
-from moectl.shards.exceptions import OWN_FILES
+from moectl.shards.exceptions import find_own_file
 
 _MOST_LAYERS = 10_000  # each is a Python object
 
@@ -98,7 +98,7 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
 
 def find_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     """Return the classes of a model and of its arguments."""
-    own_file = OWN_FILES.get(config["model_type"])
+    own_file = find_own_file(config["model_type"])
     return (own_file.Model, own_file.ModelArgs) if own_file else _get_classes(config)
 
 

@@ -153,7 +153,7 @@ class JoinedSet:
     def _load(self, file: str) -> dict[str, mx.array]:
         if file not in self._loaded:
             try:
-                loaded = mx.load(str(self._directory / file))
+                loaded = mx.load(str(self._directory / file), format="safetensors")
             except (OSError, RuntimeError, ValueError) as error:
                 raise IntegrityError(f"{self._directory / file} cannot be read: {error}", hint=HINT) from None
             assert isinstance(loaded, dict)

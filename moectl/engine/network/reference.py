@@ -210,9 +210,13 @@ class Reference:
         parts: list[mx.array] = []
         if matrix.axis == -1:  # one rank after the other, so that each file is read once and little is held
             for rank in range(self._ranks):
-                part = take_columns(x, matrix.spans(rank))
-                parts.append(self._times(part, indices, matrix.rows, partial(matrix.times_part, rank)))
+                if spans := matrix.spans(rank):
+                    part = take_columns(x, spans)
+                    parts.append(self._times(part, indices, matrix.rows, partial(matrix.times_part, rank)))
+                else:  # it holds nothing of this unit
+                    parts.append(mx.array(0, dtype=self._dtype))
             y: mx.array = sum(parts[1:], parts[0])
+            parts = [mx.broadcast_to(part, y.shape) for part in parts]
         else:
             y = self._times(x, indices, matrix.rows, matrix.times)
         bias = module.bias if "bias" in module else None
