@@ -97,6 +97,9 @@ def shard_model(
     from moectl.cli.progress import progress
     from moectl.model.canary import NoReference, describe_unmet
     from moectl.shards import prepare
+    from moectl.shards.hub_environment import check_numbers
+
+    check_numbers()  # what follows imports mlx-lm, and with it huggingface_hub
     from moectl.shards.tokenizer_files import choose_tokenizer
 
     canaries: list[Canary] = []

@@ -220,10 +220,10 @@ def shard(
     Before anything is written, `on_files` gets the set's name, its directory, who holds what and the bytes of each
     weight file; then `on_file` gets each file that is whole, as in `build.cut`.
     """
+    check_numbers()  # what follows imports mlx-lm, and with it huggingface_hub
     from moectl.shards import build
     from moectl.shards.recipe import plan_files
 
-    check_numbers()  # the canary loads huggingface_hub after the cut
     checkpoint = open_checkpoint(
         source,
         revision=revision,
@@ -312,6 +312,7 @@ def describe_model(source: str) -> tuple[CatalogModel, Manifest | None]:
     try:
         _, manifest = find_shards(source)
     except NotSharded:
+        check_numbers()
         from moectl.shards.blueprint import draw
 
         with open_checkpoint(source) as checkpoint:

@@ -86,7 +86,11 @@ def shard(
 
 
 def _add_tokenizer(common: Common, source: str, where: Path | None) -> None:
-    from moectl.shards import prepare, tokenizer_files
+    from moectl.shards import prepare
+    from moectl.shards.hub_environment import check_numbers
+
+    check_numbers()  # what follows imports mlx-lm, and with it huggingface_hub
+    from moectl.shards import tokenizer_files
 
     if where is None:
         hosts = common.host_list()
