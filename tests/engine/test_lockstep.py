@@ -70,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def cut_case(source: Path, out: Path, split: str, shares: tuple[int, ...], bits: int) -> Path:
     split, replicas = ("experts", 2) if split == "copies" else (split, 1)
     precision: dict[str, Any] = {} if bits == 16 else {"bits": bits, "group_size": 64}
-    cut(source, out, split=split, shares=shares, replicas=replicas, **precision)
+    cut(source, out, name=out.name, split=split, shares=shares, replicas=replicas, **precision)
     return out
 
 

@@ -116,7 +116,7 @@ def test_nonsense_in_a_manifest_never_surprises(path: tuple[Any, ...], value: An
 def test_missing_and_surplus_parts_never_surprise(data: st.DataObject) -> None:
     raw = deepcopy(RAW)
     at, key = raw, data.draw(st.sampled_from(sorted(raw)))
-    while isinstance(at[key], dict) and data.draw(st.booleans()):
+    while isinstance(at[key], dict) and at[key] and data.draw(st.booleans()):
         at, key = at[key], data.draw(st.sampled_from(sorted(at[key])))
     if data.draw(st.booleans()):
         del at[key]

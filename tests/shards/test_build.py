@@ -366,7 +366,12 @@ def test_any_shares_and_block_sizes_give_the_same_bits(
         patch.setattr(recipe, "_PIECE_BYTES", data.draw(size, "piece"))
         patch.setattr(writer, "_FLUSH_BYTES", 50_000)
         jobs = data.draw(st.integers(1, 3), "jobs")
-        made = cut(checkpoint, Path(directory), split=split, shares=shares, quantization=quantization, jobs=jobs)
+        try:
+            made = cut(checkpoint, Path(directory), split=split, shares=shares, quantization=quantization, jobs=jobs)
+        except PlanError as error:  # fewer groups of weights than ranks
+            if "nodes are too many" not in error.message:
+                raise
+            return
         assert_equal(Path(directory), expected(weights, made, quantization))
 
 
