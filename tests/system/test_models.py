@@ -135,7 +135,7 @@ def hostfile(netns_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -
         ("llama", "layers"),
         pytest.param("qwen2", "hidden", marks=pytest.mark.long),
         pytest.param("gpt-oss-mxfp4", "hidden", marks=pytest.mark.long),
-        pytest.param("qwen3-next", "layers", marks=pytest.mark.long),
+        pytest.param("qwen3-next", "hidden", marks=pytest.mark.long),
         pytest.param("dbrx", "tensor", marks=pytest.mark.long),
     ],
 )
