@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -9,12 +10,14 @@ import tempfile
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from moectl.hosts.hostfile import Host
 from tests.support.netns import Cluster, run_cluster
+from tests.support.ring import rank_env
 from tests.support.sshd import SSHD, Server, run_sshd
 from tests.support.starting import starts_processes
 
@@ -141,3 +144,25 @@ def netns(netns_session: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
     monkeypatch.setenv("MOECTL_SSH_CONFIG", str(netns_session.config))
     yield netns_session
     netns_session.mend()
+
+
+@pytest.fixture(scope="module")
+def hostfile(netns_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLX hostfile of the four hosts: its "envs" carry the preload to the ranks."""
+    rows: list[dict[str, Any]] = [
+        {"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []}
+        for host in netns_session.hosts()
+    ]
+    path = tmp_path_factory.mktemp("hosts") / "hosts.json"
+    path.write_text(json.dumps({"envs": [f"{k}={v}" for k, v in rank_env().items()], "hosts": rows}))
+    return path
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Let MLX compile nothing: on a CPU it calls a compiler for each function of each shape."""
+    import mlx.core as mx
+
+    mx.disable_compile()
+    yield
+    mx.enable_compile()

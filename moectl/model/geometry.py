@@ -1,6 +1,6 @@
 """The geometry of a DBRX model, read from its config.json: sizes and names of tensors, no files and no arrays.
 
-Names are those of the checkpoint (mlx-lm's spelling): per expert in a checkpoint, stacked over experts in a shard.
+Names are those of a checkpoint (mlx-lm's spelling), with one matrix per expert.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 from moectl.errors import CheckpointError
 from moectl.model.config_keys import CONFIG, CORRECT, check_config, show
 from moectl.model.rope import Scaling, read_rope
-
-PROJECTIONS = ("w1", "v1", "w2")  # gate, up, down: y = (silu(x w1ᵀ) ⊙ (x v1ᵀ)) w2ᵀ
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +110,6 @@ def block(layer: int) -> str:
 def expert_name(layer: int, expert: int, projection: str) -> str:
     """Return the canonical name of one expert's matrix in a checkpoint."""
     return f"{block(layer)}.ffn.experts.{expert}.{projection}.weight"
-
-
-def stacked_name(layer: int, projection: str) -> str:
-    """Return the name of a layer's stacked experts in a shard, shape (experts, out, in)."""
-    return f"{block(layer)}.ffn.experts.{projection}.weight"
 
 
 def read_geometry(config: Mapping[str, Any]) -> Geometry:

@@ -26,21 +26,12 @@ from moectl.shards.tensors import StoredTensor, read_header
 
 _MODELOPT = "hf_quant_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SIDECARS = (
-    CONFIG,
-    GENERATION,
-    "tokenizer*",
-    "*.tiktoken",
-    "tiktoken.model",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+TEMPLATES = "chat_template*"
+TOKENIZERS = (
+    *("tokenizer*", "*.tiktoken", "tiktoken.model", "vocab*", "merges.txt", "special_tokens_map.json"),
+    *("added_tokens.json", TEMPLATES),
 )
+_SIDECARS = (CONFIG, GENERATION, *TOKENIZERS, "LICENSE*", "NOTICE*", "USE_POLICY*")
 # Code, and files that Python unpickles, under all their names.
 _NEVER = (
     *("*.py", "*.pyc", "*.so", "*.dylib", "*.sh", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.p"),

@@ -333,7 +333,7 @@ def _compute(array: _Array, stored: Mapping[str, StoredTensor]) -> Iterator[Piec
 
 
 def _after(array: _Array, elements: int) -> tuple[int, ...]:
-    """Return the offset of each part after so many elements."""
+    """Return the offset of each part behind its first `elements`."""
     dtype = spell(array.node.dtype)
     skips = part_bytes(elements, dtype, array.target or dtype)
     return tuple(start + skip for start, skip in zip(array.at, skips, strict=True))

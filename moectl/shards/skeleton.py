@@ -139,7 +139,7 @@ def _refuse_endless(config: Mapping[str, Any]) -> None:
     for table in (config, inner if isinstance(inner, Mapping) else {}):
         for key, value in table.items():
             if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
-                raise CheckpointError(f"config.json: {key} is {value}: no model has so many", hint=CORRECT)
+                raise CheckpointError(f"config.json: {key} is {value}: the most is {_MOST_LAYERS}", hint=CORRECT)
 
 
 def _unknown(model_type: object) -> CheckpointError:

@@ -23,7 +23,7 @@ from moectl.files import explain_refusal, partial_path, sync_directory, write_pa
 from moectl.model.manifest import FileEntry, Manifest, read_manifest, refuse_links_outside, write_manifest
 from moectl.shards import journal as journals
 from moectl.shards.cache_layout import refuse_pointers
-from moectl.shards.checkpoint import Checkpoint, is_plain_data, open_store, read_json
+from moectl.shards.checkpoint import TEMPLATES, TOKENIZERS, Checkpoint, is_plain_data, open_store, read_json
 from moectl.shards.tiktoken_file import CONFIG, convert
 from moectl.shards.verified import write_stamps
 from moectl.shards.writer import hash_file
@@ -32,19 +32,6 @@ NAME = "tokenizer.json"
 # DBRX's tokenizer as data; the model's own repositories have it as Python code.
 KNOWN = "Xenova/dbrx-instruct-tokenizer"
 KNOWN_VOCABULARY = 100352
-_TEMPLATE = "chat_template*"
-_PATTERNS = (
-    *(
-        "tokenizer*",
-        "*.tiktoken",
-        "tiktoken.model",
-        "vocab*",
-        "merges.txt",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ),
-    _TEMPLATE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +45,7 @@ class TokenizerFiles:
     def has_template(self) -> bool:
         config = self.files.get("tokenizer_config.json")
         in_config = config is not None and "chat_template" in read_json(config, config.name)
-        return in_config or any(fnmatch(file, _TEMPLATE) for file in self.files)
+        return in_config or any(fnmatch(file, TEMPLATES) for file in self.files)
 
 
 def fetch_tokenizer(source: str, vocabulary: int) -> TokenizerFiles:
@@ -150,7 +137,7 @@ def find_stray(directory: Path, manifest: Manifest) -> str | None:
 
 def is_tokenizer(file: str) -> bool:
     """Whether a file at the top of a repository is a part of its tokenizer."""
-    return any(fnmatch(file.lower(), pattern) for pattern in _PATTERNS)
+    return any(fnmatch(file.lower(), pattern) for pattern in TOKENIZERS)
 
 
 def _replace_missing(checkpoint: Checkpoint, vocabulary: int, model: str, say: Callable[[str], None]) -> Checkpoint:
@@ -208,7 +195,7 @@ def _is_readable(checkpoint: Checkpoint, can_read: Callable[[Path], object]) -> 
 
 
 def _is_replaced(file: str, by: TokenizerFiles) -> bool:
-    if fnmatch(file.lower(), _TEMPLATE):
+    if fnmatch(file.lower(), TEMPLATES):
         return by.has_template
     return is_tokenizer(file)
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import queue
 import random
 import sys
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -36,12 +34,7 @@ LENGTHS = (5, 41, 23)
 SAID = 8
 
 
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """On a CPU MLX calls a compiler for each function of each shape."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -25,12 +24,7 @@ CANNOT_RUN = ("bitnet", "muse_spark", "olmo", "phi3small")
 OTHERS = [family for family in families() if family not in (*FEW, *CANNOT_RUN)]
 
 
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """On a CPU MLX calls a compiler for each function of each shape."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 def first_unit(model: nn.Module) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -44,12 +44,7 @@ CANNOT_RUN = ("bitnet", "muse_spark", "olmo", "phi3small")
 OTHERS = [family for family in families() if family not in (*DOZEN, *CANNOT_RUN)]
 
 
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """On a CPU MLX calls a compiler for each function of each shape."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @cache

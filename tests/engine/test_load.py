@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,12 +26,7 @@ NAMES = (*LAYOUTS, "dbrx")
 FP8_BY_MOECTL = ("qwen3-moe-fp8",)  # mlx-lm does not read it
 
 
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """On a CPU MLX calls a compiler for each function of each shape."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.fixture(scope="module")

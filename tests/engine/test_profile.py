@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -27,11 +26,7 @@ from tests.support.families import config_of, look_at, make_whole
 TOKENS, STEPS = [3, 11, 5, 7, 2, 9, 4, 8, 6, 1, 12, 13], 4
 
 
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 def run_profile(family: str, split: str, shares: list[float], replicas: int = 1) -> tuple[Placement, list[Profiled]]:

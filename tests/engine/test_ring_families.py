@@ -17,14 +17,14 @@ from mlx.utils import tree_flatten
 
 from moectl.shards.tokenizer import open_tokenizer
 from moectl.shards.ways import SPLITS
-from tests.engine.test_engine_families import drive, uncompiled, whole
+from tests.engine.test_engine_families import drive, whole
 from tests.engine.test_families import DOZEN, WAYS
 from tests.engine.test_lockstep import run_ranks
 from tests.support.alphabet import write_tokenizer
 from tests.support.cutting import cut
 from tests.support.families import config_of
 
-__all__ = ["uncompiled"]  # a fixture
+pytestmark = pytest.mark.usefixtures("uncompiled")
 # Two blocks beside each other in a layer, so that sums of one layer do not wait for each other; a window of its own.
 FAMILIES = (*DOZEN, "cohere", "gemma3_text", "falcon_h1")
 PROMPTS = ["thequickbrownfoxjumpsoverthelazydogagainandagain", "mixture"]  # of letters, which all vocabularies have

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -38,12 +37,7 @@ LONG = pytest.mark.long
 FIRST = 0x4E00  # the character of token 0
 
 
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """On a CPU MLX calls a compiler for each function of each shape."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.fixture(scope="session")

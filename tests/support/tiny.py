@@ -17,8 +17,10 @@ import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 
-from moectl.model.geometry import PROJECTIONS, Geometry, block, expert_name, read_geometry
+from moectl.model.geometry import Geometry, block, expert_name, read_geometry
 from moectl.shards.tensors import ITEM_BYTES
+
+PROJECTIONS = ("w1", "v1", "w2")  # gate, up, down
 
 LAYOUTS = ("fused", "v2", "mlx", "mlx-quantized")
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.netns import Cluster
-from tests.support.ring import process_env, rank_env
+from tests.support.ring import process_env
 from tests.support.running import wait_for, workers
 from tests.support.sshd import Server
 from tests.support.tiny import write_checkpoint
@@ -123,18 +123,6 @@ def test_mixing_this_machine_with_another(sshd: Server, model: Path, alone: str,
     moectl("shard", str(model), "--hostfile", str(hosts), "--split", "experts", "--shares", "5,11", "-q")
     moectl("deploy", str(hosts))
     assert moectl(*PROMPT).stdout == alone
-
-
-@pytest.fixture(scope="module")
-def hostfile(netns_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLX hostfile of the four hosts: its "envs" carry the preload to the ranks."""
-    rows: list[dict[str, Any]] = [
-        {"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []}
-        for host in netns_session.hosts()
-    ]
-    path = tmp_path_factory.mktemp("hosts") / "hosts.json"
-    path.write_text(json.dumps({"envs": [f"{k}={v}" for k, v in rank_env().items()], "hosts": rows}))
-    return path
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from mlx_lm.utils import load_model
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.layouts import write_layout
 from tests.support.netns import Cluster
-from tests.support.ring import process_env, rank_env
+from tests.support.ring import process_env
 from tests.support.tiny import write_checkpoint
 from tests.system.test_end_to_end import MOECTL, moectl
 
@@ -112,17 +112,6 @@ def answer_of_mlx_lm(directory: Path) -> str:
         tokens = mx.argmax(model(tokens, cache=cache)[:, -1:], axis=-1)
         found.append(int(tokens.item()))  # type: ignore[arg-type]
     return str(tokenizer.decode(found, skip_special_tokens=False))
-
-
-@pytest.fixture(scope="module")
-def hostfile(netns_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows: list[dict[str, Any]] = [
-        {"ssh": host.name, "ips": [], "python": host.python, "dir": host.dir, "rdma": []}
-        for host in netns_session.hosts()
-    ]
-    path = tmp_path_factory.mktemp("hosts") / "hosts.json"
-    path.write_text(json.dumps({"envs": [f"{k}={v}" for k, v in rank_env().items()], "hosts": rows}))
-    return path
 
 
 @pytest.mark.netns
