@@ -21,7 +21,6 @@ from moectl.model.config_keys import CONFIG, GENERATION, check_generation, list_
 from moectl.model.parameters import read_defaults
 from moectl.shards.cache_layout import find_snapshot, name_snapshot, refuse_pointers
 from moectl.shards.hub import OnBytes, Repository, find_cached
-from moectl.shards.hub_errors import MIRRORS
 from moectl.shards.tensors import StoredTensor, read_header
 
 _MODELOPT = "hf_quant_config.json"
@@ -285,7 +284,7 @@ def _weight_files(store: _Store) -> list[str]:
     if not files:
         raise CheckpointError(
             f"{store.name} has no safetensors weights",
-            hint="pickled (.bin, .pt) and GGUF weights are not read; try " + " or ".join(MIRRORS),
+            hint="pickled (.bin, .pt) and GGUF weights are not read; take a copy of the model with .safetensors files",
         )
     return files
 

@@ -11,7 +11,7 @@ from moectl.errors import CheckpointError, MoectlError, Unreachable
 from moectl.files import explain_refusal
 from moectl.shards.hub_environment import explain_certificates, find_proxy
 
-MIRRORS = (
+MIRRORS = (  # of DBRX, whose own repositories ask for an account
     "alpindale/dbrx-instruct",
     "SinclairSchneider/dbrx-instruct-quantization-fixed",
     "mlx-community/dbrx-instruct-4bit",
@@ -87,17 +87,17 @@ def _status_error(error: BaseException, repo: str, what: str) -> MoectlError:
     words = " ".join(str(getattr(error, "server_message", None) or "").split())[:300]
     said = f": {words}" if words else ""  # the Hub's own
     accept = f"accept its licence at https://huggingface.co/{repo}"
-    mirrors = ", ".join(m for m in MIRRORS if m != repo)
+    mirrors = ", ".join(m for m in MIRRORS if m != repo) if "dbrx" in repo.lower() else ""
+    other = f"; or use a mirror: {mirrors}" if mirrors else ""
     if status == 403 or isinstance(error, GatedRepoError):
         message = f"{repo} may not be downloaded with this account (HTTP {status}){said}"
-        return CheckpointError(message, hint=f"{accept} and set HF_TOKEN; or use a mirror: {mirrors}")
+        return CheckpointError(message, hint=f"{accept} and set HF_TOKEN{other}")
     if status == 401:
         message = f"{repo} does not exist, or is closed to you (HTTP 401){said}"
-        return CheckpointError(message, hint=f"{accept} and set a valid HF_TOKEN; or use a mirror: {mirrors}")
+        return CheckpointError(message, hint=f"{accept} and set a valid HF_TOKEN{other}")
     if status in (404, 410):
-        return CheckpointError(
-            f"the Hub has no repository {repo} (HTTP {status}){said}", hint=f"try a mirror: {mirrors}"
-        )
+        right = f"try a mirror: {mirrors}" if mirrors else "correct the name: OWNER/NAME at https://huggingface.co"
+        return CheckpointError(f"the Hub has no repository {repo} (HTTP {status}){said}", hint=right)
     wait_s = retry_after_s(error)
     when = f" in {wait_s:.0f} s" if wait_s else ""
     message = f"{what} of {repo} did not come: the Hub answered HTTP {status}{said}"

@@ -68,7 +68,9 @@ def _sampling(parameter: str, *names: str, help: str, default: float | None = No
     help="Let the model think before it answers, or not (default: as the model does by itself).",
 )
 @click.option(
-    "--reasoning-effort", type=click.Choice(EFFORTS[1:]), help="How much to think, for models that know such levels."
+    "--reasoning-effort",
+    type=click.Choice(EFFORTS[1:]),
+    help="How much to think; a model without such levels ignores it.",
 )
 @click.option("--hide-thinking", is_flag=True, help="Show the answer only.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
