@@ -22,10 +22,7 @@ from moectl.errors import CheckpointError
 from moectl.model.config_keys import CORRECT
 from moectl.shards.exceptions import find_own_file
 
-_MOST_LAYERS = 10_000  # each is a Python object
-
-
-# Names of numbers of modules, and the most of them that any model has.
+# Names of numbers of modules, each a Python object, and the most of them that any model has.
 _COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_experts", "n_routed_experts")
 _MOST = 4096
 
@@ -65,18 +62,13 @@ def make_skeleton(config: Mapping[str, Any]) -> Skeleton:
     known = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
     if not isinstance(model_type, str) or MODEL_REMAPPING.get(model_type, model_type) not in known:
         raise _unknown(model_type)
-    _refuse_endless(config)
     own = copy.deepcopy(dict(config))  # some model files write into it
     _check_depth(own)
     try:
         model_class, args_class = find_classes(own)
     except AttributeError:  # a module of mlx-lm that is no model file
         raise _unknown(model_type) from None
-    except (
-        ImportError,
-        SystemExit,
-        ValueError,
-    ) as error:  # some want a library of their own, and end the program without it
+    except (ImportError, SystemExit, ValueError) as error:  # some want a library, and end the program without it
         raise CheckpointError(
             f"mlx-lm's model file for {model_type} cannot be loaded: it wants a library that moectl does not have",
             hint="use another model",
@@ -132,14 +124,6 @@ def empty(module: nn.Module) -> None:
 
 def _zeros(array: mx.array) -> mx.array:
     return mx.broadcast_to(mx.array(0, dtype=array.dtype), array.shape)
-
-
-def _refuse_endless(config: Mapping[str, Any]) -> None:
-    inner = config.get("text_config")
-    for table in (config, inner if isinstance(inner, Mapping) else {}):
-        for key, value in table.items():
-            if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
-                raise CheckpointError(f"config.json: {key} is {value}: the most is {_MOST_LAYERS}", hint=CORRECT)
 
 
 def _unknown(model_type: object) -> CheckpointError:

@@ -310,7 +310,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], type[MoectlError], str]] = [
         "absurdly many layers",
         _config(lambda c: c.update(n_layers=10**12)),
         CheckpointError,
-        r"n_layers is 1000000000000: the most is",
+        r"n_layers is 1000000000000, more than any model has",
     ),
     (
         "wrong shape",

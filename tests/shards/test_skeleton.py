@@ -79,3 +79,13 @@ def test_the_callers_config_is_not_changed() -> None:
     config = config_of("gemma3")
     make_skeleton(config)
     assert config == config_of("gemma3")
+
+
+def test_only_numbers_of_modules_are_limited() -> None:
+    """Gemma 4 has a vocabulary for each layer's input."""
+    config = config_of("gemma4_text")
+    large = {**config, "vocab_size_per_layer_input": 262144}
+    assert make_skeleton(large).model_type == config["model_type"]
+    for key in ("num_hidden_layers", "n_layers"):
+        with pytest.raises(CheckpointError, match=f"{key} is 5000, more than any model has"):
+            make_skeleton({**config, key: 5000})
