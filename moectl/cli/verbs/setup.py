@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import click
 
 from moectl import errors
 from moectl.cli import suggest
-from moectl.cli.options import Common, common, refuse_both
+from moectl.cli.options import Common, at_terminal, common, refuse_both
 from moectl.cli.verb import verb
 from moectl.text import count_text
 
@@ -82,7 +81,7 @@ def setup(common: Common, **options: Any) -> None:
     refuse_both({"--undo": options["undo"]}, {"--apply": options["apply"], "--output": options["output"]})
     refuse_both({"--dry-run": options["dry_run"]}, {"--apply": options["apply"]})
     changes = (options["apply"] or options["undo"]) and not options["dry_run"]
-    if changes and not (options["yes"] or _at_terminal()):
+    if changes and not (options["yes"] or at_terminal()):
         flag = "--undo" if options["undo"] else "--apply"
         raise errors.UsageError(
             f"{flag} asks before it changes anything, and standard input is no terminal",
@@ -95,10 +94,6 @@ def setup(common: Common, **options: Any) -> None:
         _undo(common, named=named, dry_run=options["dry_run"], yes=options["yes"])
     else:
         _set_up(common, options)
-
-
-def _at_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _set_up(common: Common, options: dict[str, Any]) -> None:
@@ -238,7 +233,7 @@ def _become_root(remotes: Sequence[Remote]) -> Sudo:
     names = who_wants_password(remotes)
     if not names:
         return Sudo()
-    if not _at_terminal():
+    if not at_terminal():
         raise errors.AuthFailed(
             "sudo asks for a password, and standard input is no terminal",
             host=names[0],
