@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from moectl.shards.exceptions import ONE_ROW
+from moectl.shards.hooks import uncompiled
 from moectl.shards.skeleton import Skeleton
 
 _ROWS = 2
@@ -32,16 +33,14 @@ def can_batch(skeleton: Skeleton) -> bool:
     """
     if skeleton.model_type in ONE_ROW:
         return False
-    mx.disable_compile()  # on a CPU it would call a compiler for each function of each shape
     try:
-        rows = [make_prompt_cache(skeleton.model) for _ in range(_ROWS)]
-        caches = [whole[0].merge(list(whole)) for whole in zip(*rows, strict=True)]
-        for length in (_ROWS + 1, 1):
-            skeleton.model(mx.zeros((_ROWS, length), dtype=mx.int32), cache=caches)
+        with uncompiled():
+            rows = [make_prompt_cache(skeleton.model) for _ in range(_ROWS)]
+            caches = [whole[0].merge(list(whole)) for whole in zip(*rows, strict=True)]
+            for length in (_ROWS + 1, 1):
+                skeleton.model(mx.zeros((_ROWS, length), dtype=mx.int32), cache=caches)
     except Exception:  # any code of a model file runs here
         return False
-    finally:
-        mx.enable_compile()
     return True
 
 

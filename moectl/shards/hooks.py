@@ -1,4 +1,4 @@
-"""Hooks: let a module, or MLX's sum over ranks, do something else when it is called.
+"""Hooks: let a module, MLX's sum over ranks, or MLX's compiler do something else when it is called.
 
 A hooked module's parameters keep their names, and its class its name.
 """
@@ -48,3 +48,13 @@ def replaced_sum(all_sum: Callable[..., mx.array]) -> Iterator[None]:
         yield
     finally:
         mx.distributed.all_sum = before
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Let MLX compile nothing in the block: on a CPU it would call a compiler for each function of each shape."""
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()

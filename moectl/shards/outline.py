@@ -18,7 +18,7 @@ from moectl.model.regions import Division, Pieces, Role
 from moectl.model.structure import CacheSize, Layer, Outer, Part, Quantization, Structure
 from moectl.shards.caches import can_batch, can_trim, list_parts
 from moectl.shards.flow import TOKENS, Flow
-from moectl.shards.hooks import Hook, hooked
+from moectl.shards.hooks import Hook, hooked, uncompiled
 from moectl.shards.skeleton import Skeleton, empty
 from moectl.shards.trial import describe
 from moectl.shards.units import LayerParts, divisions_of
@@ -124,11 +124,10 @@ def _look_through(skeleton: Skeleton) -> _Seen:
         seen.width = state.shape[-1]
         return call(*args, **kwargs)
 
-    mx.disable_compile()
     floats = [(name, array) for name, array in before.items() if array.dtype == mx.float32]
     try:
         skeleton.model.update(tree_unflatten([(name, array.astype(mx.bfloat16)) for name, array in floats]))
-        with hooked([(skeleton.layers[0], note)]):
+        with uncompiled(), hooked([(skeleton.layers[0], note)]):
             logits = skeleton.model(mx.zeros((1, TOKENS), dtype=mx.int32), cache=list(seen.caches))
         seen.vocab_size = logits.shape[-1]
     except Exception as error:  # any code of a model file runs here
@@ -138,7 +137,6 @@ def _look_through(skeleton: Skeleton) -> _Seen:
         ) from error
     finally:
         skeleton.model.update(tree_unflatten(floats))
-        mx.enable_compile()
     return seen
 
 

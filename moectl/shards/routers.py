@@ -20,7 +20,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from moectl.errors import UsageError
 from moectl.shards.flow import TOKENS
 from moectl.shards.graph import Graph
-from moectl.shards.hooks import Hook, hooked
+from moectl.shards.hooks import Hook, hooked, uncompiled
 from moectl.shards.skeleton import Skeleton
 from moectl.shards.units import is_unit
 
@@ -62,12 +62,8 @@ def find_routers(skeleton: Skeleton) -> list[str]:
             f"a {skeleton.model_type} model has no experts: its ranks have no choice to agree on",
             hint="leave --agree-routing out",
         )
-    pass_ = _Pass(skeleton, stacks)
-    mx.disable_compile()
-    try:
-        return pass_.find()
-    finally:
-        mx.enable_compile()
+    with uncompiled():
+        return _Pass(skeleton, stacks).find()
 
 
 class _Pass:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from moectl.errors import PlanError
 from moectl.shards.exceptions import REFUSED
 from moectl.shards.flow import Flow, NoPipeline, follow
+from moectl.shards.hooks import uncompiled
 from moectl.shards.skeleton import Skeleton, unchanged
 from moectl.shards.trial import count_chosen, describe, record_calls, try_parts
 from moectl.shards.units import LayerParts, at, find_parts
@@ -29,12 +28,8 @@ def look(skeleton: Skeleton) -> Findings:
     """Find out what of a model can be divided, and in which ways."""
     if (reason := REFUSED.get(skeleton.model_type)) is not None:
         return Findings([], None, dict.fromkeys(SPLITS, reason))
-    mx.disable_compile()  # on a CPU it would call a compiler for each function of each shape
-    try:
-        with unchanged(skeleton.model):
-            return _look(skeleton)
-    finally:
-        mx.enable_compile()
+    with uncompiled(), unchanged(skeleton.model):
+        return _look(skeleton)
 
 
 def _look(skeleton: Skeleton) -> Findings:

@@ -21,7 +21,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.model.regions import Division, Role
 from moectl.model.structure import Moment
-from moectl.shards.hooks import Hook, hooked
+from moectl.shards.caches import list_parts
+from moectl.shards.hooks import Hook, hooked, uncompiled
 from moectl.shards.skeleton import Skeleton
 
 TOKENS = 509  # of the prompt: a prime number, so that a dimension of this length is the prompt's
@@ -118,23 +119,19 @@ def _read_graph(
 
     contiguous = mx.contiguous
     mx.contiguous = lambda array, *_, **__: mx.abs(array)  # MLX cannot write that operation down
-    mx.disable_compile()
     try:
-        mx.export_function(told.append, run, mx.zeros((1, tokens), dtype=mx.int32), *divided.values())
+        with uncompiled():
+            mx.export_function(told.append, run, mx.zeros((1, tokens), dtype=mx.int32), *divided.values())
     finally:
-        mx.enable_compile()
         mx.contiguous = contiguous
         model.update(tree_unflatten(list(before.items())))
     return _make_graph(told, list(divided))
 
 
 def _arrays_of(cache: Any) -> Iterator[mx.array]:
-    for part in getattr(cache, "caches", (cache,)):
-        if part is not cache:
-            yield from _arrays_of(part)
-        else:
-            held = [part.__dict__.get(name) for name in ("keys", "values", "cache")]
-            yield from (array for _, array in tree_flatten(held) if isinstance(array, mx.array) and array.size)
+    for part in list_parts(cache):
+        held = [part.__dict__.get(name) for name in ("keys", "values", "cache")]
+        yield from (array for _, array in tree_flatten(held) if isinstance(array, mx.array) and array.size)
 
 
 def _make_graph(told: list[dict[str, Any]], divided: list[str]) -> _Graph:

@@ -32,7 +32,7 @@ from moectl.errors import IntegrityError
 from moectl.model.canary import CHUNK, LONG, TOP, WIDTH, Canary, NoReference, cut_chunks, encode_points, make_prompts
 from moectl.model.manifest import Manifest
 from moectl.model.regions import Role
-from moectl.shards.hooks import Hook, hook_call
+from moectl.shards.hooks import Hook, hook_call, uncompiled
 from moectl.shards.precision import quantise_by
 from moectl.shards.routers import find_stacks
 from moectl.shards.skeleton import Skeleton, make_skeleton
@@ -91,12 +91,8 @@ class _Run:
             done += 1
             on_layer(done, self._whole.calls)
 
-        mx.disable_compile()  # a CPU would call a compiler for each function of each shape
-        try:
-            with seam(), observed(self._see):
-                logits = self._whole.run(note)
-        finally:
-            mx.enable_compile()
+        with uncompiled(), seam(), observed(self._see):
+            logits = self._whole.run(note)
         points = tuple(
             tuple(encode_points([_numbers(point) for point in prompt]) for prompt in rank) for rank in self._points
         )
