@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moectl.errors import PlanError
+from moectl.model.placement import SPLITS
 from moectl.shards.exceptions import REFUSED
 from moectl.shards.flow import Flow, NoPipeline, follow
 from moectl.shards.hooks import uncompiled
 from moectl.shards.skeleton import Skeleton, unchanged
 from moectl.shards.trial import count_chosen, describe, record_calls, try_parts
 from moectl.shards.units import LayerParts, at, find_parts
-
-SPLITS = ("experts", "hidden", "tensor", "layers")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from moectl.errors import PlanError
-from moectl.shards.ways import SPLITS
+from moectl.model.placement import SPLITS
 from tests.support import transformers_models as theirs
 from tests.support.cutting import cut
 from tests.support.families import is_equal, run_greedily, run_set
