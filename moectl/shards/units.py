@@ -41,7 +41,7 @@ _HEADS = ("n_heads", "num_heads", "num_attention_heads")
 _KV_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
 _OUTS = ("o_proj", "out_proj")
 _ARRAYS = {"weight", "scales", "biases", "bias", "global_scale"}  # of a projection
-_SWITCHES = (SwitchLinear, QuantizedSwitchLinear)
+SWITCHES = (SwitchLinear, QuantizedSwitchLinear)
 
 
 @dataclass(slots=True)
@@ -179,7 +179,7 @@ def _read_unit(path: str, module: nn.Module) -> Unit | None:
     rows = [dims(module[name])[0] for name in ups]
     if len(set(rows)) > 1 or rows[0] % hidden:
         return None
-    stacked = isinstance(lower, _SWITCHES)
+    stacked = isinstance(lower, SWITCHES)
     owns = stacked and type(module).__call__ in (SwitchGLU.__call__, SwitchMLP.__call__)
     return Unit(path, ups, down, hidden, rows[0] // hidden, 1, lower.weight.shape[0] if stacked else 0, owns)
 

@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from moectl.shards.hooks import Hook, hook_call
+from moectl.shards.units import SWITCHES
 
 _Floats = np.ndarray[Any, np.dtype[np.float32]]
 Times = Callable[[_Floats, int], _Floats]  # rows (T, in) and the number of an expert → (T, out)
@@ -28,7 +28,6 @@ GROUP_FROM_PAIRS = 64
 # Where a matrix has this many elements and is not quantised, two tokens are grouped already: reading it once, in numpy,
 # costs less than the wait for the host (2 to 3 times a batch of 8's speed at 512 × 896; below this it is slower).
 LARGE_ELEMENTS = 1 << 17
-_STACKS = (SwitchLinear, QuantizedSwitchLinear)
 
 
 def install(model: nn.Module) -> None:
@@ -36,13 +35,13 @@ def install(model: nn.Module) -> None:
     if mx.default_device() != mx.Device(mx.cpu):
         return
     for module in model.modules():
-        if isinstance(module, _STACKS):
+        if isinstance(module, SWITCHES):
             hook_call(module, _run)
 
 
 def waits_for_host(module: nn.Module, indices: mx.array) -> bool:
     """Return whether a call with these indices (…, K) evaluates its input before it returns; for stacks, or a unit."""
-    stacks = (stack for stack in module.modules() if isinstance(stack, _STACKS))
+    stacks = (stack for stack in module.modules() if isinstance(stack, SWITCHES))
     return mx.default_device() == mx.Device(mx.cpu) and any(_is_grouped(stack, indices) for stack in stacks)
 
 

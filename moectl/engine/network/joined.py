@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from moectl.engine.network.load import HINT
 from moectl.engine.network.stored import Parts, Reader, StoredMatrix
 from moectl.errors import IntegrityError
 from moectl.model.manifest import Manifest, refuse_links_outside
@@ -22,7 +23,6 @@ from moectl.model.regions import Region, Span
 from moectl.model.structure import Quantization
 from moectl.shards.parts import full
 
-HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
 _NVFP4_MOST = 448 * 6  # the largest scale times the largest value
 _Floats = np.ndarray[Any, np.dtype[np.float32]]
 _Matrices = dict[str, StoredMatrix]  # by file

@@ -25,7 +25,7 @@ from moectl.shards.trace import Stored, form_of, trace
 from moectl.shards.units import divisions_of
 from moectl.shards.ways import Findings, look, require
 
-_HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
+HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
 
 
 def compute_dtype() -> mx.Dtype:
@@ -135,10 +135,10 @@ def open_weights(
         file = directory / path
         try:
             if file.stat().st_size != entry.bytes:
-                raise IntegrityError(f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}", hint=_HINT)
+                raise IntegrityError(f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}", hint=HINT)
             loaded = mx.load(str(file))
         except (OSError, RuntimeError, ValueError) as error:
-            raise IntegrityError(f"{file} cannot be read: {error}", hint=_HINT) from None
+            raise IntegrityError(f"{file} cannot be read: {error}", hint=HINT) from None
         assert isinstance(loaded, dict)
         weights.update(loaded)
     return weights
@@ -177,11 +177,11 @@ class _Reader:
         if holding is not None and (holding.is_empty or (belongs_to_sum(last, holding.division) and not holding.adds)):
             return mx.zeros(shape)  # another rank adds it, or there is nothing of it here
         if (array := self._weights.pop(name, None)) is None:
-            raise IntegrityError(f"{self._directory} has no tensor {name!r} for rank {self._rank}", hint=_HINT)
+            raise IntegrityError(f"{self._directory} has no tensor {name!r} for rank {self._rank}", hint=HINT)
         if array.shape != shape:
-            raise IntegrityError(f"{self._directory}: {name} has shape {array.shape}, expected {shape}", hint=_HINT)
+            raise IntegrityError(f"{self._directory}: {name} has shape {array.shape}, expected {shape}", hint=HINT)
         places = self._manifest.tensors.get(name, {})
         held = [region for file, found in places.items() if file in self._files for region in found]
         if (held or [full(whole)]) != regions:
-            raise IntegrityError(f"{self._directory}: {name} holds {held or 'all'}, expected {regions}", hint=_HINT)
+            raise IntegrityError(f"{self._directory}: {name} holds {held or 'all'}, expected {regions}", hint=HINT)
         return array

@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from moectl.engine.network.experts import run_grouped, to_numpy
 from moectl.engine.network.joined import JoinedMatrix, JoinedSet
@@ -31,11 +31,11 @@ from moectl.shards.flow import TOKENS
 from moectl.shards.graph import Graph
 from moectl.shards.hooks import Hook, hook_call, hooked
 from moectl.shards.skeleton import Skeleton
+from moectl.shards.units import SWITCHES
 
 _ON_DISK = ("weight", "scales", "biases", "global_scale")
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
-_STACK = (SwitchLinear, QuantizedSwitchLinear)
 _DIRECT_BYTES = 256 << 20  # of arrays that have to be in memory for one layer, in float32
 
 
@@ -258,8 +258,8 @@ def find_matrices(model: Any) -> dict[str, Any]:
     stacks = {id(m) for unit in model.modules() if isinstance(unit, SwitchGLU | SwitchMLP) for m in unit.modules()}
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
-        kinds = [kind for kind in (*_LINEAR, *_EMBEDDING, *_STACK) if type(module).__call__ is kind.__call__]
-        if kinds and (kinds[0] not in _STACK or id(module) in stacks):
+        kinds = [kind for kind in (*_LINEAR, *_EMBEDDING, *SWITCHES) if type(module).__call__ is kind.__call__]
+        if kinds and (kinds[0] not in SWITCHES or id(module) in stacks):
             found[path] = module
     return found
 
