@@ -39,6 +39,7 @@ _PATTERNS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 _HEADS = ("n_heads", "num_heads", "num_attention_heads")
 _KV_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
+_REPEATS = ("repeats", "num_key_value_groups", "n_kv_groups")  # query heads for each key and value
 _OUTS = ("o_proj", "out_proj")
 _ARRAYS = {"weight", "scales", "biases", "bias", "global_scale"}  # of a projection
 SWITCHES = (SwitchLinear, QuantizedSwitchLinear)
@@ -144,6 +145,9 @@ def narrow(module: Any, span: Span, kv_span: Span) -> None:
         for name in names:
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, stop - start)
+    for name in _REPEATS:
+        if isinstance(getattr(module, name, None), int):
+            setattr(module, name, (span[1] - span[0]) // max(1, kv_span[1] - kv_span[0]))
 
 
 def _find_blocks(layer: nn.Module) -> list[Block]:

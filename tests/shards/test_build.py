@@ -111,9 +111,10 @@ def cut(
     shares: Sequence[float] = (1, 2),
     placement: Placement | None = None,
     quantization: Quantization | None = Q4,
+    blueprint: Blueprint | None = None,
     **options: Any,
 ) -> Manifest:
-    blueprint = draw_at(checkpoint, quantization)
+    blueprint = blueprint or draw_at(checkpoint, quantization)
     placement = placement or place(blueprint.structure, split, shares)
     return build.cut(checkpoint, blueprint, placement, directory, **{"name": "tiny", **options})
 
@@ -1032,17 +1033,18 @@ def test_unwritable_directory() -> None:
         root.chmod(0o755)
         source = tiny.write_checkpoint(root / "source", **SHAPE)
         checkpoint = open_checkpoint(str(source))
+        blueprint = draw_at(checkpoint, Q4)  # while mlx-lm's model files can be read
         (root / "held").mkdir(mode=0o555)
         (root / "file").touch()
         (root / "open").mkdir()
         (root / "open").chmod(0o777)
         with _nobody():
             with pytest.raises(StateError, match=r"held.* cannot be written: Permission denied") as caught:
-                cut(checkpoint, root / "held")
+                cut(checkpoint, root / "held", blueprint=blueprint)
             assert caught.value.hint == "choose another directory with -o, or set XDG_DATA_HOME and XDG_CACHE_HOME"
-            cut(checkpoint, root / "open" / "set")
+            cut(checkpoint, root / "open" / "set", blueprint=blueprint)
             with pytest.raises(StateError, match=r"held/out cannot be written: Permission denied"):
-                cut(checkpoint, root / "held" / "out")
+                cut(checkpoint, root / "held" / "out", blueprint=blueprint)
         for path in (root / "file", root / "file" / "out"):
             with pytest.raises(UsageError, match="is not a directory") as refused:
                 cut(checkpoint, path)

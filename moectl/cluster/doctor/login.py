@@ -40,9 +40,10 @@ def check_login(host: Host, remote: Remote, findings: list[Finding]) -> bool:
         findings.append(fail_with("ssh", error))
         return False
     sessions = check_sessions(host, remote)
-    findings += [*sessions, *check_noise(host, done.noise + done.stdout, done.stderr, _ask_shell(remote))]
+    findings += sessions
     if worst(sessions) is Level.FAIL:
-        return False
+        return False  # a further session may be refused as well
+    findings += check_noise(host, done.noise + done.stdout, done.stderr, _ask_shell(remote))
     findings.append(check_clock(remote))
     return True
 
