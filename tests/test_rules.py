@@ -26,7 +26,7 @@ USERS = {
     "packaging": ["cluster.deploy"],
     "pydantic": ["records"],
     "paramiko": ["hosts.ssh"],
-    "huggingface_hub": ["shards.hub", "shards.hub_errors"],
+    "huggingface_hub": ["shards.source.hub", "shards.source.hub_errors"],
     "safetensors": ["shards", "demo"],
     "mlx": ["engine", "shards", "demo"],
     "mlx_lm": ["engine", "shards", "demo"],
@@ -40,7 +40,7 @@ MOST_LINES, LEAST_LINES = 400, 40
 SIZES = {
     "engine.network.fingerprint": "what the canary and the witness both compute",
     "engine.random_prompts": "prompts for measurements, which the bench and the profile share",
-    "shards.exceptions": "the one list of what holds for single model types",
+    "shards.look.exceptions": "the one list of what holds for single model types",
     "paths": "the one place that knows where files of moectl are",
 }
 

@@ -97,7 +97,7 @@ def shard_model(
     from moectl.cli.progress import progress
     from moectl.model.canary import NoReference, describe_unmet
     from moectl.shards import prepare
-    from moectl.shards.hub_environment import check_numbers
+    from moectl.shards.source.hub_environment import check_numbers
 
     check_numbers()  # what follows imports mlx-lm, and with it huggingface_hub
     from moectl.shards.tokenizer_files import choose_tokenizer
@@ -130,7 +130,7 @@ def shard_model(
 
 def _can_read(directory: Path) -> None:
     """Raise CheckpointError unless a worker can read this tokenizer."""
-    from moectl.shards.tokenizer import open_tokenizer
+    from moectl.shards.chat.tokenizer import open_tokenizer
 
     open_tokenizer(directory)
 

@@ -17,8 +17,8 @@ from moectl.engine.protocol import Done, Event, Refused, Token
 from moectl.engine.request import Request, Stats, too_long
 from moectl.engine.sampling import Odds, Sampler
 from moectl.errors import BadField, MoectlError
-from moectl.shards.thinking import NOTHING, AnswerText, Told
-from moectl.shards.tokenizer import Tokenizer
+from moectl.shards.chat.thinking import NOTHING, AnswerText, Told
+from moectl.shards.chat.tokenizer import Tokenizer
 
 _WITHOUT_TEMPLATE = "send the text as it is: moectl run --raw, or /v1/completions"
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from moectl.model.structure import Structure
-from moectl.shards.caches import list_parts
+from moectl.shards.look.caches import list_parts
 
 _MOST_STATES = 16  # entries of the prompt cache, where a context takes no memory
 

@@ -41,7 +41,7 @@ from moectl.engine.protocol import PREFILL_STEP, Cancel, Event, Generate, Order,
 from moectl.engine.sampling import Sampler
 from moectl.engine.speculation import Speculation
 from moectl.model.placement import Placement
-from moectl.shards.tokenizer import Tokenizer
+from moectl.shards.chat.tokenizer import Tokenizer
 
 MAX_BATCH = MAX_CANCELS  # so that one control word can cancel all
 

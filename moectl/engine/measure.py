@@ -40,7 +40,7 @@ from moectl.errors import PlanError
 from moectl.model.placement import Placement
 from moectl.model.structure import Structure
 from moectl.planner.measured import Job, Pass, RankSpeed, Speed, read_job
-from moectl.shards.tokenizer import Tokenizer
+from moectl.shards.chat.tokenizer import Tokenizer
 
 _LEAST_ROUNDS = 2
 _MOST_TOKENS = 64

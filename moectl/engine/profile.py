@@ -38,8 +38,8 @@ from moectl.model.ownership import own
 from moectl.model.placement import Placement
 from moectl.model.regions import Role
 from moectl.model.structure import Layer, Part
-from moectl.shards.hooks import Hook, hooked
-from moectl.shards.routers import Stack, find_stacks
+from moectl.shards.look.hooks import Hook, hooked
+from moectl.shards.look.routers import Stack, find_stacks
 
 
 def profile(

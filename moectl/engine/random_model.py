@@ -20,9 +20,9 @@ from moectl.errors import PlanError
 from moectl.model.ownership import Holding, find_holding
 from moectl.model.placement import Placement
 from moectl.model.structure import Quantization
-from moectl.shards.precision import quantise_as_wanted
-from moectl.shards.skeleton import Skeleton, make_skeleton
-from moectl.shards.ways import look
+from moectl.shards.look.skeleton import Skeleton, make_skeleton
+from moectl.shards.look.ways import look
+from moectl.shards.trace.precision import quantise_as_wanted
 
 _NUMBER = re.compile(r"\.\d+\.")
 _COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")

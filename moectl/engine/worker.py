@@ -37,7 +37,7 @@ from moectl.engine.protocol import (
     Token,
 )
 from moectl.errors import MoectlError, to_json
-from moectl.shards.hub_environment import HUB_VARIABLES
+from moectl.shards.source.hub_environment import HUB_VARIABLES
 
 if TYPE_CHECKING:
     from moectl.engine.engine import Engine
@@ -144,8 +144,8 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
     from moectl.engine.caches import count_row_tokens
     from moectl.engine.engine import Engine
     from moectl.engine.network.load import load_rank
-    from moectl.shards.checkpoint import read_sampling
-    from moectl.shards.tokenizer import open_tokenizer
+    from moectl.shards.chat.tokenizer import open_tokenizer
+    from moectl.shards.source.checkpoint import read_sampling
     from moectl.shards.verified import check_files
 
     check_files(directory, manifest, start.rank)  # in the phase that may take long: some files may have to be hashed
@@ -153,7 +153,7 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
     if start.run.agree_routing:
         from moectl.engine.network.routing import follow_first_rank
-        from moectl.shards.skeleton import make_skeleton
+        from moectl.shards.look.skeleton import make_skeleton
 
         follow_first_rank(model, make_skeleton(manifest.config), group)
     tokenizer = open_tokenizer(directory)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moectl.model.structure import Quantization, Structure
-from moectl.shards.formats import read_format, unpack
-from moectl.shards.outline import outline
-from moectl.shards.precision import cast, count_left, settle
-from moectl.shards.skeleton import Skeleton, make_skeleton
-from moectl.shards.stored import name_stored
-from moectl.shards.tensors import StoredTensor
-from moectl.shards.trace import Expression, check_parameters, trace
-from moectl.shards.ways import Findings, look
+from moectl.shards.look.outline import outline
+from moectl.shards.look.skeleton import Skeleton, make_skeleton
+from moectl.shards.look.ways import Findings, look
+from moectl.shards.source.stored import name_stored
+from moectl.shards.source.tensors import StoredTensor
+from moectl.shards.trace.formats import read_format, unpack
+from moectl.shards.trace.precision import cast, count_left, settle
+from moectl.shards.trace.traced import Expression, check_parameters, trace
 
 
 class Headers(Protocol):

@@ -27,11 +27,12 @@ from moectl.model.manifest import (
 )
 from moectl.model.placement import Placement
 from moectl.model.regions import Region
-from moectl.shards import journal as journals, sources
+from moectl.shards import journal as journals
 from moectl.shards.blueprint import Blueprint
 from moectl.shards.earlier import bind, clear, find_done, is_current, read_old, size_of
 from moectl.shards.recipe import OutputFile, plan_files
 from moectl.shards.sidecars import CheckpointReader, copy_sidecar, list_sidecars
+from moectl.shards.source import sources
 from moectl.shards.verified import is_manifest_recorded, sweep, take_stamp, write_stamps
 from moectl.shards.writer import OnBytes, OnHashed, hash_file, make_files
 from moectl.text import format_gb

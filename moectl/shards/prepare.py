@@ -21,9 +21,9 @@ from moectl.model.placement import Placement, make_placement
 from moectl.model.routing import Routing
 from moectl.model.structure import Quantization, Structure
 from moectl.paths import cache_dir, data_dir
-from moectl.shards.checkpoint import Checkpoint, open_checkpoint
-from moectl.shards.hub_environment import check_numbers
-from moectl.shards.tensors import MODES
+from moectl.shards.source.checkpoint import Checkpoint, open_checkpoint
+from moectl.shards.source.hub_environment import check_numbers
+from moectl.shards.source.tensors import MODES
 
 if TYPE_CHECKING:
     from moectl.shards.blueprint import Blueprint
@@ -294,7 +294,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Open the tokenizer as each start of a session does, before anything is written. Raises CheckpointError."""
     if _TOKENIZER not in checkpoint.sidecars:
         return  # `choose_tokenizer` has reported it
-    from moectl.shards.tokenizer import read_tokenizer
+    from moectl.shards.chat.tokenizer import read_tokenizer
 
     def read(name: str) -> bytes | None:
         return checkpoint.path(name).read_bytes() if name in checkpoint.sidecars else None

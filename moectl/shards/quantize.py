@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from moectl.model.structure import Quantization
-from moectl.shards import parts
-from moectl.shards.formats import quantise
 from moectl.shards.recipe import Computed, Matrix, Read, Write
+from moectl.shards.trace import parts
+from moectl.shards.trace.formats import quantise
 
 _BLOCK_BYTES = 2 << 20  # read at a time: fits into a core's cache while it is transposed and quantised
 _CACHE_BYTES = 32 << 20

@@ -20,14 +20,14 @@ from moectl.model.placement import Placement
 from moectl.model.regions import Region, belongs_to_sum, find_regions
 from moectl.model.structure import Quantization
 from moectl.shards.blueprint import Blueprint
-from moectl.shards.flow import names_of_rank
-from moectl.shards.parts import chunks, full
-from moectl.shards.places import Rectangle, find_rectangles
-from moectl.shards.precision import source_of
-from moectl.shards.stored import spell
-from moectl.shards.tensors import FLOATS, ITEM_BYTES, StoredTensor, item_bytes
-from moectl.shards.trace import Expression, record, sources
-from moectl.shards.units import divisions_of
+from moectl.shards.look.flow import names_of_rank
+from moectl.shards.look.units import divisions_of
+from moectl.shards.source.stored import spell
+from moectl.shards.source.tensors import FLOATS, ITEM_BYTES, StoredTensor, item_bytes
+from moectl.shards.trace.parts import chunks, full
+from moectl.shards.trace.places import Rectangle, find_rectangles
+from moectl.shards.trace.precision import source_of
+from moectl.shards.trace.traced import Expression, record, sources
 
 _RANK = {dtype: i for i, dtype in enumerate(ITEM_BYTES)}
 _PARTS = ("weight", "scales", "biases")

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from moectl.files import replace_file
 from moectl.model.manifest import NAME as MANIFEST_NAME, FileEntry
-from moectl.shards import sources
 from moectl.shards.blueprint import Headers
+from moectl.shards.source import sources
 
 
 class CheckpointReader(Headers, sources.Supply, Protocol):

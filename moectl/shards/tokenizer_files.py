@@ -22,9 +22,9 @@ from moectl.errors import CheckpointError, MoectlError
 from moectl.files import explain_refusal, partial_path, sync_directory, write_partial
 from moectl.model.manifest import FileEntry, Manifest, read_manifest, refuse_links_outside, write_manifest
 from moectl.shards import journal as journals
-from moectl.shards.cache_layout import refuse_pointers
-from moectl.shards.checkpoint import TEMPLATES, TOKENIZERS, Checkpoint, is_plain_data, open_store, read_json
-from moectl.shards.tiktoken_file import CONFIG, convert
+from moectl.shards.chat.tiktoken_file import CONFIG, convert
+from moectl.shards.source.cache_layout import refuse_pointers
+from moectl.shards.source.checkpoint import TEMPLATES, TOKENIZERS, Checkpoint, is_plain_data, open_store, read_json
 from moectl.shards.verified import write_stamps
 from moectl.shards.writer import hash_file
 

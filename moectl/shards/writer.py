@@ -22,9 +22,9 @@ from moectl.files import partial_path, sync_directory
 from moectl.model.manifest import FileEntry
 from moectl.shards.quantize import Converter, converter
 from moectl.shards.recipe import Matrix, OutputFile, Piece
-from moectl.shards.sources import Cancelled, Sources, Supply, fill
-from moectl.shards.stored import StoredReader
-from moectl.shards.tensors import item_bytes
+from moectl.shards.source.sources import Cancelled, Sources, Supply, fill
+from moectl.shards.source.stored import StoredReader
+from moectl.shards.source.tensors import item_bytes
 
 _MEMORY_BYTES = 96 << 20  # for unfinished results, shared by all jobs
 _COPY_BYTES = 4 << 20

@@ -36,8 +36,8 @@ from moectl.engine.protocol import Done, Generate
 from moectl.engine.random_prompts import check_uncached
 from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
-from moectl.shards.skeleton import make_skeleton
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
+from moectl.shards.look.skeleton import make_skeleton
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.cutting import cut
 from tests.support.ring import process_env

@@ -25,7 +25,7 @@ from moectl.engine.request import Request
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.session.session import RankSpec, Session
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.cutting import cut
 from tests.support.ring import rank_env

@@ -147,8 +147,8 @@ def cut_here(source: Path, target: Path, nodes: int, jobs: int, ballast: Path | 
     """Cut in this process and print the figures as JSON; a subprocess, since peak memory is a process's own."""
     from moectl.model.placement import make_placement
     from moectl.shards import build
-    from moectl.shards.checkpoint import open_checkpoint
     from moectl.shards.prepare import Wanted, draw_wanted
+    from moectl.shards.source.checkpoint import open_checkpoint
 
     baseline = peak_bytes()
     began, cpu = time.perf_counter(), time.process_time()

@@ -26,7 +26,7 @@ from moectl.engine.protocol import Done, Generate, Token
 from moectl.engine.random_prompts import check_uncached
 from moectl.engine.request import Request, Stats
 from moectl.model.manifest import read_manifest
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.cutting import cut
 from tests.support.tiny import write_checkpoint

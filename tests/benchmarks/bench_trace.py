@@ -22,12 +22,12 @@ from typing import Any
 import mlx.core as mx
 
 from moectl.model.structure import Quantization
-from moectl.shards.formats import quantise, read_format, unpack
-from moectl.shards.parts import chunks, full, part
-from moectl.shards.precision import settle, source_of
-from moectl.shards.stored import name_stored
-from moectl.shards.tensors import StoredTensor
-from moectl.shards.trace import list_dropped, trace
+from moectl.shards.source.stored import name_stored
+from moectl.shards.source.tensors import StoredTensor
+from moectl.shards.trace.formats import quantise, read_format, unpack
+from moectl.shards.trace.parts import chunks, full, part
+from moectl.shards.trace.precision import settle, source_of
+from moectl.shards.trace.traced import list_dropped, trace
 from tests.support.traced import make_model, open_traced
 
 DEEPSEEK_V3: dict[str, Any] = {

@@ -12,7 +12,7 @@ from moectl.engine.protocol import Done, Token
 from moectl.engine.request import Request
 from moectl.engine.sampling import Sampler
 from moectl.errors import BadField
-from moectl.shards.tokenizer import Tokenizer
+from moectl.shards.chat.tokenizer import Tokenizer
 from tests.support.thinkers import ALWAYS, QWEN, make_thinker
 from tests.support.words import ask_chat
 

@@ -29,7 +29,7 @@ from moectl.engine.protocol import (
     read_messages,
 )
 from moectl.engine.request import Request
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
 from tests.engine.test_batching import PROMPTS, answer_alone, load_demo
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.cutting import cut

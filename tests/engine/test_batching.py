@@ -17,7 +17,7 @@ from moectl.engine.engine import MAX_BATCH
 from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import Done, Prefilled, Token
 from moectl.model.manifest import read_manifest
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
 from tests.support.cutting import cut
 from tests.support.driven import Driven
 

@@ -22,7 +22,7 @@ from moectl.errors import IntegrityError
 from moectl.model.canary import LONG, TOLERANCE, NoReference, decode_points, describe_unmet, judge
 from moectl.model.manifest import FileEntry, Manifest
 from moectl.model.regions import Region
-from moectl.shards.skeleton import make_skeleton
+from moectl.shards.look.skeleton import make_skeleton
 from tests.support.cutting import cut
 from tests.support.fake_group import run_ranks
 from tests.support.families import config_of, write_family

@@ -15,7 +15,7 @@ from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import Cancel, Done, Generate, Prefilled, Refused, Token
 from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.cutting import cut
 from tests.support.tiny import write_checkpoint

@@ -17,8 +17,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from moectl.engine.engine import Engine
 from moectl.engine.protocol import Generate, Token
 from moectl.engine.request import Request
-from moectl.shards.caches import can_batch, can_trim
-from moectl.shards.tokenizer import Tokenizer, open_tokenizer
+from moectl.shards.chat.tokenizer import Tokenizer, open_tokenizer
+from moectl.shards.look.caches import can_batch, can_trim
 from tests.engine.test_families import CANNOT_RUN, DOZEN, OTHERS, WAYS, seen
 from tests.support.alphabet import write_tokenizer
 from tests.support.driven import Driven

@@ -14,7 +14,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from moectl.engine.network import experts
 from moectl.engine.network.own_pairs import OwnPairs
 from moectl.model.placement import place_copies
-from moectl.shards.hooks import hook_call
+from moectl.shards.look.hooks import hook_call
 from tests.support.families import families, make_whole, quantise, run_greedily
 
 UNITS = (SwitchGLU, SwitchMLP)

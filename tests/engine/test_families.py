@@ -18,8 +18,8 @@ import pytest
 
 from moectl.engine.network.exchange import observed, seam
 from moectl.model.placement import SPLITS
-from moectl.shards.skeleton import Skeleton
-from moectl.shards.ways import Findings
+from moectl.shards.look.skeleton import Skeleton
+from moectl.shards.look.ways import Findings
 from tests.support.families import STEPS, families, is_equal, look_at, make_whole, run_greedily, run_split
 
 WAYS: dict[str, dict[str, str]] = json.loads((Path(__file__).parent.parent / "golden/ways.json").read_text("utf-8"))

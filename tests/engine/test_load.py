@@ -16,7 +16,7 @@ from mlx_lm.utils import load_model
 from moectl.engine.network.load import load_rank
 from moectl.errors import IntegrityError, PlanError
 from moectl.model.manifest import Manifest, read_manifest
-from moectl.shards.skeleton import find_classes
+from moectl.shards.look.skeleton import find_classes
 from tests.support.cutting import cut
 from tests.support.families import is_equal, run_greedily, run_set
 from tests.support.layouts import LAYOUTS, write_layout

@@ -12,8 +12,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from moectl.engine.network.parallel import cut, divide, take
 from moectl.model.ownership import Holding, hold
 from moectl.model.regions import Division, Pieces, Role
-from moectl.shards.units import divisions_of
-from moectl.shards.ways import look
+from moectl.shards.look.units import divisions_of
+from moectl.shards.look.ways import look
 from tests.support.fake_group import run_ranks
 from tests.support.families import is_equal
 from tests.support.toy import HEADS, Toy, make_toy

@@ -16,10 +16,10 @@ from moectl.engine.profile import profile
 from moectl.engine.protocol import Profile, Profiled
 from moectl.model.placement import Placement, make_placement
 from moectl.model.routing import Routing
-from moectl.shards.hooks import hooked
-from moectl.shards.outline import outline
-from moectl.shards.routers import find_stacks
-from moectl.shards.units import divisions_of
+from moectl.shards.look.hooks import hooked
+from moectl.shards.look.outline import outline
+from moectl.shards.look.routers import find_stacks
+from moectl.shards.look.units import divisions_of
 from tests.support.fake_group import run_ranks
 from tests.support.families import config_of, look_at, make_whole
 

@@ -16,7 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from moectl.model.placement import SPLITS
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
 from tests.engine.test_engine_families import drive, whole
 from tests.engine.test_families import DOZEN, WAYS
 from tests.engine.test_lockstep import run_ranks

@@ -10,12 +10,12 @@ import pytest
 from moectl.engine.network.routing import count_experts, deal, dealt, follow_first_rank
 from moectl.engine.network.witness import Witness, find_dissent
 from moectl.errors import UsageError
-from moectl.shards.hooks import hooked
-from moectl.shards.outline import outline
-from moectl.shards.routers import find_routers, find_stacks
-from moectl.shards.skeleton import make_skeleton
-from moectl.shards.units import at
-from moectl.shards.ways import look
+from moectl.shards.look.hooks import hooked
+from moectl.shards.look.outline import outline
+from moectl.shards.look.routers import find_routers, find_stacks
+from moectl.shards.look.skeleton import make_skeleton
+from moectl.shards.look.units import at
+from moectl.shards.look.ways import look
 from tests.support.families import PROMPT, config_of, is_equal, look_at, make_whole, run_greedily, run_split
 
 SPARSE = (

@@ -26,7 +26,7 @@ from moectl.engine.speculation import is_foreseeable
 from moectl.errors import UsageError
 from moectl.model.manifest import read_manifest
 from moectl.session.session import Session
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
 from tests.engine.test_batch_ranks import keep_beating, run_load
 from tests.engine.test_batching import PROMPTS, load_demo
 from tests.engine.test_lockstep import cut_case, run_ranks

@@ -18,7 +18,7 @@ from moectl.engine.network.stored import Parts, Reader, StoredMatrix
 from moectl.errors import IntegrityError
 from moectl.model.manifest import FileEntry
 from moectl.model.structure import Quantization
-from moectl.shards.tensors import MODES
+from moectl.shards.source.tensors import MODES
 
 STACK, ROWS, COLUMNS = 3, 40, 256
 _WAYS = [

@@ -21,7 +21,7 @@ from moectl.engine.request import Request
 from moectl.engine.worker import describe_failure
 from moectl.errors import RanksDisagree, UsageError, to_json
 from moectl.session.session import Session
-from moectl.shards.tokenizer import Tokenizer
+from moectl.shards.chat.tokenizer import Tokenizer
 from tests.engine.test_lockstep import cut_case
 from tests.model.test_canary import damage
 from tests.session.test_session import specs

@@ -29,8 +29,8 @@ from moectl.model.geometry import DBRX, Geometry, read_geometry
 from moectl.model.manifest import read_manifest
 from moectl.shards import prepare
 from moectl.shards.blueprint import draw, find_quantization
-from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.prepare import Wanted
+from moectl.shards.source.checkpoint import open_checkpoint
 from tests.support import published
 from tests.support.tiny import make_weights, to_layout, write_checkpoint, write_weights, write_words
 

@@ -10,7 +10,7 @@ import pytest
 
 from moectl.errors import CheckpointError
 from moectl.model.parameters import DEFAULTS, read_defaults
-from moectl.shards.checkpoint import open_checkpoint, read_sampling
+from moectl.shards.source.checkpoint import open_checkpoint, read_sampling
 from tests.support.tiny import write_checkpoint
 
 # What published repositories have in that file, without what this module does not read.

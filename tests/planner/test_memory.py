@@ -22,7 +22,7 @@ from moectl.planner.memory import (
     rank_need,
     weight_bytes,
 )
-from moectl.shards.outline import outline
+from moectl.shards.look.outline import outline
 from tests.support.families import config_of, look_at, run_split
 from tests.support.structures import dbrx
 

@@ -34,8 +34,8 @@ from moectl.model.placement import make_placement
 from moectl.model.routing import Routing, read_routing, write_routing
 from moectl.session.bench import Benchmark, Predicted, RankTime, Trial, bench, read_prediction
 from moectl.session.session import Session
+from moectl.shards.chat.tokenizer import open_tokenizer
 from moectl.shards.prepare import Wanted, find_frequencies
-from moectl.shards.tokenizer import open_tokenizer
 from tests.cli.test_cli import run
 from tests.engine.test_lockstep import cut_case
 from tests.session.test_session import specs

@@ -36,12 +36,12 @@ from moectl.model.regions import Division, Pieces, Role
 from moectl.model.structure import Quantization, Structure
 from moectl.shards import build, journal, quantize, recipe, writer
 from moectl.shards.blueprint import Blueprint, draw, find_quantization
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.formats import quantise
 from moectl.shards.recipe import OutputFile
-from moectl.shards.sources import Sources, peak_bytes
-from moectl.shards.tensors import item_bytes
-from moectl.shards.trace import Stored, form_of, record, sources as find_sources
+from moectl.shards.source.checkpoint import open_checkpoint
+from moectl.shards.source.sources import Sources, peak_bytes
+from moectl.shards.source.tensors import item_bytes
+from moectl.shards.trace.formats import quantise
+from moectl.shards.trace.traced import Stored, form_of, record, sources as find_sources
 from tests.benchmarks.bench_trace import MODELS, headers
 from tests.support import layouts, tiny
 from tests.support.cutting import assert_same, compare, converting, cut as cut_as

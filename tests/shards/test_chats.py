@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 from mlx_lm.utils import load_config, load_tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
 from tests.support.chats import FAMILIES, write_family
 
 TALKS: dict[str, list[dict[str, str]]] = {

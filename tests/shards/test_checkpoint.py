@@ -24,13 +24,13 @@ from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateErr
 from moectl.model.geometry import read_geometry
 from moectl.model.structure import Quantization
 from moectl.shards.blueprint import Blueprint, draw, find_quantization
-from moectl.shards.checkpoint import Checkpoint, open_checkpoint, pull
-from moectl.shards.hub import _require_space
-from moectl.shards.parts import full, part
-from moectl.shards.places import find_rectangles
-from moectl.shards.stored import StoredReader
-from moectl.shards.tensors import item_bytes
-from moectl.shards.trace import sources
+from moectl.shards.source.checkpoint import Checkpoint, open_checkpoint, pull
+from moectl.shards.source.hub import _require_space
+from moectl.shards.source.stored import StoredReader
+from moectl.shards.source.tensors import item_bytes
+from moectl.shards.trace.parts import full, part
+from moectl.shards.trace.places import find_rectangles
+from moectl.shards.trace.traced import sources
 from tests.support import hub_client
 from tests.support.cutting import assert_same
 from tests.support.hub import Fault, Hub
@@ -729,7 +729,7 @@ def test_ctrl_c_is_heard_while_headers_are_read(hub: Hub, home: Path, repo: str)
     hub.faults += [Fault(file, cut_after=10, stall=True) for file in files[:2]]
     hub.faults += [Fault(file, status=503, times=100) for file in files[2:]]
     script = (
-        "import sys; from tests.support import hub_client; from moectl.shards import hub\n"
+        "import sys; from tests.support import hub_client; from moectl.shards.source import hub\n"
         "hub_client.enter({'HF_ENDPOINT': sys.argv[1], 'HF_HOME': sys.argv[2]})\n"
         "hub._RETRY_WAITS_S = (60.0,) * 4\n"
         "try: hub_client.only_open(sys.argv[3])\n"

@@ -15,13 +15,13 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.errors import CheckpointError
 from moectl.model.geometry import read_geometry
-from moectl.shards.dbrx import Model, rename_table
-from moectl.shards.formats import read_format
-from moectl.shards.parts import full
-from moectl.shards.places import find_rectangles
-from moectl.shards.precision import settle
-from moectl.shards.skeleton import make_skeleton
-from moectl.shards.trace import Expression, Stored, check_parameters, form_of, trace
+from moectl.shards.look.dbrx import Model, rename_table
+from moectl.shards.look.skeleton import make_skeleton
+from moectl.shards.trace.formats import read_format
+from moectl.shards.trace.parts import full
+from moectl.shards.trace.places import find_rectangles
+from moectl.shards.trace.precision import settle
+from moectl.shards.trace.traced import Expression, Stored, check_parameters, form_of, trace
 from tests.support import oracle, tiny
 from tests.support.ring import process_env
 

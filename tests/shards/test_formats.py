@@ -17,12 +17,12 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, convert, mixe
 
 from moectl.errors import CheckpointError, MoectlError, PlanError
 from moectl.model.structure import Quantization
-from moectl.shards.formats import read_format, unpack
-from moectl.shards.parts import part
-from moectl.shards.precision import settle
-from moectl.shards.stored import name_stored
-from moectl.shards.tensors import StoredTensor
-from moectl.shards.trace import Stored, form_of
+from moectl.shards.source.stored import name_stored
+from moectl.shards.source.tensors import StoredTensor
+from moectl.shards.trace.formats import read_format, unpack
+from moectl.shards.trace.parts import part
+from moectl.shards.trace.precision import settle
+from moectl.shards.trace.traced import Stored, form_of
 from tests.support.layouts import fp8, noise, write_layout, write_tensors
 from tests.support.tiny import json_values
 from tests.support.traced import make_model, open_traced

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from moectl.shards.hub_environment import explain_certificates
-from moectl.shards.hub_errors import hub_error
+from moectl.shards.source.hub_environment import explain_certificates
+from moectl.shards.source.hub_errors import hub_error
 from tests.support.hub import Fault, Hub, _Handler
 from tests.support.ring import process_env
 from tests.support.sshd import find_free_port
@@ -39,7 +39,7 @@ def hub() -> Iterator[Hub]:
 QUICK = """
 import sys
 from moectl.__main__ import main
-from moectl.shards import hub
+from moectl.shards.source import hub
 hub._RETRY_WAITS_S = (0.01,) * len(hub._RETRY_WAITS_S)
 sys.argv[0] = "moectl"
 main()

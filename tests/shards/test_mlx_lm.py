@@ -15,9 +15,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING, _get_classes
 
-from moectl.shards.chat_template import _Bare
-from moectl.shards.skeleton import make_skeleton
-from moectl.shards.thinking import ANSWER, THINKING
+from moectl.shards.chat.chat_template import _Bare
+from moectl.shards.chat.thinking import ANSWER, THINKING
+from moectl.shards.look.skeleton import make_skeleton
 from tests.support.families import config_of
 from tests.support.vocabularies import make_cl100k
 

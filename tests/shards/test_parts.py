@@ -12,9 +12,9 @@ from hypothesis import given, settings, strategies as st
 from mlx_lm.models import base
 
 from moectl.model.regions import Region
-from moectl.shards.parts import full, part
-from moectl.shards.places import find_rectangles
-from moectl.shards.trace import Stored, form_of, trace
+from moectl.shards.trace.parts import full, part
+from moectl.shards.trace.places import find_rectangles
+from moectl.shards.trace.traced import Stored, form_of, trace
 from tests.shards.test_places import kind_of
 from tests.shards.test_trace import equal, regions
 

@@ -8,9 +8,9 @@ import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moectl.shards.parts import full, part
-from moectl.shards.places import Rectangle, find_rectangles
-from moectl.shards.trace import Expression
+from moectl.shards.trace.parts import full, part
+from moectl.shards.trace.places import Rectangle, find_rectangles
+from moectl.shards.trace.traced import Expression
 from tests.shards.test_trace import equal, regions
 from tests.support.layouts import LAYOUTS, write_layout
 from tests.support.tiny import write_checkpoint

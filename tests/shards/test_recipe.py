@@ -13,9 +13,9 @@ from moectl.errors import PlanError
 from moectl.model.placement import SPLITS, make_placement
 from moectl.model.structure import Quantization
 from moectl.shards.blueprint import draw
-from moectl.shards.checkpoint import open_checkpoint
 from moectl.shards.recipe import Computed, plan_files
-from moectl.shards.trace import sources
+from moectl.shards.source.checkpoint import open_checkpoint
+from moectl.shards.trace.traced import sources
 from tests.support.cutting import compare, cut
 from tests.support.layouts import LAYOUTS, write_layout
 from tests.support.tiny import write_checkpoint

@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten
 
 from moectl.errors import CheckpointError
 from moectl.model.regions import Region
-from moectl.shards.parts import full, part
-from moectl.shards.trace import Stored, form_of, trace
+from moectl.shards.trace.parts import full, part
+from moectl.shards.trace.traced import Stored, form_of, trace
 from tests.shards.test_trace import compare_all, equal
 from tests.support.layouts import write_tensors
 from tests.support.traced import load_whole, make_model, open_traced

@@ -15,11 +15,11 @@ import pytest
 
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, NotSharded, StateError
 from moectl.shards import prepare
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.hub import _lock
-from moectl.shards.hub_errors import MIRRORS
 from moectl.shards.journal import lock_directory
 from moectl.shards.prepare import Wanted
+from moectl.shards.source.checkpoint import open_checkpoint
+from moectl.shards.source.hub import _lock
+from moectl.shards.source.hub_errors import MIRRORS
 from moectl.shards.tokenizer_files import KNOWN, fetch_tokenizer
 from moectl.shards.verified import check_files
 from tests.shards.test_hub_environment import DEMO, DRY, moectl

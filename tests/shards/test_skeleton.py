@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from moectl.errors import CheckpointError
-from moectl.shards.skeleton import make_skeleton
+from moectl.shards.look.skeleton import make_skeleton
 from tests.support.families import config_of, make_whole
 
 QWEN3_235B = {

@@ -15,8 +15,8 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from moectl.errors import BadField
-from moectl.shards.chat_template import _Bare
-from moectl.shards.tokenizer import Tokenizer, open_tokenizer
+from moectl.shards.chat.chat_template import _Bare
+from moectl.shards.chat.tokenizer import Tokenizer, open_tokenizer
 from tests.support.thinkers import ALWAYS, CHANNELS, HARMONY, NAMED, PLAIN, QWEN, THINK, XTML, make_thinker
 from tests.support.tiny import write_words
 

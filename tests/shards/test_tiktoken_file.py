@@ -19,9 +19,9 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from moectl.errors import CheckpointError
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.tiktoken_file import KINDS, convert
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tiktoken_file import KINDS, convert
+from moectl.shards.chat.tokenizer import open_tokenizer
+from moectl.shards.source.checkpoint import open_checkpoint
 from moectl.shards.tokenizer_files import choose_tokenizer, fetch_tokenizer
 from tests.shards.test_tokenizer_files import moectl
 from tests.support.tiny import write_checkpoint, write_words

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders
 from moectl.engine.answer import Answer
 from moectl.engine.protocol import Done, Event, Token
 from moectl.engine.request import Request
-from moectl.shards.tokenizer import Tokenizer as Reader
+from moectl.shards.chat.tokenizer import Tokenizer as Reader
 from tests.support import vocabularies
 
 DEMO = Path(__file__).parent.parent.parent / "moectl/demo/moectl-demo/tokenizer.json"

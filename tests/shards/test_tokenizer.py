@@ -17,8 +17,8 @@ from moectl.engine.answer import read_prompt
 from moectl.engine.request import Request
 from moectl.errors import CheckpointError, UsageError
 from moectl.shards import prepare
-from moectl.shards.chat_template import find_defaults
-from moectl.shards.tokenizer import Tokenizer, open_tokenizer
+from moectl.shards.chat.chat_template import find_defaults
+from moectl.shards.chat.tokenizer import Tokenizer, open_tokenizer
 from tests.support import vocabularies
 from tests.support.tiny import write_checkpoint
 from tests.support.vocabularies import TEXTS

@@ -19,7 +19,7 @@ import pytest
 
 from moectl import __main__
 from moectl.errors import CheckpointError, IntegrityError
-from moectl.shards.checkpoint import open_checkpoint
+from moectl.shards.source.checkpoint import open_checkpoint
 from moectl.shards.tokenizer_files import KNOWN, KNOWN_VOCABULARY, fetch_tokenizer
 from tests.support.hub import Hub
 from tests.support.ring import process_env

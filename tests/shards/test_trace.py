@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moectl.model.regions import Region
 from moectl.model.structure import Quantization
-from moectl.shards.parts import chunks, full, part
-from moectl.shards.trace import list_dropped
+from moectl.shards.trace.parts import chunks, full, part
+from moectl.shards.trace.traced import list_dropped
 from tests.support.layouts import LAYOUTS, write_layout
 from tests.support.traced import Traced, load_whole, open_traced
 

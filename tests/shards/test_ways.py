@@ -7,9 +7,9 @@ import pytest
 
 from moectl.errors import PlanError
 from moectl.model.placement import SPLITS
-from moectl.shards.skeleton import Skeleton, make_skeleton
-from moectl.shards.units import Block, Unit
-from moectl.shards.ways import Findings, look, require, ways
+from moectl.shards.look.skeleton import Skeleton, make_skeleton
+from moectl.shards.look.units import Block, Unit
+from moectl.shards.look.ways import Findings, look, require, ways
 from tests.support.families import config_of
 from tests.support.toy import HIDDEN, make_toy
 

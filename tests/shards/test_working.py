@@ -5,10 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from moectl.shards.skeleton import make_skeleton
-from moectl.shards.units import divisions_of
-from moectl.shards.ways import look
-from moectl.shards.working import count_launches, find_moments
+from moectl.shards.look.skeleton import make_skeleton
+from moectl.shards.look.units import divisions_of
+from moectl.shards.look.ways import look
+from moectl.shards.look.working import count_launches, find_moments
 from tests.support.families import config_of
 from tests.support.structures import structure_of
 

@@ -27,7 +27,7 @@ from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import Cancel, Done, Generate, Token
 from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
 
 
 def make_requests(job: dict[str, Any]) -> list[Request]:

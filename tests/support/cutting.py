@@ -14,10 +14,10 @@ from moectl.model.catalog import CatalogModel
 from moectl.model.manifest import Manifest
 from moectl.model.regions import Region
 from moectl.shards import build, quantize
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.parts import Read
 from moectl.shards.prepare import Wanted, draw_wanted, place
 from moectl.shards.recipe import Computed, Matrix, Read as ReadRows, Write
+from moectl.shards.source.checkpoint import open_checkpoint
+from moectl.shards.trace.parts import Read
 
 
 def cut(

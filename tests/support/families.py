@@ -21,10 +21,10 @@ from moectl.engine.network.parallel import cut, divide
 from moectl.engine.network.stages import keep, make_stage, remove_head
 from moectl.model.manifest import read_manifest
 from moectl.model.ownership import hold, own_layers
-from moectl.shards.flow import names_of_rank
-from moectl.shards.skeleton import Skeleton, find_classes, make_skeleton
-from moectl.shards.units import divisions_of
-from moectl.shards.ways import Findings, look
+from moectl.shards.look.flow import names_of_rank
+from moectl.shards.look.skeleton import Skeleton, find_classes, make_skeleton
+from moectl.shards.look.units import divisions_of
+from moectl.shards.look.ways import Findings, look
 from tests.support.fake_group import run_ranks
 
 PROMPT = [3, 11, 5, 7, 2, 9, 4, 8, 6, 1]

@@ -1,4 +1,4 @@
-"""Drive moectl.shards.checkpoint and the real huggingface_hub in a process of its own, against the tests' hub.
+"""Drive moectl.shards.source.checkpoint and the real huggingface_hub in a process of its own, against the tests' hub.
 
 HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are read when huggingface_hub is imported, so a test cannot set them
 where it runs.
@@ -14,8 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moectl.shards import checkpoint, hub
-from moectl.shards.checkpoint import Checkpoint, open_checkpoint
+from moectl.shards.source import checkpoint, hub
+from moectl.shards.source.checkpoint import Checkpoint, open_checkpoint
 
 CHUNK_BYTES = 16 << 10
 

@@ -24,8 +24,8 @@ from moectl.engine.network.stages import _End
 from moectl.engine.protocol import Done, Generate, Token
 from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
-from moectl.shards.hooks import Hook, hooked
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
+from moectl.shards.look.hooks import Hook, hooked
 from tests.support.words import ask_chat
 
 

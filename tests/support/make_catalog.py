@@ -16,9 +16,9 @@ import mlx.nn as nn
 from mlx_lm.utils import MODEL_REMAPPING
 
 from moectl.model.structure import Structure
-from moectl.shards.outline import outline
-from moectl.shards.skeleton import make_skeleton
-from moectl.shards.ways import look
+from moectl.shards.look.outline import outline
+from moectl.shards.look.skeleton import make_skeleton
+from moectl.shards.look.ways import look
 from tests.support.transformers_models import WRONG
 
 _EMPTY: tuple[Any, ...] = (None, 0, (), [], {})

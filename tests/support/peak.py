@@ -21,11 +21,11 @@ from moectl.engine.network.stages import keep, make_stage
 from moectl.model.ownership import hold, own_layers
 from moectl.model.placement import make_placement
 from moectl.planner.memory import CPU_DTYPE_BYTES, Need, rank_need
-from moectl.shards.flow import names_of_rank
-from moectl.shards.outline import outline
-from moectl.shards.skeleton import make_skeleton
-from moectl.shards.units import divisions_of
-from moectl.shards.ways import look
+from moectl.shards.look.flow import names_of_rank
+from moectl.shards.look.outline import outline
+from moectl.shards.look.skeleton import make_skeleton
+from moectl.shards.look.units import divisions_of
+from moectl.shards.look.ways import look
 from tests.support.families import config_of, quantise
 
 CHUNK = 512

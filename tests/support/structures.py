@@ -9,9 +9,9 @@ from typing import Any
 
 from moectl.model.catalog import MODELS
 from moectl.model.structure import Quantization, Structure
-from moectl.shards.outline import outline
-from moectl.shards.skeleton import make_skeleton
-from moectl.shards.ways import look
+from moectl.shards.look.outline import outline
+from moectl.shards.look.skeleton import make_skeleton
+from moectl.shards.look.ways import look
 
 DBRX = MODELS["databricks/dbrx-instruct"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moectl.shards.tokenizer import Tokenizer, open_tokenizer
+from moectl.shards.chat.tokenizer import Tokenizer, open_tokenizer
 from tests.support import vocabularies
 
 THINK = ("<think>", "</think>")

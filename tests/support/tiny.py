@@ -18,7 +18,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from moectl.model.geometry import Geometry, block, expert_name, read_geometry
-from moectl.shards.tensors import ITEM_BYTES
+from moectl.shards.source.tensors import ITEM_BYTES
 
 PROJECTIONS = ("w1", "v1", "w2")  # gate, up, down
 

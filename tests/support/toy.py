@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
-from moectl.shards.skeleton import Skeleton, empty
+from moectl.shards.look.skeleton import Skeleton, empty
 
 WIDTH, HIDDEN, HEADS, VOCABULARY = 32, 64, 4, 40
 

@@ -17,13 +17,13 @@ from mlx_lm.utils import load_config, load_model, quantize_model
 
 from moectl.model.regions import Region
 from moectl.model.structure import Quantization
-from moectl.shards.formats import Format, read_format, unpack
-from moectl.shards.parts import full, part
-from moectl.shards.precision import Settled, settle
-from moectl.shards.skeleton import find_classes
-from moectl.shards.stored import StoredReader, name_stored
-from moectl.shards.tensors import StoredTensor, read_header
-from moectl.shards.trace import Expression, trace
+from moectl.shards.look.skeleton import find_classes
+from moectl.shards.source.stored import StoredReader, name_stored
+from moectl.shards.source.tensors import StoredTensor, read_header
+from moectl.shards.trace.formats import Format, read_format, unpack
+from moectl.shards.trace.parts import full, part
+from moectl.shards.trace.precision import Settled, settle
+from moectl.shards.trace.traced import Expression, trace
 
 
 def make_model(config: dict[str, Any]) -> Any:

@@ -244,7 +244,7 @@ def hub(model: Path) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def warm_hub(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     home = str(tmp_path_factory.mktemp("hf-home"))
-    imports = ("moectl.shards.checkpoint", "huggingface_hub.file_download", "huggingface_hub.hf_api")
+    imports = ("moectl.shards.source.checkpoint", "huggingface_hub.file_download", "huggingface_hub.hf_api")
     process = Warm(imports, {"HF_ENDPOINT": hub.endpoint, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"})
     yield process
     process.close()

@@ -44,8 +44,8 @@ from moectl.session.deployment import DeployedRank, Deployment, deployment_path,
 from moectl.session.session import RankSpec, Session
 from moectl.shards import journal
 from moectl.shards.blueprint import draw
-from moectl.shards.checkpoint import open_checkpoint
-from moectl.shards.tensors import ITEM_BYTES
+from moectl.shards.source.checkpoint import open_checkpoint
+from moectl.shards.source.tensors import ITEM_BYTES
 from tests.model.test_manifest import PATH, WHOLE
 from tests.support.lone_host import deploy_host
 from tests.support.mutation import edit, fuzz

@@ -216,7 +216,7 @@ def test_hostile_pythons_are_not_run_by_a_shell(python: str, ssh_host: Host, her
 @relaxed
 @given(words)
 def test_hostile_model_names_are_refused_or_sought(name: str) -> None:
-    from moectl.shards.checkpoint import open_checkpoint
+    from moectl.shards.source.checkpoint import open_checkpoint
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")

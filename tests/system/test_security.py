@@ -27,7 +27,7 @@ from moectl.errors import MoectlError, UsageError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.session.session import RankSpec, Session
-from moectl.shards.tokenizer import open_tokenizer
+from moectl.shards.chat.tokenizer import open_tokenizer
 from tests.engine.test_lockstep import cut_case
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.ring import process_env, rank_env

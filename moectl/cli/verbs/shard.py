@@ -87,7 +87,7 @@ def shard(
 
 def _add_tokenizer(common: Common, source: str, where: Path | None) -> None:
     from moectl.shards import prepare
-    from moectl.shards.hub_environment import check_numbers
+    from moectl.shards.source.hub_environment import check_numbers
 
     check_numbers()  # what follows imports mlx-lm, and with it huggingface_hub
     from moectl.shards import tokenizer_files
@@ -130,8 +130,8 @@ def pull(common: Common, model: str, revision: str | None) -> None:
       moectl pull mlx-community/dbrx-instruct-4bit
     """
     from moectl.cli.progress import progress
-    from moectl.shards import checkpoint
     from moectl.shards.prepare import download_bars
+    from moectl.shards.source import checkpoint
 
     with progress(quiet=common.quiet) as bars:
         directory = checkpoint.pull(model, revision=revision, on_bytes=download_bars(bars))

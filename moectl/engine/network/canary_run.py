@@ -32,11 +32,11 @@ from moectl.errors import IntegrityError
 from moectl.model.canary import CHUNK, LONG, TOP, WIDTH, Canary, NoReference, cut_chunks, encode_points, make_prompts
 from moectl.model.manifest import Manifest
 from moectl.model.regions import Role
-from moectl.shards.hooks import Hook, hook_call, uncompiled
-from moectl.shards.precision import quantise_by
-from moectl.shards.routers import find_stacks
-from moectl.shards.skeleton import Skeleton, make_skeleton
-from moectl.shards.units import at
+from moectl.shards.look.hooks import Hook, hook_call, uncompiled
+from moectl.shards.look.routers import find_stacks
+from moectl.shards.look.skeleton import Skeleton, make_skeleton
+from moectl.shards.look.units import at
+from moectl.shards.trace.precision import quantise_by
 
 # Of the sum of all ranks' parts; in 16 bits each of them is rounded.
 _TOLERANCE = 1e-3

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from moectl.shards.hooks import replaced_sum
+from moectl.shards.look.hooks import replaced_sum
 
 Exchange = Callable[[mx.array], mx.array]
 Observer = Callable[[mx.array, Exchange], mx.array]

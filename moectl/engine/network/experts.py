@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from moectl.shards.hooks import Hook, hook_call
-from moectl.shards.units import SWITCHES
+from moectl.shards.look.hooks import Hook, hook_call
+from moectl.shards.look.units import SWITCHES
 
 _Floats = np.ndarray[Any, np.dtype[np.float32]]
 Times = Callable[[_Floats, int], _Floats]  # rows (T, in) and the number of an expert → (T, out)

@@ -21,7 +21,7 @@ from moectl.errors import IntegrityError
 from moectl.model.manifest import Manifest, refuse_links_outside
 from moectl.model.regions import Region, Span
 from moectl.model.structure import Quantization
-from moectl.shards.parts import full
+from moectl.shards.trace.parts import full
 
 _NVFP4_MOST = 448 * 6  # the largest scale times the largest value
 _Floats = np.ndarray[Any, np.dtype[np.float32]]

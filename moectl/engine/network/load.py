@@ -17,13 +17,13 @@ from moectl.model.manifest import Manifest, refuse_links_outside
 from moectl.model.ownership import Holding, find_holding
 from moectl.model.placement import Placement
 from moectl.model.regions import Region, belongs_to_sum, find_regions
-from moectl.shards.flow import names_of_rank
-from moectl.shards.parts import full
-from moectl.shards.precision import quantise_by
-from moectl.shards.skeleton import Skeleton, make_skeleton
-from moectl.shards.trace import Stored, form_of, trace
-from moectl.shards.units import divisions_of
-from moectl.shards.ways import Findings, look, require
+from moectl.shards.look.flow import names_of_rank
+from moectl.shards.look.skeleton import Skeleton, make_skeleton
+from moectl.shards.look.units import divisions_of
+from moectl.shards.look.ways import Findings, look, require
+from moectl.shards.trace.parts import full
+from moectl.shards.trace.precision import quantise_by
+from moectl.shards.trace.traced import Stored, form_of, trace
 
 HINT = "moectl deploy --verify (on this machine: moectl shard --verify DIR)"
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from moectl.model.balance import Shares, share_out
 from moectl.model.ownership import Held
-from moectl.shards.hooks import Hook
+from moectl.shards.look.hooks import Hook
 
 _Numbers = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -17,8 +17,8 @@ from moectl.engine.network.exchange import sum_over_ranks
 from moectl.engine.network.own_pairs import OwnPairs
 from moectl.model.ownership import Held, Holding
 from moectl.model.regions import Role, belongs_to_sum, find_regions
-from moectl.shards.hooks import Hook, hook_call
-from moectl.shards.units import Block, Heads, LayerParts, Unit, at, narrow
+from moectl.shards.look.hooks import Hook, hook_call
+from moectl.shards.look.units import Block, Heads, LayerParts, Unit, at, narrow
 
 Group = Any  # mx.distributed.Group
 

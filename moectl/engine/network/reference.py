@@ -26,12 +26,12 @@ from moectl.engine.network.experts import run_grouped, to_numpy
 from moectl.engine.network.joined import JoinedMatrix, JoinedSet
 from moectl.model.canary import NoReference
 from moectl.model.regions import Span
-from moectl.shards.caches import list_parts
-from moectl.shards.flow import TOKENS
-from moectl.shards.graph import Graph
-from moectl.shards.hooks import Hook, hook_call, hooked
-from moectl.shards.skeleton import Skeleton
-from moectl.shards.units import SWITCHES
+from moectl.shards.look.caches import list_parts
+from moectl.shards.look.flow import TOKENS
+from moectl.shards.look.graph import Graph
+from moectl.shards.look.hooks import Hook, hook_call, hooked
+from moectl.shards.look.skeleton import Skeleton
+from moectl.shards.look.units import SWITCHES
 
 _ON_DISK = ("weight", "scales", "biases", "global_scale")
 _LINEAR = (nn.Linear, nn.QuantizedLinear)

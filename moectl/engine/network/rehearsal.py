@@ -34,10 +34,10 @@ from moectl.engine.network.reference import (
 from moectl.model.ownership import Holding
 from moectl.model.placement import Placement
 from moectl.model.regions import Role
-from moectl.shards.caches import list_parts
-from moectl.shards.hooks import Hook, hook_call
-from moectl.shards.skeleton import Skeleton
-from moectl.shards.units import LayerParts, at, divisions_of
+from moectl.shards.look.caches import list_parts
+from moectl.shards.look.hooks import Hook, hook_call
+from moectl.shards.look.skeleton import Skeleton
+from moectl.shards.look.units import LayerParts, at, divisions_of
 
 _TOLERANCE = 1e-4
 Rows = Sequence[tuple[int, int]]  # spans of tokens that ranks meet together, in order

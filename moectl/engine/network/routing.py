@@ -13,10 +13,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from moectl.engine.network.exchange import share_first
 from moectl.model.structure import Structure
-from moectl.shards.hooks import Hook, hook_call, hooked
-from moectl.shards.routers import find_routers, find_stacks
-from moectl.shards.skeleton import Skeleton
-from moectl.shards.units import at
+from moectl.shards.look.hooks import Hook, hook_call, hooked
+from moectl.shards.look.routers import find_routers, find_stacks
+from moectl.shards.look.skeleton import Skeleton
+from moectl.shards.look.units import at
 
 
 def count_experts(structure: Structure) -> list[int]:

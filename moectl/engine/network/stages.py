@@ -18,8 +18,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.engine.network.exchange import run_exchange
 from moectl.model.regions import Span
-from moectl.shards.flow import Flow, choose_caches
-from moectl.shards.hooks import Hook, hook_call
+from moectl.shards.look.flow import Flow, choose_caches
+from moectl.shards.look.hooks import Hook, hook_call
 
 Group = Any  # mx.distributed.Group
 

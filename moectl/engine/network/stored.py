@@ -24,7 +24,7 @@ from moectl.errors import IntegrityError
 from moectl.model.regions import Span
 from moectl.model.structure import Quantization
 from moectl.shards.quantize import thread_stream
-from moectl.shards.tensors import ITEM_BYTES, StoredTensor, read_header
+from moectl.shards.source.tensors import ITEM_BYTES, StoredTensor, read_header
 
 _PIECE_BYTES = 2 << 20  # in float32
 _DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32, "U8": np.uint8}

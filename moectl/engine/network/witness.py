@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 
 from moectl.engine.network.fingerprint import take_fingerprint
-from moectl.shards.hooks import Hook, hook_call
-from moectl.shards.routers import find_last_unit, find_stacks
+from moectl.shards.look.hooks import Hook, hook_call
+from moectl.shards.look.routers import find_last_unit, find_stacks
 
 WORDS = 2  # int32, of each rank
 # Between chips that round differently the states differ by some percent of their size, and errors by all of it.

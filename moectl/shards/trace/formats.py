@@ -14,9 +14,9 @@ import mlx.core as mx
 
 from moectl.errors import CheckpointError
 from moectl.model.config_keys import CORRECT, show
-from moectl.shards.exceptions import find_own_file
-from moectl.shards.tensors import MODES
-from moectl.shards.trace import ANOTHER_COPY, Expression, Stored, form_of, record
+from moectl.shards.look.exceptions import find_own_file
+from moectl.shards.source.tensors import MODES
+from moectl.shards.trace.traced import ANOTHER_COPY, Expression, Stored, form_of, record
 
 _BLOCK = (128, 128)  # of FP8 scales, where config.json is silent
 _FLOATS = (mx.bfloat16, mx.float16, mx.float32)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from moectl.shards.token_text import TextStream
+    from moectl.shards.chat.token_text import TextStream
 
 Edges = dict[str, list[tuple[str, str]]]  # state → what is written on the way to another state, and that state
 

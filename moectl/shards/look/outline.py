@@ -16,14 +16,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from moectl.errors import CheckpointError
 from moectl.model.regions import Division, Pieces, Role
 from moectl.model.structure import CacheSize, Layer, Outer, Part, Quantization, Structure
-from moectl.shards.caches import can_batch, can_trim, list_parts
-from moectl.shards.flow import TOKENS, Flow
-from moectl.shards.hooks import Hook, hooked, uncompiled
-from moectl.shards.skeleton import Skeleton, empty
-from moectl.shards.trial import describe
-from moectl.shards.units import LayerParts, divisions_of
-from moectl.shards.ways import Findings
-from moectl.shards.working import count_launches, find_moments
+from moectl.shards.look.caches import can_batch, can_trim, list_parts
+from moectl.shards.look.flow import TOKENS, Flow
+from moectl.shards.look.hooks import Hook, hooked, uncompiled
+from moectl.shards.look.skeleton import Skeleton, empty
+from moectl.shards.look.trial import describe
+from moectl.shards.look.units import LayerParts, divisions_of
+from moectl.shards.look.ways import Findings
+from moectl.shards.look.working import count_launches, find_moments
 
 # Names under which configs say how many tokens a model was made for.
 _CONTEXT = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moectl.errors import CheckpointError, MoectlError, Unreachable
 from moectl.files import explain_refusal
-from moectl.shards.hub_environment import explain_certificates, find_proxy
+from moectl.shards.source.hub_environment import explain_certificates, find_proxy
 
 MIRRORS = (  # of DBRX, whose own repositories ask for an account
     "alpindale/dbrx-instruct",

@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from moectl.shards.exceptions import ONE_ROW
-from moectl.shards.hooks import uncompiled
-from moectl.shards.skeleton import Skeleton
+from moectl.shards.look.exceptions import ONE_ROW
+from moectl.shards.look.hooks import uncompiled
+from moectl.shards.look.skeleton import Skeleton
 
 _ROWS = 2
 

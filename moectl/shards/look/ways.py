@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from moectl.errors import PlanError
 from moectl.model.placement import SPLITS
-from moectl.shards.exceptions import REFUSED
-from moectl.shards.flow import Flow, NoPipeline, follow
-from moectl.shards.hooks import uncompiled
-from moectl.shards.skeleton import Skeleton, unchanged
-from moectl.shards.trial import count_chosen, describe, record_calls, try_parts
-from moectl.shards.units import LayerParts, at, find_parts
+from moectl.shards.look.exceptions import REFUSED
+from moectl.shards.look.flow import Flow, NoPipeline, follow
+from moectl.shards.look.hooks import uncompiled
+from moectl.shards.look.skeleton import Skeleton, unchanged
+from moectl.shards.look.trial import count_chosen, describe, record_calls, try_parts
+from moectl.shards.look.units import LayerParts, at, find_parts
 
 
 @dataclass(frozen=True, slots=True)

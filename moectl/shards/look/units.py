@@ -1,4 +1,4 @@
-"""What of a model can be divided, by the names of its modules; `moectl.shards.trial` then tries whether that holds.
+"""What of a model can be divided, by the names of its modules; `moectl.shards.look.trial` tries whether that holds.
 
 A *unit* has up projections and one down projection: all experts of a layer, or one dense MLP. In between everything is
 elementwise in the hidden dimension, so that a rank with a span of it computes a part of the down projection's sum. A
@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 
 from moectl.model.regions import Division, Pieces, Role, Span
-from moectl.shards.skeleton import Skeleton
+from moectl.shards.look.skeleton import Skeleton
 
 # Up projections, and the down projection.
 _PATTERNS: tuple[tuple[tuple[str, ...], str], ...] = (

@@ -18,11 +18,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from moectl.errors import UsageError
-from moectl.shards.flow import TOKENS
-from moectl.shards.graph import Graph
-from moectl.shards.hooks import Hook, hooked, uncompiled
-from moectl.shards.skeleton import Skeleton
-from moectl.shards.units import is_unit
+from moectl.shards.look.flow import TOKENS
+from moectl.shards.look.graph import Graph
+from moectl.shards.look.hooks import Hook, hooked, uncompiled
+from moectl.shards.look.skeleton import Skeleton
+from moectl.shards.look.units import is_unit
 
 
 @dataclass(frozen=True, slots=True)

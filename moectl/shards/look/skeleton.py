@@ -20,7 +20,7 @@ from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
 from moectl.errors import CheckpointError
 from moectl.model.config_keys import CORRECT
-from moectl.shards.exceptions import find_own_file
+from moectl.shards.look.exceptions import find_own_file
 
 # Names of numbers of modules, each a Python object, and the most of them that any model has.
 _COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_experts", "n_routed_experts")

@@ -22,10 +22,10 @@ from mlx_lm.models.cache import _BaseCache, make_prompt_cache
 
 from moectl.model.ownership import own
 from moectl.model.regions import Role, Span
-from moectl.shards.flow import TOKENS
-from moectl.shards.hooks import Hook, hooked, replaced_sum
-from moectl.shards.skeleton import Skeleton, unchanged
-from moectl.shards.units import Block, Heads, LayerParts, Unit, at, divide_heads, find_strange_array, narrow
+from moectl.shards.look.flow import TOKENS
+from moectl.shards.look.hooks import Hook, hooked, replaced_sum
+from moectl.shards.look.skeleton import Skeleton, unchanged
+from moectl.shards.look.units import Block, Heads, LayerParts, Unit, at, divide_heads, find_strange_array, narrow
 
 T = TypeVar("T")
 _TOLERANCE = 1e-4

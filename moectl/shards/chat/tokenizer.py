@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import tokenizers
 
 from moectl.errors import BadField, CheckpointError
-from moectl.shards.chat_template import ChatTemplate, Json, find_defaults, open_chat_template
-from moectl.shards.thinking import AnswerText
-from moectl.shards.token_text import TextStream, find_context, has_byte_runs
+from moectl.shards.chat.chat_template import ChatTemplate, Json, find_defaults, open_chat_template
+from moectl.shards.chat.thinking import AnswerText
+from moectl.shards.chat.token_text import TextStream, find_context, has_byte_runs
 
 TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ADDED, GENERATION, MODEL = "added_tokens.json", "generation_config.json", "config.json"

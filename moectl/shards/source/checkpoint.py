@@ -19,9 +19,9 @@ from typing import Any, Protocol
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, Unreachable
 from moectl.model.config_keys import CONFIG, GENERATION, check_generation, list_ignored
 from moectl.model.parameters import read_defaults
-from moectl.shards.cache_layout import find_snapshot, name_snapshot, refuse_pointers
-from moectl.shards.hub import OnBytes, Repository, find_cached
-from moectl.shards.tensors import StoredTensor, read_header
+from moectl.shards.source.cache_layout import find_snapshot, name_snapshot, refuse_pointers
+from moectl.shards.source.hub import OnBytes, Repository, find_cached
+from moectl.shards.source.tensors import StoredTensor, read_header
 
 _MODELOPT = "hf_quant_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 import mlx.core as mx
 
 from moectl.model.regions import Region
-from moectl.shards.formats import dequantise_blocks, quantise
-from moectl.shards.trace import Expression, Operation, Shape, Stored
+from moectl.shards.trace.formats import dequantise_blocks, quantise
+from moectl.shards.trace.traced import Expression, Operation, Shape, Stored
 
 Index = tuple[slice, ...]
 Read = Callable[[str, mx.Dtype, Region], mx.array]  # a part of a stored tensor, its elements taken as of this type

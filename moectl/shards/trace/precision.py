@@ -21,9 +21,9 @@ from mlx_lm.utils import _takes_global_scale, infer_quant_config, quantize_model
 from moectl.errors import CheckpointError, PlanError
 from moectl.model.config_keys import CORRECT
 from moectl.model.structure import Quantization
-from moectl.shards.formats import Format, quantise
-from moectl.shards.stored import spell
-from moectl.shards.trace import ANOTHER_COPY, Expression, check_parameters, record
+from moectl.shards.source.stored import spell
+from moectl.shards.trace.formats import Format, quantise
+from moectl.shards.trace.traced import ANOTHER_COPY, Expression, check_parameters, record
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.model.regions import Division, Role
 from moectl.model.structure import Moment
-from moectl.shards.caches import list_parts
-from moectl.shards.hooks import Hook, hooked, uncompiled
-from moectl.shards.skeleton import Skeleton
+from moectl.shards.look.caches import list_parts
+from moectl.shards.look.hooks import Hook, hooked, uncompiled
+from moectl.shards.look.skeleton import Skeleton
 
 TOKENS = 509  # of the prompt: a prime number, so that a dimension of this length is the prompt's
 _ELEMENT = 4  # bytes: a skeleton's arrays are float32

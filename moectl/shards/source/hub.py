@@ -20,9 +20,9 @@ from typing import IO, Any, TypeVar
 
 from moectl.errors import CheckpointError, IntegrityError, MoectlError, StateError
 from moectl.files import explain_refusal, free_bytes
-from moectl.shards.hub_environment import check_environment
-from moectl.shards.hub_errors import AGAIN, hub_error, may_pass, retry_after_s
-from moectl.shards.tensors import StoredTensor, header_length, read_header
+from moectl.shards.source.hub_environment import check_environment
+from moectl.shards.source.hub_errors import AGAIN, hub_error, may_pass, retry_after_s
+from moectl.shards.source.tensors import StoredTensor, header_length, read_header
 from moectl.text import format_gb
 
 OnBytes = Callable[[str, int, int], None]  # weight file, bytes done, bytes in all; called on another thread

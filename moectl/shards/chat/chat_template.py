@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from tokenizers import Tokenizer
 
 from moectl.errors import BadField
-from moectl.shards.thinking import Markers, find_markers
+from moectl.shards.chat.thinking import Markers, find_markers
 
 Json = dict[str, Any]
 Refuse = Callable[[str, str], NoReturn]  # key, why

@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from moectl.errors import CheckpointError
 from moectl.model.regions import Region
-from moectl.shards.sources import explain_unreadable, fill
-from moectl.shards.tensors import StoredTensor
-from moectl.shards.trace import ANOTHER_COPY, Form, Stored, form_of
+from moectl.shards.source.sources import explain_unreadable, fill
+from moectl.shards.source.tensors import StoredTensor
+from moectl.shards.trace.traced import ANOTHER_COPY, Form, Stored, form_of
 
 # As `mx.load` takes them: MLX has no 8-bit floats of its own, and keeps their bytes.
 _TYPES = {

@@ -19,7 +19,7 @@ def find_own_file(model_type: object) -> ModuleType | None:
     """Return the model file that takes the place of mlx-lm's, None where there is none."""
     if model_type == "dbrx":
         # mlx-lm's loops over tokens in Python, and has a list of experts, which cannot be shared out.
-        from moectl.shards import dbrx  # here, because mlx-lm cannot be imported with a wrong variable of the Hub
+        from moectl.shards.look import dbrx  # here, because mlx-lm cannot be imported with a wrong variable of the Hub
 
         return dbrx
     return None

@@ -14,8 +14,8 @@ from itertools import accumulate, pairwise
 import mlx.core as mx
 
 from moectl.model.regions import Region
-from moectl.shards.parts import Index, descend, pair_axes
-from moectl.shards.trace import Expression, Operation, Shape, Stored
+from moectl.shards.trace.parts import Index, descend, pair_axes
+from moectl.shards.trace.traced import Expression, Operation, Shape, Stored
 
 _MOST = 4096  # a region in more pieces than this is quicker computed
 

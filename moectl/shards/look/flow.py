@@ -16,9 +16,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.model.regions import Span
-from moectl.shards.graph import Graph
-from moectl.shards.hooks import Hook, hooked
-from moectl.shards.skeleton import Skeleton
+from moectl.shards.look.graph import Graph
+from moectl.shards.look.hooks import Hook, hooked
+from moectl.shards.look.skeleton import Skeleton
 
 TOKENS = 2
 _LATER = 5000  # tokens in a cache, more than any window

@@ -1,0 +1,1 @@
+"""Where the bytes of each parameter come from: mlx-lm's own loading, traced."""
