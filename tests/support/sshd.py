@@ -73,10 +73,16 @@ def find_free_port() -> int:
 
 
 def server_config(directory: Path, address: str, port: int, host_key: Path, authorized: Path) -> str:
-    """Return an sshd_config that trusts one authorized_keys file and nothing else."""
+    """Return an sshd_config that trusts one authorized_keys file and nothing else; sessions have a home of their own.
+
+    What the shell of whoever runs the tests does at the start would cost each session time, and could change results.
+    """
+    home = directory / "home"
+    home.mkdir(exist_ok=True)
     path = os.environ.get("PYTHONPATH")  # where the tests' own moectl is, unless it is installed
-    same_code = f"SetEnv PYTHONPATH={path}\n" if path else ""
-    return f"""{same_code}Port {port}
+    same_code = f" PYTHONPATH={path}" if path else ""
+    return f"""SetEnv HOME={home}{same_code}
+Port {port}
 ListenAddress {address}
 HostKey {host_key}
 PidFile {directory}/sshd.pid
