@@ -49,8 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many processes `-n auto` means: a test may start four ranks, which want cores as well."""
-    return max(2, min(4, (os.cpu_count() or 1) // 2))
+    """Return how many processes `-n auto` means: many tests wait for others, but some start four ranks at once."""
+    return max(3, min(5, (os.cpu_count() or 1) // 2))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -190,6 +190,7 @@ def test_ctrl_c_ends_both_and_both_are_resumed(hosts: list[Host], tmp_path: Path
         assert hash_file(str(directory / NAME)) == hash_file(str(tmp_path / "set" / NAME))
 
 
+@pytest.mark.long
 def test_what_the_hint_about_another_set_says_is_done(model: Path, hosts: list[Host], tmp_path: Path) -> None:
     cut = ("--split", "experts", "--shares", "8,8", "--no-canary", "-o", str(tmp_path / "set"))
     moectl("shard", str(model), "--nodes", "2", "--q-bits", "4", *cut)

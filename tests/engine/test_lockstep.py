@@ -155,7 +155,7 @@ def test_one_process_gives_enough_tokens(alone: dict[Case, dict[str, Any]]) -> N
             assert one["tokens"] == alone[model, "hidden", units, bits]["tokens"], (model, shares)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long), 4])
 def test_tokens_and_logits_equal_one_process(
     world_size: int,
     models: dict[str, Path],

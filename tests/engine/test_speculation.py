@@ -389,6 +389,7 @@ def test_ranks_propose_alike(parts: Parts, quoting: tuple[int, ...], tmp_path: P
 
 
 @pytest.mark.parametrize("split", ["hidden", pytest.param("layers", marks=pytest.mark.long)])
+@pytest.mark.long
 def test_ranks_stay_together_while_requests_come_and_go(
     parts: Parts, quoting: tuple[int, ...], split: str, tmp_path: Path
 ) -> None:

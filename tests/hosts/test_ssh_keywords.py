@@ -181,7 +181,12 @@ def samples(*verdicts: KeywordVerdict) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("keyword", "value"),
-    samples(KeywordVerdict.HONOURED, KeywordVerdict.REFUSED, KeywordVerdict.LOGIN, KeywordVerdict.TRUST),
+    [
+        pytest.param(*sample, marks=[pytest.mark.long] if number % 3 else [])
+        for number, sample in enumerate(
+            samples(KeywordVerdict.HONOURED, KeywordVerdict.REFUSED, KeywordVerdict.LOGIN, KeywordVerdict.TRUST)
+        )
+    ],
 )
 def test_ssh_and_moectl_come_to_the_same_verdict(sshd: Server, tmp_path: Path, keyword: str, value: str) -> None:
     come_to_the_same_verdict(sshd, tmp_path, keyword, value)

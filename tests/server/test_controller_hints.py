@@ -34,6 +34,7 @@ def hint_of(err: str) -> str:
     return err.rpartition("Hint: ")[2].strip()
 
 
+@pytest.mark.long
 def test_after_moectl_stop_as_the_hints_say_the_command_succeeds(call: Call) -> None:
     assert call(*QUESTION)[0] == 0
     code, _, err = call(*QUESTION, "--dtype", "bfloat16")

@@ -86,6 +86,7 @@ def measured(request: pytest.FixtureRequest, source: Path) -> tuple[Benchmark, l
     return result, tokens[2]
 
 
+@pytest.mark.long
 def test_a_prompt_that_was_seen_before_is_no_measurement(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same prompt again, where the cache is asked: the benchmark refuses its own figures."""
 
@@ -483,6 +484,7 @@ def svg_texts(path: Path) -> list[str]:
     return [(e.text or "").strip() for e in ET.parse(path).iter() if e.tag.endswith("}text")]
 
 
+@pytest.mark.long
 def test_a_plot_of_one_benchmark_shows_trials_and_ranks(tmp_path: Path) -> None:
     path = tmp_path / "one.svg"
     plot.write_plot(path, [report.bench_json(four_hosts(predicted=PREDICTED))])
@@ -584,6 +586,7 @@ def test_a_dense_model_has_no_choices_to_count(tmp_path: Path) -> None:
     assert "experts work on" not in moectl(*measure).stdout
 
 
+@pytest.mark.long
 def test_what_the_hints_about_its_files_say_is_done(source: Path, tmp_path: Path) -> None:
     stats, earlier, picture = (tmp_path / name for name in ("routing.json", "earlier.json", "picture.svg"))
     with pytest.raises(UsageError) as caught:

@@ -60,6 +60,7 @@ def moectl(hub: Hub, home: Path, *argv: str, **variables: str | None) -> tuple[i
     return done.returncode, done.stdout, done.stderr
 
 
+LONG = pytest.mark.long
 DRY = ("shard", "acme/tiny", "-n", "1", "--dry-run")
 
 
@@ -67,14 +68,14 @@ DRY = ("shard", "acme/tiny", "-n", "1", "--dry-run")
     ("name", "value", "why"),
     [
         ("HF_HUB_DOWNLOAD_TIMEOUT", "ten", "is 'ten', not a whole number of seconds"),
-        ("HF_HUB_ETAG_TIMEOUT", "-1", "is '-1', not a whole number of seconds"),
+        pytest.param("HF_HUB_ETAG_TIMEOUT", "-1", "is '-1', not a whole number of seconds", marks=LONG),
         ("SSL_CERT_FILE", "/nonexistent/ca.pem", "is /nonexistent/ca.pem: No such file or directory"),
-        ("SSL_CERT_FILE", __file__, f"is {__file__}, which holds no certificates"),
+        pytest.param("SSL_CERT_FILE", __file__, f"is {__file__}, which holds no certificates", marks=LONG),
         ("SSL_CERT_DIR", "/nonexistent/certs", "is /nonexistent/certs: no such directory"),
         ("HTTPS_PROXY", "http://proxy:port", "is not an address such as http://proxy.local:3128"),
-        ("http_proxy", "a:b:c", "is not an address such as http://proxy.local:3128"),
-        ("ALL_PROXY", "ftp://proxy", "is not an address such as http://proxy.local:3128"),
-        ("HF_TOKEN", "hf_a…b", "holds characters that no token has"),
+        pytest.param("http_proxy", "a:b:c", "is not an address such as http://proxy.local:3128", marks=LONG),
+        pytest.param("ALL_PROXY", "ftp://proxy", "is not an address such as http://proxy.local:3128", marks=LONG),
+        pytest.param("HF_TOKEN", "hf_a…b", "holds characters that no token has", marks=LONG),
         ("HF_TOKEN", "hf_a b", "holds characters that no token has"),
     ],
 )
@@ -87,7 +88,10 @@ def test_a_variable_that_stops_the_hub_is_named(hub: Hub, tmp_path: Path, name: 
     assert moectl(hub, tmp_path, *DRY, **{hint[1]: None})[0] == 0
 
 
-@pytest.mark.parametrize("value", ["127.0.0.1:9", "ftp://hub", "http://[::1", "", "http://a b"])
+@pytest.mark.parametrize(
+    "value",
+    ["127.0.0.1:9", "", *(pytest.param(value, marks=LONG) for value in ("ftp://hub", "http://[::1", "http://a b"))],
+)
 def test_an_endpoint_that_is_none_is_named_and_not_needed_for_a_directory(hub: Hub, tmp_path: Path, value: str) -> None:
     said = f"Error: HF_ENDPOINT is {value!r}, not an address such as https://huggingface.co\nHint: unset HF_ENDPOINT\n"
     assert moectl(hub, tmp_path, *DRY, HF_ENDPOINT=value) == (2, "", said)

@@ -122,7 +122,7 @@ def chains(draw: st.DrawFn) -> tuple[mx.array, list[Change], mx.array]:
     return source, changes, value
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(chain=chains(), data=st.data())
 def test_any_part_of_any_chain_equals_the_slice_of_the_whole(
     chain: tuple[mx.array, list[Change], mx.array], data: st.DataObject

@@ -78,6 +78,7 @@ def test_what_the_hint_about_another_quantisation_says_is_cut(model: Path) -> No
     assert made.directory.name == "tiny-q4-hidden-1"
 
 
+@pytest.mark.long
 def test_the_mirrors_that_hints_name_are_taken(hub: Hub, tmp_path: Path) -> None:
     plain = hub.add("acme/pickled", DEMO)
     plain.files = {name: data for name, data in plain.files.items() if not name.endswith(".safetensors")}
@@ -101,12 +102,14 @@ def test_the_mirrors_that_hints_name_are_taken(hub: Hub, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("right", ["acme/tiny", str(DEMO)])
+@pytest.mark.long
 def test_the_name_that_the_hint_asks_for_is_taken(hub: Hub, tmp_path: Path, right: str) -> None:
     code, _, said = moectl(hub, tmp_path, "shard", "acme/tiny--more", "-n", "1", "--dry-run")
     assert (code, told(said)) == (4, "use OWNER/NAME or a path")
     assert moectl(hub, tmp_path, "shard", right, "-n", "1", "--dry-run")[0] == 0
 
 
+@pytest.mark.long
 def test_without_the_variable_that_a_hint_names_it_succeeds(hub: Hub, tmp_path: Path) -> None:
     code, _, said = moectl(hub, tmp_path, *DRY, HF_HUB_OFFLINE="1")
     assert (code, told(said)) == (5, "unset HF_HUB_OFFLINE, or give a directory")
@@ -149,6 +152,7 @@ def test_the_same_command_again_resumes_as_the_hint_says(hub: Hub, tmp_path: Pat
     assert moectl(hub, tmp_path, *shard)[0] == 0
 
 
+@pytest.mark.long
 def test_the_same_command_again_as_the_hint_says_fetches_what_came_damaged(hub: Hub, tmp_path: Path) -> None:
     repo = hub.add("acme/damaged", DEMO)
     [name] = [name for name in repo.files if name.endswith(".safetensors")]
@@ -162,6 +166,7 @@ def test_the_same_command_again_as_the_hint_says_fetches_what_came_damaged(hub: 
 
 
 @pytest.mark.parametrize("other", [None, "REQUESTS_CA_BUNDLE"])
+@pytest.mark.long
 def test_the_certificates_that_the_hint_asks_for_are_believed(other: str | None, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "company.pem"
     subject = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2")

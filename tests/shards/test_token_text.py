@@ -59,9 +59,9 @@ def test_every_token_alone(tokens: Tokenizer) -> None:
         assert "".join(stream(tokens, [number])) == reader.tell(number) == decode(tokens, [number]), number
 
 
-def test_any_sequence(tokens: Tokenizer) -> None:
-    draw = random.Random(7)
-    for _ in range(10_000 if isinstance(tokens.decoder, decoders.ByteLevel) else 1000):
+def test_any_sequence(tokens: Tokenizer, request: pytest.FixtureRequest) -> None:
+    draw, often = random.Random(7), 5 if request.config.getoption("--long") else 1
+    for _ in range(often * (2000 if isinstance(tokens.decoder, decoders.ByteLevel) else 200)):
         answer = draw.choices(numbers(tokens), k=draw.randint(1, 12))
         assert "".join(stream(tokens, answer)) == decode(tokens, answer), answer
 

@@ -150,6 +150,7 @@ def test_a_tokenizer_that_cannot_be_read_is_told_at_once(tmp_path: Path, text: s
     assert "tokenizer.json" in said
 
 
+@pytest.mark.long
 def test_an_added_tokenizer_is_deployed(sshd: Server, tmp_path: Path) -> None:
     shards, hosts = tmp_path / "set", tmp_path / "hosts.txt"
     hosts.write_text(f"{sshd.add_alias('node0')} ip=127.0.0.1 python={sys.executable} dir={tmp_path}/node\n")
@@ -172,6 +173,7 @@ def test_an_added_tokenizer_is_deployed(sshd: Server, tmp_path: Path) -> None:
     assert moectl(tmp_path, "run", "--keep-alive", "0", "-m", "4", "hi", env=config)
 
 
+@pytest.mark.long
 def test_a_worker_without_a_tokenizer_says_how_to_add_one(tmp_path: Path) -> None:
     shards = tmp_path / "data/moectl/shards/mine"
     moectl(tmp_path, "shard", str(DEMO), "-n", "1", "-o", str(shards), "--no-canary")

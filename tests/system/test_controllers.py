@@ -122,6 +122,7 @@ def test_a_controller_that_loads_is_stopped() -> None:
     wait_for(lambda: not workers())
 
 
+@pytest.mark.long
 def test_guessing_and_small_steps_change_no_answer() -> None:
     plain = moectl(*QUESTION)
     assert not find_running()  # keep alive for 0 s

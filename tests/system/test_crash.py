@@ -268,6 +268,7 @@ def test_pull_survives(warm_hub: Warm, model: Path, tmp_path: Path, kills: int |
     assert whole.tree() == {name: source[name] for name in whole.tree()}
 
 
+@pytest.mark.long
 def test_shard_of_a_download_survives(warm_hub: Warm, tmp_path: Path, kills: int | None) -> None:
     def make(name: str) -> Trial:
         root = tmp_path / name / "files"

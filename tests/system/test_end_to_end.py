@@ -48,6 +48,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return moectl(*PROMPT, "--local", "1", "--keep-alive", "0", "--model", str(model), XDG_DATA_HOME=data).stdout
 
 
+@pytest.mark.long
 def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: str, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.txt"
     lines = [f"{sshd.add_alias(name)} python={sys.executable} dir={tmp_path / name}" for name in ("left", "right")]
@@ -172,6 +173,7 @@ def test_four_hosts_answer_like_one_process(
 
 
 @pytest.mark.netns
+@pytest.mark.long
 def test_a_probe_measures_deployed_hosts_and_bench_compares(
     four_hosts: Path, model: Path, alone: str, deployed: dict[str, Any]
 ) -> None:

@@ -167,7 +167,12 @@ def test_an_error_keeps_its_code_where_its_reader_has_left() -> None:
     assert into_closed_pipe(["hosts"], stderr_too=True)[0] == 4
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"], ["--stats"]], ids=str)
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "flags", [pytest.param([], marks=LONG), ["--json"], pytest.param(["--stats"], marks=LONG)], ids=str
+)
 def test_a_stream_whose_reader_leaves(flags: list[str]) -> None:
     words = [*MOECTL, "run", "--local", "1", "What is expert parallelism?", *flags]
     with subprocess.Popen(words, stdout=-1, stderr=-1, env=process_env()) as process:
@@ -194,7 +199,7 @@ def test_another_pipe_that_breaks_is_told(monkeypatch: pytest.MonkeyPatch, capsy
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
 @pytest.mark.parametrize("words", [["list"], ["--help"], ["--version"], ["run", "--help"], ["run", "Hi"]], ids=" ".join)
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=LONG)])
 def test_a_full_disk_is_told_when_the_result_is_written(words: list[str], unbuffered: str) -> None:
     env = process_env() | {"PYTHONUNBUFFERED": unbuffered}
     if words[0] == "run" and words[-1] != "--help":
