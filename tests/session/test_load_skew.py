@@ -17,10 +17,8 @@ from moectl.session.session import RankSpec, Session
 from tests.session.test_session import specs
 from tests.support.alphabet import VOCAB_SIZE, write_tokenizer
 from tests.support.cutting import cut
-from tests.support.metal import TIMED_OUT, Modes
+from tests.support.metal import TIMED_OUT, WORKER, Modes
 from tests.support.tiny import write_checkpoint
-
-WORKER = (sys.executable, "-m", "tests.support.metal")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ranks(shards: Path, modes: Modes) -> list[RankSpec]:
-    return [replace(spec, env={**spec.env, **modes.env()}) for spec in specs(shards, WORKER)]
+    return [replace(spec, env={**spec.env, **modes.env()}) for spec in specs(shards, (sys.executable, *WORKER))]
 
 
 def test_no_rank_computes_before_all_have_loaded(shards: Path, tmp_path: Path) -> None:

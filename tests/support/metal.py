@@ -1,7 +1,7 @@
 """Let ranks on a CPU go the ways that they go on a Mac: modes for tests, and a worker in them.
 
-`MOECTL_TEST_METAL` in a rank's environment holds the modes as JSON. `python -m tests.support.metal` is a worker that
-obeys it, and `lockstep_rank` does, too. Nothing of moectl itself reads the variable.
+`MOECTL_TEST_METAL` in a rank's environment holds the modes as JSON. `python -m tests.support.metal VERB …` is moectl
+with local ranks that obey it, and `lockstep_rank` obeys it, too. moectl itself does not read the variable.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "MOECTL_TEST_METAL"
+WORKER = ("-m", "tests.support.metal", "moectl", "worker")  # words of a python; told from others by the last two
 TIMED_OUT = 134  # SIGABRT's, as an error in a command buffer ends a process
 TICK_S = 0.05
 _ERROR = (
@@ -33,8 +35,8 @@ class Modes:
     `gpu`: sorted gathers by MLX, bfloat16 where no other type is asked for, nothing in numpy. `streams`: it computes on
     a CPU stream of its own, and collectives run on the default one. `watch_s`: it is ended as the GPU's watchdog would
     do it when the stream that computes has waited for so long; with `streams` only. `delays` are seconds by place
-    (load, chunk, step) and rank. `trace` is a file to which each rank appends "RANK loaded" and "RANK exchange".
-    `left_out` are protections to leave out: check.
+    (load, read, chunk, step) and rank, before the first time there. `trace` is a file to which each rank appends
+    "RANK loaded", "RANK exchange" and "RANK timed out". `left_out` are protections to leave out: check, meet, alone.
     """
 
     gpu: bool = False
@@ -59,11 +61,11 @@ def install() -> None:
     if modes.streams:
         stream = _part_streams()
         if modes.watch_s:
-            _watch(stream, modes.watch_s)
+            _watch(stream, modes.watch_s, modes.trace)
     _delay(modes.delays)
     _leave_out(modes.left_out)
     if modes.trace is not None:
-        _trace(Path(modes.trace))
+        _trace(partial(_note, modes.trace))
 
 
 def _compute_as_on_gpu() -> None:
@@ -96,7 +98,7 @@ def _part_streams() -> Any:
     return ours
 
 
-def _watch(stream: Any, limit_s: float) -> None:
+def _watch(stream: Any, limit_s: float, trace: str | None) -> None:
     """End this process when the stream has not got to new work for so long: an exchange holds it up.
 
     Counted in ticks of a thread: where the whole machine is short of time, that thread is, too.
@@ -117,6 +119,8 @@ def _watch(stream: Any, limit_s: float) -> None:
         while ticks * TICK_S < limit_s:
             time.sleep(TICK_S)
             seen, ticks = (passed, 0) if passed != seen else (seen, ticks + 1)
+        if trace is not None:
+            _note(trace, "timed out")
         os.write(2, f"{_ERROR}\n".encode())
         os._exit(TIMED_OUT)
 
@@ -125,37 +129,47 @@ def _watch(stream: Any, limit_s: float) -> None:
 
 
 def _delay(delays: Mapping[str, Mapping[str, float]]) -> None:
+    from moectl.engine.answer import Answer
     from moectl.engine.network import load
 
     generate: Any = importlib.import_module("mlx_lm.generate")  # a function has the name in the package
     places = {
         "load": (load, "load_rank"),
+        "read": (Answer, "read"),
         "chunk": (generate.PromptProcessingBatch, "prompt"),
         "step": (generate.GenerationBatch, "_step"),
     }
     for place, by_rank in delays.items():
-        _before(*places[place], lambda *_, by_rank=by_rank: time.sleep(by_rank.get(_rank(), 0.0)))
+        left = dict(by_rank)
+        _before(*places[place], lambda *_, left=left: time.sleep(left.pop(_rank(), 0.0)))
 
 
 def _leave_out(protections: tuple[str, ...]) -> None:
+    from moectl.engine.agreement import Agreement
     from moectl.engine.controller_link import ControllerLink
+    from moectl.engine.network import exchange
     from moectl.engine.protocol import Check
 
     take = ControllerLink.take
     if "check" in protections:
         ControllerLink.take = lambda self, kind: None if kind is Check else take(self, kind)  # type: ignore[method-assign]
+    if "meet" in protections:
+        Agreement.meet = lambda self, stream: None  # type: ignore[method-assign]
+    if "alone" in protections:
+        exchange.run_alone = lambda exchange, x: exchange(x)
 
 
-def _trace(file: Path) -> None:
-    """Append what this rank does, in one write each, so that the order of lines is that in time."""
+def _note(file: str, what: str) -> None:
+    """Append what this rank does, in one write, so that the order of lines is that in time."""
+    with Path(file).open("a") as lines:
+        lines.write(f"{_rank()} {what}\n")
+
+
+def _trace(note: Callable[[str], None]) -> None:
     import mlx.core as mx
 
     from moectl.engine.controller_link import ControllerLink
     from moectl.engine.protocol import Loaded
-
-    def note(what: str) -> None:
-        with file.open("a") as lines:
-            lines.write(f"{_rank()} {what}\n")
 
     _before(ControllerLink, "tell", lambda _, event: note("loaded") if isinstance(event, Loaded) else None)
     for name in ("all_gather", "send", "recv"):
@@ -177,8 +191,20 @@ def _rank() -> str:
     return os.environ.get("MLX_RANK", "0")
 
 
-if __name__ == "__main__":
-    from moectl.engine import worker
+def _main() -> None:
+    """Be a worker in these modes, or moectl whose workers are."""
+    if sys.argv[1:] == ["moectl", "worker"]:
+        from moectl.engine import worker
 
-    install()
-    worker.main()
+        install()
+        worker.main()
+    else:
+        from moectl.__main__ import main
+        from moectl.session import target
+
+        target.WORKER = WORKER  # type: ignore[assignment]
+        main()
+
+
+if __name__ == "__main__":
+    _main()
