@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
+from moectl.engine.network.exchange import run_alone
 from moectl.engine.network.witness import WORDS, Witness, find_dissent
 from moectl.errors import RanksDisagree
 
@@ -69,6 +71,16 @@ class Agreement:
         agreed = self._from_leader(tokens, after)
         self._words.append(agreed[tokens.size :])
         return agreed[: tokens.size].astype(mx.uint32)
+
+    def meet(self, stream: mx.Stream) -> None:
+        """Wait until all ranks have come so far, in an exchange on which no computation depends.
+
+        A request, and its text turned into tokens, reaches ranks at different times; so does a chunk the stages of a
+        pipeline.
+        """
+        if self._group is not None:
+            with mx.stream(stream):
+                run_alone(partial(mx.distributed.all_gather, group=self._group), mx.array([0]))
 
     def agree_on_word(self, stream: mx.Stream) -> None:
         """Exchange a control word alone, where a step has sampled no token."""

@@ -180,6 +180,7 @@ class Engine:
     def _profile(self, order: Profile) -> Iterator[Event]:
         # No request is admitted past this order's id, so every rank is idle here, at the same place in the count.
         self._admitted = order.id
+        self._agreement.meet(self._generator.stream)
         if self._leads:
             self._admission.admit(order.id)
         assert self._placement is not None
@@ -232,6 +233,7 @@ class Engine:
         self._cache.shrink(self._cache_room())
         self._speculation.watch(answer)
         self._line_up_row(answer, answer.tokens, answer.cached, layers, self._lead(answer) if self._leads else [])
+        self._agreement.meet(self._generator.stream)
 
     def _line_up_row(
         self, answer: Answer, tokens: list[int], computed: int, layers: list[Any] | None, hooks: list[Any]
@@ -294,6 +296,8 @@ class Engine:
         rows = {answer.uid: answer for answer in self._decoding}
         prompts, responses = self._generator.next()
         self._agreement.settle()
+        if prompts:
+            self._agreement.meet(self._generator.stream)
         for part in (part for part in prompts if part.end_of_segment and not part.end_of_prompt):
             self._keep_prompt(next(answer for answer in self._prefilling if answer.uid == part.uid))
         if self._leads:

@@ -31,7 +31,7 @@ from moectl.engine.engine import Engine
 from moectl.engine.group import open_group
 from moectl.engine.network.exchange import seam, sum_over_ranks
 from moectl.engine.network.load import compute_dtype
-from moectl.engine.protocol import Done, Generate, Load, Loaded, Ready, Start, Token
+from moectl.engine.protocol import Check, Done, Generate, Load, Loaded, Ready, Start, Token
 from moectl.engine.random_model import RandomWeights, choose_depths, with_depth
 from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request, Stats
@@ -304,6 +304,7 @@ def _serve(link: ControllerLink) -> None:
     group = open_group(link, start)
     link.take(Load)
     link.tell(Loaded())
+    link.take(Check)
     link.tell(Ready("", None, 0, 0, 0))  # there is no model before there is a job
     order: Generate = link.take(Generate)
     # Without text: the findings come with the end.

@@ -79,9 +79,18 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Read the weights; answered by Loaded, then Ready."""
+    """Read the weights; answered by Loaded."""
 
     kv_tokens: int | None = None  # keys and values of this many tokens fit on every rank; None: not known
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Compute for the first time; answered by Ready. It comes when every rank has said Loaded.
+
+    A rank that waited for another's load inside an exchange would be killed on a Mac: macOS ends work of the GPU that
+    waits for more than about 5 s.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +157,7 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The weights are in memory; from now on a step's time limit holds."""
+    """The weights are in memory; no exchange is built before Check comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +280,7 @@ class AllGather:
     data: str
 
 
-Order = Start | Connect | Load | Generate | Profile | Cancel | Beat | Gathered
+Order = Start | Connect | Load | Check | Generate | Profile | Cancel | Beat | Gathered
 Event = (
     Listening
     | Connecting

@@ -25,6 +25,7 @@ from moectl.engine.isolation import BACKEND_ERRORS, isolated
 from moectl.engine.protocol import (
     LINK_LOST,
     PREFILL_STEP,
+    Check,
     Done,
     Event,
     Fatal,
@@ -187,6 +188,7 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
         sampling=read_sampling(directory),
     )
     link.tell(Loaded())
+    link.take(Check)  # no exchange before it: other ranks may still load
     link.tell(_check_results(ready, model, manifest, start))
     for event in engine.serve(link.orders):
         if isinstance(event, Done):

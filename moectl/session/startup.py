@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moectl.engine.protocol import (
     NONCE_BITS,
     AllGather,
+    Check,
     Connected,
     Connecting,
     Gathered,
@@ -102,10 +103,12 @@ class StartUp:
 
     def load(self, kv_tokens: int | None, load_timeout_s: float, check_timeout_s: float) -> dict[int, Ready]:
         """Let all load the model; return what each found when it first computed."""
+        everyone = range(len(self._ranks))
         for link in self._links:
             link.send(Load(kv_tokens))
-        everyone = range(len(self._ranks))
-        self._collect(Loaded, everyone, load_timeout_s, _LOADING, early=Ready)
+        self._collect(Loaded, everyone, load_timeout_s, _LOADING)
+        for link in self._links:
+            link.send(Check())
         ready = self._collect(Ready, everyone, check_timeout_s, _CHECKING)
         self._check_canary(ready)
         return ready

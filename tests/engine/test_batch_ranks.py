@@ -17,6 +17,7 @@ from moectl.demo import demo_dir
 from moectl.engine.network.load import load_rank
 from moectl.engine.protocol import (
     Beat,
+    Check,
     Done,
     Generate,
     Load,
@@ -47,7 +48,7 @@ def test_a_worker_obeys_the_limits_it_is_started_with(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=process_env()) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
-        orders: list[Order] = [start, Load(kv_tokens=60), *(Generate(request) for request in asked)]
+        orders: list[Order] = [start, Load(kv_tokens=60), Check(), *(Generate(request) for request in asked)]
         worker.stdin.write(b"".join(encode(order) for order in orders))
         worker.stdin.flush()
         beats = threading.Event()

@@ -97,6 +97,7 @@ def run_ranks(world_size: int, cases: list[dict[str, Any]], directory: Path, **e
     finally:
         for process in ranks:
             process.kill()
+            process.communicate()
     return [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
 
 

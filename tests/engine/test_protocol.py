@@ -41,6 +41,7 @@ messages = st.one_of(
     ),
     st.builds(protocol.Connect, texts, st.dictionaries(texts, texts), st.dictionaries(texts, texts)),
     st.builds(protocol.Load),
+    st.builds(protocol.Check),
     st.builds(protocol.Generate, requests),
     st.builds(protocol.Profile, numbers, st.lists(numbers), numbers),
     st.builds(protocol.Cancel, numbers),

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import KVCache
 
 from moectl.demo import demo_dir
 from moectl.engine.network.load import load_rank
-from moectl.engine.protocol import Done, Generate, Load, Order, RunOptions, Start, Token, encode, read_messages
+from moectl.engine.protocol import Check, Done, Generate, Load, Order, RunOptions, Start, Token, encode, read_messages
 from moectl.engine.request import Request
 from moectl.engine.sampling import Sampler
 from moectl.engine.speculation import is_foreseeable
@@ -417,7 +417,12 @@ def test_a_worker_speculates_as_it_is_told(quoting: tuple[int, ...], plain: Driv
     shards = tmp_path / "shards"
     cut(demo_dir(), shards, split="hidden", nodes=1)
     request = Request(1, "", SAID, prompt_tokens=quoting, ignore_eos=True)
-    orders: list[Order] = [Start(0, 1, str(shards), [], 10, run=RunOptions(speculate=4)), Load(), Generate(request)]
+    orders: list[Order] = [
+        Start(0, 1, str(shards), [], 10, run=RunOptions(speculate=4)),
+        Load(),
+        Check(),
+        Generate(request),
+    ]
     command = [sys.executable, "-m", "moectl", "worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=process_env()) as worker:
         assert worker.stdin is not None

@@ -332,8 +332,7 @@ def obey(kind, order):
         tell("Fatal", error={"kind": "RanksDisagree", "message": "chose other experts than the others"}, rank=2)
     elif kind == "Load":
         tell("Loaded")
-        if MODE == "stalls":
-            return
+    elif kind == "Check" and MODE != "stalls":
         tell("Ready", split="hidden", bits=4, vocab_size=9, max_seq_len=9, top_k=1)
         if MODE == "freezes":
             time.sleep(1000)

@@ -26,6 +26,7 @@ from moectl.engine.request import Request
 from moectl.model.manifest import read_manifest
 from moectl.shards.chat.tokenizer import open_tokenizer
 from moectl.shards.look.hooks import Hook, hooked
+from tests.support.metal import install
 from tests.support.words import ask_chat
 
 
@@ -97,6 +98,7 @@ def main() -> None:
     rank = int(sys.argv[2])
     os.environ["MLX_RANK"] = str(rank)
     os.environ["MLX_HOSTFILE"] = job["hostfile"]
+    install()
     group = mx.distributed.init(strict=True, backend="ring") if job["world_size"] > 1 else None
     with seam():
         results = [run_case(case, rank, group) for case in job["cases"]]

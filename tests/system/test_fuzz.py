@@ -238,6 +238,7 @@ ORDERS: list[protocol.Order] = [
     protocol.Start(0, 2, "/shards", ["127.0.0.1"], 30.0, log="/log"),
     protocol.Connect("ring", {"MLX_RANK": "0"}, {"MLX_HOSTFILE": "[]"}),
     protocol.Load(4096),
+    protocol.Check(),
     protocol.Beat(),
     protocol.Generate(
         Request(

@@ -58,10 +58,27 @@ def share_first(arrays: Sequence[mx.array], group: mx.distributed.Group) -> list
     return [part.reshape(array.shape).astype(array.dtype) for part, array in zip(parts, arrays, strict=True)]
 
 
-def run_exchange(x: mx.array, exchange: Exchange) -> mx.array:
-    """Return `exchange(x)`, an array that other ranks take part in; an observer may run it in its own way."""
+def run_exchange(x: mx.array, exchange: Exchange, *, waits: bool = False) -> mx.array:
+    """Return `exchange(x)`, an array that other ranks take part in; an observer may run it in its own way.
+
+    `waits` says that another rank may come to it seconds later: then it stands alone (`run_alone`).
+    """
+    if waits:
+        exchange = partial(run_alone, exchange)
     observer = _observer.get()
     return exchange(x) if observer is None else observer(x, exchange)
+
+
+def run_alone(exchange: Exchange, x: mx.array) -> mx.array:
+    """Return `exchange(x)`, evaluated after `x` and before anything can depend on it.
+
+    Collectives run on the CPU. What depends on one waits for it inside a command buffer of the GPU, and macOS ends such
+    a buffer after about 5 s (mlx-examples#1200, mlx#3830). A wait on the CPU may take any time.
+    """
+    mx.eval(x)
+    result = exchange(x)
+    mx.eval(result)
+    return result
 
 
 @contextlib.contextmanager

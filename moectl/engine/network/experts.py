@@ -30,9 +30,14 @@ GROUP_FROM_PAIRS = 64
 LARGE_ELEMENTS = 1 << 17
 
 
+def computes_on_gpu() -> bool:
+    """Return whether this process computes on a GPU. Tests let ranks on a CPU take its ways (`tests.support.metal`)."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
 def install(model: nn.Module) -> None:
     """Let all stacks of experts below a module group their pairs; after they were quantised, before they are used."""
-    if mx.default_device() != mx.Device(mx.cpu):
+    if computes_on_gpu():
         return
     for module in model.modules():
         if isinstance(module, SWITCHES):
@@ -42,7 +47,7 @@ def install(model: nn.Module) -> None:
 def waits_for_host(module: nn.Module, indices: mx.array) -> bool:
     """Return whether a call with these indices (…, K) evaluates its input before it returns; for stacks, or a unit."""
     stacks = (stack for stack in module.modules() if isinstance(stack, SWITCHES))
-    return mx.default_device() == mx.Device(mx.cpu) and any(_is_grouped(stack, indices) for stack in stacks)
+    return not computes_on_gpu() and any(_is_grouped(stack, indices) for stack in stacks)
 
 
 def run_grouped(x: mx.array, indices: mx.array, out: int, times: Times) -> mx.array:

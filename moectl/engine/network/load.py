@@ -33,7 +33,7 @@ def compute_dtype() -> mx.Dtype:
 
     MLX's CPU kernels accumulate quantised products in the activations' dtype: bf16 there is inexact and slow.
     """
-    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
+    return mx.bfloat16 if experts.computes_on_gpu() else mx.float32
 
 
 def load_rank(

@@ -3,6 +3,9 @@
 Every layer keeps its number. Those of other ranks let the state pass; the one before a stage's first layer receives it.
 After a stage's last layer the pass ends: the state is sent on, and a head that is another rank's is not computed. What
 a model does before its layers and after them (masks, scaling) stays mlx-lm's.
+
+Of a prompt's chunk the last stage waits for all others' work. So what is received is evaluated before anything depends
+on it, and the state before it is sent. A single token goes on without that: it comes within a step's time.
 """
 
 from __future__ import annotations
@@ -106,10 +109,18 @@ class _Stage:
 
     def _receive(self, shape: tuple[int, ...]) -> mx.array:
         source, group = self._rank - 1, self._group
-        return run_exchange(mx.zeros((0,)), lambda _: mx.distributed.recv(shape, self._dtype, source, group=group))
+        return run_exchange(
+            mx.zeros((0,)),
+            lambda _: mx.distributed.recv(shape, self._dtype, source, group=group),
+            waits=_is_chunk(shape),
+        )
 
     def _send(self, state: mx.array, caches: list[Any]) -> mx.array:
-        sent = run_exchange(state, lambda x: mx.distributed.send(x, self._rank + 1, group=self._group))
+        sent = run_exchange(
+            state,
+            lambda x: mx.distributed.send(x, self._rank + 1, group=self._group),
+            waits=_is_chunk(state.shape),
+        )
         if self._is_stateless or not any(_tie(cache, sent) for cache in reversed(caches)):
             mx.eval(sent)
         return sent
@@ -122,6 +133,11 @@ class _Original:
         self.layers = model.layers
         if hasattr(model, "make_cache"):
             self.make_cache = model.make_cache
+
+
+def _is_chunk(shape: Sequence[int]) -> bool:
+    """Whether a state (B, L, …) is of more than one token each."""
+    return shape[1] > 1
 
 
 def _tie(cache: Any, sent: mx.array) -> bool:
