@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from moectl import errors
 from moectl.engine.controller_link import ControllerLink
+from moectl.engine.environment import keep_awake, prepare_environment
 from moectl.engine.group import open_group
 from moectl.engine.isolation import BACKEND_ERRORS, isolated
 from moectl.engine.protocol import (
@@ -69,6 +70,9 @@ def run(serve: Callable[[ControllerLink], None]) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # a worker reads its shard set and nothing else
     for name in HUB_VARIABLES:  # huggingface_hub is imported, and fails at some values
         os.environ.pop(name, None)
+    for name in prepare_environment(os.environ):
+        _log.warning("the variable %s is not used: moectl sets what the ranks need", name)
+    keep_awake()
     link = ControllerLink(sys.stdin.buffer, up, on_end=lambda reason: _exit(reason, code=LINK_LOST))
     try:
         serve(link)
