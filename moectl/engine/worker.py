@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moectl import errors
+from moectl.engine.backend_errors import explain_backend
 from moectl.engine.controller_link import ControllerLink
 from moectl.engine.ending import LinkEnded, end_with_link, exit_now, keeps_memory, limit_end, release, settle
 from moectl.engine.environment import keep_awake, prepare_environment
 from moectl.engine.group import open_group
-from moectl.engine.isolation import BACKEND_ERRORS, isolated
+from moectl.engine.isolation import isolated
 from moectl.engine.protocol import (
     LINK_LOST,
     PREFILL_STEP,
@@ -98,8 +99,8 @@ def describe_failure(error: BaseException) -> Fatal:
     if isinstance(error, MoectlError):
         guilty = error.rank if isinstance(error, errors.RanksDisagree) else None
         return Fatal(to_json(error), guilty)
-    if isinstance(error, RuntimeError) and str(error).startswith(BACKEND_ERRORS):
-        return Fatal(to_json(errors.PeerLost(str(error))))
+    if isinstance(error, RuntimeError) and (known := explain_backend(str(error))) is not None:
+        return Fatal(to_json(known))
     return Fatal(to_json(MoectlError(f"unexpected {type(error).__name__}: {error}")))
 
 
