@@ -11,11 +11,13 @@ MoectlError (1)
 ├── HostError (5)                a host cannot be used
 │   ├── Unreachable              no route, refused, timed out
 │   ├── AuthFailed               no key was accepted
-│   └── HostKeyError             unknown or changed host key
+│   ├── HostKeyError             unknown or changed host key
+│   └── HostUnfit                its GPU or its RDMA has to be mended first
 ├── RemoteError (6)              a host was reached, but what ran there failed
 │   ├── CommandFailed            a command returned non-zero
 │   ├── VersionMismatch          python, mlx, mlx-lm or moectl differ
 │   ├── PeerLost                 a rank's connection to another rank broke
+│   │   ├── PeerLate             a rank's GPU gave up waiting for another rank
 │   │   └── Stalled              data no longer comes over it, or comes too slowly
 │   ├── LinkLost                 the workers ended because they heard nothing of this machine
 │   └── RanksDisagree            ranks that have to compute the same result do not
@@ -107,6 +109,10 @@ class HostKeyError(HostError):
     pass
 
 
+class HostUnfit(HostError):
+    pass
+
+
 class RemoteError(MoectlError):
     exit_code = 6
 
@@ -120,6 +126,10 @@ class VersionMismatch(RemoteError):
 
 
 class PeerLost(RemoteError):
+    pass
+
+
+class PeerLate(PeerLost):
     pass
 
 

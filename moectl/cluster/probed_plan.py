@@ -19,7 +19,7 @@ from moectl.cluster import probe
 from moectl.cluster.probe import Site
 from moectl.errors import HostsError, MoectlError, RemoteError
 from moectl.hosts import survey
-from moectl.hosts.connect import ROOT, connect
+from moectl.hosts.connect import ROOT, connect, map_at_once
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList
 from moectl.hosts.remote import Remote
@@ -50,6 +50,7 @@ for p in "$1/env/bin/python" "$2"; do
   exit
 done
 """
+_FIND_WORKER = "ps -axo args= | grep '[m]oectl worker'"
 
 
 def probe_cluster(
@@ -71,7 +72,7 @@ def probe_cluster(
         if missing:
             say(f"{', '.join(missing)}: moectl is not there yet, so that speed is a guess from the chips table.")
         else:
-            speeds = _measure_speeds(task, sites, hardware, where)
+            speeds = _measure_speeds(task, sites, hardware, where, say)
     measured = MeasuredCluster(hardware, rtt_s, bandwidth, speeds)
     task = replace(task, question=use(task.question, measured, stated_link=asked.link))
     if speeds:
@@ -145,9 +146,13 @@ def _measure_links(sites: Sequence[Site], say: Callable[[str], None], *, ring: b
 
 
 def _measure_speeds(
-    task: PlanTask, sites: Sequence[Site], hardware: Sequence[Hardware], where: HostList
+    task: PlanTask, sites: Sequence[Site], hardware: Sequence[Hardware], where: HostList, say: Callable[[str], None]
 ) -> tuple[Speed, ...]:
-    """Measure each split that would fit, or the one that was asked for."""
+    """Measure each split that would fit, or the one that was asked for; nothing where workers use RDMA already."""
+    backend = choose_backend(where.backend, where.hosts)
+    if backend != "ring" and (busy := _find_busy(sites)):
+        say(f"{', '.join(busy)}: a worker uses RDMA, so that speed is a guess; 'moectl stop' ends it.")
+        return ()
     plans = [p for p in candidates(task.question, task.shares) if task.split in ("auto", p.split)]
     able = [plan for plan in plans if plan.verdict is not Verdict.TOO_MUCH] or plans[:1]
     job = Job(
@@ -159,7 +164,13 @@ def _measure_speeds(
     )
     if not able:
         return ()
-    return probe.measure_speed(sites, job, backend=choose_backend(where.backend, where.hosts))
+    return probe.measure_speed(sites, job, backend=backend)
+
+
+def _find_busy(sites: Sequence[Site]) -> list[str]:
+    """Return the names of the hosts where a worker runs; an RDMA device has no room for a second group."""
+    done = map_at_once(lambda site: site.remote.run(["sh", "-c", _FIND_WORKER], check=False), sites)
+    return [site.host.name for site, found in zip(sites, done, strict=True) if found.stdout]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from moectl import errors
+from moectl.engine.ending import Orders
 from moectl.engine.protocol import (
     BEAT_S,
     MAX_LINE_BYTES,
@@ -18,17 +19,19 @@ from moectl.engine.protocol import (
     Beat,
     Event,
     Gathered,
-    Order,
     decode,
     encode,
 )
 
 
 class ControllerLink:
-    """The worker's end: a queue of orders, filled by a thread that calls `on_end(reason)` when the link has ended."""
+    """The worker's end: a queue of orders, filled by a thread.
+
+    When the link has ended, the queue raises LinkEnded after its last order, and the thread calls `on_end(reason)`.
+    """
 
     def __init__(self, down: IO[bytes], up: IO[bytes], *, on_end: Callable[[str], None]) -> None:
-        self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self.orders = Orders()
         self.gathered: queue.SimpleQueue[Gathered] = queue.SimpleQueue()
         self.memory_bytes: Callable[[], int] = lambda: 0  # of this worker's arrays; told with every heartbeat
         self._down = down
@@ -56,6 +59,7 @@ class ControllerLink:
         return order
 
     def join(self) -> None:
+        """Wait until the link has ended, and `on_end` has returned."""
         self._thread.join()
 
     def _listen(self) -> None:
@@ -71,6 +75,7 @@ class ControllerLink:
             reason = "the controller closed the link"
         except Exception as error:  # this thread must not end without ending the worker
             reason = str(error)
+        self.orders.end(reason)
         self._on_end(reason)
 
     def _lines(self) -> Iterator[bytes]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from moectl import __version__, errors
+from moectl.engine.backend_errors import explain_backend
 from moectl.engine.controller_link import ControllerLink
 from moectl.engine.protocol import AllGather, Connect, Connected, Connecting, Listening, Start
 
@@ -53,7 +54,10 @@ def _join(link: ControllerLink, start: Start, ports: contextlib.ExitStack) -> An
                 group = mx.distributed.init(strict=True, backend=connect.backend)
         _check_peers(group, start, connect.nonce)
     except (RuntimeError, ValueError) as error:
-        raise errors.Unreachable(f"cannot join the {connect.backend} group: {error}") from None
+        known = explain_backend(str(error))
+        if known is None or isinstance(known, errors.PeerLost):
+            raise errors.Unreachable(f"cannot join the {connect.backend} group: {error}") from None
+        raise known from None
     finally:
         faulthandler.cancel_dump_traceback_later()
         for file in files.values():

@@ -13,10 +13,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from moectl.engine.backend_errors import BACKEND_ERRORS
 from moectl.errors import MoectlError
 
-# How messages of mlx's backends begin: no answer causes such an error.
-BACKEND_ERRORS = ("[ring]", "[jaccl]")
 _HINT = "the other answers go on; 'moectl logs' shows where it happened"
 _log = logging.getLogger("moectl.worker.answers")  # below the worker's, which has the files
 

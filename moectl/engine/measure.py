@@ -317,7 +317,7 @@ def _serve(link: ControllerLink) -> None:
     if start.rank == 0:
         stats = Stats(0, 0, 0.0, 0.0, 0.0, mx.get_peak_memory())
         link.tell(Done(order.request.id, "stop", stats, json.dumps([speed.to_json() for speed in speeds])))
-    link.join()  # the controller closes the link after rank 0's answer
+    link.orders.get()  # the controller closes the link after rank 0's answer
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """The process on a host, one per rank: a link to the controller (stdin and stdout) and a part of the model.
 
 It opens no port but those for tensor traffic and writes no file but its log. End of file, silence, or any error ends
-the process at once: after a broken exchange a call into the backend may never return.
+the process, within the time that `ending` says: after a broken exchange a call into the backend may never return.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import logging
 import os
@@ -19,9 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moectl import errors
+from moectl.engine.backend_errors import explain_backend
 from moectl.engine.controller_link import ControllerLink
+from moectl.engine.ending import LinkEnded, end_with_link, exit_now, keeps_memory, limit_end, release, settle
+from moectl.engine.environment import keep_awake, prepare_environment
 from moectl.engine.group import open_group
-from moectl.engine.isolation import BACKEND_ERRORS, isolated
+from moectl.engine.isolation import isolated
 from moectl.engine.protocol import (
     LINK_LOST,
     PREFILL_STEP,
@@ -70,15 +72,27 @@ def run(serve: Callable[[ControllerLink], None]) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # a worker reads its shard set and nothing else
     for name in HUB_VARIABLES:  # huggingface_hub is imported, and fails at some values
         os.environ.pop(name, None)
-    link = ControllerLink(sys.stdin.buffer, up, on_end=lambda reason: _exit(reason, code=LINK_LOST))
+    for name in prepare_environment(os.environ):
+        _log.warning("the variable %s is not used: moectl sets what the ranks need", name)
+    keep_awake()
+    link = ControllerLink(sys.stdin.buffer, up, on_end=end_with_link)
     try:
         serve(link)
-        _exit("done", code=0)
+        reason, code = "done", 0
+    except LinkEnded as end:
+        limit_end()
+        settle()
+        reason, code = str(end), LINK_LOST
     except BaseException as error:  # tell any failure, and end before anything can hang
         if not isinstance(error, MoectlError):
             _log.exception("unexpected")
         link.tell(describe_failure(error))
-        _exit(str(error))
+        reason, code = str(error), 1
+        limit_end()
+        if not keeps_memory():
+            exit_now(reason, code=code)
+    release()  # not before: the frames that hold the model go with the exception
+    exit_now(reason, code=code)
 
 
 def describe_failure(error: BaseException) -> Fatal:
@@ -86,8 +100,8 @@ def describe_failure(error: BaseException) -> Fatal:
     if isinstance(error, MoectlError):
         guilty = error.rank if isinstance(error, errors.RanksDisagree) else None
         return Fatal(to_json(error), guilty)
-    if isinstance(error, RuntimeError) and str(error).startswith(BACKEND_ERRORS):
-        return Fatal(to_json(errors.PeerLost(str(error))))
+    if isinstance(error, RuntimeError) and (known := explain_backend(str(error))) is not None:
+        return Fatal(to_json(known))
     return Fatal(to_json(MoectlError(f"unexpected {type(error).__name__}: {error}")))
 
 
@@ -239,10 +253,3 @@ def _log_to(path: Path) -> None:
         return
     handler.setFormatter(_FORMAT)
     _log.addHandler(handler)
-
-
-def _exit(reason: str, *, code: int = 1) -> None:
-    # os._exit, not sys.exit: destructors of a broken ring may wait for ever. The log's reader may be gone, too.
-    with contextlib.suppress(Exception):
-        _log.info("ends: %s", reason)
-    os._exit(code)

@@ -101,6 +101,11 @@ class Survey:
         return parse_ip(self.sections.get("ip", ""))
 
     @property
+    def has_workers(self) -> bool:
+        """Return whether a worker runs there."""
+        return bool(self.sections.get("workers", "").strip())
+
+    @property
     def workers_bytes(self) -> int:
         """Return the memory of the workers that run there: it is a part of the memory in use."""
         kib = (line.split()[0] for line in self.sections.get("workers", "").split("\n") if line.split())

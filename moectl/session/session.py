@@ -97,7 +97,7 @@ class Session:
         self._ready: Ready | None = None
         self._unanswered: set[int] = set()  # ids of what was asked and has not ended
         self._sleep = Sleep()
-        self._blame = Blame(ranks, self._links, self._events, self._sleep)
+        self._blame = Blame(ranks, self._links, self._events, self._sleep, backend)
         self._deadline = StepDeadline(step_timeout_s, options.prefill_step or PREFILL_STEP, patience)
         self._joined = False  # before that, a worker cannot answer heartbeats
 

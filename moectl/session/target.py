@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moectl.engine.environment import keep_awake
 from moectl.engine.protocol import RunOptions
 from moectl.errors import HostsError, NotDeployed
 from moectl.hosts.connect import ask_addresses, connect
@@ -130,6 +131,7 @@ def open_session(
     `remotes` are the connections to a deployment's hosts where the caller has them. `on_made` gets the session before
     it starts: closing it ends the start. `of_session` are further arguments of Session.
     """
+    keep_awake()  # the workers end when they hear nothing of this machine
     with contextlib.ExitStack() as held:
         ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held, remotes)
         wanted = options.backend

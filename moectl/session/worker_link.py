@@ -25,8 +25,15 @@ EXIT_GRACE_S = 5.0
 STUCK_S = 1.0  # for orders to go out before the link is closed
 KILL_S = 3.0  # for a host to kill a worker
 PIECE_BYTES = 16384  # of an order: less than a beat's time on any line worth having
-# The host may have been restarted meanwhile, and the number be another's.
-_KILL = 'ps -o args= -p "$0" | grep -q "moectl worker" && kill -9 "$0"'
+# The host may have been restarted meanwhile, and the number be another's. A Mac may keep the wired memory of a process
+# that is killed: there it gets a last chance ($1, in half seconds) to end by itself, now that its link is closed.
+_KILL = """
+runs() { ps -o args= -p "$0" | grep -q "moectl worker"; }
+[ "$(uname -s)" = Darwin ] || set -- 0
+while [ "$1" -gt 0 ] && runs; do sleep 0.5; set -- $(($1 - 1)); done
+runs && kill -9 "$0"
+"""
+_LAST_CHANCE = "4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +134,8 @@ class WorkerLink:
         """Kill a worker that does not end with its link."""
         assert self.process is not None
         # A stopped worker does not see the end of its link, and over SSH the process can do no more than that.
-        if not self._host.is_local and self.pid is not None:
-            argv = ["sh", "-c", _KILL, str(self.pid)]
+        if self.pid is not None:
+            argv = ["sh", "-c", _KILL, str(self.pid), _LAST_CHANCE]
             _quietly(lambda: self._remote.run(argv, timeout_s=KILL_S, check=False))
         _quietly(self.process.kill)
 
@@ -190,7 +197,7 @@ def end_all(links: Sequence[WorkerLink]) -> None:
     closed_by_s, gone_by_s = now_s + STUCK_S, now_s + EXIT_GRACE_S
     silent = [link for link in held if link.is_silent]
     others = [link for link in held if link not in silent]
-    for link in others:
+    for link in held:
         link.finish()
     killers = [_spawn_killer(link) for link in silent]
     killers += [_spawn_killer(link) for link in others if not link.wait(closed_by_s, gone_by_s)]
@@ -198,7 +205,6 @@ def end_all(links: Sequence[WorkerLink]) -> None:
     for thread in killers:
         thread.join(_left(killed_by_s))
     for link in held:
-        link.finish()  # the threads of a killed worker have to end, too
         link.close()
 
 

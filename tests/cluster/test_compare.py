@@ -14,6 +14,7 @@ from moectl.cluster.doctor.compare import (
     check_packages,
     check_pythons,
     check_systems,
+    check_variables,
 )
 from moectl.cluster.doctor.finding import Finding, Level
 from moectl.cluster.doctor.host import Visit
@@ -156,3 +157,13 @@ def test_what_a_hint_about_interpreters_says_is_done() -> None:
     found = only(check_pythons([mac(0), mac(1, python="3.13.1")]))
     assert found.fix == ("install one python everywhere, or name it with python= in the hosts file; then moectl deploy")
     assert only(check_pythons([mac(0), mac(1)])).level is Level.OK
+
+
+def test_variables_of_a_hostfile_that_no_worker_gets() -> None:
+    where = HostList(hosts(2).hosts, envs=("MLX_METAL_FAST_SYNCH=1", "MLX_MAX_OPS_PER_BUFFER=20", "JACCL_RING=1"))
+    found = only(check_variables(where))
+    assert found.level is Level.WARN
+    assert "JACCL_RING, MLX_METAL_FAST_SYNCH: moectl sets" in found.text
+    assert found.fix == "remove it from envs; MLX_METAL_FAST_SYNCH may hang a rank"
+    assert check_variables(HostList(where.hosts, envs=where.envs[1:2])) is None
+    assert found in check_cluster(where, [mac(0), mac(1)])

@@ -20,6 +20,7 @@ from moectl.cluster.doctor.errnos import _LINUX, _MEANINGS, explain, find_error
         ("[Errno 113] No route to host", False, "EHOSTUNREACH"),
         ("(error: 61)", True, "ECONNREFUSED"),
         ("errno 16", True, "EBUSY"),
+        ("[jaccl] Creating the queue pair failed with 'Resource busy (16)'.", True, "EBUSY"),
         ("errno 7", True, None),
         ("65 tokens", True, None),
     ],

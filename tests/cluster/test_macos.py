@@ -14,6 +14,7 @@ from moectl.cluster.doctor.macos import (
     check_bridge,
     check_devices,
     check_firewall,
+    check_held_memory,
     check_mac,
     check_port_addresses,
     check_rdma,
@@ -160,6 +161,25 @@ def test_wired_limit(limit_gib: int, level: str, text: str) -> None:
     found = only(check_wired_limit(MAC, Hardware(memory_bytes=24 * GIB, wired_limit_bytes=limit_gib * GIB)))
     assert found.level.word == level
     assert text in found.text
+
+
+def test_wired_memory_that_an_earlier_worker_has_left() -> None:
+    """The Studio's own vm_stat, with 40 GiB in the place of what macOS itself had wired."""
+    survey = read("studio-ready.txt")
+    assert check_held_memory(survey) is None
+    vm_stat = survey.sections["vm_stat"].replace("160412.", f"{40 * GIB // 16384}.")
+    left = Survey(survey.hardware, {**survey.sections, "vm_stat": vm_stat})
+    found = only(check_held_memory(left))
+    assert (found.level, found.text) == (
+        Level.WARN,
+        "40.0 GiB of wired memory are still held although no worker runs",
+    )
+    fix = "end other programs that use its GPU (Ollama, LM Studio); if that changes nothing, restart that Mac"
+    assert found.fix == fix
+    assert found in check_mac(MAC, left, among_others=False)
+    at_work = {**left.sections, "workers": "512000 /opt/python -m moectl worker"}
+    assert check_held_memory(Survey(left.hardware, at_work)) is None
+    assert check_held_memory(Survey(left.hardware, {"vm_stat": "nothing"})) is None
 
 
 @pytest.mark.parametrize(("version", "level"), [("26.1", "FAIL"), ("15.5", "FAIL"), ("26.2", "ok"), ("27.0", "ok")])

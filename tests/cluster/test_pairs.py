@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 from hypothesis import given, strategies as st
 
 from moectl.cluster import probe
+from moectl.cluster.doctor.diagnose import _why_not
 from moectl.cluster.doctor.finding import Level
+from moectl.cluster.doctor.host import Visit
 from moectl.cluster.doctor.pairs import Pair, face, judge_links, plan_neighbours, try_collective
 from moectl.cluster.probe import Site, Tried, try_links
+from moectl.cluster.probed_plan import _find_busy
+from moectl.engine.backend_errors import explain_backend
+from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
+from moectl.hosts.survey import Survey
 from moectl.hosts.thunderbolt import parse_ifconfig
 from tests.support.fake_mac import ifconfig_text
 from tests.support.ring import rank_env
@@ -167,3 +174,43 @@ def test_a_sum_that_cannot_be() -> None:
     found = try_collective([one, broken], (0, 1), "ring", macos=False)
     assert found.level is Level.FAIL
     assert "two ranks cannot work together: mac1: " in found.text
+
+
+def test_a_sum_over_rdma_that_cannot_be_says_what_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = explain_backend("[jaccl] Changing queue pair to RTR failed with errno 22")
+    assert error is not None
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(probe, "measure_speed", fail)
+    found = try_collective(sites(2), (0, 1), "ring", macos=True)
+    assert found.level is Level.FAIL
+    assert found.text.count("errno 22") == 1
+    assert found.fix == "moectl setup shows the commands that mend it; if that changes nothing, restart that Mac"
+
+
+@pytest.mark.parametrize(
+    ("backend", "workers", "why"),
+    [
+        ("jaccl", "9 python -m moectl worker", "a worker on mac1 uses RDMA; 'moectl stop' ends it"),
+        ("ring", "9 python -m moectl worker", ""),
+        ("jaccl", "", ""),
+    ],
+)
+def test_no_sum_over_rdma_is_tried_beside_a_worker(backend: str, workers: str, why: str) -> None:
+    by_rank = {}
+    for rank, site in enumerate(sites(2)):
+        visit = Visit(site.host, rank, site.remote, is_ready=True)
+        visit.survey = Survey(Hardware(os="macOS"), {"workers": workers if rank else ""})
+        by_rank[rank] = (visit, site)
+    assert _why_not(Pair(0, 1), by_rank, [], backend) == why
+
+
+def test_nothing_is_measured_over_rdma_beside_a_worker() -> None:
+    argv = ["sh", "-c", "sleep 1000; :", "moectl worker"]
+    with subprocess.Popen(argv) as worker:
+        try:
+            assert _find_busy(sites(2)) == ["mac0", "mac1"]
+        finally:
+            worker.kill()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import subprocess
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -82,18 +85,35 @@ def test_a_worker_that_ignores_its_link_is_killed_on_its_host(silent: bool, monk
     for pid, link in enumerate(links, 41):
         link.pid, link.is_silent = pid, silent
     end_all(links)
-    assert sorted(argv[-1] for argv in remote.ran) == ["41", "42"]
+    assert sorted(argv[-2] for argv in remote.ran) == ["41", "42"]
     assert [link.find_exit_code() for link in links] == [-9, -9]
 
 
-def test_a_number_that_is_another_process_now_is_left_alone() -> None:
-    argv = ["sh", "-c", _KILL]
+def run_kill(pid: int, directory: Path, system: str) -> None:
+    """Kill a worker's process on a host of this system."""
+    uname = directory / "uname"
+    uname.write_text(f"#!/bin/sh\necho {system}\n")
+    uname.chmod(0o755)
+    argv = ["env", f"PATH={directory}:{os.environ['PATH']}", "sh", "-c", _KILL, str(pid), "2"]
+    LocalRemote().run(argv, check=False)
+
+
+@pytest.mark.parametrize("system", ["Linux", "Darwin"])
+def test_a_number_that_is_another_process_now_is_left_alone(system: str, tmp_path: Path) -> None:
     with (
         subprocess.Popen(["sleep", "1000"]) as other,
         subprocess.Popen(["sh", "-c", "sleep 1000; :", "moectl worker"]) as own,
     ):
-        LocalRemote().run([*argv, str(other.pid)], check=False)
-        LocalRemote().run([*argv, str(own.pid)], check=False)
+        run_kill(other.pid, tmp_path, system)
+        run_kill(own.pid, tmp_path, system)
         assert own.wait(20) == -9
         assert other.poll() is None
         other.kill()
+
+
+def test_a_worker_on_a_mac_has_a_last_chance_to_end_by_itself(tmp_path: Path) -> None:
+    with subprocess.Popen(["sh", "-c", "read word; exit 7", "moectl worker"], stdin=subprocess.PIPE) as own:
+        assert own.stdin is not None
+        threading.Timer(0.2, own.stdin.close).start()  # the end of its link is seen late
+        run_kill(own.pid, tmp_path, "Darwin")
+        assert own.wait(20) == 7

@@ -27,6 +27,7 @@ from moectl.cluster.deploy.task import HostTask
 from moectl.cluster.probe import Site, measure_links
 from moectl.engine import protocol
 from moectl.engine.controller_link import ControllerLink
+from moectl.engine.ending import LinkEnded
 from moectl.engine.protocol import RunOptions
 from moectl.engine.request import Request, Stats
 from moectl.errors import MoectlError, RemoteError
@@ -297,8 +298,8 @@ def test_a_workers_end_of_the_link(seconds: float) -> None:
             held.join()
         assert len(reasons) == 1
         assert "\n" not in reasons[0]
-        while not held.orders.empty():
-            assert isinstance(held.orders.get(), protocol.Order)
+        with pytest.raises(LinkEnded):
+            assert all(isinstance(order, protocol.Order) for order in iter(held.orders.get, None))
 
     valid = b"".join(map(protocol.encode, ORDERS))
     fuzz("worker's link", [valid], read, seconds=seconds)

@@ -10,10 +10,12 @@ from itertools import combinations
 
 from moectl.cluster.doctor.finding import Finding, fail, fail_with, ok, warn
 from moectl.cluster.doctor.host import Visit
+from moectl.engine.environment import list_unwanted
 from moectl.errors import HostsError
 from moectl.hosts.hostfile import HostList, split_devices
 from moectl.hosts.thunderbolt import Cable, find_cables
 from moectl.session.backend import choose_backend
+from moectl.session.target import split_envs
 from moectl.text import count_text
 
 
@@ -22,7 +24,7 @@ def check_cluster(where: HostList, visits: Sequence[Visit]) -> list[Finding]:
     if len(where.hosts) < 2:
         return []
     found = [check_systems(visits), check_pythons(visits), check_packages(visits)]
-    found += [check_backend(where), *check_cables(where, visits)]
+    found += [check_variables(where), check_backend(where), *check_cables(where, visits)]
     return [finding for finding in found if finding is not None]
 
 
@@ -49,6 +51,15 @@ def check_pythons(visits: Sequence[Visit]) -> Finding | None:
         return ok("pythons", f"{next(iter(told.values()))} everywhere")
     fix = "install one python everywhere, or name it with python= in the hosts file; then moectl deploy"
     return warn("pythons", f"interpreters differ: {_by_value(told)}", fix)
+
+
+def check_variables(where: HostList) -> Finding | None:
+    """Say which variables of an MLX hostfile no worker gets."""
+    unwanted = list_unwanted(split_envs(where.envs))
+    if not unwanted:
+        return None
+    text = f"envs of the hosts file sets {', '.join(unwanted)}: moectl sets what the ranks need, and leaves it out"
+    return warn("variables", text, "remove it from envs; MLX_METAL_FAST_SYNCH may hang a rank")
 
 
 def check_packages(visits: Sequence[Visit]) -> Finding | None:

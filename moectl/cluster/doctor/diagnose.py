@@ -239,7 +239,7 @@ def _add_up(where: HostList, by_rank: dict[int, tuple[Visit, Site]], found: _Fou
             findings = found.pairs.get(pair)
             if findings is None:
                 continue  # one of them could not be looked at, which is a finding already
-            why = _why_not(pair, by_rank, findings)
+            why = _why_not(pair, by_rank, findings, backend)
             if why:
                 findings.append(skip("collective", f"no all-reduce was tried: {why}"))
                 continue
@@ -262,11 +262,17 @@ def _backend(where: HostList) -> str:
         return "ring"
 
 
-def _why_not(pair: Pair, by_rank: dict[int, tuple[Visit, Site]], findings: Sequence[Finding]) -> str:
+def _why_not(pair: Pair, by_rank: dict[int, tuple[Visit, Site]], findings: Sequence[Finding], backend: str) -> str:
     if worst(findings) is Level.FAIL:
         return "they cannot reach each other"
-    unready = [by_rank[rank][0].host.name for rank in (pair.a, pair.b) if not by_rank[rank][0].is_ready]
-    return f"moectl is not ready on {', '.join(unready)}" if unready else ""
+    visits = [by_rank[rank][0] for rank in (pair.a, pair.b)]
+    if unready := [visit.host.name for visit in visits if not visit.is_ready]:
+        return f"moectl is not ready on {', '.join(unready)}"
+    # An RDMA device has queue pairs and memory regions for one group; a second one would fail, or disturb the first.
+    busy = [visit.host.name for visit in visits if visit.survey and visit.survey.has_workers]
+    if busy and backend != "ring":
+        return f"a worker on {', '.join(busy)} uses RDMA; 'moectl stop' ends it"
+    return ""
 
 
 def _sum_over(pair: Pair, by_rank: dict[int, tuple[Visit, Site]], backend: str, findings: list[Finding]) -> None:

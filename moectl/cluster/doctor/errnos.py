@@ -13,7 +13,7 @@ _MACOS = {16: "EBUSY", 22: "EINVAL", 49: "EADDRNOTAVAIL", 51: "ENETUNREACH"}
 _MACOS |= {54: "ECONNRESET", 60: "ETIMEDOUT", 61: "ECONNREFUSED", 65: "EHOSTUNREACH", 96: "ENODATA"}
 _LINUX = {16: "EBUSY", 22: "EINVAL", 99: "EADDRNOTAVAIL", 101: "ENETUNREACH"}
 _LINUX |= {104: "ECONNRESET", 110: "ETIMEDOUT", 111: "ECONNREFUSED", 113: "EHOSTUNREACH"}
-_NUMBER = re.compile(r"(?:errno\s*[ =:]\s*|\(error: |\[Errno )(\d{1,3})", re.IGNORECASE)
+_NUMBER = re.compile(r"(?:errno\s*[ =:]\s*|\(error: |\[Errno |failed with '[^']*\()(\d{1,3})", re.IGNORECASE)
 _FIREWALL = "allow its python in the firewall, or check ip= and any VPN"
 
 
@@ -36,7 +36,10 @@ def explain(name: str, *, macos: bool, local: bool = False) -> Meaning | None:
 
 
 def find_error(text: str, *, macos: bool) -> str | None:
-    """Return the name of the error whose number a message has, "errno 22" or "(error: 60)"; None where it has none."""
+    """Return the name of the error whose number a message has; None where it has none.
+
+    The backends write "errno 22", "(error: 60)" and "'Resource busy (16)'".
+    """
     match = _NUMBER.search(text)
     return (_MACOS if macos else _LINUX).get(int(match[1])) if match else None
 
@@ -51,8 +54,9 @@ _MEANINGS = {
     "ENETUNREACH": Meaning("it has no interface in that network", "check ip= of both hosts and their addresses"),
     "EADDRNOTAVAIL": Meaning("the address is not its own", "give the host's own address with ip="),
     "EINVAL": Meaning(
-        "the Thunderbolt port is in bridge0, or has no IPv4 address", "moectl setup shows the commands that mend it"
+        "the Thunderbolt port is in bridge0, has no IPv4 address, or hangs since an earlier run",
+        "moectl setup shows the commands that mend it; if that changes nothing, restart that Mac",
     ),
     "ENODATA": Meaning("the Thunderbolt port has no address for RDMA", "moectl setup shows the commands that mend it"),
-    "EBUSY": Meaning("a queue pair of an earlier run is still held", "restart that Mac"),
+    "EBUSY": Meaning("all queue pairs are in use, or an earlier run still holds them", "restart that Mac"),
 }

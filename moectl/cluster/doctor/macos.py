@@ -23,7 +23,7 @@ from moectl.hosts.thunderbolt import (
     parse_ifconfig,
 )
 from moectl.planner.chips import default_working_set_bytes
-from moectl.planner.memory import Memory
+from moectl.planner.memory import SYSTEM_BYTES, Memory
 
 _SETUP = "moectl setup shows the commands that mend it"
 _FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
@@ -39,6 +39,7 @@ def check_mac(host: Host, survey: Survey, *, among_others: bool) -> list[Finding
         check_version(host, survey, wants_rdma=bool(wanted)),
         check_sleep(host, sections.get("pmset", "")),
         check_wired_limit(host, survey.hardware),
+        check_held_memory(survey),
     ]
     if among_others:
         found.append(check_firewall(host, sections.get("firewall", "")))
@@ -93,6 +94,25 @@ def check_wired_limit(host: Host, hardware: Hardware) -> Finding | None:
         fix = at_host(host, "sudo sysctl iogpu.wired_limit_mb=0")
         return warn("wired_limit", f"wired memory limit lowered to {sizes}", fix, bytes=limit)
     return ok("wired_limit", f"wired memory limit {sizes}", bytes=limit)
+
+
+def check_held_memory(survey: Survey) -> Finding | None:
+    """Say whether much memory is wired although no worker runs: macOS may keep what a killed process had wired."""
+    memory, wired = survey.hardware.memory_bytes, parse_wired(survey.sections.get("vm_stat", ""))
+    if memory is None or wired is None or survey.has_workers:
+        return None
+    if wired <= SYSTEM_BYTES + memory // 16:  # an estimate: what macOS itself wires grows with the memory
+        return None
+    text = f"{wired / _GIB:.1f} GiB of wired memory are still held although no worker runs"
+    fix = "end other programs that use its GPU (Ollama, LM Studio); if that changes nothing, restart that Mac"
+    return warn("wired_memory", text, fix, bytes=wired)
+
+
+def parse_wired(vm_stat: str) -> int | None:
+    """Return the bytes of wired memory that vm_stat(1) tells."""
+    size = re.search(r"page size of (\d{1,9}) bytes", vm_stat)
+    pages = re.search(r"^Pages wired down:\s*(\d{1,15})\.", vm_stat, re.MULTILINE)
+    return int(size[1]) * int(pages[1]) if size and pages else None
 
 
 def check_firewall(host: Host, text: str) -> Finding | None:

@@ -14,7 +14,7 @@ from moectl.cluster import probe
 from moectl.cluster.doctor import errnos
 from moectl.cluster.doctor.finding import Finding, fail, ok, skip, warn
 from moectl.cluster.probe import Site, Tried
-from moectl.errors import HostsError, MoectlError
+from moectl.errors import HostsError, HostUnfit, MoectlError
 from moectl.hosts.thunderbolt import Interface
 from moectl.model.placement import make_placement
 from moectl.model.regions import Pieces, Role
@@ -135,6 +135,8 @@ def try_collective(sites: Sequence[Site], ranks: Sequence[int], backend: str, *,
     except HostsError as error:
         return fail("collective", error.message, error.hint)
     except MoectlError as error:
+        if isinstance(error, HostUnfit):
+            return fail("collective", f"two ranks cannot work together: {error}", error.hint)
         name = errnos.find_error(error.message, macos=macos)
         meaning = errnos.explain(name, macos=macos) if name else None
         why = f" ({meaning.why})" if meaning else ""
