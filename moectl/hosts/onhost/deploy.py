@@ -25,6 +25,7 @@ import subprocess
 import sys
 from typing import Any
 
+from moectl.durable import make_directory
 from moectl.hosts.onhost.files import (
     MADE,
     Busy,
@@ -32,7 +33,6 @@ from moectl.hosts.onhost.files import (
     compare,
     describe_failure,
     hash_file,
-    make_directory,
     make_stamp,
     read_record,
     read_text,
