@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from moectl.durable import make_directory, sync_directory, sync_file
 from moectl.errors import MoectlError, StateError, UsageError
 from moectl.text import format_gb
 
@@ -76,7 +77,7 @@ def write_partial(path: Path, data: bytes, *, mode: int = 0o666) -> Path:
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as f:
             f.write(data)
             f.flush()
-            os.fsync(f.fileno())
+            sync_file(f.fileno())
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -94,7 +95,7 @@ def append_line(fd: int, line: dict[str, Any]) -> None:
     data = json_line(line)
     while data:
         data = data[os.write(fd, data) :]
-    os.fsync(fd)
+    sync_file(fd)
 
 
 def json_line(line: dict[str, Any]) -> bytes:
@@ -121,22 +122,6 @@ def try_lock(path: Path, *, mode: int = 0o644) -> int | None:
         os.close(fd)  # its last holder removed the name between the two calls
 
 
-def make_directory(path: Path, *, mode: int = 0o777) -> None:
-    """Make a directory and its missing parents, and make their names durable. Raises OSError."""
-    for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
-        missing.mkdir(mode=mode, exist_ok=True)
-        sync_directory(missing.parent)
-
-
 def make_private_directory(directory: Path) -> None:
     """Make a directory, and its parents where they are missing, for this user alone (0700). Raises OSError."""
     make_directory(directory, mode=0o700)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -27,8 +28,10 @@ def open_group(link: ControllerLink, start: Start, kv_tokens: int | None = None)
     """Tell the controller free ports and join the group of all ranks; return None for a single rank."""
     with contextlib.ExitStack() as ports:
         numbers = [ports.enter_context(_free_port(address)) for address in start.addresses]
-        link.tell(Listening(own_versions(), numbers, kv_tokens, os.getpid()))
-        return _join(link, start, ports) if start.world_size > 1 else None
+        alone = start.world_size == 1
+        jaccl = None if alone else has_jaccl()
+        link.tell(Listening(own_versions(), numbers, kv_tokens, os.getpid(), read_macos(), read_wheel(), jaccl))
+        return None if alone else _join(link, start, ports)
 
 
 def _join(link: ControllerLink, start: Start, ports: contextlib.ExitStack) -> Any:
@@ -157,3 +160,34 @@ def own_versions() -> dict[str, str]:
         **{n: importlib.metadata.version(n) for n in names},
         "python": platform.python_version(),
     }
+
+
+def has_jaccl() -> bool:
+    """Return whether this mlx was linked with JACCL and finds macOS's RDMA library."""
+    import mlx.core as mx
+
+    return mx.distributed.is_available("jaccl")
+
+
+def read_wheel() -> str:
+    """Return the platform tag of the installed wheel of mlx, "macosx_26_0_arm64"; empty where it is not known."""
+    for name in ("mlx-metal", "mlx"):  # on a Mac, the libraries are in the first
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            text = importlib.metadata.distribution(name).read_text("WHEEL") or ""
+            if tag := re.search(r"^Tag: \S+-(\S+)$", text, re.MULTILINE):
+                return tag[1]
+    return ""
+
+
+def read_macos() -> str | None:
+    """Return the version of macOS; None on another system, "" where it is not known.
+
+    Asked of sw_vers, because macOS tells a python that was built with an older SDK another one.
+    """
+    if sys.platform != "darwin":
+        return None
+    try:
+        done = subprocess.run(["sw_vers", "-productVersion"], stdin=subprocess.DEVNULL, capture_output=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("utf-8", "replace").strip()

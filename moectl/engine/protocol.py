@@ -140,6 +140,9 @@ class Listening:
     ports: list[int]
     kv_tokens: int | None = None  # whose keys and values will fit here beside the weights; None: not known
     pid: int | None = None  # on its host
+    macos: str | None = None  # its version, "26.2"; None on another system
+    wheel: str = ""  # platform tag of the wheel of its mlx, "macosx_26_0_arm64"
+    jaccl: bool | None = None  # whether its mlx can do RDMA; None for a single rank, which needs none
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,25 +19,46 @@ from moectl.hosts.remote import Process, Remote, read_program
 from moectl.text import last_line
 
 OLDEST_PYTHON = (3, 11)
+_MINORS = range(15, 10, -1)
 # A shell that sshd starts has a short PATH, on a Mac without Homebrew's: these are the usual places of python.
 CANDIDATES = (
     "python3",
-    *(f"python3.{minor}" for minor in range(14, 10, -1)),
+    *(f"python3.{minor}" for minor in _MINORS),
     "/opt/homebrew/bin/python3",
-    "/usr/local/bin/python3",
-    *(f"/Library/Frameworks/Python.framework/Versions/3.{minor}/bin/python3" for minor in range(14, 10, -1)),
+    *(f"/opt/homebrew/bin/python3.{minor}" for minor in _MINORS),
+    *(f"/Library/Frameworks/Python.framework/Versions/3.{minor}/bin/python3" for minor in _MINORS),
+    *(f"~/.local/bin/python3.{minor}" for minor in _MINORS),  # uv
+    *(f"/opt/local/bin/python3.{minor}" for minor in _MINORS),  # MacPorts
+    "~/.pyenv/versions/*/bin/python3",
+    "~/miniforge3/bin/python3",
+    "/opt/homebrew/Caskroom/miniforge/base/bin/python3",
+    "/usr/local/bin/python3",  # of Homebrew for Intel, where it is still there
 )
 NO_PYTHON = 9
-# Runs the first interpreter that is new enough; if there is none, its last line names the older ones.
+# Says whether a python is new enough and, on a Mac, of its own processor: mlx has no wheel for Rosetta.
+FITS = """import os, sys
+v, intel = sys.version_info, sys.platform == "darwin" and os.uname().machine != "arm64"
+fits = v >= tuple(map(int, sys.argv[1].split("."))) and not intel
+print("fits" if fits else "%d.%d.%d" % v[:3] + " for Intel" * intel)"""
+# Runs the first interpreter that fits; if there is none, its last line names the others. Without Apple's command line
+# tools, /usr/bin/python3 is a program that opens a window. macOS tells a python that was built with an older SDK that
+# it is 16, unless this variable is 0; pip would take the wheels for 15.
 FIND = f"""
 text=$1 command=$2 oldest=$3; shift 3
-check='import sys; v = sys.version_info
-print("fits" if v >= tuple(map(int, sys.argv[1].split("."))) else "%d.%d.%d" % v[:3])'
-for p in "$@"; do
-  case $p in "~/"*) p=$HOME/${{p#"~/"}};; esac
-  v=$("$p" -c "$check" "$oldest" </dev/null 2>/dev/null) || continue
-  [ "$v" = fits ] && exec "$p" -c "$text" $command
-  seen="$seen $p is $v,"
+export SYSTEM_VERSION_COMPAT=0
+IFS=
+check='{FITS}'
+asks_to_install() {{
+  [ "$(command -v "$1")" = /usr/bin/python3 ] && [ "$(uname)" = Darwin ] && ! xcode-select -p >/dev/null 2>&1
+}}
+for place in "$@"; do
+  case $place in "~/"*) place=$HOME/${{place#"~/"}};; esac
+  for p in $place; do
+    asks_to_install "$p" && continue
+    v=$("$p" -c "$check" "$oldest" </dev/null 2>/dev/null) || continue
+    [ "$v" = fits ] && exec "$p" -c "$text" $command
+    seen="$seen $p is $v,"
+  done
 done
 echo "${{seen%,}}" >&2
 exit {NO_PYTHON}
@@ -102,6 +123,14 @@ def explain_silence(host: str, code: int, stderr: bytes, oldest: tuple[int, int]
     said = last_line(stderr)
     if code == NO_PYTHON:
         wanted = ".".join(map(str, oldest))
+        if "for Intel" in said:
+            return VersionMismatch(
+                f"mlx runs on Apple silicon only, and there is no python {wanted} or newer for it ({said}: it runs in"
+                " Rosetta, or the Mac has an Intel processor)",
+                host=host,
+                hint="install a python for Apple silicon there (brew in /opt/homebrew, uv or python.org), or name it"
+                " in the hosts file: python=/path/to/python3",
+            )
         return VersionMismatch(
             f"no python {wanted} or newer was found{f' ({said})' if said else ''}",
             host=host,

@@ -26,7 +26,7 @@ from moectl.text import last_line
 
 NOT_FOUND = 127
 _FUTURE = "from __future__ import annotations\n"  # only allowed at the beginning of a text
-_SHARED = re.compile(r"^from moectl\.hosts\.onhost\.(\w+) import (?:\([^)]*\)|.*)\n", re.MULTILINE)
+_SHARED = re.compile(r"^from moectl\.(durable|hosts\.onhost\.\w+) import (?:\([^)]*\)|.*)\n", re.MULTILINE)
 _PROGRAM = '\nif __name__ == "__main__":'
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
@@ -235,13 +235,13 @@ def read_program(name: str) -> str:
     texts: dict[str, str] = {}
 
     def add(part: str) -> None:
-        text = resources.files("moectl.hosts.onhost").joinpath(f"{part}.py").read_text(encoding="utf-8")
+        text = resources.files("moectl").joinpath(f"{part.replace('.', '/')}.py").read_text(encoding="utf-8")
         for shared in _SHARED.findall(text):
             if shared not in texts:
                 add(shared)
         texts[part] = _SHARED.sub("", text.replace(_FUTURE, ""))
 
-    add(name)
+    add(f"hosts.onhost.{name}")
     *libraries, own = texts.values()
     return "\n".join([_FUTURE, *(text.partition(_PROGRAM)[0] for text in libraries), own])
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 from moectl.errors import CommandFailed
 from moectl.hosts.connect import map_at_once
 from moectl.hosts.hardware import MARK, Hardware, parse_probe, split_sections
+from moectl.hosts.macos import Version, parse_version
 from moectl.hosts.remote import Remote
 from moectl.hosts.thunderbolt import Port, parse_ifconfig, parse_ports
 
@@ -46,6 +47,7 @@ say workers; ps -axo rss=,args= | grep '[m]oectl worker'
 say sshd; (sshd -T || cat /etc/ssh/sshd_config.d/*.conf /etc/ssh/sshd_config) 2>/dev/null \\
   | grep -iE '^[[:space:]]*max(sessions|startups)'
 if [ "$(uname -s)" = Darwin ]; then
+  say machine; uname -m
   say pmset; pmset -g
   say pmset_custom; pmset -g custom
   say firewall; fw=/usr/libexec/ApplicationFirewall/socketfilterfw
@@ -75,10 +77,9 @@ class Survey:
         return self.hardware.os == "macOS"
 
     @property
-    def macos_version(self) -> tuple[int, int] | None:
+    def macos_version(self) -> Version | None:
         """Return macOS's version, (26, 2)."""
-        match = re.match(r"(\d{1,4})(?:\.(\d{1,4}))?", self.hardware.os_version or "")
-        return (int(match[1]), int(match[2] or 0)) if match and self.is_mac else None
+        return parse_version(self.hardware.os_version) if self.is_mac else None
 
     @property
     def build(self) -> str | None:

@@ -22,7 +22,6 @@ from itertools import pairwise
 from typing import Any
 
 THUNDERBOLT_5_BIT_S = 80_000_000_000  # Thunderbolt 3, 4 and USB4 links do 40 Gb/s
-RDMA_MACOS = (26, 2)  # the first macOS that has RDMA over Thunderbolt
 _GBIT = 1_000_000_000
 _SPEED = re.compile(r"(up to )?(\d{1,4}) ?gb/s", re.IGNORECASE)
 _INTERFACE = re.compile(r"([A-Za-z][\w.-]{0,30}): flags=[0-9a-fA-F]{1,8}<([^>]*)>(?:.*\bmtu (\d{1,9}))?")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from moectl.engine.protocol import Connect
+from moectl.engine.protocol import Connect, Listening
 from moectl.errors import HostsError
 from moectl.hosts.hostfile import Host
+from moectl.hosts.macos import explain_missing_rdma, parse_version, refuse_rdma
 from moectl.hosts.mlx_hostfile import to_mlx_devices
 
 BACKENDS = ("auto", "ring", "jaccl", "jaccl-ring")
@@ -33,6 +34,19 @@ def choose_backend(wanted: str, hosts: Sequence[Host]) -> str:
         wanted = "jaccl" if not _missing(hosts, ring=False) else "jaccl-ring"
     _check_devices(hosts, ring=wanted == "jaccl-ring")
     return wanted
+
+
+def check_rdma(hosts: Sequence[Host], listening: Sequence[Listening]) -> None:
+    """Check by what each worker said of its system and its mlx that JACCL can work between them.
+
+    Raises VersionMismatch: JACCL itself would hang, give wrong numbers, or end with an error that names no reason.
+    """
+    versions = {host.name: parse_version(event.macos) for host, event in zip(hosts, listening, strict=True)}
+    if refused := refuse_rdma(versions):
+        raise refused
+    for host, event in zip(hosts, listening, strict=True):
+        if event.jaccl is False:
+            raise explain_missing_rdma(event.wheel, versions[host.name], host.name)
 
 
 def make_connect(

@@ -27,7 +27,7 @@ from moectl.engine.protocol import (
     Start,
 )
 from moectl.errors import IntegrityError, MoectlError, Stalled, Unreachable, VersionMismatch
-from moectl.session.backend import make_connect
+from moectl.session.backend import check_rdma, make_connect
 from moectl.session.blame import Blame
 from moectl.session.worker_link import Heard, WorkerLink
 
@@ -125,6 +125,8 @@ class StartUp:
             for rank, spec in enumerate(self._ranks)
         ]
         hosts = [spec.host for spec in self._ranks]
+        if backend != "ring":
+            check_rdma(hosts, [listening[rank] for rank in range(len(hosts))])
         nonce = secrets.randbits(NONCE_BITS)
         last = len(self._ranks) - 1
         # The ring's init has no handshake: the last rank dials first, so its neighbours have to be listening by then.

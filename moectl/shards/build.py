@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moectl.durable import make_directory, sync_directory
 from moectl.errors import IntegrityError, StateError, UsageError
-from moectl.files import explain_refusal, free_bytes, make_directory, partial_path, sync_directory
+from moectl.files import explain_refusal, free_bytes, partial_path
 from moectl.model.canary import Canary
 from moectl.model.manifest import (
     NAME as MANIFEST_NAME,

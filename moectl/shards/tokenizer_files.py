@@ -18,8 +18,9 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
+from moectl.durable import sync_directory
 from moectl.errors import CheckpointError, MoectlError
-from moectl.files import explain_refusal, partial_path, sync_directory, write_partial
+from moectl.files import explain_refusal, partial_path, write_partial
 from moectl.model.manifest import FileEntry, Manifest, read_manifest, refuse_links_outside, write_manifest
 from moectl.shards import journal as journals
 from moectl.shards.chat.tiktoken_file import CONFIG, convert

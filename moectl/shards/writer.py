@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
+from moectl.durable import sync_directory, sync_file, write_back
 from moectl.errors import IntegrityError
-from moectl.files import partial_path, sync_directory
+from moectl.files import partial_path
 from moectl.model.manifest import FileEntry
 from moectl.shards.quantize import Converter, converter
 from moectl.shards.recipe import Matrix, OutputFile, Piece
@@ -96,7 +97,7 @@ class _Output:
         # So that the fsync at the end, for which a thread waits, has little left to do.
         if self._unflushed > _FLUSH_BYTES and (self._flush is None or self._flush.done()):
             self._unflushed = 0
-            self._flush = self._flusher.submit(os.fsync, self._fd)
+            self._flush = self._flusher.submit(write_back, self._fd)
 
     def finish(self) -> None:
         """Make the file durable and give it its name."""
@@ -104,7 +105,7 @@ class _Output:
             self._flush.result()
         if os.fstat(self._fd).st_size != self.file.bytes:
             raise IntegrityError(f"{self.path} has another size than planned (a bug in moectl)")
-        os.fsync(self._fd)
+        sync_file(self._fd)
         self.close()
         partial_path(self.path).replace(self.path)
         sync_directory(self.path.parent)

@@ -46,6 +46,16 @@ def mac(
     return visit
 
 
+def test_macs_before_and_after_26_3_do_no_rdma_together() -> None:
+    visits = [mac(0), mac(1)]
+    visits[1].survey = Survey(Hardware(os="macOS", os_version="26.4"), {})
+    found = only(check_systems(visits, wants_rdma=True))
+    assert (found.level, found.text.endswith(": 26.2 on mac0, 26.4 on mac1")) == (Level.FAIL, True)
+    assert found.fix == "sudo softwareupdate -ia -R on those with 26.2, or use --backend ring"
+    assert only(check_systems(visits)).level is Level.WARN  # over TCP they can work together
+    assert check_cluster(hosts(2, rows_of(2)), visits)[0].level is Level.FAIL
+
+
 def hosts(count: int, rdma: list[list[str | None]] | None = None) -> HostList:
     rows = rdma or [[] for _ in range(count)]
     return HostList(tuple(Host(f"mac{i}", rdma=tuple(row)) for i, row in enumerate(rows)))

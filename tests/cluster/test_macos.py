@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from ipaddress import IPv4Interface
 from pathlib import Path
@@ -13,10 +14,13 @@ from moectl.cluster.doctor.finding import Finding, Level
 from moectl.cluster.doctor.macos import (
     check_bridge,
     check_devices,
+    check_display,
     check_firewall,
     check_held_memory,
     check_mac,
+    check_mlx,
     check_port_addresses,
+    check_power,
     check_rdma,
     check_sleep,
     check_thunderbolt,
@@ -56,7 +60,6 @@ def test_a_mac_that_is_ready_for_rdma() -> None:
     assert [f.text for f in found] == [
         "macOS 26.2 (25C56)",
         "never sleeps",
-        "firewall off",
         "Thunderbolt 5, port 2 80 Gb/s",
         "RDMA on",
         "rdma_en3 active",
@@ -74,7 +77,6 @@ def test_a_mac_as_it_comes() -> None:
         "system": "FAIL",
         "sleep": "warn",
         "wired_limit": "warn",
-        "firewall": "warn",
         "thunderbolt": "ok",
         "rdma": "FAIL",
         "rdma_device": "FAIL",
@@ -120,9 +122,64 @@ def test_sleep(pmset: str, level: str, text: str) -> None:
     assert text in found.text
 
 
+@pytest.mark.parametrize("setting", ["lowpowermode", "powermode"])
+def test_low_power_mode_is_named_and_the_fix_switches_it_off(setting: str) -> None:
+    pmset = "Currently in use:\n standby 1\n {}         {}\n"
+    found = only(check_power(MAC, pmset.format(setting, 1)))
+    assert (found.level, found.text) == (
+        Level.WARN,
+        "Low Power Mode is on: it computes slower, and all others wait for it",
+    )
+    assert found.fix == f"ssh -t ada@mac1 'sudo pmset -a {setting} 0'"
+    assert [check_power(MAC, pmset.format(setting, value)) for value in (0, 2)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("screens", "count"),
+    [
+        ([{"spdisplays_online": "spdisplays_yes"}], 1),
+        ([{"spdisplays_online": "spdisplays_yes", "spdisplays_asleep": "spdisplays_yes"}], 0),
+        ([{"spdisplays_online": "spdisplays_no"}, "?"], 0),
+        (None, 0),
+    ],
+)
+def test_a_display_that_is_on_is_named(screens: object, count: int) -> None:
+    told = json.dumps({"SPDisplaysDataType": [{"spdisplays_ndrvs": screens}]})
+    found = check_display(told)
+    assert (0 if found is None else found.values["displays"]) == count
+    assert check_display("") is None
+
+
+@pytest.mark.parametrize(
+    ("version", "machine", "level", "text"),
+    [
+        ("13.7", "arm64", "FAIL", "it has macOS 13.7, and mlx needs 14 or newer"),
+        ("15.5", "x86_64", "FAIL", "it is a Mac with an Intel processor, and mlx runs on Apple silicon only"),
+        ("26.1", "arm64", "warn", "mlx's wheel for macOS 26 is built for 26.2"),
+        ("15.5", "arm64", "ok", "macOS 15.5"),
+        ("14.0", "", "ok", "macOS 14.0"),
+        ("26.2", "arm64", "ok", "macOS 26.2"),
+    ],
+)
+def test_macs_that_mlx_runs_on(version: str, machine: str, level: str, text: str) -> None:
+    survey = Survey(Hardware(os="macOS", os_version=version), {"machine": f"{machine}\n"})
+    found = check_version(MAC, survey, wants_rdma=False)
+    assert (found.level.word, text in found.text) == (level, True)
+    assert (found.fix is None) == (level == "ok")
+
+
+def test_an_mlx_for_an_older_macos_is_named() -> None:
+    for wants, level in ((False, "warn"), (True, "FAIL")):
+        found = only(check_mlx("macosx_15_0_arm64", (26, 2), "moectl deploy", wants_rdma=wants))
+        assert (found.level.word, found.fix) == (level, "moectl deploy")
+        assert found.text == "its mlx is the wheel for macOS 15: without RDMA, and slower on an M5"
+    assert check_mlx("macosx_26_0_arm64", (26, 2), "", wants_rdma=True) is None
+    assert check_mlx("macosx_15_0_arm64", (15, 7), "", wants_rdma=True) is None
+
+
 def test_nothing_told_says_nothing() -> None:
     assert check_sleep(MAC, "") is None
-    assert check_firewall(MAC, "") is None
+    assert check_firewall(MAC, "", None) is None
     assert check_wired_limit(MAC, Hardware(memory_bytes=24 * GIB)) is None
     assert check_thunderbolt((), wants_rdma=True) == []
     assert check_bridge(MAC, (), (), wants_rdma=True) is None
@@ -140,13 +197,16 @@ def test_nothing_told_says_nothing() -> None:
     ],
 )
 def test_firewall(text: str, level: str) -> None:
-    assert only(check_firewall(MAC, text)).level.word == level
+    assert only(check_firewall(MAC, text, None)).level.word == level
 
 
 def test_the_firewall_is_told_of_the_python_that_is_there() -> None:
-    fix = only(check_firewall(replace(MAC, dir="/opt/moectl"), "(State = 1)")).fix
+    fix = only(check_firewall(replace(MAC, dir="/opt/moectl"), "(State = 1)", None)).fix
     assert fix is not None
     assert "--unblockapp /opt/moectl/env/bin/python" in fix
+    # What runs is a program inside the framework, not the link in the environment.
+    real = "/Library/Frameworks/Python.framework/Versions/3.12/Resources/Python.app/Contents/MacOS/Python"
+    assert f"--add {real} --unblockapp {real}" in str(only(check_firewall(MAC, "(State = 1)", real)).fix)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +246,7 @@ def test_wired_memory_that_an_earlier_worker_has_left() -> None:
 def test_rdma_needs_a_new_macos(version: str, level: str) -> None:
     survey = Survey(Hardware(os="macOS", os_version=version))
     assert check_version(MAC, survey, wants_rdma=True).level.word == level
-    assert check_version(MAC, survey, wants_rdma=False).level is Level.OK
+    assert check_version(MAC, survey, wants_rdma=False).level is not Level.FAIL
 
 
 def test_a_slow_cable_between_fast_ports() -> None:

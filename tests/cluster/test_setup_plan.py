@@ -209,6 +209,17 @@ def test_without_rdma_it_is_a_ring_over_tcp_and_says_why(
     assert [host.ips for host in made.hosts.hosts] == [("192.168.0.1",), ("192.168.0.2",)]
 
 
+def test_macs_before_and_after_26_3_get_a_ring_over_tcp() -> None:
+    hosts = given_list(2)
+    seen = [read(host, mac) for host, mac in zip(hosts.hosts, cable_all(2, cabling.mesh(2)), strict=True)]
+    seen = [replace(machine, version=version) for machine, version in zip(seen, [(26, 2), (26, 4)], strict=True)]
+    made = plan_setup(seen, hosts, Wish())
+    assert (made.hosts.backend, [host.rdma for host in made.hosts.hosts]) == ("ring", [(), ()])
+    assert any("RDMA between macOS 26.2 and a newer one" in advice.text for advice in made.advice)
+    with pytest.raises(PlanError, match=r"RDMA between macOS 26\.2 and a newer one"):
+        plan_setup(seen, hosts, Wish(backend="jaccl"))
+
+
 def test_rdma_that_is_off_stops_only_who_insists() -> None:
     macs = cable_all(2, cabling.mesh(2), rdma=False)
     with pytest.raises(PlanError, match="RDMA is off") as caught:

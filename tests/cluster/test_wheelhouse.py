@@ -71,7 +71,19 @@ def test_platforms_of_hosts_are_asked_over_ssh(sshd: Server, tmp_path: Path) -> 
 
 
 def test_tags_that_a_host_takes() -> None:
-    assert make_platform(MAC).tags == ("macosx_15_0_arm64",)
+    tags = {mac: make_platform({**MAC, "mac": mac}).tags for mac in ("14.6", "15.5", "26.1", "26.2", "16.3", "27.0")}
+    assert tags == {
+        "14.6": ("macosx_14_0_arm64",),
+        "15.5": ("macosx_15_0_arm64",),
+        "26.1": ("macosx_15_0_arm64",),  # mlx's wheel for 26 is built for 26.2
+        "26.2": ("macosx_26_0_arm64",),
+        "16.3": ("macosx_26_0_arm64",),  # as macOS 26 calls itself to an older python
+        "27.0": ("macosx_27_0_arm64",),
+    }
+    with pytest.raises(VersionMismatch, match=r"it has macOS 13\.7, and mlx needs 14 or newer"):
+        make_platform({**MAC, "mac": "13.7"})
+    with pytest.raises(VersionMismatch, match="Intel processor, and mlx runs on Apple silicon only"):
+        make_platform({**MAC, "machine": "x86_64"})
     linux = {**HERE, "system": "linux", "machine": "aarch64", "libc": ["glibc", "2.18"]}
     assert make_platform(linux).tags[:4] == (
         "manylinux_2_18_aarch64",

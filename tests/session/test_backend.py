@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from mlx._distributed_utils import common, launch
 
-from moectl.errors import HostsError
+from moectl.engine.protocol import Listening
+from moectl.errors import HostsError, VersionMismatch
 from moectl.hosts.hostfile import Host, parse_hosts
-from moectl.session.backend import choose_backend, make_connect
+from moectl.session.backend import check_rdma, choose_backend, make_connect
 from moectl.session.target import split_envs
 
 PORT = 32323
@@ -146,3 +147,29 @@ def test_what_a_hint_about_devices_says_is_taken() -> None:
         assert caught.value.hint == hint
         assert choose_backend(backend, (mended, second)) == backend
         assert choose_backend("ring", (wrong, second)) == "ring"
+
+
+def listening(macos: str | None, *, wheel: str = "macosx_26_0_arm64", jaccl: bool | None = True) -> Listening:
+    return Listening({}, [9], macos=macos, wheel=wheel, jaccl=jaccl)
+
+
+def test_rdma_between_macs_that_can_do_it() -> None:
+    hosts = parse_hosts(mesh(2)).hosts
+    check_rdma(hosts, [listening("26.2"), listening("26.2.1")])
+    check_rdma(hosts, [listening("26.4"), listening("27.0")])
+    check_rdma(hosts, [listening(None, jaccl=None), listening(None, jaccl=None)])  # they told nothing
+    with pytest.raises(VersionMismatch, match=r"macOS 26\.2 or newer: 26\.1 on mac1"):
+        check_rdma(hosts, [listening("26.4"), listening("26.1")])
+    with pytest.raises(VersionMismatch, match=r"hangs or gives wrong numbers.*: 26\.2 on mac0, 26\.4 on mac1"):
+        check_rdma(hosts, [listening("26.2"), listening("26.4")])
+    with pytest.raises(VersionMismatch, match="mac1: its mlx is the wheel for macOS 14"):
+        check_rdma(hosts, [listening("26.4"), listening("26.4", wheel="macosx_14_0_arm64", jaccl=False)])
+
+
+def test_without_rdma_the_ring_of_the_hint_is_taken() -> None:
+    hosts = parse_hosts(mesh(2)).hosts
+    linux = listening(None, wheel="manylinux_2_35_x86_64", jaccl=False)
+    with pytest.raises(VersionMismatch, match=r"mac0: its mlx has no RDMA \(JACCL\): it is the wheel many") as caught:
+        check_rdma(hosts, [linux, linux])
+    assert caught.value.hint == "use --backend ring"
+    assert choose_backend("ring", hosts) == "ring"

@@ -469,6 +469,38 @@ def test_jaccl_exchanges_its_metadata_over_the_link(shards: Path) -> None:
     assert heard == ["<0><0><1><1><2><2>"] * 3
 
 
+@pytest.mark.parametrize(
+    ("told", "said", "hint"),
+    [
+        (
+            ("macos='26.2', jaccl=True", "macos='26.3.1', jaccl=True"),
+            "RDMA between macOS 26.2 and a newer one hangs .*: 26.2 on host0, 26.3 on host1",
+            "sudo softwareupdate -ia -R on those with 26.2, or use --backend ring",
+        ),
+        (
+            ("macos='26.3', jaccl=True", "macos='26.3', jaccl=False, wheel='macosx_15_0_arm64'"),
+            r"host1: its mlx is the wheel for macOS 15, which has no RDMA \(JACCL\)",
+            "moectl deploy, which installs the one for macOS 26; until then use --backend ring",
+        ),
+    ],
+)
+def test_rdma_that_cannot_work_is_refused_before_anyone_joins(
+    shards: Path, told: tuple[str, str], said: str, hint: str
+) -> None:
+    devices = [(None, "rdma_en3"), ("rdma_en2", None)]
+    heard: list[str] = []
+    ranks = []
+    for rank, (spec, fields) in enumerate(zip(specs(shards), told, strict=True)):
+        python, dash_c, text = stand_in("gather")
+        text = text.replace("ports=[9]", f"ports=[9], {fields}").replace(
+            '"Connect":', '"Connect" and not print("joins", file=sys.stderr):'
+        )
+        ranks.append(replace(spec, argv=(python, dash_c, text), host=Host(f"host{rank}", rdma=devices[rank])))
+    with pytest.raises(VersionMismatch, match=said) as caught:
+        Session(ranks, backend="jaccl", on_log=lambda host, line: heard.append(line)).__enter__()
+    assert (caught.value.hint, heard) == (hint, [])
+
+
 def test_a_jaccl_exchange_that_stalls_is_bounded(shards: Path) -> None:
     devices = [(None, "rdma_en3"), ("rdma_en2", None)]
     ranks = [

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parent.parent.parent / "moectl"
 GUIDE = PACKAGE / "guide" / "design.md"
 BEGIN, END = "<!-- architecture -->\n", "<!-- /architecture -->"
 
-# Each package imports only from those after it. The root (errors, paths, files, records, text) comes after all of them.
+# Each package imports only from those after it.
+# The root (errors, durable, paths, files, records, text) comes after all of them.
 ORDER = ["cli", "cluster", "server", "session", "engine", "planner", "shards", "model", "hosts"]
 
 

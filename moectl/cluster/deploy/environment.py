@@ -81,9 +81,9 @@ def _list_steps(task: HostTask, found: FileSurvey) -> dict[str, list[str]]:
         "packages": [*pip, *packages],
         "check": [python, "-c", CHECK, json.dumps(task.versions)],
     }
-    if found.env and found.stamp:
+    if found.env and found.stamp and not found.has_older_mlx:
         return steps
-    # None yet, one of another python, or what an interrupted install left.
+    # None yet, one of another python, what an interrupted install left, or an mlx that pip takes for the right one.
     return {"venv": [found.python, "-m", "venv", "--clear", f"{root}/env"], **steps}
 
 

@@ -16,9 +16,10 @@ from moectl.cluster.deploy.environment import STAMP, prepare_python, refuse_erro
 from moectl.cluster.deploy.push import Found, PeerLink, Push
 from moectl.cluster.deploy.relay import More, Up
 from moectl.cluster.deploy.task import Advanced, FileSurvey, HostResult, HostTask, OnEvent
-from moectl.errors import CommandFailed
+from moectl.errors import CommandFailed, VersionMismatch
 from moectl.hosts.connect import ROOT, make_remote
 from moectl.hosts.hostfile import Host
+from moectl.hosts.macos import RDMA_MACOS, refuse_mac, wheel_version
 from moectl.hosts.programs import OLDEST_PYTHON, ask, list_bases
 from moectl.hosts.refusals import room_text
 from moectl.hosts.remote import Remote
@@ -58,6 +59,8 @@ def inspect_host(task: HostTask, remote: Remote) -> Look:
     written, in a dry run not even that. Raises HostError, RemoteError.
     """
     found = _survey(remote, task)
+    if refused := refuse_mac(found.macos):
+        raise VersionMismatch(refused, host=remote.name)
     lacks = _missing_bytes(task, found)
     shared = sum(size for name, size in lacks.items() if manifest_file.is_shared(name) and name != MANIFEST)
     return Look(_plan(task, found), shared, found)
@@ -185,9 +188,19 @@ def _check_room(task: HostTask, found: FileSurvey, needed: int) -> None:
 
 def _find_python(task: HostTask, found: FileSurvey) -> str:
     """Return an interpreter with exactly the wanted versions: the one named, or the one made before; else ""."""
+    if found.has_older_mlx and _has_newer_mlx(task):
+        return ""
     ours = found.packages == task.versions and found.code == task.code
     if (task.host.python or task.host.is_local) and ours:
         return found.python
     if found.stamp == task.stamp and found.env:
         return f"{found.root}/env/bin/python"
     return ""
+
+
+def _has_newer_mlx(task: HostTask) -> bool:
+    """Whether an installation could bring mlx's wheel for macOS 26: pip fetches it, or the wheelhouse has it."""
+    names = [wheel.stem for wheel in task.wheels if wheel.name.startswith("mlx_metal-")]
+    return len(task.wheels) == 1 or any(
+        (wheel_version(name.rpartition("-")[2]) or (0, 0))[0] >= RDMA_MACOS[0] for name in names
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 from moectl.cluster.deploy.relay import FLOOR_BYTES_S
 from moectl.errors import MoectlError
 from moectl.hosts.hostfile import Host
+from moectl.hosts.macos import is_older_wheel, parse_version
 from moectl.model.manifest import FileEntry
 
 
@@ -34,6 +35,14 @@ class FileSurvey:
     corrupt: list[str]
     known: dict[str, str]  # hashes that an earlier push recorded
     begun: dict[str, int]  # of the planned files, the bytes that are there
+    macos: str = ""  # its version; empty on another system
+    wheel: str = ""  # platform tag of the wheel of mlx in the environment, or in this python
+    executable: str = ""  # the program that a firewall sees; `python` may be a link, or start another one
+
+    @property
+    def has_older_mlx(self) -> bool:
+        """Whether its mlx was built for an older macOS than the one with RDMA, which it has."""
+        return is_older_wheel(self.wheel, parse_version(self.macos))
 
 
 @dataclass(frozen=True, slots=True)

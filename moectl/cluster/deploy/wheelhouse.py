@@ -28,6 +28,7 @@ from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError
 from moectl.files import explain_refusal, write_whole
 from moectl.hosts.connect import on_each
 from moectl.hosts.hostfile import Host
+from moectl.hosts.macos import MLX_MACOS, RDMA_MACOS, Version, parse_version, refuse_mac
 from moectl.hosts.onhost.files import hash_file
 from moectl.hosts.programs import OLDEST_PYTHON, ask, list_bases
 from moectl.hosts.remote import LocalRemote, Remote
@@ -79,11 +80,22 @@ def make_platform(answer: Mapping[str, Any]) -> Platform:
     if answer["implementation"] != "cpython":
         raise VersionMismatch(f"its python is {answer['implementation']}, and there are wheels for cpython only")
     machine = answer["machine"]
+    tags: tuple[str, ...]
     if answer["system"] == "darwin":
-        tags: tuple[str, ...] = (f"macosx_{answer['mac'].split('.')[0]}_0_{machine}",)  # pip adds the older ones
+        if refused := refuse_mac(answer["mac"], machine):
+            raise VersionMismatch(refused)
+        tags = _mac_tags(parse_version(answer["mac"]) or MLX_MACOS)
     else:
         tags = _linux_tags(answer["libc"][0], answer["libc"][1], machine)
     return Platform(answer["python"], tags, dict(answer["environment"]))
+
+
+def _mac_tags(version: Version) -> tuple[str, ...]:
+    """Return the newest tag that a Mac can use; pip adds the older ones."""
+    major, _ = version
+    if major == RDMA_MACOS[0] and version < RDMA_MACOS:
+        major = 15  # the wheels for 26 are built for 26.2, although their tag says 26.0
+    return (f"macosx_{major}_0_arm64",)
 
 
 def _linux_tags(libc: str, version: str, machine: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from moectl.cluster.doctor.host import Visit
 from moectl.engine.environment import list_unwanted
 from moectl.errors import HostsError
 from moectl.hosts.hostfile import HostList, split_devices
+from moectl.hosts.macos import RDMA_MACOS, refuse_rdma
 from moectl.hosts.thunderbolt import Cable, find_cables
 from moectl.session.backend import choose_backend
 from moectl.session.target import split_envs
@@ -23,13 +24,19 @@ def check_cluster(where: HostList, visits: Sequence[Visit]) -> list[Finding]:
     """Return all findings about hosts compared with each other; those that did not answer are left out."""
     if len(where.hosts) < 2:
         return []
-    found = [check_systems(visits), check_pythons(visits), check_packages(visits)]
+    wants_rdma = any(device for host in where.hosts for device in host.rdma)
+    found = [check_systems(visits, wants_rdma=wants_rdma), check_pythons(visits), check_packages(visits)]
     found += [check_variables(where), check_backend(where), *check_cables(where, visits)]
     return [finding for finding in found if finding is not None]
 
 
-def check_systems(visits: Sequence[Visit]) -> Finding | None:
+def check_systems(visits: Sequence[Visit], *, wants_rdma: bool = False) -> Finding | None:
     """Say whether all Macs run the same macOS, to the build: RDMA and Metal change with it."""
+    versions = {v.host.name: v.survey.macos_version for v in visits if v.survey}
+    # One that is too old for any RDMA is named by its own check.
+    able = {name: version for name, version in versions.items() if version and version >= RDMA_MACOS}
+    if wants_rdma and (refused := refuse_rdma(able)):
+        return fail_with("systems", refused)
     told = {
         v.host.name: f"{v.survey.hardware.os_version} ({v.survey.build})"
         for v in visits

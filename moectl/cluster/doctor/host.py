@@ -13,9 +13,10 @@ from moectl.cluster.deploy.provision import PACKAGES, survey_environment
 from moectl.cluster.deploy.task import FileSurvey
 from moectl.cluster.doctor.finding import Finding, Level, at_host, fail, fail_with, ok, skip, warn
 from moectl.cluster.doctor.login import check_locale, check_login, check_sshd_limits
-from moectl.cluster.doctor.macos import check_mac
+from moectl.cluster.doctor.macos import check_firewall, check_mac, check_mlx
 from moectl.errors import MoectlError, VersionMismatch
 from moectl.hosts.hostfile import Host
+from moectl.hosts.macos import explain_missing_rdma
 from moectl.hosts.refusals import room_text
 from moectl.hosts.remote import Remote
 from moectl.hosts.survey import Survey, parse_sshd, survey_host
@@ -33,6 +34,7 @@ _COUNT = """
 import os, sys
 print(sum(os.lstat(os.path.join(place, name)).st_size for place, _, names in os.walk(sys.argv[1]) for name in names))
 """
+_HAS_JACCL = "import mlx.core as mx; print(mx.distributed.is_available('jaccl'))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Visit:
 
 def visit_host(visit: Visit, expected: Expected) -> None:
     """Do all checks of one host; whatever it tells becomes a finding, nothing is raised."""
-    for check in (_reach, _look_at_system, _look_at_software):
+    for check in (_reach, _look_at_system, _look_at_software, _look_at_firewall):
         try:
             check(visit, expected)
         except MoectlError as error:
@@ -108,10 +110,19 @@ def _look_at_software(visit: Visit, expected: Expected) -> None:
     versions = check_versions(found, expected, deployed=bool(deployed))
     visit.findings.append(versions)
     visit.is_ready = versions.level is Level.OK
+    if visit.survey and "mlx" in found.packages:
+        visit.findings += check_rdma_of_mlx(visit.remote, host, visit.survey, found, expected.deploy)
     there = count_shards(visit.remote, found, expected.manifest)
     if deployed and expected.manifest is not None:
         visit.findings.append(check_shards(rank, there, expected.manifest, expected.deploy))
     visit.findings.append(check_disk(host, rank, found, expected.manifest, there))
+
+
+def _look_at_firewall(visit: Visit, expected: Expected) -> None:
+    if visit.survey and visit.survey.is_mac and expected.among_others:
+        executable = visit.environment.executable if visit.environment else None
+        found = check_firewall(visit.host, visit.survey.sections.get("firewall", ""), executable)
+        visit.findings += [found] if found else []
 
 
 # System.
@@ -192,6 +203,20 @@ def check_versions(found: FileSurvey, expected: Expected, *, deployed: bool) -> 
         text = f"moectl {packages['moectl']} here has other code than on this machine"
         return fail("versions", text, expected.deploy, **values)
     return ok("versions", text, **values)
+
+
+def check_rdma_of_mlx(remote: Remote, host: Host, survey: Survey, found: FileSurvey, deploy: str) -> list[Finding]:
+    """Say whether a Mac's mlx can do RDMA; nothing where it can, or need not."""
+    if not survey.is_mac:
+        return []
+    older = check_mlx(found.wheel, survey.macos_version, deploy, wants_rdma=any(host.rdma))
+    if older or not any(host.rdma):
+        return [older] if older else []
+    done = remote.run([found.python, "-c", _HAS_JACCL], check=False)
+    if done.stdout.split()[-1:] != [b"False"]:
+        return []
+    missing = explain_missing_rdma(found.wheel, survey.macos_version, host.name)
+    return [fail_with("mlx", missing)]
 
 
 def count_shards(remote: Remote, found: FileSurvey, manifest: Manifest | None) -> int:

@@ -8,19 +8,29 @@ Sources: pmset(1), socketfilterfw's own help, Apple's TN3205 (RDMA over Thunderb
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 
 from moectl.cluster.doctor.finding import Finding, at_host, fail, ok, warn
+from moectl.hosts.connect import ROOT
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, split_devices
+from moectl.hosts.macos import (
+    RDMA_MACOS,
+    Version,
+    is_older_wheel,
+    refuse_mac,
+    version_text,
+    wheel_version,
+)
 from moectl.hosts.survey import Survey
 from moectl.hosts.thunderbolt import (
-    RDMA_MACOS,
     Interface,
     Port,
     find_generation,
     parse_ibv_devinfo,
     parse_ifconfig,
+    read_items,
 )
 from moectl.planner.chips import default_working_set_bytes
 from moectl.planner.memory import SYSTEM_BYTES, Memory
@@ -38,11 +48,12 @@ def check_mac(host: Host, survey: Survey, *, among_others: bool) -> list[Finding
     found = [
         check_version(host, survey, wants_rdma=bool(wanted)),
         check_sleep(host, sections.get("pmset", "")),
+        check_power(host, sections.get("pmset", "")),
+        check_display(sections.get("system_profiler", "")),
         check_wired_limit(host, survey.hardware),
         check_held_memory(survey),
     ]
     if among_others:
-        found.append(check_firewall(host, sections.get("firewall", "")))
         found += check_thunderbolt(ports, wants_rdma=bool(wanted))
         found.append(check_rdma(host, sections.get("rdma_ctl", ""), ports))
         found += check_devices(host, ports, parse_ibv_devinfo(sections.get("ibv_devinfo", "")))
@@ -55,10 +66,14 @@ def check_version(host: Host, survey: Survey, *, wants_rdma: bool) -> Finding:
     """Say which macOS it is, and whether that can do what the hosts file asks."""
     version = survey.hardware.os_version or "?"
     text = f"macOS {version}" + (f" ({survey.build})" if survey.build else "")
-    if wants_rdma and (survey.macos_version or RDMA_MACOS) < RDMA_MACOS:
-        least = ".".join(map(str, RDMA_MACOS))
-        fix = f"{at_host(host, 'sudo softwareupdate -ia -R')}, or leave rdma= out"
-        return fail("system", f"{text}: RDMA over Thunderbolt needs {least} or newer", fix)
+    known, least = survey.macos_version or RDMA_MACOS, version_text(RDMA_MACOS)
+    update = at_host(host, "sudo softwareupdate -ia -R")
+    if refused := refuse_mac(survey.hardware.os_version, survey.sections.get("machine", "").strip() or "arm64"):
+        return fail("system", f"{text}: {refused}", "use a Mac with Apple silicon and macOS 14 or newer")
+    if wants_rdma and known < RDMA_MACOS:
+        return fail("system", f"{text}: RDMA over Thunderbolt needs {least} or newer", f"{update}, or leave rdma= out")
+    if RDMA_MACOS[0] == known[0] and known < RDMA_MACOS:
+        return warn("system", f"{text}: mlx's wheel for macOS {known[0]} is built for {least}", update)
     return ok("system", text, version=version, build=survey.build)
 
 
@@ -77,6 +92,32 @@ def check_sleep(host: Host, pmset: str) -> Finding | None:
     fix = f"{at_host(host, 'sudo pmset -a sleep 0')}; for one run: {at_host(host, 'caffeinate -is')}"
     text = f"sleeps after {minutes} min without a user{now}; Thunderbolt cannot wake it"
     return warn("sleep", text, fix, sleep_minutes=minutes)
+
+
+def check_power(host: Host, pmset: str) -> Finding | None:
+    """Say whether the Mac saves power, which slows its processors; None where it does not."""
+    match = re.search(r"^\s*(lowpowermode|powermode)\s+1\b", pmset, re.MULTILINE)
+    if match is None:
+        return None
+    fix = at_host(host, f"sudo pmset -a {match[1]} 0")
+    return warn("power", "Low Power Mode is on: it computes slower, and all others wait for it", fix)
+
+
+def check_display(system_profiler: str) -> Finding | None:
+    """Say that a display is on: it takes a part of the GPU, and macOS ends GPU work that keeps it waiting."""
+    cards = read_items(system_profiler, "SPDisplaysDataType")
+    screens = [screen for card in cards for screen in card.get("spdisplays_ndrvs") or [] if isinstance(screen, dict)]
+    lit = [s for s in screens if s.get("spdisplays_online") == "spdisplays_yes" and "spdisplays_asleep" not in s]
+    return ok("display", "display on, which shares the GPU", displays=len(lit)) if lit else None
+
+
+def check_mlx(tag: str, version: Version | None, fix: str, *, wants_rdma: bool) -> Finding | None:
+    """Say whether mlx was installed from the wheel for an older macOS; None where that is not so, or not known."""
+    if not is_older_wheel(tag, version):
+        return None
+    built = wheel_version(tag) or RDMA_MACOS
+    text = f"its mlx is the wheel for macOS {built[0]}: without RDMA, and slower on an M5"
+    return (fail if wants_rdma else warn)("mlx", text, fix, wheel=tag)
 
 
 def check_wired_limit(host: Host, hardware: Hardware) -> Finding | None:
@@ -115,8 +156,11 @@ def parse_wired(vm_stat: str) -> int | None:
     return int(size[1]) * int(pages[1]) if size and pages else None
 
 
-def check_firewall(host: Host, text: str) -> Finding | None:
-    """Say whether the application firewall may drop other hosts' connections; None where it told nothing."""
+def check_firewall(host: Host, text: str, executable: str | None) -> Finding | None:
+    """Say whether the application firewall may drop other hosts' connections; None where it told nothing.
+
+    `executable` is the program that the worker's python really runs, which the firewall goes by; None: not known.
+    """
     state = re.search(r"\(State = (\d)\)", text)
     if state is None:
         return None
@@ -125,7 +169,7 @@ def check_firewall(host: Host, text: str) -> Finding | None:
         fix = at_host(host, f"sudo {_FIREWALL} --setblockall off")
         return fail("firewall", "the firewall blocks all incoming connections", fix)
     if state[1] == "1":
-        python = "~/.moectl/env/bin/python" if host.dir is None else f"{host.dir}/env/bin/python"
+        python = shlex.quote(executable) if executable else f"{host.dir or ROOT}/env/bin/python"
         add = f"sudo {_FIREWALL} --add {python} --unblockapp {python}"
         return warn("firewall", "the firewall is on: it may drop connections to moectl's python", at_host(host, add))
     return ok("firewall", "firewall off")

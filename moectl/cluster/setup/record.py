@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moectl.durable import sync_directory
 from moectl.errors import StateError
-from moectl.files import append_line, sync_directory, try_lock
+from moectl.files import append_line, try_lock
 from moectl.paths import state_dir
 from moectl.records import build
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from moectl.cluster.setup.machine import Machine
 from moectl.cluster.setup.topology import Pair, Topology, ring_pairs
 from moectl.errors import PlanError
-from moectl.hosts.thunderbolt import RDMA_MACOS, THUNDERBOLT_5_BIT_S, Cable
+from moectl.hosts.macos import RDMA_MACOS, refuse_rdma, version_text
+from moectl.hosts.thunderbolt import THUNDERBOLT_5_BIT_S, Cable
 
 _RECOVERY = (
     "RDMA is off. Only a person at the Mac can switch it on: shut it down, hold the power button until the start-up "
@@ -76,6 +77,9 @@ def _why_no_rdma(
     for cable in cables:
         if all((machines[place].generation or 0) >= 5 for place, _ in cable.ends):
             better_not.extend(_slow(cable, machines))
+    able = {m.host.name: m.version for m in machines if m.version and m.version >= RDMA_MACOS}
+    if refused := refuse_rdma(able):
+        cannot.append(Advice(None, f"{refused.message}. {refused.hint}"))
     return tuple(cannot), tuple(better_not)
 
 
@@ -83,7 +87,7 @@ def _why_not_there(machine: Machine) -> str | None:
     if (machine.generation or 0) < 5:
         return "its Thunderbolt is of generation 4 or older: RDMA needs 5 (M4 Pro, M4 Max, M3 Ultra or later)"
     if machine.version is not None and machine.version < RDMA_MACOS:
-        have, least = (".".join(map(str, version)) for version in (machine.version, RDMA_MACOS))
+        have, least = version_text(machine.version), version_text(RDMA_MACOS)
         return f"macOS {have}: RDMA over Thunderbolt needs {least} or newer: sudo softwareupdate -ia -R"
     return None
 

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH100,PTH103,PTH108,PTH111,PTH112,PTH116,PTH118,PTH119,PTH120,PTH123
+# ruff: noqa: PTH100,PTH103,PTH108,PTH110,PTH111,PTH112,PTH116,PTH118,PTH119,PTH120,PTH123,PTH207
 """The program with which `deploy` asks what is on a host, and installs moectl's environment there.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -23,8 +24,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from typing import Any
 
+from moectl.durable import make_directory
 from moectl.hosts.onhost.files import (
     MADE,
     Busy,
@@ -32,7 +35,6 @@ from moectl.hosts.onhost.files import (
     compare,
     describe_failure,
     hash_file,
-    make_directory,
     make_stamp,
     read_record,
     read_text,
@@ -77,6 +79,9 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
         "env": _is_env_of_this_python(os.path.join(root, "env")),
         "writable": os.access(place, os.W_OK | os.X_OK),
         "packages": _versions(request["packages"]),
+        "macos": platform.mac_ver()[0],
+        "wheel": _find_wheel(os.path.join(root, "env")),
+        "executable": _find_executable(),
         "code": _find_code(),
         "stamp": read_text(os.path.join(root, request["stamp"])),
         "wheels": wheels,
@@ -166,6 +171,27 @@ def _versions(packages: list[str]) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def _find_wheel(env: str) -> str:
+    """Return the platform tag of mlx's wheel in this python, else in the environment; empty where there is none."""
+    from importlib import metadata
+
+    places = [*sys.path, *glob.glob(os.path.join(env, "lib", "python3*", "site-packages"))]
+    for name in ("mlx-metal", "mlx"):  # on a Mac, the libraries are in the first
+        for found in metadata.distributions(name=name, path=places):
+            tags = [line for line in (found.read_text("WHEEL") or "").split("\n") if line.startswith("Tag: ")]
+            return tags[0].rpartition("-")[2] if tags else ""
+    return ""
+
+
+def _find_executable() -> str:
+    """Return the program that really runs, which a firewall sees: a framework's python starts another one."""
+    if sysconfig.get_config_var("PYTHONFRAMEWORK"):
+        inner = os.path.join(sys.base_prefix, "Resources", "Python.app", "Contents", "MacOS", "Python")
+        if os.path.exists(inner):
+            return inner
+    return os.path.realpath(sys.executable)
 
 
 def install(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH102, PTH105, PTH108, PTH110, PTH111, PTH112, PTH114, PTH116, PTH118, PTH120, PTH123, PTH208
+# ruff: noqa: PTH105, PTH108, PTH110, PTH111, PTH114, PTH116, PTH118, PTH120, PTH123, PTH208
 """Files on a host: received whole, verified, and remembered, so that they need not be hashed again.
 
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from moectl.durable import make_directory, sync_directory, sync_file
 from moectl.hosts.onhost.prelude import read_line, tell
 
 BLOCK_BYTES = 1 << 20
@@ -97,9 +98,9 @@ def receive(
         if digest.hexdigest() != sha256:
             os.unlink(partial)
             raise Mismatch(digest.hexdigest(), kept)
-        os.fsync(fd)
+        sync_file(fd)
         os.replace(partial, destination)
-        _sync_directory(os.path.dirname(destination) or ".")
+        sync_directory(os.path.dirname(destination) or ".")
     finally:
         os.close(fd)
 
@@ -271,9 +272,9 @@ def write(path: str, content: bytes) -> None:
     with open(temporary, "wb") as f:
         f.write(content)
         f.flush()
-        os.fsync(f.fileno())
+        sync_file(f.fileno())
     os.replace(temporary, path)
-    _sync_directory(os.path.dirname(path) or ".")
+    sync_directory(os.path.dirname(path) or ".")
 
 
 def _drop_stale(path: str) -> None:
@@ -294,28 +295,6 @@ def _is_alive(pid: int) -> bool:
     except OSError:
         pass
     return True
-
-
-def make_directory(directory: str) -> None:
-    """Make a directory and its missing parents, and make their names durable."""
-    if not os.path.isdir(directory):
-        above = os.path.dirname(directory) or "."
-        make_directory(above)
-        try:
-            os.mkdir(directory)
-        except FileExistsError:
-            if not os.path.isdir(directory):  # otherwise another process has just made it
-                raise
-        _sync_directory(above)
-
-
-def _sync_directory(directory: str) -> None:
-    """Make a file's new name durable: after a power cut a manifest must not list files whose names are lost."""
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def describe_failure(error: Exception) -> dict[str, Any]:
