@@ -201,10 +201,13 @@ def _install_pythons(directory: Path, mac: Mac) -> None:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             link.symlink_to(file)
+        if python.framework:
+            write_script(_inside(directory, python.runs_as), "exit 1\n")
         told[str(file)] = {
             "version": python.version,
             "machine": python.machine,
             "old_sdk": python.old_sdk,
+            "framework": python.framework,
             "macos": mac.macos,
             "darwin": darwin(mac),
             "paths": [*filter(None, sys.path), str(Path(__file__).parents[2])],

@@ -29,6 +29,11 @@ def become(told: dict[str, Any], called: str, root: str) -> None:
     import platform
     import posixpath
 
+    if told["framework"]:
+        import sysconfig
+
+        sysconfig.get_config_vars()["PYTHONFRAMEWORK"] = "Python"
+        sys.base_prefix = f"{root}{told['framework']}"
     version = tuple(map(int, told["version"].split(".")))
     fields = dict(zip(("major", "minor", "micro"), version, strict=True))
     sys.version_info = _VersionInfo((*version, "final", 0), fields)  # type: ignore[assignment]
@@ -113,8 +118,16 @@ def install(told: dict[str, Any], called: str, root: str, words: list[str]) -> N
         )
         sys.exit(1)
     if wants:
-        with open(os.path.join(os.path.dirname(os.path.dirname(called)), INSTALLED), "w") as f:
-            json.dump(told["paths"], f)
+        env = os.path.dirname(os.path.dirname(called))
+        packages = f"{env}/lib/python{told['version'].rpartition('.')[0]}/site-packages"
+        info = f"{packages}/mlx_metal-{wants.partition('==')[2]}.dist-info"
+        os.makedirs(info)
+        with open(f"{info}/METADATA", "w") as f:
+            f.write(f"Metadata-Version: 2.1\nName: mlx-metal\nVersion: {wants.partition('==')[2]}\n")
+        with open(f"{info}/WHEEL", "w") as f:
+            f.write(f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: py3-none-{wheel}\n")
+        with open(os.path.join(env, INSTALLED), "w") as f:
+            json.dump([packages, *told["paths"]], f)
 
 
 def run(words: list[str]) -> None:

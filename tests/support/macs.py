@@ -24,17 +24,21 @@ class MacPython:
     version: str = "3.13.9"
     machine: str = "arm64"  # "x86_64": it runs under Rosetta
     old_sdk: bool = False  # built for an older macOS: 26 calls itself 16 for it, unless SYSTEM_VERSION_COMPAT is 0
-    runs_as: str = ""  # what ps shows, where it is another file: framework builds start themselves again
+    framework: str = ""  # the directory of a framework build, whose python starts another file: `runs_as`
+
+    @property
+    def runs_as(self) -> str:
+        """Return what ps shows."""
+        return f"{self.framework}/Resources/Python.app/Contents/MacOS/Python" if self.framework else self.paths[0]
 
 
-_APP = "Resources/Python.app/Contents/MacOS/Python"
 _FRAMEWORK = "/Library/Frameworks/Python.framework/Versions/3.13"
 _CELLAR = "/opt/homebrew/Cellar/python@3.13/3.13.9/Frameworks/Python.framework/Versions/3.13"
 # /usr/bin/python3 where Apple's Command Line Tools are installed; without them, a program that opens a dialog.
-APPLE = MacPython(("/usr/bin/python3",), "3.9.6", runs_as="/Library/Developer/CommandLineTools/usr/bin/python3")
+APPLE = MacPython(("/usr/bin/python3",), "3.9.6")
 HOMEBREW = MacPython(
     (f"{_CELLAR}/bin/python3.13", "/opt/homebrew/bin/python3", "/opt/homebrew/bin/python3.13"),
-    runs_as=f"{_CELLAR}/{_APP}",
+    framework=_CELLAR,
 )
 FRAMEWORK = MacPython(
     (
@@ -44,7 +48,7 @@ FRAMEWORK = MacPython(
         "/usr/local/bin/python3.13",
     ),
     old_sdk=True,
-    runs_as=f"{_FRAMEWORK}/{_APP}",
+    framework=_FRAMEWORK,
 )
 UV = MacPython(
     ("~/.local/share/uv/python/cpython-3.13.9-macos-aarch64-none/bin/python3.13", "~/.local/bin/python3.13"),
@@ -158,18 +162,19 @@ def profile_text(mac: Mac, recorded: Recorded) -> str:
 
 
 def vm_stat_text(pages: int) -> str:
-    """Return `vm_stat` of a Mac that has just been started: a third of its memory is in use."""
+    """Return `vm_stat` of a Mac that has just been started: 5 GiB are in use."""
+    gib = (1 << 30) // _PAGE
     counts = {
-        "Pages free": pages // 2,
-        "Pages active": pages // 5,
-        "Pages inactive": pages // 6,
-        "Pages speculative": pages // 100,
+        "Pages free": pages - 9 * gib,
+        "Pages active": 3 * gib,
+        "Pages inactive": 3 * gib,
+        "Pages speculative": gib,
         "Pages throttled": 0,
-        "Pages wired down": pages // 10,
+        "Pages wired down": gib + gib // 2,
         "Pages purgeable": 20412,
         '"Translation faults"': 291034771,
         "Pages stored in compressor": 1000,
-        "Pages occupied by compressor": pages // 30,
+        "Pages occupied by compressor": gib // 2,
         "Swapouts": 0,
     }
     lines = [f"{name + ':':<40}{f'{count}.':>13}" for name, count in counts.items()]
