@@ -28,11 +28,10 @@ def become(told: dict[str, Any], called: str, root: str) -> None:
     import fcntl
     import platform
     import posixpath
+    import sysconfig
 
+    sysconfig.get_config_vars()["PYTHONFRAMEWORK"] = "Python" if told["framework"] else ""  # while this is still Linux
     if told["framework"]:
-        import sysconfig
-
-        sysconfig.get_config_vars()["PYTHONFRAMEWORK"] = "Python"
         sys.base_prefix = f"{root}{told['framework']}"
     version = tuple(map(int, told["version"].split(".")))
     fields = dict(zip(("major", "minor", "micro"), version, strict=True))
