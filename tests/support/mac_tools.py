@@ -143,7 +143,7 @@ esac
 """
 # This machine's tools that every Unix has, and the flags that macOS's have too.
 POSIX = {
-    "cat": "", "date": "u", "du": "hsk", "env": "i", "grep": "EFciqvx", "head": "n", "hostname": "s", "id": "nu",
+    "cat": "", "date": "u", "du": "hsk", "env": "i", "grep": "EFciqvx", "head": "n", "hostname": "s", "id": "Fnu",
     "ls": "al", "locale": "", "mkdir": "p", "printenv": "", "rm": "dfr", "sed": "En", "tail": "n", "tr": "d",
     "true": "", "wc": "cl",
 }  # fmt: skip
