@@ -22,6 +22,7 @@ from moectl.hosts import survey
 from moectl.hosts.connect import ROOT, connect, map_at_once
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host, HostList
+from moectl.hosts.programs import find_python, list_pythons
 from moectl.hosts.remote import Remote
 from moectl.model.placement import Placement
 from moectl.model.structure import Quantization
@@ -138,9 +139,13 @@ def _is_ring(where: HostList) -> bool:
 
 
 def _measure_links(sites: Sequence[Site], say: Callable[[str], None], *, ring: bool = False) -> tuple[Matrix, Matrix]:
+    without = ", ".join(site.host.name for site in sites if not site.python)
+    if without:
+        say(f"{without}: no python was found there: links are assumed to be as --link says.")
+        return (), ()
     try:
         return probe.measure_links(sites, ring=ring)
-    except RemoteError as error:  # no python there; a host that cannot be reached is Unreachable and is raised
+    except RemoteError as error:  # a host that cannot be reached is Unreachable and is raised
         say(f"{error}: links are assumed to be as --link says.")
         return (), ()
 
@@ -182,7 +187,7 @@ def _open_sites(where: HostList) -> Iterator[tuple[list[Site], list[str]]]:
         env = split_envs(where.envs) | (share_cores(len(hosts)) if all(host.is_local for host in hosts) else {})
         pythons = [_find_python(host, remote) for host, remote in zip(hosts, remotes, strict=True)]
         sites = [
-            Site(host, remote, python or host.python or "python3", own, env)
+            Site(host, remote, python or find_python(remote, list_pythons(host)), own, env)
             for host, remote, python, own in zip(hosts, remotes, pythons, addresses, strict=True)
         ]
         yield sites, [host.name for host, python in zip(hosts, pythons, strict=True) if not python]

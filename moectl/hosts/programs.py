@@ -102,6 +102,16 @@ def ask(
     raise explain_silence(remote.name, done.code, done.stderr, oldest)
 
 
+def find_python(remote: Remote, pythons: Sequence[str]) -> str:
+    """Return the first of these interpreters that can run moectl's programs there; empty when none can.
+
+    Raises HostError, CommandFailed.
+    """
+    words = ["import sys; print(sys.executable)", "", ".".join(map(str, OLDEST)), *pythons]
+    done = remote.run(["sh", "-c", FIND, "moectl", *words], check=False)
+    return last_line(done.stdout) if done.code == 0 else ""
+
+
 def start(remote: Remote, pythons: Sequence[str], program: str, request: Mapping[str, Any]) -> Process:
     """Start a program that runs until its stdin ends, and send the request. Raises HostError, CommandFailed."""
     process = remote.start(_command(program, "", pythons, OLDEST))

@@ -160,8 +160,8 @@ def test_a_connection_that_is_lost_leaves_the_command_in_the_record(call: Call, 
 
 def test_a_route_stops_nothing_and_a_command_without_effect_is_told(call: Call, pair: list[FakeMac]) -> None:
     pair[0].change(fails="route change")
-    tool = pair[1].directory / "bin" / "route"  # it runs last: the address is gone again when it has
-    tool.write_text(f"#!/bin/sh\nexec {pair[1].directory}/bin/ifconfig en2 inet 192.168.0.2 delete\n")
+    tool = pair[1].directory / "usr" / "bin" / "route"  # it runs last: the address is gone again when it has
+    tool.write_text(f"#!/bin/sh\nexec {pair[1].directory}/usr/bin/ifconfig en2 inet 192.168.0.2 delete\n")
     code, _, err = call("setup", "hosts.txt", "--apply", "--yes")
     assert "goes on without: " in err
     assert (code, "1 of the commands succeeded but had no effect: mac1: ifconfig en2 inet 192.168.0.2" in err) == (

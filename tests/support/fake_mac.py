@@ -1,14 +1,19 @@
 """Macs for tests: what their tools print for a given cabling, and hosts behind the test sshd that have these tools.
 
-Such a host is this machine with small scripts in the place of macOS's tools first in its PATH; they keep the Mac's
-state in files. A key of its own, whose authorized_keys line sets that PATH, leads to it; sshd and the shell are real.
+Such a host is this machine with other tools: a key of its own, whose authorized_keys line runs `login`, leads to it;
+sshd and the shell are real. Its tools are scripts that keep the Mac's state in files and take no flag that macOS's own
+do not have. Paths of macOS in a command lead into the Mac's directory, and so does its HOME. `macs` describes each Mac,
+`mac_python` is its python.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
+import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
@@ -16,62 +21,15 @@ from typing import Any
 from moectl.cluster.setup.machine import Machine, read_machine
 from moectl.hosts.hostfile import Host
 from moectl.hosts.survey import read_survey
+from tests.support import mac_python
 from tests.support.cabling import End, hardware_ports_text, ibv_devices_text, profiler_json
+from tests.support.mac_tools import write_login, write_script, write_tools
+from tests.support.macs import DARWIN, MACS, WITH_RDMA, Mac, tool_texts
 from tests.support.mlx_config import Recorded
 from tests.support.sshd import Server, make_key
 
 PORTS = {1: "en2", 2: "en3", 3: "en4", 4: "en5"}  # receptacle → interface
-# What follows runs in the Mac's directory. sudo logs what it is to run but for `true`, and obeys the files beside it.
-SUDO = r"""
-refuse() { echo "$1" >&2; exit 1; }
-if [ "$1" = -n ]; then
-  shift; [ ! -s password ] || refuse "sudo: a password is required"
-else
-  shift 3; read -r typed; [ "$typed" = "$(cat password)" ] || refuse "sudo: 1 incorrect password attempt"
-fi
-[ "$*" != true ] || exit 0
-echo "$*" >>sudo.log
-read -r fails <fails; read -r cut_at <cut_at; read -r listener <listener
-case "$*" in *"${fails:-nothing}"*) refuse "$1: ioctl (SIOCAIFADDR): Operation not permitted";; esac
-case "$*" in *"${cut_at:-nothing}"*)  # the command runs, and nobody hears of its end
-  parent=$$
-  while session=$parent; parent=$(ps -o ppid= -p "$session" | tr -d ' '); [ "${parent:-0}" -gt 1 ]; do
-    [ "$parent" != "$listener" ] || { kill -9 "$session"; break; }
-  done;;
-esac
-exec "$@"
-"""
-IFCONFIG = r"""
-[ $# -gt 0 ] || exec cat interfaces/*
-own=interfaces/$1
-edit() { sed "$1" "$own" >new; cat new >"$own"; }
-refuse() { echo "ifconfig: $1" >&2; exit 1; }
-[ -e "$own" ] || refuse "interface $1 does not exist"
-case "$2 $4" in
-  "up ") edit '1s/<UP,/</; 1s/</<UP,/';;
-  "down ") edit 's/<UP,/</';;
-  "inet netmask")
-    edit '/^[[:space:]]*inet /d'
-    printf '\tinet %s netmask 0x%02x%02x%02x%02x\n' "$3" $(echo "$5" | tr . ' ') >>"$own";;
-  "inet delete")
-    grep -q "inet $3 " "$own" || refuse "ioctl (SIOCDIFADDR): Can't assign requested address"
-    edit "/^[[:space:]]*inet $3 /d";;
-  *) refuse "bad value";;
-esac
-"""
-ROUTE = """
-case "$1" in
-  change) echo "$4" >"routes/$2";;
-  delete) rm "routes/$2" 2>/dev/null || { echo "route: writing to routing socket: not in table" >&2; exit 1; };;
-esac
-"""
-SYSCTL = """
-case "$1" in *=*) sed "s/^${1%=*}: .*/${1%=*}: ${1#*=}/" says/sysctl >new; cat new >says/sysctl;; esac
-cat says/sysctl
-"""
-PMSET = """
-case "$1" in -c) sed "s/ sleep .*/ $2 $3/" says/pmset >new; cat new >says/pmset;; -g) cat says/pmset;; esac
-"""
+STUDIO = replace(MACS["studio-m4-max"], pythons=(), tools=False)
 
 
 def ifconfig_text(interfaces: Mapping[str, Mapping[str, Any]]) -> str:
@@ -119,16 +77,8 @@ def record(
 
 def read(host: Host, recorded: Recorded, *, version: str = "26.2", sleep: int = 0, **fields: Any) -> Machine:
     """Return the machine that moectl makes of a recording."""
-    sections = {
-        "system": "Darwin",
-        "sysctl": "hw.memsize: 137438953472\niogpu.wired_limit_mb: 0",
-        "sw_vers": f"ProductVersion:\t\t{version}\nBuildVersion:\t\t25C56",
-        "system_profiler": recorded.system_profiler,
-        "networksetup": recorded.hardware_ports,
-        "ibv_devices": recorded.ibv_devices,
-        "ifconfig": recorded.ifconfig,
-        "pmset": f" sleep                {sleep}",
-    }
+    told = tool_texts(replace(STUDIO, macos=version, sleep_minutes=sleep), recorded)
+    sections = {"system": "Darwin", "ifconfig": recorded.ifconfig, **told}
     text = "".join(f"\nmoectl-probe {name}\n{body}\n" for name, body in sections.items())
     return read_machine(host, read_survey(text), **fields)
 
@@ -139,6 +89,15 @@ class FakeMac:
 
     directory: Path
     host: Host
+    mac: Mac
+
+    @property
+    def home(self) -> Path:
+        return self.directory / "Users" / "ada"
+
+    def own(self, text: str) -> str:
+        """Return a text with the Mac's paths as they are on a Mac."""
+        return text.replace(str(self.directory), "")
 
     def says(self, tool: str) -> str:
         """Return what one of its tools prints when asked."""
@@ -157,55 +116,114 @@ class FakeMac:
     @property
     def commands(self) -> list[str]:
         """Return what sudo ran or was to run."""
-        log = self.directory / "sudo.log"
+        return self._log("sudo")
+
+    @property
+    def dialogs(self) -> list[str]:
+        """Return what opened a dialog on its screen."""
+        return self._log("dialogs")
+
+    @property
+    def refused(self) -> list[str]:
+        """Return the commands whose flags macOS does not have."""
+        return self._log("refused")
+
+    @property
+    def pip(self) -> list[dict[str, Any]]:
+        """Return how pip was called: its words, SYSTEM_VERSION_COMPAT ("compat"), and MLX's wheel for this Mac."""
+        return [json.loads(line) for line in self._log("pip")]
+
+    def _log(self, name: str) -> list[str]:
+        log = self.directory / f"{name}.log"
         return log.read_text().splitlines() if log.exists() else []
 
-    def restart(self, mac: int) -> None:
+    def start_process(self, pid: int, command: str, *opened: str, kib: int = 512000, uid: int = 0) -> None:
+        """Let ps and lsof show one more process and what it has open."""
+        with (self.directory / "says" / "processes").open("a") as f:
+            f.write(f"{pid} {uid} {kib} 02:14:07 {command}\n")
+        (self.directory / "open" / str(pid)).write_text("".join(f"n{path}\n" for path in (f"p{pid}", *opened)))
+
+    def restart(self, number: int) -> None:
         """Lose what a restart loses: addresses, routes, the state of the bridge."""
-        for name, own in interfaces(mac).items():
+        for name, own in interfaces(number, ports_of(self.mac)).items():
             (self.directory / "interfaces" / name).write_text(_interface_text(name, **own))
         for path in (self.directory / "routes").iterdir():
             path.unlink()
 
 
-def start_mac(sshd: Server, directory: Path, mac: int, recorded: Recorded) -> FakeMac:
+def ports_of(mac: Mac) -> dict[int, str]:
+    """Return the interfaces of its Thunderbolt ports."""
+    return dict(list(PORTS.items())[: mac.ports])
+
+
+def record_mac(mac: Mac, number: int, cables: Sequence[tuple[End, End]] = ()) -> Recorded:
+    """Return what the tools of the `number`th of some Macs print when they are cabled so."""
+    link, idle = (80, 120) if mac.thunderbolt == 5 else (40, 40)
+    return record(number, cables, ports=ports_of(mac), rdma=mac.rdma, link_gbit=link, idle_gbit=idle)
+
+
+def start_mac(sshd: Server, directory: Path, number: int, recorded: Recorded, mac: Mac = STUDIO) -> FakeMac:
     """Make a Mac `mac0`, `mac1` … behind the test's sshd."""
-    for name in ("bin", "says", "interfaces", "routes"):
+    for name in ("usr/bin", "says", "interfaces", "routes", "open", "Users/ada/Documents", "etc/ssh"):
         (directory / name).mkdir(parents=True)
-    says = {
-        "uname": "Darwin",
-        "sw_vers": "ProductName:\t\tmacOS\nProductVersion:\t\t26.2\nBuildVersion:\t\t25C56",
-        "system_profiler": recorded.system_profiler,
-        "networksetup": recorded.hardware_ports,
-        "ibv_devices": recorded.ibv_devices,
-        "ibv_devinfo": "",
-        "rdma_ctl": "enabled",
-        "vm_stat": "",
-        "sysctl": "hw.memsize: 137438953472\niogpu.wired_limit_mb: 0",
-        "pmset": "System-wide power settings:\nCurrently in use:\n sleep 10",
-    }
-    scripts = {tool: f"cat says/{tool}\n" for tool in says}
-    scripts |= {"sudo": SUDO, "ifconfig": IFCONFIG, "route": ROUTE, "sysctl": SYSCTL, "pmset": PMSET}
+    says = {"processes": "", "darwin": darwin(mac), "firewall": firewall_text(mac), **tool_texts(mac, recorded)}
     for tool, text in says.items():
-        (directory / "says" / tool).write_text(text + "\n")
-    tools = directory / "bin"
-    for tool, script in scripts.items():
-        (tools / tool).write_text(f"#!/bin/sh\ncd {shlex.quote(str(directory))} || exit\n{script}")
-        (tools / tool).chmod(0o755)
-    found = FakeMac(directory, Host(f"mac{mac}"))
+        (directory / "says" / tool).write_text(text + "\n" if text else "")
+    if mac.tools:
+        (directory / "tools").touch()
+    write_tools(directory, with_rdma=mac.version >= WITH_RDMA)
+    _install_pythons(directory, mac)
+    found = FakeMac(directory, Host(f"mac{number}"), mac)
     found.change(fails="", cut_at="", password="", listener=str(sshd.process.pid))
-    found.restart(mac)
+    found.restart(number)
     _add_login(sshd, found)
     return found
 
 
+def darwin(mac: Mac) -> str:
+    """Return the version of its kernel."""
+    return f"{DARWIN[mac.version[0]]}.{mac.version[1]}.0"
+
+
+def firewall_text(mac: Mac) -> str:
+    """Return what socketfilterfw says of its state."""
+    return f"Firewall is {'enabled' if mac.firewall else 'disabled'}. (State = {int(mac.firewall)})"
+
+
+def _install_pythons(directory: Path, mac: Mac) -> None:
+    told = {}
+    real = f"{sysconfig.get_config_var('BINDIR')}/python3"
+    words = [real, "-S", "-E", "-B", mac_python.__file__, str(directory)]
+    for python in mac.all_pythons:
+        file, *links = [_inside(directory, path) for path in python.paths]
+        write_script(file, f'exec {shlex.join(words)} "$0" "$@"\n')
+        for link in links:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(file)
+        if python.framework:
+            write_script(_inside(directory, python.runs_as), "exit 1\n")
+        told[str(file)] = {
+            "version": python.version,
+            "machine": python.machine,
+            "old_sdk": python.old_sdk,
+            "framework": python.framework,
+            "macos": mac.macos,
+            "darwin": darwin(mac),
+            "paths": [*filter(None, sys.path), str(Path(__file__).parents[2])],
+        }
+    (directory / "pythons.json").write_text(json.dumps(told))
+
+
+def _inside(directory: Path, path: str) -> Path:
+    return directory / path.replace("~", "Users/ada", 1).lstrip("/")
+
+
 def _add_login(sshd: Server, mac: FakeMac) -> None:
     """Let a key of its own in, and its name into the ssh configuration."""
-    tools = mac.directory / "bin"
-    key = make_key(mac.directory / "key")
-    command = f'PATH={shlex.quote(str(tools))}:$PATH exec sh -c "$SSH_ORIGINAL_COMMAND"'.replace('"', '\\"')
+    key, login = make_key(mac.directory / "key"), write_login(mac.directory)
     with (sshd.directory / "authorized_keys").open("a") as f:
-        f.write(f'command="{command}" {Path(f"{key}.pub").read_text()}')
+        f.write(f'command="{login}" {Path(f"{key}.pub").read_text()}')
     sshd.add_alias(
         mac.host.name,
         "HostName 127.0.0.1",

@@ -1,0 +1,198 @@
+"""Macs as their owners have them, each from the first question to the removal of all that moectl put there.
+
+They are fakes behind a real sshd (`tests.support.fake_mac`): what is tested is what moectl asks of macOS's tools and
+pythons, and what it makes of the answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from moectl.cluster import probed_plan
+from moectl.cluster.deploy.deploy import wanted_versions
+from moectl.cluster.deploy.task import HostTask
+from moectl.cluster.deploy.uninstall import clear_hosts
+from moectl.cluster.deploy.wheelhouse import ask_platforms
+from moectl.errors import MoectlError, StateError
+from moectl.hosts.connect import open_remotes
+from moectl.hosts.hostfile import HostList
+from moectl.hosts.survey import read_hardware, survey_host
+from moectl.model.manifest import FileEntry
+from moectl.planner.questions import PlanOptions, plan_cluster
+from moectl.shards.prepare import Wanted
+from tests.cli.test_cli import run
+from tests.support.cabling import mesh
+from tests.support.fake_mac import FakeMac, record_mac, start_mac
+from tests.support.lone_host import deploy_host
+from tests.support.macs import FRAMEWORK, HOMEBREW, MACS, UV, Mac, MacPython
+from tests.support.sshd import Server
+
+RING = "Thunderbolt ring of 2 Macs, 1 cable: TCP (ring)"
+RDMA = "Thunderbolt mesh of 2 Macs, 1 cable: RDMA (jaccl)"
+RDMA_IS_OFF = "RDMA is off. Only a person at the Mac can switch it on"
+TOO_OLD = "its Thunderbolt is of generation 4 or older: RDMA needs 5"
+NO_PYTHON = "no python 3.11 or newer was found"
+AS_IT_COMES = {"sleep": "warn", "versions": "warn"}  # it sleeps after ten minutes, and moectl is not there yet
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What moectl finds on a Mac, proposes, and says."""
+
+    chip: str
+    plan: str  # whether two of them hold DBRX in 4 bits
+    setup: str
+    advice: str = ""
+    wrong: dict[str, str] = field(default_factory=lambda: AS_IT_COMES)
+    python: MacPython | None = None  # that the environment is made with
+    refused: str = ""
+    wheel: str = ""  # of MLX
+
+
+EXPECTED = {
+    "mini-m1": Expected("m1", "too_much", RING, TOO_OLD, wrong={"sleep": "warn", "python": "fail"}, refused=NO_PYTHON),
+    "studio-m2-ultra": Expected("m2-ultra", "fits", RING, TOO_OLD, python=HOMEBREW, wheel="macosx_15_0_arm64"),
+    "mini-m4-pro": Expected(
+        "m4-pro",
+        "too_much",
+        RING,
+        "macOS 26.1: RDMA over Thunderbolt needs 26.2 or newer",
+        wrong={**AS_IT_COMES, "firewall": "warn", "system": "warn"},
+        python=HOMEBREW,
+        wheel="macosx_26_0_arm64",
+    ),
+    "studio-m4-max": Expected("m4-max", "fits", RDMA, python=UV, wheel="macosx_26_0_arm64"),
+    "studio-m3-ultra": Expected("m3-ultra", "fits", RDMA, python=FRAMEWORK, wheel="macosx_26_0_arm64"),
+    "macbook-m5-max": Expected(
+        "m5-max",
+        "fits",
+        RING,
+        RDMA_IS_OFF,
+        wrong={**AS_IT_COMES, "rdma": "warn"},
+        python=HOMEBREW,
+        wheel="macosx_26_0_arm64",
+    ),
+    "mini-rosetta": Expected(
+        "m4",
+        "too_much",
+        RING,
+        TOO_OLD,
+        wrong={"sleep": "warn", "python": "fail"},
+        refused="mlx runs on Apple silicon only",
+    ),
+}
+SHORT = ("mini-m1", "studio-m4-max")
+# Which python is taken on a Mac, and what macOS calls itself for it: `moectl.hosts.macos` and what came with it.
+CHOOSES_PYTHONS = importlib.util.find_spec("moectl.hosts.macos") is not None
+later = pytest.mark.xfail(not CHOOSES_PYTHONS, reason="the choice of pythons on Macs is not mended yet", strict=True)
+
+
+def cases() -> list[object]:
+    return [
+        pytest.param(
+            name,
+            marks=[*([] if name in SHORT else [pytest.mark.long]), *([later] if name != "studio-m2-ultra" else [])],
+        )
+        for name in MACS
+    ]
+
+
+def start_pair(sshd: Server, directory: Path, mac: Mac) -> list[FakeMac]:
+    """Start two equal Macs with a cable between their first ports; hosts.txt names them."""
+    (directory / "hosts.txt").write_text("mac0\nmac1\n")
+    return [start_mac(sshd, directory / f"mac{i}", i, record_mac(mac, i, mesh(2)), mac) for i in range(2)]
+
+
+def make_task(mac: FakeMac, directory: Path) -> HostTask:
+    """Return what `deploy` asks of a host, without a model."""
+    wheel = directory / "moectl-0.1.0-py3-none-any.whl"
+    wheel.write_bytes(b"a wheel")
+    entry = FileEntry(wheel.stat().st_size, hashlib.sha256(wheel.read_bytes()).hexdigest())
+    return HostTask(0, mac.host, directory, "none", {}, wanted_versions(), "", {wheel: entry}, False, False)
+
+
+def paths_below(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_mac_from_the_first_question_to_the_last(
+    name: str, sshd: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected, mac = EXPECTED[name], MACS[name]
+    macs = start_pair(sshd, tmp_path, mac)
+    first, host = macs[0], macs[0].host
+    before = paths_below(first.home)
+
+    _, out, _ = run(capsys, monkeypatch, "doctor", "hosts.txt", "--fast", "--json")
+    document = json.loads(out)
+    for found in document["hosts"]:
+        assert {c["check"]: c["level"] for c in found["checks"] if c["level"] != "ok"} == expected.wrong, found
+    assert [pair["checks"][0]["level"] for pair in document["pairs"]] == ["ok"] * bool(expected.python)
+
+    code, out, _ = run(capsys, monkeypatch, "setup", "hosts.txt")
+    assert (code, out.split("\n")[0]) == (0, expected.setup)
+    assert expected.advice in out
+    assert ("rdma=" in out) == (expected.setup == RDMA)
+
+    with open_remotes([host]) as remotes:
+        hardware = read_hardware(remotes[0])
+        assert (hardware.chip, hardware.memory_bytes) == (expected.chip, mac.memory_gib << 30)
+        hosts = [replace(host, name=f"mac{i}") for i in range(2)]
+        asked = PlanOptions(found={one.name: hardware for one in hosts})
+        planned = plan_cluster("databricks/dbrx-instruct", Wanted(bits=4), asked, hosts).plan
+        assert planned.verdict.name.lower() == expected.plan
+        if expected.python is None:
+            with pytest.raises(MoectlError, match=expected.refused):
+                ask_platforms([host], remotes)
+        else:
+            assert str(ask_platforms([host], remotes)[0]).startswith(f"python {expected.python.version[:4]} on macosx_")
+
+    if expected.python is None:
+        with pytest.raises(MoectlError, match=expected.refused):
+            deploy_host(make_task(first, tmp_path))
+    else:
+        made = deploy_host(make_task(first, tmp_path))
+        assert first.own(made.python) == "/Users/ada/.moectl/env/bin/python"
+        file = expected.python.paths[0].replace("~", "/Users/ada", 1)
+        assert first.own(str(Path(made.python).resolve())) == file
+        assert {row["wheel"] for row in first.pip} == {expected.wheel}
+        assert clear_hosts([host], dry_run=False)[0].error is None
+    assert paths_below(first.home) == before
+    assert [one.dialogs for one in macs] == [[], []]
+    assert [one.refused for one in macs] == [[], []]
+
+
+def test_links_are_timed_by_a_python_that_is_there(sshd: Server, tmp_path: Path) -> None:
+    """On a Mac without Command Line Tools, `python3` opens a dialog; Homebrew's is not in the PATH of a command."""
+    macs = [
+        start_mac(sshd, tmp_path / f"mac{i}", i, record_mac(MACS[name], i), MACS[name])
+        for i, name in enumerate(("macbook-m5-max", "mini-m1"))
+    ]
+    said: list[str] = []
+    with probed_plan._open_sites(HostList(tuple(mac.host for mac in macs))) as (sites, missing):
+        assert missing == ["mac0", "mac1"]
+        assert macs[0].own(str(Path(sites[0].python).resolve())) == HOMEBREW.paths[0]
+        assert sites[1].python == ""
+        assert probed_plan._measure_links(sites, said.append) == ((), ())
+    assert said == ["mac1: no python was found there: links are assumed to be as --link says."]
+
+
+def test_a_worker_of_a_framework_python_is_seen(sshd: Server, tmp_path: Path) -> None:
+    """Such a python starts itself again as Python.app: ps shows that file, and lsof the log."""
+    mac = start_mac(sshd, tmp_path / "mac0", 0, record_mac(MACS["studio-m3-ultra"], 0), MACS["studio-m3-ultra"])
+    log = mac.home / ".moectl" / "logs" / "x-rank-0.log"
+    mac.start_process(501, f"{FRAMEWORK.runs_as} -m moectl worker", str(log))
+    mac.start_process(502, "/usr/libexec/sharingd")
+    [found] = clear_hosts([mac.host], dry_run=True)
+    assert isinstance(found.error, StateError)
+    assert "process 501" in found.error.message
+    with open_remotes([mac.host]) as remotes:
+        assert survey_host(remotes[0]).workers_bytes == 512000 << 10
