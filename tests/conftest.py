@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ settings.load_profile("untimed")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # of pytest-xdist: files stay in the order that is given below
+
+
+def pytest_report_header() -> str:
+    """Say with which versions of the libraries that moectl stands on this run was made."""
+    return ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "transformers"))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -117,7 +117,11 @@ _HOST_KEYS = (
         "chip=NAME",
         "The chip, for plans: m2-ultra, m4-max and so on; completion of --chip lists them.",
     ),
-    ManualEntry("price=USD", "The price of the host, for plans: they show the speed per dollar."),
+    ManualEntry(
+        "price=USD",
+        "The price of the host, for plans: they show the speed per dollar. Without it, the price at launch counts "
+        "where it is known for this size of memory.",
+    ),
     ManualEntry("python=PATH", "The interpreter to use, if not the first suitable python3."),
     ManualEntry("dir=PATH", "Where moectl keeps its files there, if not in ~/.moectl."),
 )

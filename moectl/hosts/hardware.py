@@ -18,6 +18,9 @@ from moectl.hosts.thunderbolt import find_generation, parse_ports, read_items
 MARK = "moectl-probe "  # in front of each section's name, see `survey.HARDWARE_SCRIPT`
 _MIB = 1 << 20
 _MOST = 1 << 60  # a larger number is not a size of real hardware
+_NVIDIA = re.compile(r"\b(H100|H200|GB10)\b")
+# It shares the memory of the machine: nvidia-smi says [N/A] (docs.nvidia.com/dgx/dgx-spark/known-issues.html).
+_UNIFIED = ("gb10",)
 _APPLE = re.compile(r"Apple (M\d{1,2})(?: (Pro|Max|Ultra))?")
 
 
@@ -36,6 +39,11 @@ class Hardware:
     os_version: str | None = None
     thunderbolt: int | None = None  # generation: 5 can do RDMA, 4 (3 and USB4 included) cannot
 
+    @property
+    def macos_major(self) -> int | None:
+        """The major version of macOS; None on another system, or where it is not known."""
+        return major_version(self.os_version) if self.os == "macOS" else None
+
 
 def parse_probe(text: str) -> Hardware:
     """Return the hardware from the output of `survey.HARDWARE_SCRIPT`: sections, each after a line "moectl-probe NAME".
@@ -52,6 +60,15 @@ def parse_probe(text: str) -> Hardware:
             return parse_linux(*(found.get(name, "") for name in names))
         case other:
             raise CommandFailed(f"it is neither macOS nor Linux: it calls itself {other[:40]!r}")
+
+
+def major_version(macos: str | None) -> int | None:
+    """Return the major version of macOS "26.2", 26; None where the text is no version.
+
+    A program that was built for an older macOS is told 16 in the place of 26.
+    """
+    first = re.match(r"(\d{1,3})(?:\.|$)", macos or "", re.ASCII)
+    return None if first is None else 26 if first[1] == "16" else int(first[1])
 
 
 def split_sections(text: str) -> dict[str, str]:
@@ -113,7 +130,7 @@ def parse_linux(meminfo: str, cpuinfo: str, os_release: str, nvidia_smi: str = "
 
     nvidia-smi was asked for name, memory.total and memory.used, without header and units (MiB). MemAvailable is the
     kernel's estimate of the memory that is left without swapping; the rest is in use. The working set is the GPU's free
-    memory, because one rank runs on one GPU.
+    memory, because one rank runs on one GPU; a GPU that shares the machine's memory has none of its own.
     """
     keys = _pairs(meminfo)
     total, available = (_kib(keys.get(key)) for key in ("MemTotal", "MemAvailable"))
@@ -131,16 +148,19 @@ def parse_linux(meminfo: str, cpuinfo: str, os_release: str, nvidia_smi: str = "
     )
 
 
-def _gpu(line: str) -> tuple[str | None, int] | None:
-    """Return (name of the chips table or None, free bytes) of one line of nvidia-smi; None when it is no GPU."""
+def _gpu(line: str) -> tuple[str | None, int | None] | None:
+    """Return (name of the chips table or None, free bytes of its own) of a line of nvidia-smi; None for no GPU."""
     words = [word.strip() for word in line.split(",")]
     if len(words) != 3:
         return None
+    found = _NVIDIA.search(words[0])
+    name = found[1].lower() if found else None
+    if name in _UNIFIED:
+        return name, None
     total, used = _count(words[1]), _count(words[2])
     if not total or used is None or used > total:
         return None
-    name = re.search(r"\b(H100|H200)\b", words[0])
-    return name[1].lower() if name else None, (total - used) * _MIB
+    return name, (total - used) * _MIB
 
 
 def _pairs(text: str, between: str = ":") -> dict[str, str]:

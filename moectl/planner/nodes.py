@@ -12,7 +12,15 @@ from moectl.errors import HostsError
 from moectl.hosts.hardware import Hardware
 from moectl.hosts.hostfile import Host
 from moectl.planner.calibration import Calibration
-from moectl.planner.chips import Chip, default_working_set_bytes, find_chip, installed_bytes, sizes_sold
+from moectl.planner.chips import (
+    Chip,
+    default_working_set_bytes,
+    find_chip,
+    find_price,
+    find_reading,
+    installed_bytes,
+    sizes_sold,
+)
 from moectl.planner.memory import CPU_DTYPE_BYTES, METAL_DTYPE_BYTES, Memory
 from moectl.planner.plan import Node
 from moectl.planner.speed import Rates
@@ -39,14 +47,30 @@ def make_node(
     Raises HostsError when none of them names its chip or its memory.
     """
     chip = _chip(host, defaults, found)
+    memory = _memory(host, defaults, found, chip)
     return Node(
         host.name,
-        memory=replace(_memory(host, defaults, found, chip), ranks=ranks),
+        memory=replace(memory, ranks=ranks),
         rates=_rates(chip, calibration),
         dtype_bytes=CPU_DTYPE_BYTES if chip.name == "linux-cpu" else METAL_DTYPE_BYTES,
-        price=host.price if host.price is not None else chip.price_usd,
+        price=host.price if host.price is not None else find_price(chip, memory.total),
         is_mac=is_apple(chip),
         rdma=chip.rdma or not is_apple(chip),
+        assumed=_assumed(memory, found, chip),
+    )
+
+
+def _assumed(memory: Memory, found: Hardware | None, chip: Chip) -> str:
+    """Return what is only assumed of a Mac's memory; empty where a limit was set, or was read on a Mac like it."""
+    macos = found.macos_major if found else None
+    if not is_apple(chip) or find_reading(memory.total, macos) is not None:
+        return ""
+    if memory.working_set is None or memory.working_set != default_working_set_bytes(memory.total, macos):
+        return ""
+    version = "macOS" if macos is None else f"macOS {macos}"
+    return (
+        f"no reading of the GPU's limit is known for {memory.total / (1 << 30):.0f} GiB with {version}: "
+        f"{memory.working_set / 1e9:.1f} GB is a rule of thumb"
     )
 
 
@@ -74,7 +98,7 @@ def _memory(host: Host, defaults: Defaults, found: Hardware | None, chip: Chip) 
     if found is not None and found.memory_bytes:
         total, working_set = found.memory_bytes, found.wired_limit_bytes or found.working_set_bytes
         if is_apple(chip) and working_set is None:
-            working_set = default_working_set_bytes(total)
+            working_set = default_working_set_bytes(total, found.macos_major)
         if host.memory_bytes is not None:  # the rest is for its owner
             working_set = min(host.memory_bytes, working_set or host.memory_bytes)
         return Memory(total, working_set, found.in_use_bytes or 0)

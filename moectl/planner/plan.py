@@ -35,6 +35,7 @@ class Node:
     price: float | None = None  # USD
     is_mac: bool = True
     rdma: bool = True  # whether its Thunderbolt can do it; True where that is not known
+    assumed: str = ""  # what is not known of its memory, in a sentence without its name
 
 
 @dataclass(frozen=True, slots=True)

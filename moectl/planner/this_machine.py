@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moectl.errors import PlanError
+from moectl.hosts.hardware import major_version
 from moectl.model.manifest import Manifest
 from moectl.model.placement import Placement
 from moectl.planner.chips import default_working_set_bytes
@@ -41,7 +43,7 @@ def own_memory() -> Memory | None:
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform == "darwin":
-        return Memory(total, default_working_set_bytes(total))
+        return Memory(total, default_working_set_bytes(total, major_version(platform.mac_ver()[0])))
     return Memory(total, None, max(0, total - _available(total)))
 
 

@@ -20,11 +20,15 @@ BITS = (4, 8, 16)
 MACHINES = (
     ("m2-ultra", 192),
     ("m3-ultra", 96),
+    ("m3-ultra", 256),
     ("m3-ultra", 512),
     ("m4-max", 128),
     ("m4-pro", 64),
     ("m4", 32),
+    ("m5-max", 128),
+    ("m5-pro", 64),
     ("m5", 32),
+    ("gb10", 128),
 )
 GROUP = 64
 
@@ -86,7 +90,7 @@ def what_if(
 
 
 def _links(chip: Chip) -> list[str]:
-    skipped = {"1gbe"} | (set() if chip.rdma else {"rdma"})
+    skipped = {"1gbe"} | (set() if chip.rdma else {"rdma"}) | (set() if chip.thunderbolt else {"tb-tcp"})
     return [link for link in LINKS if link not in skipped]
 
 

@@ -93,6 +93,24 @@ def test_a_linux_machine_with_gpus() -> None:
     assert found.working_set_bytes == (81559 - 1044) << 20
 
 
+def test_a_dgx_spark_shares_its_memory() -> None:
+    """Texts of two owners: github.com/XuehaiPan/nvitop/pull/208 and unslothai/unsloth/pull/10283."""
+    meminfo = "MemTotal:       127600748 kB\nMemAvailable:   118566368 kB\n"
+    found = parse_linux(meminfo, "processor : 0\n", "", "NVIDIA GB10, [N/A], [N/A]")
+    assert (found.chip, found.memory_bytes) == ("gb10", 127600748 * 1024)
+    assert found.working_set_bytes is None  # all of the memory is the GPU's
+    assert found.in_use_bytes == (127600748 - 118566368) * 1024
+
+
+@pytest.mark.parametrize(
+    ("version", "major"),
+    [("26.2", 26), ("15.5", 15), ("16.0", 26), ("26", 26), ("", None), ("beta", None), ("1234.5", None), ("٢.1", None)],
+)
+def test_major_versions(version: str, major: int | None) -> None:
+    assert Hardware(os="macOS", os_version=version).macos_major == major
+    assert Hardware(os="Linux", os_version=version).macos_major is None
+
+
 @pytest.mark.parametrize(
     ("brand", "chip"),
     [

@@ -28,6 +28,22 @@ def test_shares_are_rounded_to_grains(
     assert share_out(count, grain, shares) == tuple(spans)
 
 
+@pytest.mark.parametrize(
+    ("shares", "fast"),
+    [
+        ([1] * 2, False),
+        ([88, 80], True),
+        ([1] * 4, False),
+        ([48, 40, 40, 40], True),
+        ([1] * 6, False),
+        ([1] * 8, False),
+    ],
+)
+def test_shares_that_keep_mlx_in_its_faster_kernel(shares: list[float], fast: bool) -> None:
+    """DBRX's 10752 in groups of 64: rows of 4 bits in multiples of 512 (qmv_fast in MLX's metal/quantized.cpp)."""
+    assert all((stop - start) % 512 == 0 for start, stop in share_out(10752, 64, shares)) == fast
+
+
 @given(st.integers(1, 60), st.integers(1, 64), st.lists(st.floats(0.01, 100), min_size=1, max_size=9))
 def test_spans_cover_everything_once(grains: int, grain: int, shares: list[float]) -> None:
     spans = share_out(grains * grain, grain, shares)

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given, strategies as st
 
 from moectl.errors import HostsError
-from moectl.planner.chips import CHIPS, Chip, default_working_set_bytes, find_chip, installed_bytes
+from moectl.planner.chips import (
+    CHIPS,
+    PRICES,
+    Chip,
+    Price,
+    default_working_set_bytes,
+    find_chip,
+    find_price,
+    find_reading,
+    installed_bytes,
+)
 
 GIB = 1 << 30
 
@@ -17,9 +27,23 @@ def test_rows_are_complete_and_sane(chip: Chip) -> None:
     assert 50 < chip.bandwidth_gb_s < 30_000
     assert 0 < chip.fp16_tflops < 10_000
     assert list(chip.memory_gib) == sorted(set(chip.memory_gib))
-    assert (chip.price_usd is None) == (chip.price_of == "")
     assert chip.rdma == (chip.thunderbolt == 5)
     assert find_chip(chip.name) is find_chip(chip.name.upper().replace("-", " ")) is chip
+
+
+@pytest.mark.parametrize("price", PRICES, ids=lambda price: f"{price.chip}-{price.memory_gib}")
+def test_each_price_is_of_a_machine_that_is_sold(price: Price) -> None:
+    assert price.source
+    assert price.machine
+    assert price.memory_gib in CHIPS[price.chip].memory_gib
+    assert find_price(CHIPS[price.chip], price.memory_gib * GIB) == price.usd
+
+
+def test_a_size_of_memory_without_a_price_has_none() -> None:
+    """One price per chip made a Mac Studio with 256 GB as expensive as one with 512 GB."""
+    assert find_price(CHIPS["m3-ultra"], 256 * GIB) is None
+    assert find_price(CHIPS["gb10"], 127600748 * 1024) == 3999  # as Linux counts it
+    assert find_price(CHIPS["dgx-h100"], 640 * 10**9) == 289_000
 
 
 def test_rdma_needs_thunderbolt_5() -> None:
@@ -50,15 +74,37 @@ def test_any_text_is_a_chip_or_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gib", "working_set"), [(16, 10.67), (32, 21.33), (64, 48), (96, 72), (128, 107.52), (192, 144)]
+    ("macos", "gib", "working_set"),
+    [
+        (26, 128, 107.52),
+        (26, 64, 51.84),
+        (26, 16, 11.84),
+        (15, 128, 96),
+        (15, 64, 48),
+        (14, 64, 48),
+        (15, 16, 10.67),
+        (15, 192, 144),
+        (None, 128, 96),  # the smaller one
+        (None, 64, 48),
+        (None, 192, 144),  # the only one
+    ],
 )
-def test_working_sets_as_published(gib: int, working_set: float) -> None:
-    assert default_working_set_bytes(gib * GIB) == int(working_set * GIB)
+def test_working_sets_as_they_were_read(macos: int | None, gib: int, working_set: float) -> None:
+    assert default_working_set_bytes(gib * GIB, macos) == find_reading(gib * GIB, macos) == int(working_set * GIB)
 
 
-@given(st.integers(4 * GIB, 1024 * GIB))
-def test_working_sets_stay_below_the_memory(memory: int) -> None:
-    assert 0.6 * memory < default_working_set_bytes(memory) < 0.85 * memory
+@pytest.mark.parametrize(
+    ("macos", "gib", "working_set"),
+    [(26, 36, 24), (26, 96, 72), (26, 192, 144), (26, 256, 192), (26, 512, 384), (27, 128, 96), (None, 24, 16)],
+)
+def test_without_a_reading_the_rule_of_thumb_holds(macos: int | None, gib: int, working_set: float) -> None:
+    assert find_reading(gib * GIB, macos) is None
+    assert default_working_set_bytes(gib * GIB, macos) == working_set * GIB
+
+
+@given(st.integers(4 * GIB, 1024 * GIB), st.sampled_from([None, 14, 15, 26, 27]))
+def test_working_sets_stay_below_the_memory(memory: int, macos: int | None) -> None:
+    assert 0.6 * memory < default_working_set_bytes(memory, macos) < 0.85 * memory
 
 
 def test_a_stated_size_is_the_one_that_is_sold() -> None:
@@ -68,7 +114,7 @@ def test_a_stated_size_is_the_one_that_is_sold() -> None:
 
 def test_the_papers_prices() -> None:
     """arXiv 2506.23635: two Mac Studios cost 1/22 of the 8×H100 machine."""
-    studio, dgx = CHIPS["m2-ultra"].price_usd, CHIPS["dgx-h100"].price_usd
+    studio, dgx = (find_price(CHIPS[name], gib * GIB) for name, gib in (("m2-ultra", 192), ("dgx-h100", 640)))
     assert studio is not None
     assert dgx is not None
     assert dgx / (2 * studio) == pytest.approx(22, rel=0.05)

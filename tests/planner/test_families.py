@@ -46,7 +46,7 @@ def test_model_types_that_another_file_reads() -> None:
         ("meta-llama/Llama-3.2-3B-Instruct", (1, 16)),
         ("meta-llama/Llama-3.3-70B-Instruct", (1, 64)),
         ("databricks/dbrx-instruct", (1, 128)),
-        ("moonshotai/Kimi-K2-Instruct", (6, 128)),
+        ("moonshotai/Kimi-K2-Instruct", (2, 512)),  # six with 128 GB would do where each has macOS 26
     ],
 )
 def test_the_smallest_cluster(model: str, macs: tuple[int, int]) -> None:

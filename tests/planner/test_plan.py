@@ -15,6 +15,8 @@ from moectl.cli.app import cli
 from moectl.cli.options import Failed
 from moectl.demo import demo_dir
 from moectl.errors import MoectlError, PlanError
+from moectl.hosts.hardware import Hardware
+from moectl.hosts.hostfile import Host
 from moectl.model.catalog import MODELS
 from moectl.model.structure import Quantization
 from moectl.paths import data_dir
@@ -22,6 +24,7 @@ from moectl.planner.advice import make_plan, refusal
 from moectl.planner.calibration import DEFAULT, PAPER
 from moectl.planner.chips import default_working_set_bytes
 from moectl.planner.memory import Memory, Verdict
+from moectl.planner.nodes import make_node
 from moectl.planner.plan import Node, Question, spread
 from moectl.planner.speed import Rates
 
@@ -360,6 +363,35 @@ def test_sizes_of_all_bins_of_a_chip_are_whole_machines() -> None:
         json.loads(plan(*words, "--chip", chip).stdout)["nodes"][0]["budget_bytes"] for chip in ("m3-max", "m3-max-30")
     ]
     assert budgets == [default_working_set_bytes(96 << 30)] * 2
+
+
+def test_the_gpus_limit_is_that_of_the_version_that_was_found() -> None:
+    def make(version: str, gib: int) -> Node:
+        found = Hardware(chip="m4-max", memory_bytes=gib * GIB, os="macOS", os_version=version)
+        return make_node(Host("mac"), DEFAULT, found=found)
+
+    assert make("26.2", 64).memory.working_set == int(51.84 * GIB)
+    assert make("15.5", 64).memory.working_set == 48 * GIB
+    assert make("26.2", 64).assumed == make("15.5", 64).assumed == ""
+    assert make("26.2", 36).assumed == (
+        "no reading of the GPU's limit is known for 36 GiB with macOS 26: 25.8 GB is a rule of thumb"
+    )
+    found = Hardware(chip="m4-max", memory_bytes=36 * GIB, wired_limit_bytes=30 * GIB, os="macOS", os_version="26.2")
+    assert make_node(Host("mac"), DEFAULT, found=found).assumed == ""  # its owner has set one
+
+
+def test_a_rule_of_thumb_is_told() -> None:
+    words = ("--hosts", "a,b", "--chip", "m3-ultra", "--memory", "256GB", "--q-bits", "4")
+    assert "a, b: no reading of the GPU's limit is known for 256 GiB with macOS: 206.2 GB" in plan(*words).stdout
+    assert all(node["assumed"] for node in json.loads(plan(*words, "--json").stdout)["nodes"])
+    assert "no reading" not in plan("--hosts", "a,b", "--chip", "m2-ultra", "--memory", "192GB").stdout
+
+
+def test_what_if_knows_a_dgx_spark_and_a_mac_with_256_gb() -> None:
+    rows = json.loads(plan("--what-if", "--q-bits", "4", "--json").stdout)["rows"]
+    assert {row["link"] for row in rows if row["chip"] == "gb10"} == {"10gbe"}  # it has no Thunderbolt
+    assert {row["memory_gib"] for row in rows if row["chip"] == "m3-ultra"} == {96, 256, 512}
+    assert not any(row["tok_s_per_usd"] for row in rows if row["memory_gib"] == 256)  # its price is not known
 
 
 def test_advice_about_concurrency_and_links() -> None:

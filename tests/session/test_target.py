@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from moectl.errors import HostsError, NotDeployed
-from moectl.hosts.hostfile import Host, parse_host_string, parse_hosts
+from moectl.hosts.hostfile import Host, HostList, parse_host_string, parse_hosts
+from moectl.hosts.mlx_hostfile import to_mlx_json
 from moectl.hosts.remote import Completed
 from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from moectl.session.target import find_addresses, find_deployment, split_envs
@@ -82,6 +83,14 @@ def test_changes_of_the_hosts_file_that_count_at_once(deployed: Deployment, text
     assert found is not None
     assert [rank.host for rank in found.ranks] == list(wanted.hosts)
     assert [(r.python, r.directory) for r in found.ranks] == [(r.python, r.directory) for r in deployed.ranks]
+
+
+def test_variables_of_a_hostfile_count_at_once(deployed: Deployment) -> None:
+    """So `bench` compares settings of Metal's command buffers, without a deploy for each."""
+    hosts = HostList(tuple(rank.host for rank in deployed.ranks), "ring", ("MLX_MAX_OPS_PER_BUFFER=100",))
+    found = find_deployment(parse_hosts(to_mlx_json(hosts), source="hosts.json"))
+    assert found is not None
+    assert (found.envs, found.addresses) == (("MLX_MAX_OPS_PER_BUFFER=100",), deployed.addresses)
 
 
 def test_an_unfinished_deployment_is_named() -> None:

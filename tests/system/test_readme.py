@@ -9,7 +9,6 @@ any number of lines.
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import shlex
@@ -21,11 +20,11 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from moectl.cli.app import cli
 from moectl.cli.guides import DIRECTORY, TOPICS
 from moectl.cluster.doctor.errnos import explain, find_error
+from tests.support import hardware_table
 from tests.support.ring import process_env
 
 ROOT = Path(__file__).parent.parent.parent
@@ -304,35 +303,6 @@ def test_every_schema_is_one_of_ours() -> None:
 # --- What the guide promises of hardware.
 
 
-@pytest.mark.parametrize("row", _rows("hardware"), ids=lambda row: f"{row[1]} {row[2]}")
-def test_the_table_of_macs_is_what_plan_says(row: list[str]) -> None:
-    _, chip, memory, thunderbolt, fewest, link, predicted = row
-    count = int(fewest.partition(",")[0])
-    link = "tb-tcp" if link == "–" else link
-
-    def plan(hosts: int) -> dict[str, object]:
-        names = ",".join(f"mac{number}" for number in range(hosts))
-        words = [
-            "plan",
-            "--hosts",
-            names,
-            "--chip",
-            chip,
-            "--memory",
-            memory,
-            "--link",
-            link,
-            "--q-bits",
-            "4",
-            "--json",
-        ]
-        document: dict[str, object] = json.loads(CliRunner().invoke(cli, words).stdout)
-        return document
-
-    found = plan(count)
-    assert found["verdict"] == ("borderline" if "borderline" in fewest else "fits")
-    prediction = found["prediction"]
-    assert isinstance(prediction, dict)
-    assert f"{prediction['decode_tok_s']:.1f} tok/s" == predicted
-    assert count == 1 or not plan(count - 1)["feasible"]
-    assert ("RDMA" in thunderbolt) == (link == "rdma" or chip in {"m3-ultra", "m4-max"})
+def test_the_table_of_machines_is_what_plan_says() -> None:
+    drawn = hardware_table.GUIDE.read_text().partition(hardware_table.BEGIN)[2].partition(hardware_table.END)[0]
+    assert drawn == hardware_table.draw(), "draw it again: python -m tests.support.hardware_table"

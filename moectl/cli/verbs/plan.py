@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 def plan_text(model: CatalogModel, question: Question, plan: Plan, measured: MeasuredCluster | None = None) -> str:
     """Return the table of who would hold what, whether it fits, how fast it would be, and what was measured."""
-    lines = [model_text(model, question), plan_table(question, plan), _fit_text(plan), plan.why]
+    lines = [
+        model_text(model, question),
+        plan_table(question, plan),
+        *_assumed_lines(question),
+        _fit_text(plan),
+        plan.why,
+    ]
     if measured is not None:
         lines[-1:-1] = measured_lines(question, measured)
     if plan.prediction is not None:
@@ -39,6 +45,15 @@ def plan_text(model: CatalogModel, question: Question, plan: Plan, measured: Mea
     if plan.feasible:  # else they are the error's hint
         lines.extend(f"Advice: {advice}." for advice in plan.advice)
     return "\n".join(lines)
+
+
+def _assumed_lines(question: Question) -> list[str]:
+    """Return what is only assumed of hosts, each sentence once."""
+    hosts: dict[str, dict[str, None]] = {}
+    for node in question.nodes:
+        if node.assumed:
+            hosts.setdefault(node.assumed, {})[node.host] = None
+    return [f"{', '.join(names)}: {assumed}." for assumed, names in hosts.items()]
 
 
 def measured_lines(question: Question, measured: MeasuredCluster) -> list[str]:
@@ -139,8 +154,9 @@ def plan_json(
                 "kv_bytes": node.need.kv,
                 "need_bytes": node.need.total,
                 "budget_bytes": node.budget_bytes,
+                "assumed": asked.assumed or None,
             }
-            for node in plan.nodes
+            for node, asked in zip(plan.nodes, question.nodes, strict=True)
         ],
         "prediction": None if p is None else {**asdict(p), "tok_s_per_usd": plan.tok_s_per_usd},
         "advice": list(plan.advice),

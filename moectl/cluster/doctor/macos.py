@@ -125,7 +125,7 @@ def check_wired_limit(host: Host, hardware: Hardware) -> Finding | None:
     limit, memory = hardware.wired_limit_bytes, hardware.memory_bytes
     if limit is None or memory is None:
         return None
-    default = default_working_set_bytes(memory)
+    default = default_working_set_bytes(memory, hardware.macos_major)
     sizes = f"{limit / _GIB:.1f} GiB (default {default / _GIB:.1f})"
     if limit > Memory(memory).budget:
         fix = at_host(host, "sudo sysctl iogpu.wired_limit_mb=0")
