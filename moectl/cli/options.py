@@ -232,7 +232,7 @@ target_options = _together(
         type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]),
         default="auto",
         show_default=True,
-        help="How ranks exchange numbers: ring uses TCP, jaccl uses RDMA.",
+        help="How ranks exchange numbers: ring uses TCP, jaccl uses RDMA; --split layers uses ring only.",
     ),
     click.option(
         "--start-timeout",
@@ -246,7 +246,8 @@ target_options = _together(
         "--prefill-step",
         type=click.IntRange(1),
         metavar="TOKENS",
-        help="Tokens of a prompt to read in one step; other answers wait for one step at most (default: 512).",
+        help="Tokens of a prompt to read in one step; other answers wait for one step at most "
+        "(default: 512; fewer with --split layers on slower Macs).",
     ),
     click.option(
         "--speculate",

@@ -160,8 +160,6 @@ class Engine:
             case Cancel(id=request_id) if self._leads:
                 if self._admission.cancel(request_id):
                     yield from self._arrived[request_id].cancel()
-            case _:
-                pass
 
     def fail(self, request_id: int) -> None:
         """End an answer whose event could not be sent; on the leader, between two events."""
@@ -180,7 +178,6 @@ class Engine:
     def _profile(self, order: Profile) -> Iterator[Event]:
         # No request is admitted past this order's id, so every rank is idle here, at the same place in the count.
         self._admitted = order.id
-        self._agreement.meet(self._generator.stream)
         if self._leads:
             self._admission.admit(order.id)
         assert self._placement is not None
@@ -396,9 +393,6 @@ class Engine:
         else:
             answers = self._decoding
             self._sampled_rows = True
-        if self._leads:
-            tokens = sample_rows(answers, logprobs).astype(mx.int32)
-        else:
-            tokens = mx.zeros((len(answers),), dtype=mx.int32)
-        self._in_flight = list(answers), self._agreement.agree(tokens, logprobs)
+        tokens = sample_rows(answers, logprobs) if self._leads else mx.zeros((len(answers),))
+        self._in_flight = list(answers), self._agreement.agree(tokens.astype(mx.int32), logprobs)
         return self._in_flight[1]

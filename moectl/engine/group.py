@@ -24,13 +24,16 @@ from moectl.engine.protocol import AllGather, Connect, Connected, Connecting, Li
 _log = logging.getLogger("moectl.worker")
 
 
-def open_group(link: ControllerLink, start: Start, kv_tokens: int | None = None) -> Any:
-    """Tell the controller free ports and join the group of all ranks; return None for a single rank."""
+def open_group(link: ControllerLink, start: Start, **of_rank: Any) -> Any:
+    """Tell the controller free ports and join the group of all ranks; return None for a single rank.
+
+    `of_rank` is what else Listening tells.
+    """
     with contextlib.ExitStack() as ports:
         numbers = [ports.enter_context(_free_port(address)) for address in start.addresses]
         alone = start.world_size == 1
-        jaccl = None if alone else has_jaccl()
-        link.tell(Listening(own_versions(), numbers, kv_tokens, os.getpid(), read_macos(), read_wheel(), jaccl))
+        system = {"macos": read_macos(), "wheel": read_wheel(), "jaccl": None if alone else has_jaccl()}
+        link.tell(Listening(own_versions(), numbers, pid=os.getpid(), **system, **of_rank))
         return None if alone else _join(link, start, ports)
 
 

@@ -41,7 +41,7 @@ class RunOptions:
     agree_routing: bool = _shared(False)  # rank 0 chooses the experts for all
     paranoia: int = _shared(0)  # after this number of steps all ranks compare what they computed; 0: never
     cache_tokens: int | None = None  # for past answers at most; None: what the running ones leave
-    prefill_step: int | None = _shared(None)  # tokens of a prompt that are read at a time; None: PREFILL_STEP
+    prefill_step: int | None = _shared(None)  # tokens of a prompt that are read at a time; None: what the ranks can
     speculate: int = _shared(0)  # tokens that prompt lookup may propose at once; 0: none
 
     def shared(self) -> dict[str, Any]:
@@ -82,6 +82,7 @@ class Load:
     """Read the weights; answered by Loaded."""
 
     kv_tokens: int | None = None  # keys and values of this many tokens fit on every rank; None: not known
+    prefill_step: int | None = None  # tokens of a prompt that every rank can read at a time; None: any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,8 @@ class Listening:
     macos: str | None = None  # its version, "26.2"; None on another system
     wheel: str = ""  # platform tag of the wheel of its mlx, "macosx_26_0_arm64"
     jaccl: bool | None = None  # whether its mlx can do RDMA; None for a single rank, which needs none
+    split: str = ""  # of its shard set; "": it has none
+    prefill_step: int | None = None  # tokens of a prompt that this rank can read at a time; None: any number
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,7 @@ def _serve(link: ControllerLink) -> None:
     if start.log:
         _log_to(Path(start.log).expanduser())
     _log.info("rank %d of %d starts on %s", start.rank, start.world_size, start.shards)
+    from moectl.engine.prefill_step import choose_prefill_step, own_chip
     from moectl.model.manifest import read_manifest, refuse_links_outside
     from moectl.planner.this_machine import check_own_memory, count_kv_tokens
 
@@ -123,7 +124,13 @@ def _serve(link: ControllerLink) -> None:
     _check_wishes(start, manifest)
     if sys.platform != "darwin" and not start.run.force:  # before any rank here has taken memory
         check_own_memory(manifest, start.rank, ranks_here=start.ranks_here)
-    group = open_group(link, start, count_kv_tokens(manifest, start.rank, ranks_here=start.ranks_here))
+    group = open_group(
+        link,
+        start,
+        kv_tokens=count_kv_tokens(manifest, start.rank, ranks_here=start.ranks_here),
+        split=manifest.placement.split,
+        prefill_step=choose_prefill_step(manifest.placement, own_chip()),
+    )
     load: Load = link.take(Load)
     import mlx.core as mx  # not before the group's environment is set
 
@@ -181,7 +188,7 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
         group=group,
         vocab_size=structure.vocab_size,
         max_seq_len=structure.context,
-        prefill_step=start.run.prefill_step or PREFILL_STEP,
+        prefill_step=start.run.prefill_step or load.prefill_step or PREFILL_STEP,
         kv_tokens=load.kv_tokens,
         cache_tokens=start.run.cache_tokens,
         speculate=start.run.speculate,

@@ -9,25 +9,34 @@ import json
 from collections.abc import Sequence
 
 from moectl.engine.protocol import Connect, Listening
-from moectl.errors import HostsError
+from moectl.errors import HostsError, UsageError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.macos import explain_missing_rdma, parse_version, refuse_rdma
 from moectl.hosts.mlx_hostfile import to_mlx_devices
 
+# Splits in which one rank sends to another. JACCL gives wrong data, or hangs, when two such messages differ in size.
+RING_ONLY = ("layers",)
 BACKENDS = ("auto", "ring", "jaccl", "jaccl-ring")
 
 
-def choose_backend(wanted: str, hosts: Sequence[Host]) -> str:
+def choose_backend(wanted: str, hosts: Sequence[Host], *, split: str = "") -> str:
     """Return the backend to use: `auto` is JACCL where every host names its RDMA devices, else the TCP ring.
 
     A full mesh of devices gives `jaccl`; neighbours only give `jaccl-ring`. A hostfile's `any`, and none, mean `auto`.
-    Raises HostsError when the wanted backend cannot work with these hosts.
+    `split` is how the model is divided, where that is known: `layers` goes over the ring. Raises HostsError when the
+    wanted backend cannot work with these hosts, UsageError when it cannot with this split.
     """
     wanted = "auto" if wanted in ("", "any") else wanted
     if wanted not in BACKENDS:
         raise HostsError(f"unknown backend {wanted!r}; it is one of {', '.join(BACKENDS)}")
-    if wanted == "ring":
-        return wanted
+    if wanted == "ring" or (wanted == "auto" and split in RING_ONLY):
+        return "ring"
+    if split in RING_ONLY:
+        raise UsageError(
+            f"--backend {wanted} cannot run --split {split}: JACCL mixes up numbers that one rank sends to another, "
+            "where their count changes (mlx#3149)",
+            hint="use --backend ring, or cut the model with another --split",
+        )
     if wanted == "auto":
         if len(hosts) < 2 or not all(len(host.rdma) == len(hosts) for host in hosts):
             return "ring"

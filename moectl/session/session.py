@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moectl import errors
@@ -24,6 +24,7 @@ from moectl.engine.protocol import (
     Done,
     Event,
     Generate,
+    Load,
     Order,
     Prefilled,
     Profile,
@@ -37,6 +38,7 @@ from moectl.engine.request import Request
 from moectl.errors import MoectlError, Stalled
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import Remote
+from moectl.session.backend import choose_backend
 from moectl.session.blame import Blame
 from moectl.session.liveness import LOADING_MISSES, MISSES, Sleep, StepDeadline
 from moectl.session.startup import LINK_HINT, StartUp
@@ -54,6 +56,11 @@ class RankSpec:
     addresses: tuple[str, ...]  # IPv4 addresses for tensor traffic
     env: Mapping[str, str] = field(default_factory=dict)  # added to the worker's environment
     log: str | None = None  # file on the host for a copy of the worker's log
+
+
+def _least(numbers: Iterable[int | None]) -> int | None:
+    """Return the smallest number that is known."""
+    return min((number for number in numbers if number is not None), default=None)
 
 
 _WAKE = (0, None)  # an event that only makes the reader look again whether to go on, and for how long
@@ -74,7 +81,7 @@ class Session:
         kv_tokens: int | None = None,
         on_log: Callable[[str, str], None] = lambda host, line: None,
     ) -> None:
-        """Take what to run, and the backend that was chosen for these ranks.
+        """Take what to run, and the backend that is wanted.
 
         `patience` multiplies the time that a step may take, after a session that was too slow. `kv_tokens` is for how
         many tokens' keys and values there is room; None: as many as the hosts report.
@@ -98,7 +105,7 @@ class Session:
         self._unanswered: set[int] = set()  # ids of what was asked and has not ended
         self._sleep = Sleep()
         self._blame = Blame(ranks, self._links, self._events, self._sleep, backend)
-        self._deadline = StepDeadline(step_timeout_s, options.prefill_step or PREFILL_STEP, patience)
+        self._deadline = StepDeadline(step_timeout_s, PREFILL_STEP, patience)
         self._joined = False  # before that, a worker cannot answer heartbeats
 
     def __enter__(self) -> Session:
@@ -123,12 +130,14 @@ class Session:
         up = StartUp(self._ranks, self._links, self._events, self._blame, self._options, self._refuse_closed)
         listening = up.listen()
         if len(self._ranks) > 1:
-            up.connect(listening, self._backend)
+            hosts = [spec.host for spec in self._ranks]
+            up.connect(listening, choose_backend(self._backend, hosts, split=listening[0].split))
         self._joined = True
         if self._kv_tokens is None:  # every rank holds every token's, so the smallest room counts
-            known = [event.kv_tokens for event in listening.values() if event.kv_tokens is not None]
-            self._kv_tokens = min(known, default=None)
-        ready = up.load(self._kv_tokens, self._load_timeout_s, self._step_timeout_s * self._patience)
+            self._kv_tokens = _least(event.kv_tokens for event in listening.values())
+        step = self._options.prefill_step or _least(event.prefill_step for event in listening.values())
+        self._deadline.chunk_tokens = step or PREFILL_STEP
+        ready = up.load(Load(self._kv_tokens, step), self._load_timeout_s, self._step_timeout_s * self._patience)
         self._deadline.learn(max(r.token_s for r in ready.values()), max(r.step_s for r in ready.values()))
         self._ready = ready[0]
         self._send_all(Beat())  # the answer says how much memory a rank holds

@@ -101,11 +101,11 @@ class StartUp:
         self._check_versions(listening)
         return listening
 
-    def load(self, kv_tokens: int | None, load_timeout_s: float, check_timeout_s: float) -> dict[int, Ready]:
+    def load(self, order: Load, load_timeout_s: float, check_timeout_s: float) -> dict[int, Ready]:
         """Let all load the model; return what each found when it first computed."""
         everyone = range(len(self._ranks))
         for link in self._links:
-            link.send(Load(kv_tokens))
+            link.send(order)
         self._collect(Loaded, everyone, load_timeout_s, _LOADING)
         for link in self._links:
             link.send(Check())

@@ -137,7 +137,8 @@ def open_session(
         wanted = options.backend
         if isinstance(target, Deployment) and wanted == "auto":
             wanted = target.backend
-        session = Session(ranks, options, backend=choose_backend(wanted, [spec.host for spec in ranks]), **of_session)
+        choose_backend(wanted, [spec.host for spec in ranks])  # what cannot work is refused before anything starts
+        session = Session(ranks, options, backend=wanted, **of_session)
         on_made(session)
         yield held.enter_context(session)
 

@@ -104,6 +104,12 @@ def test_auto_takes_rdma_where_the_hosts_name_it() -> None:
     assert choose_backend("auto", [Host("a")]) == "ring"
 
 
+def test_auto_takes_the_ring_where_one_rank_sends_to_another() -> None:
+    hosts = parse_hosts(mesh(3)).hosts
+    assert choose_backend("auto", hosts, split="layers") == "ring"
+    assert choose_backend("auto", hosts, split="tensor") == "jaccl"
+
+
 @pytest.mark.parametrize("said", ["", "any"])
 def test_a_hostfile_that_names_no_backend_gets_the_best(said: str) -> None:
     found = parse_hosts(hostfile(json.loads(mesh(3))["hosts"], backend=said))

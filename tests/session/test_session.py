@@ -311,11 +311,14 @@ import json, os, sys, time
 def tell(kind_, /, **fields): print(json.dumps({"type": kind_, **fields}), flush=True)
 def obey(kind, order):
     if kind == "Start":
-        tell("Listening", versions=VERSIONS, ports=[9])
+        pipeline = {"split": "layers", "prefill_step": 64 * (1 + order["rank"])} if MODE == "pipeline" else {}
+        tell("Listening", versions=VERSIONS, ports=[9], **pipeline)
     elif kind == "Connect":
         tell("Connecting")
         rank = order["env"]["MLX_RANK"]
-        if MODE in ("quick", "dissents", "stalls", "freezes"):
+        if MODE == "pipeline":
+            print(order["backend"], file=sys.stderr, flush=True)
+        if MODE in ("quick", "pipeline", "dissents", "stalls", "freezes"):
             tell("Connected", rank=int(rank), world_size=3)
         elif MODE == "blames":
             error = {"kind": "Unreachable", "message": "cannot join the ring group: [ring] the neighbour has gone"}
@@ -331,6 +334,8 @@ def obey(kind, order):
     elif kind == "Load" and MODE == "dissents":
         tell("Fatal", error={"kind": "RanksDisagree", "message": "chose other experts than the others"}, rank=2)
     elif kind == "Load":
+        if MODE == "pipeline":
+            print("step", order["prefill_step"], file=sys.stderr, flush=True)
         tell("Loaded")
     elif kind == "Check" and MODE != "stalls":
         tell("Ready", split="hidden", bits=4, vocab_size=9, max_seq_len=9, top_k=1)
@@ -499,6 +504,15 @@ def test_rdma_that_cannot_work_is_refused_before_anyone_joins(
     with pytest.raises(VersionMismatch, match=said) as caught:
         Session(ranks, backend="jaccl", on_log=lambda host, line: heard.append(line)).__enter__()
     assert (caught.value.hint, heard) == (hint, [])
+
+
+def test_a_pipeline_goes_over_the_ring_and_reads_as_its_slowest_rank_can() -> None:
+    heard: list[str] = []
+    devices = [(None, "rdma_en3"), ("rdma_en2", None)]
+    ranks = [replace(r, host=Host(f"h{i}", rdma=devices[i])) for i, r in enumerate(stand_ins("pipeline", "pipeline"))]
+    with Session(ranks, backend="auto", on_log=lambda host, line: heard.append(line)):
+        pass
+    assert sorted(heard) == ["ring", "ring", "step 64", "step 64"]
 
 
 def test_a_jaccl_exchange_that_stalls_is_bounded(shards: Path) -> None:

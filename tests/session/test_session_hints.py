@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from moectl.errors import HostsError
+from moectl.errors import HostsError, UsageError
 from moectl.hosts.hostfile import Host, parse_hosts
 from moectl.session.backend import choose_backend
-from tests.session.test_backend import neighbours
+from tests.session.test_backend import mesh, neighbours
 from tests.session.test_target import addresses
 
 
@@ -20,6 +20,16 @@ def test_the_backend_that_the_hint_names_is_taken(backend: str) -> None:
         choose_backend("jaccl", hosts)
     assert caught.value.hint == "use --backend jaccl-ring or ring"
     assert choose_backend(backend, hosts) == backend
+
+
+@pytest.mark.parametrize("backend", ["jaccl", "jaccl-ring"])
+def test_a_split_that_needs_the_ring_gets_it_as_the_hint_says(backend: str) -> None:
+    hosts = parse_hosts(mesh(3)).hosts
+    with pytest.raises(UsageError, match=f"--backend {backend} cannot run --split layers") as caught:
+        choose_backend(backend, hosts, split="layers")
+    assert caught.value.hint == "use --backend ring, or cut the model with another --split"
+    assert choose_backend("ring", hosts, split="layers") == "ring"
+    assert choose_backend(backend, hosts, split="hidden") == backend
 
 
 @pytest.mark.parametrize("connection", ["", "fe80::1 5 fe80::2 22"])

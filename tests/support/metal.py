@@ -1,6 +1,6 @@
 """Let ranks on a CPU go the ways that they go on a Mac: modes for tests, and a worker in them.
 
-`MOECTL_TEST_METAL` in a rank's environment holds the modes as JSON. `python -m tests.support.metal VERB …` is moectl
+`MOECTL_TEST_METAL` in a rank's environment holds the modes as JSON. `python -m tests.support.metal serve …` is moectl
 with local ranks that obey it, and `lockstep_rank` obeys it, too. moectl itself does not read the variable.
 """
 

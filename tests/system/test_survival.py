@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from moectl.server.client import Client, find_running
+from tests.support.metal import Modes
 from tests.support.ring import process_env
 from tests.support.running import wait_for, workers
 
@@ -24,12 +25,16 @@ SEEDED: dict[str, Any] = {**GREEDY, "temperature": 1.5, "seed": 7}
 
 
 class Served:
-    """`moectl serve` on two local ranks, slow enough to be hit in the middle of an answer."""
+    """`moectl serve` on two local ranks, slow enough to be hit in the middle of an answer; `modes`: in a Mac's ways."""
 
-    def __init__(self, *words: str) -> None:
-        command = [sys.executable, "-m", "moectl", "serve", "--local", "2", "--port", "0", "--json", *words]
-        env = process_env(RING_DELAY_US="1500")
+    def __init__(self, *words: str, modes: Modes | None = None) -> None:
+        program = "moectl" if modes is None else "tests.support.metal"
+        # In float32 also as on a GPU: in bfloat16 a restart, which reads the answer as a prompt, may tip a tie.
+        words += ("--dtype", "float32") if modes else ()
+        command = [sys.executable, "-m", program, "serve", "--local", "2", "--port", "0", "--json", *words]
+        env = process_env(RING_DELAY_US="1500", **(modes.env() if modes else {}))
         pipe = subprocess.PIPE
+        self.modes = modes
         self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -49,7 +54,7 @@ class Served:
 
     def workers(self) -> list[int]:
         """Return the pids of its ranks, in no order."""
-        rows = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
+        rows = subprocess.run(["ps", "-ewwo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
         fields = [row.split(None, 3) for row in rows.splitlines()[1:]]
         mine = [f for f in fields if int(f[1]) == self.process.pid and "moectl worker" in f[3] and "Z" not in f[2]]
         return [int(f[0]) for f in mine]
@@ -94,9 +99,16 @@ class Streamed:
         return "".join(self.pieces)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served("--max-restarts", "100")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(None, id="plain"),
+        pytest.param(Modes(gpu=True), marks=pytest.mark.long, id="gpu"),
+        pytest.param(Modes(streams=True, watch_s=5.0), marks=pytest.mark.long, id="streams"),
+    ],
+)
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    served = Served("--max-restarts", "100", modes=request.param)
     yield served
     code, stderr = served.end()
     assert code == 130, stderr
@@ -156,8 +168,8 @@ def test_who_asks_meanwhile_waits(served: Served, undisturbed: dict[str, str]) -
     assert late[0].text == undisturbed["greedy"]
 
 
-def test_a_controller_that_was_stopped_blames_no_worker(undisturbed: dict[str, str]) -> None:
-    served = Served()
+def test_a_controller_that_was_stopped_blames_no_worker(served: Served, undisturbed: dict[str, str]) -> None:
+    served = Served(modes=served.modes)
 
     def sleep() -> None:
         os.kill(served.process.pid, signal.SIGSTOP)
