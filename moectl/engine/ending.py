@@ -8,7 +8,6 @@ the backend may never return, and it may hold the interpreter lock meanwhile: th
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import queue
@@ -54,39 +53,6 @@ def end_with_link(reason: str) -> NoReturn:
     limit_end()
     time.sleep(ORDERLY_S - _MARGIN_S)
     exit_now(reason, code=LINK_LOST)
-
-
-def settle() -> None:
-    """Wait for what the default stream still computes; the engine waits for its own when it is dropped."""
-    if "mlx.core" in sys.modules:
-        import mlx.core as mx
-
-        with contextlib.suppress(Exception):
-            mx.synchronize()
-
-
-def release() -> None:
-    """Give back this process's memory; the model and the engine must be in no variable any more.
-
-    MLX itself keeps the group until the process ends.
-    """
-    if "mlx.core" not in sys.modules:
-        return
-    import mlx.core as mx
-
-    with contextlib.suppress(Exception):
-        gc.collect()
-        mx.set_wired_limit(0)
-        mx.clear_cache()
-
-
-def keeps_memory() -> bool:
-    """Return whether this machine may keep what a process has wired after it has ended."""
-    if "mlx.core" not in sys.modules:
-        return False
-    import mlx.core as mx
-
-    return mx.metal.is_available()
 
 
 def exit_now(reason: str, *, code: int) -> NoReturn:

@@ -68,6 +68,9 @@ def _join(link: ControllerLink, start: Start, ports: contextlib.ExitStack) -> An
         faulthandler.cancel_dump_traceback_later()
         for file in files.values():
             file.close()
+    from moectl.engine.network.exchange import use_backend  # it imports mlx, which reads the variables
+
+    use_backend(connect.backend)
     _log.info("joined over %s as rank %d of %d", connect.backend, start.rank, start.world_size)
     link.tell(Connected(group.rank(), group.size()))
     return group

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from moectl import errors
 from moectl.engine.backend_errors import explain_backend
 from moectl.engine.controller_link import ControllerLink
-from moectl.engine.ending import LinkEnded, end_with_link, exit_now, keeps_memory, limit_end, release, settle
+from moectl.engine.ending import LinkEnded, end_with_link, exit_now, limit_end
 from moectl.engine.environment import keep_awake, prepare_environment
+from moectl.engine.gpu_memory import keeps_memory, limit_memory, release, settle
 from moectl.engine.group import open_group
 from moectl.engine.isolation import isolated
 from moectl.engine.protocol import (
@@ -166,6 +167,7 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
     from moectl.engine.caches import count_row_tokens
     from moectl.engine.engine import Engine
     from moectl.engine.network.load import load_rank
+    from moectl.planner.this_machine import CONTEXT, need_of_tokens, own_dtype_bytes
     from moectl.shards.chat.tokenizer import open_tokenizer
     from moectl.shards.source.checkpoint import read_sampling
     from moectl.shards.verified import check_files
@@ -197,6 +199,8 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
         batchable=structure.can_batch,
         row_tokens=count_row_tokens(structure),
     )
+    tokens = load.kv_tokens or CONTEXT
+    limit_memory(need_of_tokens(manifest, start.rank, tokens, own_dtype_bytes()), ranks_here=start.ranks_here)
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     bits = manifest.quantization.bits if manifest.quantization else None
     link.memory_bytes = mx.get_active_memory

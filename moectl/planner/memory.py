@@ -26,6 +26,11 @@ METAL_DTYPE_BYTES, CPU_DTYPE_BYTES = 2, 4  # bfloat16 on a GPU, float32 on a CPU
 # Metal are an estimate.
 RUNTIME_BYTES = {METAL_DTYPE_BYTES: 600_000_000, CPU_DTYPE_BYTES: 400_000_000}
 
+# What MLX may keep of freed arrays on a GPU at most, to give them out again; its own limit is nearly the working set.
+CACHE_LIMIT_BYTES = 2 << 30
+# What a rank on a Mac may wire beyond its need: blocks are larger than what is in them.
+WIRED_EXTRA_BYTES = 2 << 30
+
 
 class Verdict(enum.IntEnum):
     """Whether a need fits its budget, best first."""
@@ -61,6 +66,7 @@ class Need:
     communication: int
     runtime: int
     loading: int  # beside the weights while the last of them are read
+    cache_limit: int = 0  # of freed arrays that MLX keeps
 
     @property
     def arrays(self) -> int:
@@ -68,8 +74,17 @@ class Need:
         return self.weights + max(self.loading, self.kv + self.activations + self.communication)
 
     @property
+    def freed(self) -> int:
+        """What MLX may keep of freed arrays: as much as a step gives back."""
+        return min(self.cache_limit, self.activations + self.communication)
+
+    @property
     def total(self) -> int:
-        return self.runtime + self.arrays
+        return self.runtime + self.arrays + self.freed
+
+    def wired_limit(self, working_set_bytes: int, ranks_here: int) -> int:
+        """Return how much a rank may wire where several share a GPU's working set."""
+        return min(self.arrays + self.freed + WIRED_EXTRA_BYTES, working_set_bytes // ranks_here)
 
 
 def judge(need_bytes: int, budget_bytes: int) -> Verdict:
@@ -103,6 +118,7 @@ def rank_need(
         communication=PREFILL_TOKENS * placement.structure.width * dtype_bytes * (placement.world_size > 1),
         runtime=_runtime_bytes(placement, rank, context, dtype_bytes),
         loading=_loading_bytes(placement, rank, dtype_bytes),
+        cache_limit=CACHE_LIMIT_BYTES if dtype_bytes == METAL_DTYPE_BYTES else 0,  # on a CPU it keeps none
     )
 
 

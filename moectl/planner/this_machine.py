@@ -1,4 +1,4 @@
-"""How much memory this machine has for the ranks that run on it, and whether that is enough. It asks only the kernel.
+"""How much memory this machine has for the ranks that run on it, and whether that is enough. It asks only the system.
 
 The operator's machine uses it for its own ranks, and a worker before it loads the model.
 """
@@ -9,13 +9,14 @@ import importlib.util
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from moectl.errors import PlanError
-from moectl.hosts.hardware import major_version
+from moectl.hosts.hardware import major_version, parse_macos
 from moectl.model.manifest import Manifest
 from moectl.model.placement import Placement
 from moectl.planner.chips import default_working_set_bytes
@@ -25,6 +26,7 @@ from moectl.planner.memory import (
     KV_STEP,
     METAL_DTYPE_BYTES,
     Memory,
+    Need,
     Verdict,
     cache_bytes,
     judge,
@@ -34,6 +36,7 @@ from moectl.planner.memory import (
 
 CONTEXT = 4096  # tokens for which every rank has to have memory
 MOST_ANSWERS = 8  # of full length, at once
+SYSCTL = "/usr/sbin/sysctl"
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -43,8 +46,18 @@ def own_memory() -> Memory | None:
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform == "darwin":
-        return Memory(total, default_working_set_bytes(total, major_version(platform.mac_ver()[0])))
+        version = major_version(platform.mac_ver()[0])
+        return Memory(total, _own_gpu_limit() or default_working_set_bytes(total, version))
     return Memory(total, None, max(0, total - _available(total)))
+
+
+def _own_gpu_limit() -> int | None:
+    """Return the bytes that this Mac's owner allows its GPU; None where macOS chooses."""
+    try:
+        done = subprocess.run([SYSCTL, "iogpu.wired_limit_mb"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse_macos(done.stdout, "", "", "").wired_limit_bytes
 
 
 def own_dtype_bytes() -> int:
@@ -95,13 +108,19 @@ def count_kv_tokens(manifest: Manifest, rank: int, *, ranks_here: int) -> int | 
     dtype_bytes, longest = own_dtype_bytes(), manifest.structure.context
 
     def fits(steps: int) -> bool:
-        whole, rest = divmod(steps * KV_STEP, longest)  # tokens of full answers, and of one more
-        need = rank_need(manifest.placement, rank, context=longest if whole else rest, dtype_bytes=dtype_bytes)
-        full = cache_bytes(manifest.placement, rank, longest, max(0, whole - 1), dtype_bytes)
-        more = cache_bytes(manifest.placement, rank, rest, bool(whole and rest), dtype_bytes)
-        return need.total + full + more <= budget
+        return need_of_tokens(manifest, rank, steps * KV_STEP, dtype_bytes).total <= budget
 
     return max(min(CONTEXT, longest), most_that_fits(fits, MOST_ANSWERS * longest // KV_STEP) * KV_STEP)
+
+
+def need_of_tokens(manifest: Manifest, rank: int, tokens: int, dtype_bytes: int) -> Need:
+    """Return what a rank needs with keys and values of this many tokens: full answers, and one of the rest."""
+    longest, placement = manifest.structure.context, manifest.placement
+    whole, rest = divmod(tokens, longest)
+    need = rank_need(placement, rank, context=longest if whole else rest, dtype_bytes=dtype_bytes)
+    full = cache_bytes(placement, rank, longest, max(0, whole - 1), dtype_bytes)
+    more = cache_bytes(placement, rank, rest, bool(whole and rest), dtype_bytes)
+    return replace(need, kv=need.kv + full + more)
 
 
 def _available(total: int) -> int:

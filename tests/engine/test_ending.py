@@ -6,11 +6,10 @@ import signal
 import subprocess
 import sys
 
-import mlx.core as mx
 import pytest
 
 from moectl.engine import ending
-from moectl.engine.ending import LinkEnded, Orders, release
+from moectl.engine.ending import LinkEnded, Orders
 from moectl.engine.protocol import LINK_LOST, Cancel
 from moectl.session.worker_link import EXIT_GRACE_S
 
@@ -105,11 +104,3 @@ def test_the_order_at_the_end(serve: str, wanted: list[str], code: int) -> None:
     assert acts[0] == "limit"
     assert [act for act in acts if act != "limit"] == wanted
     assert found == code
-
-
-def test_what_cannot_be_given_back_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(limit: int) -> int:
-        raise RuntimeError("no such device")
-
-    monkeypatch.setattr(mx, "set_wired_limit", fail)
-    release()

@@ -108,7 +108,7 @@ def test_a_refusal_names_the_node_the_bytes_and_what_would_fit() -> None:
     plan = make_plan(ask(*(mac(name, 24) for name in "abcd")))
     assert not plan.feasible
     error = refusal(plan)
-    said = r"the model does not fit: [ad] needs 19\.\d GB, 17\.2 GB is usable \(2\.\d GB too little\)"
+    said = r"the model does not fit: [ad] needs 20\.\d GB, 17\.2 GB is usable \(2\.\d GB too little\)"
     assert re.fullmatch(said, error.message)
     hint = str(error.hint)
     assert "--q-bits 3" in hint

@@ -15,6 +15,7 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.model.manifest import Manifest
 from moectl.planner import this_machine
+from moectl.planner.chips import default_working_set_bytes
 from moectl.planner.memory import Memory
 from moectl.session.session import RankSpec, Session
 from moectl.shards.prepare import Wanted, shard
@@ -67,3 +68,36 @@ def test_a_worker_refuses_what_its_host_cannot_hold(manifest: tuple[Path, Manife
     assert caught.value.hint == "'moectl plan' says what would fit; --force tries it all the same"
     with Session([spec], RunOptions(force=True)) as session:
         assert isinstance(list(session.generate(Request(1, "Hello", 2)))[-1], Done)
+
+
+def make_mac(monkeypatch: pytest.MonkeyPatch, directory: Path, limit_mb: int, *, total_gib: int = 24) -> None:
+    """Let this process think that it is a Mac whose owner set iogpu.wired_limit_mb; 0: macOS chooses."""
+    sysctl = directory / "sysctl"
+    sysctl.write_text(f'#!/bin/sh\necho "$1: {limit_mb}"\n')
+    sysctl.chmod(0o755)
+    monkeypatch.setattr(this_machine, "SYSCTL", str(sysctl))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    pages = {"SC_PAGE_SIZE": 16384, "SC_PHYS_PAGES": (total_gib << 30) // 16384}
+    monkeypatch.setattr("os.sysconf", lambda name: pages[name])
+
+
+def test_a_mac_whose_gpu_may_have_more_has_more_room(
+    monkeypatch: pytest.MonkeyPatch, manifest: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    usual, rooms = default_working_set_bytes(24 << 30), []
+    for limit_mb, working_set in ((0, usual), (20480, 20480 << 20), (1024, 1 << 30)):
+        make_mac(monkeypatch, tmp_path, limit_mb)
+        memory = this_machine.own_memory()
+        assert memory is not None
+        assert (memory.total, memory.working_set) == (24 << 30, working_set)
+        monkeypatch.setattr(this_machine, "MOST_ANSWERS", 1 << 20)
+        rooms.append(this_machine.count_kv_tokens(manifest[1], 0, ranks_here=1) or 0)
+    assert rooms[2] < rooms[0] < rooms[1]
+
+
+def test_a_mac_without_that_tool_has_what_macos_chooses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_mac(monkeypatch, tmp_path, 20480)
+    monkeypatch.setattr(this_machine, "SYSCTL", str(tmp_path / "nothing"))
+    memory = this_machine.own_memory()
+    assert memory is not None
+    assert memory.working_set == default_working_set_bytes(24 << 30)

@@ -21,7 +21,13 @@ Observer = Callable[[mx.array, Exchange], mx.array]
 
 # Up to here latency, not bandwidth, decides: all_gather makes N-1 hops where all_sum makes 2(N-1).
 GATHER_BELOW_BYTES = 64 * 1024
+# Times the number of ranks: from there on MLX's ring sends an array both ways round at once (min_send_size in its
+# ring.cpp). Then each socket has two users, and its thread looks at their list of tasks without the lock. mlx#4475
+# reports that sums of three and more Macs hang in 3 to 4 % of the calls; one way round costs about as much.
+ONE_WAY_BYTES = 2 * 262_144
+_LEAST_RANKS = 3
 
+_backend = "ring"
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 _backend_sum = mx.distributed.all_sum
 
@@ -47,6 +53,12 @@ def seam() -> Iterator[None]:
 
     with replaced_sum(all_sum):
         yield
+
+
+def use_backend(name: str) -> None:
+    """Note over which of MLX's backends this process exchanges arrays."""
+    global _backend
+    _backend = name
 
 
 def share_first(arrays: Sequence[mx.array], group: mx.distributed.Group) -> list[mx.array]:
@@ -93,6 +105,16 @@ def observed(observer: Observer) -> Iterator[None]:
 
 def _sum(x: mx.array, group: mx.distributed.Group) -> mx.array:
     if x.nbytes > GATHER_BELOW_BYTES:
-        return _backend_sum(x, group=group)
+        return _sum_large(x, group)
     parts = mx.distributed.all_gather(x[None], group=group)
     return parts.astype(mx.float32).sum(axis=0).astype(x.dtype)
+
+
+def _sum_large(x: mx.array, group: mx.distributed.Group) -> mx.array:
+    most = ONE_WAY_BYTES * group.size() - 1
+    if _backend != "ring" or group.size() < _LEAST_RANKS or x.nbytes <= most:
+        return _backend_sum(x, group=group)
+    flat = x.reshape(-1)
+    step = most // x.itemsize
+    pieces = [_backend_sum(flat[begin : begin + step], group=group) for begin in range(0, flat.size, step)]
+    return mx.concatenate(pieces).reshape(x.shape)

@@ -50,8 +50,6 @@ def load_rank(
     need `exchange.seam`. Raises IntegrityError when a file is missing, truncated, or does not hold what the manifest's
     model needs.
     """
-    if mx.metal.is_available():
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     weights = open_weights(directory, manifest, rank)
     skeleton, found = build_skeleton(manifest)
     model = skeleton.model
