@@ -37,6 +37,7 @@ from moectl.engine.protocol import (
     Token,
 )
 from moectl.errors import MoectlError, to_json
+from moectl.hosts.onhost.workers import mark_running
 from moectl.shards.hub_environment import HUB_VARIABLES
 
 if TYPE_CHECKING:
@@ -237,6 +238,7 @@ def _log_to(path: Path) -> None:
         return
     handler.setFormatter(_FORMAT)
     _log.addHandler(handler)
+    mark_running(str(path))
 
 
 def _exit(reason: str, *, code: int = 1) -> None:

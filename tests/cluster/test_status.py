@@ -38,8 +38,15 @@ from tests.support.structures import structure_of
 from tests.support.tiny import make_config
 
 NAME = "tiny-hidden-2"
-# A process whose command line ends as a worker's does, and which has a log open as a worker has.
-WORKER = "import sys, time; f = open(sys.argv[1], 'a'); print(1, flush=True); sys.stdin.read()"
+# A process whose command line ends as a worker's does, and which marks its log as a worker does.
+WORKER = """
+import sys
+from moectl.hosts.onhost.workers import mark_running
+open(sys.argv[1], "a").close()
+mark_running(sys.argv[1])
+print(1, flush=True)
+sys.stdin.read()
+"""
 
 
 @contextlib.contextmanager
@@ -289,13 +296,10 @@ def test_workers_in_what_ps_prints() -> None:
             "memory_bytes": 73600000 * 1024,
             "up_s": 8047.0,
             "python": "/Users/ada/.moectl/env/bin/python",
-            "logs": [],
         }
     ]
+    assert [worker["pid"] for worker in workers.parse_ps(PS, {501})] == [501, 2210]
     assert workers.parse_elapsed("03-02:14:07") == 3 * 86400 + 8047
-    assert workers.pick_logs(["/a/x-rank-0.log", "/a/x-rank-0.log", "/a/log", "/dev/null"]) == ["/a/x-rank-0.log"]
-    # Of a worker whose log is gone it is known still under which root it works.
-    assert workers.pick_logs(["/a/x-rank-0.log (deleted)"]) == ["/a/x-rank-0.log"]
 
 
 def interrupted(_: str) -> None:
