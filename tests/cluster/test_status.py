@@ -287,7 +287,7 @@ PS = """\
   501  12480 03-02:14:07 /opt/homebrew/bin/python3 -m moectl serve
  2210 73600000    02:14:07 /Users/ada/.moectl/env/bin/python -m moectl worker
  2216    800       00:41 sh -c exec python -m moectl worker now
- 2217 800       00:09 /opt/homebrew/Frameworks/Python.framework/Versions/3.12/Resources/Python.app/Contents/MacOS/Python \
+ 2217 800  00:09 /opt/homebrew/Frameworks/Python.framework/Versions/3.12/Resources/Python.app/Contents/MacOS/Python \
 -m moectl worker
 """
 
