@@ -152,7 +152,7 @@ def _log_of(root: str, name: str, rank: int) -> str:
 
 def _stranger_row(host: str, log: str, worker: dict[str, Any]) -> StatusRow:
     match = re.fullmatch(r"(.*)-rank-(\d+)\.log", posixpath.basename(log))
-    assert match is not None  # `onhost.workers.pick_logs`
+    assert match is not None  # `onhost.workers.read_marks`
     return StatusRow(host, int(match[2]), RUNNING, match[1], worker["memory_bytes"], worker["up_s"])
 
 

@@ -41,6 +41,7 @@ from moectl.engine.protocol import (
     Token,
 )
 from moectl.errors import MoectlError, to_json
+from moectl.hosts.onhost.workers import mark_running
 from moectl.shards.source.hub_environment import HUB_VARIABLES
 
 if TYPE_CHECKING:
@@ -264,3 +265,4 @@ def _log_to(path: Path) -> None:
         return
     handler.setFormatter(_FORMAT)
     _log.addHandler(handler)
+    mark_running(str(path))

@@ -54,7 +54,7 @@ def refuse_mac(text: str | None, machine: str = "arm64") -> str | None:
     version = parse_version(text)
     if version is None:
         return None
-    if machine != "arm64":
+    if machine == "x86_64":
         return "it is a Mac with an Intel processor, and mlx runs on Apple silicon only"
     if version < MLX_MACOS:
         return f"it has macOS {text}, and mlx needs {MLX_MACOS[0]} or newer"

@@ -22,6 +22,7 @@ from moectl.cluster.doctor.host import (
     check_addresses,
     check_disk,
     check_memory,
+    check_rdma_of_mlx,
     check_shards,
     check_versions,
     visit_host,
@@ -237,6 +238,49 @@ def environment(**changes: Any) -> FileSurvey:
         begun={},
     )
     return replace(usual, **changes)
+
+
+def a_mac(version: str = "26.3", **sections: str) -> Survey:
+    return Survey(Hardware(os="macOS", os_version=version), sections)
+
+
+@pytest.mark.parametrize(
+    ("says", "wheel", "rdma", "findings"),
+    [
+        ("True", "macosx_26_0_arm64", True, []),
+        ("False", "macosx_26_0_arm64", True, ["its mlx has no RDMA (JACCL): it is the wheel macosx_26_0_arm64"]),
+        ("False", "macosx_26_0_arm64", False, []),  # the hosts file does not ask for it
+        ("", "macosx_26_0_arm64", True, []),  # it does not start: another check says so
+        ("False", "macosx_15_0_arm64", True, ["its mlx is the wheel for macOS 15: without RDMA, and slower on an M5"]),
+    ],
+)
+def test_an_mlx_without_rdma_is_named(says: str, wheel: str, rdma: bool, findings: list[str], tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncase $2 in *is_available*jaccl*) echo {says};; esac\n")
+    python.chmod(0o755)
+    host = Host("localhost", rdma=(None, "rdma_en3") if rdma else ())
+    there = environment(python=str(python), wheel=wheel)
+    found = check_rdma_of_mlx(LocalRemote(), host, a_mac(), there, "moectl deploy")
+    assert [finding.text for finding in found] == findings
+    assert {finding.level for finding in found} <= {Level.FAIL}
+    assert check_rdma_of_mlx(LocalRemote(), host, Survey(Hardware(os="Linux")), there, "moectl deploy") == []
+
+
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [
+        (environment(executable="/opt/Python.app/Contents/MacOS/Python"), "/opt/Python.app/Contents/MacOS/Python"),
+        (None, "~/.moectl/env/bin/python"),  # it has no python yet
+    ],
+)
+def test_the_firewall_is_told_of_the_program_that_really_runs(there: FileSurvey | None, named: str) -> None:
+    seen = Visit(MAC, 0, LocalRemote(), survey=a_mac(firewall="Firewall is enabled. (State = 1)"), environment=there)
+    doctor_host._look_at_firewall(seen, Expected(among_others=True))
+    [finding] = seen.findings
+    assert f"--add {named} --unblockapp {named}" in str(finding.fix)
+    seen.findings.clear()
+    doctor_host._look_at_firewall(seen, Expected())  # a Mac alone
+    assert seen.findings == []
 
 
 EXPECTED = Expected({"moectl": "1", "mlx": "2", "mlx-lm": "3"}, "c", deploy="moectl deploy hosts.txt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,10 +111,24 @@ def test_an_mlx_that_cannot_be_replaced_is_left_alone() -> None:
     assert _find_python(newer, old) == ""
 
 
-def test_a_mac_that_mlx_has_no_wheels_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moectl.cluster.deploy.provision._survey", lambda remote, task: environment(macos="13.6"))
-    with pytest.raises(VersionMismatch, match=r"mac1: it has macOS 13\.6, and mlx needs 14 or newer"):
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"macos": "13.6"}, "it has macOS 13.6, and mlx needs 14 or newer"),
+        ({"glibc": "2.31"}, "its C library is glibc 2.31, and mlx's wheels need 2.35 or newer"),
+    ],
+)
+def test_a_system_that_mlx_has_no_wheels_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], why: str
+) -> None:
+    monkeypatch.setattr("moectl.cluster.deploy.provision._survey", lambda remote, task: environment(**told))
+    with pytest.raises(VersionMismatch) as refused:
         inspect_host(task(), LocalRemote("mac1"))
+    assert str(refused.value) == f"mac1: {why}"
+    # An mlx that was built there does not need pip's.
+    own = replace(task(), host=Host("mac1", python="/p"), versions=environment().packages)
+    monkeypatch.setattr("moectl.cluster.deploy.provision._survey", lambda remote, task: environment(env=False, **told))
+    assert inspect_host(own, LocalRemote("mac1")).result.python == "/p"
 
 
 def test_the_program_that_a_firewall_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

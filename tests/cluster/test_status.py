@@ -19,6 +19,7 @@ from hypothesis import given, strategies as st
 from moectl.cli.terminal import cut_line, on_ctrl_t
 from moectl.cli.verbs import status
 from moectl.cluster import status as status_module
+from moectl.cluster.deploy.uninstall import FRAMEWORK
 from moectl.cluster.status import DOWN, IDLE, RUNNING, UNKNOWN, Observer, Status, StatusRow
 from moectl.engine.network.exchange import GATHER_BELOW_BYTES
 from moectl.errors import NotDeployed, PartialFailure, StateError, Unreachable, VersionMismatch
@@ -38,8 +39,15 @@ from tests.support.structures import structure_of
 from tests.support.tiny import make_config
 
 NAME = "tiny-hidden-2"
-# A process whose command line ends as a worker's does, and which has a log open as a worker has.
-WORKER = "import sys, time; f = open(sys.argv[1], 'a'); print(1, flush=True); sys.stdin.read()"
+# A process whose command line ends as a worker's does, and which marks its log as a worker does.
+WORKER = """
+import sys
+from moectl.hosts.onhost.workers import mark_running
+open(sys.argv[1], "a").close()
+mark_running(sys.argv[1])
+print(1, flush=True)
+sys.stdin.read()
+"""
 
 
 @contextlib.contextmanager
@@ -279,6 +287,8 @@ PS = """\
   501  12480 03-02:14:07 /opt/homebrew/bin/python3 -m moectl serve
  2210 73600000    02:14:07 /Users/ada/.moectl/env/bin/python -m moectl worker
  2216    800       00:41 sh -c exec python -m moectl worker now
+ 2217 800  00:09 /opt/homebrew/Frameworks/Python.framework/Versions/3.12/Resources/Python.app/Contents/MacOS/Python \
+-m moectl worker
 """
 
 
@@ -289,13 +299,16 @@ def test_workers_in_what_ps_prints() -> None:
             "memory_bytes": 73600000 * 1024,
             "up_s": 8047.0,
             "python": "/Users/ada/.moectl/env/bin/python",
-            "logs": [],
-        }
+        },
+        {
+            "pid": 2217,
+            "memory_bytes": 800 * 1024,
+            "up_s": 9.0,
+            "python": f"/opt/homebrew/Frameworks/Python.framework/Versions/3.12/Resources{FRAMEWORK}",
+        },
     ]
+    assert [worker["pid"] for worker in workers.parse_ps(PS, {501})] == [501, 2210, 2217]
     assert workers.parse_elapsed("03-02:14:07") == 3 * 86400 + 8047
-    assert workers.pick_logs(["/a/x-rank-0.log", "/a/x-rank-0.log", "/a/log", "/dev/null"]) == ["/a/x-rank-0.log"]
-    # Of a worker whose log is gone it is known still under which root it works.
-    assert workers.pick_logs(["/a/x-rank-0.log (deleted)"]) == ["/a/x-rank-0.log"]
 
 
 def interrupted(_: str) -> None:

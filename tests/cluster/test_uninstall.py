@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moectl.cluster.deploy.deploy import deploy
-from moectl.cluster.deploy.uninstall import _is_under, clear_hosts
+from moectl.cluster.deploy.uninstall import FRAMEWORK, _is_under, clear_hosts
 from moectl.errors import StateError
 from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost import workers
@@ -198,8 +198,8 @@ def test_another_environment_is_not_moectls(tmp_path: Path) -> None:
 def test_a_host_where_a_worker_runs_is_left_as_it_is(hosts: list[Host], tmp_path: Path) -> None:
     plant(hosts, tmp_path / "tiny-experts-2")
     root = Path(str(hosts[0].dir))
-    before = read_tree(root)
     with run_worker(root / "logs" / "tiny-rank-0.log"):
+        before = read_tree(root)
         first, second = clear_hosts(hosts, dry_run=False)
     assert isinstance(first.error, StateError)
     assert "a worker runs there" in first.error.message
@@ -209,6 +209,30 @@ def test_a_host_where_a_worker_runs_is_left_as_it_is(hosts: list[Host], tmp_path
     left = find_deployment()
     assert left is not None
     assert left.missing == ("node1",)
+
+
+def test_a_worker_is_known_by_its_lock_whatever_ps_calls_it(tmp_path: Path) -> None:
+    """As where the python of a framework starts another program than the environment's."""
+    root, other = tmp_path / "a[b]", tmp_path / "other"
+    logs = [place / "logs" / "tiny-rank-0.log" for place in (root, root, other)]
+    mark = (
+        "import sys; from moectl.hosts.onhost.workers import mark_running; mark_running(sys.argv[1]); print(); input()"
+    )
+    running = []
+    for log in logs:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-c", mark, str(log)]
+        running.append(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    for process in running:
+        assert process.stdout is not None
+        process.stdout.readline()
+    seen = workers.find_workers(str(root))
+    found = {worker["pid"]: worker["logs"] for worker in seen if worker["pid"] in {one.pid for one in running}}
+    assert found == {running[0].pid: [str(logs[0])], running[1].pid: [str(logs[0])]}
+    for process in running:
+        process.communicate(b"\n")
+    assert workers.read_marks(str(root)) == {}
+    assert workers.LOCK in "".join(Removals(str(root), []).files)  # and uninstall takes it along
 
 
 @pytest.mark.parametrize("is_its_own", [True, False])
@@ -232,6 +256,8 @@ def test_a_worker_that_keeps_no_log_may_be_any_roots_of_its_python(
         ("/home/ada/.moectl/env/bin/python", [], False, True),
         ("python3", ["/home/ada/.moectl/logs/x-rank-0.log"], True, True),
         ("/usr/bin/python3", ["/home/ada/.moectl2/logs/x-rank-0.log"], True, False),
+        ("/opt/homebrew/Frameworks/Python.framework/Versions/3.12" + FRAMEWORK, [], True, True),
+        ("/opt/homebrew/Frameworks/Python.framework/Versions/3.12" + FRAMEWORK, [], False, False),
     ],
 )
 def test_whose_worker_it_is(python: str, logs: list[str], own: bool, is_ours: bool) -> None:

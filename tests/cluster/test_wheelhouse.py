@@ -84,13 +84,11 @@ def test_tags_that_a_host_takes() -> None:
         make_platform({**MAC, "mac": "13.7"})
     with pytest.raises(VersionMismatch, match="Intel processor, and mlx runs on Apple silicon only"):
         make_platform({**MAC, "machine": "x86_64"})
-    linux = {**HERE, "system": "linux", "machine": "aarch64", "libc": ["glibc", "2.18"]}
-    assert make_platform(linux).tags[:4] == (
-        "manylinux_2_18_aarch64",
-        "manylinux_2_17_aarch64",
-        "manylinux2014_aarch64",
-        "manylinux_2_16_aarch64",
-    )
+    linux = {**HERE, "system": "linux", "machine": "aarch64", "libc": ["glibc", "2.39"]}  # a DGX Spark
+    assert make_platform(linux).tags[:2] == ("manylinux_2_39_aarch64", "manylinux_2_38_aarch64")
+    assert {"manylinux_2_35_aarch64", "manylinux2014_aarch64"} <= set(make_platform(linux).tags)
+    with pytest.raises(VersionMismatch, match=r"glibc 2\.31, and mlx's wheels need 2\.35 or newer"):
+        make_platform({**linux, "libc": ["glibc", "2.31"]})
     assert make_platform(linux).tags[-1] == "linux_aarch64"
     with pytest.raises(VersionMismatch, match="not glibc"):
         make_platform({**linux, "libc": ["", ""]})
@@ -124,6 +122,19 @@ def test_another_system_needs_other_wheels() -> None:
     assert found == {"mac-only": "9.0", "click": metadata.version("click"), "tqdm": "9.0", "extra-only": "9.0"}
     assert sorted(asked) == ['extra-only; extra == "x"', 'mac-only[x]>=9; sys_platform == "darwin"', "tqdm>=999"]
     assert find_closure(["click"], MAC["environment"], {"click": "9.0"}, read)["click"] == "9.0"
+
+
+def test_on_an_arm_linux_it_is_mlx_for_the_cpu() -> None:
+    """CUDA's library is put in by hand (guide `deploying`): with pip, it and the CPU's overwrite each other."""
+    environment = {**HERE["environment"], "sys_platform": "linux", "platform_machine": "aarch64"}
+    environment["platform_system"] = "Linux"
+
+    def read(requirement: Requirement) -> tuple[str, list[str]]:
+        return "9.0", []
+
+    found = find_closure(metadata.requires("moectl") or [], environment, {}, read)
+    assert "mlx-cpu" in found
+    assert not [name for name in found if name.startswith(("mlx-cuda", "mlx-metal"))]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from moectl.errors import AuthFailed, MoectlError
+from moectl.hosts.ssh.identity import add_key
 from tests.support.beside import ask_moectl, both_get_in, both_refuse, run_agent, sign, usual
 from tests.support.sshd import Server, make_key, run_sshd
 
@@ -104,6 +106,12 @@ def test_a_locked_key_of_every_format_asks_for_the_agent(server: Server, tmp_pat
         subprocess.run(error.hint, shell=True, env=environ, check=True, capture_output=True)
         server.config.write_text("")
         both_get_in(server, add(server, key, f"IdentityAgent {agent}"))
+
+
+def test_on_a_mac_the_keychain_may_know_the_passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert add_key(Path("/keys/my key")) == "ssh-add '/keys/my key'" or sys.platform == "darwin"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert add_key(Path("/keys/my key")) == "ssh-add --apple-use-keychain '/keys/my key'"
 
 
 @pytest.mark.parametrize("name", ["mac.pub", "mac"])

@@ -40,6 +40,7 @@ from moectl.errors import (
     VersionMismatch,
 )
 from moectl.hosts.hostfile import Host
+from moectl.hosts.onhost.workers import read_marks
 from moectl.hosts.remote import LocalProcess, LocalRemote
 from moectl.session.session import RankSpec, Session
 from tests.engine.test_lockstep import cut_case
@@ -161,18 +162,22 @@ def test_a_slow_launch_keeps_the_links_alive(shards: Path) -> None:
 def test_a_session_keeps_its_promise_and_its_log_and_leaves_no_process(shards: Path, tmp_path: Path) -> None:
     """Answers end where the room ends that was promised; the log has no prompts; closing ends workers that compute."""
     before = worker_pids()
-    ranks = [replace(spec, log=str(tmp_path / "logs" / f"{i}.log")) for i, spec in enumerate(specs(shards))]
+    logs = [str(tmp_path / "logs" / f"two-rank-{i}.log") for i in range(2)]
+    ranks = [replace(spec, log=log) for spec, log in zip(specs(shards), logs, strict=True)]
     with Session(ranks, kv_tokens=500) as session:
         assert session.kv_tokens == 500
         started = worker_pids() - before
         assert len(started) == 2
+        marks = read_marks(str(tmp_path))  # by which others see them, whatever ps calls their python
+        assert (set(marks), sorted(marks.values())) == (started, [[log] for log in logs])
         list(session.generate(Request(1, "a secret prompt", 3)))
         done = list(session.generate(Request(2, "x" * 490, 100)))[-1]
         assert isinstance(done, Done)
         assert (done.finish_reason, done.stats.completion_tokens) == ("length", 10)
         next(session.generate(Request(3, "hello", 400)))
     assert not worker_pids() & started
-    text = (tmp_path / "logs" / "0.log").read_text()
+    assert read_marks(str(tmp_path)) == {}
+    text = Path(logs[0]).read_text()
     assert "rank 0 of 2 starts" in text
     assert "joined over ring as rank 0 of 2" in text
     assert "request 1: length after 3 tokens" in text

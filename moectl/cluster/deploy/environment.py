@@ -18,6 +18,7 @@ from moectl.hosts.remote import Remote
 STAMP = "env/moectl-env.json"
 PIP_S = 3600.0
 REASON_LETTERS = 400
+GLIBC_MINOR = 35  # mlx's wheels for Linux, x86_64 and aarch64, CPU and CUDA, are manylinux_2_35
 CHECK = """
 import json, sys
 from importlib.metadata import version
@@ -51,6 +52,14 @@ def refuse_error(remote: Remote, answer: Mapping[str, Any]) -> None:
     """Raise the error that a host's answer tells of, if any."""
     if "error" in answer:
         raise put_error(answer, Path(), str(answer.get("path", "a file")), "", remote.name)
+
+
+def refuse_glibc(version: str) -> str | None:
+    """Return why mlx has no wheel for a Linux system; None where it has one, or this is not known."""
+    match = re.match(r"2\.(\d{1,3})", version)
+    if match is None or int(match[1]) >= GLIBC_MINOR:
+        return None
+    return f"its C library is glibc {version}, and mlx's wheels need 2.{GLIBC_MINOR} or newer"
 
 
 def _push_wheels(remote: Remote, task: HostTask, found: FileSurvey) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from moectl.cluster.deploy.environment import STAMP, prepare_python, refuse_error
+from moectl.cluster.deploy.environment import STAMP, prepare_python, refuse_error, refuse_glibc
 from moectl.cluster.deploy.push import Found, PeerLink, Push
 from moectl.cluster.deploy.relay import More, Up
 from moectl.cluster.deploy.task import Advanced, FileSurvey, HostResult, HostTask, OnEvent
@@ -59,8 +59,6 @@ def inspect_host(task: HostTask, remote: Remote) -> Look:
     written, in a dry run not even that. Raises HostError, RemoteError.
     """
     found = _survey(remote, task)
-    if refused := refuse_mac(found.macos):
-        raise VersionMismatch(refused, host=remote.name)
     lacks = _missing_bytes(task, found)
     shared = sum(size for name, size in lacks.items() if manifest_file.is_shared(name) and name != MANIFEST)
     return Look(_plan(task, found), shared, found)
@@ -127,6 +125,8 @@ def _plan(task: HostTask, found: FileSurvey) -> HostResult:
     python = _find_python(task, found)
     needed = sum(_missing_bytes(task, found).values())
     if not python:
+        if refused := refuse_mac(found.macos) or refuse_glibc(found.glibc):
+            raise VersionMismatch(refused, host=task.host.name)
         needed += sum(f.bytes - found.wheels.get(w.name, f.bytes) for w, f in task.wheels.items())
     _check_room(task, found, needed)
     # Files that are still being made and that an earlier push brought will most likely be the same.

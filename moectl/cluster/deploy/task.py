@@ -37,6 +37,7 @@ class FileSurvey:
     begun: dict[str, int]  # of the planned files, the bytes that are there
     macos: str = ""  # its version; empty on another system
     wheel: str = ""  # platform tag of the wheel of mlx in the environment, or in this python
+    glibc: str = ""  # its version; empty on another system
     executable: str = ""  # the program that a firewall sees; `python` may be a link, or start another one
 
     @property

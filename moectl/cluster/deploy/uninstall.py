@@ -22,6 +22,7 @@ from moectl.session.deployment import forget_hosts
 
 LOOK_S = 60.0
 ENDING_S = 1.5
+FRAMEWORK = "/Python.app/Contents/MacOS/Python"
 CLEAR_S = 600.0  # an environment has tens of thousands of files
 
 
@@ -91,9 +92,13 @@ def _find_running(remote: Remote, pythons: Sequence[str], root: str) -> list[int
 
 
 def _is_under(worker: dict[str, object], root: str, pythons: Sequence[str]) -> bool:
-    """Whether a worker uses this root; without a log it counts as one if it is this user's and in these pythons."""
+    """Whether a worker uses this root; without a log it counts as one if it is this user's and in these pythons.
+
+    A framework's python shows the same program for every environment.
+    """
     logs = worker["logs"]
     assert isinstance(logs, list)
     paths = [str(worker["python"]), *map(str, logs)]
     under = any(posixpath.commonpath([path, root]) == root for path in paths if path.startswith("/"))
-    return under or (not logs and bool(worker["own"]) and worker["python"] in pythons)
+    could_be = worker["python"] in pythons or str(worker["python"]).endswith(FRAMEWORK)
+    return under or (not logs and bool(worker["own"]) and could_be)

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from moectl.cluster.deploy.environment import PIP_S, reason_of
+from moectl.cluster.deploy.environment import PIP_S, reason_of, refuse_glibc
 from moectl.errors import CommandFailed, IntegrityError, MoectlError, StateError, UsageError, VersionMismatch, with_hint
 from moectl.files import explain_refusal, write_whole
 from moectl.hosts.connect import on_each
@@ -102,6 +102,8 @@ def _linux_tags(libc: str, version: str, machine: str) -> tuple[str, ...]:
     match = re.match(r"2\.(\d+)", version)
     if libc != "glibc" or match is None:
         raise VersionMismatch("its C library is not glibc, and MLX has wheels for that only")
+    if refused := refuse_glibc(version):
+        raise VersionMismatch(refused)
     tags = []
     for minor in range(int(match[1]), 4, -1):
         tags.append(f"manylinux_2_{minor}_{machine}")

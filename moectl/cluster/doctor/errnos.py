@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from moectl.hosts.macos import LOCAL_NETWORK, LOCAL_NETWORK_FIX
+
 _MACOS = {16: "EBUSY", 22: "EINVAL", 49: "EADDRNOTAVAIL", 51: "ENETUNREACH"}
 _MACOS |= {54: "ECONNRESET", 60: "ETIMEDOUT", 61: "ECONNREFUSED", 65: "EHOSTUNREACH", 96: "ENODATA"}
 _LINUX = {16: "EBUSY", 22: "EINVAL", 99: "EADDRNOTAVAIL", 101: "ENETUNREACH"}
@@ -29,8 +31,8 @@ def explain(name: str, *, macos: bool, local: bool = False) -> Meaning | None:
     """Return what an error means; `local`: the program was started here, not by sshd. None where nothing is known."""
     if name == "EHOSTUNREACH" and macos and local:
         return Meaning(
-            "macOS's Local Network privacy refuses it (programs that sshd starts are exempt)",
-            "System Settings, Privacy & Security, Local Network: allow the terminal that you use, then open it again",
+            f"{LOCAL_NETWORK} (programs that sshd starts are exempt)",
+            LOCAL_NETWORK_FIX,
         )
     return _MEANINGS.get(name)
 

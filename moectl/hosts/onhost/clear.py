@@ -30,7 +30,7 @@ STAMP = "moectl-env.json"
 DEFAULT = "~/.moectl"
 # What `python -m venv` and pip make at the top of an environment.
 ENV_NAMES = {"bin", "include", "lib", "lib64", "share", "etc", "man", "pyvenv.cfg", ".gitignore", STAMP}
-LOG = re.compile(r".+-rank-\d+\.log(\.\d+)?")
+LOG = re.compile(r".+-rank-\d+\.log(\.\d+|\.lock)?")
 OURS = re.compile(r"\.?moectl-(verified|env)\.json\.\d+\.tmp|\.moectl-verified\.json")
 WHEELS = ("moectl-*.whl", "requirements.txt")
 # Files of a set whose push was interrupted before anything listed them.

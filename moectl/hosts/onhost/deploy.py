@@ -80,6 +80,7 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
         "writable": os.access(place, os.W_OK | os.X_OK),
         "packages": _versions(request["packages"]),
         "macos": platform.mac_ver()[0],
+        "glibc": platform.libc_ver()[1] if platform.libc_ver()[0] == "glibc" else "",
         "wheel": _find_wheel(os.path.join(root, "env")),
         "executable": _find_executable(),
         "code": _find_code(),

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import math
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import paramiko
 
 from moectl.errors import HostError, HostsError, Unreachable
 from moectl.hosts.hostfile import Host, parse_host_string
+from moectl.hosts.macos import LOCAL_NETWORK, LOCAL_NETWORK_FIX
 from moectl.hosts.ssh.algorithms import Transport, nothing_in_common, restrict
 from moectl.hosts.ssh.config import SSHSettings, read_ssh_settings
 from moectl.hosts.ssh.login import log_in
@@ -80,7 +82,10 @@ def _explain(settings: SSHSettings, through: tuple[str, ...]) -> Iterator[None]:
         ) from None
     except (paramiko.SSHException, OSError, EOFError) as error:
         reason = str(error) or type(error).__name__
-        raise Unreachable(f"cannot connect: {reason}{way}", host=name, hint=f"try: {settings.command}") from None
+        hint = f"try: {settings.command}"
+        if sys.platform == "darwin" and getattr(error, "errno", None) == errno.EHOSTUNREACH:
+            hint = f"if '{settings.command}' works, {LOCAL_NETWORK} to moectl. {LOCAL_NETWORK_FIX}"
+        raise Unreachable(f"cannot connect: {reason}{way}", host=name, hint=hint) from None
 
 
 def _dial(
@@ -112,7 +117,7 @@ def _connect(settings: SSHSettings) -> socket.socket:
     while True:
         attempts -= 1
         problem: OSError | None = None
-        for found in socket.getaddrinfo(settings.hostname, settings.port, family, socket.SOCK_STREAM):
+        for found in _resolve(settings.hostname, settings.port, family):
             try:
                 return _connect_to(found[0], found[4], settings)
             except OSError as error:
@@ -120,6 +125,17 @@ def _connect(settings: SSHSettings) -> socket.socket:
         if attempts <= 0:
             raise problem or TimeoutError()
         time.sleep(1)
+
+
+def _resolve(name: str, port: int, family: int) -> list[tuple[Any, ...]]:
+    """Return the addresses of a name in the order to try them: of Bonjour's names (.local), those of IPv4 first.
+
+    They have link-local IPv6 addresses as well, and the ring would learn such a one as the host's own.
+    """
+    found: list[tuple[Any, ...]] = list(socket.getaddrinfo(name, port, family, socket.SOCK_STREAM))
+    if name.lower().rstrip(".").endswith(".local"):
+        found.sort(key=lambda address: address[0] != socket.AF_INET)
+    return found
 
 
 def _connect_to(family: int, address: Any, settings: SSHSettings) -> socket.socket:

@@ -12,6 +12,7 @@ import os
 import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,7 @@ class Identities:
         try:
             return load_private(data)
         except TypeError:
-            self._leave(f"{path.name} needs a passphrase and is not in an agent", f"ssh-add {shlex.quote(str(path))}")
+            self._leave(f"{path.name} needs a passphrase and is not in an agent", add_key(path))
         except Exception:  # a reader of a format raises any error
             self._leave(*_describe(path, data))
         return None
@@ -263,6 +264,12 @@ def load_private(data: bytes) -> paramiko.PKey:
     raise ValueError("a kind of key that paramiko does not have")
 
 
+def add_key(path: Path) -> str:
+    """Return the command that puts a key into the agent; a Mac keeps its passphrase in the keychain."""
+    keychain = "--apple-use-keychain " if sys.platform == "darwin" else ""
+    return f"ssh-add {keychain}{shlex.quote(str(path))}"
+
+
 def _describe(path: Path, data: bytes) -> tuple[str, str | None]:
     """Say what a file is that holds no private key, and what to do."""
     quoted = shlex.quote(str(path))
@@ -283,5 +290,5 @@ def _describe(path: Path, data: bytes) -> tuple[str, str | None]:
         ["ssh-keygen", "-y", "-P", "", "-f", str(path)], stdin=subprocess.DEVNULL, capture_output=True
     )
     if b"passphrase" in read.stderr:
-        return f"{path.name} needs a passphrase and is not in an agent", f"ssh-add {quoted}"
+        return f"{path.name} needs a passphrase and is not in an agent", add_key(path)
     return f"{path.name} holds no private key that can be used", None

@@ -157,7 +157,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     Keyword("HostbasedAuthentication", KeywordVerdict.LOGIN, "moectl does not log in as a host", _NO),
     Keyword("PKCS11Provider", KeywordVerdict.LOGIN, "moectl uses its keys from an agent only (ssh-add -s)", "none"),
     Keyword("SecurityKeyProvider", KeywordVerdict.LOGIN, "moectl uses security keys from an agent only", "internal"),
-    Keyword("UseKeychain", KeywordVerdict.LOGIN, "moectl takes no passphrase from the keychain (ssh-add)", _NO),
+    Keyword("UseKeychain", KeywordVerdict.LOGIN, "moectl asks no keychain (ssh-add --apple-use-keychain)", _NO),
     # Named in the error when a host key is refused.
     Keyword("GSSAPIKeyExchange", KeywordVerdict.TRUST, "a ticket vouches for no host key", _NO),
     Keyword("NoHostAuthenticationForLocalhost", KeywordVerdict.TRUST, "localhost needs a known key too", _NO),
