@@ -196,3 +196,14 @@ def test_a_worker_of_a_framework_python_is_seen(sshd: Server, tmp_path: Path) ->
     assert "process 501" in found.error.message
     with open_remotes([mac.host]) as remotes:
         assert survey_host(remotes[0]).workers_bytes == 512000 << 10
+
+
+def test_a_directory_that_macos_keeps_from_ssh(sshd: Server, tmp_path: Path) -> None:
+    mac = start_mac(sshd, tmp_path / "mac0", 0, record_mac(MACS["mini-m4-pro"], 0), MACS["mini-m4-pro"])
+    task = make_task(mac, tmp_path)
+    with pytest.raises(MoectlError) as caught:
+        deploy_host(replace(task, host=replace(mac.host, dir="~/Documents/moectl")))
+    assert mac.own(str(caught.value)) == "mac0: cannot write /Users/ada/Documents/moectl: Operation not permitted"
+    assert str(caught.value.hint).startswith("name another place with dir=; on a Mac, ~/Desktop, ~/Documents")
+    made = deploy_host(replace(task, host=replace(mac.host, dir="~/moectl")))
+    assert mac.own(made.python) == "/Users/ada/moectl/env/bin/python"
