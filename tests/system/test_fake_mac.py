@@ -135,7 +135,9 @@ def test_a_mac_from_the_first_question_to_the_last(
     document = json.loads(out)
     for found in document["hosts"]:
         assert {c["check"]: c["level"] for c in found["checks"] if c["level"] != "ok"} == expected.wrong, found
-    assert [pair["checks"][0]["level"] for pair in document["pairs"]] == ["ok"] * bool(expected.python)
+    # With a python on both, each connects to the other; how long that takes is not the matter here.
+    links = [(check["check"], check["level"] == "fail") for pair in document["pairs"] for check in pair["checks"]]
+    assert links == [("tcp", False)] * bool(expected.python)
 
     code, out, _ = run(capsys, monkeypatch, "setup", "hosts.txt")
     assert (code, out.split("\n")[0]) == (0, expected.setup)
@@ -198,6 +200,7 @@ def test_a_worker_of_a_framework_python_is_seen(sshd: Server, tmp_path: Path) ->
         assert survey_host(remotes[0]).workers_bytes == 512000 << 10
 
 
+@pytest.mark.long
 def test_a_directory_that_macos_keeps_from_ssh(sshd: Server, tmp_path: Path) -> None:
     mac = start_mac(sshd, tmp_path / "mac0", 0, record_mac(MACS["mini-m4-pro"], 0), MACS["mini-m4-pro"])
     task = make_task(mac, tmp_path)
