@@ -143,6 +143,10 @@ class FakeMac:
             f.write(f"{pid} {uid} {kib} 02:14:07 {command}\n")
         (self.directory / "open" / str(pid)).write_text("".join(f"n{path}\n" for path in (f"p{pid}", *opened)))
 
+    def end_processes(self) -> None:
+        """Let all of them have ended."""
+        (self.directory / "says" / "processes").write_text("")
+
     def restart(self, number: int) -> None:
         """Lose what a restart loses: addresses, routes, the state of the bridge."""
         for name, own in interfaces(number, ports_of(self.mac)).items():

@@ -15,18 +15,21 @@ from pathlib import Path
 import pytest
 
 from moectl.cluster import probed_plan
-from moectl.cluster.deploy.deploy import wanted_versions
+from moectl.cluster.deploy.deploy import deploy, wanted_versions
 from moectl.cluster.deploy.task import HostTask
 from moectl.cluster.deploy.uninstall import clear_hosts
 from moectl.cluster.deploy.wheelhouse import ask_platforms
+from moectl.cluster.status import IDLE, RUNNING, Observer
 from moectl.errors import MoectlError, StateError
 from moectl.hosts.connect import open_remotes
 from moectl.hosts.hostfile import HostList
 from moectl.hosts.survey import read_hardware, survey_host
 from moectl.model.manifest import FileEntry
 from moectl.planner.questions import PlanOptions, plan_cluster
+from moectl.session.deployment import read_deployment
 from moectl.shards.prepare import Wanted
 from tests.cli.test_cli import run
+from tests.cluster.test_deploy import assert_holds, make_shards
 from tests.support.cabling import mesh
 from tests.support.fake_mac import FakeMac, record_mac, start_mac
 from tests.support.lone_host import deploy_host
@@ -52,12 +55,15 @@ class Expected:
     wrong: dict[str, str] = field(default_factory=lambda: AS_IT_COMES)
     python: MacPython | None = None  # that the environment is made with
     refused: str = ""
-    wheel: str = ""  # of MLX
+    wheel: str = ""  # of MLX, that pip takes
+    tag: str = "macosx_26_0_arm64"  # that a wheelhouse is filled for
 
 
 EXPECTED = {
     "mini-m1": Expected("m1", "too_much", RING, TOO_OLD, wrong={"sleep": "warn", "python": "fail"}, refused=NO_PYTHON),
-    "studio-m2-ultra": Expected("m2-ultra", "fits", RING, TOO_OLD, python=HOMEBREW, wheel="macosx_15_0_arm64"),
+    "studio-m2-ultra": Expected(
+        "m2-ultra", "fits", RING, TOO_OLD, python=HOMEBREW, wheel="macosx_15_0_arm64", tag="macosx_15_0_arm64"
+    ),
     "mini-m4-pro": Expected(
         "m4-pro",
         "too_much",
@@ -66,6 +72,7 @@ EXPECTED = {
         wrong={**AS_IT_COMES, "firewall": "warn", "system": "warn"},
         python=HOMEBREW,
         wheel="macosx_26_0_arm64",
+        tag="macosx_15_0_arm64",  # MLX's wheel for 26 is built for 26.2
     ),
     "studio-m4-max": Expected("m4-max", "fits", RDMA, python=UV, wheel="macosx_26_0_arm64"),
     "studio-m3-ultra": Expected("m3-ultra", "fits", RDMA, python=FRAMEWORK, wheel="macosx_26_0_arm64"),
@@ -155,7 +162,8 @@ def test_a_mac_from_the_first_question_to_the_last(
             with pytest.raises(MoectlError, match=expected.refused):
                 ask_platforms([host], remotes)
         else:
-            assert str(ask_platforms([host], remotes)[0]).startswith(f"python {expected.python.version[:4]} on macosx_")
+            [platform] = ask_platforms([host], remotes)
+            assert (platform.python, platform.tags[0]) == (expected.python.version[:4], expected.tag)
 
     if expected.python is None:
         with pytest.raises(MoectlError, match=expected.refused):
@@ -170,6 +178,37 @@ def test_a_mac_from_the_first_question_to_the_last(
     assert paths_below(first.home) == before
     assert [one.dialogs for one in macs] == [[], []]
     assert [one.refused for one in macs] == [[], []]
+
+
+@pytest.mark.long
+def test_a_model_on_two_macs(sshd: Server, tmp_path: Path) -> None:
+    """Deploy it, find it there, let a worker run, and remove it: by the pythons, ps and lsof of Macs."""
+    macs = start_pair(sshd, tmp_path, MACS["studio-m2-ultra"])
+    hosts = [mac.host for mac in macs]
+    before = [paths_below(mac.home) for mac in macs]
+    shards = tmp_path / "tiny-experts-2"
+    manifest = make_shards(shards, 2)
+    made = deploy(hosts, shards, manifest)
+    made.raise_failures()
+    for rank, (mac, result) in enumerate(zip(macs, made.results, strict=True)):
+        assert mac.own(result.directory) == "/Users/ada/.moectl/shards/tiny-experts-2"
+        assert_holds(Path(result.directory), manifest, rank)
+    assert sum(result.relayed_bytes for result in made.results) > 0
+    assert [result.copied_bytes for result in deploy(hosts, shards, manifest).results] == [0, 0]
+
+    log = f"{made.results[1].root}/logs/tiny-experts-2-rank-1.log"
+    macs[1].start_process(501, f"{HOMEBREW.runs_as} -m moectl worker", log, kib=73600000)
+    with Observer(read_deployment()) as observer:
+        rows = observer.look().rows
+    assert [(row.state, row.memory_bytes, row.up_s) for row in rows] == [
+        (IDLE, None, None),
+        (RUNNING, 73600000 << 10, 8047.0),
+    ]
+    assert [type(one.error) for one in clear_hosts(hosts, dry_run=False)] == [type(None), StateError]
+    macs[1].end_processes()
+    assert clear_hosts(hosts[1:], dry_run=False)[0].error is None
+    assert [paths_below(mac.home) for mac in macs] == before
+    assert [mac.refused for mac in macs] == [[], []]
 
 
 def test_links_are_timed_by_a_python_that_is_there(sshd: Server, tmp_path: Path) -> None:
