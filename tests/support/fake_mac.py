@@ -8,11 +8,14 @@ do not have. Paths of macOS in a command lead into the Mac's directory, and so d
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shlex
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Interface
 from pathlib import Path
@@ -137,15 +140,23 @@ class FakeMac:
         log = self.directory / f"{name}.log"
         return log.read_text().splitlines() if log.exists() else []
 
-    def start_process(self, pid: int, command: str, *opened: str, kib: int = 512000, uid: int = 0) -> None:
-        """Let ps and lsof show one more process and what it has open."""
-        with (self.directory / "says" / "processes").open("a") as f:
-            f.write(f"{pid} {uid} {kib} 02:14:07 {command}\n")
-        (self.directory / "open" / str(pid)).write_text("".join(f"n{path}\n" for path in (f"p{pid}", *opened)))
-
-    def end_processes(self) -> None:
-        """Let all of them have ended."""
-        (self.directory / "says" / "processes").write_text("")
+    @contextmanager
+    def running(self, pid: int, command: str, log: Path | None = None, *, kib: int = 512000) -> Iterator[None]:
+        """Let ps show one more process, lsof its log, and the lock beside the log that it runs, until the end."""
+        processes, opened = self.directory / "says" / "processes", self.directory / "open" / str(pid)
+        before = processes.read_text()
+        processes.write_text(f"{before}{pid} {os.getuid()} {kib} 02:14:07 {command}\n")
+        opened.write_text(f"p{pid}\n" + (f"n{log}\n" if log else ""))
+        with ExitStack() as ended:
+            ended.callback(processes.write_text, before)
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                lock = ended.enter_context(Path(f"{log}.lock").open("w"))
+                lock.write(f"{pid}\n")
+                lock.flush()
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                ended.callback(Path(lock.name).unlink)
+            yield
 
     def restart(self, number: int) -> None:
         """Lose what a restart loses: addresses, routes, the state of the bridge."""

@@ -196,16 +196,15 @@ def test_a_model_on_two_macs(sshd: Server, tmp_path: Path) -> None:
     assert sum(result.relayed_bytes for result in made.results) > 0
     assert [result.copied_bytes for result in deploy(hosts, shards, manifest).results] == [0, 0]
 
-    log = f"{made.results[1].root}/logs/tiny-experts-2-rank-1.log"
-    macs[1].start_process(501, f"{HOMEBREW.runs_as} -m moectl worker", log, kib=73600000)
-    with Observer(read_deployment()) as observer:
-        rows = observer.look().rows
-    assert [(row.state, row.memory_bytes, row.up_s) for row in rows] == [
-        (IDLE, None, None),
-        (RUNNING, 73600000 << 10, 8047.0),
-    ]
-    assert [type(one.error) for one in clear_hosts(hosts, dry_run=False)] == [type(None), StateError]
-    macs[1].end_processes()
+    log = Path(made.results[1].root, "logs", "tiny-experts-2-rank-1.log")
+    with macs[1].running(501, f"{HOMEBREW.runs_as} -m moectl worker", log, kib=73600000):
+        with Observer(read_deployment()) as observer:
+            rows = observer.look().rows
+        assert [(row.state, row.memory_bytes, row.up_s) for row in rows] == [
+            (IDLE, None, None),
+            (RUNNING, 73600000 << 10, 8047.0),
+        ]
+        assert [type(one.error) for one in clear_hosts(hosts, dry_run=False)] == [type(None), StateError]
     assert clear_hosts(hosts[1:], dry_run=False)[0].error is None
     assert [paths_below(mac.home) for mac in macs] == before
     assert [mac.refused for mac in macs] == [[], []]
@@ -227,16 +226,18 @@ def test_links_are_timed_by_a_python_that_is_there(sshd: Server, tmp_path: Path)
 
 
 def test_a_worker_of_a_framework_python_is_seen(sshd: Server, tmp_path: Path) -> None:
-    """Such a python starts itself again as Python.app: ps shows that file, and lsof the log."""
+    """Such a python starts itself again as Python.app, which is what ps shows."""
     mac = start_mac(sshd, tmp_path / "mac0", 0, record_mac(MACS["studio-m3-ultra"], 0), MACS["studio-m3-ultra"])
     log = mac.home / ".moectl" / "logs" / "x-rank-0.log"
-    mac.start_process(501, f"{FRAMEWORK.runs_as} -m moectl worker", str(log))
-    mac.start_process(502, "/usr/libexec/sharingd")
-    [found] = clear_hosts([mac.host], dry_run=True)
+    with (
+        mac.running(501, f"{FRAMEWORK.runs_as} -m moectl worker", log),
+        mac.running(502, "/usr/libexec/sharingd"),
+        open_remotes([mac.host]) as remotes,
+    ):
+        assert survey_host(remotes[0]).workers_bytes == 512000 << 10
+        [found] = clear_hosts([mac.host], dry_run=True)
     assert isinstance(found.error, StateError)
     assert "process 501" in found.error.message
-    with open_remotes([mac.host]) as remotes:
-        assert survey_host(remotes[0]).workers_bytes == 512000 << 10
 
 
 @pytest.mark.long
