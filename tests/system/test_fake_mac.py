@@ -23,6 +23,7 @@ from moectl.cluster.status import IDLE, RUNNING, Observer
 from moectl.errors import MoectlError, StateError
 from moectl.hosts.connect import open_remotes
 from moectl.hosts.hostfile import HostList
+from moectl.hosts.programs import find_python, list_pythons
 from moectl.hosts.survey import read_hardware, survey_host
 from moectl.model.manifest import FileEntry
 from moectl.planner.questions import PlanOptions, plan_cluster
@@ -31,9 +32,21 @@ from moectl.shards.prepare import Wanted
 from tests.cli.test_cli import run
 from tests.cluster.test_deploy import assert_holds, make_shards
 from tests.support.cabling import mesh
-from tests.support.fake_mac import FakeMac, record_mac, start_mac
+from tests.support.fake_mac import STUDIO, FakeMac, record_mac, start_mac
 from tests.support.lone_host import deploy_host
-from tests.support.macs import FRAMEWORK, HOMEBREW, MACS, UV, Mac, MacPython
+from tests.support.macs import (
+    FRAMEWORK,
+    HOMEBREW,
+    INTEL,
+    MACPORTS,
+    MACS,
+    MINIFORGE,
+    MINIFORGE_OF_HOMEBREW,
+    PYENV,
+    UV,
+    Mac,
+    MacPython,
+)
 from tests.support.sshd import Server
 
 RING = "Thunderbolt ring of 2 Macs, 1 cable: TCP (ring)"
@@ -208,6 +221,20 @@ def test_a_model_on_two_macs(sshd: Server, tmp_path: Path) -> None:
     assert clear_hosts(hosts[1:], dry_run=False)[0].error is None
     assert [paths_below(mac.home) for mac in macs] == before
     assert [mac.refused for mac in macs] == [[], []]
+
+
+@pytest.mark.long
+@later
+def test_each_usual_python_is_found(sshd: Server, tmp_path: Path) -> None:
+    mac = start_mac(sshd, tmp_path / "mac0", 0, record_mac(STUDIO, 0))
+    with open_remotes([mac.host]) as remotes:
+        for python in (HOMEBREW, FRAMEWORK, UV, MACPORTS, PYENV, MINIFORGE, MINIFORGE_OF_HOMEBREW):
+            with mac.with_python(python) as file:
+                assert Path(find_python(remotes[0], list_pythons(mac.host))).resolve() == file
+        for python in (INTEL, MacPython(("/opt/homebrew/bin/python3.8",), "3.8.18")):
+            with mac.with_python(python):
+                assert find_python(remotes[0], list_pythons(mac.host)) == ""
+    assert mac.dialogs == []
 
 
 def test_links_are_timed_by_a_python_that_is_there(sshd: Server, tmp_path: Path) -> None:
