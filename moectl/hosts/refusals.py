@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,12 @@ from moectl.errors import CommandFailed, IntegrityError, MoectlError, Unreachabl
 from moectl.hosts.onhost import files as node
 from moectl.records import build
 from moectl.text import format_gb
+
+# macOS refuses them to what sshd starts.
+PRIVATE = (
+    "name another place with dir=; on a Mac, ~/Desktop, ~/Documents, ~/Downloads and other disks need 'Allow full disk "
+    "access for remote users' (System Settings, General, Sharing, Remote Login)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,11 @@ def put_error(answer: Mapping[str, Any], source: Path, destination: str, sha256:
             return Unreachable(f"the connection was lost while {destination} was sent", host=host)
         case "os":
             hint = f"free space (or inodes) on {host}, then run it again" if failure.full else None
+            if failure.reason == os.strerror(errno.EPERM):
+                hint = PRIVATE
             return CommandFailed(f"cannot write {failure.path or destination}: {failure.reason}", host=host, hint=hint)
+        case "unexpected":
+            return CommandFailed(f"its python failed: {failure.reason}", host=host)
         case "outside":
             return IntegrityError(
                 f"{failure.path} leads out of the shard set's directory",

@@ -24,8 +24,8 @@ def test_a_mac_is_recorded_by_the_command_that_the_readme_names(
     sshd: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mac = start_mac(sshd, tmp_path / "mac0", 0, record_mac(MACS["studio-m4-max"], 0, mesh(2)), MACS["studio-m4-max"])
-    mac.start_process(501, "/Users/grace/.moectl/env/bin/python -m moectl worker")
-    record.main(["mac0", str(tmp_path / "mac.txt")])
+    with mac.running(501, "/Users/grace/.moectl/env/bin/python -m moectl worker"):
+        record.main(["mac0", str(tmp_path / "mac.txt")])
     text = (tmp_path / "mac.txt").read_text()
     found = read_survey(text)
     assert (found.hardware.chip, found.hardware.gpu_cores, found.macos_version, found.build) == (

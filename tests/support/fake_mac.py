@@ -8,11 +8,14 @@ do not have. Paths of macOS in a command lead into the Mac's directory, and so d
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shlex
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Interface
 from pathlib import Path
@@ -24,7 +27,7 @@ from moectl.hosts.survey import read_survey
 from tests.support import mac_python
 from tests.support.cabling import End, hardware_ports_text, ibv_devices_text, profiler_json
 from tests.support.mac_tools import write_login, write_script, write_tools
-from tests.support.macs import DARWIN, MACS, WITH_RDMA, Mac, tool_texts
+from tests.support.macs import DARWIN, MACS, WITH_RDMA, Mac, MacPython, tool_texts
 from tests.support.mlx_config import Recorded
 from tests.support.sshd import Server, make_key
 
@@ -137,11 +140,32 @@ class FakeMac:
         log = self.directory / f"{name}.log"
         return log.read_text().splitlines() if log.exists() else []
 
-    def start_process(self, pid: int, command: str, *opened: str, kib: int = 512000, uid: int = 0) -> None:
-        """Let ps and lsof show one more process and what it has open."""
-        with (self.directory / "says" / "processes").open("a") as f:
-            f.write(f"{pid} {uid} {kib} 02:14:07 {command}\n")
-        (self.directory / "open" / str(pid)).write_text("".join(f"n{path}\n" for path in (f"p{pid}", *opened)))
+    @contextmanager
+    def with_python(self, python: MacPython) -> Iterator[Path]:
+        """Let it have this interpreter alone until the block ends; yields its file."""
+        install_pythons(self.directory, self.mac, [python])
+        names = [inside(self.directory, path) for path in python.paths]
+        yield names[0]
+        for name in names:
+            name.unlink()
+
+    @contextmanager
+    def running(self, pid: int, command: str, log: Path | None = None, *, kib: int = 512000) -> Iterator[None]:
+        """Let ps show one more process, lsof its log, and the lock beside the log that it runs, until the end."""
+        processes, opened = self.directory / "says" / "processes", self.directory / "open" / str(pid)
+        before = processes.read_text()
+        processes.write_text(f"{before}{pid} {os.getuid()} {kib} 02:14:07 {command}\n")
+        opened.write_text(f"p{pid}\n" + (f"n{log}\n" if log else ""))
+        with ExitStack() as ended:
+            ended.callback(processes.write_text, before)
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                lock = ended.enter_context(Path(f"{log}.lock").open("w"))
+                lock.write(f"{pid}\n")
+                lock.flush()
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                ended.callback(Path(lock.name).unlink)
+            yield
 
     def restart(self, number: int) -> None:
         """Lose what a restart loses: addresses, routes, the state of the bridge."""
@@ -172,7 +196,7 @@ def start_mac(sshd: Server, directory: Path, number: int, recorded: Recorded, ma
     if mac.tools:
         (directory / "tools").touch()
     write_tools(directory, with_rdma=mac.version >= WITH_RDMA)
-    _install_pythons(directory, mac)
+    install_pythons(directory, mac, mac.all_pythons)
     found = FakeMac(directory, Host(f"mac{number}"), mac)
     found.change(fails="", cut_at="", password="", listener=str(sshd.process.pid))
     found.restart(number)
@@ -190,19 +214,20 @@ def firewall_text(mac: Mac) -> str:
     return f"Firewall is {'enabled' if mac.firewall else 'disabled'}. (State = {int(mac.firewall)})"
 
 
-def _install_pythons(directory: Path, mac: Mac) -> None:
+def install_pythons(directory: Path, mac: Mac, pythons: Sequence[MacPython]) -> None:
+    """Put interpreters into a Mac's directory, where their installers put them."""
     told = {}
     real = f"{sysconfig.get_config_var('BINDIR')}/python3"
     words = [real, "-S", "-E", "-B", mac_python.__file__, str(directory)]
-    for python in mac.all_pythons:
-        file, *links = [_inside(directory, path) for path in python.paths]
+    for python in pythons:
+        file, *links = [inside(directory, path) for path in python.paths]
         write_script(file, f'exec {shlex.join(words)} "$0" "$@"\n')
         for link in links:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             link.symlink_to(file)
         if python.framework:
-            write_script(_inside(directory, python.runs_as), "exit 1\n")
+            write_script(inside(directory, python.runs_as), "exit 1\n")
         told[str(file)] = {
             "version": python.version,
             "machine": python.machine,
@@ -215,7 +240,8 @@ def _install_pythons(directory: Path, mac: Mac) -> None:
     (directory / "pythons.json").write_text(json.dumps(told))
 
 
-def _inside(directory: Path, path: str) -> Path:
+def inside(directory: Path, path: str) -> Path:
+    """Return where a path of the Mac's is in its directory."""
     return directory / path.replace("~", "Users/ada", 1).lstrip("/")
 
 

@@ -54,6 +54,10 @@ UV = MacPython(
     ("~/.local/share/uv/python/cpython-3.13.9-macos-aarch64-none/bin/python3.13", "~/.local/bin/python3.13"),
     old_sdk=True,
 )
+MACPORTS = MacPython(("/opt/local/bin/python3.13",))
+PYENV = MacPython(("~/.pyenv/versions/3.12.12/bin/python3",), "3.12.12", old_sdk=True)
+MINIFORGE = MacPython(("~/miniforge3/bin/python3",), "3.12.12", old_sdk=True)
+MINIFORGE_OF_HOMEBREW = MacPython(("/opt/homebrew/Caskroom/miniforge/base/bin/python3",), "3.12.12", old_sdk=True)
 INTEL = MacPython(
     ("/usr/local/Cellar/python@3.12/3.12.12/bin/python3.12", "/usr/local/bin/python3", "/usr/local/bin/python3.12"),
     "3.12.12",

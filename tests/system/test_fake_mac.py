@@ -15,22 +15,38 @@ from pathlib import Path
 import pytest
 
 from moectl.cluster import probed_plan
-from moectl.cluster.deploy.deploy import wanted_versions
+from moectl.cluster.deploy.deploy import deploy, wanted_versions
 from moectl.cluster.deploy.task import HostTask
 from moectl.cluster.deploy.uninstall import clear_hosts
 from moectl.cluster.deploy.wheelhouse import ask_platforms
+from moectl.cluster.status import IDLE, RUNNING, Observer
 from moectl.errors import MoectlError, StateError
 from moectl.hosts.connect import open_remotes
 from moectl.hosts.hostfile import HostList
+from moectl.hosts.programs import find_python, list_pythons
 from moectl.hosts.survey import read_hardware, survey_host
 from moectl.model.manifest import FileEntry
 from moectl.planner.questions import PlanOptions, plan_cluster
+from moectl.session.deployment import read_deployment
 from moectl.shards.prepare import Wanted
 from tests.cli.test_cli import run
+from tests.cluster.test_deploy import assert_holds, make_shards
 from tests.support.cabling import mesh
-from tests.support.fake_mac import FakeMac, record_mac, start_mac
+from tests.support.fake_mac import STUDIO, FakeMac, record_mac, start_mac
 from tests.support.lone_host import deploy_host
-from tests.support.macs import FRAMEWORK, HOMEBREW, MACS, UV, Mac, MacPython
+from tests.support.macs import (
+    FRAMEWORK,
+    HOMEBREW,
+    INTEL,
+    MACPORTS,
+    MACS,
+    MINIFORGE,
+    MINIFORGE_OF_HOMEBREW,
+    PYENV,
+    UV,
+    Mac,
+    MacPython,
+)
 from tests.support.sshd import Server
 
 RING = "Thunderbolt ring of 2 Macs, 1 cable: TCP (ring)"
@@ -52,12 +68,15 @@ class Expected:
     wrong: dict[str, str] = field(default_factory=lambda: AS_IT_COMES)
     python: MacPython | None = None  # that the environment is made with
     refused: str = ""
-    wheel: str = ""  # of MLX
+    wheel: str = ""  # of MLX, that pip takes
+    tag: str = "macosx_26_0_arm64"  # that a wheelhouse is filled for
 
 
 EXPECTED = {
     "mini-m1": Expected("m1", "too_much", RING, TOO_OLD, wrong={"sleep": "warn", "python": "fail"}, refused=NO_PYTHON),
-    "studio-m2-ultra": Expected("m2-ultra", "fits", RING, TOO_OLD, python=HOMEBREW, wheel="macosx_15_0_arm64"),
+    "studio-m2-ultra": Expected(
+        "m2-ultra", "fits", RING, TOO_OLD, python=HOMEBREW, wheel="macosx_15_0_arm64", tag="macosx_15_0_arm64"
+    ),
     "mini-m4-pro": Expected(
         "m4-pro",
         "too_much",
@@ -66,6 +85,7 @@ EXPECTED = {
         wrong={**AS_IT_COMES, "firewall": "warn", "system": "warn"},
         python=HOMEBREW,
         wheel="macosx_26_0_arm64",
+        tag="macosx_15_0_arm64",  # MLX's wheel for 26 is built for 26.2
     ),
     "studio-m4-max": Expected("m4-max", "fits", RDMA, python=UV, wheel="macosx_26_0_arm64"),
     "studio-m3-ultra": Expected("m3-ultra", "fits", RDMA, python=FRAMEWORK, wheel="macosx_26_0_arm64"),
@@ -135,7 +155,9 @@ def test_a_mac_from_the_first_question_to_the_last(
     document = json.loads(out)
     for found in document["hosts"]:
         assert {c["check"]: c["level"] for c in found["checks"] if c["level"] != "ok"} == expected.wrong, found
-    assert [pair["checks"][0]["level"] for pair in document["pairs"]] == ["ok"] * bool(expected.python)
+    # With a python on both, each connects to the other; how long that takes is not the matter here.
+    links = [(check["check"], check["level"] == "fail") for pair in document["pairs"] for check in pair["checks"]]
+    assert links == [("tcp", False)] * bool(expected.python)
 
     code, out, _ = run(capsys, monkeypatch, "setup", "hosts.txt")
     assert (code, out.split("\n")[0]) == (0, expected.setup)
@@ -153,7 +175,8 @@ def test_a_mac_from_the_first_question_to_the_last(
             with pytest.raises(MoectlError, match=expected.refused):
                 ask_platforms([host], remotes)
         else:
-            assert str(ask_platforms([host], remotes)[0]).startswith(f"python {expected.python.version[:4]} on macosx_")
+            [platform] = ask_platforms([host], remotes)
+            assert (platform.python, platform.tags[0]) == (expected.python.version[:4], expected.tag)
 
     if expected.python is None:
         with pytest.raises(MoectlError, match=expected.refused):
@@ -168,6 +191,50 @@ def test_a_mac_from_the_first_question_to_the_last(
     assert paths_below(first.home) == before
     assert [one.dialogs for one in macs] == [[], []]
     assert [one.refused for one in macs] == [[], []]
+
+
+@pytest.mark.long
+def test_a_model_on_two_macs(sshd: Server, tmp_path: Path) -> None:
+    """Deploy it, find it there, let a worker run, and remove it: by the pythons, ps and lsof of Macs."""
+    macs = start_pair(sshd, tmp_path, MACS["studio-m2-ultra"])
+    hosts = [mac.host for mac in macs]
+    before = [paths_below(mac.home) for mac in macs]
+    shards = tmp_path / "tiny-experts-2"
+    manifest = make_shards(shards, 2)
+    made = deploy(hosts, shards, manifest)
+    made.raise_failures()
+    for rank, (mac, result) in enumerate(zip(macs, made.results, strict=True)):
+        assert mac.own(result.directory) == "/Users/ada/.moectl/shards/tiny-experts-2"
+        assert_holds(Path(result.directory), manifest, rank)
+    assert sum(result.relayed_bytes for result in made.results) > 0
+    assert [result.copied_bytes for result in deploy(hosts, shards, manifest).results] == [0, 0]
+
+    log = Path(made.results[1].root, "logs", "tiny-experts-2-rank-1.log")
+    with macs[1].running(501, f"{HOMEBREW.runs_as} -m moectl worker", log, kib=73600000):
+        with Observer(read_deployment()) as observer:
+            rows = observer.look().rows
+        assert [(row.state, row.memory_bytes, row.up_s) for row in rows] == [
+            (IDLE, None, None),
+            (RUNNING, 73600000 << 10, 8047.0),
+        ]
+        assert [type(one.error) for one in clear_hosts(hosts, dry_run=False)] == [type(None), StateError]
+    assert clear_hosts(hosts[1:], dry_run=False)[0].error is None
+    assert [paths_below(mac.home) for mac in macs] == before
+    assert [mac.refused for mac in macs] == [[], []]
+
+
+@pytest.mark.long
+@later
+def test_each_usual_python_is_found(sshd: Server, tmp_path: Path) -> None:
+    mac = start_mac(sshd, tmp_path / "mac0", 0, record_mac(STUDIO, 0))
+    with open_remotes([mac.host]) as remotes:
+        for python in (HOMEBREW, FRAMEWORK, UV, MACPORTS, PYENV, MINIFORGE, MINIFORGE_OF_HOMEBREW):
+            with mac.with_python(python) as file:
+                assert Path(find_python(remotes[0], list_pythons(mac.host))).resolve() == file
+        for python in (INTEL, MacPython(("/opt/homebrew/bin/python3.8",), "3.8.18")):
+            with mac.with_python(python):
+                assert find_python(remotes[0], list_pythons(mac.host)) == ""
+    assert mac.dialogs == []
 
 
 def test_links_are_timed_by_a_python_that_is_there(sshd: Server, tmp_path: Path) -> None:
@@ -186,13 +253,27 @@ def test_links_are_timed_by_a_python_that_is_there(sshd: Server, tmp_path: Path)
 
 
 def test_a_worker_of_a_framework_python_is_seen(sshd: Server, tmp_path: Path) -> None:
-    """Such a python starts itself again as Python.app: ps shows that file, and lsof the log."""
+    """Such a python starts itself again as Python.app, which is what ps shows."""
     mac = start_mac(sshd, tmp_path / "mac0", 0, record_mac(MACS["studio-m3-ultra"], 0), MACS["studio-m3-ultra"])
     log = mac.home / ".moectl" / "logs" / "x-rank-0.log"
-    mac.start_process(501, f"{FRAMEWORK.runs_as} -m moectl worker", str(log))
-    mac.start_process(502, "/usr/libexec/sharingd")
-    [found] = clear_hosts([mac.host], dry_run=True)
+    with (
+        mac.running(501, f"{FRAMEWORK.runs_as} -m moectl worker", log),
+        mac.running(502, "/usr/libexec/sharingd"),
+        open_remotes([mac.host]) as remotes,
+    ):
+        assert survey_host(remotes[0]).workers_bytes == 512000 << 10
+        [found] = clear_hosts([mac.host], dry_run=True)
     assert isinstance(found.error, StateError)
     assert "process 501" in found.error.message
-    with open_remotes([mac.host]) as remotes:
-        assert survey_host(remotes[0]).workers_bytes == 512000 << 10
+
+
+@pytest.mark.long
+def test_a_directory_that_macos_keeps_from_ssh(sshd: Server, tmp_path: Path) -> None:
+    mac = start_mac(sshd, tmp_path / "mac0", 0, record_mac(MACS["mini-m4-pro"], 0), MACS["mini-m4-pro"])
+    task = make_task(mac, tmp_path)
+    with pytest.raises(MoectlError) as caught:
+        deploy_host(replace(task, host=replace(mac.host, dir="~/Documents/moectl")))
+    assert mac.own(str(caught.value)) == "mac0: cannot write /Users/ada/Documents/moectl: Operation not permitted"
+    assert str(caught.value.hint).startswith("name another place with dir=; on a Mac, ~/Desktop, ~/Documents")
+    made = deploy_host(replace(task, host=replace(mac.host, dir="~/moectl")))
+    assert mac.own(made.python) == "/Users/ada/moectl/env/bin/python"

@@ -303,7 +303,9 @@ def describe_failure(error: Exception) -> dict[str, Any]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason, path = error.strerror or str(error), str(error.filename or "")
         return {"error": "os", "reason": reason, "path": path, "full": full}
-    fields = dict(zip(error.fields, error.args)) if isinstance(error, Refusal) else {}  # noqa: B905 (python 3.9)
+    if not isinstance(error, Refusal):
+        return {"error": "unexpected", "reason": f"{type(error).__name__}: {error}"}
+    fields = dict(zip(error.fields, error.args))  # noqa: B905 (python 3.9)
     return {"error": type(error).__name__.replace("Failed", "").lower(), **fields}
 
 
