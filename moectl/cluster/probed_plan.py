@@ -31,7 +31,7 @@ from moectl.planner.calibration import Calibration, LinkCost
 from moectl.planner.chips import find_chip
 from moectl.planner.measured import Job, Matrix, MeasuredCluster, Speed, read_speeds
 from moectl.planner.memory import Verdict
-from moectl.planner.plan import Question, candidates
+from moectl.planner.plan import Node, Question, candidates
 from moectl.planner.questions import AnsweredPlan, PlanOptions, PlanTask, set_task
 from moectl.planner.speed import Prediction, Rates, Work, predict_measured
 from moectl.session.backend import choose_backend
@@ -104,7 +104,10 @@ def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
     if len({(node.memory.total, node.rates) for node in question.nodes}) == 1:
         # Hosts of one kind differ by noise, which should not make their shares uneven.
         rates = [Rates(fmean(r.bytes_s for r in rates), fmean(r.flops_s for r in rates))] * len(rates)
-    nodes = tuple(replace(node, rates=own) for node, own in zip(question.nodes, rates, strict=True))
+    nodes = tuple(
+        _ask_metal(replace(node, rates=own), rank.working_set_bytes)
+        for node, own, rank in zip(question.nodes, rates, first.ranks, strict=True)
+    )
     exchanges = sorted(first.collective_s.items())
     collective_s = exchanges[0][1] if exchanges else 0.0
     work_s = max(rank.layer_s for rank in first.ranks)
@@ -120,6 +123,13 @@ def _use_speeds(question: Question, speeds: tuple[Speed, ...]) -> Question:
     )
     link = _fit_link(exchanges, len(nodes)) if exchanges else question.link
     return replace(question, nodes=nodes, speeds=speeds, calibration=calibration, link=link)
+
+
+def _ask_metal(node: Node, working_set_bytes: float) -> Node:
+    """Return a node whose GPU's limit is what Metal says there, where it was only assumed."""
+    if not node.assumed or not working_set_bytes:
+        return node
+    return replace(node, memory=replace(node.memory, working_set=round(working_set_bytes)), assumed="")
 
 
 def _fit_link(exchanges: Sequence[tuple[int, float]], nodes: int) -> LinkCost:

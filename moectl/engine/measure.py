@@ -18,7 +18,7 @@ import queue
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -103,7 +103,7 @@ class _Bench:
         collective = self._time_collectives(prefill.tokens)
         del models
         own = self._measure_alone(weights, prefill.tokens)
-        ranks = tuple(RankSpeed(*row) for row in self._group.share(own.layer_s, own.bytes_s, own.flops_s))
+        ranks = tuple(RankSpeed(*row) for row in self._group.share(*astuple(own)))
         if self._placement.split == "layers":
             uneven = weigh_layers([last - first for first, last in self._spans()], ranks)
             decode, prefill = (replace(p, layer_s=uneven * p.layer_s) for p in (decode, prefill))
@@ -143,7 +143,8 @@ class _Bench:
         order = self._structure.order
         one, all_of = fit_pass(1, times, order), fit_pass(tokens, many, order)
         read, operations = _work_of(self._placement, self._group.rank, self._dtype.size)
-        return RankSpeed(one.layer_s, read / max(one.layer_s, 1e-9), tokens * operations / max(all_of.layer_s, 1e-9))
+        bytes_s, flops_s = read / max(one.layer_s, 1e-9), tokens * operations / max(all_of.layer_s, 1e-9)
+        return RankSpeed(one.layer_s, bytes_s, flops_s, _working_set_bytes())
 
     def _time_model(self, model: Any, tokens: int) -> tuple[list[float], list[float]]:
         """Return the seconds of some prompts, and of some single tokens after one."""
@@ -184,6 +185,11 @@ class _Bench:
         chain(2)
         count = max(2, min(50, int(_PART_S / self._group.largest(chain(2)) / 2)))
         return self._group.largest(statistics.median(chain(count) for _ in range(5)))
+
+
+def _working_set_bytes() -> float:
+    """Return what Metal says that the GPU should use at most; 0 without Metal."""
+    return float(mx.device_info()["max_recommended_working_set_size"]) if mx.metal.is_available() else 0.0
 
 
 def _work_of(placement: Placement, rank: int, dtype_bytes: int) -> tuple[float, float]:

@@ -48,6 +48,7 @@ class Price:
 
 _SPECS = "https://support.apple.com/en-us/"
 _NEWS = "https://www.apple.com/newsroom/"
+_M5_PRICES = "https://insiderllm.com/guides/apple-m5-pro-max-local-ai"
 _M5 = "https://hothardware.com/news/apple-unveils-macbook-pro-m5-pro-m5-max"
 
 _ROWS = (
@@ -115,6 +116,8 @@ PRICES = (
         "MacBook Pro",
         "https://itci.kiev.ua/en/uk-uaapple-onovila-bazovij-macbook-pro-z-chipom-m5-ru-ruapple/amp",
     ),
+    Price("m5-pro", 24, 2199, "MacBook Pro", _M5_PRICES),
+    Price("m5-max-32", 36, 3599, "MacBook Pro", _M5_PRICES),
     Price("gb10", 128, 3999, "DGX Spark", "https://aiwiki.ai/wiki/nvidia_digits"),
     Price("dgx-h100", 640, 289_000, "8×H100", "arXiv 2506.23635"),
 )

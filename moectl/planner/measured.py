@@ -57,6 +57,7 @@ class RankSpeed:
     layer_s: float  # of one token in an average layer
     bytes_s: float  # at which the weights are read for one token
     flops_s: float  # operations per second of a prompt
+    working_set_bytes: float = 0.0  # that Metal recommends; 0 on other systems
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def _assumed(memory: Memory, found: Hardware | None, chip: Chip) -> str:
     version = "macOS" if macos is None else f"macOS {macos}"
     return (
         f"no reading of the GPU's limit is known for {memory.total / (1 << 30):.0f} GiB with {version}: "
-        f"{memory.working_set / 1e9:.1f} GB is a rule of thumb"
+        f"{memory.working_set / 1e9:.1f} GB is a rule of thumb; --probe asks Macs that have moectl"
     )
 
 

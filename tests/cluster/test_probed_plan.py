@@ -74,6 +74,17 @@ def test_a_measured_split_is_not_predicted_from_parts() -> None:
     assert 1 / later.decode_tok_s == pytest.approx(0.01 + 40 * 6e-3 + cache_s)
 
 
+@pytest.mark.parametrize(("memory", "told"), [("256GB", 215e9), ("192GB", 144 * 2**30)])
+def test_what_metal_says_replaces_a_rule_of_thumb_only(memory: str, told: float) -> None:
+    chip = "m3-ultra" if memory == "256GB" else "m2-ultra"
+    hosts = [Host("a"), Host("b")]
+    asked = set_task("databricks/dbrx-instruct", Wanted(), PlanOptions(chip=chip, memory=memory), hosts).question
+    rank = RankSpeed(5e-3, 500e9, 20e12, 215e9)
+    speed = Speed("hidden", (1, 1), Pass(1, 6e-3, 0.01), Pass(64, 0.02, 0.2), {12288: 5e-4}, (rank,) * 2, 64)
+    nodes = probed_plan.use(asked, MeasuredCluster((), (), (), (speed,))).nodes
+    assert [(node.memory.working_set, node.assumed) for node in nodes] == [(told, "")] * 2
+
+
 def test_plan_measures_this_machine_and_bench_compares() -> None:
     planned = invoke("plan", DEMO, "--local", "2", "--split", "hidden", "--ctx", "64", "--json")
     document = json.loads(planned.stdout)

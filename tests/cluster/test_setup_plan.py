@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from moectl.cli.verbs.setup import file_text, plan_json
 from moectl.cluster.doctor.compare import check_backend
 from moectl.cluster.doctor.finding import Level
-from moectl.cluster.setup.commands import Wish
+from moectl.cluster.setup.commands import Wish, _needed_limit
 from moectl.cluster.setup.machine import Machine, read_machine
 from moectl.cluster.setup.plan import SetupPlan, plan_setup
 from moectl.errors import HostsError, PlanError
@@ -374,7 +374,7 @@ def test_a_limit_that_macos_would_not_survive_is_refused() -> None:
 
 
 def test_a_limit_is_raised_only_where_a_rank_needs_it() -> None:
-    needs = (80 << 30, 110 << 30, 20 << 30, 123 << 30)  # of ranks; a Mac of 128 GiB lets its GPU have 107.5 GiB
+    needs = (80 << 30, 110 << 30, 20 << 30, 123 << 30)  # of ranks; macOS 26 lets a GPU have 107.5 of 128 GiB
     made = plan(cable_all(4, MIXED), Wish(needs_bytes=needs))
     limits = [[step.argv[1] for step in steps if step.argv[0] == "sysctl"] for steps in made.steps]
     # The ring is mac1, mac3, mac2, mac4: the second rank is on mac3. What fits in the whole memory gets what is safe.
@@ -386,6 +386,13 @@ def test_a_limit_is_raised_only_where_a_rank_needs_it() -> None:
     ]
     with pytest.raises(PlanError, match=r"mac2: its rank needs 125\.0 GiB, and no limit above 124\.0 GiB is safe"):
         plan(cable_all(2, cabling.mesh(2)), Wish(needs_bytes=(1, 125 << 30)))
+
+
+@pytest.mark.parametrize(("version", "raised"), [((26, 2), False), ((15, 5), True), (None, True)])
+def test_the_limit_in_force_is_that_of_the_version(version: tuple[int, int] | None, raised: bool) -> None:
+    """With room to spare, 92 GiB need 102.2: within macOS 26's 107.5, above macOS 15's 96."""
+    machine = Machine(Host("mac1"), version=version, memory_bytes=128 << 30)
+    assert (_needed_limit(machine, 92 << 30) is not None) == raised
 
 
 def test_a_port_that_networksetup_does_not_list() -> None:

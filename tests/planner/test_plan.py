@@ -374,7 +374,8 @@ def test_the_gpus_limit_is_that_of_the_version_that_was_found() -> None:
     assert make("15.5", 64).memory.working_set == 48 * GIB
     assert make("26.2", 64).assumed == make("15.5", 64).assumed == ""
     assert make("26.2", 36).assumed == (
-        "no reading of the GPU's limit is known for 36 GiB with macOS 26: 25.8 GB is a rule of thumb"
+        "no reading of the GPU's limit is known for 36 GiB with macOS 26: 25.8 GB is a rule of thumb; "
+        "--probe asks Macs that have moectl"
     )
     found = Hardware(chip="m4-max", memory_bytes=36 * GIB, wired_limit_bytes=30 * GIB, os="macOS", os_version="26.2")
     assert make_node(Host("mac"), DEFAULT, found=found).assumed == ""  # its owner has set one

@@ -165,7 +165,8 @@ def _needed_limit(machine: Machine, need_bytes: int) -> int | None:
             hint="moectl plan shows what would fit; or give a size with --wired-limit",
         )
     wanted = min(most, int(need_bytes / COMFORTABLE) + (1 << 20))
-    return None if wanted <= (machine.wired_limit_bytes or default_working_set_bytes(memory)) else wanted
+    usual = default_working_set_bytes(memory, machine.version[0] if machine.version else None)
+    return None if wanted <= (machine.wired_limit_bytes or usual) else wanted
 
 
 def _limit_step(machine: Machine, limit_bytes: int) -> Step:
