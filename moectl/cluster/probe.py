@@ -58,12 +58,18 @@ def measure_speed(
     backend: str = "ring",
     start_timeout_s: float = START_S,
     on_log: Callable[[str, str], None] = lambda host, line: None,
+    on_made: Callable[[Session], None] = lambda session: None,
 ) -> tuple[Speed, ...]:
-    """Run a job on all sites as one group, as workers run. Raises what a session raises."""
+    """Run a job on all sites as one group, as workers run. Raises what a session raises.
+
+    `on_made` gets the session before it starts: closing it ends the measurement.
+    """
     ranks = [RankSpec(site.host, site.remote, (site.python, *MEASURE), "", site.addresses, site.env) for site in sites]
     limit_s = SPEED_S + len(job.placements) * 4 * job.budget_s
     options = RunOptions(start_timeout_s=start_timeout_s)
-    with Session(ranks, options, backend=backend, step_timeout_s=limit_s, on_log=on_log) as session:
+    made = Session(ranks, options, backend=backend, step_timeout_s=limit_s, on_log=on_log)
+    on_made(made)
+    with made as session:
         *_, done = session.generate(Request(1, job.to_json(), 1))
     assert isinstance(done, Done)
     return read_speeds(done.rest)

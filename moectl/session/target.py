@@ -131,13 +131,18 @@ def open_session(
     it starts: closing it ends the start. `of_session` are further arguments of Session.
     """
     with contextlib.ExitStack() as held:
-        ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held, remotes)
+        ranks = list_ranks(target, held, remotes)
         wanted = options.backend
         if isinstance(target, Deployment) and wanted == "auto":
             wanted = target.backend
         session = Session(ranks, options, backend=choose_backend(wanted, [spec.host for spec in ranks]), **of_session)
         on_made(session)
         yield held.enter_context(session)
+
+
+def list_ranks(target: Target, held: contextlib.ExitStack, remotes: Sequence[Remote] | None = None) -> list[RankSpec]:
+    """Return how each rank of a target is started; connections that are made for it end with `held`."""
+    return _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held, remotes)
 
 
 def _local_ranks(target: Local) -> list[RankSpec]:
