@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ IDLE_DATA = {"ranks": 2, "idle_s": 300.0, "warm_s": 0.5, "again_s": 0.5, "held_b
 
 
 def layers_of(*pairs: tuple[Any, float]) -> list[dict[str, Any]]:
-    return [{"shares": a, "env": a, "decode_layer_s": s, "prefill_layer_s": s} for a, s in pairs]
+    return [{"shares": a, "env": a, "token_s": s, "prompt_token_s": s} for a, s in pairs]
 
 
 @pytest.mark.parametrize(
@@ -371,20 +372,39 @@ def test_the_whole_hour_over_sshd(
     assert not processes("moectl.engine")
 
 
-def test_what_the_hints_of_the_first_hour_say(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[HourStep], int]:
+    """Return what runs the command on a host that is none, with one step, and returns the exit code."""
     monkeypatch.chdir(tmp_path)
+    stage = mac_stage({})
+    monkeypatch.setattr("moectl.cli.verbs.doctor.choose_target", lambda *_: stage.target)
+    monkeypatch.setattr("moectl.cluster.first_hour.stage.open_stage", lambda *_, **__: contextlib.nullcontext(stage))
+
+    def run(step: HourStep) -> int:
+        monkeypatch.setattr(spend_first_hour, "__kwdefaults__", {"steps": [step]})
+        return run_whole(monkeypatch, "--report", "r.json")
+
+    return run
+
+
+def test_what_the_hints_of_the_first_hour_say(
+    faked: Callable[[HourStep], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["moectl", "doctor", "--report", "r.json"])
     assert __main__.run() == 2
     assert "Hint: add --first-hour" in capsys.readouterr().err
-    fails = make_step(lambda _: {})
-    monkeypatch.setattr(hour, "STEPS", [fails])
-    monkeypatch.setattr(spend_first_hour, "__kwdefaults__", {"steps": [fails]})
-    assert run_whole(monkeypatch, "--report", "r.json") == 3
+    assert faked(make_step(lambda _: {})) == 3
     assert "Hint: the report says why" in capsys.readouterr().err
-    assert "judge" not in json.loads(Path("r.json").read_text())["steps"][0]
-    assert json.loads(Path("r.json").read_text())["steps"][0]["developers"] == "mend this bug"
+    [step] = json.loads(Path("r.json").read_text())["steps"]
+    assert (step["status"], step["developers"]) == ("failed", "mend this bug")
+
+
+def test_ctrl_c_says_where_the_report_is(faked: Callable[[HourStep], int], capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(_: Stage) -> Data:
+        raise KeyboardInterrupt
+
+    assert faked(make_step(stop)) == 130
+    assert "What was measured so far is in r.json.\n\nInterrupted." in capsys.readouterr().err
 
 
 @pytest.mark.netns

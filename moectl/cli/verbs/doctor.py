@@ -211,7 +211,7 @@ def _measure(common: Common, path: Path | None, *, quick: bool) -> None:
     try:
         with open_stage(target, quick=quick, on_log=log_printer(common)) as stage:
             report = spend_first_hour(stage, path, say=common.say)
-    except KeyboardInterrupt:
+    except BaseException:  # Ctrl-C, most of all
         if path.exists():
             common.say(f"What was measured so far is in {path}.")
         raise

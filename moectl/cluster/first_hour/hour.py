@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 def spend_first_hour(stage: Stage, path: Path, *, say: Say, steps: Sequence[HourStep] = STEPS) -> Report:
     """Measure everything and return the report; it is written to `path` after every step, Ctrl-C included."""
     scrubber = stage.make_scrubber()
-    report = Report(scrubber.data(describe_hosts(stage)), stage.quick)
+    report = Report(scrubber.data(describe_hosts(stage)), stage.choose_backend(), stage.quick)
     begin = time.monotonic()
     for number, step in enumerate(steps, 1):
         say(f"{number} of {len(steps)}: {step.question} (at most {time_text(step.seconds)})")

@@ -16,7 +16,7 @@ from moectl.cluster.first_hour.step import Data, HourStep, Judgement, millisecon
 from moectl.model.geometry import DBRX, Geometry
 from moectl.model.placement import Placement, make_placement
 from moectl.model.structure import Quantization, Structure
-from moectl.planner.measured import Job
+from moectl.planner.measured import Job, Speed
 
 BUDGET_S = 20.0  # for whole passes of one placement
 BITS = Quantization(4, 64)
@@ -74,6 +74,14 @@ def make_job(stage: Stage, split: str, shares: Sequence[Sequence[int] | None]) -
     return Job(tuple(placements), config, BITS, memory, CHUNK, stage.scale(BUDGET_S))
 
 
+def describe_speed(speed: Speed) -> dict[str, float]:
+    """Return the seconds of a token, and of a token of a prompt, in a DBRX with all its layers."""
+    return {
+        "token_s": speed.decode.total_s(DBRX.n_layers),
+        "prompt_token_s": speed.prefill.total_s(DBRX.n_layers) / speed.prefill.tokens,
+    }
+
+
 def divide_evenly(ranks: int) -> tuple[int, ...]:
     """Return the groups of each rank, as alike as they can be: (84, 84)."""
     return tuple(UNITS // ranks + (rank < UNITS % ranks) for rank in range(ranks))
@@ -96,15 +104,14 @@ def find_shares_obstacle(stage: Stage) -> str:
 
 
 def measure_shares(stage: Stage) -> Data:
-    """Return the seconds of a layer with equal shares, and with shares in multiples of 512."""
+    """Return the seconds of a token with equal shares, and with shares in multiples of 512."""
     divided = (divide_evenly(stage.size), divide_fast(stage.size))
     speeds = stage.measure_speed(make_job(stage, "hidden", divided))
     return {
         "ranks": stage.size,
         "narrow": not stage.has_gpu,
         "shares": [
-            {"shares": list(shares), "decode_layer_s": speed.decode.layer_s, "prefill_layer_s": speed.prefill.layer_s}
-            for shares, speed in zip(divided, speeds, strict=True)
+            {"shares": list(shares), **describe_speed(speed)} for shares, speed in zip(divided, speeds, strict=True)
         ],
     }
 
@@ -113,10 +120,9 @@ def judge_shares(data: Data) -> Judgement:
     """Say which shares are faster."""
     even, fast = data["shares"]
     names = ["/".join(map(str, one["shares"])) for one in (even, fast)]
-    gain = even["decode_layer_s"] / max(fast["decode_layer_s"], 1e-9)
+    gain = even["token_s"] / max(fast["token_s"], 1e-9)
     came = ", ".join(
-        f"{name}: {milliseconds(one['decode_layer_s'])} per layer"
-        for name, one in zip(names, (even, fast), strict=True)
+        f"{name}: {milliseconds(one['token_s'])} per token" for name, one in zip(names, (even, fast), strict=True)
     )
     if gain > _GAIN:
         shares = names[1].replace("/", ",")
@@ -132,22 +138,22 @@ def find_knobs_obstacle(stage: Stage) -> str:
 
 
 def measure_knobs(stage: Stage) -> Data:
-    """Return the seconds of a layer for each setting of the command buffers."""
+    """Return the seconds of a token for each setting of the command buffers."""
     job = make_job(stage, "hidden", [None])
     rows = []
     for env in KNOBS:
         [speed] = stage.measure_speed(job, env=env)
-        rows.append({"env": env, "decode_layer_s": speed.decode.layer_s, "prefill_layer_s": speed.prefill.layer_s})
+        rows.append({"env": env, **describe_speed(speed)})
     return {"ranks": stage.size, "settings": rows}
 
 
 def judge_knobs(data: Data) -> Judgement:
     """Say whether a setting is faster than MLX's own."""
     usual, *others = data["settings"]
-    best = min(others, key=lambda row: row["decode_layer_s"])
-    gain = usual["decode_layer_s"] / max(best["decode_layer_s"], 1e-9)
+    best = min(others, key=lambda row: row["token_s"])
+    gain = usual["token_s"] / max(best["token_s"], 1e-9)
     words = " ".join(f"{name}={value}" for name, value in best["env"].items())
-    came = f"{milliseconds(usual['decode_layer_s'])} per layer, {milliseconds(best['decode_layer_s'])} with {words}"
+    came = f"{milliseconds(usual['token_s'])} per token, {milliseconds(best['token_s'])} with {words}"
     if gain <= _GAIN:
         return Judgement(False, came, developers="leave MLX's own settings")
     return Judgement(True, came, f"until moectl does it: {words} under 'envs' of an MLX hostfile", f"set {words}")

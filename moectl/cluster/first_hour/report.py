@@ -21,18 +21,17 @@ class Report:
     """What was found so far."""
 
     hosts: list[dict[str, Any]]  # by rank
+    backend: str  # of the workers
     quick: bool
     outcomes: list[Outcome] = field(default_factory=list)
     finished: bool = False
-
-    def count(self, status: Ending) -> int:
-        return sum(outcome.status is status for outcome in self.outcomes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document."""
         return {
             "schema": SCHEMA,
             "moectl": __version__,
+            "backend": self.backend,
             "quick": self.quick,
             "finished": self.finished,
             "hosts": self.hosts,
