@@ -106,7 +106,7 @@ EXCHANGE = HourStep(
     "exchange",
     "How long does an exchange take, by backend and size?",
     300,
-    f"{TOKEN_BYTES} bytes on two ranks: 0.020 to 0.031 ms over RDMA, 0.15 to 0.3 ms over TCP on Thunderbolt, 0.5 to "
+    f"{TOKEN_BYTES} bytes take on two ranks 0.020 to 0.031 ms over RDMA, 0.15 to 0.3 ms over TCP on Thunderbolt, 0.5 to "
     "0.7 ms on 10 GbE; at most twice that",
     "the calibration 'default': published ranges; nothing was measured on a Mac",
     measure_exchanges,
@@ -117,7 +117,7 @@ GATHER = HourStep(
     "gather",
     "Is gathering and adding up on each rank faster than the backend's sum?",
     180,
-    f"yes up to {GATHER_BELOW_BYTES} bytes, no above",
+    f"gathering is faster up to {GATHER_BELOW_BYTES} bytes, the backend's sum above",
     "hops of the ring: N-1 against 2(N-1); JACCL's sum has one phase up to 32 KiB (mlx 0.32.4)",
     measure_gather,
     judge_gather,
