@@ -106,8 +106,8 @@ EXCHANGE = HourStep(
     "exchange",
     "How long does an exchange take, by backend and size?",
     300,
-    f"{TOKEN_BYTES} bytes take on two ranks 0.020 to 0.031 ms over RDMA, 0.15 to 0.3 ms over TCP on Thunderbolt, 0.5 to "
-    "0.7 ms on 10 GbE; at most twice that",
+    f"{TOKEN_BYTES} bytes take on two ranks 0.020 to 0.031 ms over RDMA, 0.15 to 0.3 ms over TCP on Thunderbolt, 0.5 "
+    "to 0.7 ms on 10 GbE; at most twice that",
     "the calibration 'default': published ranges; nothing was measured on a Mac",
     measure_exchanges,
     judge_exchanges,
