@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from moectl.cluster.first_hour.stage import Stage, time_exchange
 from moectl.cluster.first_hour.step import NOTHING, Data, HourStep, Judgement, milliseconds
 from moectl.engine.exchange_times import ExchangeJob
 from moectl.engine.network.exchange import GATHER_BELOW_BYTES
-from moectl.errors import HostsError, MoectlError
+from moectl.errors import HostsError, MoectlError, Stalled
 from moectl.planner.calibration import DEFAULT
 
 BACKENDS = ("ring", "jaccl", "jaccl-ring")
@@ -16,7 +17,7 @@ TOKEN_BYTES = 12288  # one token's vector of DBRX in 16 bits
 PROMPT_BYTES = 512 * TOKEN_BYTES
 SIZES = (256, 4096, TOKEN_BYTES, 32768, 65536, 262144, 1 << 20, PROMPT_BYTES)
 QUICK_SIZES = (256, TOKEN_BYTES, 65536)
-GATHER_SIZES = (4096, TOKEN_BYTES, 32768, 65536, 131072, 262144)
+GATHER_SIZES = (4096, TOKEN_BYTES, 32768, 65536, 131072, 262144, 1 << 20, PROMPT_BYTES)
 QUICK_GATHER_SIZES = (TOKEN_BYTES, 65536)
 TOLERANCE = 2.0
 
@@ -35,21 +36,34 @@ def measure_exchanges(stage: Stage) -> Data:
         if lacking:
             found["absent"][backend] = f"MLX has no {kind} on rank {', '.join(lacking)}"
             continue
-        times: dict[str, float] = {}
         try:
-            with stage.open_exchanges(backend) as session:
-                for number, size in enumerate(QUICK_SIZES if stage.quick else SIZES, 1):
-                    job = ExchangeJob(size, ("reduce",), stage.dtype)
-                    times[str(size)] = time_exchange(session, number, job)["reduce"]
+            times, why = _time_sizes(stage, backend, QUICK_SIZES if stage.quick else SIZES, ("reduce",))
         except HostsError as error:
             found["absent"][backend] = error.message
-        except MoectlError as error:
-            if stage.is_late:
-                raise
-            found["broken"][backend] = str(error)  # the sizes that are there say where
+            continue
         if times:
-            found["seconds"][backend] = times
+            found["seconds"][backend] = {size: ways["reduce"] for size, ways in times.items()}
+        if why:
+            found["broken"][backend] = why
+        if stage.is_late:
+            break
     return found
+
+
+def _time_sizes(
+    stage: Stage, backend: str, sizes: Sequence[int], ways: tuple[str, ...]
+) -> tuple[dict[str, dict[str, float]], str]:
+    """Return the seconds by bytes and way, and why it broke off; "" where it did not."""
+    times: dict[str, dict[str, float]] = {}
+    try:
+        with stage.open_exchanges(backend) as session:
+            for number, size in enumerate(sizes, 1):
+                times[str(size)] = time_exchange(session, number, ExchangeJob(size, ways, stage.dtype))
+    except HostsError:
+        raise
+    except MoectlError as error:
+        return times, "it took too long" if stage.is_late else str(error)
+    return times, ""
 
 
 def judge_exchanges(data: Data) -> Judgement:
@@ -77,13 +91,11 @@ def judge_exchanges(data: Data) -> Judgement:
 
 def measure_gather(stage: Stage) -> Data:
     """Return the seconds of both ways by bytes, over the backend that the workers use."""
-    backend = stage.choose_backend()
-    seconds: dict[str, dict[str, float]] = {}
-    with stage.open_exchanges(backend) as session:
-        for number, size in enumerate(QUICK_GATHER_SIZES if stage.quick else GATHER_SIZES, 1):
-            job = ExchangeJob(size, ("gather", "reduce"), stage.dtype)
-            seconds[str(size)] = time_exchange(session, number, job)
-    return {"ranks": stage.size, "backend": backend, "seconds": seconds}
+    backend, sizes = stage.choose_backend(), QUICK_GATHER_SIZES if stage.quick else GATHER_SIZES
+    times, why = _time_sizes(stage, backend, sizes, ("gather", "reduce"))
+    if not times:
+        raise Stalled(why)
+    return {"ranks": stage.size, "backend": backend, "seconds": times, "broken": why}
 
 
 def judge_gather(data: Data) -> Judgement:
@@ -98,8 +110,10 @@ def judge_gather(data: Data) -> Judgement:
     wanted = max((size for size in sizes if size <= GATHER_BELOW_BYTES), default=0)
     faster = f"gathering is faster up to {best} bytes" if best else "the backend's sum is faster at every size"
     came = f"{faster} ({data['backend']}, {data['ranks']} ranks)"
+    if data["broken"]:
+        came += f"; broke off after {sizes[-1]} bytes: {data['broken']}"
     border = f"set GATHER_BELOW_BYTES to {best} for {data['backend']} and {data['ranks']} ranks"
-    return Judgement(best == wanted, came, developers=NOTHING if best == wanted else border)
+    return Judgement(best == wanted and not data["broken"], came, developers=NOTHING if best == wanted else border)
 
 
 EXCHANGE = HourStep(

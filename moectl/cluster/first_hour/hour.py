@@ -45,13 +45,12 @@ def spend_first_hour(stage: Stage, path: Path, *, say: Say, steps: Sequence[Hour
 def try_step(step: HourStep, stage: Stage, *, left_s: float = HOUR_S) -> Outcome:
     """Return how a step ended; no error of a host ends the hour."""
     scrubber = stage.make_scrubber()
-    obstacle = step.find_obstacle(stage)
-    if obstacle:
-        return Outcome(step, Ending.SKIPPED, obstacle)
     if left_s < step.seconds:
         return Outcome(step, Ending.SKIPPED, f"it may take {time_text(step.seconds)}, and the hour is over before")
     begin = time.monotonic()
     try:
+        if obstacle := step.find_obstacle(stage):
+            return Outcome(step, Ending.SKIPPED, obstacle)
         with stage.limit(step.seconds):
             data = scrubber.data(step.measure(stage))
         found = step.judge(data)

@@ -37,11 +37,11 @@ class Scrubber:
         return text
 
     def data(self, value: Any) -> Any:
-        """Return JSON of which every text, keys included, is without names."""
+        """Return JSON of which every text is without names; its keys are ours."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, dict):
-            return {self.text(key): self.data(one) for key, one in value.items()}
+            return {key: self.data(one) for key, one in value.items()}
         return [self.data(one) for one in value] if isinstance(value, list | tuple) else value
 
 

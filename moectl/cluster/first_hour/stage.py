@@ -33,6 +33,7 @@ from moectl.session.backend import choose_backend
 from moectl.session.deployment import Deployment
 from moectl.session.session import RankSpec, Session
 from moectl.session.target import Target, list_ranks, open_session
+from moectl.text import last_line
 
 FACTS = ("-m", "moectl.engine.facts")
 EXCHANGE_TIMES = ("-m", "moectl.engine.exchange_times")
@@ -213,13 +214,16 @@ def open_stage(target: Target, *, quick: bool, on_log: Log = lambda host, line: 
 
 
 def _ask_facts(spec: RankSpec) -> Facts:
-    done = spec.remote.run([spec.argv[0], *FACTS], timeout_s=FACTS_S)
+    done = spec.remote.run([spec.argv[0], *FACTS], timeout_s=FACTS_S, check=False)
     for line in done.stdout.split(b"\n"):
         answer = parse_answer(line)
         if answer is not None:
             with contextlib.suppress(ValueError):
                 return build(Facts, answer)
-    raise CommandFailed("its environment did not say what MLX can do there", host=spec.host.name)
+    said = last_line(done.stderr) or f"exit code {done.code}"
+    raise CommandFailed(
+        f"its environment did not say what MLX can do there: {said}", host=spec.host.name, hint="moectl deploy"
+    )
 
 
 def answer(session: Session, number: int, *, tokens: int = 2) -> Stats:
