@@ -30,6 +30,7 @@ LISTEN_S = 10.0
 LINK_BUDGET_S = 0.4  # for the round trips of one pair, and half as much for its bandwidth
 START_S = 60.0
 SPEED_S = 120.0
+PATIENCE = 6.0  # × a step's usual limit: no token tells of the weights that are made, and of ranks measured alone
 MEMORY_PART = 0.10  # of what is free, for a measurement's weights
 LEAST_MEMORY_BYTES = 1 << 28
 
@@ -58,12 +59,18 @@ def measure_speed(
     backend: str = "ring",
     start_timeout_s: float = START_S,
     on_log: Callable[[str, str], None] = lambda host, line: None,
+    on_made: Callable[[Session], None] = lambda session: None,
 ) -> tuple[Speed, ...]:
-    """Run a job on all sites as one group, as workers run. Raises what a session raises."""
+    """Run a job on all sites as one group, as workers run. Raises what a session raises.
+
+    `on_made` gets the session before it starts: closing it ends the measurement.
+    """
     ranks = [RankSpec(site.host, site.remote, (site.python, *MEASURE), "", site.addresses, site.env) for site in sites]
     limit_s = SPEED_S + len(job.placements) * 4 * job.budget_s
     options = RunOptions(start_timeout_s=start_timeout_s)
-    with Session(ranks, options, backend=backend, step_timeout_s=limit_s, on_log=on_log) as session:
+    made = Session(ranks, options, backend=backend, step_timeout_s=limit_s, patience=PATIENCE, on_log=on_log)
+    on_made(made)
+    with made as session:
         *_, done = session.generate(Request(1, job.to_json(), 1))
     assert isinstance(done, Done)
     return read_speeds(done.rest)

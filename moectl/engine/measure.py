@@ -18,7 +18,7 @@ import queue
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import mlx.core as mx
@@ -28,13 +28,13 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.engine.controller_link import ControllerLink
 from moectl.engine.engine import Engine
-from moectl.engine.group import open_group
 from moectl.engine.network.exchange import seam, sum_over_ranks
 from moectl.engine.network.load import compute_dtype
-from moectl.engine.protocol import Check, Done, Generate, Load, Loaded, Ready, Start, Token
+from moectl.engine.protocol import Done, Generate, Token
 from moectl.engine.random_model import RandomWeights, choose_depths, with_depth
 from moectl.engine.random_prompts import RandomPrompts, check_uncached
 from moectl.engine.request import Request, Stats
+from moectl.engine.timed_group import PART_S, Group, join_without_model, time_exchange
 from moectl.engine.worker import run
 from moectl.errors import PlanError
 from moectl.model.placement import Placement
@@ -45,30 +45,8 @@ from moectl.shards.chat.tokenizer import Tokenizer
 _LEAST_ROUNDS = 2
 _MOST_TOKENS = 64
 _PATIENCE, _PATIENCE_S = 4, 20.0  # times the budget, and seconds, that the least may take
-_PART_S = 0.04  # for each thing that is measured by itself
 
 Tell = Callable[[int], None]  # gets a token that was generated
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """This rank and the group of all; `group` is None for a single rank."""
-
-    rank: int
-    size: int
-    group: Any
-
-    def share(self, *values: float) -> list[list[float]]:
-        """Return every rank's values, by rank; every rank waits for all."""
-        mine = mx.array([values], dtype=mx.float32)
-        if self.group is None:
-            return mine.tolist()  # type: ignore[return-value]
-        with mx.stream(mx.cpu):
-            return mx.distributed.all_gather(mine, group=self.group).tolist()  # type: ignore[return-value]
-
-    def largest(self, value: float) -> float:
-        """Return the largest of all ranks' values, so that all decide alike."""
-        return max(row[0] for row in self.share(value))
 
 
 def measure(job: Job, group: Group, tell: Tell = lambda token: None) -> list[Speed]:
@@ -156,7 +134,7 @@ class _Bench:
             mx.eval(model(mx.zeros((1, tokens), dtype=mx.int32), cache=cache))
             prompts.append(time.perf_counter() - begin)
             begin, count = time.perf_counter(), 0
-            while time.perf_counter() - begin < _PART_S or count < 2:
+            while time.perf_counter() - begin < PART_S or count < 2:
                 mx.eval(model(mx.zeros((1, 1), dtype=mx.int32), cache=cache))
                 count += 1
             steps.append((time.perf_counter() - begin) / count)
@@ -168,23 +146,11 @@ class _Bench:
             return {}
         row, width = self._structure.width * self._dtype.size, self._structure.width
         return {
-            count * row: self._time_collective(mx.ones((count, width), dtype=self._dtype))
+            count * row: time_exchange(
+                lambda x: sum_over_ranks(x, self._group.group), mx.ones((count, width), dtype=self._dtype), self._group
+            )
             for count in sorted({1, tokens})
         }
-
-    def _time_collective(self, x: mx.array) -> float:
-        def chain(count: int) -> float:
-            y = x
-            for _ in range(count):
-                y = sum_over_ranks(y, self._group.group) * (1 / self._group.size)
-            self._group.largest(0.0)
-            begin = time.perf_counter()
-            mx.eval(y)
-            return (time.perf_counter() - begin) / count
-
-        chain(2)
-        count = max(2, min(50, int(_PART_S / self._group.largest(chain(2)) / 2)))
-        return self._group.largest(statistics.median(chain(count) for _ in range(5)))
 
 
 def _working_set_bytes() -> float:
@@ -306,21 +272,16 @@ def weigh_layers(counts: Sequence[int], ranks: Sequence[RankSpeed]) -> float:
 
 
 def _serve(link: ControllerLink) -> None:
-    start: Start = link.take(Start)
-    group = open_group(link, start)
-    link.take(Load)
-    link.tell(Loaded())
-    link.take(Check)
-    link.tell(Ready("", None, 0, 0, 0))  # there is no model before there is a job
+    group = join_without_model(link)  # there is no model before there is a job
     order: Generate = link.take(Generate)
     # Without text: the findings come with the end.
     with seam():
         speeds = measure(
             read_job(order.request.prompt),
-            Group(start.rank, start.world_size, group),
+            group,
             lambda token: link.tell(Token(order.request.id, token, "")),
         )
-    if start.rank == 0:
+    if group.rank == 0:
         stats = Stats(0, 0, 0.0, 0.0, 0.0, mx.get_peak_memory())
         link.tell(Done(order.request.id, "stop", stats, json.dumps([speed.to_json() for speed in speeds])))
     link.orders.get()  # the controller closes the link after rank 0's answer

@@ -43,6 +43,7 @@ class RunOptions:
     cache_tokens: int | None = None  # for past answers at most; None: what the running ones leave
     prefill_step: int | None = _shared(None)  # tokens of a prompt that are read at a time; None: what the ranks can
     speculate: int = _shared(0)  # tokens that prompt lookup may propose at once; 0: none
+    load_delays_s: tuple[float, ...] = ()  # for a measurement: each rank waits so long before it loads; (): none does
 
     def shared(self) -> dict[str, Any]:
         """Return the options in which those who use one controller have to agree, by name."""

@@ -173,6 +173,9 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
     from moectl.shards.source.checkpoint import read_sampling
     from moectl.shards.verified import check_files
 
+    if start.run.load_delays_s:
+        _log.info("loads %g s late, as asked", start.run.load_delays_s[start.rank])
+        time.sleep(start.run.load_delays_s[start.rank])
     check_files(directory, manifest, start.rank)  # in the phase that may take long: some files may have to be hashed
     dtype = getattr(mx, start.run.dtype) if start.run.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)

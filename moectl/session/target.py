@@ -133,7 +133,7 @@ def open_session(
     """
     keep_awake()  # the workers end when they hear nothing of this machine
     with contextlib.ExitStack() as held:
-        ranks = _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held, remotes)
+        ranks = list_ranks(target, held, remotes)
         wanted = options.backend
         if isinstance(target, Deployment) and wanted == "auto":
             wanted = target.backend
@@ -141,6 +141,11 @@ def open_session(
         session = Session(ranks, options, backend=wanted, **of_session)
         on_made(session)
         yield held.enter_context(session)
+
+
+def list_ranks(target: Target, held: contextlib.ExitStack, remotes: Sequence[Remote] | None = None) -> list[RankSpec]:
+    """Return how each rank of a target is started; connections that are made for it end with `held`."""
+    return _local_ranks(target) if isinstance(target, Local) else _deployed_ranks(target, held, remotes)
 
 
 def _local_ranks(target: Local) -> list[RankSpec]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -40,6 +41,7 @@ from moectl.hosts.survey import read_all_hardware, read_hardware
 from moectl.model.placement import make_placement
 from moectl.model.structure import Quantization, Structure
 from moectl.planner.measured import Job, Pass, RankSpeed, Speed, read_job, read_speeds
+from moectl.session.liveness import StepDeadline
 from tests.support.families import config_of
 from tests.support.netns import Cluster
 from tests.support.ring import rank_env
@@ -297,6 +299,26 @@ def test_every_split_is_measured() -> None:
         check_speed(speed, split, 2, structure)
         assert speed.is_of(placement)
     assert not processes("moectl.engine.measure")
+
+
+def test_a_measurement_may_tell_nothing_while_it_makes_weights_and_measures_ranks_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four ranks on a busy machine were ended after 5 s without a token."""
+    made: list[dict[str, Any]] = []
+
+    def refuse(ranks: object, options: object, **how: Any) -> None:
+        made.append(how)
+        raise PlanError("enough is known")
+
+    monkeypatch.setattr(probe, "Session", refuse)
+    with pytest.raises(PlanError):
+        measure_speed(sites(2), Job((make_placement(TINY, "hidden", 2),), CONFIG, None, 1 << 30, 16, 0.1))
+    deadline = StepDeadline(made[0]["step_timeout_s"], 512, made[0].get("patience", 1.0))
+    deadline.expect(1, is_first=True)
+    for _ in range(9):
+        deadline.step(1)  # quick ones
+    assert deadline.seconds >= 30
 
 
 def test_copies_of_experts_are_measured() -> None:

@@ -1,31 +1,39 @@
-"""`moectl doctor`: what is wrong with the hosts, and what mends it.
+"""`moectl doctor`: what is wrong with the hosts, and what mends it; with --first-hour, what they are like at work.
 
 What is right with a host shares a line; each warning and failure has its own line, with what mends it below.
 """
 
 from __future__ import annotations
 
+import textwrap
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from moectl import errors
 from moectl.cli import suggest
-from moectl.cli.options import Common, common
+from moectl.cli.options import FILE, Common, common, refuse_both
+from moectl.cli.target import choose_target
+from moectl.cli.terminal import log_printer
 from moectl.cli.verb import verb
 from moectl.cluster.doctor.finding import Level
-from moectl.text import columns, count_text
+from moectl.cluster.first_hour.step import NOTHING
+from moectl.text import columns, count_text, printable
 
 if TYPE_CHECKING:
     from moectl.cluster.doctor.diagnose import Diagnosis
     from moectl.cluster.doctor.finding import Finding
+    from moectl.cluster.first_hour.step import Outcome
 
 SCHEMA = "moectl.doctor/1"
 _GAP = "  "
 _WORD = len("FAIL")
 _DOT = " · "
+_TARGET = ("local", "shards", "model", "split", "shares", "replicas", "q_bits", "force", "no_canary")  # not asked for
 Paint = Callable[[Level, str], str]
 
 
@@ -108,23 +116,65 @@ def _fill(words: Sequence[str], width: int) -> list[str]:
     return lines
 
 
+def first_hour_text(outcomes: Sequence[Outcome], *, width: int) -> str:
+    """Return the steps of the first hour: how each ended, what came, what was expected, and what follows."""
+    name = max(len(outcome.step.name) for outcome in outcomes)
+    status = max(len(outcome.status) for outcome in outcomes)
+    lines: list[str] = []
+    for outcome in outcomes:
+        head = f"{outcome.step.name:{name}}{_GAP}{outcome.status:{status}}{_GAP}"
+        below = [("expected", outcome.step.expected)] if outcome.data else []
+        below += [("you", outcome.owner), ("developers", outcome.developers)]
+        texts = [
+            (head, outcome.came),
+            *((" " * len(head) + f"{who}: ", text) for who, text in below if text != NOTHING),
+        ]
+        for begin, text in texts:
+            more = " " * len(head)
+            lines += textwrap.wrap(printable(text), max(width, 60), initial_indent=begin, subsequent_indent=more)
+    return "\n".join(lines)
+
+
 @verb("Observe")
 @click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
 @click.option("--fast", is_flag=True, help="Do not time transfers between hosts, nor run an all-reduce on pairs.")
+@click.option(
+    "--first-hour",
+    is_flag=True,
+    help="Measure the deployed hosts at work instead, for up to an hour, and write a report without names.",
+)
+@click.option("--report", type=FILE, metavar="FILE", help="For --first-hour: write the report to this file.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="For --first-hour: wait and measure for moments only: it shows that it runs, and no more.",
+)
 @common
-def doctor(common: Common, fast: bool) -> None:
+def doctor(common: Common, fast: bool, first_hour: bool, report: Path | None, quick: bool) -> None:
     """Check hosts, network and versions; say how to mend what is wrong.
 
     First each host: ssh, system, settings, python and versions, disk and memory for the shard set. Then the hosts are
     compared with each other. Then every pair: TCP from the worker's python, its speed, and an all-reduce over each two
     neighbours. Nothing is changed anywhere. Without hosts and deployment, this machine is checked alone.
 
+    --first-hour measures what is not known before: RDMA, exchanges, a rank that loads late, memory after the
+    end, idle minutes, and more. It loads the deployed model several times and needs no root. Without a deployment, the
+    demo model runs on two local ranks. Ctrl-C keeps the report so far. Please send the report in.
+
     \b
     Examples:
       moectl doctor hosts.txt
       moectl doctor --hosts mac1,mac2 --fast
+      moectl doctor hosts.txt --first-hour --report first-hour.json
       moectl doctor --json | jq '.hosts[].checks[] | select(.level == "fail")'
     """
+    if first_hour:
+        refuse_both({"--first-hour": True}, {"--fast": fast})
+        _measure(common, report, quick=quick)
+        return
+    for name, given in (("--report", report), ("--quick", quick)):
+        if given:
+            raise errors.UsageError(f"{name} is for --first-hour", hint="add --first-hour")
     from moectl.cluster.doctor.diagnose import choose_hosts, diagnose
 
     where, deployed = choose_hosts(common.host_list())
@@ -141,4 +191,34 @@ def doctor(common: Common, fast: bool) -> None:
     if failures:
         raise errors.PartialFailure(
             f"{count_text(failures, 'check')} failed.", hint="each FAIL line says what mends it."
+        )
+
+
+def _measure(common: Common, path: Path | None, *, quick: bool) -> None:
+    """Spend the first hour with the deployed hosts, or with the demo model here."""
+    from moectl.cluster.first_hour.hour import spend_first_hour
+    from moectl.cluster.first_hour.report import summary_text as summary
+    from moectl.cluster.first_hour.stage import open_stage
+    from moectl.cluster.first_hour.step import Ending
+    from moectl.files import check_destination
+    from moectl.server.attach import refuse_second
+
+    path = path or Path(time.strftime("first-hour-%Y%m%d-%H%M%S.json", time.gmtime()))
+    check_destination(path)
+    target = choose_target(common, dict.fromkeys(_TARGET))
+    refuse_second(target)
+    common.say(f"The report goes to {path}: no host, user, address or path is named in it.")
+    try:
+        with open_stage(target, quick=quick, on_log=log_printer(common)) as stage:
+            report = spend_first_hour(stage, path, say=common.say)
+    except BaseException:  # Ctrl-C, most of all
+        if path.exists():
+            common.say(f"What was measured so far is in {path}.")
+        raise
+    common.print(first_hour_text(report.outcomes, width=columns()), report.to_json(), summary(report.outcomes))
+    common.say(f"Please send {path} in: see 'moectl help verified'.")
+    failed = [outcome.step.name for outcome in report.outcomes if outcome.status is Ending.FAILED]
+    if failed:
+        raise errors.PartialFailure(
+            f"{count_text(len(failed), 'step')} failed: {', '.join(failed)}.", hint="the report says why; send it in"
         )

@@ -104,8 +104,11 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def _sum(x: mx.array, group: mx.distributed.Group) -> mx.array:
-    if x.nbytes > GATHER_BELOW_BYTES:
-        return _sum_large(x, group)
+    return _sum_large(x, group) if x.nbytes > GATHER_BELOW_BYTES else gather_and_sum(x, group)
+
+
+def gather_and_sum(x: mx.array, group: mx.distributed.Group) -> mx.array:
+    """Return the sum of `x` over all ranks, gathered and summed here in float32, whatever its size."""
     parts = mx.distributed.all_gather(x[None], group=group)
     return parts.astype(mx.float32).sum(axis=0).astype(x.dtype)
 
