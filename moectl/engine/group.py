@@ -32,7 +32,7 @@ def open_group(link: ControllerLink, start: Start, **of_rank: Any) -> Any:
     with contextlib.ExitStack() as ports:
         numbers = [ports.enter_context(_free_port(address)) for address in start.addresses]
         alone = start.world_size == 1
-        system = {"macos": read_macos(), "wheel": read_wheel(), "jaccl": None if alone else has_jaccl()}
+        system: dict[str, Any] = {"macos": read_macos(), "wheel": read_wheel(), "jaccl": None if alone else has_jaccl()}
         link.tell(Listening(own_versions(), numbers, pid=os.getpid(), **system, **of_rank))
         return None if alone else _join(link, start, ports)
 
