@@ -120,7 +120,7 @@ def test_wired_memory_that_is_still_held_is_named_at_a_restart(
     make_mac(monkeypatch, tmp_path, 0, wired_gib=23)
     with pytest.raises(PlanError) as caught:
         this_machine.check_own_memory(manifest[1], 0, working_set_bytes=16 << 30)
-    held = "18.8 GB of wired memory are still held by a program, or by a killed one"
+    held = "18.8 GB of wired memory are still held by a program, or by one that was killed"
     assert caught.value.message.endswith(held)
     assert caught.value.hint == this_machine.HELD_HINT
     # Two ranks on one Mac: the other one may have wired its part already.
