@@ -125,6 +125,13 @@ def parse_vm_stat(text: str) -> int | None:
     return sum(known) * int(size[1]) if size and len(known) == len(wanted) else None
 
 
+def parse_wired(vm_stat: str) -> int | None:
+    """Return the bytes of wired memory, which macOS never moves."""
+    size = re.search(r"page size of (\d{1,9}) bytes", vm_stat)
+    pages = _count(_pairs(vm_stat).get("Pages wired down", "").rstrip("."))
+    return int(size[1]) * pages if size and pages is not None else None
+
+
 def parse_linux(meminfo: str, cpuinfo: str, os_release: str, nvidia_smi: str = "") -> Hardware:
     """Return a Linux machine's hardware from /proc, os-release and `nvidia-smi`; of several GPUs, the first one's.
 

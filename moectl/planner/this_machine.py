@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moectl.errors import PlanError
-from moectl.hosts.hardware import major_version, parse_macos
+from moectl.hosts.hardware import major_version, parse_macos, parse_wired
 from moectl.model.manifest import Manifest
 from moectl.model.placement import Placement
 from moectl.planner.chips import default_working_set_bytes
@@ -25,6 +25,7 @@ from moectl.planner.memory import (
     CPU_DTYPE_BYTES,
     KV_STEP,
     METAL_DTYPE_BYTES,
+    SYSTEM_BYTES,
     Memory,
     Need,
     Verdict,
@@ -37,6 +38,8 @@ from moectl.planner.memory import (
 CONTEXT = 4096  # tokens for which every rank has to have memory
 MOST_ANSWERS = 8  # of full length, at once
 SYSCTL = "/usr/sbin/sysctl"
+VM_STAT = "/usr/bin/vm_stat"
+HELD_HINT = "end other programs that use its GPU (Ollama, LM Studio); if that changes nothing, restart that Mac"
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -47,17 +50,26 @@ def own_memory() -> Memory | None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform == "darwin":
         version = major_version(platform.mac_ver()[0])
-        return Memory(total, _own_gpu_limit() or default_working_set_bytes(total, version))
+        limit = parse_macos(_ask(SYSCTL, "iogpu.wired_limit_mb"), "", "", "").wired_limit_bytes
+        held = find_held(parse_wired(_ask(VM_STAT)) or 0, total)
+        return Memory(total, limit or default_working_set_bytes(total, version), held)
     return Memory(total, None, max(0, total - _available(total)))
 
 
-def _own_gpu_limit() -> int | None:
-    """Return the bytes that this Mac's owner allows its GPU; None where macOS chooses."""
+def find_held(wired_bytes: int, total_bytes: int) -> int:
+    """Return how much wired memory of a Mac is more than macOS itself wires, which is an estimate.
+
+    A program holds it, or one that was killed has left it.
+    """
+    return max(0, wired_bytes - SYSTEM_BYTES - total_bytes // 16)
+
+
+def _ask(*argv: str) -> str:
+    """Return what a tool of the system prints; nothing where it cannot."""
     try:
-        done = subprocess.run([SYSCTL, "iogpu.wired_limit_mb"], capture_output=True, text=True, timeout=10, check=False)
+        return subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return parse_macos(done.stdout, "", "", "").wired_limit_bytes
+        return ""
 
 
 def own_dtype_bytes() -> int:
@@ -75,9 +87,16 @@ def check_own_memory(
     memory = replace(memory, ranks=ranks_here)
     if working_set_bytes is not None:
         memory = replace(memory, working_set=working_set_bytes)
+    if sys.platform == "darwin" and ranks_here > 1:  # the other ranks may have wired their part already
+        memory = replace(memory, in_use=0)
     need = least_need(manifest.placement, [rank], own_dtype_bytes())
     if judge(need, memory.budget) is Verdict.TOO_MUCH:
         sizes = f"{need / 1e9:.1f} GB are needed, {memory.budget / 1e9:.1f} GB usable"
+        if sys.platform == "darwin" and judge(need, replace(memory, in_use=0).budget) is not Verdict.TOO_MUCH:
+            held = (
+                f"{memory.in_use / 1e9:.1f} GB of wired memory are still held by a program, or by one that was killed"
+            )
+            raise PlanError(f"{manifest.name} does not fit: {sizes}; {held}", hint=HELD_HINT)
         raise too_large(manifest.name, sizes, need - memory.budget)
 
 

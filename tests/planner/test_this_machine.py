@@ -20,6 +20,7 @@ from moectl.planner.memory import Memory
 from moectl.session.session import RankSpec, Session
 from moectl.shards.prepare import Wanted, shard
 
+RECORDINGS = Path(__file__).parent.parent / "recordings"
 # A worker on a machine of 300 MB.
 SMALL = """
 import runpy, sys
@@ -70,14 +71,18 @@ def test_a_worker_refuses_what_its_host_cannot_hold(manifest: tuple[Path, Manife
         assert isinstance(list(session.generate(Request(1, "Hello", 2)))[-1], Done)
 
 
-def make_mac(monkeypatch: pytest.MonkeyPatch, directory: Path, limit_mb: int, *, total_gib: int = 24) -> None:
-    """Let this process think that it is a Mac whose owner set iogpu.wired_limit_mb; 0: macOS chooses."""
-    sysctl = directory / "sysctl"
-    sysctl.write_text(f'#!/bin/sh\necho "$1: {limit_mb}"\n')
-    sysctl.chmod(0o755)
-    monkeypatch.setattr(this_machine, "SYSCTL", str(sysctl))
+def make_mac(monkeypatch: pytest.MonkeyPatch, directory: Path, limit_mb: int, *, wired_gib: float = 2.5) -> None:
+    """Let this process think that it is a Mac of 24 GiB whose owner set iogpu.wired_limit_mb; 0: macOS chooses."""
+    vm_stat = (RECORDINGS / "mac-mini-m4-pro.txt").read_text().partition("moectl-probe vm_stat\n")[2]
+    vm_stat = vm_stat.replace("160412.", f"{int(wired_gib * (1 << 30) / 16384)}.")
+    told = {"SYSCTL": f'echo "$1: {limit_mb}"', "VM_STAT": f"cat <<'END'\n{vm_stat}\nEND"}
+    for name, script in told.items():
+        program = directory / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(this_machine, name, str(program))
     monkeypatch.setattr(sys, "platform", "darwin")
-    pages = {"SC_PAGE_SIZE": 16384, "SC_PHYS_PAGES": (total_gib << 30) // 16384}
+    pages = {"SC_PAGE_SIZE": 16384, "SC_PHYS_PAGES": (24 << 30) // 16384}
     monkeypatch.setattr("os.sysconf", lambda name: pages[name])
 
 
@@ -97,7 +102,26 @@ def test_a_mac_whose_gpu_may_have_more_has_more_room(
 
 def test_a_mac_without_that_tool_has_what_macos_chooses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     make_mac(monkeypatch, tmp_path, 20480)
-    monkeypatch.setattr(this_machine, "SYSCTL", str(tmp_path / "nothing"))
+    for name in ("SYSCTL", "VM_STAT"):
+        monkeypatch.setattr(this_machine, name, str(tmp_path / "nothing"))
     memory = this_machine.own_memory()
     assert memory is not None
     assert memory.working_set == default_working_set_bytes(24 << 30)
+    assert memory.in_use == 0
+
+
+def test_wired_memory_that_is_still_held_is_named_at_a_restart(
+    monkeypatch: pytest.MonkeyPatch, manifest: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    """Loading beside it may let macOS panic."""
+    monkeypatch.setattr(this_machine, "least_need", lambda *_: 6 << 30)
+    make_mac(monkeypatch, tmp_path, 0)
+    this_machine.check_own_memory(manifest[1], 0, working_set_bytes=16 << 30)
+    make_mac(monkeypatch, tmp_path, 0, wired_gib=23)
+    with pytest.raises(PlanError) as caught:
+        this_machine.check_own_memory(manifest[1], 0, working_set_bytes=16 << 30)
+    held = "18.8 GB of wired memory are still held by a program, or by one that was killed"
+    assert caught.value.message.endswith(held)
+    assert caught.value.hint == this_machine.HELD_HINT
+    # Two ranks on one Mac: the other one may have wired its part already.
+    this_machine.check_own_memory(manifest[1], 0, ranks_here=2, working_set_bytes=16 << 30)

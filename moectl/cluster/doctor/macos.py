@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from moectl.cluster.doctor.finding import Finding, at_host, fail, ok, warn
 from moectl.hosts.connect import ROOT
-from moectl.hosts.hardware import Hardware
+from moectl.hosts.hardware import Hardware, parse_wired
 from moectl.hosts.hostfile import Host, split_devices
 from moectl.hosts.macos import (
     RDMA_MACOS,
@@ -33,7 +33,8 @@ from moectl.hosts.thunderbolt import (
     read_items,
 )
 from moectl.planner.chips import default_working_set_bytes
-from moectl.planner.memory import SYSTEM_BYTES, Memory
+from moectl.planner.memory import Memory
+from moectl.planner.this_machine import HELD_HINT, find_held
 
 _SETUP = "moectl setup shows the commands that mend it"
 _FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
@@ -142,18 +143,10 @@ def check_held_memory(survey: Survey) -> Finding | None:
     memory, wired = survey.hardware.memory_bytes, parse_wired(survey.sections.get("vm_stat", ""))
     if memory is None or wired is None or survey.has_workers:
         return None
-    if wired <= SYSTEM_BYTES + memory // 16:  # an estimate: what macOS itself wires grows with the memory
+    if not find_held(wired, memory):
         return None
     text = f"{wired / _GIB:.1f} GiB of wired memory are still held although no worker runs"
-    fix = "end other programs that use its GPU (Ollama, LM Studio); if that changes nothing, restart that Mac"
-    return warn("wired_memory", text, fix, bytes=wired)
-
-
-def parse_wired(vm_stat: str) -> int | None:
-    """Return the bytes of wired memory that vm_stat(1) tells."""
-    size = re.search(r"page size of (\d{1,9}) bytes", vm_stat)
-    pages = re.search(r"^Pages wired down:\s*(\d{1,15})\.", vm_stat, re.MULTILINE)
-    return int(size[1]) * int(pages[1]) if size and pages else None
+    return warn("wired_memory", text, HELD_HINT, bytes=wired)
 
 
 def check_firewall(host: Host, text: str, executable: str | None) -> Finding | None:
