@@ -20,6 +20,7 @@ from moectl.text import last_line
 
 OLDEST_PYTHON = (3, 11)
 _MINORS = range(15, 10, -1)
+PYENV = "~/.pyenv/versions/*/bin/python3"  # the one name that stands for several
 # A shell that sshd starts has a short PATH, on a Mac without Homebrew's: these are the usual places of python.
 CANDIDATES = (
     "python3",
@@ -29,7 +30,7 @@ CANDIDATES = (
     *(f"/Library/Frameworks/Python.framework/Versions/3.{minor}/bin/python3" for minor in _MINORS),
     *(f"~/.local/bin/python3.{minor}" for minor in _MINORS),  # uv
     *(f"/opt/local/bin/python3.{minor}" for minor in _MINORS),  # MacPorts
-    "~/.pyenv/versions/*/bin/python3",
+    PYENV,
     "~/miniforge3/bin/python3",
     "/opt/homebrew/Caskroom/miniforge/base/bin/python3",
     "/usr/local/bin/python3",  # of Homebrew for Intel, where it is still there
@@ -46,19 +47,22 @@ print("fits" if fits else "%d.%d.%d" % v[:3] + " for Intel" * intel)"""
 FIND = f"""
 text=$1 command=$2 oldest=$3; shift 3
 export SYSTEM_VERSION_COMPAT=0
-IFS=
 check='{FITS}'
 asks_to_install() {{
   [ "$(command -v "$1")" = /usr/bin/python3 ] && [ "$(uname)" = Darwin ] && ! xcode-select -p >/dev/null 2>&1
 }}
-for place in "$@"; do
-  case $place in "~/"*) place=$HOME/${{place#"~/"}};; esac
-  for p in $place; do
-    asks_to_install "$p" && continue
-    v=$("$p" -c "$check" "$oldest" </dev/null 2>/dev/null) || continue
-    [ "$v" = fits ] && exec "$p" -c "$text" $command
-    seen="$seen $p is $v,"
-  done
+try() {{
+  asks_to_install "$1" && return
+  v=$("$1" -c "$check" "$oldest" </dev/null 2>/dev/null) || return
+  [ "$v" = fits ] && exec "$1" -c "$text" $command
+  seen="$seen $1 is $v,"
+}}
+for p in "$@"; do
+  case $p in
+    "{PYENV}") for p in "$HOME"/.pyenv/versions/*/bin/python3; do try "$p"; done;;
+    "~/"*) try "$HOME/${{p#"~/"}}";;
+    *) try "$p";;
+  esac
 done
 echo "${{seen%,}}" >&2
 exit {NO_PYTHON}

@@ -64,6 +64,11 @@ def test_pythons_of_a_user_are_found(tmp_path: Path, place: str) -> None:
     assert find(home, place).stdout == "0\n"
 
 
+def test_a_name_with_a_star_is_a_name(tmp_path: Path) -> None:
+    write_script(tmp_path / "other" / "python3", "echo fits")
+    assert find(tmp_path, f"{tmp_path}/*/python3").returncode == NO_PYTHON
+
+
 def test_candidates_are_where_macs_have_them() -> None:
     assert CANDIDATES[0] == "python3"
     for place in (
