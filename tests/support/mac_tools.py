@@ -157,13 +157,14 @@ done
 exec {real} "$@"
 """
 # The command is text with octal numbers, in words of 200 letters (see `moectl.hosts.login_shell`).
-LOGIN = r"""
-export HOME={home} SHELL=/bin/zsh PATH={tools} USER=ada LOGNAME=ada
-exec /bin/sh -c "$(printf %s "$SSH_ORIGINAL_COMMAND" | /usr/bin/sed -E '{rewrite}')"
+LOGIN = """
+export HOME={directory}/Users/ada SHELL=/bin/zsh PATH={directory}/usr/bin USER=ada LOGNAME=ada
+exec /bin/sh -c "$(printf %s "$SSH_ORIGINAL_COMMAND" | PATH=/usr/bin:/bin sed -E -f {directory}/login.sed)"
 """
-REWRITE = r"""s#\x27 \x27##g
+REWRITE = r"""s#' '##g
 s#:/usr/bin:/bin:/usr/sbin:/sbin##g
-s#([ =:]|\\0[0-7]{{3}})(/(usr|opt|Library|etc)/)#\1{directory}\2#g"""
+s#([ =:]|\\0[0-7]{3})(/(usr|opt|Library|etc)/)#\1DIRECTORY\2#g
+"""
 
 
 def write_tools(directory: Path, *, with_rdma: bool) -> None:
@@ -187,10 +188,9 @@ def write_tools(directory: Path, *, with_rdma: bool) -> None:
 
 def write_login(directory: Path) -> Path:
     """Write what sshd runs for a login, and return its path."""
-    login, tools = directory / "login", directory / "usr" / "bin"
-    write_script(
-        login, LOGIN.format(home=directory / "Users" / "ada", tools=tools, rewrite=REWRITE.format(directory=directory))
-    )
+    login = directory / "login"
+    write_script(login, LOGIN.format(directory=directory))
+    (directory / "login.sed").write_text(REWRITE.replace("DIRECTORY", str(directory)))
     return login
 
 
