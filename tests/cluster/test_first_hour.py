@@ -388,6 +388,7 @@ def test_the_whole_hour_over_sshd(
     assert len(late) == 2
     assert sum("loads 0 s late" in line for line in late) == 1  # the last rank alone waits
     assert [line.split("  ")[0] for line in out.split("\n") if line[:1].strip()] == [step.name for step in hour.STEPS]
+    assert "source: hops of the ring" in out
     assert "1 of 10: Is RDMA there" in err
     assert str(path) in err
     assert not workers()

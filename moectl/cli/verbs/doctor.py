@@ -116,14 +116,18 @@ def _fill(words: Sequence[str], width: int) -> list[str]:
     return lines
 
 
-def first_hour_text(outcomes: Sequence[Outcome], *, width: int) -> str:
-    """Return the steps of the first hour: how each ended, what came, what was expected, and what follows."""
+def first_hour_text(outcomes: Sequence[Outcome], *, width: int, verbose: bool = False) -> str:
+    """Return the steps of the first hour: how each ended, what came, what was expected, and what follows.
+
+    `verbose` adds the source of what was expected.
+    """
     name = max(len(outcome.step.name) for outcome in outcomes)
     status = max(len(outcome.status) for outcome in outcomes)
     lines: list[str] = []
     for outcome in outcomes:
         head = f"{outcome.step.name:{name}}{_GAP}{outcome.status:{status}}{_GAP}"
         below = [("expected", outcome.step.expected)] if outcome.data else []
+        below += [("source", outcome.step.source)] if outcome.data and verbose else []
         below += [("you", outcome.owner), ("developers", outcome.developers)]
         texts = [
             (head, outcome.came),
@@ -215,7 +219,11 @@ def _measure(common: Common, path: Path | None, *, quick: bool) -> None:
         if path.exists():
             common.say(f"What was measured so far is in {path}.")
         raise
-    common.print(first_hour_text(report.outcomes, width=columns()), report.to_json(), summary(report.outcomes))
+    common.print(
+        first_hour_text(report.outcomes, width=columns(), verbose=common.verbose > 0),
+        report.to_json(),
+        summary(report.outcomes),
+    )
     common.say(f"Please send {path} in: see 'moectl help verified'.")
     failed = [outcome.step.name for outcome in report.outcomes if outcome.status is Ending.FAILED]
     if failed:
