@@ -151,11 +151,10 @@ class FakeMac:
 
     @contextmanager
     def running(self, pid: int, command: str, log: Path | None = None, *, kib: int = 512000) -> Iterator[None]:
-        """Let ps show one more process, lsof its log, and the lock beside the log that it runs, until the end."""
-        processes, opened = self.directory / "says" / "processes", self.directory / "open" / str(pid)
+        """Let ps show one more process, and the lock beside its log that it runs, until the end."""
+        processes = self.directory / "says" / "processes"
         before = processes.read_text()
         processes.write_text(f"{before}{pid} {os.getuid()} {kib} 02:14:07 {command}\n")
-        opened.write_text(f"p{pid}\n" + (f"n{log}\n" if log else ""))
         with ExitStack() as ended:
             ended.callback(processes.write_text, before)
             if log is not None:
@@ -188,7 +187,7 @@ def record_mac(mac: Mac, number: int, cables: Sequence[tuple[End, End]] = ()) ->
 
 def start_mac(sshd: Server, directory: Path, number: int, recorded: Recorded, mac: Mac = STUDIO) -> FakeMac:
     """Make a Mac `mac0`, `mac1` … behind the test's sshd."""
-    for name in ("usr/bin", "says", "interfaces", "routes", "open", "Users/ada/Documents", "etc/ssh"):
+    for name in ("usr/bin", "says", "interfaces", "routes", "Users/ada/Documents", "etc/ssh"):
         (directory / name).mkdir(parents=True)
     says = {"processes": "", "darwin": darwin(mac), "firewall": firewall_text(mac), **tool_texts(mac, recorded)}
     for tool, text in says.items():

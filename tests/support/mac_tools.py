@@ -76,7 +76,7 @@ case "$1 $2" in
   *) echo "Usage: pmset <options>" >&2; exit 1;;
 esac
 """
-# Its processes are lines of pid, uid, KiB, elapsed time, command; of each, what it has open.
+# Its processes are lines of pid, uid, KiB, elapsed time, command.
 PS = r"""
 while [ $# -gt 0 ]; do
   case $1 in
@@ -97,10 +97,6 @@ awk -v format="$format" -v pid="$pid" '
     print line; found = 1
   }
   END { exit !found }' says/processes
-"""
-LSOF = r"""
-while [ $# -gt 0 ]; do case $1 in -p) pid=$2; shift;; -nP|-a) ;; -F) shift;; *) exit 1;; esac; shift; done
-cat "open/$pid" 2>/dev/null
 """
 SW_VERS = """
 case "$1" in
@@ -173,7 +169,7 @@ def write_tools(directory: Path, *, with_rdma: bool) -> None:
     told += ["rdma_ctl", "ibv_devices", "ibv_devinfo"] if with_rdma else []
     scripts = {tool: f"cat says/{tool}\n" for tool in told}
     scripts |= {"sudo": SUDO, "ifconfig": IFCONFIG, "route": ROUTE, "sysctl": SYSCTL, "pmset": PMSET, "ps": PS}
-    scripts |= {"lsof": LSOF, "sw_vers": SW_VERS, "uname": UNAME, "caffeinate": CAFFEINATE, "security": SECURITY}
+    scripts |= {"sw_vers": SW_VERS, "uname": UNAME, "caffeinate": CAFFEINATE, "security": SECURITY}
     scripts |= {"xcode-select": XCODE_SELECT, "python3": STUB, f"../libexec/{FIREWALL_TOOL}": FIREWALL}
     tools = directory / "usr" / "bin"
     for tool, script in scripts.items():

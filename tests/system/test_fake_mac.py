@@ -7,7 +7,6 @@ pythons, and what it makes of the answers.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,19 +107,10 @@ EXPECTED = {
     ),
 }
 SHORT = ("mini-m1", "studio-m4-max")
-# Which python is taken on a Mac, and what macOS calls itself for it: `moectl.hosts.macos` and what came with it.
-CHOOSES_PYTHONS = importlib.util.find_spec("moectl.hosts.macos") is not None
-later = pytest.mark.xfail(not CHOOSES_PYTHONS, reason="the choice of pythons on Macs is not mended yet", strict=True)
 
 
 def cases() -> list[object]:
-    return [
-        pytest.param(
-            name,
-            marks=[*([] if name in SHORT else [pytest.mark.long]), *([later] if name != "studio-m2-ultra" else [])],
-        )
-        for name in MACS
-    ]
+    return [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.long]) for name in MACS]
 
 
 def start_pair(sshd: Server, directory: Path, mac: Mac) -> list[FakeMac]:
@@ -224,7 +214,6 @@ def test_a_model_on_two_macs(sshd: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@later
 def test_each_usual_python_is_found(sshd: Server, tmp_path: Path) -> None:
     mac = start_mac(sshd, tmp_path / "mac0", 0, record_mac(STUDIO, 0))
     with open_remotes([mac.host]) as remotes:

@@ -19,6 +19,7 @@ from typing import Any
 from moectl.cluster import probe
 from moectl.cluster.first_hour.scrub import Scrubber, spell_out
 from moectl.cluster.probe import Site
+from moectl.engine.environment import keep_awake
 from moectl.engine.exchange_times import ExchangeJob
 from moectl.engine.protocol import Done, RunOptions
 from moectl.engine.random_prompts import RandomPrompts
@@ -206,6 +207,7 @@ class Stage:
 @contextlib.contextmanager
 def open_stage(target: Target, *, quick: bool, on_log: Log = lambda host, line: None) -> Iterator[Stage]:
     """Connect to a target's hosts and ask what they are. Raises the first host's error."""
+    keep_awake()  # some steps start ranks without `open_session`
     with contextlib.ExitStack() as held:
         ranks = list_ranks(target, held)
         surveys = map_at_once(lambda spec: survey_host(spec.remote), ranks)
