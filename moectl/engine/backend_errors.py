@@ -12,6 +12,8 @@ from moectl.errors import HostUnfit, MoectlError, PeerLate, PeerLost, RemoteErro
 
 # How messages of mlx's backends begin: no answer causes such an error.
 BACKEND_ERRORS = ("[ring]", "[jaccl]", "[METAL]")
+NO_JACCL = "Cannot initialize jaccl distributed backend."  # of an MLX that was built without it
+_DEVICES = "'moectl doctor' tells whether RDMA is on; moectl setup writes the devices that are there"
 _SETUP = "moectl setup shows the commands that mend it; if that changes nothing, restart that Mac"
 
 
@@ -50,9 +52,9 @@ def _explain_metal(text: str) -> MoectlError | None:
 
 
 def _explain_jaccl(text: str) -> MoectlError | None:
-    if "Cannot initialize jaccl distributed backend" in text:
+    if NO_JACCL in text:
         return HostUnfit(
-            "its MLX has no JACCL, which RDMA needs",
+            "its MLX or its macOS has no JACCL, which RDMA needs",
             hint="'moectl doctor' tells what is missing; --backend ring works without RDMA",
         )
     if "[jaccl]" not in text:
@@ -70,5 +72,5 @@ def _explain_jaccl(text: str) -> MoectlError | None:
             "restart that Mac",
         )
     if re.search(r"Could not (?:open|find) device", text):
-        return HostUnfit(f"its RDMA device is not there: {said}", hint="moectl setup writes the devices that are there")
+        return HostUnfit(f"its RDMA device is not there: {said}", hint=_DEVICES)
     return None

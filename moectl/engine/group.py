@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from moectl import __version__, errors
-from moectl.engine.backend_errors import explain_backend
+from moectl.engine.backend_errors import NO_JACCL, explain_backend
 from moectl.engine.controller_link import ControllerLink
 from moectl.engine.protocol import AllGather, Connect, Connected, Connecting, Listening, Start
 
@@ -55,6 +55,8 @@ def _join(link: ControllerLink, start: Start, ports: contextlib.ExitStack) -> An
     try:
         with _link_watched():
             if connect.backend == "jaccl":
+                if not mx.distributed.is_available("jaccl"):  # without macOS's RDMA library, init would crash
+                    raise RuntimeError(NO_JACCL)
                 group = mx.distributed.init(strict=True, backend="jaccl", all_gather_factory=side_channel(link))
             else:
                 group = mx.distributed.init(strict=True, backend=connect.backend)

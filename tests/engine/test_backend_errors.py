@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from moectl.engine.backend_errors import explain_backend
+from moectl.engine import group
+from moectl.engine.backend_errors import NO_JACCL, explain_backend
 from moectl.engine.isolation import isolated
 from moectl.engine.protocol import Connect, Start
 from moectl.engine.worker import describe_failure
@@ -62,7 +64,7 @@ SAID = [
     ),
     (
         "[jaccl] Could not find device rdma_en9 (3 available)",
-        *(HostUnfit, "Could not find device rdma_en9 (3 available)", "moectl setup writes the devices"),
+        *(HostUnfit, "Could not find device rdma_en9 (3 available)", "moectl setup writes the devices that are there"),
     ),
     ("[jaccl] Recv failed with error code 12", PeerLost, "Recv failed", None),
     ("[ring] connection to a peer was lost", PeerLost, "connection to a peer was lost", None),
@@ -117,22 +119,29 @@ class Link:
 def test_a_rank_that_cannot_join_says_why(
     error: Exception, kind: type[MoectlError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import contextlib
-
-    from moectl.engine import group
-
     def fail(**options: object) -> None:
         raise error
 
     monkeypatch.setattr(mx.distributed, "init", fail)
+    monkeypatch.setattr(mx.distributed, "is_available", lambda backend: True)
     with pytest.raises(MoectlError) as caught:
         group._join(Link(), Start(0, 2, "", [], 60.0), contextlib.ExitStack())  # type: ignore[arg-type]
     assert type(caught.value) is kind
+
+
+def test_jaccl_is_not_started_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its init calls into macOS's RDMA library without a look whether that was found."""
+    started: list[object] = []
+    monkeypatch.setattr(mx.distributed, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(mx.distributed, "is_available", lambda backend: False)
+    with pytest.raises(HostUnfit, match="has no JACCL"):
+        group._join(Link(), Start(0, 2, "", [], 60.0), contextlib.ExitStack())  # type: ignore[arg-type]
+    assert started == []
 
 
 def test_the_installed_library_still_says_it_so() -> None:
     """Of the texts above, those that a wheel for Linux has, too."""
     [library] = (Path(mx.__file__).parent / "lib").glob("libmlx.so")
     strings = library.read_bytes()
-    for text in (b"Cannot initialize jaccl distributed backend.", b"[ring] connection to a peer was lost"):
+    for text in (NO_JACCL.encode(), b"[ring] connection to a peer was lost"):
         assert text in strings
