@@ -36,20 +36,34 @@ def name_of(modes: Modes) -> str:
 def test_a_macs_ways_give_the_same_tokens(
     size: int, modes: Modes, models: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """One short case for each mode; with `--long` all of test_lockstep's cases."""
-    cases = list(list_cases(size, every=True))
+    """One short case for each mode; with `--long` the matrix of test_lockstep, each case at one precision."""
+    cases, tokens = list(list_cases(size, every=False)), TOKENS
     if not request.config.getoption("--long"):
         cases = [case for case in cases if case[:2] == ("random", "experts" if modes.gpu else "hidden")][:1]
+        tokens = 8
     whole = {(model, bits): (model, "hidden", SHARES[model]["hidden"][1][0], bits) for model, _, _, bits in cases}
     with seam():
-        alone = [run_case({**case, **EXACT}, 0, None) for case in make_cases([*whole.values()], models, tmp_path)]
+        jobs = make_cases([*whole.values()], models, tmp_path)
+        alone = [run_case({**job, **EXACT, "max_tokens": tokens}, 0, None) for job in jobs]
     expected = dict(zip(whole, alone, strict=True))
-    results = run_in(modes, size, make_cases(cases, models, tmp_path), tmp_path)
+    jobs = [{**job, "max_tokens": tokens} for job in make_cases(cases, models, tmp_path)]
+    results = run_in(modes, size, jobs, tmp_path)
     for number, (model, split, shares, bits) in enumerate(cases):
         case, one = f"{model} {split} {shares} {bits} bits", expected[model, bits]
         leader = results[size - 1 if split == "layers" else 0][number]
         assert leader["tokens"] == one["tokens"], case
         np.testing.assert_allclose(leader["logits"], one["logits"], atol=1e-4, rtol=0, err_msg=case)
+
+
+@pytest.mark.long
+def test_ranks_in_a_macs_types_and_ways_agree_bit_by_bit(models: dict[str, Path], tmp_path: Path) -> None:
+    shards = cut_case(models["random"], tmp_path / "set", "hidden", (2, 4), 4)
+    case = {"shards": str(shards), "prompts": PROMPTS["random"], "max_tokens": 8, "raw": True, "keep_hidden": True}
+    modes = Modes(gpu=True, streams=True)
+    [first], [second] = run_ranks(2, [case], tmp_path, MLX_DISABLE_COMPILE="1", **modes.env())
+    assert first["hidden"] == second["hidden"]
+    mantissas = np.frombuffer(bytes.fromhex(first["hidden"]), np.uint32) & 0xFFFF
+    assert not mantissas.any()  # it was bfloat16
 
 
 # What one rank does late, in which split, and the protection without which the others' GPUs would wait for it.
@@ -71,7 +85,7 @@ def test_no_gpu_waits_for_a_late_rank(
         "raw": True,
     }
     trace = tmp_path / "trace"
-    modes: dict[str, Any] = {"streams": True, "watch_s": 1.0, "delays": {place: {rank: 3.0}}, "trace": str(trace)}
+    modes: dict[str, Any] = {"streams": True, "watch_s": 2.0, "delays": {place: {rank: 5.0}}, "trace": str(trace)}
     results = run_in(Modes(**modes), 2, [case], tmp_path)
     assert [len(tokens) for tokens in results[split == "layers"][0]["tokens"]] == [TOKENS] * len(PROMPTS["deep"])
     assert "timed out" not in trace.read_text()
