@@ -31,10 +31,10 @@ from moectl.planner.calibration import Calibration, LinkCost
 from moectl.planner.chips import find_chip
 from moectl.planner.measured import Job, Matrix, MeasuredCluster, Speed, read_speeds
 from moectl.planner.memory import Verdict
-from moectl.planner.plan import Node, Question, candidates
+from moectl.planner.plan import Node, Plan, Question, candidates
 from moectl.planner.questions import AnsweredPlan, PlanOptions, PlanTask, set_task
 from moectl.planner.speed import Prediction, Rates, Work, predict_measured
-from moectl.session.backend import choose_backend
+from moectl.session.backend import RING_ONLY, choose_backend
 from moectl.session.target import find_addresses, share_cores, split_envs
 from moectl.shards.prepare import Wanted
 
@@ -168,8 +168,7 @@ def _measure_speeds(
     if backend != "ring" and (busy := _find_busy(sites)):
         say(f"{', '.join(busy)}: a worker uses RDMA, so that speed is a guess; 'moectl stop' ends it.")
         return ()
-    plans = [p for p in candidates(task.question, task.shares) if task.split in ("auto", p.split)]
-    able = [plan for plan in plans if plan.verdict is not Verdict.TOO_MUCH] or plans[:1]
+    able = list_measurable(task, backend)
     job = Job(
         tuple(plan.placement for plan in able),
         dict(task.model.config),
@@ -180,6 +179,14 @@ def _measure_speeds(
     if not able:
         return ()
     return probe.measure_speed(sites, job, backend=backend)
+
+
+def list_measurable(task: PlanTask, backend: str) -> list[Plan]:
+    """Return the plans whose speed is measured over a backend: those that fit, or one that does not."""
+    plans = [p for p in candidates(task.question, task.shares) if task.split in ("auto", p.split)]
+    if backend != "ring":
+        plans = [plan for plan in plans if plan.split not in RING_ONLY]
+    return [plan for plan in plans if plan.verdict is not Verdict.TOO_MUCH] or plans[:1]
 
 
 def _find_busy(sites: Sequence[Site]) -> list[str]:

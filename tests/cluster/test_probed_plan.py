@@ -19,7 +19,7 @@ from moectl.paths import state_dir
 from moectl.planner.advice import make_plan
 from moectl.planner.measured import MeasuredCluster, Pass, RankSpeed, Speed
 from moectl.planner.plan import Question
-from moectl.planner.questions import PlanOptions, set_task
+from moectl.planner.questions import PlanOptions, PlanTask, set_task
 from moectl.shards.prepare import Wanted
 from tests.support.ring import rank_env
 
@@ -40,9 +40,20 @@ def invoke(*words: str) -> Result:
     return CliRunner().invoke(cli, words, catch_exceptions=False)
 
 
-def question() -> Question:
+def task() -> PlanTask:
     hosts = [Host("a"), Host("b")]
-    return set_task("databricks/dbrx-instruct", Wanted(), PlanOptions(chip="m2-ultra", memory="192GB"), hosts).question
+    return set_task("databricks/dbrx-instruct", Wanted(), PlanOptions(chip="m2-ultra", memory="192GB"), hosts)
+
+
+def question() -> Question:
+    return task().question
+
+
+def test_a_pipeline_is_measured_over_the_ring_only() -> None:
+    """JACCL may hang there: mlx#3149."""
+    over = {name: {plan.split for plan in probed_plan.list_measurable(task(), name)} for name in ("ring", "jaccl")}
+    assert over["ring"] - over["jaccl"] == {"layers"}
+    assert probed_plan.list_measurable(replace(task(), split="layers"), "jaccl") == []
 
 
 def test_links_alone_replace_the_assumed_ones() -> None:
