@@ -105,7 +105,7 @@ def read_manifest(directory: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise NotSharded(f"{directory} is not a shard set: it has no {NAME}", hint="moectl shard MODEL") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no UTF-8, or a path that no file can have
         raise IntegrityError(f"{path} cannot be read: {error}", hint="run the same 'moectl shard' again") from None
     return parse_manifest(text, path)
 

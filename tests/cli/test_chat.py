@@ -202,6 +202,7 @@ def test_further_presses_do_not_disturb_what_the_first_began(tmp_path: Path) -> 
         assert talk.events("stopped") == ["reluctant go"]
         assert "The router is^C" in talk.lines  # the last press may have come to the prompt already
         talk.enter("hello")
+        talk.wait(lambda: len(talk.events("asked")) == 2)
         assert talk.events("asked")[-1][1] == ["assistant", "The router is"]
 
 
