@@ -1,6 +1,6 @@
 """Estimated memory beside what MLX really takes: real ranks over the ring, on the demo and on a larger model.
 
-`--long` measures each pair of split and precision, and 1 GB of weights; `test_measured_families` is the shorter sibling.
+`--long` measures each pair of split and precision, and 1 GB of weights. `test_measured_families` is shorter.
 """
 
 from __future__ import annotations
