@@ -40,6 +40,7 @@ def test_an_option_goes_where_the_hint_puts_it(call: Any) -> None:
     assert call(*shlex.split(hint.partition(": moectl ")[2].removesuffix(" …")))[0] == 0
 
 
+@pytest.mark.long
 def test_as_many_ranks_as_the_hint_says_are_taken(call: Any, tmp_path: Path) -> None:
     model = write_words(write_checkpoint(tmp_path / "tiny"))
     assert call("shard", str(model), "-n", "1", "-o", "set", "--no-canary")[0] == 0
@@ -51,6 +52,7 @@ def test_as_many_ranks_as_the_hint_says_are_taken(call: Any, tmp_path: Path) -> 
     assert (code, bool(out)) == (0, True), err
 
 
+@pytest.mark.long
 def test_a_text_as_it_is_as_the_hint_says_needs_no_template(call: Any, tmp_path: Path) -> None:
     model = write_words(write_checkpoint(tmp_path / "tiny", n_layers=1))
     assert call("shard", str(model), "-n", "1", "-o", "set", "--no-canary")[0] == 0

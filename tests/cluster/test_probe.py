@@ -328,7 +328,9 @@ def test_copies_of_experts_are_measured() -> None:
     assert not speed.is_of(make_placement(TINY, "experts", 2))
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize(
+    "family", [*(pytest.param(name, marks=pytest.mark.long) for name in ("deepseek_v3", "gpt_oss")), "qwen3_next"]
+)
 def test_layers_of_different_kinds_are_measured(family: str) -> None:
     config = config_of(family)
     structure = structure_of(config)
@@ -336,6 +338,7 @@ def test_layers_of_different_kinds_are_measured(family: str) -> None:
     check_speed(speed, "hidden", 2, structure)
 
 
+@pytest.mark.long
 def test_a_quantised_rank_whose_layers_share_weights() -> None:
     config = make_config(n_layers=6, d_model=256, ffn_hidden=1024)
     structure, q = structure_of(config).quantised(Quantization(4, 64)), Quantization(4, 64)

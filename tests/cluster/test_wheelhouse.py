@@ -161,6 +161,7 @@ def linux() -> Platform:
     return make_platform({**answer, "python": "3.11", "environment": {**HERE["environment"], "sys_platform": "linux"}})
 
 
+@pytest.mark.long
 def test_a_wheelhouse_for_two_systems_is_built_and_checked(index: Path, tmp_path: Path) -> None:
     house, said = tmp_path / "house", list[str]()
     build(house, [make_platform(MAC), linux()], {}, say=said.append)
@@ -193,6 +194,7 @@ def test_a_wheelhouse_for_two_systems_is_built_and_checked(index: Path, tmp_path
     check(house)
 
 
+@pytest.mark.long
 def test_an_unfinished_wheelhouse_has_no_name_yet(index: Path, tmp_path: Path) -> None:
     for wheel in index.glob("moe_metal*"):
         wheel.unlink()
@@ -271,6 +273,7 @@ def test_deploy_fetches_a_wheelhouse_that_is_not_there(
     assert run(capsys, monkeypatch, *words, "--wheelhouse-build")[0] == 0
 
 
+@pytest.mark.long
 def test_what_a_hint_about_wheels_says_is_done(index: Path, tmp_path: Path) -> None:
     metal = next(index.glob("moe_metal*"))
     content = metal.read_bytes()

@@ -139,6 +139,7 @@ def test_a_request_that_cannot_be_sent_is_no_rank_s_and_takes_no_number(shards: 
     control(shards, ask)
 
 
+@pytest.mark.long
 def test_a_poisoned_answer_is_not_replayed_after_a_restart(shards: Path) -> None:
     submitted: list[list[int | None]] = []  # seeds, by session
 

@@ -198,6 +198,7 @@ def test_the_rank_at_fault_is_named(sets: dict[str, Path], tmp_path: Path, split
     assert caught.value.exit_code == 7
 
 
+@pytest.mark.long
 def test_what_the_hint_about_all_ranks_says_starts_them(sets: dict[str, Path], tmp_path: Path) -> None:
     wrong = damage(sets["hidden"], tmp_path / "wrong", "common/layer-001.safetensors")
     with pytest.raises(IntegrityError, match="all ranks compute other results") as caught, Session(specs(wrong)):

@@ -48,6 +48,7 @@ def test_after_moectl_stop_as_the_hints_say_the_command_succeeds(call: Call) -> 
     assert call(*bench)[0] == 0
 
 
+@pytest.mark.long
 def test_after_a_controller_was_stopped_now_as_the_hint_says_the_command_succeeds(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -575,6 +575,7 @@ def test_wrong_words_are_usage_errors(
     assert (code, message in said) == (2, True), said
 
 
+@pytest.mark.long
 def test_a_dense_model_has_no_choices_to_count(tmp_path: Path) -> None:
     source = write_words(write_family("llama", tmp_path / "llama"))
     measure = ("--model", str(source), "--local", "2", "-p", "8", "-g", "3", "-n", "1")

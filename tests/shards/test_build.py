@@ -780,7 +780,9 @@ def _cut_and_kill(source: Path, directory: Path, after: int, *options: str) -> t
     return done.returncode, int(done.stdout) if done.returncode == 0 else after
 
 
-@pytest.mark.parametrize(("layout", "attempts"), [("fused", 2), ("deepseek-v3-fp8", 1)])
+@pytest.mark.parametrize(
+    ("layout", "attempts"), [pytest.param("fused", 2, marks=pytest.mark.long), ("deepseek-v3-fp8", 1)]
+)
 def test_kill_at_any_moment_then_resume(sources: dict[str, Path], tmp_path: Path, layout: str, attempts: int) -> None:
     """What is copied and turned, and (of FP8) what is computed, is the same bytes after any interruption."""
     source = sources[layout] if layout in sources else layouts.write_layout(tmp_path / "source", layout)
@@ -1372,7 +1374,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, bits: int, jobs: in
     assert 0 < measure_cut(source, tmp_path / "out", jobs=jobs, bits=bits) < 256 << 20
 
 
-@pytest.mark.parametrize(("packed", "bits", "jobs"), [(False, 4, 2), (False, 16, 4), (True, None, 2)])
+@pytest.mark.parametrize(
+    ("packed", "bits", "jobs"), [pytest.param(False, 4, 2, marks=pytest.mark.long), (False, 16, 4), (True, None, 2)]
+)
 def test_memory_does_not_grow_with_what_is_computed(tmp_path: Path, packed: bool, bits: int | None, jobs: int) -> None:
     """Two layers of DeepSeek-V3's width as holes, in FP8 (one result: 132 MB of floats) or int4."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 64}

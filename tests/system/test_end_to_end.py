@@ -85,6 +85,7 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
     assert "is deployed on left, right, not on left." in elsewhere
 
 
+@pytest.mark.long
 def test_experts_are_placed_by_what_bench_counted(model: Path, alone: str, tmp_path: Path) -> None:
     stats = tmp_path / "routing.json"
     busy = [*[4] * 3, *[0] * 8, *[1] * 4, 0]  # of four tokens, in each layer
