@@ -37,7 +37,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # First, so that none of them begins when all others are done: seconds on two cores.
-LONG_FILES = {"test_end_to_end": 130, "test_deploy": 110, "test_controllers": 90, "test_lockstep": 80, "test_crash": 60}
+LONG_FILES = {
+    "test_deploy": 190,
+    "test_end_to_end": 160,
+    "test_build": 160,
+    "test_controllers": 150,
+    "test_models": 120,
+    "test_survival": 105,
+    "test_lockstep": 75,
+    "test_engine_families": 70,
+    "test_chaos": 70,
+    "test_crash": 60,
+    "test_measured_families": 60,
+}
 
 
 # No test asserts on time: an example may take as long as it takes, here as where CI is set.

@@ -95,7 +95,8 @@ def test_every_byte_leaves_this_machine_once_and_no_token_is_seen(
     sent = netns.sent_bytes - before
     assert_arrived(netns, shards, manifest, result)
     assert sent <= SLACK * once_bytes(manifest) + CHATTER_BYTES
-    assert [r.relayed_bytes for r in result.results] == [0] + 3 * [shared_bytes(manifest)]
+    # On a busy machine another host than the first may be ready first, and get the files from here.
+    assert sorted(r.relayed_bytes for r in result.results) == [0] + 3 * [shared_bytes(manifest)]
     assert any("moectl.hosts.onhost.relay serve" in line for line in seen)
     assert any("moectl.hosts.onhost.relay take" in line for line in seen)
     assert len(tokens) == 3
