@@ -13,6 +13,13 @@ import sys
 from moectl.planner.memory import Need
 
 
+def working_set_bytes() -> int | None:
+    """Return what Metal says that this machine's GPU should use at most; None without Metal."""
+    import mlx.core as mx
+
+    return int(mx.device_info()["max_recommended_working_set_size"]) if mx.metal.is_available() else None
+
+
 def limit_memory(need: Need, *, ranks_here: int) -> None:
     """Limit what this process wires, and what it keeps of freed arrays; after its engine was built, which lifts that.
 
@@ -20,9 +27,9 @@ def limit_memory(need: Need, *, ranks_here: int) -> None:
     """
     import mlx.core as mx
 
-    if not mx.metal.is_available():
+    working_set = working_set_bytes()
+    if working_set is None:
         return
-    working_set = int(mx.device_info()["max_recommended_working_set_size"])
     mx.set_wired_limit(need.wired_limit(working_set, ranks_here))
     mx.set_cache_limit(need.freed)
 

@@ -20,6 +20,7 @@ from moectl import __version__, errors
 from moectl.engine.backend_errors import NO_JACCL, explain_backend
 from moectl.engine.controller_link import ControllerLink
 from moectl.engine.protocol import AllGather, Connect, Connected, Connecting, Listening, Start
+from moectl.planner.this_machine import read_macos
 
 _log = logging.getLogger("moectl.worker")
 
@@ -55,7 +56,7 @@ def _join(link: ControllerLink, start: Start, ports: contextlib.ExitStack) -> An
     try:
         with _link_watched():
             if connect.backend == "jaccl":
-                if not mx.distributed.is_available("jaccl"):  # without macOS's RDMA library, init would crash
+                if not has_jaccl():  # without macOS's RDMA library, init would crash
                     raise RuntimeError(NO_JACCL)
                 group = mx.distributed.init(strict=True, backend="jaccl", all_gather_factory=side_channel(link))
             else:
@@ -185,17 +186,3 @@ def read_wheel() -> str:
             if tag := re.search(r"^Tag: \S+-(\S+)$", text, re.MULTILINE):
                 return tag[1]
     return ""
-
-
-def read_macos() -> str | None:
-    """Return the version of macOS; None on another system, "" where it is not known.
-
-    Asked of sw_vers, because macOS tells a python that was built with an older SDK another one.
-    """
-    if sys.platform != "darwin":
-        return None
-    try:
-        done = subprocess.run(["sw_vers", "-productVersion"], stdin=subprocess.DEVNULL, capture_output=True, timeout=5)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.decode("utf-8", "replace").strip()

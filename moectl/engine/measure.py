@@ -28,6 +28,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from moectl.engine.controller_link import ControllerLink
 from moectl.engine.engine import Engine
+from moectl.engine.gpu_memory import working_set_bytes
 from moectl.engine.network.exchange import seam, sum_over_ranks
 from moectl.engine.network.load import compute_dtype
 from moectl.engine.protocol import Done, Generate, Token
@@ -122,7 +123,7 @@ class _Bench:
         one, all_of = fit_pass(1, times, order), fit_pass(tokens, many, order)
         read, operations = _work_of(self._placement, self._group.rank, self._dtype.size)
         bytes_s, flops_s = read / max(one.layer_s, 1e-9), tokens * operations / max(all_of.layer_s, 1e-9)
-        return RankSpeed(one.layer_s, bytes_s, flops_s, _working_set_bytes())
+        return RankSpeed(one.layer_s, bytes_s, flops_s, float(working_set_bytes() or 0))
 
     def _time_model(self, model: Any, tokens: int) -> tuple[list[float], list[float]]:
         """Return the seconds of some prompts, and of some single tokens after one."""
@@ -151,11 +152,6 @@ class _Bench:
             )
             for count in sorted({1, tokens})
         }
-
-
-def _working_set_bytes() -> float:
-    """Return what Metal says that the GPU should use at most; 0 without Metal."""
-    return float(mx.device_info()["max_recommended_working_set_size"]) if mx.metal.is_available() else 0.0
 
 
 def _work_of(placement: Placement, rank: int, dtype_bytes: int) -> tuple[float, float]:

@@ -7,7 +7,6 @@ chunk, as the planner predicts it, has to be well below.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 from moectl.engine.protocol import PREFILL_STEP
@@ -18,23 +17,18 @@ from moectl.planner.calibration import DEFAULT
 from moectl.planner.chips import CHIPS
 from moectl.planner.nodes import make_node
 from moectl.planner.speed import Work, predict
+from moectl.planner.this_machine import SYSCTL, ask_tool
 
 WAY_S = 2.0  # of a chunk through all stages at most: predictions may be off by two
 LEAST_STEP = 32  # tokens; all weights are read for a chunk, however short
 _ANY_BYTES = 64 << 30  # a node has a memory, which does not matter for its speed
-_ASKING_S = 5.0
 
 
 def own_chip() -> str | None:
     """Return this Mac's chip by its name in the planner's table; None for what is not there, and on other systems."""
     if sys.platform != "darwin":
         return None
-    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_ASKING_S).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    chip = apple_chip(said)
+    chip = apple_chip(ask_tool(SYSCTL, "-n", "machdep.cpu.brand_string"))
     return chip if chip in CHIPS else None
 
 

@@ -22,7 +22,7 @@ from moectl.engine.backend_errors import explain_backend
 from moectl.engine.controller_link import ControllerLink
 from moectl.engine.ending import LinkEnded, end_with_link, exit_now, limit_end
 from moectl.engine.environment import keep_awake, prepare_environment
-from moectl.engine.gpu_memory import keeps_memory, limit_memory, release, settle
+from moectl.engine.gpu_memory import keeps_memory, limit_memory, release, settle, working_set_bytes
 from moectl.engine.group import open_group
 from moectl.engine.isolation import isolated
 from moectl.engine.protocol import (
@@ -134,10 +134,8 @@ def _serve(link: ControllerLink) -> None:
         prefill_step=choose_prefill_step(manifest.placement, own_chip()),
     )
     load: Load = link.take(Load)
-    import mlx.core as mx  # not before the group's environment is set
-
-    if mx.metal.is_available() and not start.run.force:
-        gpu = int(mx.device_info()["max_recommended_working_set_size"])
+    gpu = working_set_bytes()  # imports mlx: not before the group's environment is set
+    if gpu is not None and not start.run.force:
         check_own_memory(manifest, start.rank, ranks_here=start.ranks_here, working_set_bytes=gpu)
     from moectl.engine.network.exchange import seam
 

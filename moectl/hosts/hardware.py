@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 
 from moectl.errors import CommandFailed
+from moectl.hosts.macos import parse_version
 from moectl.hosts.thunderbolt import find_generation, parse_ports, read_items
 
 MARK = "moectl-probe "  # in front of each section's name, see `survey.HARDWARE_SCRIPT`
@@ -42,7 +43,8 @@ class Hardware:
     @property
     def macos_major(self) -> int | None:
         """The major version of macOS; None on another system, or where it is not known."""
-        return major_version(self.os_version) if self.os == "macOS" else None
+        version = parse_version(self.os_version) if self.os == "macOS" else None
+        return version[0] if version else None
 
 
 def parse_probe(text: str) -> Hardware:
@@ -60,15 +62,6 @@ def parse_probe(text: str) -> Hardware:
             return parse_linux(*(found.get(name, "") for name in names))
         case other:
             raise CommandFailed(f"it is neither macOS nor Linux: it calls itself {other[:40]!r}")
-
-
-def major_version(macos: str | None) -> int | None:
-    """Return the major version of macOS "26.2", 26; None where the text is no version.
-
-    A program that was built for an older macOS is told 16 in the place of 26.
-    """
-    first = re.match(r"(\d{1,3})(?:\.|$)", macos or "", re.ASCII)
-    return None if first is None else 26 if first[1] == "16" else int(first[1])
 
 
 def split_sections(text: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ LOCAL_NETWORK_FIX = (
 
 def parse_version(text: str | None) -> Version | None:
     """Return (26, 2) of "26.2.1"; None for what is no version. 16, which macOS 26 calls itself, is 26."""
-    match = re.match(r"(\d{1,4})(?:\.(\d{1,4}))?", text or "")
+    match = re.match(r"(\d{1,3})(?!\d)(?:\.(\d{1,4}))?", text or "", re.ASCII)
     if match is None:
         return None
     major = int(match[1])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from moectl.errors import PlanError
-from moectl.hosts.hardware import major_version, parse_macos, parse_wired
+from moectl.hosts.hardware import parse_macos, parse_wired
+from moectl.hosts.macos import parse_version
 from moectl.model.manifest import Manifest
 from moectl.model.placement import Placement
 from moectl.planner.chips import default_working_set_bytes
@@ -49,10 +49,10 @@ def own_memory() -> Memory | None:
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform == "darwin":
-        version = major_version(platform.mac_ver()[0])
-        limit = parse_macos(_ask(SYSCTL, "iogpu.wired_limit_mb"), "", "", "").wired_limit_bytes
-        held = find_held(parse_wired(_ask(VM_STAT)) or 0, total)
-        return Memory(total, limit or default_working_set_bytes(total, version), held)
+        version = parse_version(read_macos())
+        limit = parse_macos(ask_tool(SYSCTL, "iogpu.wired_limit_mb"), "", "", "").wired_limit_bytes
+        held = find_held(parse_wired(ask_tool(VM_STAT)) or 0, total)
+        return Memory(total, limit or default_working_set_bytes(total, version[0] if version else None), held)
     return Memory(total, None, max(0, total - _available(total)))
 
 
@@ -64,12 +64,21 @@ def find_held(wired_bytes: int, total_bytes: int) -> int:
     return max(0, wired_bytes - SYSTEM_BYTES - total_bytes // 16)
 
 
-def _ask(*argv: str) -> str:
+def ask_tool(*argv: str) -> str:
     """Return what a tool of the system prints; nothing where it cannot."""
     try:
-        return subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False).stdout
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
+    return done.stdout.decode("utf-8", "replace").strip()
+
+
+def read_macos() -> str | None:
+    """Return the version of macOS; None on another system, "" where it is not known.
+
+    Asked of sw_vers, because macOS tells a python that was built with an older SDK another one.
+    """
+    return ask_tool("sw_vers", "-productVersion") if sys.platform == "darwin" else None
 
 
 def own_dtype_bytes() -> int:

@@ -74,7 +74,7 @@ ROW = {
     "rank": 0,
     "macos": "26.3",
     "macos_of_python": "26.3",
-    "wheels": {},
+    "wheel": "",
     "jaccl": True,
     "rdma_ctl": "enabled",
     "thunderbolt": 5,
@@ -219,7 +219,7 @@ class _NoWorkers(Stage):
 
 
 def mac_stage(texts: dict[str, list[str]]) -> _NoWorkers:
-    facts = Facts({}, "arm64", "26.3", {"mlx": "cp312-cp312-macosx_26_0_arm64"}, ("ring", "jaccl"), True, True, 1, ())
+    facts = Facts({}, "arm64", "26.3", "macosx_26_0_arm64", ("ring", "jaccl"), True, True, 1, ())
     spec = RankSpec(Host("mac"), _Mac(texts), ("python",), "/set", ("10.0.0.1",))
     target = Deployment("set", "/set", (DeployedRank(Host("mac"), "python", "/root", "/set"),))
     return _NoWorkers(target, [spec], [read_survey(STUDIO)], [facts])
@@ -235,7 +235,7 @@ def test_a_mac_is_asked_before_while_and_after(monkeypatch: pytest.MonkeyPatch) 
     assert WIRED.judge(found).as_expected
     assert SLEEP.judge(measure_sleep(stage)).as_expected
     [row] = measure_rdma(stage)["hosts"]
-    assert (row["jaccl"], row["wheels"]["mlx"]) == (True, "cp312-cp312-macosx_26_0_arm64")
+    assert (row["jaccl"], row["wheel"]) == (True, "macosx_26_0_arm64")
 
 
 # Names.

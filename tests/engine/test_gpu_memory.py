@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from moectl.engine.gpu_memory import limit_memory, release
+from moectl.engine.gpu_memory import limit_memory, release, working_set_bytes
 from moectl.hosts.hostfile import Host
 from moectl.hosts.remote import LocalRemote
 from moectl.model.placement import make_placement
@@ -40,6 +40,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     for name in ("set_wired_limit", "set_cache_limit"):
         monkeypatch.setattr(mx, name, lambda limit, name=name: told.__setitem__(name, limit))
     return told
+
+
+def test_metal_says_what_its_gpu_may_use(told: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert working_set_bytes() == 64 * GIB
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert working_set_bytes() is None
 
 
 def test_a_rank_wires_what_it_needs_and_some_more(told: dict[str, int]) -> None:

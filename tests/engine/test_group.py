@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from moectl.engine.group import has_jaccl, read_macos, read_wheel
+from moectl.engine.group import has_jaccl, read_wheel
+from moectl.planner.this_machine import read_macos
 
 
 def test_the_wheel_of_mlx_that_is_installed_here() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl.engine.measure import _working_set_bytes, fit_pass, weigh_layers
+from moectl.engine.measure import fit_pass, weigh_layers
 from moectl.engine.network.exchange import seam
 from moectl.engine.random_model import RandomWeights, choose_depths, shorten, with_depth
 from moectl.errors import PlanError
@@ -111,11 +111,3 @@ def test_a_layer_of_a_pipeline_takes_longer_where_the_slow_rank_has_more() -> No
     slow, fast = (RankSpeed(s, 1.0, 1.0) for s in (3.0, 1.0))
     assert weigh_layers((3, 1), (slow, fast)) == pytest.approx((3 * 3 + 1 * 1) / 4 / 2)
     assert weigh_layers((2, 2), (slow, fast)) == pytest.approx(1.0)
-
-
-def test_a_rank_tells_what_metal_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    assert _working_set_bytes() == 0.0
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 115448725504})
-    assert _working_set_bytes() == 115448725504.0

@@ -35,20 +35,18 @@ def test_other_splits_and_unknown_chips_have_no_limit() -> None:
 
 
 def test_a_macs_chip_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
+    asked: list[tuple[str, ...]] = []
+    said = ["Apple M2 Ultra", "Apple M99", ""]
 
-    class Said:
-        stdout = "Apple M2 Ultra\n"
+    def ask(*argv: str) -> str:
+        asked.append(argv)
+        return said[len(asked) - 1]
 
-    def run(command: list[str], **_: object) -> Said:
-        asked.append(command)
-        return Said()
-
-    monkeypatch.setattr("moectl.engine.prefill_step.subprocess.run", run)
+    monkeypatch.setattr("moectl.engine.prefill_step.ask_tool", ask)
     assert own_chip() is None  # this machine is none
     assert not asked
     monkeypatch.setattr("moectl.engine.prefill_step.sys.platform", "darwin")
     assert own_chip() == "m2-ultra"
-    assert asked == [["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]]
-    Said.stdout = "Apple M99\n"
+    assert asked == [("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")]
     assert own_chip() is None
+    assert own_chip() is None  # the tool said nothing

@@ -53,7 +53,7 @@ def measure_rdma(stage: Stage) -> Data:
                 "rank": rank,
                 "macos": survey.hardware.os_version,
                 "macos_of_python": facts.macos,
-                "wheels": dict(facts.wheels),
+                "wheel": facts.wheel,
                 "jaccl": "jaccl" in facts.backends,
                 "rdma_ctl": state if state in ("enabled", "disabled") else "absent",
                 "thunderbolt": survey.hardware.thunderbolt,
@@ -78,7 +78,7 @@ def judge_rdma(data: Data) -> Judgement:
         False,
         f"{came}: {why}",
         "deploy again; 'moectl doctor' says what mends it",
-        "see which wheel pip took: 'wheels' in the report",
+        "see which wheel pip took: 'wheel' in the report",
     )
 
 

@@ -69,7 +69,7 @@ def _describe(stage: Stage, rank: int, numbers: dict[str, int]) -> dict[str, Any
         "thunderbolt": hardware.thunderbolt,
         "rdma_devices": sum(device is not None for device in stage.ranks[rank].host.rdma),
         "versions": dict(facts.versions),
-        "wheels": dict(facts.wheels),
+        "wheel": facts.wheel,
         "backends": list(facts.backends),
         "metal": facts.metal,
     }

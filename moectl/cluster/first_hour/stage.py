@@ -52,7 +52,7 @@ class Facts:
     versions: Mapping[str, str]
     machine: str
     macos: str
-    wheels: Mapping[str, str]
+    wheel: str
     backends: tuple[str, ...]
     metal: bool
     gpu: bool
