@@ -738,6 +738,38 @@ def test_a_lost_connection_is_told_and_mended(ssh: SSHRemote) -> None:
     assert ssh.run(["echo", "again"]).stdout == b"again\n"
 
 
+@pytest.mark.parametrize("victim", ["receiver", "connection"])
+def test_a_file_goes_on_when_its_connection_is_lost(ssh: SSHRemote, tmp_path: Path, victim: str) -> None:
+    size = 8 << 20
+    sha256 = write_random(tmp_path / "source", size)
+    telling = tmp_path / "telling-python"
+    telling.write_text(f'#!/bin/sh\necho $$ $PPID >> {tmp_path}/pids\nexec {sys.executable} "$@"\n')
+    telling.chmod(0o755)
+    ssh.python = str(telling)
+    told: list[int] = []
+
+    def break_off(count: int) -> None:
+        if sum(told) < size // 2 <= sum(told) + count and min(told) >= 0:
+            pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+            os.kill(pids[0 if victim == "receiver" else 1], signal.SIGKILL)
+        told.append(count)
+
+    ssh.put(tmp_path / "source", str(tmp_path / "target"), sha256=sha256, on_bytes=break_off)
+    assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
+    assert sum(told) == size
+    assert min(told) < 0  # the first try was taken back
+
+
+def test_a_file_whose_every_connection_is_lost_is_given_up(ssh: SSHRemote, tmp_path: Path) -> None:
+    sha256 = write_random(tmp_path / "source", 1000)
+    dying = tmp_path / "dying-python"
+    dying.write_text("#!/bin/sh\nkill -9 $$\n")
+    dying.chmod(0o755)
+    ssh.python = str(dying)
+    with pytest.raises(Unreachable, match="the connection was lost while a file was sent: its python was killed"):
+        ssh.put(tmp_path / "source", str(tmp_path / "target"), sha256=sha256)
+
+
 def test_noise_of_the_login_shell_is_no_answer(ssh: SSHRemote, tmp_path: Path) -> None:
     sha256 = write_random(tmp_path / "source", 1000)
     noisy = tmp_path / "noisy-python"

@@ -12,6 +12,8 @@ import paramiko
 from moectl.errors import Unreachable
 from moectl.hosts.login_shell import NOISE_BYTES, ShellError, explain_shell, split_noise
 
+GONE = (OSError, EOFError, paramiko.SSHException)  # what paramiko raises on a connection that ends
+
 
 class SSHProcess:
     """A child at the other end of an exec channel without a terminal."""
@@ -102,18 +104,18 @@ class _ChannelWriter(io.RawIOBase):
     def write(self, data: Any) -> int:
         try:
             self._channel.sendall(bytes(data))
-        except (OSError, EOFError, paramiko.SSHException) as error:
+        except GONE as error:
             raise BrokenPipeError(f"the process is gone: {error}") from None
         return len(data)
 
     def close(self) -> None:
         if not self.closed:
-            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+            with contextlib.suppress(*GONE):
                 self._channel.shutdown_write()
         super().close()
 
 
 def close_channel(channel: paramiko.Channel) -> None:
     """Close a channel, though its connection may just have gone."""
-    with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+    with contextlib.suppress(*GONE):
         channel.close()

@@ -22,7 +22,7 @@ from moectl.hosts.refusals import put_error, read_failure, source_size
 from moectl.hosts.remote import Completed, check_completed, read_program, refuse_unfit, timeout_error
 from moectl.hosts.ssh.config import read_ssh_settings
 from moectl.hosts.ssh.connect import WINDOW_BYTES, open_transport
-from moectl.hosts.ssh.process import SSHProcess, close_channel
+from moectl.hosts.ssh.process import GONE, SSHProcess, close_channel
 from moectl.text import last_line
 
 BLOCK_BYTES = 1 << 20
@@ -88,8 +88,22 @@ class SSHRemote:
         self, source: Path, destination: str, *, sha256: str, on_bytes: Callable[[int], None] | None = None
     ) -> None:
         size = source_size(source)
-        count = on_bytes or (lambda _count: None)
-        answer = self._send(source, size, destination, sha256, count)
+        told = 0
+
+        def count(more: int) -> None:
+            nonlocal told
+            told += more
+            if on_bytes:
+                on_bytes(more)
+
+        try:
+            answer = self._send(source, size, destination, sha256, count)
+        except _Lost:  # what has arrived is kept on the host
+            count(-told)
+            try:
+                answer = self._send(source, size, destination, sha256, count)
+            except _Lost as error:
+                raise Unreachable(f"the connection was lost while a file was sent: {error}", host=self.name) from None
         if answer.get("error") == "mismatch" and read_failure(answer, self.name).kept:
             count(-size)  # the partial file of an earlier push was wrong, and has been removed
             answer = self._send(source, size, destination, sha256, count)
@@ -124,7 +138,7 @@ class SSHRemote:
             channel.exec_command(quote_command(argv, env, announce=True))
         except paramiko.ChannelException as error:
             raise CommandFailed(f"sshd refused a session: {error.text}", host=self.name) from None
-        except (paramiko.SSHException, OSError, EOFError) as error:
+        except GONE as error:
             raise Unreachable(f"the connection was lost: {error}", host=self.name) from None
         return channel
 
@@ -152,14 +166,14 @@ class SSHRemote:
     def _ask_receiver(self, header: bytes) -> tuple[paramiko.Channel, _Answers, dict[str, Any]]:
         """Offer a file to the program that receives on the host, started on first use; one serves many files."""
         if self._receiver is not None:
-            with contextlib.suppress(OSError, Unreachable, CommandFailed):  # idle for too long: start another
+            with contextlib.suppress(*GONE, _Lost, Unreachable, CommandFailed):  # idle for too long: start another
                 return *self._receiver, _offer(*self._receiver, header)
             self._drop_receiver()
         channel = self._execute([self.python, "-c", read_program("files"), "receive"])
         self._receiver = channel, _Answers(channel, self.name)
         try:
             return *self._receiver, _offer(*self._receiver, header)
-        except OSError:
+        except GONE:
             # It ended at once; its last line says why.
             return *self._receiver, self._receiver[1].read()
 
@@ -167,6 +181,10 @@ class SSHRemote:
         if self._receiver is not None:
             close_channel(self._receiver[0])
             self._receiver = None
+
+
+class _Lost(Exception):
+    """The receiving program, or the connection to it, ended without a word."""
 
 
 class _Answers:
@@ -197,7 +215,8 @@ class _Answers:
             return data
         code = self._channel.recv_exit_status()
         if code == -1:
-            raise Unreachable("the connection was lost", host=self._host)
+            there = cast(paramiko.Transport, self._channel.transport).is_active()
+            raise _Lost("its python was killed" if there else "sshd, or the way to it, is gone")
         said = last_line(self._channel.recv_stderr(1 << 16))
         raise CommandFailed(f"its python cannot receive files: {said or f'exit code {code}'}", host=self._host)
 
@@ -221,7 +240,7 @@ def _communicate(channel: paramiko.Channel, stdin: bytes, hold_stdin: bool) -> C
     stderr: list[bytes] = []
 
     def feed() -> None:
-        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):  # a command may leave its stdin unread
+        with contextlib.suppress(*GONE):  # a command may leave its stdin unread
             channel.sendall(stdin)
             if not hold_stdin:
                 channel.shutdown_write()
@@ -265,7 +284,7 @@ def _stream_file(source: Path, start: int, size: int, channel: paramiko.Channel,
     for block in _read_blocks(source, start, left):
         try:
             channel.sendall(cast(bytes, block))  # a view saves paramiko a copy of all that is left
-        except OSError:
+        except GONE:
             return
         left -= len(block)
         count(len(block))
