@@ -28,7 +28,7 @@ class Request:
 
     id: int
     prompt: str  # as it is, without the chat template
-    max_tokens: int
+    max_tokens: int  # of the answer; 0: only the prompt's are counted
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0
     seed: int | None = None
@@ -73,7 +73,8 @@ class Request:
         self._check_texts()
         self._check_biases()
         for name, parameter in PARAMETERS.items():
-            if not parameter.allows(value := getattr(self, name)):
+            is_count = name == "max_tokens" and self.max_tokens == 0
+            if not (is_count or parameter.allows(value := getattr(self, name))):
                 _bad(name, f"should be {parameter.text}, it is {value}")
 
     def _check_texts(self) -> None:

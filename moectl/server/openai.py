@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from moectl.engine.protocol import Ready
@@ -57,6 +57,7 @@ class ApiRequest:
     stream: bool
     include_usage: bool
     logprobs: int | None
+    fields: Fields = field(default_factory=dict, compare=False)  # the body, where a reply repeats parts of it
 
 
 Reader = Callable[[Fields, str, Ready], ApiRequest]

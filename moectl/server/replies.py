@@ -63,10 +63,16 @@ class Reply:
             content: Fields = {"delta": delta} if self._asked.chat else {"text": text}
             yield self._chunk(index, {**content, "logprobs": self._tell_logprobs(logprobs)})
 
-    def end(self) -> Iterator[Fields]:
-        """Yield the chunk with the usage, if the request wants it."""
+    def end(self) -> Iterator[Fields | None]:
+        """Yield the chunk with the usage, if the request wants it, and the last one."""
         if self._asked.include_usage:
             yield {**self._head, "object": self._object(), "choices": [], "usage": self._usage()}
+        yield None
+
+    def fail(self, error: MoectlError) -> Iterator[Fields | None]:
+        """Yield the chunks with which a stream ends in an error."""
+        yield describe_error(error)[1]
+        yield None
 
     def whole(self) -> Fields:
         """Return the whole reply, once every choice is done."""
@@ -209,5 +215,6 @@ def encode_json(value: Fields) -> bytes:
 
 
 def encode_event(value: Fields | None) -> bytes:
-    """Return a server-sent event; None is the last one, [DONE]."""
-    return b"data: " + (b"[DONE]" if value is None else encode_json(value)) + b"\n\n"
+    """Return a server-sent event, named by its type where it has one; None is [DONE], the last one of OpenAI's chat."""
+    name = f"event: {value['type']}\n".encode() if value and "type" in value else b""
+    return name + b"data: " + (b"[DONE]" if value is None else encode_json(value)) + b"\n\n"

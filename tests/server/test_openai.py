@@ -454,7 +454,11 @@ def test_a_stream_and_a_whole_say_the_same() -> None:
     chunks = list(reply.start())
     for index, event in [(0, Token(1, 5, "a")), (1, Token(2, 6, "")), (1, Token(2, 7, "é"))]:
         chunks += reply.take(index, event)
-    chunks += [*reply.take(1, Done(2, "stop", STATS)), *reply.take(0, Done(1, "length", STATS, "b")), *reply.end()]
+    chunks += [
+        *reply.take(1, Done(2, "stop", STATS)),
+        *reply.take(0, Done(1, "length", STATS, "b")),
+        *filter(None, reply.end()),
+    ]
     texts = ["", ""]
     for chunk in chunks[:-1]:
         assert chunk["usage"] is None

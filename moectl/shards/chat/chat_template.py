@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from tokenizers import Tokenizer
 
 from moectl.errors import BadField
+from moectl.model.parameters import THINKING_SWITCHES
 from moectl.shards.chat.thinking import Markers, find_markers
 
 Json = dict[str, Any]
@@ -25,7 +26,6 @@ EFFORT = "reasoning_effort"  # OpenAI's option, which some templates know
 
 _MARK = "moectl-answer"
 _QUESTION = {"role": "user", "content": "moectl"}
-_SWITCHES = ("enable_thinking", "thinking")  # what templates call the option that turns thinking on and off
 
 
 class ChatTemplate:
@@ -97,7 +97,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _switches(self) -> tuple[str, ...]:
-        return tuple(name for name in _SWITCHES if self._knows(name, True, False))
+        return tuple(name for name in THINKING_SWITCHES if self._knows(name, True, False))
 
     def _knows(self, option: str, *values: Any) -> bool:
         """Whether an option's value changes what is rendered."""
