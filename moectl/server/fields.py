@@ -33,14 +33,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 def refuse_unsupported(fields: Fields) -> None:
     """Raise BadField for a field that would change the answer and cannot be obeyed."""
-    for field, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        chosen = fields.get(choice)
-        if fields.get(field) not in _EMPTY and chosen != "none":
-            refuse(
-                field, "is not supported: this model calls no functions", hint=f'leave it out, or send {choice} "none"'
-            )
-        if chosen not in (None, "none", "auto"):
-            refuse(choice, f"needs {field}, and this model calls no functions", hint="leave it out")
+    for field in ("functions", "function_call"):
+        if fields.get(field) not in (*_EMPTY, "none", "auto"):
+            refuse(field, "is not supported: it is an older form", hint="send tools and tool_choice")
     form = read_typed(fields, "response_format", dict)
     if form and form.get("type") != "text":
         refuse("response_format", 'is not supported, except {"type": "text"}', hint="ask for the form in the prompt")
