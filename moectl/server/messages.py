@@ -193,14 +193,16 @@ class Reply:
 
     def whole(self) -> Fields:
         """Return the whole message, once it is done."""
-        blocks = [_tell_block(part, part.text) for part in self._parts.all]
+        blocks = [_tell_block(part, part.text) for part in self._parts.all if part.kind != parts.CALL or part.is_whole]
         return {**self._head, "content": blocks, **self._end(), "usage": self._usage()}
 
     def _end(self) -> Fields:
         done = self._parts.done
         assert done is not None
         reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(done.finish_reason, "end_turn")
-        return {"stop_reason": reason, "stop_sequence": None}
+        if done.stop_text is not None and reason == "end_turn":
+            reason = "stop_sequence"
+        return {"stop_reason": reason, "stop_sequence": done.stop_text}
 
     def _usage(self) -> Fields:
         assert self._parts.done is not None

@@ -1,6 +1,6 @@
 """An answer as a list of parts, as Anthropic's blocks and the Responses API's items have it: thinking, text, calls.
 
-It knows the engine's events and no protocol's names.
+It knows no protocol's names.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moectl.engine.protocol import Done, Token
+from moectl.server.contracts import Thinking
+from moectl.server.stream import read_parts
+from moectl.shards.chat.calls import CallPart
 
 THINKING, TEXT, CALL = "thinking", "text", "call"
 BEGIN, MORE, END = "begin", "more", "end"
@@ -38,32 +41,48 @@ Step = tuple[str, Part, str]  # BEGIN, MORE or END; the part; the piece of text 
 
 
 class Parts:
-    """The parts of one answer, made from its events."""
+    """The parts of one answer, made from its events, one after the other."""
 
     def __init__(self) -> None:
         self.all: list[Part] = []
         self.done: Done | None = None
         self._open: Part | None = None
+        self._after = ""  # text that came while a call was open
 
     def take(self, event: Token | Done) -> Iterator[Step]:
         """Note an event; yield what happens to the parts."""
+        for told in read_parts(event):
+            match told:
+                case CallPart():
+                    yield from self._add_call(told)
+                case Thinking(text=text):
+                    yield from self._add(THINKING, text)
+                case text:
+                    yield from self._add(TEXT, text)
         if isinstance(event, Done):
             self.done = event
-            yield from self._add(THINKING, event.rest_thinking)
-            yield from self._add(TEXT, event.rest)
-            yield from self._close(is_cut=event.finish_reason == "length")
-        else:
-            yield from self._add(THINKING, event.thinking)
-            yield from self._add(TEXT, event.text)
+            yield from self._close(is_whole=event.finish_reason != "length")
+            if self._after:  # behind a call that was broken off
+                yield from self._add(TEXT, self._after)
+                yield from self._close(is_whole=False)
 
     def _add(self, kind: str, piece: str) -> Iterator[Step]:
-        if not piece:
+        if self._open is not None and self._open.kind == CALL:
+            self._after += piece
             return
         if self._open is None or self._open.kind != kind:
             yield from self._begin(Part(kind, len(self.all)))
-        assert self._open is not None
-        self._open.add(piece)
-        yield MORE, self._open, piece
+        yield from self._more(piece)
+
+    def _add_call(self, told: CallPart) -> Iterator[Step]:
+        if told.id:
+            yield from self._begin(Part(CALL, len(self.all), told.id, told.name))
+        yield from self._more(told.arguments)
+        if told.ended:
+            yield from self._close()
+            after, self._after = self._after, ""
+            if after:
+                yield from self._add(TEXT, after)
 
     def _begin(self, part: Part) -> Iterator[Step]:
         yield from self._close()
@@ -71,8 +90,13 @@ class Parts:
         self._open = part
         yield BEGIN, part, ""
 
-    def _close(self, *, is_cut: bool = False) -> Iterator[Step]:
+    def _more(self, piece: str) -> Iterator[Step]:
+        if piece and self._open is not None:
+            self._open.add(piece)
+            yield MORE, self._open, piece
+
+    def _close(self, *, is_whole: bool = True) -> Iterator[Step]:
         part, self._open = self._open, None
         if part is not None:
-            part.is_whole = not is_cut
+            part.is_whole = is_whole
             yield END, part, ""

@@ -14,7 +14,7 @@ from typing import Any
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.errors import MoectlError
 from moectl.server import parts, replies
-from moectl.server.fields import Fields, read_boolean, read_typed, refuse, show
+from moectl.server.fields import Fields, read_boolean, read_typed, refuse
 from moectl.server.openai import ApiRequest
 from moectl.server.parts import Part, Parts, Step
 from moectl.server.translation import Translation, pass_on, read_list, read_texts, refuse_kind
@@ -25,7 +25,7 @@ _NAMES = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
-_CONSUMED = ("input", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning", "messages")
+_CONSUMED = ("input", "instructions", "max_output_tokens", "tools", "text", "reasoning", "messages")
 _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # type → its text
 _THOUGHTS = {"reasoning_text": "text", "summary_text": "text"}
 # The order of an assistant's doings in one message of a chat; a later one joins the message of an earlier one.
@@ -53,7 +53,7 @@ def read_responses(fields: Fields, name: str, model: Ready) -> ApiRequest:
         "max_completion_tokens": fields.get("max_output_tokens"),
         "reasoning_effort": (read_typed(fields, "reasoning", dict) or {}).get("effort"),
         "response_format": _read_form(read_typed(text, "format", dict) or {}),
-        **_read_tools(fields),
+        "tools": [_read_tool(each) for each, _ in read_list(fields.get("tools") or [], "tools") if _is_function(each)],
     }
     return dataclasses.replace(asked.read(name, model), fields=fields)
 
@@ -111,21 +111,8 @@ def _read_form(form: Fields) -> Fields | None:
     return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
 
 
-def _read_tools(fields: Fields) -> Fields:
-    """Return tools and choice as the chat has them, without tools that OpenAI's servers would run."""
-    tools = [tool for tool, _ in read_list(fields.get("tools") or [], "tools") if tool.get("type") == "function"]
-    choice = fields.get("tool_choice")
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = [tool.get("name") for tool, _ in read_list(choice.get("tools"), "tool_choice.tools")]
-        tools = [tool for tool in tools if tool.get("name") in allowed]
-        choice = choice.get("mode")
-    elif isinstance(choice, dict):
-        if choice.get("type") != "function":
-            refuse_kind("tool_choice", choice.get("type"), "function", "allowed_tools")
-        choice = {"type": "function", "function": {"name": choice.get("name")}}
-    elif choice is not None and not isinstance(choice, str):
-        refuse("tool_choice", f"should be a string or an object, it is {show(choice)}")
-    return {"tools": [_read_tool(tool) for tool in tools], "tool_choice": choice}
+def _is_function(tool: Fields) -> bool:
+    return tool.get("type") == "function"  # what OpenAI's servers or a namespace would run is left out
 
 
 def _read_tool(tool: Fields) -> Fields:

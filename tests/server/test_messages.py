@@ -62,12 +62,70 @@ def test_thinking_is_an_option_of_the_template(kind: str, on: bool) -> None:
 
 
 def test_a_recorded_request_of_claude_code() -> None:
-    recorded = read_recorded("claude-code-2.1.332")
-    told = messages.read_messages({**recorded, "tools": [], "model": "tiny"}, "tiny", MODEL).requests[0].messages
+    [request] = messages.read_messages(
+        {**read_recorded("claude-code-2.1.332"), "model": "tiny"}, "tiny", MODEL
+    ).requests
+    told = request.messages
     assert told is not None
-    assert [message["role"] for message in told[:3]] == ["system", "user", "system"]
-    assert told[0]["content"].startswith("You are a Claude agent")
+    assert [message["role"] for message in told] == ["system", "user", "system", "assistant", "tool"]
+    assert told[0]["content"].startswith("You are a Claude agent")  # without what differs between sessions
     assert told[1]["content"].endswith("\nRun it")
+    [call] = told[3]["tool_calls"]
+    assert call["function"] == {"name": "Bash", "arguments": {"command": "echo one-two", "description": "Bash"}}
+    assert told[4] == {"role": "tool", "tool_call_id": call["id"], "content": "one-two", "name": "Bash"}
+    assert request.tool_names == ("Bash",)
+    assert request.must_call == ()
+    assert request.max_tokens == MODEL.max_seq_len  # it asked for 32,000
+
+
+TOOL: Any = {"name": "add", "description": "Add", "input_schema": {"type": "object", "properties": {"a": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "must_call", "parallel"),
+    [
+        ({"type": "auto"}, (), True),
+        ({"type": "any"}, ("add", "sub"), True),
+        ({"type": "tool", "name": "sub"}, ("sub",), True),
+        ({"type": "auto", "disable_parallel_tool_use": True}, (), False),
+    ],
+)
+def test_tools_and_the_choice_among_them(choice: Any, must_call: tuple[str, ...], parallel: bool) -> None:
+    given = [TOOL, {**TOOL, "name": "sub", "type": "custom"}, {"type": "web_search_20250305", "name": "web_search"}]
+    request = read(tools=given, tool_choice=choice)
+    assert request.tool_names == ("add", "sub")
+    assert request.tools[0]["function"]["parameters"] == TOOL["input_schema"]
+    assert (request.must_call, request.parallel_calls) == (must_call, parallel)
+    assert read(tools=given, tool_choice={"type": "none"}).tools == ()
+
+
+def test_what_came_before_is_told_in_its_order() -> None:
+    past: Any = [
+        say("2+3?"),
+        say(
+            [
+                {"type": "thinking", "thinking": "I add.", "signature": "x"},
+                {"type": "redacted_thinking", "data": "x"},
+                {"type": "text", "text": "Let me see."},
+                {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 2}},
+                {"type": "tool_use", "id": "t2", "name": "add", "input": {}},
+            ],
+            "assistant",
+        ),
+        say(
+            [
+                {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "5"}]},
+                {"type": "tool_result", "tool_use_id": "t2", "is_error": True, "content": "no"},
+                {"type": "text", "text": "Go on."},
+            ]
+        ),
+    ]
+    told = read(messages=past).messages
+    assert told is not None
+    assert [message["role"] for message in told] == ["user", "assistant", "tool", "tool", "user"]
+    assert (told[1]["reasoning_content"], told[1]["content"]) == ("I add.", "Let me see.")
+    assert [call["id"] for call in told[1]["tool_calls"]] == ["t1", "t2"]
+    assert [message["content"] for message in told[2:]] == ["5", "no", "Go on."]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +145,10 @@ def test_a_recorded_request_of_claude_code() -> None:
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type should be one of json_schema"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type should be one of auto, any, none, tool"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema should be an object"),
+        (
+            {"messages": [say([{"type": "tool_result", "tool_use_id": "x", "content": "y"}])]},
+            "messages[0].content[0].tool_call_id should name a call before it",
+        ),
         ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
     ],
 )  # fmt: skip
@@ -124,6 +186,33 @@ def test_a_streamed_message_is_the_whole_one(client: anthropic.Anthropic) -> Non
         ["message_delta", "message_stop"],
         2,
     )
+
+
+def test_a_tool_is_called_and_answers(client: anthropic.Anthropic) -> None:
+    past: list[Any] = [{"role": "user", "content": "hello"}]
+    more: Any = {"model": "tiny", "max_tokens": 100, "tools": [TOOL, {**TOOL, "name": "sub"}]}
+    whole = client.messages.create(messages=past, **more)
+    with client.messages.stream(messages=past, **more) as stream:
+        for _ in stream:
+            pass
+        streamed = stream.get_final_message()
+    calls: list[Any] = []
+    for done in (whole, streamed):
+        assert done.stop_reason == "tool_use"
+        assert [block.type for block in done.content] == ["text", "tool_use", "tool_use"]
+        calls = [block for block in done.content if block.type == "tool_use"]
+        assert [(call.id, call.name, call.input) for call in calls] == [
+            ("call_0", "add", {"a": 2}),
+            ("call_1", "sub", {"a": 2}),
+        ]
+    results = [{"type": "tool_result", "tool_use_id": call.id, "content": "4"} for call in calls]
+    past += [{"role": "assistant", "content": whole.content}, {"role": "user", "content": results}]
+    assert client.messages.create(messages=past, **more).stop_reason == "end_turn"
+
+
+def test_a_stop_sequence_is_told(client: anthropic.Anthropic) -> None:
+    done = ask(client, "hello", max_tokens=100, stop_sequences=["END"])
+    assert (done.stop_reason, done.stop_sequence) == ("stop_sequence", "END")
 
 
 def test_tokens_are_counted_without_an_answer(client: anthropic.Anthropic, site: Site) -> None:
