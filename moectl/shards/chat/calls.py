@@ -17,6 +17,9 @@ from typing import Any, NoReturn
 Refuse = Callable[[str, str], NoReturn]  # key, why
 TEXT_FORMAT = "json_tools"  # mlx-lm's name of the format that models without one of their own are told of
 MAX_CALL_CHARS = 1 << 20  # between two markers: a parser's time may grow with the square of it
+CHANNELS = frozenset(
+    ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+)  # gpt-oss writes a message for each channel
 _CHANNEL_CALL = re.compile(r"\s*(?:functions\.)?([^\s<]+)[^{]*<\|message\|>(.*)", re.DOTALL)
 
 
@@ -54,8 +57,8 @@ def find_format(
     from mlx_lm import tool_parsers
     from mlx_lm.tokenizer_utils import _infer_tool_parser
 
-    if added.keys() >= {"<|channel|>", "<|message|>", "<|call|>"}:
-        return CallFormat("<|channel|>commentary to=", "<|call|>", parse_channel_call, ends_with_answer=True)
+    if added.keys() >= CHANNELS | {"<|call|>"}:
+        return CallFormat(" to=", "<|call|>", parse_channel_call, ends_with_answer=True)
     name = config.get("tool_parser_type", defaults.get("tool_parser_type"))
     if name is None:
         name = _infer_tool_parser(renderer)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moectl.shards.chat.calls import CallFormat, CallPart, CallReader
+from moectl.shards.chat.calls import CHANNELS, CallFormat, CallPart, CallReader
 
 if TYPE_CHECKING:
     from moectl.shards.chat.token_text import TextStream
@@ -29,8 +29,7 @@ _MORE = (
 )
 _AROUND_ANSWER = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")  # Command A's
 _AS_TEXT = (("<think>", "</think>"), *_MORE)  # that a template may name although they are not tokens
-# gpt-oss writes a message for each channel; `analysis` is its thinking.
-_CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+# Of gpt-oss's channels, `analysis` is its thinking.
 _CHANNEL_EDGES: Edges = {
     ANSWER: [
         ("<|channel|>analysis<|message|>", THINKING),
@@ -105,7 +104,7 @@ def find_markers(
     first = form.get("initial_state", ANSWER)
     if "transitions" in form:
         edges = {state: list(leads) for state, leads in form["transitions"].items()}
-    elif added.keys() >= set(_CHANNELS):
+    elif added.keys() >= CHANNELS:
         edges, first = (_CHANNEL_EDGES, first) if calls is None else (_CALL_CHANNEL_EDGES, _HEADER)
     else:
         # Some vocabularies have a marker as one of their ordinary tokens.
