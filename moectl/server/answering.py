@@ -32,7 +32,7 @@ class _Gone(Exception):
     """The client has closed the connection."""
 
 
-class Reply(Protocol):
+class AnyReply(Protocol):
     """One reply's JSON in the form of one protocol, made of the events of all its choices.
 
     Each piece of a stream is an object, or None for [DONE].
@@ -69,7 +69,7 @@ class Answering:
     def __init__(
         self,
         asked: ApiRequest,
-        reply: Reply,
+        reply: AnyReply,
         answers: list[AnswerEvents],
         metrics: Metrics,
         silence_s: float,

@@ -36,10 +36,10 @@ def refuse(
 ) -> Response:
     """Return a refusal."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return Refusal(status, replies.error_body(message, kind, param=param, code=code, hint=hint), headers)
+    return ErrorResponse(status, replies.error_body(message, kind, param=param, code=code, hint=hint), headers)
 
 
-class Refusal(Response):
+class ErrorResponse(Response):
     """A reply of an error, given in OpenAI's form and sent in that of the path's protocol."""
 
     def __init__(self, status: int, body: Fields, headers: dict[str, str] | None = None) -> None:

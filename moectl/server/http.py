@@ -30,9 +30,9 @@ from moectl.engine.protocol import Done, Ready
 from moectl.engine.request import TOO_LONG
 from moectl.errors import MoectlError, QueueFull, StateError
 from moectl.server import messages, openai, replies, responses
-from moectl.server.answering import REPORT, Answering, Reply
+from moectl.server.answering import REPORT, Answering, AnyReply
 from moectl.server.contracts import SILENCE_S, AnswerEvents, Cluster
-from moectl.server.doors import Doors, Refusal, no_such_path, refuse, write_json
+from moectl.server.doors import Doors, ErrorResponse, no_such_path, refuse, write_json
 from moectl.server.metrics import CONTENT_TYPE, Metrics
 
 CHAT = "/v1/chat/completions"
@@ -163,7 +163,7 @@ async def _answer_bug(http: HttpRequest, error: Exception) -> Response:
 async def _answer_error(http: HttpRequest, error: MoectlError) -> Response:
     status, body = replies.describe_error(error)
     headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, QueueFull) else None
-    return Refusal(status, body, headers)
+    return ErrorResponse(status, body, headers)
 
 
 class App:
@@ -203,7 +203,9 @@ class App:
 class MakeReply(Protocol):
     """A protocol's way to write replies."""
 
-    def __call__(self, asked: openai.ApiRequest, *, reply_id: str, created: int, name: str, model: Ready) -> Reply: ...
+    def __call__(
+        self, asked: openai.ApiRequest, *, reply_id: str, created: int, name: str, model: Ready
+    ) -> AnyReply: ...
 
 
 class _Service:
@@ -222,10 +224,10 @@ class _Service:
         return await self._answer(http, openai.read_completion, replies.Reply)
 
     async def respond(self, http: HttpRequest) -> ASGIApp:
-        return await self._answer(http, responses.read_responses, responses.Reply)
+        return await self._answer(http, responses.read_responses, responses.ResponseReply)
 
     async def message(self, http: HttpRequest) -> ASGIApp:
-        return await self._answer(http, messages.read_messages, messages.Reply)
+        return await self._answer(http, messages.read_messages, messages.MessageReply)
 
     async def count_tokens(self, http: HttpRequest) -> ASGIApp:
         asked = await self._read(http, messages.read_messages)

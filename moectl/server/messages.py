@@ -13,10 +13,10 @@ from moectl.engine.protocol import Done, Ready, Token
 from moectl.engine.request import TOO_LONG
 from moectl.errors import MoectlError
 from moectl.model.parameters import THINKING_SWITCHES
-from moectl.server import parts, replies
+from moectl.server import blocks, replies
+from moectl.server.blocks import AnswerBlock, Blocks, Step
 from moectl.server.fields import Fields, kind_of, read_boolean, read_typed, refuse, show
 from moectl.server.openai import ApiRequest
-from moectl.server.parts import Part, Parts, Step
 from moectl.server.translation import Translation, pass_on, read_list, read_object, read_text, read_texts, refuse_kind
 
 PATH = "/v1/messages"
@@ -164,12 +164,12 @@ def _read_thinking(fields: Fields) -> Fields:
 # Written.
 
 
-class Reply:
+class MessageReply:
     """One HTTP reply: a message of blocks, as a stream or as a whole."""
 
     def __init__(self, asked: ApiRequest, *, reply_id: str, created: int, name: str, model: Ready) -> None:
         self._head = {"id": f"msg_{reply_id}", "type": "message", "role": "assistant", "model": name}
-        self._parts = Parts()
+        self._blocks = Blocks()
 
     def start(self) -> Iterator[Fields]:
         """Yield the beginning of the message; how many tokens the prompt has is known at its end only."""
@@ -179,7 +179,7 @@ class Reply:
 
     def take(self, index: int, event: Token | Done) -> Iterator[Fields]:
         """Note an event; yield what it does to the blocks."""
-        yield from map(_tell_step, self._parts.take(event))
+        yield from map(_tell_step, self._blocks.take(event))
 
     def end(self) -> Iterator[Fields]:
         """Yield why the message ended and what it took."""
@@ -193,11 +193,12 @@ class Reply:
 
     def whole(self) -> Fields:
         """Return the whole message, once it is done."""
-        blocks = [_tell_block(part, part.text) for part in self._parts.all if part.kind != parts.CALL or part.is_whole]
-        return {**self._head, "content": blocks, **self._end(), "usage": self._usage()}
+        told = [block for block in self._blocks.all if block.kind != blocks.CALL or block.is_whole]
+        content = [_tell_block(block, block.text) for block in told]
+        return {**self._head, "content": content, **self._end(), "usage": self._usage()}
 
     def _end(self) -> Fields:
-        done = self._parts.done
+        done = self._blocks.done
         assert done is not None
         reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(done.finish_reason, "end_turn")
         if done.stop_text is not None and reason == "end_turn":
@@ -205,8 +206,8 @@ class Reply:
         return {"stop_reason": reason, "stop_sequence": done.stop_text}
 
     def _usage(self) -> Fields:
-        assert self._parts.done is not None
-        stats = self._parts.done.stats
+        assert self._blocks.done is not None
+        stats = self._blocks.done.stats
         return {
             "input_tokens": stats.prompt_tokens - stats.cached_tokens,  # Anthropic counts these apart
             "cache_read_input_tokens": stats.cached_tokens,
@@ -216,25 +217,25 @@ class Reply:
 
 
 def _tell_step(step: Step) -> Fields:
-    what, part, piece = step
-    if what == parts.BEGIN:
-        return {"type": "content_block_start", "index": part.index, "content_block": _tell_block(part, "")}
-    if what == parts.END:
-        return {"type": "content_block_stop", "index": part.index}
+    what, block, piece = step
+    if what == blocks.BEGIN:
+        return {"type": "content_block_start", "index": block.index, "content_block": _tell_block(block, "")}
+    if what == blocks.END:
+        return {"type": "content_block_stop", "index": block.index}
     delta = {
-        parts.TEXT: {"type": "text_delta", "text": piece},
-        parts.THINKING: {"type": "thinking_delta", "thinking": piece},
-        parts.CALL: {"type": "input_json_delta", "partial_json": piece},
+        blocks.TEXT: {"type": "text_delta", "text": piece},
+        blocks.THINKING: {"type": "thinking_delta", "thinking": piece},
+        blocks.CALL: {"type": "input_json_delta", "partial_json": piece},
     }
-    return {"type": "content_block_delta", "index": part.index, "delta": delta[part.kind]}
+    return {"type": "content_block_delta", "index": block.index, "delta": delta[block.kind]}
 
 
-def _tell_block(part: Part, text: str) -> Fields:
-    if part.kind == parts.THINKING:
+def _tell_block(block: AnswerBlock, text: str) -> Fields:
+    if block.kind == blocks.THINKING:
         return {"type": "thinking", "thinking": text, "signature": ""}  # moectl signs nothing, clients want the field
-    if part.kind == parts.TEXT:
+    if block.kind == blocks.TEXT:
         return {"type": "text", "text": text}
-    return {"type": "tool_use", "id": part.call_id, "name": part.name, "input": json.loads(text or "{}")}
+    return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": json.loads(text or "{}")}
 
 
 _ERRORS = {

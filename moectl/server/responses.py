@@ -13,10 +13,10 @@ from typing import Any
 
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.errors import MoectlError
-from moectl.server import parts, replies
+from moectl.server import blocks, replies
+from moectl.server.blocks import AnswerBlock, Blocks, Step
 from moectl.server.fields import Fields, read_boolean, read_typed, refuse
 from moectl.server.openai import ApiRequest
-from moectl.server.parts import Part, Parts, Step
 from moectl.server.translation import Translation, pass_on, read_list, read_texts, refuse_kind
 
 PATH = "/v1/responses"
@@ -123,14 +123,14 @@ def _read_tool(tool: Fields) -> Fields:
 # Written.
 
 
-class Reply:
+class ResponseReply:
     """One HTTP reply: a response of items, as a stream or as a whole."""
 
     def __init__(self, asked: ApiRequest, *, reply_id: str, created: int, name: str, model: Ready) -> None:
         self._id = reply_id
         self._head = {"id": f"resp_{reply_id}", "object": "response", "created_at": created, "model": name}
         self._echo = _echo(asked.fields)
-        self._parts = Parts()
+        self._blocks = Blocks()
         self._numbers = itertools.count()
 
     def start(self) -> Iterator[Fields]:
@@ -140,7 +140,7 @@ class Reply:
 
     def take(self, index: int, event: Token | Done) -> Iterator[Fields]:
         """Note an event; yield what it does to the items."""
-        for step in self._parts.take(event):
+        for step in self._blocks.take(event):
             yield from map(self._number, self._tell_step(step))
 
     def end(self) -> Iterator[Fields]:
@@ -156,7 +156,7 @@ class Reply:
 
     def whole(self) -> Fields:
         """Return the whole response, once it is done."""
-        done = self._parts.done
+        done = self._blocks.done
         assert done is not None
         if done.finish_reason == "length":
             reason = {"incomplete_details": {"reason": "max_output_tokens"}}
@@ -164,7 +164,7 @@ class Reply:
         return self._response("completed", usage=_tell_usage(done))
 
     def _response(self, status: str, **more: Any) -> Fields:
-        output = [self._item(part) for part in self._parts.all] if status != "in_progress" else []
+        output = [self._item(block) for block in self._blocks.all] if status != "in_progress" else []
         nothing = {"error": None, "incomplete_details": None, "usage": None}
         return {**self._head, "status": status, **self._echo, "output": output, **nothing, **more}
 
@@ -172,55 +172,55 @@ class Reply:
         return {**event, "sequence_number": next(self._numbers)}
 
     def _tell_step(self, step: Step) -> Iterator[Fields]:
-        what, part, piece = step
-        item = {"output_index": part.index}
-        inside = {**item, "item_id": self._item_id(part)}
+        what, block, piece = step
+        item = {"output_index": block.index}
+        inside = {**item, "item_id": self._item_id(block)}
         content = {**inside, "content_index": 0}
-        if what == parts.BEGIN:
-            yield {"type": "response.output_item.added", **item, "item": self._item(part, is_new=True)}
-            if part.kind != parts.CALL:
-                yield {"type": "response.content_part.added", **content, "part": _tell_content(part, "")}
+        if what == blocks.BEGIN:
+            yield {"type": "response.output_item.added", **item, "item": self._item(block, is_new=True)}
+            if block.kind != blocks.CALL:
+                yield {"type": "response.content_part.added", **content, "part": _tell_content(block, "")}
             return
-        name = f"response.{_DELTAS[part.kind]}"
-        place = inside if part.kind == parts.CALL else content
-        logprobs: Fields = {"logprobs": []} if part.kind == parts.TEXT else {}
-        if what == parts.MORE:
+        name = f"response.{_DELTAS[block.kind]}"
+        place = inside if block.kind == blocks.CALL else content
+        logprobs: Fields = {"logprobs": []} if block.kind == blocks.TEXT else {}
+        if what == blocks.MORE:
             yield {"type": f"{name}.delta", **place, "delta": piece, **logprobs}
             return
-        if part.kind == parts.CALL:
-            yield {"type": f"{name}.done", **place, "arguments": part.text, "name": part.name}
+        if block.kind == blocks.CALL:
+            yield {"type": f"{name}.done", **place, "arguments": block.text, "name": block.name}
         else:
-            yield {"type": f"{name}.done", **place, "text": part.text, **logprobs}
-            yield {"type": "response.content_part.done", **content, "part": _tell_content(part, part.text)}
-        yield {"type": "response.output_item.done", **item, "item": self._item(part)}
+            yield {"type": f"{name}.done", **place, "text": block.text, **logprobs}
+            yield {"type": "response.content_part.done", **content, "part": _tell_content(block, block.text)}
+        yield {"type": "response.output_item.done", **item, "item": self._item(block)}
 
-    def _item_id(self, part: Part) -> str:
-        return f"{_PREFIXES[part.kind]}_{self._id}_{part.index}"
+    def _item_id(self, block: AnswerBlock) -> str:
+        return f"{_PREFIXES[block.kind]}_{self._id}_{block.index}"
 
-    def _item(self, part: Part, *, is_new: bool = False) -> Fields:
+    def _item(self, block: AnswerBlock, *, is_new: bool = False) -> Fields:
         """Return an item as it is at its beginning, or as far as it has come."""
-        status = "in_progress" if is_new else "completed" if part.is_whole else "incomplete"
-        head = {"id": self._item_id(part), "status": status}
-        if part.kind == parts.CALL:
-            arguments = "" if is_new else part.text
-            call = {"call_id": part.call_id, "name": part.name, "arguments": arguments}
+        status = "in_progress" if is_new else "completed" if block.is_whole else "incomplete"
+        head = {"id": self._item_id(block), "status": status}
+        if block.kind == blocks.CALL:
+            arguments = "" if is_new else block.text
+            call = {"call_id": block.call_id, "name": block.name, "arguments": arguments}
             return {"type": "function_call", **head, **call}
-        content = [] if is_new else [_tell_content(part, part.text)]
-        if part.kind == parts.THINKING:
+        content = [] if is_new else [_tell_content(block, block.text)]
+        if block.kind == blocks.THINKING:
             return {"type": "reasoning", **head, "summary": [], "content": content}
         return {"type": "message", **head, "role": "assistant", "content": content}
 
 
 _DELTAS = {
-    parts.THINKING: "reasoning_text",
-    parts.TEXT: "output_text",
-    parts.CALL: "function_call_arguments",
+    blocks.THINKING: "reasoning_text",
+    blocks.TEXT: "output_text",
+    blocks.CALL: "function_call_arguments",
 }
-_PREFIXES = {parts.THINKING: "rs", parts.TEXT: "msg", parts.CALL: "fc"}
+_PREFIXES = {blocks.THINKING: "rs", blocks.TEXT: "msg", blocks.CALL: "fc"}
 
 
-def _tell_content(part: Part, text: str) -> Fields:
-    if part.kind == parts.THINKING:
+def _tell_content(block: AnswerBlock, text: str) -> Fields:
+    if block.kind == blocks.THINKING:
         return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 

@@ -206,7 +206,7 @@ def test_the_command_line_says_a_hint_once(error: UsageError) -> None:
 
 
 def test_requests_name_the_field_that_is_wrong() -> None:
-    for field, value in {"top_p": 2.0, "min_p": -1.0, "top_k": -1, "presence_penalty": 3.0, "max_tokens": 0}.items():
+    for field, value in {"top_p": 2.0, "min_p": -1.0, "top_k": -1, "presence_penalty": 3.0, "max_tokens": -1}.items():
         with pytest.raises(BadField, match=f"^{field} should") as caught:
             Request(0, "x", **{"max_tokens": 1, field: value})  # type: ignore[arg-type]
         assert caught.value.param == field

@@ -132,6 +132,23 @@ def test_what_is_wrong_is_said_in_the_apis_words(fields: dict[str, Any], said: s
     assert raised.value.param == said.split()[0]
 
 
+def test_what_the_hints_say_is_answered(client: openai.OpenAI) -> None:
+    past: list[Any] = [{"role": "user", "content": "hello"}]
+    first = client.responses.create(model="tiny", input=past)
+    more: Any = [{"role": "user", "content": "again"}]
+    with pytest.raises(openai.BadRequestError, match="send the whole conversation as input"):
+        client.responses.create(model="tiny", previous_response_id=first.id, input=more)
+    assert client.responses.create(model="tiny", input=past + first.output + more).output_text
+    with pytest.raises(openai.BadRequestError, match="send the item itself"):
+        past.append({"type": "item_reference", "id": first.output[0].id})
+        client.responses.create(model="tiny", input=past)
+    past.pop()
+    with pytest.raises(openai.BadRequestError, match="ask /v1/chat/completions for log-probabilities"):
+        client.responses.create(model="tiny", input="hello", top_logprobs=2)
+    done = client.chat.completions.create(model="tiny", messages=past, logprobs=True, top_logprobs=2)
+    assert done.choices[0].logprobs is not None
+
+
 def test_a_response(client: openai.OpenAI) -> None:
     done = client.responses.create(model="tiny", input="hello", metadata={"a": "b"})
     assert (done.status, done.output_text, done.error) == ("completed", expected(ENDS_AFTER), None)

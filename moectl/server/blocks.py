@@ -1,4 +1,4 @@
-"""An answer as a list of parts, as Anthropic's blocks and the Responses API's items have it: thinking, text, calls.
+"""An answer as a list of blocks, as Anthropic's blocks and the Responses API's items have it: thinking, text, calls.
 
 It knows no protocol's names.
 """
@@ -18,8 +18,8 @@ BEGIN, MORE, END = "begin", "more", "end"
 
 
 @dataclass(slots=True)
-class Part:
-    """One part and the text that it has so far: of a call, its arguments."""
+class AnswerBlock:
+    """One block and the text that it has so far: of a call, its arguments."""
 
     kind: str
     index: int
@@ -37,20 +37,20 @@ class Part:
         self._pieces.append(piece)
 
 
-Step = tuple[str, Part, str]  # BEGIN, MORE or END; the part; the piece of text that MORE adds
+Step = tuple[str, AnswerBlock, str]  # BEGIN, MORE or END; the block; the piece of text that MORE adds
 
 
-class Parts:
-    """The parts of one answer, made from its events, one after the other."""
+class Blocks:
+    """The blocks of one answer, made from its events, one after the other."""
 
     def __init__(self) -> None:
-        self.all: list[Part] = []
+        self.all: list[AnswerBlock] = []
         self.done: Done | None = None
-        self._open: Part | None = None
+        self._open: AnswerBlock | None = None
         self._after = ""  # text that came while a call was open
 
     def take(self, event: Token | Done) -> Iterator[Step]:
-        """Note an event; yield what happens to the parts."""
+        """Note an event; yield what happens to the blocks."""
         for told in read_parts(event):
             match told:
                 case CallPart():
@@ -71,12 +71,12 @@ class Parts:
             self._after += piece
             return
         if self._open is None or self._open.kind != kind:
-            yield from self._begin(Part(kind, len(self.all)))
+            yield from self._begin(AnswerBlock(kind, len(self.all)))
         yield from self._more(piece)
 
     def _add_call(self, told: CallPart) -> Iterator[Step]:
         if told.id:
-            yield from self._begin(Part(CALL, len(self.all), told.id, told.name))
+            yield from self._begin(AnswerBlock(CALL, len(self.all), told.id, told.name))
         yield from self._more(told.arguments)
         if told.ended:
             yield from self._close()
@@ -84,11 +84,11 @@ class Parts:
             if after:
                 yield from self._add(TEXT, after)
 
-    def _begin(self, part: Part) -> Iterator[Step]:
+    def _begin(self, block: AnswerBlock) -> Iterator[Step]:
         yield from self._close()
-        self.all.append(part)
-        self._open = part
-        yield BEGIN, part, ""
+        self.all.append(block)
+        self._open = block
+        yield BEGIN, block, ""
 
     def _more(self, piece: str) -> Iterator[Step]:
         if piece and self._open is not None:
@@ -96,7 +96,7 @@ class Parts:
             yield MORE, self._open, piece
 
     def _close(self, *, is_whole: bool = True) -> Iterator[Step]:
-        part, self._open = self._open, None
-        if part is not None:
-            part.is_whole = is_whole
-            yield END, part, ""
+        block, self._open = self._open, None
+        if block is not None:
+            block.is_whole = is_whole
+            yield END, block, ""
