@@ -166,7 +166,7 @@ def test_a_call_that_its_model_does_not_close(make: Callable[..., Tokenizer]) ->
 
 
 def test_a_format_that_nobody_knows(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="tool_parser_type is .*, and moectl knows function_gemma and gemma4"):
+    with pytest.raises(CheckpointError, match=r"tool_parser_type is .*, and moectl knows function_gemma and gemma4"):
         make_caller(tmp_path, Style("../x", (), "", [], ""))
 
 
