@@ -139,10 +139,9 @@ def test_what_the_hints_say_is_answered(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="send the whole conversation as input"):
         client.responses.create(model="tiny", previous_response_id=first.id, input=more)
     assert client.responses.create(model="tiny", input=past + first.output + more).output_text
+    named: list[Any] = [{"type": "item_reference", "id": first.output[0].id}]
     with pytest.raises(openai.BadRequestError, match="send the item itself"):
-        past.append({"type": "item_reference", "id": first.output[0].id})
-        client.responses.create(model="tiny", input=past)
-    past.pop()
+        client.responses.create(model="tiny", input=named)
     with pytest.raises(openai.BadRequestError, match="ask /v1/chat/completions for log-probabilities"):
         client.responses.create(model="tiny", input="hello", top_logprobs=2)
     done = client.chat.completions.create(model="tiny", messages=past, logprobs=True, top_logprobs=2)

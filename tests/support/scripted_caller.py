@@ -24,14 +24,18 @@ _END, _PAD = "<|im_end|>", "<|pad|>"
 _TEMPLATE = (
     "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}"
-    "{%- if messages[-1]['content'].startswith('<tool_response>') -%}<|go:after|>CASES"
+    "{%- if messages[-1]['content'].startswith('<tool_response>') -%}<|go:after|>"
+    "{%- elif 'Say hello' in messages[-2:]|map(attribute='content')|join -%}<|go:without|>CASES"
     "{%- else -%}<|go:without|>{%- endif -%}{%- endif -%}"
 )
 _CASE = "{%%- elif '\"name\": \"%s\"' in messages[0]['content'] -%%}<|go:%s|>"
 
 
 def write_caller(directory: Path, calls: Calls = ADD, *, context: int = 131_072) -> Path:
-    """Write the checkpoint and its small files; of the tools that are offered, the first in `calls` chooses."""
+    """Write the checkpoint and its small files; of the tools that are offered, the first in `calls` chooses.
+
+    Asked to "Say hello", it calls none.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     used: set[str] = set()
     scripts = {name: _cut(_write_calls(wanted), used) for name, wanted in calls.items()}
