@@ -47,7 +47,8 @@ class Answer:
     _text: AnswerText | None = None
     _length: int = 0  # characters that its tokens have made so far
     _thought: int = 0  # tokens before the answer
-    _calls: int = 0  # told, or told before a restart
+    _calls: bool = False  # some have been told, or were before a restart
+    _has_called: bool = False  # one of them whole
     _stop: StopText = field(default_factory=lambda: StopText(()))
 
     @property
@@ -144,14 +145,15 @@ class Answer:
         text = self._stop.feed(part.text)
         if not part.calls or self._stop.found:
             return Told(part.thinking, text)
-        calls = part.calls if self.request.parallel_calls else part.calls[:1]
-        self._calls += len(calls)
+        calls = tuple(call for call in part.calls if self.request.parallel_calls or call.index == 0)
+        self._calls = self._calls or any(call.id for call in calls)
+        self._has_called = self._has_called or any(call.ended for call in calls)
         return Told(part.thinking, text + self._stop.flush(), calls)
 
     @property
     def has_stop(self) -> bool:
         """Whether a stop text is complete, or the only call that was wished; on the leader."""
-        return self._stop.found is not None or (not self.request.parallel_calls and self._calls > 0)
+        return self._stop.found is not None or (not self.request.parallel_calls and self._has_called)
 
     def end(self, finish_reason: str) -> Iterator[Event]:
         """Yield the end of a resumed answer that has nothing left to generate, unless it has ended."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from moectl.server.fields import Fields, kind_of, refuse, show
 
+INVALID = "invalid_json"
+
 
 def say(role: str, text: str) -> Fields:
     """Return what the system or the user says."""
@@ -53,13 +55,22 @@ def define_tool(
     return {"type": "function", "function": function}
 
 
+def parse_arguments(text: str) -> Fields:
+    """Return the object in a call's arguments; "" is an empty one.
+
+    Clients send a call back as it came, also one that was cut: its text then stands under `INVALID`.
+    """
+    try:
+        value = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {INVALID: text}
+
+
 def read_arguments(value: Any, place: str) -> Fields:
-    """Return a past call's arguments, given as an object or as its JSON text; "" is an empty one. Raises BadField."""
+    """Return a past call's arguments, given as an object or as its text; see `parse_arguments`. Raises BadField."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else {}
-        except (ValueError, RecursionError):
-            refuse(place, "should be the text of a JSON object, it is not valid JSON")
+        return parse_arguments(value)
     if not isinstance(value, dict):
         refuse(place, f"should be a JSON object, it is {kind_of(value)}")
     return value

@@ -34,7 +34,7 @@ def read_parts(event: Token | Done) -> Iterator[Part]:
 
 @dataclass(slots=True)
 class WholeCall:
-    """One tool call of an answer; `arguments` is the text of a JSON object, once it has `ended`."""
+    """One tool call of an answer; `arguments` is the text of a JSON object where it has `ended`, else it was cut."""
 
     id: str
     name: str

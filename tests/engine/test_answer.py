@@ -138,7 +138,7 @@ def test_an_answer_that_calls_tools(caller: Tokenizer) -> None:
     assert (text, calls, done.finish_reason) == ("Sure: ", [("f", {"p": "STOP"})], "tool_calls")
     text, calls, done = call(caller, f"{ONE}\n{ONE}", parallel_calls=False)
     assert (len(calls), done.finish_reason, done.stop_text) == (1, "tool_calls", None)
-    assert done.stats.completion_tokens == len(encode(caller, ONE))
+    assert done.stats.completion_tokens < len(encode(caller, ONE))  # it ends with the call's arguments
 
 
 def test_a_cut_answer_calls_only_what_is_whole(caller: Tokenizer) -> None:

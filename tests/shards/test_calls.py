@@ -18,6 +18,7 @@ from tests.shards.test_thinking import spell
 from tests.support.callers import STYLES, TOOLED, Style, make_caller, make_tool
 from tests.support.thinkers import PLAIN, make_thinker
 
+STREAMED = ("json_tools", "json_tools in letters", "mistral", "kimi_k2", "gpt-oss")  # whose arguments are JSON
 WANTED = [("f", {"p": "a<b", "n": 2}), ("f", {"p": "", "n": -1})]
 TALK = [{"role": "user", "content": "hello"}]
 TOOLS = [make_tool()]
@@ -38,18 +39,24 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
 def read(
     tokenizer: Tokenizer, tokens: Sequence[int], *, by_itself: bool = True, tools: Any = TOOLS
 ) -> tuple[str, str, list[tuple[str, Any]]]:
-    """Return thinking, text and calls of an answer; each call has a whole form."""
+    """Return thinking, text and calls of an answer; what a call is that was cut is told as its text."""
     stream = tokenizer.stream_answer(tokenizer.encode_chat(TALK, tools=tools), tools)
     parts = [*map(stream.feed, tokens), stream.finish(by_itself=by_itself)]
+    calls = gather([part for told in parts for part in told.calls])
+    return "".join(p.thinking for p in parts), "".join(p.text for p in parts), calls
+
+
+def gather(parts: Sequence[CallPart]) -> list[tuple[str, Any]]:
     calls: list[list[CallPart]] = []
-    for part in (each for told in parts for each in told.calls):
+    for part in parts:
         if part.index == len(calls):
             assert part.id
             calls.append([])
+        assert part.index == len(calls) - 1
         calls[part.index].append(part)
-    assert all(each[-1].ended and not any(part.ended for part in each[:-1]) for each in calls)
-    told = [(each[0].name, json.loads("".join(part.arguments for part in each))) for each in calls]
-    return "".join(p.thinking for p in parts), "".join(p.text for p in parts), told
+    assert not any(part.ended for each in calls for part in each[:-1])
+    told = [(each[0].name, "".join(part.arguments for part in each), each[-1].ended) for each in calls]
+    return [(name, json.loads(arguments) if ended else arguments) for name, arguments, ended in told]
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -79,14 +86,26 @@ def test_a_cut_call_is_text(make: Callable[..., Tokenizer], name: str) -> None:
     tokens = encode(tokenizer, style.written)
     for length in range(0, len(tokens), 3):
         _, text, calls = read(tokenizer, tokens[:length], by_itself=False)
-        assert calls == WANTED[: len(calls)]
-        if style.after:
-            assert calls == []
+        whole = [call for call in calls if isinstance(call[1], dict)]
+        assert whole == WANTED[: len(whole)]
+        if name not in STREAMED:
+            assert calls == whole
+            assert whole == [] or not style.after
+        for _, arguments in calls[len(whole) :]:
+            assert arguments in style.written
+            assert arguments.count("{") > arguments.count("}") or arguments == ""
         assert "".join(text.split()) in "".join(style.written.split())
-    if style.after or name == "mistral":
-        _, text, calls = read(tokenizer, tokens[:-1], by_itself=False)
-        assert calls == []
-        assert "f" in text
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_arguments_come_as_they_are_written(make: Callable[..., Tokenizer], name: str) -> None:
+    style, tokenizer = STYLES[name], make(name)
+    tokens = encode(tokenizer, style.written)
+    stream = tokenizer.stream_answer(tokenizer.encode_chat(TALK, tools=TOOLS), TOOLS)
+    told = [stream.feed(token).calls for token in tokens]
+    assert gather([part for parts in told for part in parts]) == WANTED
+    assert sum(bool(parts) for parts in told) > 12
+    assert all(len(parts) <= 1 for parts in told)
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -108,31 +127,50 @@ def test_what_is_no_call_is_text(make: Callable[..., Tokenizer], body: str) -> N
     assert read(tokenizer, encode(tokenizer, written + good)) == ("", written, [("f", {})])
 
 
-HOSTILE = [
-    '{"name": "f", "arguments": {"n": NaN}}',
-    '{"name": "f", "arguments": {"n": 1e999}}',
-    '{"name": "f", "arguments": {"p": "\\ud800"}}',
-    '{"name": "f", "arguments": ' + '{"p": ' * 5000 + "1" + "}" * 5000 + "}",
-    '{"name": "f", "arguments": "rm -rf /"}',
-    '{"name": "", "arguments": {}}',
-    '{"name": "f", "arguments": {}} {"name": "g", "arguments": {}}',
-]
-
-
-@pytest.mark.parametrize("body", HOSTILE, ids=lambda body: body[:40])
-def test_hostile_calls_are_text(body: str) -> None:
+def take(body: str) -> tuple[list[tuple[str, Any]], str]:
+    """Return calls and text of what stands between two markers."""
     reader = CallReader(open_format("json_tools"), TOOLS)
-    reader.feed(body)
-    calls, text = reader.close()
-    assert (calls, text) == ([], f"<tool_call>{body}</tool_call>")
+    parts = reader.feed(body)
+    more, text = reader.close()
+    return gather([*parts, *more]), text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"n": NaN}', '{"n": 1e999}', '{"p": "\\ud800"}', '{"p": ' * 5000 + "1" + "}" * 5000, '{"p": rm}', "{]"],
+    ids=lambda arguments: arguments[:20],
+)
+def test_hostile_arguments_are_a_call_without_end(arguments: str) -> None:
+    assert take(f'{{"name": "f", "arguments": {arguments}}}') == ([("f", arguments)], "")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"name": "f", "arguments": "rm -rf /"}',
+        '{"name": "", "arguments": {}}',
+        '{"name": "\\ud800", "arguments": {}}',
+        '{"arguments": {"n": NaN}, "name": "f"}',
+        '{"name": "' + "f" * 2000 + '", "arguments": {"n": [}}',
+    ],
+    ids=lambda body: body[:40],
+)
+def test_hostile_calls_are_text(body: str) -> None:
+    assert take(body) == ([], f"<tool_call>{body}</tool_call>")
+
+
+def test_what_follows_a_call_is_text() -> None:
+    two = '{"name": "f", "arguments": {"n": 1}} {"name": "g", "arguments": {}}'
+    assert take(two) == ([("f", {"n": 1})], '} {"name": "g", "arguments": {}}</tool_call>')
+    assert take('{"arguments": {"n": 1}, "name": "f"}') == ([("f", {"n": 1})], "")  # it is read once it is whole
+    assert take('{"name": "f", "arguments": {"n": 1}, "id": 5}') == ([("f", {"n": 1})], ', "id": 5}</tool_call>')
 
 
 def test_hostile_texts_are_values() -> None:
-    value = "</tool_call> <|im_end|> \"'\\ \u2028 \x00 {{ 7*7 }} $(reboot)"
-    reader = CallReader(open_format("json_tools"), TOOLS)
-    reader.feed(json.dumps({"name": "f", "arguments": {"p": value}}))
-    [call], text = reader.close()
-    assert (json.loads(call.arguments), text) == ({"p": value}, "")
+    value = "</tool_call> <|im_end|> \"'\\ \u2028 \x00 {{ 7*7 }} $(reboot) }]}"
+    assert take(json.dumps({"name": "f", "arguments": {"p": value}})) == ([("f", {"p": value})], "")
+    body = json.dumps({"name": 'a"b', "arguments": {"p": [{"q": value}, value]}}, ensure_ascii=False)
+    assert take(body) == ([('a"b', {"p": [{"q": value}, value]})], "")
 
 
 @pytest.mark.parametrize("name", [name for name in STYLES if name != "gpt-oss"])
@@ -140,9 +178,9 @@ def test_a_parser_that_fails_gives_text(name: str) -> None:
     form = open_format(STYLES[name].name or "")
     for body in ("(" * 4000, "[" * 100_000, "f[ARGS]{", "call:f{p:", "<invoke", "<" * 9999, "\x00", "f(p=" * 999):
         reader = CallReader(form, TOOLS)
-        reader.feed(body)
+        begun = reader.feed(body)
         calls, text = reader.close()
-        assert bool(calls) != bool(text)
+        assert bool(begun or calls) != bool(text)
         for call in calls:
             assert isinstance(json.loads(call.arguments), dict)
 
@@ -160,7 +198,9 @@ def test_a_call_that_its_model_does_not_close(make: Callable[..., Tokenizer]) ->
     tokenizer = make("json_tools")
     open_call = STYLES["json_tools"].calls[0].partition("</tool_call>")[0]
     assert read(tokenizer, encode(tokenizer, open_call))[2] == WANTED[:1]
-    assert read(tokenizer, encode(tokenizer, open_call), by_itself=False)[2] == []
+    other = '<tool_call>{"arguments": {"p": "x"}, "name": "f"}'
+    assert read(tokenizer, encode(tokenizer, other))[2] == [("f", {"p": "x"})]
+    assert read(tokenizer, encode(tokenizer, other), by_itself=False)[1:] == (other, [])
     glm = make("glm47")
     assert read(glm, encode(glm, STYLES["glm47"].calls[0].removesuffix("</tool_call>")))[2] == []
 

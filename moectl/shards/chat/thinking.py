@@ -216,7 +216,7 @@ class AnswerText:
                 self._blank, self._held = True, ""
             if state == CALL and self._calls is not None:
                 self._unclaimed = None
-                self._calls.feed(text)
+                told += self._calls.feed(text)
                 continue
             if state == _HEADER:
                 self._unclaimed = None if self._unclaimed is None else self._unclaimed + text
