@@ -150,7 +150,8 @@ def no_such_path(path: str) -> Response:
         404,
         f"there is no {path[:200]} here",
         code="unknown_url",
-        hint="the base URL ends in /v1; below it are chat/completions, completions and models",
+        hint="the base URL ends in /v1, for Anthropic's clients before it; "
+        "below it are chat/completions, completions, responses, messages and models",
     )
 
 

@@ -36,6 +36,7 @@ from moectl.server.doors import Doors, ErrorResponse, no_such_path, refuse, writ
 from moectl.server.metrics import CONTENT_TYPE, Metrics
 
 CHAT = "/v1/chat/completions"
+_PROMPTS = {CHAT: "messages", messages.PATH: "messages", responses.PATH: "input"}  # the prompt's field, else "prompt"
 MAX_BODY_BYTES = 16 * 1024 * 1024
 BODY_S = 60.0  # for a body to arrive
 _IDLE_CONNECTION_S = 75
@@ -162,6 +163,8 @@ async def _answer_bug(http: HttpRequest, error: Exception) -> Response:
 
 async def _answer_error(http: HttpRequest, error: MoectlError) -> Response:
     status, body = replies.describe_error(error)
+    if body["error"]["code"] == TOO_LONG:  # found on the workers, who do not know the protocol
+        body["error"]["param"] = _PROMPTS.get(http.url.path, "prompt")
     headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, QueueFull) else None
     return ErrorResponse(status, body, headers)
 
@@ -336,7 +339,7 @@ def _too_large(http: HttpRequest) -> Response:
         413,
         f"the body should have at most {MAX_BODY_BYTES} bytes: no context holds more",
         code=TOO_LONG,
-        param="messages" if http.url.path == CHAT else "prompt",
+        param=_PROMPTS.get(http.url.path, "prompt"),
         hint="shorten the prompt",
         headers={"connection": "close"},
     )

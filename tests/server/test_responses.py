@@ -218,8 +218,9 @@ def test_a_tool_is_called_and_answers(client: openai.OpenAI) -> None:
     ],
 )
 def test_an_error_has_its_status(client: openai.OpenAI, text: str, error: type[Exception]) -> None:
-    with pytest.raises(error):
+    with pytest.raises(error) as raised:
         client.responses.create(model="tiny", input=text)
+    assert raised.value.param == ("input" if text == "refuse" else None)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("text", "said"), [("lose", "rank 1 was lost"), ("bug", "a bug in moectl")])
