@@ -25,7 +25,7 @@ class AnswerBlock:
     index: int
     call_id: str = ""
     name: str = ""  # of the tool
-    is_whole: bool = False  # not cut by the answer's limit or by an error
+    is_whole: bool = False  # not cut or broken off; of a call: its arguments are a JSON object
     _pieces: list[str] = field(default_factory=list)
 
     @property
@@ -61,10 +61,10 @@ class Blocks:
                     yield from self._add(TEXT, text)
         if isinstance(event, Done):
             self.done = event
-            yield from self._close(is_whole=event.finish_reason != "length")
+            yield from self._close(is_cut=event.finish_reason == "length")
             if self._after:  # behind a call that was broken off
                 yield from self._add(TEXT, self._after)
-                yield from self._close(is_whole=False)
+                yield from self._close(is_cut=True)
 
     def _add(self, kind: str, piece: str) -> Iterator[Step]:
         if self._open is not None and self._open.kind == CALL:
@@ -78,7 +78,8 @@ class Blocks:
         if told.id:
             yield from self._begin(AnswerBlock(CALL, len(self.all), told.id, told.name))
         yield from self._more(told.arguments)
-        if told.ended:
+        if told.ended and self._open is not None:
+            self._open.is_whole = True
             yield from self._close()
             after, self._after = self._after, ""
             if after:
@@ -95,8 +96,8 @@ class Blocks:
             self._open.add(piece)
             yield MORE, self._open, piece
 
-    def _close(self, *, is_whole: bool = True) -> Iterator[Step]:
+    def _close(self, *, is_cut: bool = False) -> Iterator[Step]:
         block, self._open = self._open, None
         if block is not None:
-            block.is_whole = is_whole
+            block.is_whole |= block.kind != CALL and not is_cut
             yield END, block, ""

@@ -47,7 +47,7 @@ def _read_message(message: Any, place: str) -> Fields:
         return conversation.say(_ROLES[role], text)
     if message.get("function_call") is not None:
         refuse(f"{place}.function_call", "is not supported: it is an older form", hint="send tool_calls")
-    calls = read_typed(message, "tool_calls", list) or []
+    calls = read_typed(message, "tool_calls", list, f"{place}.tool_calls") or []
     return conversation.answer(
         text, reasoning, [_read_call(c, f"{place}.tool_calls[{i}]") for i, c in enumerate(calls)]
     )
@@ -106,8 +106,9 @@ def read_tools(fields: Fields) -> Fields:
         return {}
     tools = [_read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given)]
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = read_typed(choice, "allowed_tools", dict) or choice  # Responses has it without an object of its own
-        names = [_read_choice(each) for each in read_typed(allowed, "tools", list) or []]
+        # Responses has the list without an object of its own.
+        allowed = read_typed(choice, "allowed_tools", dict, "tool_choice.allowed_tools") or choice
+        names = [_read_choice(each) for each in read_typed(allowed, "tools", list, "tool_choice.tools") or []]
         tools = [tool for tool in tools if tool["function"]["name"] in names]
         choice = allowed.get("mode", "auto")
     must_call: tuple[str, ...] = ()
@@ -132,8 +133,8 @@ def _read_tool(tool: Any, place: str) -> Fields:
         refuse(place, 'should be an object of the type "function", with a function', hint="leave out other tools")
     return conversation.define_tool(
         _read_string(function, "name", f"{place}.function"),
-        read_typed(function, "description", str),
-        read_typed(function, "parameters", dict),
+        read_typed(function, "description", str, f"{place}.function.description"),
+        read_typed(function, "parameters", dict, f"{place}.function.parameters"),
         strict=read_boolean(function, "strict", f"{place}.function.strict"),
         place=f"{place}.function",
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from moectl.server.fields import Fields, kind_of, refuse, show
 
@@ -55,13 +55,17 @@ def define_tool(
     return {"type": "function", "function": function}
 
 
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
 def parse_arguments(text: str) -> Fields:
     """Return the object in a call's arguments; "" is an empty one.
 
     Clients send a call back as it came, also one that was cut: its text then stands under `INVALID`.
     """
     try:
-        value = json.loads(text) if text.strip() else {}
+        value = json.loads(text, parse_constant=_refuse_constant) if text.strip() else {}
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {INVALID: text}

@@ -48,13 +48,13 @@ def refuse_unsupported(fields: Fields) -> None:
 # Fields by type. None is the same as absent.
 
 
-def read_typed(fields: Fields, name: str, kind: type[Any]) -> Any:
-    """Return a field of this type, or None."""
+def read_typed(fields: Fields, name: str, kind: type[Any], place: str | None = None) -> Any:
+    """Return a field of this type, or None; an error calls it `place`."""
     value = fields.get(name)
     if kind is dict and value == []:  # how PHP writes an empty object
         return {}
     if value is not None and not isinstance(value, kind):
-        refuse(name, f"should be {_KINDS[kind]}, it is {kind_of(value)}")
+        refuse(place or name, f"should be {_KINDS[kind]}, it is {kind_of(value)}")
     return value
 
 

@@ -15,6 +15,7 @@ from moectl.errors import MoectlError
 from moectl.model.parameters import THINKING_SWITCHES
 from moectl.server import blocks, replies
 from moectl.server.blocks import AnswerBlock, Blocks, Step
+from moectl.server.conversation import parse_arguments
 from moectl.server.fields import Fields, kind_of, read_boolean, read_typed, refuse, show
 from moectl.server.openai import ApiRequest
 from moectl.server.translation import Translation, pass_on, read_list, read_object, read_text, read_texts, refuse_kind
@@ -193,8 +194,7 @@ class MessageReply:
 
     def whole(self) -> Fields:
         """Return the whole message, once it is done."""
-        told = [block for block in self._blocks.all if block.kind != blocks.CALL or block.is_whole]
-        content = [_tell_block(block, block.text) for block in told]
+        content = [_tell_block(block, block.text) for block in self._blocks.all]
         return {**self._head, "content": content, **self._end(), "usage": self._usage()}
 
     def _end(self) -> Fields:
@@ -235,7 +235,7 @@ def _tell_block(block: AnswerBlock, text: str) -> Fields:
         return {"type": "thinking", "thinking": text, "signature": ""}  # moectl signs nothing, clients want the field
     if block.kind == blocks.TEXT:
         return {"type": "text", "text": text}
-    return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": json.loads(text or "{}")}
+    return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": parse_arguments(text)}
 
 
 _ERRORS = {

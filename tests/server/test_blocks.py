@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from moectl.engine.protocol import Done, Token
 from moectl.engine.request import Stats
+from moectl.server import messages, openai
 from moectl.server.blocks import BEGIN, END, MORE, Blocks
 from moectl.shards.chat.calls import CallPart
+from tests.support.fake_cluster import MODEL
 
 STATS = Stats(7, 2, 0.1, 0.2, 0.1, 1000)
 
@@ -48,3 +50,13 @@ def test_what_is_cut_is_not_whole() -> None:
         ("call", "{", False),
         ("text", "x", False),
     ]
+
+
+def test_a_call_without_an_end_is_not_whole_and_can_be_told() -> None:
+    asked = openai.read_chat({"messages": [{"role": "user", "content": "hi"}]}, "tiny", MODEL)
+    reply = messages.MessageReply(asked, reply_id="1", created=5, name="tiny", model=MODEL)
+    calls = (part(0, '{"a": ', name="f"), part(1, '{"a": NaN}', name="g"), part(2, "{}", name="h", ended=True))
+    for event in (*calls, Done(1, "tool_calls", STATS)):
+        list(reply.take(0, event))
+    content = reply.whole()["content"]
+    assert [block["input"] for block in content] == [{"invalid_json": '{"a": '}, {"invalid_json": '{"a": NaN}'}, {}]

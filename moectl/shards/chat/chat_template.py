@@ -55,6 +55,7 @@ class ChatTemplate:
         self.tells_tools = own_calls is not None and self._knows_tools()
         self.calls = own_calls if own_calls is not None and self.tells_tools else open_format(TEXT_FORMAT)
         self.call_markers = find_markers(self._renderer, template or "", added, form, self.calls)
+        self._has_thinking = "message.thinking" in (template or "")
         names = self.markers.names if self.markers else ()
         self._thinks = any(own is not None or name in (template or "") for name in names)
 
@@ -76,6 +77,8 @@ class ChatTemplate:
         it does not know have no effect. Raises BadField where thinking cannot be turned on or off.
         """
         told = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if self._has_thinking:
+            told = [_name_thinking(message) for message in told]
         chosen = {**self._choose_thinking(think), **self._choose_options(options or {})}
         told = urge(told, must_call)
         known = [_without_strict(tool) for tool in tools]
@@ -211,6 +214,13 @@ def _choose(told: Any, refuse: Refuse) -> str | None:
     if not isinstance(template := by_name.get("default"), str):
         refuse("chat_template", "has several templates, and none that is named default")
     return template
+
+
+def _name_thinking(message: Json) -> Json:
+    """Return a call's message with what was thought before it under gpt-oss's name, which takes it without content."""
+    thought = message.get("reasoning_content")
+    is_for_it = thought and message.get("tool_calls") and not message["content"]
+    return {**message, "thinking": thought} if is_for_it else message
 
 
 def _without_strict(tool: Mapping[str, Any]) -> Json:

@@ -30,16 +30,22 @@ You can write several calls one after the other. Then end your answer: the user 
 def tell_as_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[Json]:
     """Return a conversation of system, user and assistant alone, its tools, calls and results told as text."""
     told: list[Json] = []
+    before = ""  # the role of the last message
     for message in messages:
         if message["role"] == "tool":
-            _join(told, "user", f"<tool_response>\n{message['content']}\n</tool_response>", "\n")
+            result = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if before == "tool":
+                _join(told, "user", result, "\n")
+            else:
+                told.append({"role": "user", "content": result})
         elif message.get("tool_calls"):
             kept = {key: value for key, value in message.items() if key != "tool_calls"}
             told.append({**kept, "content": "\n".join(filter(None, (message["content"], *_tell_calls(message))))})
-        elif told and told[-1]["role"] == message["role"] == "user":
+        elif before == "tool" and message["role"] == "user":
             _join(told, "user", message["content"], "\n\n")
         else:
             told.append(dict(message))
+        before = message["role"]
     if tools:
         guide = _GUIDE.format(tools="\n".join(_dump(tool) for tool in tools))
         if told and told[0]["role"] == "system":
@@ -60,6 +66,8 @@ def urge(messages: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Js
 def mend_systems(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
     """Return a conversation with at most one system message, at its beginning: a later one becomes the user's text."""
     told: list[Json] = []
+    if all(message["role"] != "system" for message in messages[1:]):
+        return [dict(message) for message in messages]
     for message in messages:
         first = all(earlier["role"] == "system" for earlier in told)
         if message["role"] == "system":
