@@ -47,6 +47,8 @@ class Answer:
     _text: AnswerText | None = None
     _length: int = 0  # characters that its tokens have made so far
     _thought: int = 0  # tokens before the answer
+    _calls: bool = False  # some have been told, or were before a restart
+    _has_called: bool = False  # one of them whole
     _stop: StopText = field(default_factory=lambda: StopText(()))
 
     @property
@@ -73,10 +75,10 @@ class Answer:
         self.sampler = sampler
         self.admitted_s = time.perf_counter()
         self._tokenizer = tokenizer
-        self._text = tokenizer.stream_answer(None if self.request.messages is None else self.prompt)
+        self._text = tokenizer.stream_answer(None if self.request.messages is None else self.prompt, self.request.tools)
         self._stop = StopText(self.request.stop)
-        for token in self.request.answered:  # their text was sent, or is held back again
-            self._stop.feed(self._feed(token).text)
+        for token in self.request.answered:  # what they say was sent, or is held back again
+            self._hold(self._feed(token))
 
     def fail(self, error: MoectlError) -> None:
         """Note an error of this answer alone; it takes the place of the next event."""
@@ -123,10 +125,11 @@ class Answer:
         if finish_reason != "stop":  # a stop token is not text
             self.count += 1
             offset, part = self._length, self._feed(token)
-            text = self._stop.feed(part.text)
-            yield Token(self.request.id, token, text, *self._read(token, odds), offset, part.thinking)
-        last = self._text.finish() if finish_reason is not None else NOTHING
-        if self._stop.found or finish_reason is not None:
+            told = self._hold(part)
+            top = self._read(token, odds)
+            yield Token(self.request.id, token, told.text, *top, offset, told.thinking, list(told.calls))
+        last = self._text.finish(by_itself=finish_reason == "stop") if finish_reason is not None else NOTHING
+        if self.has_stop or finish_reason is not None:
             yield self._done(finish_reason or "stop", last)
 
     def _feed(self, token: int) -> Told:
@@ -137,10 +140,20 @@ class Answer:
         self._length += len(part.text)
         return part
 
+    def _hold(self, part: Told) -> Told:
+        """Return what can be told of a part now: stop texts end the answer's text, and only that."""
+        text = self._stop.feed(part.text)
+        if not part.calls or self._stop.found:
+            return Told(part.thinking, text)
+        calls = tuple(call for call in part.calls if self.request.parallel_calls or call.index == 0)
+        self._calls = self._calls or any(call.id for call in calls)
+        self._has_called = self._has_called or any(call.ended for call in calls)
+        return Told(part.thinking, text + self._stop.flush(), calls)
+
     @property
     def has_stop(self) -> bool:
-        """Whether a stop text is complete; on the leader."""
-        return self._stop.found
+        """Whether a stop text is complete, or the only call that was wished; on the leader."""
+        return self._stop.found is not None or (not self.request.parallel_calls and self._has_called)
 
     def end(self, finish_reason: str) -> Iterator[Event]:
         """Yield the end of a resumed answer that has nothing left to generate, unless it has ended."""
@@ -186,10 +199,12 @@ class Answer:
         return chosen, [(i, self._tokenizer.tell(i), logprob) for i, logprob in known]
 
     def _done(self, finish_reason: str, last: Told = NOTHING) -> Done:
-        """Return the end, with the last piece of text: "stop" where a stop text is complete, else as given."""
+        """Return the end, with the last piece: "stop" where a stop text is complete, "tool_calls" after calls."""
         self.ended = True
-        rest = self._stop.feed(last.text)
-        reason = "stop" if self._stop.found else finish_reason
+        rest = self._hold(last)
+        reason = "stop" if self.has_stop else finish_reason
+        if reason == "stop" and self._calls:
+            reason = "tool_calls"
         now = time.perf_counter()
         first = self.first_s or now
         stats = Stats(
@@ -204,7 +219,8 @@ class Answer:
             accepted_tokens=self.accepted,
             thinking_tokens=self._thought,
         )
-        return Done(self.request.id, reason, stats, rest + self._stop.flush(), last.thinking)
+        text, calls, stop = rest.text + self._stop.flush(), list(rest.calls), self._stop.found
+        return Done(self.request.id, reason, stats, text, rest.thinking, calls, stop)
 
 
 class StopText:
@@ -213,19 +229,19 @@ class StopText:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        self.found = False
+        self.found: str | None = None  # the first complete one
 
     def feed(self, piece: str) -> str:
         """Return the text that is final: no stop text, no possible beginning of one, and nothing after one."""
-        if self.found:
+        if self.found is not None:
             return ""
         text = self._held + piece
         # (end, start): of two that end together the longer one, so that no part of it is sent.
-        matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches:
-            self.found = True
+            _, start, self.found = min(matches)
             self._held = ""
-            return text[: min(matches)[1]]
+            return text[:start]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
@@ -282,7 +298,9 @@ def _tokenize(request: Request, tokenizer: Tokenizer) -> list[int]:
     if not tokenizer.has_chat_template:
         raise BadField("this model has no chat template", hint=_WITHOUT_TEMPLATE, param=request.source)
     try:
-        return tokenizer.encode_chat(request.messages, request.think, request.template_options)
+        return tokenizer.encode_chat(
+            request.messages, request.think, request.template_options, request.tools, request.must_call
+        )
     except BadField:
         raise
     except Exception as error:  # the template is the model's own program

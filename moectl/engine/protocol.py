@@ -15,6 +15,7 @@ from typing import IO, Any
 from moectl.engine.request import Request, Stats
 from moectl.errors import BadField, MoectlError, RemoteError, from_json, to_json
 from moectl.records import build
+from moectl.shards.chat.calls import CallPart
 
 BEAT_S = 1.0  # the controller sends a line at least this often
 SILENCE_S = 3.0  # a worker that hears nothing for this long exits
@@ -182,6 +183,7 @@ class Ready:
     token_s: float = 0.0  # for each token of a prompt
     step_s: float = 0.0  # for a single token
     sampling: dict[str, int | float] = field(default_factory=dict)  # the model's defaults, by parameter
+    tools: str = "none"  # how it is told of tools: by its own "template", as "text", or not at all: "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,7 @@ class Prefilled:
 class Token:
     """One more token, and the text that became final with it: none while a character is incomplete.
 
-    `thinking` is text that comes before the answer, and before `text`.
+    `thinking` is text that comes before the answer, and before `text`; `calls` come after `text`.
     """
 
     id: int
@@ -214,17 +216,20 @@ class Token:
     top: list[tuple[int, str, float]] = field(default_factory=list)  # (token, text, logprob) of the most probable
     offset: int = 0  # characters of the answer before its own text, told or held back
     thinking: str = ""
+    calls: list[CallPart] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of an answer: "stop", "length" or "cancelled"."""
+    """The end of an answer: "stop", "length", "cancelled", or "tool_calls" where it stopped after such calls."""
 
     id: int
     finish_reason: str
     stats: Stats
     rest: str = ""  # text that was held back until the end
     rest_thinking: str = ""  # the same of the thinking
+    rest_calls: list[CallPart] = field(default_factory=list)  # that ended with the answer, after `rest`
+    stop_text: str | None = None  # the one of the request's stop texts that ended it
 
 
 @dataclass(frozen=True, slots=True)

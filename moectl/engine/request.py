@@ -7,6 +7,7 @@ command line.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -18,8 +19,11 @@ MAX_STOPS = 64  # OpenAI takes 4, editors send up to 14
 MAX_STOP_BYTES = 1024
 MAX_BIASES = 1024
 MAX_OPTION_BYTES = 64 * 1024  # of the chat template's options
+MAX_TOOLS = 512
+MAX_DEPTH = 32  # lists and objects within each other, in a tool, a call or an option
 TOO_LONG = "context_length_exceeded"  # OpenAI's code; clients shorten a conversation when they meet it
 LEAST_TOP_P = 1e-6  # at or below this only the most probable token is left; float32 knows no less
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +32,16 @@ class Request:
 
     id: int
     prompt: str  # as it is, without the chat template
-    max_tokens: int
+    max_tokens: int  # of the answer; 0: only the prompt's are counted
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0
     seed: int | None = None
     prompt_tokens: tuple[int, ...] | None = None  # token ids instead of `prompt`
     ignore_eos: bool = False  # go on to max_tokens
-    messages: tuple[dict[str, str], ...] | None = None  # a conversation instead of `prompt`, for the chat template
+    # A conversation instead of `prompt`, in the form that chat templates take: objects with `role` (system, user,
+    # assistant or tool) and `content`; an assistant's may have `reasoning_content` and `tool_calls`, a tool's has
+    # `tool_call_id` and `name`. `moectl.server.conversation` makes them.
+    messages: tuple[dict[str, Any], ...] | None = None
     top_k: int = 0  # 0 = all
     min_p: float = 0.0
     presence_penalty: float = 0.0  # these two as OpenAI defines them, over the tokens generated so far
@@ -48,6 +55,10 @@ class Request:
     answered: tuple[int, ...] = ()
     think: bool | None = None  # think before the answer; None: what the model does by itself
     template_options: dict[str, Any] = field(default_factory=dict)  # for the chat template, which may know them
+    # Functions that the model may call, in the form that chat templates take; (): an answer is text alone.
+    tools: tuple[dict[str, Any], ...] = ()
+    must_call: tuple[str, ...] = ()  # names of tools, one of which has to be called; (): the model may choose
+    parallel_calls: bool = True  # several calls in one answer
     cache_prompt: bool = True  # look for it in the prompt cache, and keep it there; a measurement wants neither
 
     @property
@@ -57,7 +68,13 @@ class Request:
 
     @property
     def _texts(self) -> list[str]:
-        return [self.prompt, *(text for message in self.messages or () for text in message.values())]
+        parts = [value for message in self.messages or () for value in message.values()]
+        return [self.prompt, *(part if isinstance(part, str) else to_text(part) for part in (*parts, *self.tools))]
+
+    @property
+    def tool_names(self) -> tuple[str, ...]:
+        """The names of its tools."""
+        return tuple(tool["function"]["name"] for tool in self.tools)
 
     @property
     def source(self) -> str:
@@ -70,11 +87,38 @@ class Request:
         return self.temperature == 0 or self.top_p <= LEAST_TOP_P
 
     def __post_init__(self) -> None:
+        self._check_depths()
         self._check_texts()
+        self._check_tools()
         self._check_biases()
         for name, parameter in PARAMETERS.items():
-            if not parameter.allows(value := getattr(self, name)):
+            is_count = name == "max_tokens" and self.max_tokens == 0
+            if not (is_count or parameter.allows(value := getattr(self, name))):
                 _bad(name, f"should be {parameter.text}, it is {value}")
+
+    def _check_depths(self) -> None:
+        """Before anything walks them: what is deep cannot be written as JSON."""
+        calls = [call for message in self.messages or () for call in message.get("tool_calls") or ()]
+        checked = {"chat_template_kwargs": self.template_options, "messages": calls, "tools": self.tools}
+        for name, value in checked.items():
+            if is_deeper(value, MAX_DEPTH):
+                _bad(name, f"should have at most {MAX_DEPTH} objects and lists within each other")
+
+    def _check_tools(self) -> None:
+        if self.tools and self.messages is None:
+            _bad("tools", "need a conversation: a raw text calls no functions")
+        if len(self.tools) > MAX_TOOLS:
+            _bad("tools", f"should be at most {MAX_TOOLS}, here are {len(self.tools)}")
+        seen: set[str] = set()
+        for name in self.tool_names:
+            if not _TOOL_NAME.fullmatch(name):
+                _bad("tools", "should have names of 1 to 128 letters, digits and _ . : / -, one has another")
+            if name in seen:
+                _bad("tools", f"should have names that differ, {name!r} is there twice")
+            seen.add(name)
+        for name in self.must_call:
+            if name not in seen:
+                _bad("tool_choice", f"should name one of the tools, {name[:128]!r} is none of them")
 
     def _check_texts(self) -> None:
         size = sum(_count_bytes(text, self.source, "the prompt") for text in self._texts)
@@ -82,7 +126,7 @@ class Request:
             raise too_long(
                 f"the prompt has {size} bytes, more than {MAX_PROMPT_BYTES}: no context holds it", self.source
             )
-        told = json.dumps(self.template_options, ensure_ascii=False)
+        told = to_text(self.template_options)
         if (size := _count_bytes(told, "chat_template_kwargs", "an option")) > MAX_OPTION_BYTES:
             _bad("chat_template_kwargs", f"should have at most {MAX_OPTION_BYTES} bytes, it has {size}")
         if len(self.stop) > MAX_STOPS:
@@ -97,6 +141,17 @@ class Request:
         for token, value in self.logit_bias:
             if not (token >= 0 and -100 <= value <= 100):
                 _bad("logit_bias", f"should be between -100 and 100, of token {token} it is {value}")
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Return whether a JSON value has more than `levels` objects and lists within each other."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
+    return inner is not None and (levels == 0 or any(is_deeper(each, levels - 1) for each in inner))
+
+
+def to_text(value: Any) -> str:
+    """Return a JSON value as text: the form in which its size counts."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def too_long(reason: str, param: str) -> BadField:

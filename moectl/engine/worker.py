@@ -213,6 +213,7 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
         structure.context,
         structure.top_k,
         sampling=read_sampling(directory),
+        tools=tokenizer.tells_tools,
     )
     link.tell(Loaded())
     link.take(Check)  # no exchange before it: other ranks may still load

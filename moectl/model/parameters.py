@@ -14,6 +14,7 @@ from moectl.errors import CheckpointError
 
 MAX_LOGPROBS = 20  # as OpenAI
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # of reasoning: OpenAI's, and DeepSeek's last
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # what chat templates call the option that turns it on and off
 
 
 @dataclass(frozen=True, slots=True)

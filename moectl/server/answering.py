@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
 
@@ -15,6 +15,7 @@ from moectl.errors import MoectlError, UsageError
 from moectl.server import replies
 from moectl.server.contracts import NOTICE, AnswerEvents, Notice
 from moectl.server.doors import write_json
+from moectl.server.fields import Fields
 from moectl.server.metrics import Metrics
 from moectl.server.openai import ApiRequest
 
@@ -31,6 +32,33 @@ class _Gone(Exception):
     """The client has closed the connection."""
 
 
+class AnyReply(Protocol):
+    """One reply's JSON in the form of one protocol, made of the events of all its choices.
+
+    Each piece of a stream is an object, or None for [DONE].
+    """
+
+    def start(self) -> Iterator[Fields | None]:
+        """Yield with what a stream begins."""
+        ...
+
+    def take(self, index: int, event: Token | Done) -> Iterator[Fields | None]:
+        """Note an event of a choice; yield its pieces of a stream."""
+        ...
+
+    def end(self) -> Iterator[Fields | None]:
+        """Yield with what a stream ends once every choice is done."""
+        ...
+
+    def fail(self, error: MoectlError) -> Iterator[Fields | None]:
+        """Yield with what a stream ends that an error breaks off."""
+        ...
+
+    def whole(self) -> Fields:
+        """Return the whole reply, once every choice is done."""
+        ...
+
+
 _Entry = tuple[int, Token | Done | Notice]
 _EVERY = -1  # in the place of a choice's index
 
@@ -41,7 +69,7 @@ class Answering:
     def __init__(
         self,
         asked: ApiRequest,
-        reply: replies.Reply,
+        reply: AnyReply,
         answers: list[AnswerEvents],
         metrics: Metrics,
         silence_s: float,
@@ -158,12 +186,12 @@ class Answering:
                 await self._send_entry(send, await self._next())
             await self._say_chunks(send, self._reply.end())
         except MoectlError as error:
-            await self._say_chunks(send, iter([replies.describe_error(error)[1]]))
+            await self._say_chunks(send, self._reply.fail(error))
         except _Gone:
             raise
         except Exception as unknown:  # too late for a status; without this the connection would only break
-            await self._say_chunks(send, iter([replies.describe_error(self._give_up(unknown))[1]]))
-        await send({"type": "http.response.body", "body": replies.encode_event(None), "more_body": False})
+            await self._say_chunks(send, self._reply.fail(self._give_up(unknown)))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_entry(self, send: Send, entry: _Entry | None) -> None:
         if entry is None:
@@ -173,7 +201,7 @@ class Answering:
         elif entry[0] == min(self._open):  # the same for all choices of a reply
             await self._say(send, f": {NOTICE}{' '.join(entry[1].text.split())}\n\n".encode())
 
-    async def _say_chunks(self, send: Send, chunks: Iterator[dict[str, Any]]) -> None:
+    async def _say_chunks(self, send: Send, chunks: Iterator[Fields | None]) -> None:
         if body := b"".join(map(replies.encode_event, chunks)):
             await self._say(send, body)
 

@@ -15,7 +15,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from moectl.server import replies
+from moectl.server import messages, replies
+from moectl.server.fields import Fields
 from moectl.server.visitors import HOST_FLAG, KEY_FLAG, NO_ORIGIN, ORIGIN_FLAG, host_name, names_this_machine
 
 CONTROL = "/moectl"  # the owner's paths, over the Unix socket only
@@ -33,9 +34,23 @@ def refuse(
     param: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    """Return a refusal in OpenAI's shape."""
+    """Return a refusal."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return write_json(replies.error_body(message, kind, param=param, code=code, hint=hint), status, headers)
+    return ErrorResponse(status, replies.error_body(message, kind, param=param, code=code, hint=hint), headers)
+
+
+class ErrorResponse(Response):
+    """A reply of an error, given in OpenAI's form and sent in that of the path's protocol."""
+
+    def __init__(self, status: int, body: Fields, headers: dict[str, str] | None = None) -> None:
+        super().__init__(status_code=status, headers=headers)
+        self._given = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_message = scope["path"].startswith(messages.PATH)
+        body = messages.describe_error(self.status_code, self._given) if is_message else self._given
+        headers = {name: value for name, value in self.headers.items() if name != "content-length"}
+        await write_json(body, self.status_code, headers)(scope, receive, send)
 
 
 def write_json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -135,7 +150,8 @@ def no_such_path(path: str) -> Response:
         404,
         f"there is no {path[:200]} here",
         code="unknown_url",
-        hint="the base URL ends in /v1; below it are chat/completions, completions and models",
+        hint="the base URL ends in /v1, for Anthropic's clients before it; "
+        "below it are chat/completions, completions, responses, messages and models",
     )
 
 

@@ -33,14 +33,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 def refuse_unsupported(fields: Fields) -> None:
     """Raise BadField for a field that would change the answer and cannot be obeyed."""
-    for field, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        chosen = fields.get(choice)
-        if fields.get(field) not in _EMPTY and chosen != "none":
-            refuse(
-                field, "is not supported: this model calls no functions", hint=f'leave it out, or send {choice} "none"'
-            )
-        if chosen not in (None, "none", "auto"):
-            refuse(choice, f"needs {field}, and this model calls no functions", hint="leave it out")
+    for field in ("functions", "function_call"):
+        if fields.get(field) not in (*_EMPTY, "none", "auto"):
+            refuse(field, "is not supported: it is an older form", hint="send tools and tool_choice")
     form = read_typed(fields, "response_format", dict)
     if form and form.get("type") != "text":
         refuse("response_format", 'is not supported, except {"type": "text"}', hint="ask for the form in the prompt")
@@ -53,13 +48,13 @@ def refuse_unsupported(fields: Fields) -> None:
 # Fields by type. None is the same as absent.
 
 
-def read_typed(fields: Fields, name: str, kind: type[Any]) -> Any:
-    """Return a field of this type, or None."""
+def read_typed(fields: Fields, name: str, kind: type[Any], place: str | None = None) -> Any:
+    """Return a field of this type, or None; an error calls it `place`."""
     value = fields.get(name)
     if kind is dict and value == []:  # how PHP writes an empty object
         return {}
     if value is not None and not isinstance(value, kind):
-        refuse(name, f"should be {_KINDS[kind]}, it is {kind_of(value)}")
+        refuse(place or name, f"should be {_KINDS[kind]}, it is {kind_of(value)}")
     return value
 
 

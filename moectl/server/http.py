@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import math
 import time
 import uuid
 import weakref
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
 from socket import socket
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,15 +26,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moectl.engine.protocol import Done, Ready
 from moectl.engine.request import TOO_LONG
 from moectl.errors import MoectlError, QueueFull, StateError
-from moectl.server import openai, replies
-from moectl.server.answering import REPORT, Answering
+from moectl.server import messages, openai, replies, responses
+from moectl.server.answering import REPORT, Answering, AnyReply
 from moectl.server.contracts import SILENCE_S, AnswerEvents, Cluster
-from moectl.server.doors import Doors, no_such_path, refuse, write_json
+from moectl.server.doors import Doors, ErrorResponse, no_such_path, refuse, write_json
 from moectl.server.metrics import CONTENT_TYPE, Metrics
 
 CHAT = "/v1/chat/completions"
+_PROMPTS = {CHAT: "messages", messages.PATH: "messages", responses.PATH: "input"}  # the prompt's field, else "prompt"
 MAX_BODY_BYTES = 16 * 1024 * 1024
 BODY_S = 60.0  # for a body to arrive
 _IDLE_CONNECTION_S = 75
@@ -64,6 +66,9 @@ def make_app(
     routes = [
         Route(CHAT, service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
+        Route(messages.PATH, service.message, methods=["POST"]),
+        Route(f"{messages.PATH}/count_tokens", service.count_tokens, methods=["POST"]),
+        Route(responses.PATH, service.respond, methods=["POST"]),
         Route("/v1/models", service.list_models),
         Route("/v1/models/{name:path}", service.show_model),
         Route("/health", service.show_health),
@@ -158,8 +163,10 @@ async def _answer_bug(http: HttpRequest, error: Exception) -> Response:
 
 async def _answer_error(http: HttpRequest, error: MoectlError) -> Response:
     status, body = replies.describe_error(error)
+    if body["error"]["code"] == TOO_LONG:  # found on the workers, who do not know the protocol
+        body["error"]["param"] = _PROMPTS.get(http.url.path, "prompt")
     headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, QueueFull) else None
-    return write_json(body, status, headers)
+    return ErrorResponse(status, body, headers)
 
 
 class App:
@@ -196,6 +203,14 @@ class App:
             self._metrics.count_http(scope["path"] if scope["path"] in self._paths else "other", status)
 
 
+class MakeReply(Protocol):
+    """A protocol's way to write replies."""
+
+    def __call__(
+        self, asked: openai.ApiRequest, *, reply_id: str, created: int, name: str, model: Ready
+    ) -> AnyReply: ...
+
+
 class _Service:
     """The endpoints."""
 
@@ -206,10 +221,26 @@ class _Service:
         self.answering: weakref.WeakSet[Answering] = weakref.WeakSet()
 
     async def chat(self, http: HttpRequest) -> ASGIApp:
-        return await self._answer(http, openai.read_chat)
+        return await self._answer(http, openai.read_chat, replies.Reply)
 
     async def complete(self, http: HttpRequest) -> ASGIApp:
-        return await self._answer(http, openai.read_completion)
+        return await self._answer(http, openai.read_completion, replies.Reply)
+
+    async def respond(self, http: HttpRequest) -> ASGIApp:
+        return await self._answer(http, responses.read_responses, responses.ResponseReply)
+
+    async def message(self, http: HttpRequest) -> ASGIApp:
+        return await self._answer(http, messages.read_messages, messages.MessageReply)
+
+    async def count_tokens(self, http: HttpRequest) -> ASGIApp:
+        asked = await self._read(http, messages.read_messages)
+        if isinstance(asked, Response):
+            return asked
+        [request] = asked.requests
+        async for event in await self._cluster.submit(dataclasses.replace(request, max_tokens=0)):
+            if isinstance(event, Done):
+                return write_json({"input_tokens": event.stats.prompt_tokens})
+        raise MoectlError("the count ended before it was done (a bug in moectl)", hint=REPORT)
 
     async def list_models(self, http: HttpRequest) -> Response:
         return write_json({"object": "list", "data": [self._model()]})
@@ -225,7 +256,7 @@ class _Service:
         body = {
             "status": "ok" if health.healthy else "unhealthy",
             "model": self._cluster.name,
-            **asdict(health),
+            **dataclasses.asdict(health),
         }
         return write_json(body, 200 if health.healthy else 503)
 
@@ -235,16 +266,21 @@ class _Service:
     def _model(self) -> dict[str, Any]:
         return replies.describe_model(self._cluster.name, self._cluster.created, self._cluster.model)
 
-    async def _answer(self, http: HttpRequest, read: openai.Reader) -> ASGIApp:
+    async def _read(self, http: HttpRequest, read: openai.Reader) -> openai.ApiRequest | Response:
         refusal = _check_headers(http)
         if refusal is not None:
             return refusal
         body = await _read_body(http)
         if isinstance(body, Response):
             return body
+        return read(openai.parse_body(body), self._cluster.name, self._cluster.model)
+
+    async def _answer(self, http: HttpRequest, read: openai.Reader, make_reply: MakeReply) -> ASGIApp:
+        asked = await self._read(http, read)
+        if isinstance(asked, Response):
+            return asked
         name, model = self._cluster.name, self._cluster.model
-        asked = read(openai.parse_body(body), name, model)
-        reply = replies.Reply(asked, reply_id=uuid.uuid4().hex, created=int(time.time()), name=name, model=model)
+        reply = make_reply(asked, reply_id=uuid.uuid4().hex, created=int(time.time()), name=name, model=model)
         answering = Answering(asked, reply, await self._submit(asked), self._metrics, self._silence_s)
         self.answering.add(answering)
         return answering
@@ -303,7 +339,7 @@ def _too_large(http: HttpRequest) -> Response:
         413,
         f"the body should have at most {MAX_BODY_BYTES} bytes: no context holds more",
         code=TOO_LONG,
-        param="messages" if http.url.path == CHAT else "prompt",
+        param=_PROMPTS.get(http.url.path, "prompt"),
         hint="shorten the prompt",
         headers={"connection": "close"},
     )

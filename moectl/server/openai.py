@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from moectl.engine.protocol import Ready
 from moectl.engine.request import Request, too_long
 from moectl.errors import BadField, UsageError
 from moectl.model.parameters import EFFORTS, MAX_LOGPROBS, PARAMETERS
+from moectl.server.chat import read_messages, read_tools
 from moectl.server.fields import (
     Fields,
     kind_of,
@@ -34,14 +35,10 @@ from moectl.server.fields import (
 MAX_CHOICES = 64  # prompts × n of one HTTP request
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI
 _GREEDY_BELOW = 1e-3  # a temperature below this differs from 0 only in how it overflows
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its text
-_REASONING = ("reasoning_content", "reasoning")  # what an assistant thought: DeepSeek's and vLLM's name, OpenRouter's
 # What transformers and moectl themselves give to a chat template.
 _TAKEN = frozenset(
     ("messages", "conversation", "conversations", "tools", "documents", "chat_template", "tokenize", "return_dict")
 ).union(("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"))
-_DEEPEST = 16  # lists and objects within each other
 _NO_LIMITS = (-1, -2)  # LM Studio's and llama.cpp's; ollama's "the rest of the context"
 _ANY_SEED = -1  # llama.cpp's and vLLM's
 _BODY = 'send one JSON object, as {"messages": [{"role": "user", "content": "hello"}]}'
@@ -57,6 +54,7 @@ class ApiRequest:
     stream: bool
     include_usage: bool
     logprobs: int | None
+    fields: Fields = field(default_factory=dict, compare=False)  # the body, where a reply repeats parts of it
 
 
 Reader = Callable[[Fields, str, Ready], ApiRequest]
@@ -79,7 +77,7 @@ def read_chat(fields: Fields, name: str, model: Ready) -> ApiRequest:
     """Return what a body of /v1/chat/completions asks of the model of this name; raise UsageError."""
     _check_model(fields, name)
     refuse_unsupported(fields)
-    messages = _read_messages(fields)
+    messages = read_messages(fields)
     logprobs = None
     top_logprobs = read_integer(fields, "top_logprobs", 0, MAX_LOGPROBS)
     if fields.get("logprobs") != 0 and read_boolean(fields, "logprobs"):
@@ -94,6 +92,7 @@ def read_chat(fields: Fields, name: str, model: Ready) -> ApiRequest:
         logprobs=logprobs,
         think=read_typed(fields, "think", bool),
         template_options=_read_template_options(fields),
+        **read_tools(fields),
         **_read_parameters(fields, model),
     )
     return _ask(fields, True, [request])
@@ -119,17 +118,10 @@ def _read_template_options(fields: Fields) -> Fields:
     for name in given:
         if name in _TAKEN or not name.isidentifier():
             refuse(f"chat_template_kwargs.{name}", "is none of a chat template's options", hint="leave it out")
-    if _is_deeper(given, _DEEPEST):
-        refuse("chat_template_kwargs", f"should have at most {_DEEPEST} objects and lists within each other")
     effort = fields.get("reasoning_effort")
     if effort not in (None, *EFFORTS):
         refuse("reasoning_effort", f"should be one of {', '.join(EFFORTS)}, it is {show(effort)}")
     return {**({} if effort is None else {"reasoning_effort": effort}), **given}
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return inner is not None and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
 
 
 def _read_limit(fields: Fields, model: Ready, default: int) -> int:
@@ -185,57 +177,6 @@ def no_such_model(asked: str, name: str) -> BadField:
         param="model",
         code="model_not_found",
     )
-
-
-def _read_messages(fields: Fields) -> tuple[dict[str, str], ...]:
-    messages = read_typed(fields, "messages", list)
-    if not messages:
-        refuse("messages", "should be a list of at least one message")
-    read = tuple(_read_message(message, f"messages[{i}]") for i, message in enumerate(messages))
-    if not any(message["content"] for message in read):
-        refuse("messages", "should have some text, every content is empty")
-    return read
-
-
-def _read_message(message: Any, place: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        refuse(place, f"should be an object, it is {kind_of(message)}")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        refuse(f"{place}.role", f"should be one of {', '.join(_ROLES)}, it is {show(role)}")
-    read = {"role": _ROLES[role], "content": _read_content(message.get("content"), f"{place}.content")}
-    for name in _REASONING:
-        thinking = message.get(name)
-        if not isinstance(thinking, str | None):
-            refuse(f"{place}.{name}", f"should be a string, it is {kind_of(thinking)}")
-        if thinking and role == "assistant":
-            read.setdefault(_REASONING[0], thinking)
-    return read
-
-
-def _read_content(content: Any, place: str) -> str:
-    if content is None:  # an empty turn, or one that called a tool
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        refuse(place, f"should be a string or a list of text parts, it is {kind_of(content)}")
-    return "".join(_read_part(part, f"{place}[{i}]") for i, part in enumerate(content))
-
-
-def _read_part(part: Any, place: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict):
-        refuse(place, f"should be an object, it is {kind_of(part)}")
-    kind = part.get("type", "text")
-    field = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
-    if field is None:
-        refuse(f"{place}.type", f'should be "text", it is {show(kind)}: this model reads text only')
-    text = part.get(field)
-    if not isinstance(text, str):
-        refuse(f"{place}.{field}", f"should be a string, it is {kind_of(text)}")
-    return text
 
 
 def _read_prompts(fields: Fields, model: Ready) -> list[Fields]:

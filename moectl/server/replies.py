@@ -11,10 +11,12 @@ from collections.abc import Iterator
 
 from moectl import __version__
 from moectl.engine.protocol import Done, Ready, Token
-from moectl.engine.request import Stats
 from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
+from moectl.server.contracts import Thinking
 from moectl.server.fields import Fields
 from moectl.server.openai import ApiRequest
+from moectl.server.stream import Part, WholeAnswer, WholeCall, read_parts, sum_usage
+from moectl.shards.chat.calls import CallPart
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 
@@ -30,59 +32,59 @@ class Reply:
             "model": name,
             "system_fingerprint": f"moectl-{__version__}-{model.split}-{model.bits or 16}bit",
         }
-        self._texts: list[list[str]] = [[] for _ in asked.requests]
-        self._thinking: list[list[str]] = [[] for _ in asked.requests]
+        self._answers = [WholeAnswer() for _ in asked.requests]
         self._logprobs: list[list[Token]] = [[] for _ in asked.requests]
-        self._done: dict[int, Done] = {}
 
     def start(self) -> Iterator[Fields]:
         """Yield the chunks with which a stream begins."""
         if self._asked.chat:
-            for index in range(len(self._texts)):
+            for index in range(len(self._answers)):
                 yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
     def take(self, index: int, event: Token | Done) -> Iterator[Fields]:
         """Note an event of a choice; yield its chunks of a stream."""
-        if isinstance(event, Done):
-            self._done[index] = event
-            yield from self._take_text(index, event.rest, event.rest_thinking, [])
-            end: Fields = {"delta": {}} if self._asked.chat else {"text": ""}
-            yield self._chunk(index, end, event)
-        else:
-            told = self._asked.logprobs is not None and event.logprob is not None
-            yield from self._take_text(index, event.text, event.thinking, [event] if told else [])
-
-    def _take_text(self, index: int, text: str, thinking: str, logprobs: list[Token]) -> Iterator[Fields]:
-        self._texts[index].append(text)
-        self._thinking[index].append(thinking)
+        self._answers[index].take(event)
+        parts = list(read_parts(event))
+        logprobs: list[Token] = []
+        if isinstance(event, Token) and self._asked.logprobs is not None and event.logprob is not None:
+            logprobs.append(event)
         self._logprobs[index] += logprobs
-        if text or thinking or logprobs:
-            delta = {"reasoning_content": thinking} if thinking else {}
-            if text or not thinking:
-                delta["content"] = text
-            content: Fields = {"delta": delta} if self._asked.chat else {"text": text}
+        if parts or logprobs:
+            told = _tell_delta(parts)
+            content: Fields = {"delta": told} if self._asked.chat else {"text": told.get("content", "")}
             yield self._chunk(index, {**content, "logprobs": self._tell_logprobs(logprobs)})
+        if isinstance(event, Done):
+            yield self._chunk(index, {"delta": {}} if self._asked.chat else {"text": ""}, event)
 
-    def end(self) -> Iterator[Fields]:
-        """Yield the chunk with the usage, if the request wants it."""
+    def end(self) -> Iterator[Fields | None]:
+        """Yield the chunk with the usage, if the request wants it, and the last one."""
         if self._asked.include_usage:
             yield {**self._head, "object": self._object(), "choices": [], "usage": self._usage()}
+        yield None
+
+    def fail(self, error: MoectlError) -> Iterator[Fields | None]:
+        """Yield the chunks with which a stream ends in an error."""
+        yield describe_error(error)[1]
+        yield None
 
     def whole(self) -> Fields:
         """Return the whole reply, once every choice is done."""
-        choices = [self._choice(index, self._whole_choice(index), self._done[index]) for index in sorted(self._done)]
+        choices = [self._choice(i, self._whole_choice(i), answer.done) for i, answer in enumerate(self._answers)]
         kind = "chat.completion" if self._asked.chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
 
     def _whole_choice(self, index: int) -> Fields:
-        text = "".join(self._texts[index])
+        answer = self._answers[index]
         logprobs = self._tell_logprobs(self._logprobs[index])
-        if self._asked.chat:
-            message = {"role": "assistant", "content": text, "refusal": None}
-            if thinking := "".join(self._thinking[index]):
-                message["reasoning_content"] = thinking
-            return {"message": message, "logprobs": logprobs}
-        return {"text": text, "logprobs": logprobs}
+        if not self._asked.chat:
+            return {"text": answer.text, "logprobs": logprobs}
+        content = None if answer.calls and not answer.text else answer.text
+        message: Fields = {"role": "assistant", "content": content, "refusal": None}
+        if answer.thinking:
+            message["reasoning_content"] = answer.thinking
+        if answer.calls:
+            message["tool_calls"] = [_tell_call(call) for call in answer.calls]
+        return {"message": message, "logprobs": logprobs}
 
     def _chunk(self, index: int, content: Fields, done: Done | None = None) -> Fields:
         usage = {"usage": None} if self._asked.include_usage else {}
@@ -98,16 +100,13 @@ class Reply:
         return "chat.completion.chunk" if self._asked.chat else "text_completion"
 
     def _usage(self) -> Fields:
-        stats: dict[int, Stats] = {index: done.stats for index, done in self._done.items()}
-        prompts = [s for index, s in stats.items() if index % self._asked.n == 0]  # each prompt counts once
-        prompt, completion = sum(s.prompt_tokens for s in prompts), sum(s.completion_tokens for s in stats.values())
-        thinking = sum(s.thinking_tokens for s in stats.values())
+        usage = sum_usage([answer.done.stats for answer in self._answers if answer.done], self._asked.n)
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in prompts)},
-            **({"completion_tokens_details": {"reasoning_tokens": thinking}} if thinking else {}),
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.completion,
+            "total_tokens": usage.prompt + usage.completion,
+            "prompt_tokens_details": {"cached_tokens": usage.cached},
+            **({"completion_tokens_details": {"reasoning_tokens": usage.thinking}} if usage.thinking else {}),
         }
 
     def _tell_logprobs(self, tokens: list[Token]) -> Fields | None:
@@ -116,6 +115,30 @@ class Reply:
         if self._asked.chat:
             return {"content": [_tell_token(token, self._asked.logprobs) for token in tokens], "refusal": None}
         return _tell_legacy(tokens, self._asked.logprobs)
+
+
+def _tell_delta(parts: list[Part]) -> Fields:
+    """Return what parts of an answer add to a message of a stream."""
+    delta: Fields = {}
+    if thinking := "".join(part.text for part in parts if isinstance(part, Thinking)):
+        delta["reasoning_content"] = thinking
+    calls = [part for part in parts if isinstance(part, CallPart)]
+    text = "".join(part for part in parts if isinstance(part, str))
+    if text or not (thinking or calls):
+        delta["content"] = text
+    if told := [_tell_call_part(part) for part in calls if part.id or part.arguments]:
+        delta["tool_calls"] = told
+    return delta
+
+
+def _tell_call_part(part: CallPart) -> Fields:
+    if not part.id:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    return {"index": part.index, **_tell_call(WholeCall(part.id, part.name, part.arguments))}
+
+
+def _tell_call(call: WholeCall) -> Fields:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _tell_token(token: Token, k: int) -> Fields:
@@ -147,13 +170,14 @@ def _finite(logprob: float) -> float:
 
 
 def describe_model(name: str, created: int, model: Ready) -> Fields:
-    """Return one entry of /v1/models; max_model_len as vLLM has it."""
+    """Return one entry of /v1/models; max_model_len as vLLM has it, `tools` is moectl's own: see `Ready`."""
     return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "moectl",
         "max_model_len": model.max_seq_len,
+        "tools": model.tools,
     }
 
 
@@ -209,5 +233,6 @@ def encode_json(value: Fields) -> bytes:
 
 
 def encode_event(value: Fields | None) -> bytes:
-    """Return a server-sent event; None is the last one, [DONE]."""
-    return b"data: " + (b"[DONE]" if value is None else encode_json(value)) + b"\n\n"
+    """Return a server-sent event, named by its type where it has one; None is [DONE], the last one of OpenAI's chat."""
+    name = f"event: {value['type']}\n".encode() if value and "type" in value else b""
+    return name + b"data: " + (b"[DONE]" if value is None else encode_json(value)) + b"\n\n"

@@ -1,7 +1,8 @@
-"""One answer's events where the model thinks first: what is told as thinking, what stop texts end, what is counted."""
+"""One answer's events where the model thinks or calls tools: what is told as what, what stop texts end, what counts."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from moectl.engine.protocol import Done, Token
 from moectl.engine.request import Request
 from moectl.engine.sampling import Sampler
 from moectl.errors import BadField
+from moectl.server.stream import WholeAnswer
 from moectl.shards.chat.tokenizer import Tokenizer
+from tests.support.callers import STYLES, make_caller, make_tool
 from tests.support.thinkers import ALWAYS, QWEN, make_thinker
 from tests.support.words import ask_chat
 
@@ -93,3 +96,83 @@ def test_a_request_says_whether_to_think(tmp_path: Path, always: Tokenizer) -> N
         assert qwen.decode(read_prompt(request, qwen, **limits)).endswith("</think>\n\n")
     with pytest.raises(BadField, match="cannot be turned off"):
         read_prompt(ask_chat(1, "x", 9, think=False), always, **limits)
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return make_caller(tmp_path_factory.mktemp("caller"), STYLES["json_tools"])
+
+
+def call(caller: Tokenizer, text: str, end: str = "stop", **more: Any) -> tuple[str, list[tuple[str, Any]], Done]:
+    """Return text, whole calls and end of an answer of this text to a request with a tool."""
+    answer = start(ask_chat(1, "x", 99, tools=(make_tool(),), **more), caller)
+    tokens = encode(caller, text) + encode(caller, "<|im_end|>") * (end == "stop")
+    events = [event for token in tokens[:-1] for event in answer.tell(token, None)]
+    if not answer.ended:
+        events += answer.tell(tokens[-1], end)
+    return gather(events)
+
+
+def encode(caller: Tokenizer, text: str) -> list[int]:
+    return caller._tokens.encode(text, add_special_tokens=False).ids
+
+
+def gather(events: list[Any]) -> tuple[str, list[tuple[str, Any]], Done]:
+    done = events[-1]
+    assert isinstance(done, Done)
+    answer = WholeAnswer()
+    for event in events:
+        answer.take(event)
+    assert all(each.ended for each in answer.calls)
+    return answer.text, [(each.name, json.loads(each.arguments)) for each in answer.calls], done
+
+
+ONE = '<tool_call>{"name": "f", "arguments": {"p": "STOP"}}</tool_call>'
+
+
+def test_an_answer_that_calls_tools(caller: Tokenizer) -> None:
+    text, calls, done = call(caller, f"Sure: {ONE}\n{ONE}")
+    assert (text, calls, done.finish_reason) == ("Sure: ", [("f", {"p": "STOP"})] * 2, "tool_calls")
+    assert call(caller, "Sure.")[2].finish_reason == "stop"
+    text, calls, done = call(caller, f"Sure: {ONE}", parallel_calls=False)
+    assert (text, calls, done.finish_reason) == ("Sure: ", [("f", {"p": "STOP"})], "tool_calls")
+    text, calls, done = call(caller, f"{ONE}\n{ONE}", parallel_calls=False)
+    assert (len(calls), done.finish_reason, done.stop_text) == (1, "tool_calls", None)
+    assert done.stats.completion_tokens < len(encode(caller, ONE))  # it ends with the call's arguments
+
+
+def test_a_cut_answer_calls_only_what_is_whole(caller: Tokenizer) -> None:
+    half = ONE[: len(ONE) // 2]
+    text, calls, done = call(caller, ONE + half, "length")
+    assert (calls, done.finish_reason) == ([("f", {"p": "STOP"})], "length")
+    assert text == half
+    assert call(caller, ONE, "length")[2].finish_reason == "length"
+
+
+def test_stop_texts_end_text_and_no_call(caller: Tokenizer) -> None:
+    text, calls, done = call(caller, f"ST {ONE} a STOP b", stop=("STOP", "tool_call>"))
+    assert (text, calls, done.stop_text) == ("ST a ", [("f", {"p": "STOP"})], "STOP")
+    assert done.finish_reason == "tool_calls"
+    # What is held back as the beginning of a stop text is told before a call that follows it.
+    assert call(caller, f"a ST{ONE}OP", stop=("STOP",))[:2] == ("a STOP", [("f", {"p": "STOP"})])
+    text, calls, done = call(caller, f"a STOP {ONE}", stop=("STOP",))
+    assert (text, calls, done.finish_reason, done.stop_text) == ("a ", [], "stop", "STOP")
+    broken = "<tool_call>STOP</tool_call>"
+    assert call(caller, f"a {broken}", stop=("STOP",))[0] == "a <tool_call>"
+
+
+def test_a_resumed_answer_calls_what_was_not_called(caller: Tokenizer) -> None:
+    tokens = encode(caller, f"Sure: {ONE}\n{ONE}")
+    end = caller.encode("<|im_end|>")[0]
+    for cut in range(0, len(tokens) + 1, 5):
+        first = start(ask_chat(1, "x", 99, tools=(make_tool(),)), caller)
+        events = [event for token in tokens[:cut] for event in first.tell(token, None)]
+        again = start(ask_chat(2, "x", 99, tools=(make_tool(),), answered=tuple(tokens[:cut])), caller)
+        events += [event for token in tokens[cut:] for event in again.tell(token, None)]
+        text, calls, done = gather([*events, *again.tell(end, "stop")])
+        assert (text, calls, done.finish_reason) == ("Sure: ", [("f", {"p": "STOP"})] * 2, "tool_calls")
+    ended = start(
+        ask_chat(3, "x", 99, tools=(make_tool(),), parallel_calls=False, answered=tuple(encode(caller, ONE))), caller
+    )
+    assert ended.has_stop
+    assert gather(list(ended.end("stop")))[2].finish_reason == "tool_calls"

@@ -610,6 +610,20 @@ FIELDS = {
     "/v1/chat/completions": [*SHARED, "messages", "top_logprobs", "max_completion_tokens", "tools", "response_format"],
     "/v1/completions": [*SHARED, "prompt", "echo", "suffix", "best_of"],
 }
+OTHERS = {
+    "/v1/messages": {"messages": say("hello"), "max_tokens": 1},
+    "/v1/responses": {"input": "hello", "max_output_tokens": 1},
+}
+FIELDS |= {
+    "/v1/messages": [
+        *("model", "max_tokens", "messages", "system", "stop_sequences", "stream", "temperature", "top_k", "top_p"),
+        *("tools", "tool_choice", "thinking", "output_config", "mcp_servers", "metadata"),
+    ],
+    "/v1/responses": [
+        *("model", "input", "instructions", "max_output_tokens", "previous_response_id", "background", "stream"),
+        *("text", "reasoning", "tools", "tool_choice", "parallel_tool_calls", "temperature", "top_logprobs", "include"),
+    ],
+}
 scalars = (
     st.none()
     | st.booleans()
@@ -623,8 +637,9 @@ junk = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "include_usage", "7"]) | st.text(max_size=4),
-            inner | st.sampled_from(["user", "text"]),
+            st.sampled_from(["role", "content", "type", "text", "include_usage", "input", "name", "7"])
+            | st.text(max_size=4),
+            inner | st.sampled_from(["user", "assistant", "text", "tool_use", "function_call", "reasoning"]),
             max_size=4,
         )
     ),
@@ -633,7 +648,7 @@ junk = st.recursive(
 
 
 async def check(app: Any, path: str, body: bytes) -> int:
-    """Post a body; return 1 if it was a bad request, which has to be told in OpenAI's shape."""
+    """Post a body; return 1 if it was a bad request, which has to be told in the API's shape."""
     status, reply = await call(app, path, body)
     assert status < 500, (body, reply)
     if status == 200:
@@ -641,20 +656,21 @@ async def check(app: Any, path: str, body: bytes) -> int:
     error = json.loads(reply)["error"]
     assert isinstance(error["message"], str)
     assert len(error["message"]) < 1000
-    assert error["type"] == "invalid_request_error"
+    assert error["type"] in ("invalid_request_error", "not_found_error")  # the second is Anthropic's
     return 1
 
 
 async def check_all(junk: list[Any], raw: list[bytes]) -> int:
     app, bad = make_app(FakeCluster()), 0
-    for path, good in GOOD.items():
+    for path, good in {**GOOD, **OTHERS}.items():
         for value in junk:
             for field in FIELDS[path]:
                 bad += await check(app, path, json.dumps({**good, field: value}).encode())
         for body in raw:
             bad += await check(app, path, body)
         status, reply = await call(app, path, json.dumps(good).encode())
-        assert (status, json.loads(reply)["usage"]["completion_tokens"]) == (200, 1)
+        usage = json.loads(reply)["usage"]
+        assert (status, usage.get("completion_tokens", usage.get("output_tokens"))) == (200, 1)
     return bad
 
 

@@ -223,7 +223,7 @@ def test_a_message_without_content_is_an_empty_one(role: str) -> None:
         said = read_chat(messages=[{"role": "user", "content": "hi"}, message]).requests[0].messages
         assert said is not None
         assert said[1]["content"] == ""
-    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "refusal": None, "name": None}
+    called: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [], "refusal": None, "name": None}
     assert read_chat(messages=[{"role": "user", "content": "hi"}, called]).requests[0].messages == (
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": ""},
@@ -259,12 +259,13 @@ CHAT_REFUSALS: list[tuple[str, Any, str]] = [
     ("messages", [{"role": "user", "content": ""}], "every content is empty"),
     ("messages", [{"role": "user"}], "every content is empty"),
     ("messages", [{"role": "user", "content": 5}], "it is a number"),
-    ("messages", [{"role": "tool", "content": "x"}], "should be one of system, developer, user, assistant"),
+    ("messages", [{"role": "function", "content": "x"}], "should be one of system, user, assistant, tool, developer"),
+    ("messages", [{"role": "tool", "content": "x"}], "tool_call_id should be a text"),
     ("messages", [{"role": ["user"], "content": "x"}], "should be one of"),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "reads text only"),
     ("messages", [{"role": "user", "content": [{"type": "text"}]}], "should be a string"),
     ("messages", [{"role": "user", "content": [5]}], "should be an object"),
-    ("tools", [{"type": "function"}], "calls no functions"),
+    ("tools", [{"type": "function"}], "with a function"),
     ("response_format", {"type": "json_object"}, "not supported"),
     ("modalities", ["audio"], "not supported"),
     ("logprobs", 5, "true or false"),
@@ -280,7 +281,7 @@ CHAT_REFUSALS: list[tuple[str, Any, str]] = [
     ("chat_template_kwargs", {"a b": 1}, "none of a chat template's options"),
     ("chat_template_kwargs", {"a": "\ud800"}, "not UTF-8"),
     ("chat_template_kwargs", {"a": "x" * 2**16}, "at most 65536 bytes"),
-    ("chat_template_kwargs", {"a": json.loads("[" * 20 + "]" * 20)}, "at most 16 objects"),
+    ("chat_template_kwargs", {"a": json.loads("[" * 40 + "]" * 40)}, "at most 32 objects"),
     ("messages", [{"role": "assistant", "content": "x", "reasoning_content": 5}], "should be a string"),
 ]
 SHARED_REFUSALS: list[tuple[str, Any, str]] = [
@@ -326,8 +327,8 @@ SHARED_REFUSALS: list[tuple[str, Any, str]] = [
     ("logit_bias", {"²": 1}, "should name tokens"),
     ("logit_bias", {"1": 101}, "between -100 and 100"),
     ("logit_bias", {"1": "x"}, "should be a number"),
-    ("functions", [{"name": "f"}], "calls no functions"),
-    ("function_call", {"name": "f"}, "needs functions"),
+    ("functions", [{"name": "f"}], "older form"),
+    ("function_call", {"name": "f"}, "older form"),
     *[
         (name, value, "not supported")
         for name, value in {
@@ -454,7 +455,11 @@ def test_a_stream_and_a_whole_say_the_same() -> None:
     chunks = list(reply.start())
     for index, event in [(0, Token(1, 5, "a")), (1, Token(2, 6, "")), (1, Token(2, 7, "é"))]:
         chunks += reply.take(index, event)
-    chunks += [*reply.take(1, Done(2, "stop", STATS)), *reply.take(0, Done(1, "length", STATS, "b")), *reply.end()]
+    chunks += [
+        *reply.take(1, Done(2, "stop", STATS)),
+        *reply.take(0, Done(1, "length", STATS, "b")),
+        *filter(None, reply.end()),
+    ]
     texts = ["", ""]
     for chunk in chunks[:-1]:
         assert chunk["usage"] is None

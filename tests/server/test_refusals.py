@@ -22,6 +22,13 @@ from tests.server.test_openai import CHAT_REFUSALS, COMPLETION_REFUSALS, SHARED_
 from tests.support.fake_cluster import MODEL, FakeCluster
 
 CHAT, COMPLETIONS = GOOD
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+OLD_CALL = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
 ALL = [
     *((CHAT, name, value) for name, value, _ in (*CHAT_REFUSALS, *SHARED_REFUSALS)),
     *((COMPLETIONS, name, value) for name, value, _ in (*COMPLETION_REFUSALS, *SHARED_REFUSALS)),
@@ -199,7 +206,7 @@ def test_the_command_line_says_a_hint_once(error: UsageError) -> None:
 
 
 def test_requests_name_the_field_that_is_wrong() -> None:
-    for field, value in {"top_p": 2.0, "min_p": -1.0, "top_k": -1, "presence_penalty": 3.0, "max_tokens": 0}.items():
+    for field, value in {"top_p": 2.0, "min_p": -1.0, "top_k": -1, "presence_penalty": 3.0, "max_tokens": -1}.items():
         with pytest.raises(BadField, match=f"^{field} should") as caught:
             Request(0, "x", **{"max_tokens": 1, field: value})  # type: ignore[arg-type]
         assert caught.value.param == field
@@ -262,9 +269,16 @@ def test_a_key_may_come_under_either_name(site: Site, name: str) -> None:
 @pytest.mark.parametrize(
     ("path", "wrong", "hint", "right"),
     [
-        (CHAT, {"tools": [{}]}, 'leave it out, or send tool_choice "none"', {"tools": [{}], "tool_choice": "none"}),
-        (CHAT, {"tools": [{}]}, 'leave it out, or send tool_choice "none"', {}),
-        (CHAT, {"tool_choice": "required"}, "leave it out", {}),
+        (CHAT, {"tools": [{"type": "web_search"}]}, "leave out other tools", {"tools": [TOOL]}),
+        (
+            CHAT,
+            {"tool_choice": "required"},
+            "send tools, or leave it out",
+            {"tools": [TOOL], "tool_choice": "required"},
+        ),
+        (CHAT, {"tool_choice": "required"}, "send tools, or leave it out", {}),
+        (CHAT, {"messages": [*say("hi"), OLD_CALL]}, "send tool_calls", {"messages": [*say("hi"), CALL]}),
+        (CHAT, {"functions": [{"name": "f"}]}, "send tools and tool_choice", {"tools": [TOOL], "tool_choice": "auto"}),
         (CHAT, {"response_format": {"type": "json_object"}}, "ask for the form in the prompt", {}),
         (CHAT, {"modalities": ["audio"]}, "leave it out", {"modalities": ["text"]}),
         (COMPLETIONS, {"best_of": 3}, "leave it out", {}),

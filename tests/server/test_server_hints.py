@@ -13,7 +13,7 @@ from moectl.errors import UsageError
 from moectl.server import http as server_http
 from moectl.server.http import make_app
 from moectl.server.sockets import listen_unix
-from tests.server.test_http import GOOD
+from tests.server.test_http import GOOD, OTHERS
 from tests.server.test_refusals import CHAT, COMPLETIONS, LONG, ask
 from tests.support.fake_cluster import FakeCluster
 
@@ -36,11 +36,11 @@ def test_whole_characters_as_the_hint_asks_for_are_answered() -> None:
 def test_the_paths_that_the_hint_names_answer() -> None:
     status, told, _ = ask("/chat/completions", GOOD[CHAT])
     hint = told["error"]["hint"]
-    assert hint == "the base URL ends in /v1; below it are chat/completions, completions and models"
+    assert hint.startswith("the base URL ends in /v1, for Anthropic's clients before it; below it are ")
     assert status == 404
-    for path in (CHAT, COMPLETIONS):
+    for path, body in {**GOOD, **OTHERS}.items():
         assert path.removeprefix("/v1/") in hint
-        assert ask(path, GOOD[path])[0] == 200
+        assert ask(path, body)[0] == 200
     assert ask("/v1/models", b"", method="GET")[0] == 200
 
 

@@ -25,6 +25,7 @@ TALKS: dict[str, list[dict[str, str]]] = {
     "wrong": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
     "late": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
 }
+MENDED = [{"role": "user", "content": "a\n\nb"}]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,10 @@ def test_prompts_are_those_of_transformers(
         try:
             wanted = own.apply_chat_template(TALKS[talk], add_generation_prompt=True, **options, **more)
         except TemplateError as refusal:
+            if talk == "late":  # the system's text is the user's where the template takes none
+                wanted = own.apply_chat_template(MENDED, add_generation_prompt=True, **options, **more)
+                assert mine.encode_chat(TALKS[talk], options={**options, **more}) == wanted
+                continue
             with pytest.raises(TemplateError, match=str(refusal).replace("(", r"\(")):
                 mine.encode_chat(TALKS[talk], options={**options, **more})
             continue

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.engine.request import Request, Stats, too_long
 from moectl.errors import PeerLost, QueueFull, StateError
 from moectl.server.contracts import Health
+from moectl.shards.chat.calls import CallPart
 
 ENDS_AFTER = 20  # tokens, unless ignore_eos
 THOUGHTS = 3
@@ -19,7 +20,8 @@ MODEL = Ready("hidden", 4, vocab_size=1000, max_seq_len=256, top_k=4)
 class FakeAnswer:
     """Says "SEED:0 ", "SEED:1 ", … ; obeys the prompt's words refuse, lose, bug, unfinished, slow, endless, hushed.
 
-    With the word ponder, the first THOUGHTS tokens are thinking.
+    With the word ponder, the first THOUGHTS tokens are thinking. Offered tools, it says one token and calls each of
+    them that it has to, or all. Its first stop text ends an answer of ENDS_AFTER tokens.
     """
 
     def __init__(self, cluster: FakeCluster, request: Request, text: str) -> None:
@@ -48,6 +50,12 @@ class FakeAnswer:
             raise too_long("the prompt has 300 tokens, the model's context is 256", request.source)
         room = MODEL.max_seq_len - 7
         most = room if request.ignore_eos else min(ENDS_AFTER, room)
+        if request.tools and request.messages is not None and request.messages[-1]["role"] != "tool":
+            yield self._token(0)
+            for event in _call(request):
+                yield event
+            yield self._done("tool_calls", 1)
+            return
         while said < min(request.max_tokens, most) or "endless" in self._text:
             if await self._wait():
                 yield self._done("cancelled", said)
@@ -87,7 +95,19 @@ class FakeAnswer:
     def _done(self, reason: str, said: int) -> Done:
         thoughts = sum(map(self._thinks, range(said)))
         stats = Stats(7, said, 0.1, 0.2, 0.1, 1000, cached_tokens=3, drafted_tokens=2, thinking_tokens=thoughts)
-        return Done(self._request.id, reason, stats)
+        stop = self._request.stop[0] if self._request.stop and reason == "stop" else None
+        return Done(self._request.id, reason, stats, stop_text=stop)
+
+
+def _call(request: Request) -> Iterator[Token]:
+    for i, name in enumerate(request.must_call or request.tool_names):
+        pieces = [
+            CallPart(i, f"call_{i}", name),
+            CallPart(i, arguments='{"a": '),
+            CallPart(i, "", "", "2}", ended=True),
+        ]
+        for piece in pieces:
+            yield Token(request.id, 1, "", calls=[piece])
 
 
 class FakeCluster:

@@ -6,6 +6,7 @@ It is a small Qwen3. Asked to think, as it does by itself, it answers <think>x</
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,7 +31,16 @@ def write_scripted(directory: Path) -> Path:
     number = {text: tokenizer.encode(text)[0] for script in _SCRIPTS for text in script}
     generation = {"eos_token_id": number["<|im_end|>"], "do_sample": True, "temperature": 0.7, "top_k": 1}
     (directory / "generation_config.json").write_text(json.dumps(generation))
-    size = max(number.values()) + 1
+    write_model(directory, [[number[text] for text in script] for script in _SCRIPTS], context=512)
+    return directory
+
+
+def write_model(directory: Path, scripts: Sequence[Sequence[int]], *, context: int) -> None:
+    """Write the config and the weights of a model in which each token of a script leads to the next."""
+    size = max(token for script in scripts for token in script) + 1
+    steps: dict[int, int] = {}
+    for before, after in (pair for script in scripts for pair in pairwise(script)):
+        assert steps.setdefault(before, after) == after, f"token {before} has two that follow it"
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -42,15 +52,13 @@ def write_scripted(directory: Path) -> Path:
         "head_dim": _WIDTH // _HEADS,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": context,
         "tie_word_embeddings": False,
         "vocab_size": size,
         "torch_dtype": "bfloat16",
     }
     (directory / "config.json").write_text(json.dumps(config))
-    steps = {number[before]: number[after] for script in _SCRIPTS for before, after in pairwise(script)}
     mx.save_safetensors(str(directory / "model.safetensors"), _make_weights(size, steps), metadata={"format": "pt"})
-    return directory
 
 
 def _make_weights(size: int, steps: dict[int, int]) -> dict[str, mx.array]:

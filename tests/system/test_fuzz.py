@@ -45,6 +45,7 @@ from moectl.session.deployment import DeployedRank, Deployment, deployment_path,
 from moectl.session.session import RankSpec, Session
 from moectl.shards import journal
 from moectl.shards.blueprint import draw
+from moectl.shards.chat.calls import CallPart
 from moectl.shards.source.checkpoint import open_checkpoint
 from moectl.shards.source.tensors import ITEM_BYTES
 from tests.model.test_manifest import PATH, WHOLE
@@ -254,7 +255,17 @@ ORDERS: list[protocol.Order] = [
         )
     ),
     protocol.Generate(Request(2, "", 1, messages=({"role": "user", "content": "hi"},))),
-    protocol.Profile(3, [1, 2, 3], 2),
+    protocol.Generate(
+        Request(
+            3,
+            "",
+            1,
+            messages=({"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {"name": "f"}}]},),
+            tools=({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},),
+            must_call=("f",),
+        )
+    ),
+    protocol.Profile(4, [1, 2, 3], 2),
     protocol.Cancel(1),
     protocol.Gathered("00ff"),
 ]
@@ -267,7 +278,8 @@ EVENTS: list[protocol.Event] = [
     protocol.Alive(123),
     protocol.Prefilled(1, 5),
     protocol.Token(1, 65, "A", -0.5, [(65, "A", -0.5), (66, "B", -1.5)]),
-    protocol.Done(1, "stop", Stats(1, 2, 0.25, 0.5, 0.25, 1 << 30)),
+    protocol.Token(1, 66, "", calls=[CallPart(0, "1", "f", "{", ended=False)]),
+    protocol.Done(1, "stop", Stats(1, 2, 0.25, 0.5, 0.25, 1 << 30), rest_calls=[CallPart(0, "1", "f", "}")]),
     protocol.Refused.make(2, errors.BadField("no", hint="hint")),
     protocol.Fatal(errors.to_json(errors.PeerLost("gone"))),
     protocol.AllGather("00ff"),

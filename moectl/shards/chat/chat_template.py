@@ -17,7 +17,10 @@ from typing import Any, NoReturn
 from tokenizers import Tokenizer
 
 from moectl.errors import BadField
+from moectl.model.parameters import THINKING_SWITCHES
+from moectl.shards.chat.calls import TEXT_FORMAT, CallFormat, find_format, open_format
 from moectl.shards.chat.thinking import Markers, find_markers
+from moectl.shards.chat.tools_as_text import mend_systems, tell_as_text, urge
 
 Json = dict[str, Any]
 Refuse = Callable[[str, str], NoReturn]  # key, why
@@ -25,14 +28,21 @@ EFFORT = "reasoning_effort"  # OpenAI's option, which some templates know
 
 _MARK = "moectl-answer"
 _QUESTION = {"role": "user", "content": "moectl"}
-_SWITCHES = ("enable_thinking", "thinking")  # what templates call the option that turns thinking on and off
+_TOOL_NAME = "moectl_probe"
+_TOOL = {"name": _TOOL_NAME, "description": "", "parameters": {"type": "object", "properties": {}}}
 
 
 class ChatTemplate:
-    """A template, with the special tokens that it may use, and the markers of the thinking in an answer."""
+    """A template, with the special tokens that it may use, and the markers of an answer's thinking and tool calls."""
 
     def __init__(
-        self, tokens: Tokenizer, template: str | None, own: Callable[..., str] | None, form: Json, named: Json
+        self,
+        tokens: Tokenizer,
+        template: str | None,
+        own: Callable[..., str] | None,
+        form: Json,
+        named: Json,
+        find_calls: Callable[[Any, Mapping[str, int]], CallFormat | None] = lambda renderer, added: None,
     ) -> None:
         from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -40,6 +50,12 @@ class ChatTemplate:
         self._is_program = own is not None  # of mlx-lm; it fails at an option that it does not know
         added = {token.content: number for number, token in tokens.get_added_tokens_decoder().items()}
         self.markers: Markers | None = find_markers(self._renderer, template or "", added, form)
+        own_calls = find_calls(self._renderer, added)
+        # A template that knows tools is of use where their calls can be read; else both are told as text.
+        self.tells_tools = own_calls is not None and self._knows_tools()
+        self.calls = own_calls if own_calls is not None and self.tells_tools else open_format(TEXT_FORMAT)
+        self.call_markers = find_markers(self._renderer, template or "", added, form, self.calls)
+        self._has_thinking = "message.thinking" in (template or "")
         names = self.markers.names if self.markers else ()
         self._thinks = any(own is not None or name in (template or "") for name in names)
 
@@ -50,15 +66,33 @@ class ChatTemplate:
         ask: bool = True,
         think: bool | None = None,
         options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        must_call: Sequence[str] = (),
     ) -> str:
         """Return a conversation as one text; with `ask` an answer can follow. Raises what the template raises.
 
+        The answer may call `tools`, and is told to call one of `must_call`. A system message where the template takes
+        none becomes text of the user's.
         `think` turns thinking on or off, None leaves it as mlx-lm has it. `options` are the template's own; those that
         it does not know have no effect. Raises BadField where thinking cannot be turned on or off.
         """
         told = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if self._has_thinking:
+            told = [_name_thinking(message) for message in told]
         chosen = {**self._choose_thinking(think), **self._choose_options(options or {})}
-        return self._render(told, ask, chosen)
+        told = urge(told, must_call)
+        known = [_without_strict(tool) for tool in tools]
+        if not self.tells_tools:
+            told, known = tell_as_text(told, known), []
+        if known:
+            chosen["tools"] = known
+        try:
+            return self._render(told, ask, chosen)
+        except Exception:  # the template is a program of the model, and says in its own way what it does not take
+            mended = mend_systems(told)
+            if mended == told:
+                raise
+            return self._render(mended, ask, chosen)
 
     def find_turn_end(self) -> str:
         """Return the text after an assistant's turn, at the end or before another turn; "" if there is none."""
@@ -95,9 +129,17 @@ class ChatTemplate:
             chosen = {**dict.fromkeys(self._switches, False), **chosen}
         return {name: value for name, value in chosen.items() if not self._is_program or name in self._switches}
 
+    def _knows_tools(self) -> bool:
+        """Whether a tool's name is in what is rendered."""
+        tools = [{"type": "function", "function": _TOOL}]
+        try:
+            return _TOOL_NAME in self._render([_QUESTION], True, {"tools": tools})
+        except Exception:  # see find_turn_end
+            return False
+
     @functools.cached_property
     def _switches(self) -> tuple[str, ...]:
-        return tuple(name for name in _SWITCHES if self._knows(name, True, False))
+        return tuple(name for name in THINKING_SWITCHES if self._knows(name, True, False))
 
     def _knows(self, option: str, *values: Any) -> bool:
         """Whether an option's value changes what is rendered."""
@@ -126,7 +168,10 @@ def open_chat_template(
         form = getattr(module, "RESPONSE_FORMAT", {})
         if "chat_template_type" in config or template is None:
             own = getattr(module, "apply_chat_template", None)  # some modules only know how to read answers
-    return None if template is None and own is None else ChatTemplate(tokens, template, own, form, named)
+    if template is None and own is None:
+        return None
+    find_calls = functools.partial(find_format, config=config, defaults=defaults, refuse=refuse)
+    return ChatTemplate(tokens, template, own, form, named, find_calls)
 
 
 def find_defaults(config: Mapping[str, Any]) -> Json:
@@ -169,6 +214,18 @@ def _choose(told: Any, refuse: Refuse) -> str | None:
     if not isinstance(template := by_name.get("default"), str):
         refuse("chat_template", "has several templates, and none that is named default")
     return template
+
+
+def _name_thinking(message: Json) -> Json:
+    """Return a call's message with what was thought before it under gpt-oss's name, which takes it without content."""
+    thought = message.get("reasoning_content")
+    is_for_it = thought and message.get("tool_calls") and not message["content"]
+    return {**message, "thinking": thought} if is_for_it else message
+
+
+def _without_strict(tool: Mapping[str, Any]) -> Json:
+    """Return a tool without what only the server obeys."""
+    return {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
 
 
 class _Bare:

@@ -1,4 +1,4 @@
-"""An answer's thinking, kept apart from the answer: the markers around it, and a stream that parts an answer's text.
+"""An answer's parts: the markers around its thinking and its tool calls, and a stream that parts an answer's text.
 
 mlx-lm knows the markers of most models and finds them in text. Here a marker's tokens count as themselves only: the
 same letters that come from other tokens are text. Blanks beside a marker belong to it.
@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moectl.shards.chat.calls import CHANNELS, CallFormat, CallPart, CallReader
+
 if TYPE_CHECKING:
     from moectl.shards.chat.token_text import TextStream
 
 Edges = dict[str, list[tuple[str, str]]]  # state → what is written on the way to another state, and that state
 
-ANSWER, THINKING = "normal", "reasoning"  # mlx-lm's names
+ANSWER, THINKING, CALL = "normal", "reasoning", "tool"  # mlx-lm's names
 _HEADER = "header"  # of a message: neither of both, told only where no message follows
 # Pairs that mlx-lm does not know: Mistral's, Seed-OSS's, EXAONE Deep's, Apertus' and Command A's.
 _MORE = (
@@ -27,8 +29,7 @@ _MORE = (
 )
 _AROUND_ANSWER = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")  # Command A's
 _AS_TEXT = (("<think>", "</think>"), *_MORE)  # that a template may name although they are not tokens
-# gpt-oss writes a message for each channel; `analysis` is its thinking.
-_CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+# Of gpt-oss's channels, `analysis` is its thinking.
 _CHANNEL_EDGES: Edges = {
     ANSWER: [
         ("<|channel|>analysis<|message|>", THINKING),
@@ -39,14 +40,29 @@ _CHANNEL_EDGES: Edges = {
     ],
     THINKING: [("<|end|>", ANSWER), ("<|start|>assistant", ANSWER), ("<|channel|>final<|message|>", ANSWER)],
 }
+# The same where it may call functions. One is the recipient of a message, which is named before or after the channel.
+_TO_CHANNELS = [
+    ("<|channel|>analysis<|message|>", THINKING),
+    ("<|channel|>final<|message|>", ANSWER),
+    ("<|channel|>commentary<|message|>", ANSWER),
+    ("<|channel|>commentary to=", CALL),
+    ("<|channel|>analysis to=", CALL),
+]
+_CALL_CHANNEL_EDGES: Edges = {
+    ANSWER: [*_TO_CHANNELS, ("<|start|>assistant", _HEADER), ("<|end|>", ANSWER)],
+    THINKING: [*_TO_CHANNELS[1:], ("<|end|>", ANSWER), ("<|start|>assistant", _HEADER)],
+    _HEADER: [*_TO_CHANNELS, (" to=", CALL)],
+    CALL: [("<|call|>", ANSWER), ("<|end|>", ANSWER), ("<|start|>assistant", _HEADER)],
+}
 _FIRST_SIGN = 0xD800  # half a surrogate pair: no decoded text has one
 
 
 class Told(NamedTuple):
-    """A piece of an answer's text, and of the thinking before it."""
+    """A piece of an answer's text, of the thinking before it, and of the calls after it."""
 
     thinking: str
     text: str
+    calls: tuple[CallPart, ...] = ()
 
 
 NOTHING = Told("", "")
@@ -76,17 +92,20 @@ class Markers:
         return prompt.rstrip().endswith(self.openings)
 
 
-def find_markers(renderer: Any, template: str, added: Mapping[str, int], form: Mapping[str, Any]) -> Markers | None:
+def find_markers(
+    renderer: Any, template: str, added: Mapping[str, int], form: Mapping[str, Any], calls: CallFormat | None = None
+) -> Markers | None:
     """Return the markers of a model, None where it has none.
 
     `renderer` is mlx-lm's TokenizerWrapper, `added` the tokens that ordinary text does not have, `form` what mlx-lm
-    knows of the messages in an answer.
+    knows of the messages in an answer, `calls` how it writes tool calls where it may.
     """
     edges: Edges = {}
+    first = form.get("initial_state", ANSWER)
     if "transitions" in form:
         edges = {state: list(leads) for state, leads in form["transitions"].items()}
-    elif added.keys() >= set(_CHANNELS):
-        edges = _CHANNEL_EDGES
+    elif added.keys() >= CHANNELS:
+        edges, first = (_CHANNEL_EDGES, first) if calls is None else (_CALL_CHANNEL_EDGES, _HEADER)
     else:
         # Some vocabularies have a marker as one of their ordinary tokens.
         ids = {renderer.think_start: renderer.think_start_tokens, renderer.think_end: renderer.think_end_tokens}
@@ -101,16 +120,35 @@ def find_markers(renderer: Any, template: str, added: Mapping[str, int], form: M
                 ANSWER: [(start, THINKING), *((marker, ANSWER) for marker in around)],
                 THINKING: [(end, ANSWER), (start, THINKING)],  # a model may begin again what its prompt has begun
             }
-    return Markers(edges, form.get("initial_state", ANSWER), added) if edges else None
+    if calls is not None and CALL not in edges:
+        edges = _add_calls(edges, calls)
+    return Markers(edges, first, added) if edges else None
+
+
+def _add_calls(edges: Edges, calls: CallFormat) -> Edges:
+    added = {state: list(leads) for state, leads in {ANSWER: [], **edges}.items()}
+    if not any(to == CALL for leads in edges.values() for _, to in leads):
+        for state in (ANSWER, THINKING):
+            if state in added:
+                added[state].append((calls.start, CALL))
+    return {**added, CALL: [(calls.end, ANSWER)] if calls.end else []}
 
 
 class AnswerText:
     """One answer's text, token by token: parted where there are markers, else as the stream gives it."""
 
-    def __init__(self, open_stream: Callable[[], TextStream], markers: Markers | None = None, prompt: str = "") -> None:
+    def __init__(
+        self,
+        open_stream: Callable[[], TextStream],
+        markers: Markers | None = None,
+        prompt: str = "",
+        calls: CallReader | None = None,
+    ) -> None:
         self._open_stream = open_stream
         self._stream = open_stream()
         self._markers = markers
+        self._calls = calls  # None: there are none, and their markers are text
+        self._later = ""  # text that came in one token with the end of a call: it is told with the next
         self._blank = False  # whether blanks are dropped, because a marker was the last
         self._held = ""  # blanks at the end of the thinking: dropped before a marker
         self._unclaimed: str | None = None  # of headers, while no message has come
@@ -133,8 +171,11 @@ class AnswerText:
         self._stream = self._open_stream()
         return self._part(text)
 
-    def finish(self) -> Told:
-        """Return what was held back, after the last token."""
+    def finish(self, *, by_itself: bool = False) -> Told:
+        """Return what was held back, after the last token; the model may have ended its answer by itself.
+
+        A call that was cut is text.
+        """
         from mlx_lm.generate import TextStateMachine
 
         first = self._part(self._stream.finish())
@@ -144,7 +185,13 @@ class AnswerText:
         self._state, text, _ = TextStateMachine.flush(self._state)
         last = self._join([(state, text)])
         unclaimed, self._unclaimed = self._unclaimed or "", None
-        return Told(first.thinking + last.thinking, first.text + last.text + unclaimed)
+        calls, rest = ([], "") if self._calls is None else self._calls.finish(by_itself=by_itself)
+        later, self._later = self._later, ""
+        return Told(
+            first.thinking + last.thinking,
+            first.text + last.text + later + unclaimed + rest,
+            (*first.calls, *last.calls, *calls),
+        )
 
     def _part(self, text: str) -> Told:
         from mlx_lm.generate import TextStateMachine
@@ -156,11 +203,21 @@ class AnswerText:
 
     def _join(self, pieces: Sequence[tuple[str, str]]) -> Told:
         assert self._markers is not None
-        thinking, answer = "", ""
+        thinking, answer = "", self._later
+        self._later = ""
+        told: list[CallPart] = []
         for number, (state, signed) in enumerate(pieces):
             text = signed.translate(self._markers.texts)  # a part of a marker that did not become one
             if number > 0:
+                if self._calls is not None and pieces[number - 1][0] == CALL:
+                    calls, rest = self._calls.close()
+                    told += calls
+                    answer += rest
                 self._blank, self._held = True, ""
+            if state == CALL and self._calls is not None:
+                self._unclaimed = None
+                told += self._calls.feed(text)
+                continue
             if state == _HEADER:
                 self._unclaimed = None if self._unclaimed is None else self._unclaimed + text
                 continue
@@ -172,6 +229,8 @@ class AnswerText:
                 text = self._held + text
                 self._held = text[len(text.rstrip()) :]
                 thinking += text.rstrip()
+            elif told:
+                self._later += text
             else:
                 answer += text
-        return Told(thinking, answer)
+        return Told(thinking, answer, tuple(told))

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import tokenizers
 
 from moectl.errors import BadField, CheckpointError
+from moectl.shards.chat.calls import CallReader
 from moectl.shards.chat.chat_template import ChatTemplate, Json, find_defaults, open_chat_template
 from moectl.shards.chat.thinking import AnswerText
 from moectl.shards.chat.token_text import TextStream, find_context, has_byte_runs
@@ -70,25 +71,39 @@ class Tokenizer:
         before, after = self._around
         return [*before, *self._encode(text, special=False), *after]
 
+    @property
+    def tells_tools(self) -> str:
+        """How a model is told of tools: by its own "template", as "text", or not at all: "none"."""
+        return "none" if self._chat is None else "template" if self._chat.tells_tools else "text"
+
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], think: bool | None = None, options: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        think: bool | None = None,
+        options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        must_call: Sequence[str] = (),
     ) -> list[int]:
         """Return a conversation's tokens up to the beginning of the answer; see `ChatTemplate.render`."""
         assert self._chat is not None
-        return self._encode(self._chat.render(messages, think=think, options=options), special=False)
+        text = self._chat.render(messages, think=think, options=options, tools=tools, must_call=must_call)
+        return self._encode(text, special=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
         return self._tokens.decode(tokens, skip_special_tokens=False)
 
-    def stream_answer(self, prompt: Sequence[int] | None) -> AnswerText:
-        """Return a stream that turns an answer's tokens into text one by one, its thinking apart.
+    def stream_answer(self, prompt: Sequence[int] | None, tools: Sequence[Mapping[str, Any]] = ()) -> AnswerText:
+        """Return a stream that turns an answer's tokens into text one by one, its thinking and calls of `tools` apart.
 
-        `prompt` are the tokens of a conversation; after any other text, None, there is no thinking.
+        `prompt` are the tokens of a conversation; after any other text, None, there is neither.
         """
         if prompt is None or self._chat is None:
             return AnswerText(self.stream_text)
-        return AnswerText(self.stream_text, self._chat.markers, self.decode(prompt[-_TAIL:]))
+        tail = self.decode(prompt[-_TAIL:])
+        if not tools:
+            return AnswerText(self.stream_text, self._chat.markers, tail)
+        return AnswerText(self.stream_text, self._chat.call_markers, tail, CallReader(self._chat.calls, tools))
 
     def stream_text(self) -> TextStream:
         """Return a stream that turns tokens into text one by one."""
