@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from mlx_lm import tool_parsers
 
-from moectl.errors import CheckpointError
 from moectl.shards.chat.calls import CallPart, CallReader, open_format
 from moectl.shards.chat.tokenizer import Tokenizer
 from tests.shards.test_thinking import spell
@@ -205,9 +204,10 @@ def test_a_call_that_its_model_does_not_close(make: Callable[..., Tokenizer]) ->
     assert read(glm, encode(glm, STYLES["glm47"].calls[0].removesuffix("</tool_call>")))[2] == []
 
 
-def test_a_format_that_nobody_knows(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"tool_parser_type is .*, and moectl knows function_gemma and gemma4"):
-        make_caller(tmp_path, Style("../x", (), "", [], ""))
+def test_a_format_without_a_parser(tmp_path: Path) -> None:
+    tokenizer = make_caller(tmp_path, Style("../x", (), "", [], ""))
+    assert tokenizer.tells_tools == "text"
+    assert read(tokenizer, encode(tokenizer, STYLES["json_tools"].written))[2] == WANTED
 
 
 def test_a_template_may_show_the_format(tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
-Refuse = Callable[[str, str], NoReturn]  # key, why
 TEXT_FORMAT = "json_tools"  # mlx-lm's name of the format that models without one of their own are told of
 MAX_CALL_CHARS = 1 << 20  # between two markers: a parser's time may grow with the square of it
 CHANNELS = frozenset(("<|start|>", "<|channel|>", "<|message|>", "<|end|>"))  # of gpt-oss, one message for each
@@ -66,9 +65,9 @@ class CallFormat:
 
 
 def find_format(
-    renderer: Any, added: Mapping[str, int], config: Mapping[str, Any], defaults: Mapping[str, Any], refuse: Refuse
+    renderer: Any, added: Mapping[str, int], config: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> CallFormat | None:
-    """Return the format of a model's own calls, None where mlx-lm knows none.
+    """Return the format of a model's own calls, None where mlx-lm has no parser for it.
 
     `renderer` has the model's template and vocabulary, `added` are the tokens that ordinary text does not have.
     """
@@ -80,12 +79,8 @@ def find_format(
     name = config.get("tool_parser_type", defaults.get("tool_parser_type"))
     if name is None:
         name = _infer_tool_parser(renderer)
-    if name is None:
-        return None
-    known = sorted(module.name for module in pkgutil.iter_modules(tool_parsers.__path__))
-    if name not in known:  # else a file could name any module
-        refuse("tool_parser_type", f"is {name!r}, and moectl knows {' and '.join(known)}")
-    return open_format(name)
+    known = [module.name for module in pkgutil.iter_modules(tool_parsers.__path__)]
+    return open_format(name) if name in known else None  # a file could name any module
 
 
 def open_format(name: str) -> CallFormat:

@@ -170,7 +170,7 @@ def open_chat_template(
             own = getattr(module, "apply_chat_template", None)  # some modules only know how to read answers
     if template is None and own is None:
         return None
-    find_calls = functools.partial(find_format, config=config, defaults=defaults, refuse=refuse)
+    find_calls = functools.partial(find_format, config=config, defaults=defaults)
     return ChatTemplate(tokens, template, own, form, named, find_calls)
 
 
