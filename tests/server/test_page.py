@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.server.test_http import KEY, Site, expected, run_site
+from tests.server.test_http import KEY, Site, expected, run_site, wait_until
 from tests.support.browser import REBOUND, open_page, other_site, run_browser
 
 CHAT = "/v1/chat/completions"
@@ -88,6 +88,51 @@ def test_answers_errors_and_questions_are_text_and_stay_in_the_conversation(brow
         messages = open_site.cluster.requests[-1].messages or ()
         assert [message["content"] for message in messages] == ["lose", expected(3), "refuse"]
     assert said == ["Failed to load resource: the server responded with a status of 400 (Bad Request)"]
+
+
+def test_an_answer_streams_until_it_is_stopped(browser: Browser, open_site: Site) -> None:
+    with open_page(browser, open_site.url) as (page, said):
+        cancelled = open_site.cluster.cancelled
+        page.fill("#question", "endless")
+        page.press("#question", "Shift+Enter")
+        page.press("#question", "Enter")
+        answer = page.locator("article").last
+        expect(answer).to_contain_text("0:9 ")  # and it never ends by itself
+        expect(page.get_by_role("status")).to_have_text("The answer is on its way.")
+        expect(page.locator("#requests")).to_have_text("1 running, 0 waiting")
+        expect(page.locator("#speed")).not_to_have_text("0.0 tokens/s")
+        page.get_by_role("button", name="Stop").press("Enter")
+        expect(answer).to_contain_text("You stopped this answer.")
+        wait_until(lambda: open_site.cluster.cancelled == cancelled + 1)
+        expect(page.get_by_label("Your message")).to_be_focused()
+    assert said == []
+
+
+STREAM = (
+    ': moectl: rank 1 was lost. Starting again (1 of 3).\n\ndata: {"choices": [{"delta": {"content": "half an"}}]}\n\n'
+)
+
+
+def test_what_happens_to_the_server_is_told(browser: Browser, open_site: Site) -> None:
+    with open_page(browser, open_site.url) as (page, _):
+        expect(page.locator("#ranks")).to_have_text("2 of 2 answer")
+        page.route(f"**{CHAT}", lambda route: route.fulfill(body=STREAM, content_type="text/event-stream"))
+        notices = "new MutationObserver(() => told.push(notice.textContent)).observe(notice, {childList: true})"
+        page.evaluate(f"() => {{ window.told = []; const notice = document.querySelector('#notice'); {notices}; }}")
+        page.fill("#question", "hello")
+        page.press("#question", "Enter")
+        expect(page.locator("article").last).to_contain_text("half an")
+        expect(page.locator("article .error")).to_have_text("The connection ended before the answer did. Ask again.")
+        assert "rank 1 was lost. Starting again (1 of 3)." in page.evaluate("told")
+        page.route("**/metrics", lambda route: route.abort())
+        expect(page.get_by_role("alert")).to_contain_text("The server does not answer.")
+        expect(page.locator("#ranks")).to_have_text("not known")
+        page.unroute("**/metrics")
+        expect(page.locator("#ranks")).to_have_text("2 of 2 answer")
+        expect(page.get_by_role("alert")).to_be_empty()
+        open_site.cluster.ranks_answered = 1
+        expect(page.locator("#ranks.error")).to_have_text("1 of 2 answer")
+        open_site.cluster.ranks_answered = 2
 
 
 @pytest.mark.parametrize(("name", "lets_in"), [("localhost", True), ("evil.localhost", False)])

@@ -7,10 +7,9 @@ import http.server
 import shutil
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ON_A_MAC = (
@@ -26,15 +25,15 @@ ARGUMENTS = (
     "--no-proxy-server",
     f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1",
 )
+PATIENCE_MS = 60_000  # as long as a loaded machine may take
 
 
 def run_browser() -> Iterator[Browser]:
     """Start the browser, or skip where there is none; it ends with the iterator."""
-    found = next(filter(None, map(shutil.which, NAMES)), None) or next(
-        filter(lambda p: Path(p).exists(), ON_A_MAC), None
-    )
+    found = next(filter(None, map(shutil.which, (*NAMES, *ON_A_MAC))), None)
     if found is None:
         pytest.skip("no browser: Chromium is not installed (Debian: apt install chromium)")
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
         yield browser
@@ -46,7 +45,7 @@ def open_page(browser: Browser, url: str) -> Iterator[tuple[Page, list[str]]]:
     """Open a page in a context of its own; the list gets what its console says and what breaks in it."""
     with contextlib.closing(browser.new_context()) as opened:
         page, said = opened.new_page(), list[str]()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(PATIENCE_MS)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(url)
