@@ -46,11 +46,11 @@ def served(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def browser(served: str) -> Iterator[Browser]:
+def browser() -> Iterator[Browser]:
     yield from run_browser()
 
 
-def test_the_page_shows_the_ranks_and_streams_an_answer(served: str, browser: Browser) -> None:
+def test_the_page_shows_the_ranks_and_streams_an_answer(browser: Browser, served: str) -> None:
     with open_page(browser, served) as (page, said):
         expect(page.get_by_label("The key that")).to_be_focused()
         page.keyboard.type("wrong")
