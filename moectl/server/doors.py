@@ -17,7 +17,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moectl.server import messages, replies
 from moectl.server.fields import Fields
-from moectl.server.visitors import HOST_FLAG, KEY_FLAG, NO_ORIGIN, ORIGIN_FLAG, host_name, names_this_machine
+from moectl.server.page import PAGE
+from moectl.server.visitors import (
+    HOST_FLAG,
+    KEY_FLAG,
+    NO_ORIGIN,
+    ORIGIN_FLAG,
+    THIS_MACHINE,
+    host_name,
+    is_same_origin,
+    names_this_machine,
+)
 
 CONTROL = "/moectl"  # the owner's paths, over the Unix socket only
 _METHODS = ("GET", "HEAD", "POST")
@@ -70,6 +80,7 @@ class Doors:
         self._cors = _Pages(
             self._check,
             allow_origins=origins,
+            allow_origin_regex=None if origins else THIS_MACHINE,
             allow_methods=_METHODS,
             allow_headers=("*",),  # all that are asked for: SDKs send a dozen of their own
             allow_private_network=True,
@@ -85,14 +96,16 @@ class Doors:
 
     def _refuse(self, scope: Scope) -> Response | None:
         path = scope["path"]
-        if path == "/health" or _is_unix(scope):
+        if _is_unix(scope) or path == "/health" or (path == PAGE and self._key is not None):
             return None
         if path.startswith(CONTROL):
             return no_such_path(path)
         headers = Headers(scope=scope)
         if self._key is None:
             name = host_name(headers.get("host", ""))
-            return None if names_this_machine(name, self._hosts) else _strange_host(name)
+            if not names_this_machine(name, self._hosts):
+                return _strange_host(name)
+            return None if self._lets_in(headers) else _strange_page(headers["origin"])
         given = _given_key(headers)
         if given is None:
             return refuse(
@@ -108,6 +121,15 @@ class Doors:
             )
         return None
 
+    def _lets_in(self, headers: Headers) -> bool:
+        """Whether a request is of no page, of this server's own, or of one that was allowed.
+
+        A browser has asked before, and was refused; this holds for what it sends without asking. With a key this is not
+        looked at: no page has the key unless its user gave it.
+        """
+        origin = headers.get("origin")
+        return origin is None or self._cors.is_allowed_origin(origin) or is_same_origin(origin, headers["host"])
+
 
 class _Pages(CORSMiddleware):
     """starlette's CORS, with refusals in JSON that name the flag to allow a page."""
@@ -115,14 +137,7 @@ class _Pages(CORSMiddleware):
     def preflight_response(self, request_headers: Headers) -> Response:
         origin, method = request_headers["origin"], request_headers["access-control-request-method"]
         if not self.is_allowed_origin(origin):
-            flags = f"{ORIGIN_FLAG} {origin[:200]}" + f" {KEY_FLAG} FILE" * (origin == NO_ORIGIN)
-            return refuse(
-                403,
-                f"pages of {origin[:200]} should be allowed before they use this server",
-                code="forbidden_origin",
-                hint=f"start it with: moectl serve {flags}",
-                headers={"vary": "Origin"},
-            )
+            return _strange_page(origin)
         allowed = super().preflight_response(request_headers)
         if allowed.status_code == 200:
             return allowed
@@ -152,6 +167,17 @@ def no_such_path(path: str) -> Response:
         code="unknown_url",
         hint="the base URL ends in /v1, for Anthropic's clients before it; "
         "below it are chat/completions, completions, responses, messages and models",
+    )
+
+
+def _strange_page(origin: str) -> Response:
+    flags = f"{ORIGIN_FLAG} {origin[:200]}" + f" {KEY_FLAG} FILE" * (origin == NO_ORIGIN)
+    return refuse(
+        403,
+        f"pages of {origin[:200]} should be allowed before they use this server",
+        code="forbidden_origin",
+        hint=f"start it with: moectl serve {flags}",
+        headers={"vary": "Origin"},
     )
 
 

@@ -34,6 +34,7 @@ from moectl.server.answering import REPORT, Answering, AnyReply
 from moectl.server.contracts import SILENCE_S, AnswerEvents, Cluster
 from moectl.server.doors import Doors, ErrorResponse, no_such_path, refuse, write_json
 from moectl.server.metrics import CONTENT_TYPE, Metrics
+from moectl.server.page import PAGE, Page
 
 CHAT = "/v1/chat/completions"
 _PROMPTS = {CHAT: "messages", messages.PATH: "messages", responses.PATH: "input"}  # the prompt's field, else "prompt"
@@ -57,13 +58,14 @@ def make_app(
 ) -> App:
     """Return the ASGI application that serves a cluster.
 
-    With a key, everything but /health needs it as a bearer token, except over the Unix socket, which only its user can
-    open. Pages of `origins` may ask; without a key, `hosts` are names of this server beside localhost and addresses.
-    `owner_routes` are reached over the Unix socket alone.
+    With a key, everything but /health and the page needs it as a bearer token, except over the Unix socket, which only
+    its user can open. Pages of `origins` may ask; where there are none, those of this machine. Without a key, `hosts`
+    are names of this server beside localhost and addresses. `owner_routes` are reached over the Unix socket alone.
     """
     metrics = Metrics(cluster.health)
     service = _Service(cluster, metrics, silence_s)
     routes = [
+        Route(PAGE, Page().show),
         Route(CHAT, service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
         Route(messages.PATH, service.message, methods=["POST"]),
@@ -302,7 +304,8 @@ class _Service:
 def _check_headers(http: HttpRequest) -> Response | None:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     # curl -d sends a form's type by default. From a page it is refused: browsers send forms without asking first.
-    is_lax = kind in ("", "application/x-www-form-urlencoded") and "origin" not in http.headers
+    is_page = "origin" in http.headers or "sec-fetch-site" in http.headers
+    is_lax = kind in ("", "application/x-www-form-urlencoded") and not is_page
     if kind != "application/json" and not is_lax:
         shown = kind[:100] or "not given"
         hint = "send the header Content-Type: application/json"

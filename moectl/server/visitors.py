@@ -2,6 +2,7 @@
 
 A page of any site can send requests to an address of this machine. Two things keep it out: the browser first asks
 whether its origin is allowed (CORS), and a page that made its own name point here (DNS rebinding) sends that name.
+Unless a flag names others, pages of this machine are allowed, as ollama allows them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from moectl.errors import UsageError
 ORIGIN_FLAG, HOST_FLAG, KEY_FLAG = "--allow-origin", "--allow-host", "--api-key-file"
 ANY_ORIGIN = "*"
 NO_ORIGIN = "null"  # of files, and of pages that hide their origin
+THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # pages that may ask where no flag names others
 _USUAL_PORTS = {"http": 80, "https": 443}  # browsers leave them out
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 
@@ -72,6 +74,12 @@ def _read_origin(value: str) -> str:
         f"{ORIGIN_FLAG} should be scheme://host[:port], it is {value!r}",
         hint=f"as {ORIGIN_FLAG} http://localhost:3000; * alone means all origins",
     )
+
+
+def is_same_origin(origin: str, host: str) -> bool:
+    """Whether a page has come from the server that it asks; a proxy in front may have added TLS."""
+    scheme, _, name = origin.lower().partition("://")
+    return scheme in _USUAL_PORTS and name == host.strip().lower()
 
 
 def host_name(header: str) -> str:

@@ -39,7 +39,7 @@ def any_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def shut_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """One for no origin."""
+    """One without the flag: for pages of this machine."""
     yield from run_site(tmp_path_factory.mktemp("shut") / "run" / "s", KEY)
 
 
@@ -89,8 +89,9 @@ def test_a_page_reads_every_reply(site: Site) -> None:
 
 
 def test_another_page_is_told_the_flag(site: Site, shut_site: Site) -> None:
-    for where in (site, shut_site):
-        for origin in (OTHER, "null", "http://localhost:30000", "https://localhost:3000"):
+    local = ("http://localhost:30000", "https://localhost:3000")
+    for where, origins in ((site, (OTHER, "null", *local)), (shut_site, (OTHER, "null", "http://evil.localhost"))):
+        for origin in origins:
             reply = ask(where, "OPTIONS", "/v1/models", origin=origin, **PREFLIGHT)
             assert reply.status_code == 403
             assert ALLOWED not in reply.headers
@@ -102,6 +103,27 @@ def test_another_page_is_told_the_flag(site: Site, shut_site: Site) -> None:
         known = ask(where, "GET", "/v1/models", origin=OTHER, authorization=f"Bearer {KEY}")
         assert known.status_code == 200  # no browser's doing: those asked before
         assert ALLOWED not in known.headers
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://localhost:3000", "https://localhost", "http://127.0.0.1:5173", "http://[::1]:80"]
+)
+def test_without_the_flag_pages_of_this_machine_may_ask(shut_site: Site, origin: str) -> None:
+    preflight = ask(shut_site, "OPTIONS", "/v1/chat/completions", origin=origin, **PREFLIGHT)
+    assert (preflight.status_code, preflight.headers[ALLOWED]) == (200, origin)
+    for key, status in ((KEY, 200), ("wrong", 401)):  # they need the key as well
+        reply = ask(shut_site, "GET", "/v1/models", origin=origin, authorization=f"Bearer {key}")
+        assert (reply.status_code, reply.headers[ALLOWED], reply.headers["vary"]) == (status, origin, "Origin")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["http://localhost.evil.example", "http://evil.localhost", "http://127.0.0.1.evil.example", "http://localhost:",
+     "http://127.0.0.2", "ftp://localhost", "http://evil@localhost", "http://0.0.0.0", "app://localhost", "null", ""],
+)  # fmt: skip
+def test_what_only_looks_like_this_machine_is_another_page(shut_site: Site, origin: str) -> None:
+    reply = ask(shut_site, "OPTIONS", "/v1/models", origin=origin, **PREFLIGHT)
+    assert (reply.status_code, ALLOWED in reply.headers) == (403, False)
 
 
 def test_all_origins(any_site: Site) -> None:
@@ -140,6 +162,21 @@ def test_a_page_without_a_key(open_site: Site) -> None:
     assert ask(open_site, "OPTIONS", "/v1/models", origin=PAGE, **PREFLIGHT).headers[ALLOWED] == PAGE
     assert ask(open_site, "OPTIONS", "/v1/models", origin=OTHER, **PREFLIGHT).status_code == 403
     assert ask(open_site, "GET", "/v1/models", origin=PAGE).headers[ALLOWED] == PAGE
+
+
+def test_without_a_key_a_request_of_another_page_is_refused_even_if_its_browser_did_not_ask(open_site: Site) -> None:
+    def post(origin: str, host: str = "localhost:8080", **headers: str) -> tuple[int, str | None]:
+        given = {"origin": origin, "host": host, "content-type": "application/json", **headers}
+        reply = httpx2.post(f"{open_site.url}/v1/chat/completions", json={"messages": say("hello")}, headers=given)
+        return reply.status_code, reply.json().get("error", {}).get("code")
+
+    before = len(open_site.cluster.requests)
+    for origin in (OTHER, "null", "http://localhost:8081", "http://moe:8080", "app://localhost:8080"):
+        assert post(origin) == (403, "forbidden_origin")
+    assert len(open_site.cluster.requests) == before
+    assert ask(open_site, "GET", "/v1/models", origin=OTHER).json()["error"]["code"] == "forbidden_origin"
+    for origin, host in ((PAGE, "localhost:8080"), ("http://localhost:8080", "LOCALHOST:8080"), ("https://moe", "moe")):
+        assert post(origin, host) == (200, None)
 
 
 # The flags.

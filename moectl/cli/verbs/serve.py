@@ -51,7 +51,8 @@ def worker() -> None:
     "allow_origin",
     multiple=True,
     metavar="ORIGIN",
-    help="Let in web pages of this origin, such as http://localhost:3000 (CORS; repeatable); '*', all, needs a key.",
+    help="Let in web pages of this origin, such as https://chat.example, and no others (CORS; repeatable). "
+    "'*', all, needs a key. Without the flag: pages of this machine (localhost).",
 )
 @click.option(
     "--allow-host",
@@ -66,7 +67,8 @@ def worker() -> None:
 def serve(common: Common, host: str, port: int, detach: bool, **options: Any) -> None:
     """Offer an OpenAI-compatible API.
 
-    Clients find it under http://HOST:PORT/v1. Ctrl-C stops serving and unloads the model.
+    Clients find it under http://HOST:PORT/v1. A browser finds a page with a chat under http://HOST:PORT/. Ctrl-C stops
+    serving and unloads the model.
 
     \b
     Examples:
