@@ -19,7 +19,7 @@ from moectl.cli.options import (
 )
 from moectl.cli.target import advise, choose_target, run_options
 from moectl.cli.terminal import log_printer
-from moectl.cli.verb import verb
+from moectl.cli.verb import flag, verb
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,12 +38,12 @@ def worker() -> None:
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen at; one that other machines reach needs a key.",
+    help="Address to listen at; beyond this machine needs a key.",
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen at; 0: any free one."
 )
-@click.option("--api-key", metavar="KEY", help="Key that clients have to send as their bearer token.")
+@flag("--api-key", rare=True, metavar="KEY", help="Key that clients have to send as their bearer token.")
 @click.option("--api-key-file", type=FILE, metavar="FILE", help="Read the key from the first line of this file.")
 @click.option(
     "--allow-origin",
@@ -53,8 +53,9 @@ def worker() -> None:
     metavar="ORIGIN",
     help="Let in web pages of this origin, such as http://localhost:3000 (CORS; repeatable); '*', all, needs a key.",
 )
-@click.option(
+@flag(
     "--allow-host",
+    rare=True,
     multiple=True,
     metavar="NAME",
     help="Another name of this server that clients may use without a key, such as host.docker.internal (repeatable).",
@@ -122,9 +123,9 @@ def _api_key(key: str | None, file: Path | None) -> str | None:
     return key
 
 
-@verb("Observe")
+@verb("Observe", old={"-t": "--timeout"})
 @click.option(
-    "-t", "--timeout", type=Duration(), default="10s", show_default=True, help="Time for answers in progress to end."
+    "--timeout", type=Duration(), default="10s", show_default=True, help="Time for answers in progress to end."
 )
 @click.option("--now", is_flag=True, help="Do not wait for answers in progress.")
 @common
