@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from moectl import __version__
-from moectl.cli.verb import Verbs
+from moectl.cli.options import Common, common
+from moectl.cli.verb import Verbs, verb
 from moectl.cli.verbs import (
     bench,
     deploy,
@@ -26,20 +27,40 @@ from moectl.cli.verbs.hosts import hosts
 from moectl.cli.verbs.serve import worker
 
 
-def _print_versions(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
+def _versions() -> dict[str, str | None]:
     import platform
     from importlib import metadata
 
-    click.echo(f"moectl {__version__}")
+    found: dict[str, str | None] = {"moectl": __version__}
     for name in ("mlx", "mlx-lm"):
         try:
-            click.echo(f"{name} {metadata.version(name)}")
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            click.echo(f"{name} not installed")
-    click.echo(f"Python {platform.python_version()}")
-    ctx.exit()
+            found[name] = None
+    return {**found, "Python": platform.python_version()}
+
+
+def _versions_text() -> str:
+    return "\n".join(f"{name} {version or 'not installed'}" for name, version in _versions().items())
+
+
+def _print_versions(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        click.echo(_versions_text())
+        ctx.exit()
+
+
+@verb("Other")
+@common
+def version(common: Common) -> None:
+    """Show the versions of moectl, mlx, mlx-lm and Python.
+
+    \b
+    Examples:
+      moectl version
+      moectl version --json
+    """
+    common.print(_versions_text(), {"schema": "moectl.version/1", "versions": _versions()})
 
 
 @click.group(
@@ -49,6 +70,7 @@ def _print_versions(ctx: click.Context, param: click.Parameter, wanted: bool) ->
 @click.option(
     "-V",
     "--version",
+    "versions_wanted",
     is_flag=True,
     is_eager=True,
     expose_value=False,
@@ -61,7 +83,7 @@ def cli() -> None:
     \b
     Examples:
       moectl run "What is expert parallelism?"
-      moectl shard databricks/dbrx-instruct -n 4 && moectl deploy hosts.txt && moectl run
+      moectl shard databricks/dbrx-instruct --nodes 4 && moectl deploy hosts.txt && moectl run
       moectl help troubleshooting
     """
 
@@ -80,10 +102,12 @@ for _verb in (
     status.status,
     logs.logs,
     list_.list_,
+    list_.rm,
     deploy.uninstall,
     serve.controller,
     doctor.doctor,
     help.help_,
+    version,
     hosts,
     worker,
     completion,
@@ -92,3 +116,4 @@ for _verb in (
     cli.add_command(_verb)
 
 cli.add_command(status.status, "ps")
+cli.add_command(list_.list_, "ls")

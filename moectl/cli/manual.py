@@ -14,7 +14,7 @@ import click
 from moectl import __date__, __version__
 from moectl.cli.guides import TOPICS, Guide, read_guide
 from moectl.cli.roff import NEEDS_TBL, RAGGED, below, bold, escape, literal, sentences, to_roff
-from moectl.cli.verb import Verb, Verbs
+from moectl.cli.verb import Verb, Verbs, value_name
 from moectl.errors import StateError
 from moectl.files import write_whole
 
@@ -327,23 +327,8 @@ def _argument(argument: click.Argument) -> str:
 def _option(option: click.Option) -> str:
     # By length: before click 8.5 those of --help come in any order.
     spellings = ", ".join(map(bold, sorted((*option.opts, *option.secondary_opts), key=len)))
-    value = _value_name(option)
+    value = value_name(option)
     return rf"{spellings} \fI{escape(value, code=True)}\fR" if value else spellings
-
-
-def _value_name(option: click.Option) -> str:
-    """Return what stands for an option's value; click's own names differ between its versions."""
-    if option.is_flag or option.count:
-        return ""
-    if option.metavar:
-        return option.metavar
-    if isinstance(option.type, click.Choice):
-        return "|".join(map(str, option.type.choices))
-    if isinstance(option.type, click.Path):
-        return "FILE" if not option.type.dir_okay else "DIR" if not option.type.file_okay else "PATH"
-    if isinstance(option.type, click.types.IntParamType | click.types.FloatParamType):
-        return "N"
-    return "TIME" if option.type.name == "duration" else (option.name or "").upper()
 
 
 def _option_text(option: click.Option) -> str:

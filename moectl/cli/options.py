@@ -16,6 +16,7 @@ import click
 
 from moectl import errors
 from moectl.cli import suggest
+from moectl.cli.verb import flag
 
 if TYPE_CHECKING:
     from moectl.hosts.hostfile import HostList
@@ -28,6 +29,19 @@ Q_BITS = click.Choice([2, 3, 4, 6, 8, 16])
 Q_MODE = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
 Q_RECIPE = click.Choice(["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
 FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class Tokens(click.ParamType[int]):
+    """A number of tokens, 1 or more, written as 32768 or 32k (1024 each)."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([0-9]+)(k?)", str(value).strip().lower())
+        tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
+        if tokens < 1:
+            self.fail(f"{value!r} is no number of tokens: write 32768 or 32k", param, ctx)
+        return tokens
 
 
 class Duration(click.ParamType[float]):
@@ -110,23 +124,33 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
 
 
 _common_options = _together(
-    click.option("-H", "--hosts", metavar="LIST", shell_complete=suggest.host_list, help="Hosts in rank order: a,b,c."),
-    click.option(
+    flag(
+        "-H",
+        "--hosts",
+        metavar="LIST",
+        shell_complete=suggest.host_list,
+        help="Hosts in rank order: a,b,c.",
+        group="Hosts and output",
+    ),
+    flag(
         "--hostfile",
         metavar="FILE",
         envvar="MOECTL_HOSTFILE",
         shell_complete=suggest.files,
-        help="Hosts file: hosts.txt or MLX's JSON; - is standard input.",
+        help="Hosts file, moectl-hosts(5); - is standard input.",
+        group="Hosts and output",
     ),
-    click.option("--json", is_flag=True, help="Print one JSON document."),
-    click.option("-q", "--quiet", is_flag=True, help="Print results only."),
-    click.option("-v", "--verbose", count=True, help="Show what happens, and the workers' logs."),
-    click.option(
+    flag("--json", is_flag=True, help="Print one JSON document.", group="Hosts and output"),
+    flag("-q", "--quiet", is_flag=True, help="Print results only.", group="Hosts and output"),
+    flag("-v", "--verbose", count=True, help="Show what happens, and the workers' logs.", group="Hosts and output"),
+    flag(
         "--color",
         type=click.Choice(["auto", "always", "never"]),
         default="auto",
         show_default=True,
         help="Use colours; auto: only on a terminal.",
+        group="Hosts and output",
+        rare=True,
     ),
 )
 
@@ -183,14 +207,15 @@ def was_given(name: str) -> bool:
 
 
 restart_options = _together(
-    click.option("--no-restart", is_flag=True, help="When a worker fails, do not restart it: end with its error."),
-    click.option(
+    flag("--no-restart", is_flag=True, help="When a worker fails, do not restart it: end with its error.", rare=True),
+    flag(
         "--max-restarts",
         type=click.IntRange(0),
         default=5,
         show_default=True,
         metavar="N",
         help="Restart failed workers at most N times in ten minutes, and go on with the answers.",
+        rare=True,
     ),
 )
 
@@ -205,106 +230,159 @@ MAX_START_S = 86400.0
 
 # Which model to run, where and how; cli.target reads them.
 target_options = _together(
-    click.option("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine."),
-    click.option(
-        "--shards", metavar="DIR", shell_complete=suggest.shard_sets, help="Use this shard set on this machine."
+    flag("--demo", is_flag=True, help="Use the bundled demo model: a toy.", group="Model"),
+    flag("--local", type=click.IntRange(1), metavar="N", help="Run N ranks on this machine.", group="Model"),
+    flag(
+        "--shards",
+        metavar="DIR",
+        shell_complete=suggest.shard_sets,
+        help="Use this shard set on this machine.",
+        group="Model",
     ),
-    click.option(
+    flag(
+        "-m",
         "--model",
         metavar="DIR|REPO",
         shell_complete=suggest.models,
-        help="Use this model on this machine; sharded first when needed.",
+        help="Use this model here; cut it first where needed.",
+        group="Model",
     ),
-    click.option("--split", type=SPLIT, help="For --model: how ranks share the work (default: auto)."),
-    click.option("--shares", metavar="A,B,…", help="For --model: uneven parts, a number for each rank."),
-    click.option("--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert."),
-    click.option("--q-bits", type=Q_BITS, help="For --model: bits per weight."),
-    click.option("--force", is_flag=True, help="Try it although there is too little memory."),
-    click.option("--no-canary", is_flag=True, help="Do not check at the start that every rank computes right results."),
-    click.option(
+    flag(
+        "--split", type=SPLIT, help="For --model: how ranks share the work (default: auto).", group="Model", rare=True
+    ),
+    flag(
+        "--shares", metavar="A,B,…", help="For --model: uneven parts, a number for each rank.", group="Model", rare=True
+    ),
+    flag(
+        "--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert.", group="Model", rare=True
+    ),
+    flag("--q-bits", type=Q_BITS, help="For --model: bits per weight.", group="Model", rare=True),
+    flag("--force", is_flag=True, help="Try it although there is too little memory.", group="Model", rare=True),
+    flag(
+        "--no-canary",
+        is_flag=True,
+        help="Do not check at the start that every rank computes right results.",
+        group="Model",
+        rare=True,
+    ),
+    flag(
         "--agree-routing",
         is_flag=True,
         help="Rank 0 chooses the experts for all ranks; for hosts with different chips.",
+        group="Model",
+        rare=True,
     ),
-    click.option("--paranoia", is_flag=True, help="Let all ranks compare their results again and again."),
-    click.option(
+    flag(
+        "--paranoia",
+        is_flag=True,
+        help="Let all ranks compare their results again and again.",
+        group="Model",
+        rare=True,
+    ),
+    flag(
         "--backend",
         type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]),
         default="auto",
         show_default=True,
         help="How ranks exchange numbers: ring uses TCP, jaccl uses RDMA; --split layers uses ring only.",
+        group="Model",
+        rare=True,
     ),
-    click.option(
+    flag(
         "--start-timeout",
         type=click.FloatRange(1, MAX_START_S),
         default=30.0,
         show_default=True,
         metavar="SECONDS",
         help="Time for all ranks to join and load the model.",
+        group="Model",
+        rare=True,
     ),
-    click.option(
+    flag(
         "--prefill-step",
         type=click.IntRange(1),
         metavar="TOKENS",
         help="Tokens of a prompt to read in one step; other answers wait for one step at most "
         "(default: 512; fewer with --split layers on slower Macs).",
+        group="Model",
+        rare=True,
     ),
-    click.option(
+    flag(
         "--speculate",
         type=click.IntRange(0, 64),
         default=0,
         show_default=True,
         metavar="TOKENS",
         help="Guess up to TOKENS from the text so far, and check them in one pass.",
+        group="Model",
+        rare=True,
     ),
-    click.option(
+    flag(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
         help="Numbers to compute with (default: the device's).",
+        group="Model",
+        rare=True,
     ),
 )
 
 # How to place a model on ranks and to quantise it; cli.target.read_wanted reads them.
 WANTED = ("split", "shares", "replicas", "q_bits", "q_group_size", "q_mode", "q_recipe", "routing_stats")
 wanted_options = _together(
-    click.option(
+    flag(
         "--split",
         type=SPLIT,
         default="auto",
         show_default=True,
-        help="How ranks share the work; auto: the fastest split that fits.",
+        help="How ranks share the work; auto: the fastest.",
     ),
-    click.option(
+    flag(
         "--shares",
         metavar="A,B,…",
-        help="Uneven parts, a number for each rank: 2,1,1 gives the first one half of the model.",
+        help="Uneven parts, a number for each rank: 2,1,1.",
     ),
-    click.option(
-        "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Copies of each whole expert."
+    flag(
+        "--replicas",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Copies of each whole expert.",
+        rare=True,
     ),
-    click.option("--q-bits", type=Q_BITS, help="Bits per weight; 16: not quantised (default: as the model is)."),
-    click.option("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's)."),
-    click.option("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's mode of quantisation."),
-    click.option(
-        "--q-recipe", type=Q_RECIPE, help="One of mlx-lm's mixtures: more bits for the layers that need them."
+    flag("--q-bits", type=Q_BITS, help="Bits per weight; 16: not quantised (default: as the model is)."),
+    flag("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's).", rare=True),
+    flag("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's mode of quantisation.", rare=True),
+    flag(
+        "--q-recipe",
+        type=Q_RECIPE,
+        help="One of mlx-lm's mixtures: more bits for the layers that need them.",
+        rare=True,
     ),
-    click.option(
-        "--routing-stats", type=FILE, metavar="FILE", help="Place whole experts by what 'moectl bench' counted."
+    flag(
+        "--routing-stats",
+        type=FILE,
+        metavar="FILE",
+        help="Place whole experts by what 'moectl bench' counted.",
+        rare=True,
     ),
 )
 
 # How to cut a model.
 cut_options = _together(
-    click.option(
-        "-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Directory of the shard set."
-    ),
+    flag("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Directory of the shard set."),
     wanted_options,
-    click.option("--revision", help="Branch, tag or commit on the Hub."),
-    click.option(
-        "--tokenizer", metavar="REPO|DIR", help="Take the tokenizer from here (default: the model's own, or DBRX's)."
+    flag("--revision", help="Branch, tag or commit on the Hub.", rare=True),
+    flag(
+        "--tokenizer",
+        metavar="REPO|DIR",
+        help="Take the tokenizer from here (default: the model's own, or DBRX's).",
+        rare=True,
     ),
-    click.option("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache."),
-    click.option(
-        "--no-canary", is_flag=True, help="Do not compute the canary, with which later starts compare results."
+    flag("--keep-source", is_flag=True, help="Keep downloaded files in the Hugging Face cache.", rare=True),
+    flag(
+        "--no-canary",
+        is_flag=True,
+        help="Do not compute the canary, with which later starts compare results.",
+        rare=True,
     ),
 )

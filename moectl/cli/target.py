@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from moectl import errors
 from moectl.cli.options import Common, refuse_both
@@ -20,9 +23,50 @@ if TYPE_CHECKING:
     from moectl.session.target import Target
     from moectl.shards.prepare import Bars, Made, Wanted
 
+DEMO_SAYS = "the demo answers, a toy. Name a model with -m MODEL; --demo asks for the toy"
 PARANOIA = (
     32  # steps from one comparison to the next: often enough to stop nonsense soon, and seldom enough to cost nothing
 )
+
+
+# What other tools call a model, with a size, a version or a tag: llama3, qwen2.5-coder:7b, gpt-oss:20b.
+_ELSEWHERE = re.compile(
+    r"(llama|codellama|qwen|mistral|mixtral|gemma|phi|gpt|deepseek|dbrx|glm|kimi|granite|olmo|minimax|falcon|smollm)"
+    r"[\w.-]*[\d:][\w.:-]*",
+    re.IGNORECASE,
+)
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]*[\d-][\w.-]*", re.ASCII)
+
+
+def take_model(common: Common, words: tuple[str, ...], options: dict[str, Any]) -> tuple[str, ...]:
+    """Return the words of a prompt without the model with which they begin; that one goes into the options.
+
+    Raises UsageError where the first word is a model's name in other tools, and names nothing here.
+    """
+    from moectl.model.catalog import MODELS
+    from moectl.model.manifest import NAME as MANIFEST
+    from moectl.paths import data_dir
+    from moectl.session.deployment import find_deployment
+
+    first = words[0] if words else ""
+    if not first or first.split() != [first] or any(options[name] for name in ("model", "shards", "demo")):
+        return words
+    deployment = find_deployment()
+    here = Path(first).expanduser()
+    if deployment is not None and first == deployment.name:
+        return words[1:]
+    if any((root / MANIFEST).is_file() for root in (here, data_dir() / "shards" / first)):
+        options["shards"] = first
+    elif (here / "config.json").is_file() or first in MODELS or (len(words) > 1 and _REPOSITORY.fullmatch(first)):
+        options["model"] = first
+    elif _ELSEWHERE.fullmatch(first):
+        raise errors.UsageError(
+            f"{first!r} looks like a model, and there is no shard set of this name here", hint="moectl list"
+        )
+    else:
+        return words
+    common.say(f"The model is {first}.")
+    return words[1:]
 
 
 def run_options(flags: dict[str, Any]) -> RunOptions:
@@ -45,10 +89,11 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
     from moectl.session import target as target_
     from moectl.shards.prepare import Wanted, find_shards
 
-    local, shards, model = options["local"], options["shards"], options["model"]
+    local, shards, model, demo = options["local"], options["shards"], options["model"], options["demo"]
     here = {"--local": local, "--shards": shards, "--model": model}
     cutting = {f"--{name.replace('_', '-')}": options[name] for name in ("split", "shares", "replicas", "q_bits")}
     force = options["force"]
+    refuse_both({"--demo": demo}, {"--shards": shards, "--model": model, "--hosts": common.hosts})
     refuse_both({"--shards": shards}, {"--model": model, **cutting})
     refuse_both({"--hosts": common.hosts, "--hostfile": common.hostfile}, here)
     if shards:
@@ -60,7 +105,7 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
             )
         check_here(manifest, force=force, say=common.say)
         return target_.Local(directory, manifest)
-    if not (local or model):
+    if not (local or model or demo):
         deployment = target_.find_deployment(common.host_list())
         if deployment is not None:
             refuse_both({f"the deployment {deployment.name}": True}, cutting)
@@ -68,7 +113,9 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
             with contextlib.suppress(errors.NotSharded, errors.IntegrityError):  # the copy on this machine may be gone
                 check_hosts(hosts, read_manifest(Path(deployment.shards)), force=force, warn=common.say)
             return deployment
-        common.say("No hosts and nothing deployed: the bundled demo model answers on 2 local ranks.")
+    if not (model or demo):
+        # Also under --quiet: a toy's answer must not be taken for a real model's.
+        click.echo(f"Warning: no model is named{'' if local else ', and none is deployed'}: {DEMO_SAYS}", err=True)
     shares = read_shares(options["shares"])
     nodes = local or (None if shares else 2)
     wanted = Wanted(options["split"] or "auto", nodes, shares, options["replicas"] or 1, bits=options["q_bits"])

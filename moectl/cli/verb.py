@@ -1,11 +1,12 @@
-"""What every verb is to click: its section of `moectl --help`, its examples, its exit status. It knows no verb.
+"""What every verb is to click: its section of `moectl --help`, its options in groups, its examples. It knows no verb.
 
 Examples are at the end of a verb's docstring: a line of \\b, `Examples:`, and indented command lines. `--help` and the
-man page show them below the options.
+man page show them below the options. `--help` leaves out what few people need; `--help-all` and the man page have it.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import shlex
@@ -16,7 +17,7 @@ import click
 from moectl.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 SECTIONS = ("Prepare", "Use", "Observe", "Other")
 EXIT_CODES = {
@@ -37,8 +38,35 @@ _MANY = 4  # more verbs than this have the option: then the hint names none of t
 _EXAMPLES = re.compile(r"\n*\x08\nExamples?:\n((?: +.*\n?)+)")
 
 
+class Flag(click.Option):
+    """An option with its group in the help; `--help` leaves out a `rare` one."""
+
+    def __init__(self, *args: Any, group: str = "Options", rare: bool = False, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self.group = group
+        self.rare = rare
+
+
+flag = functools.partial(click.option, cls=Flag)
+
+
+def value_name(option: click.Option) -> str:
+    """Return what stands for an option's value; click's own names differ between its versions."""
+    if option.is_flag or option.count:
+        return ""
+    if option.metavar:
+        return option.metavar
+    if isinstance(option.type, click.Choice):
+        return "|".join(map(str, option.type.choices))
+    if isinstance(option.type, click.Path):
+        return "FILE" if not option.type.dir_okay else "DIR" if not option.type.file_okay else "PATH"
+    if isinstance(option.type, click.types.IntParamType | click.types.FloatParamType):
+        return "N"
+    return "TIME" if option.type.name == "duration" else (option.name or "").upper()
+
+
 class _WithExamples(click.Command):
-    """A command whose help ends with examples and the exit status."""
+    """A command whose help ends with examples, and says where the rest is."""
 
     examples: tuple[str, ...]  # as typed at a prompt
 
@@ -55,16 +83,10 @@ class _WithExamples(click.Command):
         return self.get_short_help_str(limit=1000)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples and the exit status."""
+        """Write the examples."""
         if self.examples:
             with formatter.section("Examples"):
                 formatter.write("".join(f"{'':{formatter.current_indent}}{line}\n" for line in self.examples))
-        with formatter.section("Exit status"):
-            indent = " " * formatter.current_indent
-            # A line must not end between a code and its meaning.
-            codes = "   ".join(f"{code} {text}".replace(" ", "\N{NO-BREAK SPACE}") for code, text in EXIT_CODES.items())
-            text = click.formatting.wrap_text(codes, formatter.width, indent, indent)
-            formatter.write(text.replace("\N{NO-BREAK SPACE}", " ") + "\n")
 
 
 def _reads(ctx: click.Context, verb: click.Command, words: list[str]) -> bool:
@@ -75,13 +97,75 @@ def _reads(ctx: click.Context, verb: click.Command, words: list[str]) -> bool:
         return False
 
 
-class Verb(_WithExamples):
-    """One verb, and the section of `moectl --help` in which it stands."""
+def _is_rare(option: click.Option) -> bool:
+    return isinstance(option, Flag) and option.rare
 
-    def __init__(self, *args: Any, section: str = "Other", **kw: Any) -> None:
+
+def _help_row(option: click.Option) -> tuple[str, str]:
+    """Return an option's names and its text; limits are told by the man page, and by the error."""
+    short, long = (sorted(names, key=len) for names in (option.opts, option.secondary_opts))
+    names, value = ", ".join(short) + (f" / {', '.join(long)}" if long else ""), value_name(option)
+    shown = option.show_default and option.default is not None
+    text = f"{option.help or ''}{f'  [default: {option.default}]' if shown else ''}"
+    if isinstance(option.type, click.Choice) and len(value) > _LONG_VALUE:
+        text, value = f"{text} ({value})", (option.name or "").upper()
+    return f"{names} {value}".rstrip(), text
+
+
+def _show_all(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        ctx.meta[_ALL] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
+_ALL = "moectl.help-all"
+_COLUMN = 28  # of the options' names
+_LONG_VALUE = 12
+_HELP_ALL = click.Option(
+    ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help="Show all options."
+)
+
+
+class Verb(_WithExamples):
+    """One verb, and the section of `moectl --help` in which it stands.
+
+    `old` are letters that had another meaning in the last version: they still work, with a warning.
+    """
+
+    def __init__(self, *args: Any, section: str = "Other", old: Mapping[str, str] | None = None, **kw: Any) -> None:
         super().__init__(*args, **kw)
         assert section in SECTIONS
         self.section = section
+        self._old = old or {}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the line, with old letters as what they mean today."""
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [*filter(None, map(self._read_old, args[:end])), *args[end:]])
+
+    def _read_old(self, word: str) -> str:
+        new = self._old.get(word[:2])
+        if new is None:
+            return word
+        click.echo(f"Warning: {word[:2]} will not mean this in the next version: write {new}", err=True)
+        return f"{new}={word[2:].removeprefix('=')}" if word[2:] else new
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the parameters, --help-all among them where --help leaves something out."""
+        found = super().get_params(ctx)
+        return [*found, _HELP_ALL] if any(getattr(each, "rare", False) for each in found) else found
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options by group; without what is rare, unless --help-all asks for it."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for each in self.get_params(ctx):
+            if isinstance(each, click.Option) and not each.hidden and (_ALL in ctx.meta or not _is_rare(each)):
+                groups.setdefault(getattr(each, "group", "Options"), []).append(_help_row(each))
+        column = min(_COLUMN, max(len(name) for rows in groups.values() for name, _ in rows))
+        for group, rows in groups.items():
+            with formatter.section(group):
+                formatter.write_dl([(name.ljust(column), text) for name, text in rows], col_max=_COLUMN)
 
 
 class Verbs(_WithExamples, click.Group):
@@ -146,7 +230,7 @@ class Verbs(_WithExamples, click.Group):
 
 
 def verb(
-    section: str = "Other", *, name: str | None = None, hidden: bool = False
+    section: str = "Other", *, name: str | None = None, hidden: bool = False, old: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., Any]], Verb]:
-    """Make a function a verb, by its own name or another, listed in a section of `moectl --help`."""
-    return click.command(name, cls=Verb, section=section, hidden=hidden)
+    """Make a function a verb, by its own name or another, listed in a section of `moectl --help`; `old`: see Verb."""
+    return click.command(name, cls=Verb, section=section, hidden=hidden, old=old)

@@ -97,7 +97,7 @@ def main(layers: str = "40", rate: str = "") -> None:
         model, alone, fed = str(scratch / "model"), scratch / "alone", scratch / "fed"
         source = write_checkpoint(Path(model), int(layers))
         os.sync()
-        cut_s = time_moectl("shard", model, "-n", str(RANKS), *CUT, "-o", str(alone))
+        cut_s = time_moectl("shard", model, "--nodes", str(RANKS), *CUT, "-o", str(alone))
         output = sum(f.bytes for f in read_manifest(alone).files.values())
         rate = rate or f"{8 * output / cut_s / 1e6:.0f}mbit"
         print(f"source {source / 1e6:.0f} MB, shards {output / 1e6:.0f} MB for {RANKS} hosts, link {rate}")

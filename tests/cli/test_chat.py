@@ -529,7 +529,7 @@ def test_show_tells_the_model_and_the_settings(tmp_path: Path) -> None:
 def test_an_answer_cut_at_max_tokens_says_so(tmp_path: Path) -> None:
     with Talk(tmp_path) as talk:
         talk.ready()
-        assert talk.enter("long story")[1] == "[ended at max_tokens, 256: /set max_tokens 1024 allows more]"
+        assert talk.enter("long story")[1] == "[cut after 256 tokens: /set max_tokens 1024 allows more]"
 
 
 def test_a_saved_chat_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -43,11 +43,11 @@ def test_an_option_goes_where_the_hint_puts_it(call: Any) -> None:
 @pytest.mark.long
 def test_as_many_ranks_as_the_hint_says_are_taken(call: Any, tmp_path: Path) -> None:
     model = write_words(write_checkpoint(tmp_path / "tiny"))
-    assert call("shard", str(model), "-n", "1", "-o", "set", "--no-canary")[0] == 0
+    assert call("shard", str(model), "--nodes", "1", "-o", "set", "--no-canary")[0] == 0
     code, _, err = call("run", "--shards", "set", "--local", "3", "hi")
     hint = hint_of(err)
     assert (code, hint) == (2, "use --local 1")
-    words = ("--raw", "-m", "2", "--keep-alive", "0", "hi")
+    words = ("--raw", "--max-tokens", "2", "--keep-alive", "0", "hi")
     code, out, err = call("run", "--shards", "set", *hint.removeprefix("use ").split(), *words)
     assert (code, bool(out)) == (0, True), err
 
@@ -55,8 +55,8 @@ def test_as_many_ranks_as_the_hint_says_are_taken(call: Any, tmp_path: Path) -> 
 @pytest.mark.long
 def test_a_text_as_it_is_as_the_hint_says_needs_no_template(call: Any, tmp_path: Path) -> None:
     model = write_words(write_checkpoint(tmp_path / "tiny", n_layers=1))
-    assert call("shard", str(model), "-n", "1", "-o", "set", "--no-canary")[0] == 0
-    words = ("run", "--shards", "set", "-m", "2", "--keep-alive", "0", "a b")
+    assert call("shard", str(model), "--nodes", "1", "-o", "set", "--no-canary")[0] == 0
+    words = ("run", "--shards", "set", "--max-tokens", "2", "--keep-alive", "0", "a b")
     code, _, err = call(*words)
     hint = hint_of(err)
     assert (code, hint) == (2, "send the text as it is: moectl run --raw, or /v1/completions")
@@ -65,7 +65,7 @@ def test_a_text_as_it_is_as_the_hint_says_needs_no_template(call: Any, tmp_path:
 
 def test_the_context_takes_a_prompt_as_short_as_the_hint_says(call: Any) -> None:
     demo = Path(__file__).parent.parent.parent / "moectl/demo/moectl-demo"
-    words = ("bench", "--model", str(demo), "--local", "1", "-g", "2", "-n", "1")
+    words = ("bench", "--model", str(demo), "--local", "1", "-g", "2", "--num-trials", "1")
     code, _, err = call(*words, "-p", "5000")
     hint = hint_of(err)
     assert code == 2

@@ -72,14 +72,15 @@ def call(site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     return call
 
 
+CUT = "[cut after 5 tokens: --max-tokens 20 allows more; without it, the context decides]\n"
 THOUGHT, ANSWER = "0:0 0:1 0:2 ", "0:3 0:4 "
 
 
 def test_a_pipe_gets_the_thinking_before_the_answer_as_plain_text(call: Call) -> None:
     shown = f"Thinking...\n{THOUGHT}\n...done thinking.\n\n{ANSWER}\n"
-    assert call("--color", "always", "-m", "5", "ponder") == (0, shown, "")
-    assert call("-m", "5", "--hide-thinking", "ponder") == (0, ANSWER + "\n", "")
-    assert call("-m", "5", "hello") == (0, THOUGHT + ANSWER + "\n", "")
+    assert call("--color", "always", "--max-tokens", "5", "ponder") == (0, shown, CUT)
+    assert call("--max-tokens", "5", "--hide-thinking", "ponder") == (0, ANSWER + "\n", CUT)
+    assert call("--max-tokens", "5", "hello") == (0, THOUGHT + ANSWER + "\n", CUT)
 
 
 def test_json_has_the_thinking_in_a_field_of_its_own(call: Call) -> None:
@@ -88,17 +89,17 @@ def test_json_has_the_thinking_in_a_field_of_its_own(call: Call) -> None:
         (["--hide-thinking", "ponder"], None, ANSWER),
         (["hello"], None, THOUGHT + ANSWER),
     ):
-        code, out, _ = call("--json", "-m", "5", *words)
+        code, out, _ = call("--json", "--max-tokens", "5", *words)
         found = json.loads(out)
         assert (code, found["thinking"], found["text"], found["finish_reason"]) == (0, thinking, text, "length")
         assert found["stats"]["thinking_tokens"] == (3 if words[-1] == "ponder" else 0)
 
 
 def test_an_answer_that_ends_before_it_begins_says_so(call: Call) -> None:
-    code, out, err = call("-m", "2", "ponder")
+    code, out, err = call("--max-tokens", "2", "ponder")
     assert (code, out) == (0, "Thinking...\n0:0 0:1 \n")
-    assert err == "[ended at --max-tokens 2, before the answer: a larger number allows more]\n"
-    code, out, err = call("-m", "2", "--hide-thinking", "-q", "ponder")
+    assert err == CUT.replace("5 tokens", "2 tokens, before the answer").replace("20 allows", "8 allows")
+    code, out, err = call("--max-tokens", "2", "--hide-thinking", "-q", "ponder")
     assert (code, out, err) == (0, "\n", "")
 
 

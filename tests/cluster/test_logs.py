@@ -238,7 +238,7 @@ def start_moectl(*words: str) -> subprocess.Popen[str]:
 def test_logs_as_a_user_types_it(
     sshd: Server, recorded: Deployment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    follow = start_moectl("logs", "-f", "-t")
+    follow = start_moectl("logs", "-f")
     assert follow.stdout is not None
     assert [follow.stdout.readline() for _ in range(2)] == [
         "[node0] 2026-11-20T17:40:00Z rank 0 starts\n",
@@ -251,9 +251,9 @@ def test_logs_as_a_user_types_it(
     assert (follow.returncode, stderr.strip()) == (130, "Interrupted.")
     wait_for(lambda: not any(readers_of(log_of(recorded, rank)) for rank in range(2)))
 
-    out, _ = start_moectl("logs", "node1", "-n", "1").communicate(timeout=30)
+    out, _ = start_moectl("logs", "node1", "--tail", "1").communicate(timeout=30)
     assert out == "request 1\n"
-    out, _ = start_moectl("logs", "--json", "-n", "1").communicate(timeout=30)
+    out, _ = start_moectl("logs", "--json", "--tail", "1").communicate(timeout=30)
     document = json.loads(out)
     assert document["schema"] == "moectl.logs/1"
     assert [(line["host"], line["rank"], line["text"]) for line in document["lines"]] == [
@@ -264,7 +264,7 @@ def test_logs_as_a_user_types_it(
     dead = DeployedRank(Host(sshd.add_alias("dead", f"Port {find_free_port()}")), sys.executable, "/x", "/x")
     for ranks, code in (((recorded.ranks[0], dead), 3), ((dead,), 5)):
         write_deployment(replace(recorded, ranks=ranks))
-        assert run(capsys, monkeypatch, "logs", "-n", "1")[0] == code
+        assert run(capsys, monkeypatch, "logs", "--tail", "1")[0] == code
     write_deployment(recorded)
     # A reader that was cut off, not let go: its leash tells it.
     killed = start_moectl("logs", "-f", "--json")

@@ -104,7 +104,7 @@ def test_plan_measures_this_machine_and_bench_compares() -> None:
     [speed] = document["measured"]["speeds"]
     assert speed["split"] == document["split"] == "hidden"
     assert document["prediction"]["decode_tok_s"] > 0
-    words = ("--local", "2", "--model", DEMO, "-p", "16", "-g", "8", "-n", "1", "--json")
+    words = ("--local", "2", "--model", DEMO, "-p", "16", "-g", "8", "--num-trials", "1", "--json")
     measured = json.loads(invoke("bench", *words).stdout)
     assert measured["predicted"]["decode_tok_s"] == pytest.approx(document["prediction"]["decode_tok_s"], rel=0.5)
     other = json.loads(invoke("bench", *words, "--split", "experts").stdout)

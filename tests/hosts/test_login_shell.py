@@ -151,6 +151,6 @@ def test_a_model_runs_on_a_host_whose_shell_prints(ip: str, size: int, tmp_path:
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        moectl("shard", str(DEMO), "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
+        moectl("shard", str(DEMO), "--nodes", "1", "-o", str(tmp_path / "set"), "--no-canary")
         moectl("deploy", str(hosts), "--shards", str(tmp_path / "set"))
-        assert moectl("run", "--keep-alive", "0", "-m", "8", "What is expert parallelism?").strip()
+        assert moectl("run", "--keep-alive", "0", "--max-tokens", "8", "What is expert parallelism?").strip()

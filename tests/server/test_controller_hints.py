@@ -21,7 +21,7 @@ from tests.support.running import wait_for
 from tests.support.tiny import write_checkpoint, write_words
 
 Call = Callable[..., tuple[int, str, str]]
-QUESTION = ("run", "--local", "1", "-m", "2", "--keep-alive", "5m", "hi")
+QUESTION = ("run", "--local", "1", "--max-tokens", "2", "--keep-alive", "5m", "hi")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_after_moectl_stop_as_the_hints_say_the_command_succeeds(call: Call) -> 
     assert (code, hint_of(err)) == (8, "moectl stop, then run it again")
     assert call("stop")[0] == 0
     assert call(*QUESTION, "--dtype", "bfloat16")[0] == 0
-    bench = ("bench", "--local", "1", "-p", "4", "-g", "2", "-n", "1")
+    bench = ("bench", "--local", "1", "-p", "4", "-g", "2", "--num-trials", "1")
     code, _, err = call(*bench)
     assert (code, hint_of(err)) == (8, "moectl stop")
     assert call("stop")[0] == 0

@@ -537,7 +537,7 @@ def test_the_verb_with_everything(source: Path, tmp_path: Path) -> None:
     plan.write_text(json.dumps({**planned, "prediction": {"decode_tok_s": 1, "prefill_tok_s": 2, "ttft_s": 3}}))
     files = ("--plan", str(plan), "--routing-stats", str(stats), "--plot", str(picture))
     target = ("--model", str(source), "--local", "2", "--split", "experts")
-    done = moectl(*target, "-p", "16", "-g", "4", "-n", "2", "--json", *files)
+    done = moectl(*target, "-p", "16", "-g", "4", "--num-trials", "2", "--json", *files)
     document = json.loads(done.stdout)
     assert document["model"] == "tiny-dbrx-bf16-experts-2"
     assert (document["prompt_tokens"], document["generation_tokens"], len(document["trials"])) == (16, 4, 2)
@@ -564,7 +564,7 @@ def test_the_verb_with_everything(source: Path, tmp_path: Path) -> None:
         (("--routing-stats", "absent/x.json"), "is not a directory that can be written to"),
         (("--plan", "absent.json"), "absent.json cannot be read"),
         (("-g", "1"), "1 is not in the range x>=2"),
-        (("-n", "0"), "0 is not in the range x>=1"),
+        (("--num-trials", "0"), "0 is not in the range x>=1"),
         (("--local", "1", "-p", "5000"), "use -p 1920, or less"),
     ],
 )
@@ -578,7 +578,7 @@ def test_wrong_words_are_usage_errors(
 @pytest.mark.long
 def test_a_dense_model_has_no_choices_to_count(tmp_path: Path) -> None:
     source = write_words(write_family("llama", tmp_path / "llama"))
-    measure = ("--model", str(source), "--local", "2", "-p", "8", "-g", "3", "-n", "1")
+    measure = ("--model", str(source), "--local", "2", "-p", "8", "-g", "3", "--num-trials", "1")
     refused = moectl(*measure, "--routing-stats", str(tmp_path / "routing.json"), code=2).stderr
     assert "has no experts: there are no choices to count" in refused
     assert "Hint: leave --routing-stats out" in refused
@@ -602,7 +602,7 @@ def test_what_the_hints_about_its_files_say_is_done(source: Path, tmp_path: Path
     with pytest.raises(PlanError) as refused:
         find_frequencies(Wanted(routing=others), structure)
     assert refused.value.hint == "moectl bench --routing-stats FILE counts this model's"
-    measure = ("--model", str(source), "--local", "1", "-p", "8", "-g", "3", "-n", "1")
+    measure = ("--model", str(source), "--local", "1", "-p", "8", "-g", "3", "--num-trials", "1")
     earlier.write_text(moectl(*measure, "--routing-stats", str(stats), "--json").stdout)
     assert find_frequencies(Wanted(routing=read_routing(stats)), structure)
     assert "Hint: add --plot FILE.svg\n" in moectl(*measure, "--compare", str(earlier), code=2).stderr

@@ -61,7 +61,7 @@ def moectl(hub: Hub, home: Path, *argv: str, **variables: str | None) -> tuple[i
 
 
 LONG = pytest.mark.long
-DRY = ("shard", "acme/tiny", "-n", "1", "--dry-run")
+DRY = ("shard", "acme/tiny", "--nodes", "1", "--dry-run")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_variable_that_stops_the_hub_is_named(hub: Hub, tmp_path: Path, name: 
 def test_an_endpoint_that_is_none_is_named_and_not_needed_for_a_directory(hub: Hub, tmp_path: Path, value: str) -> None:
     said = f"Error: HF_ENDPOINT is {value!r}, not an address such as https://huggingface.co\nHint: unset HF_ENDPOINT\n"
     assert moectl(hub, tmp_path, *DRY, HF_ENDPOINT=value) == (2, "", said)
-    assert moectl(hub, tmp_path, "shard", str(DEMO), "-n", "1", "--dry-run", HF_ENDPOINT=None)[0] == 0
+    assert moectl(hub, tmp_path, "shard", str(DEMO), "--nodes", "1", "--dry-run", HF_ENDPOINT=None)[0] == 0
 
 
 def test_what_is_well_is_not_refused(hub: Hub, tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_what_is_well_is_not_refused(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_worker_does_not_mind_what_is_for_the_hub(hub: Hub, tmp_path: Path) -> None:
     shards = tmp_path / "set"
-    assert moectl(hub, tmp_path, "shard", str(DEMO), "-n", "1", "-o", str(shards), "--no-canary")[0] == 0
-    run = ("run", "--shards", str(shards), "--keep-alive", "0", "-m", "4", "hi")
+    assert moectl(hub, tmp_path, "shard", str(DEMO), "--nodes", "1", "-o", str(shards), "--no-canary")[0] == 0
+    run = ("run", "--shards", str(shards), "--keep-alive", "0", "--max-tokens", "4", "hi")
     code, out, said = moectl(hub, tmp_path, *run, HF_HUB_DOWNLOAD_TIMEOUT="ten", HF_ENDPOINT="http://[::1")
     assert (code, bool(out)) == (0, True), said
 
@@ -161,7 +161,9 @@ def test_a_mirror_whose_listing_has_no_sizes(
         handler._answer(200, body, {"Content-Type": "application/json"})
 
     monkeypatch.setattr("tests.support.hub._Handler._serve_info", serve)
-    code, _, said = moectl(hub, tmp_path, "shard", "acme/tiny", "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
+    code, _, said = moectl(
+        hub, tmp_path, "shard", "acme/tiny", "--nodes", "1", "-o", str(tmp_path / "set"), "--no-canary"
+    )
     assert code == 0, said
     assert json.loads((tmp_path / "set/moectl.json").read_text())["revision"] == repo.commit
     code, _, said = moectl(hub, tmp_path, "shard", "--verify", str(tmp_path / "set"))

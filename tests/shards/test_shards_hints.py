@@ -87,7 +87,7 @@ def test_the_mirrors_that_hints_name_are_taken(hub: Hub, tmp_path: Path) -> None
         hub.repos.pop(name, None)
 
     def refused(name: str, **variables: str) -> str:
-        code, _, said = moectl(hub, tmp_path, "shard", name, "-n", "1", "--dry-run", **variables)
+        code, _, said = moectl(hub, tmp_path, "shard", name, "--nodes", "1", "--dry-run", **variables)
         assert code == 4, said
         return told(said)
 
@@ -98,23 +98,23 @@ def test_the_mirrors_that_hints_name_are_taken(hub: Hub, tmp_path: Path) -> None
     assert absent == "try a mirror: " + ", ".join(MIRRORS)
     hub.add(MIRRORS[0], DEMO)
     for name in (MIRRORS[0], "acme/tiny"):
-        assert moectl(hub, tmp_path, "shard", name, "-n", "1", "--dry-run")[0] == 0
+        assert moectl(hub, tmp_path, "shard", name, "--nodes", "1", "--dry-run")[0] == 0
 
 
 @pytest.mark.parametrize("right", ["acme/tiny", str(DEMO)])
 @pytest.mark.long
 def test_the_name_that_the_hint_asks_for_is_taken(hub: Hub, tmp_path: Path, right: str) -> None:
-    code, _, said = moectl(hub, tmp_path, "shard", "acme/tiny--more", "-n", "1", "--dry-run")
+    code, _, said = moectl(hub, tmp_path, "shard", "acme/tiny--more", "--nodes", "1", "--dry-run")
     assert (code, told(said)) == (4, "use OWNER/NAME or a path")
-    assert moectl(hub, tmp_path, "shard", right, "-n", "1", "--dry-run")[0] == 0
+    assert moectl(hub, tmp_path, "shard", right, "--nodes", "1", "--dry-run")[0] == 0
 
 
 @pytest.mark.long
 def test_without_the_variable_that_a_hint_names_it_succeeds(hub: Hub, tmp_path: Path) -> None:
     code, _, said = moectl(hub, tmp_path, *DRY, HF_HUB_OFFLINE="1")
     assert (code, told(said)) == (5, "unset HF_HUB_OFFLINE, or give a directory")
-    assert moectl(hub, tmp_path, "shard", str(DEMO), "-n", "1", "--dry-run", HF_HUB_OFFLINE="1")[0] == 0
-    shard = ("shard", "acme/tiny", "-n", "1", "--no-canary", "--keep-source", "-o")
+    assert moectl(hub, tmp_path, "shard", str(DEMO), "--nodes", "1", "--dry-run", HF_HUB_OFFLINE="1")[0] == 0
+    shard = ("shard", "acme/tiny", "--nodes", "1", "--no-canary", "--keep-source", "-o")
     assert moectl(hub, tmp_path, *shard, str(tmp_path / "set"), HF_HUB_OFFLINE=None)[0] == 0
     code, _, said = moectl(hub, tmp_path, *shard, str(tmp_path / "next"), HF_ENDPOINT="no address")
     assert (code, told(said)) == (2, "unset HF_ENDPOINT")
@@ -145,7 +145,7 @@ def test_another_mirror_as_the_hint_says_has_the_model(hub: Hub, tmp_path: Path)
 
 def test_the_same_command_again_resumes_as_the_hint_says(hub: Hub, tmp_path: Path) -> None:
     hub.faults.append(Fault("/resolve/", status=503, headers={"Retry-After": "3600"}))
-    shard = ("shard", "acme/tiny", "-n", "1", "--no-canary", "-o", str(tmp_path / "set"))
+    shard = ("shard", "acme/tiny", "--nodes", "1", "--no-canary", "-o", str(tmp_path / "set"))
     code, _, said = moectl(hub, tmp_path, *shard)
     assert (code, told(said)) == (5, "run the same command again in 3600 s: it resumes")
     hub.forget()
@@ -158,7 +158,7 @@ def test_the_same_command_again_as_the_hint_says_fetches_what_came_damaged(hub: 
     [name] = [name for name in repo.files if name.endswith(".safetensors")]
     whole = repo.files[name]
     repo.files[name] = whole[:-1] + bytes([whole[-1] ^ 1])
-    shard = ("shard", "acme/damaged", "-n", "1", "--no-canary", "--keep-source", "-o", str(tmp_path / "set"))
+    shard = ("shard", "acme/damaged", "--nodes", "1", "--no-canary", "--keep-source", "-o", str(tmp_path / "set"))
     code, _, said = moectl(hub, tmp_path, *shard)
     assert (code, told(said)) == (7, "run the same command again")
     repo.files[name] = whole
@@ -238,7 +238,7 @@ def test_the_same_shard_again_as_the_hint_says_mends_a_manifest(model: Path) -> 
 
 def test_without_the_link_that_a_hint_names_a_tokenizer_is_added(hub: Hub, tmp_path: Path) -> None:
     shards = tmp_path / "set"
-    assert moectl(hub, tmp_path, "shard", str(DEMO), "-n", "1", "-o", str(shards), "--no-canary")[0] == 0
+    assert moectl(hub, tmp_path, "shard", str(DEMO), "--nodes", "1", "-o", str(shards), "--no-canary")[0] == 0
     link = shards / "elsewhere"
     link.symlink_to(tmp_path)
     add = ("shard", "--add-tokenizer", str(DEMO), "-o", str(shards))

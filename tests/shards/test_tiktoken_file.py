@@ -163,7 +163,7 @@ def test_names_that_only_the_code_has() -> None:
 def test_a_model_of_kimis_kind_is_cut_with_a_tokenizer(tmp_path: Path) -> None:
     source, out = write_checkpoint(tmp_path / "kimi", vocab_size=SIZE + 256), tmp_path / "set"
     write_tokenizer(source, "TikTokenTokenizer", chat_template="{{ messages[0].content }}<|im_end|>")
-    said = moectl(tmp_path, "shard", str(source), "-n", "1", "-o", str(out), "--no-canary")
+    said = moectl(tmp_path, "shard", str(source), "--nodes", "1", "-o", str(out), "--no-canary")
     assert "kimi has no tokenizer.json: making it from its tiktoken vocabulary." in said
     assert "tokenizer.json" in json.loads((out / "moectl.json").read_text())["files"]
     assert not list(out.glob("*.py"))
@@ -171,7 +171,7 @@ def test_a_model_of_kimis_kind_is_cut_with_a_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.encode_chat([{"role": "user", "content": "a"}])[-1] == SIZE + 2
     assert SIZE + 1 in tokenizer.eos_token_ids
     before = (out / "tokenizer.json").stat().st_mtime_ns
-    moectl(tmp_path, "shard", str(source), "-n", "1", "-o", str(out), "--no-canary")
+    moectl(tmp_path, "shard", str(source), "--nodes", "1", "-o", str(out), "--no-canary")
     assert (out / "tokenizer.json").stat().st_mtime_ns == before
 
 
@@ -184,7 +184,7 @@ def test_an_unknown_one_is_refused_and_the_flag_of_the_hint_helps(tmp_path: Path
     source = write_tokenizer(write_checkpoint(tmp_path / "new", vocab_size=2 * SIZE), "TikTokenTokenizer")
     config = {"tokenizer_class": "OtherTokenizer", "auto_map": {"AutoTokenizer": ["a--b.OtherTokenizer", None]}}
     (source / "tokenizer_config.json").write_text(json.dumps(config))
-    shard = ("shard", str(source), "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
+    shard = ("shard", str(source), "--nodes", "1", "-o", str(tmp_path / "set"), "--no-canary")
     said = moectl(tmp_path, *shard, code=4)
     assert "new: moectl cannot convert tiktoken.model of the tokenizer class OtherTokenizer" in said
     hint = said.partition("Hint: ")[2]

@@ -94,7 +94,7 @@ def write_dbrx_as_it_came(directory: Path) -> Path:
 
 def test_dbrx_takes_its_known_tokenizer_and_says_so(hub: Hub, tmp_path: Path) -> None:
     hub.add("alpindale/dbrx-instruct", write_dbrx_as_it_came(tmp_path / "served"))
-    shard = ("shard", "alpindale/dbrx-instruct", "-n", "1", "--no-canary", "-o", str(tmp_path / "set"))
+    shard = ("shard", "alpindale/dbrx-instruct", "--nodes", "1", "--no-canary", "-o", str(tmp_path / "set"))
     said = moectl(tmp_path, *shard, hub=hub, code=4)
     assert "alpindale/dbrx-instruct has no tokenizer.json" in said
     assert f"{KNOWN} cannot be downloaded: " in said
@@ -112,13 +112,13 @@ def test_dbrx_takes_its_known_tokenizer_and_says_so(hub: Hub, tmp_path: Path) ->
 
 def test_a_checkpoint_without_a_tokenizer_is_refused_before_anything_is_cut(tmp_path: Path) -> None:
     source = copy_demo(tmp_path / "my model", "tokenizer.json")
-    said = moectl(tmp_path, "shard", str(source), "-n", "1", "-o", str(tmp_path / "set"), code=4)
+    said = moectl(tmp_path, "shard", str(source), "--nodes", "1", "-o", str(tmp_path / "set"), code=4)
     hint = re.search("Hint: moectl (.*) REPO\\|DIR\n", said)
     assert hint is not None
     assert not (tmp_path / "set").exists()
     done = moectl(tmp_path, *shlex.split(hint[1]), str(DEMO), "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
     assert "one shard" in done
-    run = ("run", "--shards", str(tmp_path / "set"), "--keep-alive", "0", "-m", "4", "hi")
+    run = ("run", "--shards", str(tmp_path / "set"), "--keep-alive", "0", "--max-tokens", "4", "hi")
     assert moectl(tmp_path, *run)
 
 
@@ -126,17 +126,17 @@ def test_a_checkpoint_whose_files_begin_with_a_byte_order_mark(tmp_path: Path) -
     model = copy_demo(tmp_path / "model")
     for path in model.glob("*.json"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    moectl(tmp_path, "shard", str(model), "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
+    moectl(tmp_path, "shard", str(model), "--nodes", "1", "-o", str(tmp_path / "set"), "--no-canary")
     assert fetch_tokenizer(str(model), 1536).has_template
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     other = write_words(tmp_path / "other", {"c": 10**6})
-    shard = ("shard", str(DEMO), "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
+    shard = ("shard", str(DEMO), "--nodes", "1", "-o", str(tmp_path / "set"), "--no-canary")
     assert "its tokens go up to 1000000" in moectl(tmp_path, *shard, "--tokenizer", str(other), code=4)
     source = copy_demo(tmp_path / "source")
     shutil.copy(other / "tokenizer.json", source / "tokenizer.json")
-    wrong = ("shard", str(source), "-n", "1", "-o", str(tmp_path / "set"), "--no-canary")
+    wrong = ("shard", str(source), "--nodes", "1", "-o", str(tmp_path / "set"), "--no-canary")
     said = moectl(tmp_path, *wrong, code=4)
     assert "Hint: --tokenizer REPO|DIR takes this model's own\n" in said
     moectl(tmp_path, *wrong, "--tokenizer", str(DEMO))
@@ -146,7 +146,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_that_cannot_be_read_is_told_at_once(tmp_path: Path, text: str) -> None:
     source = copy_demo(tmp_path / "source")
     (source / "tokenizer.json").write_text(text)
-    said = moectl(tmp_path, "shard", str(source), "-n", "1", "--dry-run", code=7 if text == POINTER else 4)
+    said = moectl(tmp_path, "shard", str(source), "--nodes", "1", "--dry-run", code=7 if text == POINTER else 4)
     assert "tokenizer.json" in said
 
 
@@ -156,7 +156,7 @@ def test_an_added_tokenizer_is_deployed(sshd: Server, tmp_path: Path) -> None:
     hosts.write_text(f"{sshd.add_alias('node0')} ip=127.0.0.1 python={sys.executable} dir={tmp_path}/node\n")
     config = {"MOECTL_SSH_CONFIG": str(sshd.config), "MOECTL_HOSTFILE": str(hosts)}
     words = write_words(tmp_path / "words")
-    moectl(tmp_path, "shard", str(DEMO), "--tokenizer", str(words), "-n", "1", "-o", str(shards), "--no-canary")
+    moectl(tmp_path, "shard", str(DEMO), "--tokenizer", str(words), "--nodes", "1", "-o", str(shards), "--no-canary")
     assert (shards / "chat_template.jinja").is_file()  # the model's own: the other one has none
     shutil.copy(DEMO / "tokenizer.json", shards)  # by hand, as people do
     said = moectl(tmp_path, "deploy", "--dry-run", "--shards", str(shards), env=config)
@@ -170,19 +170,19 @@ def test_an_added_tokenizer_is_deployed(sshd: Server, tmp_path: Path) -> None:
     moectl(tmp_path, "deploy", "--shards", str(shards), env=config)
     [there] = (tmp_path / "node/shards").glob("*/tokenizer.json")
     assert there.read_bytes() == (DEMO / "tokenizer.json").read_bytes()
-    assert moectl(tmp_path, "run", "--keep-alive", "0", "-m", "4", "hi", env=config)
+    assert moectl(tmp_path, "run", "--keep-alive", "0", "--max-tokens", "4", "hi", env=config)
 
 
 @pytest.mark.long
 def test_a_worker_without_a_tokenizer_says_how_to_add_one(tmp_path: Path) -> None:
     shards = tmp_path / "data/moectl/shards/mine"
-    moectl(tmp_path, "shard", str(DEMO), "-n", "1", "-o", str(shards), "--no-canary")
+    moectl(tmp_path, "shard", str(DEMO), "--nodes", "1", "-o", str(shards), "--no-canary")
     (shards / "tokenizer.json").write_text("{}")  # as an older moectl cut it
     manifest = json.loads((shards / "moectl.json").read_text())
     del manifest["files"]["tokenizer.json"]
     (shards / "moectl.json").write_text(json.dumps(manifest))
     (shards / ".moectl-verified.json").unlink(missing_ok=True)
-    run = ("run", "--shards", str(shards), "--keep-alive", "0", "-m", "4", "hi")
+    run = ("run", "--shards", str(shards), "--keep-alive", "0", "--max-tokens", "4", "hi")
     said = moectl(tmp_path, *run, code=4)
     assert "Hint: moectl shard --add-tokenizer REPO|DIR (for DBRX: " in said
     env = {"XDG_DATA_HOME": str(tmp_path / "data")}  # its newest set is this one
@@ -222,5 +222,5 @@ def test_a_snapshot_goes_by_its_repositorys_name(tmp_path: Path, monkeypatch: py
                 assert (opened.source, opened.revision) == ("acme/tiny", COMMIT)
     with pytest.raises(CheckpointError, match="has no snapshot of v2"):
         open_checkpoint(str(cache), revision="v2")
-    said = moectl(tmp_path, "shard", str(snapshot), "-n", "1", "--dry-run")
+    said = moectl(tmp_path, "shard", str(snapshot), "--nodes", "1", "--dry-run")
     assert "/tiny-bf16-hidden-1." in said

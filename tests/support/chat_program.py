@@ -55,7 +55,9 @@ class Ruled:
             ended = True
             if word == "cut":  # the answer never says that it is over
                 return
-            yield Done(1, "length" if word == "long" else "stop", Stats(20, pieces, 0.5, 2.0, 0.5, 74_300_000_000))
+            reason = "length" if word == "long" else "stop"
+            tokens = 256 if word == "long" else pieces
+            yield Done(1, reason, Stats(20, tokens, 0.5, 2.0, 0.5, 74_300_000_000))
         finally:
             if not ended:
                 self._stop(word, rest)

@@ -201,7 +201,7 @@ def test_serving_openais_client(served: tuple[subprocess.Popen[str], dict[str, A
     with api.chat.completions.create(**asked, stream=True) as stream:
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert text == whole.choices[0].message.content
-    assert moectl(*QUESTION, "-m", "40").stdout == f"{text}\n"  # run attaches to the same controller
+    assert moectl(*QUESTION, "--max-tokens", "40").stdout == f"{text}\n"  # run attaches to the same controller
     assert moectl("serve", "--local", "2", check=8).stderr.startswith("Error: ")
     with pytest.raises(openai.BadRequestError, match="context"):
         api.completions.create(model=name, prompt="word " * 5000)

@@ -175,7 +175,7 @@ def test_shard_survives(warm: Warm, model: Path, tmp_path: Path, kills: int | No
         root = tmp_path / name / "sets"
         root.mkdir(parents=True)
         out = root / "out"
-        words = ["shard", str(model), "-n", "2", "--q-bits", "4", "-o", str(out), "-j", "2", "--quiet"]
+        words = ["shard", str(model), "--nodes", "2", "--q-bits", "4", "-o", str(out), "-j", "2", "--quiet"]
         return Trial(warm, root.parent, (root,), lambda: words, lambda: visible(out))
 
     survive(make("cut"), make("whole"), count=kills or 1, seed=5)
@@ -202,7 +202,7 @@ def make_python(directory: Path, plan_file: Path) -> Path:
 def test_deploy_survives(warm_ssh: Warm, model: Path, sshd: Server, tmp_path: Path, kills: int | None) -> None:
     shards = tmp_path / "set"
     done = warm_ssh.run(
-        ["shard", str(model), "-n", "1", "-o", str(shards), "--quiet"],
+        ["shard", str(model), "--nodes", "1", "-o", str(shards), "--quiet"],
         tmp_path / "said",
         Plan((), str(tmp_path / "log")),
     )
@@ -274,7 +274,7 @@ def test_shard_of_a_download_survives(warm_hub: Warm, tmp_path: Path, kills: int
         root = tmp_path / name / "files"
         root.mkdir(parents=True)
         out = root / "out"
-        words = ["shard", "dbrx/tiny", "-n", "2", "--q-bits", "4", "-o", str(out), "--quiet"]
+        words = ["shard", "dbrx/tiny", "--nodes", "2", "--q-bits", "4", "-o", str(out), "--quiet"]
         return Trial(
             warm_hub, root.parent, (root,), lambda: words, lambda: visible(out), env={"HF_HUB_CACHE": str(root / "hub")}
         )

@@ -21,7 +21,7 @@ from tests.support.sshd import Server
 from tests.support.tiny import write_checkpoint
 
 MOECTL = (sys.executable, "-m", "moectl")
-PROMPT = ("run", "the quick brown fox", "-m", "32")
+PROMPT = ("run", "the quick brown fox", "--max-tokens", "32")
 
 
 def moectl(*words: str, check: int | None = 0, stdin: str = "", **env: Any) -> subprocess.CompletedProcess[str]:
@@ -78,7 +78,7 @@ def test_shard_deploy_run_over_localhost_sshd(sshd: Server, model: Path, alone: 
 
     assert moectl(*PROMPT).stdout == alone  # the deployment is remembered
     assert moectl(*PROMPT, *at).stdout == alone
-    measured = json.loads(moectl("bench", *at, "-p", "8", "-g", "3", "-n", "1", "--json").stdout)
+    measured = json.loads(moectl("bench", *at, "-p", "8", "-g", "3", "--num-trials", "1", "--json").stdout)
     assert measured["model"] == "tiny-dbrx-bf16-hidden-2"
     assert [rank["host"] for rank in measured["ranks"]] == ["left", "right"]
     elsewhere = moectl(*PROMPT, "--hosts", "left", check=8).stderr
@@ -186,13 +186,13 @@ def test_a_probe_measures_deployed_hosts_and_bench_compares(
     assert all(rtt > 0 for i, row in enumerate(measured["rtt_s"]) for j, rtt in enumerate(row) if i != j)
     assert [speed["split"] for speed in measured["speeds"]] == ["hidden"]
     assert len(measured["speeds"][0]["ranks"]) == 4
-    found = json.loads(moectl("bench", *at, "-p", "16", "-g", "8", "-n", "1", "--json", **deployed).stdout)
+    found = json.loads(moectl("bench", *at, "-p", "16", "-g", "8", "--num-trials", "1", "--json", **deployed).stdout)
     assert found["predicted"]["decode_tok_s"] > 0
 
 
 @pytest.mark.netns
 def test_ctrl_c_leaves_nothing_on_any_host(four_hosts: Path, netns: Cluster, deployed: dict[str, Any]) -> None:
-    command = [*MOECTL, "run", "tell me everything", "-m", "480", "--hostfile", str(four_hosts)]
+    command = [*MOECTL, "run", "tell me everything", "--max-tokens", "480", "--hostfile", str(four_hosts)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env(**deployed))
     assert process.stdout is not None
     assert process.stdout.read(1)
@@ -214,7 +214,7 @@ def test_a_dead_host_is_named(four_hosts: Path, netns: Cluster, deployed: dict[s
 @pytest.fixture
 def answering(model: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
     """A moectl in the middle of a long answer on two local ranks, and its workers."""
-    command = [*MOECTL, "run", "tell me everything", "-m", "480", "--local", "2", "--model", str(model)]
+    command = [*MOECTL, "run", "tell me everything", "--max-tokens", "480", "--local", "2", "--model", str(model)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env())
     assert process.stdout is not None
     assert process.stdout.read(1)
@@ -260,7 +260,7 @@ def run_local(model: Path, *words: str, **more: Any) -> subprocess.CompletedProc
 
 
 def test_json_and_stdin(model: Path) -> None:
-    words = ("--raw", "--json", "-m", "4")
+    words = ("--raw", "--json", "--max-tokens", "4")
     piped = json.loads(run_local(model, *words, "--keep-alive", "1m", "fox", stdin="the quick").stdout)
     typed = json.loads(run_local(model, *words, "--keep-alive", "0", "the quick fox").stdout)
     assert piped["schema"] == "moectl.run/1"

@@ -38,7 +38,7 @@ def test_a_damaged_file_among_several_while_threads_read_the_others(tmp_path: Pa
     first = sorted((tmp_path / "model").glob("*.safetensors"))[0]
     first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])
     for _ in range(4):
-        assert "is damaged" in check(["shard", str(tmp_path / "model"), "-n", "1", "--dry-run"], 7)
+        assert "is damaged" in check(["shard", str(tmp_path / "model"), "--nodes", "1", "--dry-run"], 7)
 
 
 def test_a_thread_in_extension_code_at_the_end_of_any_verb() -> None:
@@ -82,7 +82,7 @@ def test_a_signal_in_the_first_half_second(
     write_words(write_checkpoint(tmp_path / "model", files=6))
     words = {
         "run": ["run", "--local", "1", "Hello"],
-        "shard": ["shard", str(tmp_path / "model"), "-n", "1", "-o", str(tmp_path / "set")],
+        "shard": ["shard", str(tmp_path / "model"), "--nodes", "1", "-o", str(tmp_path / "set")],
     }[verb]
     for time_ in range(times):
         with subprocess.Popen([*MOECTL, *words], stdout=-1, stderr=-1, text=True, env=process_env()) as process:
@@ -203,7 +203,7 @@ def test_another_pipe_that_breaks_is_told(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_full_disk_is_told_when_the_result_is_written(words: list[str], unbuffered: str) -> None:
     env = process_env() | {"PYTHONUNBUFFERED": unbuffered}
     if words[0] == "run" and words[-1] != "--help":
-        words = [*words, "--local", "1", "-m", "2", "--quiet"]
+        words = [*words, "--local", "1", "--max-tokens", "2", "--quiet"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([*MOECTL, *words], stdout=full, stderr=-1, text=True, env=env)
     assert done.returncode == StateError.exit_code

@@ -60,7 +60,7 @@ def test_a_deployment_from_its_beginning_to_its_end(
     ]
     assert call("status", "--hosts", "left")[1].splitlines()[1].split() == ["left", "idle", "-", "-", "-"]
 
-    answered = moectl("run", "What is an expert?", "-m", "8", "--keep-alive", "2m")
+    answered = moectl("run", "What is an expert?", "--max-tokens", "8", "--keep-alive", "2m")
     assert answered.returncode == 0, answered.stderr
     document = json.loads(call("status", "--json")[1])
     assert document["schema"] == "moectl.status/1"
@@ -93,7 +93,9 @@ def test_a_deployment_from_its_beginning_to_its_end(
     assert "a worker runs there" in refused[1]
     assert (tmp_path / "right" / "shards" / NAME / "moectl.json").exists()
 
-    follow = subprocess.Popen([*MOECTL, "logs", "-f", "-n", "1"], stdout=subprocess.PIPE, text=True, env=process_env())
+    follow = subprocess.Popen(
+        [*MOECTL, "logs", "-f", "--tail", "1"], stdout=subprocess.PIPE, text=True, env=process_env()
+    )
     assert follow.stdout is not None
     assert {follow.stdout.readline().split("]")[0] for _ in range(2)} == {"[left", "[right"}
 

@@ -232,7 +232,7 @@ def test_a_running_server_keeps_its_secrets(tmp_path: Path) -> None:
         said = answer["choices"][0]["message"]["content"]
         assert post(port, {"messages": MARKS[2]}, KEY)[0] == 400
         asked = subprocess.run(
-            [sys.executable, "-m", "moectl", "run", "-v", "--local", "2", "--raw", MARKS[2], "-m", "9"],
+            [sys.executable, "-m", "moectl", "run", "-v", "--local", "2", "--raw", MARKS[2], "--max-tokens", "9"],
             env=env,
             capture_output=True,
             timeout=120,

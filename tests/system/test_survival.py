@@ -208,7 +208,7 @@ def test_without_restarts_there_is_one_clear_error() -> None:
 
 
 def test_a_controller_that_dies_takes_its_workers_with_it() -> None:
-    command = [sys.executable, "-m", "moectl", "run", "--local", "2", "--raw", "Expert", "-m", "2000"]
+    command = [sys.executable, "-m", "moectl", "run", "--local", "2", "--raw", "Expert", "--max-tokens", "2000"]
     env = process_env(RING_DELAY_US="5000", MOECTL_RUN_KEEP_ALIVE="1m")
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asking:
         assert asking.stdout is not None
@@ -223,7 +223,7 @@ def test_a_controller_that_dies_takes_its_workers_with_it() -> None:
 
 @pytest.mark.long
 def test_a_frozen_controller_keeps_nobody_waiting() -> None:
-    run = [sys.executable, "-m", "moectl", "run", "--local", "2", "--raw", "Expert", "-m", "2000"]
+    run = [sys.executable, "-m", "moectl", "run", "--local", "2", "--raw", "Expert", "--max-tokens", "2000"]
     env = process_env(RING_DELAY_US="5000", MOECTL_RUN_KEEP_ALIVE="1m")
     with subprocess.Popen(run, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asking:
         assert asking.stdout is not None

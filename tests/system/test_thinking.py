@@ -41,12 +41,12 @@ def test_a_model_thinks_and_answers(model: Path) -> None:
         assert "Sampling: temperature 0.7, top_k 1.\n" in first.stderr
         assert run(model, "--hide-thinking", "-t", "0").stdout == "yz\n"
         assert run(model, "--no-think").stdout == "yz\n"
-        cut = run(model, "-m", "2")
+        cut = run(model, "--max-tokens", "2")
         assert cut.stdout == "Thinking...\nx\n"
         assert "before the answer" in cut.stderr
         document = json.loads(run(model, "--json").stdout)
         assert (document["thinking"], document["text"], document["finish_reason"]) == ("x", "yz", "stop")
-        assert run(model, "--raw", "-m", "1").returncode == 0
+        assert run(model, "--raw", "--max-tokens", "1").returncode == 0
         [path] = find_running()
         _ask(path)
     finally:

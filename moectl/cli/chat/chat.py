@@ -250,7 +250,10 @@ class _Chat:
     def _say_end(self, finished: Done | None) -> None:
         if finished and finished.finish_reason == "length":
             limit = self._settings.max_tokens
-            self.say(f"[ended at max_tokens, {limit}: /set max_tokens {4 * limit} allows more]")
+            if limit is None or finished.stats.completion_tokens < limit:
+                self.say("[cut: the context is full. /clear begins a new chat]")
+            else:
+                self.say(f"[cut after {limit} tokens: /set max_tokens {4 * limit} allows more]")
         if finished:
             self._last = finished.stats
             if self._stats:

@@ -12,6 +12,7 @@ from moectl.model.parameters import EFFORTS, PARAMETERS
 
 # Names that people bring from ollama and mlx_lm.
 ALIASES = {"num_predict": "max_tokens", "temp": "temperature", "repeat_penalty": "repetition_penalty"}
+NO_LIMIT = -1  # of max_tokens in a request: as far as the context goes
 _CHOSEN: dict[str, dict[str, Any]] = {
     "think": {"true": True, "false": False},
     "reasoning_effort": {name: name for name in EFFORTS[1:]},
@@ -27,7 +28,7 @@ _TEXTS = {
 class ChatSettings:
     """The parameters of a chat's answers, named as in `moectl.engine.request.Request`. Raises UsageError."""
 
-    max_tokens: int
+    max_tokens: int | None = None  # None: what the context leaves
     system: str | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -43,7 +44,8 @@ class ChatSettings:
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
-            if not PARAMETERS[name].allows(value := getattr(self, name)):
+            value = getattr(self, name)
+            if not (PARAMETERS[name].allows(value) or (value is None and _may_be_none(name))):
                 raise UsageError(f"{name} should be {_allowed_text(name)}: it is {value!r}")
         if self.reasoning_effort not in (None, *EFFORTS[1:]):
             allowed = _TEXTS["reasoning_effort"]
@@ -53,7 +55,8 @@ class ChatSettings:
 
     def api_fields(self) -> dict[str, Any]:
         """Return the settings as fields of an API request; the system message is one of its messages."""
-        return {name: value for name, value in asdict(self).items() if name != "system" and value is not None}
+        given = {name: value for name, value in asdict(self).items() if name != "system" and value is not None}
+        return {"max_tokens": NO_LIMIT, **given}
 
 
 _NUMBERS = [field.name for field in fields(ChatSettings) if field.name not in _TEXTS]
@@ -93,7 +96,7 @@ def value_text(value: Any) -> str:
 
 def sampling_text(settings: ChatSettings) -> str:
     """Return how tokens are chosen: what differs from the plain choice."""
-    plain = ChatSettings(1)
+    plain = ChatSettings()
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     told = [f"{name} {value:g}" for name in names if (value := getattr(settings, name)) != getattr(plain, name)]
     return ", ".join(told if settings.temperature else ["greedy", *told])
@@ -111,7 +114,11 @@ def _allowed_text(name: str) -> str:
     if name in _TEXTS:
         return _TEXTS[name]
     number = PARAMETERS[name]
-    return f"a{' whole' if number.kind is int else ''} number, {number.text}{', or none' if number.optional else ''}"
+    return f"a{' whole' if number.kind is int else ''} number, {number.text}{', or none' if _may_be_none(name) else ''}"
+
+
+def _may_be_none(name: str) -> bool:
+    return PARAMETERS[name].optional or name == "max_tokens"
 
 
 def _read_choice(name: str, value: str) -> Any:
@@ -123,7 +130,7 @@ def _read_choice(name: str, value: str) -> Any:
 
 def _read_number(name: str, value: str) -> float | None:
     number = PARAMETERS[name]
-    if number.optional and value.lower() == "none":
+    if _may_be_none(name) and value.lower() == "none":
         return None
     try:
         return number.kind(value)

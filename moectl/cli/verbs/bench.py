@@ -13,7 +13,7 @@ from moectl import errors
 from moectl.cli.options import FILE, Common, common, target_options
 from moectl.cli.target import choose_target, run_options
 from moectl.cli.terminal import log_printer
-from moectl.cli.verb import verb
+from moectl.cli.verb import flag, verb
 from moectl.text import columns, size_text, table_text, time_text
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def bench_json(result: Benchmark) -> dict[str, Any]:
     }
 
 
-@verb("Use")
+@verb("Use", old={"-n": "--num-trials"})
 @click.option(
     "-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prompt."
 )
@@ -126,25 +126,32 @@ def bench_json(result: Benchmark) -> dict[str, Any]:
     "-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens to generate."
 )
 @click.option(
-    "-n",
+    "-r",
     "--num-trials",
     type=click.IntRange(1),
     default=5,
     show_default=True,
     help="Trials; the table shows their mean.",
 )
-@click.option(
-    "--plan", type=FILE, metavar="FILE", help="Show beside it the prediction that 'plan --json' wrote to this file."
+@flag(
+    "--plan",
+    rare=True,
+    type=FILE,
+    metavar="FILE",
+    help="Show beside it the prediction that 'plan --json' wrote to this file.",
 )
 @click.option("--plot", type=FILE, metavar="FILE.svg", help="Draw the results (needs moectl[plot]).")
-@click.option(
+@flag(
     "--compare",
+    rare=True,
     type=FILE,
     multiple=True,
     metavar="FILE",
     help="For --plot: draw this result of 'bench --json' too (repeatable).",
 )
-@click.option("--routing-stats", type=FILE, metavar="FILE", help="Write to this file how often each expert was chosen.")
+@flag(
+    "--routing-stats", rare=True, type=FILE, metavar="FILE", help="Write to this file how often each expert was chosen."
+)
 @target_options
 @common
 def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[Path, ...], **options: Any) -> None:

@@ -13,7 +13,7 @@ from moectl import errors
 from moectl.cli import suggest
 from moectl.cli.options import WANTED, Common, common, confirm, cut_options, refuse_both, was_given
 from moectl.cli.target import read_wanted, shard_model
-from moectl.cli.verb import verb
+from moectl.cli.verb import flag, verb
 from moectl.errors import error_json
 from moectl.text import size_text, table_text, time_text
 
@@ -140,18 +140,18 @@ def uninstall(common: Common, dry_run: bool, yes: bool) -> None:
     "--shards",
     metavar="DIR",
     shell_complete=suggest.shard_sets,
-    help="The shard set (default: the newest that fits the hosts).",
+    help="The shard set (default: the newest that fits).",
 )
 @click.option(
     "--shard",
     "model",
     metavar="MODEL",
     shell_complete=suggest.models,
-    help="Cut this model, and push each file as soon as it is made.",
+    help="Cut this model, and send each file at once.",
 )
 @cut_options
 @click.option("-n", "--dry-run", is_flag=True, help="Show what would be copied.")
-@click.option("-j", "--jobs", type=click.IntRange(1), help="Hosts at once (default: all).")
+@flag("-j", "--jobs", rare=True, type=click.IntRange(1), help="Hosts at once (default: all).")
 @click.option(
     "--only",
     multiple=True,
@@ -159,17 +159,18 @@ def uninstall(common: Common, dry_run: bool, yes: bool) -> None:
     shell_complete=suggest.hosts,
     help="Deploy to this host only (repeatable).",
 )
-@click.option("--verify", is_flag=True, help="Hash again what is there already.")
-@click.option("--relay/--no-relay", default=True, help="Let hosts pass on to each other what all of them need.")
-@click.option("--force", is_flag=True, help="Deploy although a host has too little memory.")
-@click.option(
+@flag("--verify", rare=True, is_flag=True, help="Hash again what is there already.")
+@flag("--relay/--no-relay", rare=True, default=True, help="Let hosts pass on to each other what all of them need.")
+@flag("--force", rare=True, is_flag=True, help="Deploy although a host has too little memory.")
+@flag(
     "--wheelhouse",
+    rare=True,
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
     help="Wheels for hosts without internet; fetched here when DIR is not there.",
 )
-@click.option("--no-check", is_flag=True, help="Do not start the model once at the end to check its results.")
-@click.option("--wheelhouse-build", is_flag=True, help="Fetch what the directory of --wheelhouse lacks.")
+@flag("--no-check", rare=True, is_flag=True, help="Do not start the model once at the end to check its results.")
+@flag("--wheelhouse-build", rare=True, is_flag=True, help="Fetch what the directory of --wheelhouse lacks.")
 @common
 def deploy(
     common: Common,
@@ -182,12 +183,10 @@ def deploy(
     """Bring every host its software and its shard, and verify them.
 
     Hosts get a virtual environment with this machine's versions of moectl, mlx and mlx-lm, and the files of their rank.
-    The same command again resumes it: files that are there already are not sent. --shard cuts the model and deploys it
-    at the same time; the flags from --output to --no-canary are for the cut. At the end the model is started once, and
-    every host must compute what one process computed when the set was cut.
+    The same command again resumes it. --shard cuts the model and deploys it at the same time. At the end the model is
+    started once, and every host must compute what one process computed when the set was cut.
 
-    This machine sends files that all hosts need only once: hosts take them from each other, over connections that only
-    hosts of this deployment can use. Where that fails, this machine sends them.
+    This machine sends files that all hosts need only once: hosts take them from each other.
 
     \b
     Examples:

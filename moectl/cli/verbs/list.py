@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
+from moectl.cli import suggest
 from moectl.cli.options import Common, common, confirm
 from moectl.cli.verb import verb
-from moectl.text import clock_text, columns, count_text, size_text, table_text
+from moectl.text import clock_text, columns, count_text, did_you_mean, size_text, table_text
 
 if TYPE_CHECKING:
     from moectl.cluster.sets import Listing, ShardSet
@@ -79,7 +80,7 @@ def list_(common: Common, prune: bool, dry_run: bool, yes: bool) -> None:
     Examples:
       moectl list
       moectl list --prune --dry-run
-      moectl list --json | jq '.sets[].bytes'
+      moectl ls --json | jq '.sets[].bytes'
     """
     from moectl.cluster import sets as listing
 
@@ -91,6 +92,40 @@ def list_(common: Common, prune: bool, dry_run: bool, yes: bool) -> None:
         raise errors.UsageError("--dry-run and --yes are for --prune", hint="moectl list --prune")
     names = "\n".join(one.name for one in found.sets)
     common.print(list_text(found), list_json(found), names)
+
+
+@verb("Observe")
+@click.argument("name", shell_complete=suggest.shard_sets)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@common
+def rm(common: Common, name: str, yes: bool) -> None:
+    """Delete a shard set on this machine.
+
+    NAME is what 'moectl list' shows, or the directory. A set that is deployed or running stays. What hosts have stays
+    too.
+
+    \b
+    Examples:
+      moectl rm dbrx-instruct-q4-hidden-4
+      moectl rm dbrx-instruct-q4-hidden-4 --yes
+    """
+    from pathlib import Path
+
+    from moectl.cluster import sets as listing
+
+    found = listing.make_listing()
+    same = [one for one in found.sets if one.name == name or one.directory == Path(name).expanduser().absolute()]
+    if not same:
+        guess = did_you_mean(name, [one.name for one in found.sets])
+        raise errors.NotSharded(f"there is no shard set {name!r} here.{guess}", hint="moectl list")
+    if len(same) > 1:
+        raise errors.UsageError(f"{len(same)} shard sets have the name {name}", hint="moectl list")
+    [one] = same
+    if one.use:
+        raise errors.StateError(f"{name} is {one.use}", hint="moectl list")
+    confirm(f"Delete {one.name}, {size_text(one.bytes)}?", yes=yes)
+    listing.delete_set(one)
+    common.print(f"Deleted {one.name}, {size_text(one.bytes)}.", list_json(listing.make_listing(), (one,)))
 
 
 def _prune(common: Common, found: Listing, *, dry_run: bool, yes: bool) -> None:

@@ -42,12 +42,12 @@ def logs_json(lines: list[LogLine], failed: dict[str, MoectlError]) -> dict[str,
     return {"schema": "moectl.logs/1", "lines": [line_json(line) for line in lines], "failed": errors}
 
 
-@verb("Observe")
+@verb("Observe", old={"-n": "--tail", "-t": "--timestamps"})
 @click.argument("names", metavar="[HOST]...", nargs=-1, shell_complete=suggest.hosts)
 @click.option("-f", "--follow", is_flag=True, help="Show new lines as they come, until Ctrl-C.")
-@click.option("-n", "--tail", type=click.IntRange(0), metavar="N", help=f"Last lines of each (default: {LINES}).")
+@click.option("--tail", type=click.IntRange(0), metavar="N", help=f"Last lines of each (default: {LINES}).")
 @click.option("--since", type=Duration(), metavar="TIME", help="Only lines that are not older: 30s, 10m, 2h.")
-@click.option("-t", "--timestamps", is_flag=True, help="Show when each line was written, in UTC.")
+@click.option("--timestamps/--no-timestamps", default=True, help="Show when each line was written, in UTC, or not.")
 @common
 def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
     """Show the workers' logs, in order of time.
@@ -57,7 +57,7 @@ def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
 
     \b
     Examples:
-      moectl logs mac3 -n 20 -t
+      moectl logs mac3 --tail 20
       moectl logs --follow
       moectl logs --since 10m --json
     """

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl.cli import suggest
-from moectl.cli.options import DEFAULT_MODEL, Common, common, refuse_both, wanted_options, was_given
+from moectl.cli.options import DEFAULT_MODEL, Common, Tokens, common, refuse_both, wanted_options, was_given
 from moectl.cli.target import read_wanted
-from moectl.cli.verb import verb
+from moectl.cli.verb import flag, verb
 from moectl.text import parameters_text, size_text, table_text, time_text
 
 if TYPE_CHECKING:
@@ -212,15 +212,13 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
 
 @verb("Prepare")
 @click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
-@click.option(
-    "--ctx", type=click.IntRange(1), help="Tokens of context to plan for (default: 4096, or the model's own)."
-)
-@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Answers at once.")
+@click.option("--ctx", type=Tokens(), metavar="N", help="Tokens of context: 8192, 32k (default: 4096).")
+@flag("--concurrency", rare=True, type=click.IntRange(1), default=1, show_default=True, help="Answers at once.")
 @click.option(
     "-p",
     "--prompt-tokens",
     type=click.IntRange(1),
-    help="Tokens of the prompt, for the time to the first token (default: 512, or the context).",
+    help="Tokens of the prompt (default: 512).",
 )
 @wanted_options
 @click.option(
@@ -233,8 +231,9 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
     shell_complete=suggest.links,
     help="Link between hosts: rdma, tb-tcp, 10gbe (default without rdma=) or 1gbe.",
 )
-@click.option(
+@flag(
     "--calibration",
+    rare=True,
     type=click.Choice(["default", "paper", "paper-naive", "peers"]),
     default="default",
     show_default=True,

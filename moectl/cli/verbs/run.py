@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,9 +23,9 @@ from moectl.cli.options import (
     restart_options,
     target_options,
 )
-from moectl.cli.target import choose_target, run_options
+from moectl.cli.target import choose_target, run_options, take_model
 from moectl.cli.terminal import AnswerWriter, log_printer, stats_text, write_answer
-from moectl.cli.verb import verb
+from moectl.cli.verb import flag, verb
 from moectl.model.parameters import EFFORTS, PARAMETERS
 
 if TYPE_CHECKING:
@@ -43,47 +44,57 @@ _END_S = 15.0  # for a controller to unload the model
 _ELSE = "(default: the model's, else"
 
 
-def _sampling(parameter: str, *names: str, help: str, default: float | None = None) -> Callable[[F], F]:
+def _sampling(parameter: str, *names: str, help: str, rare: bool = False) -> Callable[[F], F]:
     """Return the flag of a sampling parameter: it takes what requests may have."""
     allowed = PARAMETERS[parameter]
     kind: click.ParamType[Any] = click.FloatRange(allowed.low, allowed.high)
     if allowed.kind is int:
         kind = click.IntRange(int(allowed.low), int(allowed.high))
-    return click.option(*names, type=kind, default=default, show_default=default is not None, help=help)
+    return flag(*names, type=kind, help=help, rare=rare)
 
 
 @verb("Use")
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
-@_sampling("max_tokens", "-m", "--max-tokens", default=256, help="Maximum number of tokens of an answer.")
-@_sampling("temperature", "-t", "--temp", help=f"Temperature of sampling; 0 takes the likeliest token {_ELSE} 0).")
-@_sampling("top_p", "--top-p", help=f"Sample from the likeliest tokens that together are this probable {_ELSE} 1).")
-@_sampling("top_k", "--top-k", help=f"Sample from this many of the likeliest tokens; 0 is all {_ELSE} 0).")
-@_sampling("min_p", "--min-p", help=f"Sample from tokens this probable, relative to the likeliest {_ELSE} 0).")
-@_sampling("repetition_penalty", "--repetition-penalty", help=f"Make tokens of the text so far less likely {_ELSE} 1).")
+@_sampling("max_tokens", "--max-tokens", help="Most tokens of an answer (default: what the context leaves).")
+@_sampling("temperature", "-t", "--temp", help=f"Temperature; 0 takes the likeliest token {_ELSE} 0).")
+@_sampling(
+    "top_p", "--top-p", help=f"Sample from the likeliest tokens that together are this probable {_ELSE} 1).", rare=True
+)
+@_sampling("top_k", "--top-k", help=f"Sample from this many of the likeliest tokens; 0 is all {_ELSE} 0).", rare=True)
+@_sampling(
+    "min_p", "--min-p", help=f"Sample from tokens this probable, relative to the likeliest {_ELSE} 0).", rare=True
+)
+@_sampling(
+    "repetition_penalty",
+    "--repetition-penalty",
+    help=f"Make tokens of the text so far less likely {_ELSE} 1).",
+    rare=True,
+)
 @_sampling("seed", "--seed", help="Make sampling repeatable.")
-@click.option(
+@flag(
     "--think/--no-think",
     default=None,
-    help="Let the model think before it answers, or not (default: as the model does by itself).",
+    help="Let the model think first, or not (default: the model's).",
 )
-@click.option(
+@flag(
     "--reasoning-effort",
+    rare=True,
     type=click.Choice(EFFORTS[1:]),
     help="How much to think; a model without such levels ignores it.",
 )
-@click.option("--hide-thinking", is_flag=True, help="Show the answer only.")
-@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
-@click.option("--stats", is_flag=True, help="Print speeds on standard error afterwards, as -v does.")
+@flag("--hide-thinking", is_flag=True, rare=True, help="Show the answer only.")
+@flag("--raw", is_flag=True, rare=True, help="Send the prompt as it is, without the chat template.")
+@click.option("--stats", is_flag=True, help="Print speeds on standard error at the end.")
 @click.option(
     "--keep-alive",
     type=Duration(for_ever=True),
     metavar="TIME",
     default="5m",
     show_default=True,
-    help="Time to keep the model loaded after the last answer; 0: unload at once, -1: for ever.",
+    help="Time until it unloads; -1: never.",
 )
-@click.option("--no-history", is_flag=True, help="Do not remember what is typed in a chat.")
+@flag("--no-history", is_flag=True, rare=True, help="Do not remember what is typed in a chat.")
 @restart_options
 @target_options
 @common
@@ -98,10 +109,9 @@ def run(
 ) -> None:
     """Generate text; without PROMPT at a terminal, chat.
 
-    When standard input is not a terminal, its text comes before PROMPT. Without hosts and without a deployment, the
-    bundled demo model answers on two local ranks. The model stays loaded for some time; 'moectl stop' unloads it.
-
-    Some models think before they answer. What they think comes before the answer, dimmed on a terminal.
+    PROMPT may begin with a model: a shard set's name, a directory or a repository. When standard input is not a
+    terminal, its text comes before PROMPT. Without a model, hosts and a deployment, the demo answers: a toy. The model
+    stays loaded: 'moectl stop' unloads it.
 
     \b
     Examples:
@@ -116,6 +126,8 @@ def run(
     thinking = {"--think/--no-think": options["think"] is not None, "--reasoning-effort": options["reasoning_effort"]}
     refuse_both({"--raw": options["raw"]}, thinking)
     options["temperature"] = options.pop("temp")
+    _read_old_m(options)
+    prompt = take_model(common, prompt, options)
     given = {field.name: options[field.name] for field in fields(ChatSettings) if options.get(field.name) is not None}
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and at_terminal()
     text = "" if chats else _prompt_text(prompt, common)
@@ -143,6 +155,14 @@ def run(
                 found.client.keep_alive(0, asks=False)
             if found.started:
                 found.client.wait_until_gone(_END_S)
+
+
+def _read_old_m(options: dict[str, Any]) -> None:
+    """Take -m N as --max-tokens N, as it was in the last version."""
+    model = options["model"]
+    if model is not None and model.isdecimal() and int(model) and not Path(model).exists():
+        click.echo(f"Warning: -m is --model now: write --max-tokens {model}", err=True)
+        options["model"], options["max_tokens"] = None, int(model)
 
 
 def _ask(client: Client, text: str, settings: ChatSettings, *, raw: bool) -> Events:
@@ -193,7 +213,7 @@ def _prompt_text(words: tuple[str, ...], common: Common) -> str:
     return text
 
 
-def _answer(common: Common, events: Events, max_tokens: int, *, stats: bool, hides_thinking: bool) -> None:
+def _answer(common: Common, events: Events, max_tokens: int | None, *, stats: bool, hides_thinking: bool) -> None:
     """Print an answer as it comes; Ctrl-C cancels it."""
     writer = AnswerWriter(hides_thinking=hides_thinking, color=common.color)
     pieces: list[str] = []
@@ -206,10 +226,18 @@ def _answer(common: Common, events: Events, max_tokens: int, *, stats: bool, hid
         click.echo(json.dumps({**document, "stats": asdict(done.stats)}))
     elif not whole.endswith("\n"):
         write_answer("\n")
-    if done.finish_reason == "length" and thinking and not whole:
-        common.say(f"[ended at --max-tokens {max_tokens}, before the answer: a larger number allows more]")
+    if done.finish_reason == "length":
+        common.say(cut_text(done.stats.completion_tokens, max_tokens, thinks=bool(thinking and not whole)))
     if stats:
         click.echo(stats_text(done.stats), err=True)
+
+
+def cut_text(tokens: int, limit: int | None, *, thinks: bool) -> str:
+    """Return what to say of an answer that ended at its limit, or at the end of the context."""
+    where = ", before the answer" if thinks else ""
+    if limit is None or tokens < limit:
+        return f"[cut after {tokens} tokens{where}: the context is full. Ask for less, or with a shorter prompt]"
+    return f"[cut after {tokens} tokens{where}: --max-tokens {4 * limit} allows more; without it, the context decides]"
 
 
 def _stream(common: Common, events: Events, writer: AnswerWriter, pieces: list[str], thoughts: list[str]) -> Done:

@@ -19,7 +19,7 @@ from moectl.cli.options import (
 )
 from moectl.cli.target import advise, choose_target, run_options
 from moectl.cli.terminal import log_printer
-from moectl.cli.verb import verb
+from moectl.cli.verb import flag, verb
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,12 +38,12 @@ def worker() -> None:
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen at; one that other machines reach needs a key.",
+    help="Address to listen at; beyond this machine needs a key.",
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen at; 0: any free one."
 )
-@click.option("--api-key", metavar="KEY", help="Key that clients have to send as their bearer token.")
+@flag("--api-key", rare=True, metavar="KEY", help="Key that clients have to send as their bearer token.")
 @click.option("--api-key-file", type=FILE, metavar="FILE", help="Read the key from the first line of this file.")
 @click.option(
     "--allow-origin",
@@ -54,8 +54,9 @@ def worker() -> None:
     help="Let in web pages of this origin, such as https://chat.example, and no others (CORS; repeatable). "
     "'*', all, needs a key. Without the flag: pages of this machine (localhost).",
 )
-@click.option(
+@flag(
     "--allow-host",
+    rare=True,
     multiple=True,
     metavar="NAME",
     help="Another name of this server that clients may use without a key, such as host.docker.internal (repeatable).",
@@ -75,7 +76,6 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
       moectl serve
       moectl serve --local 2 --port 9000 --detach
       moectl serve --host 0.0.0.0 --api-key-file key.txt
-      moectl serve --allow-origin http://localhost:3000 --allow-host host.docker.internal
     """
     from moectl.server import attach
     from moectl.server.contracts import FOR_EVER, ControllerOptions
@@ -124,9 +124,9 @@ def _api_key(key: str | None, file: Path | None) -> str | None:
     return key
 
 
-@verb("Observe")
+@verb("Observe", old={"-t": "--timeout"})
 @click.option(
-    "-t", "--timeout", type=Duration(), default="10s", show_default=True, help="Time for answers in progress to end."
+    "--timeout", type=Duration(), default="10s", show_default=True, help="Time for answers in progress to end."
 )
 @click.option("--now", is_flag=True, help="Do not wait for answers in progress.")
 @common

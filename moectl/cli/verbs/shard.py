@@ -11,21 +11,24 @@ from moectl import errors
 from moectl.cli import suggest
 from moectl.cli.options import DEFAULT_MODEL, WANTED, Common, common, cut_options, refuse_both
 from moectl.cli.target import read_wanted, shard_model
-from moectl.cli.verb import verb
+from moectl.cli.verb import flag, verb
 from moectl.text import size_text
 
 if TYPE_CHECKING:
     from moectl.shards.prepare import Made
 
 
-@verb("Prepare")
+@verb("Prepare", old={"-n": "--nodes"})
 @click.argument("model", default=DEFAULT_MODEL, shell_complete=suggest.models)
-@click.option("-n", "--nodes", type=click.IntRange(1), help="Number of ranks (default: one for each host).")
+@click.option("--nodes", type=click.IntRange(1), help="Number of ranks (default: one for each host).")
 @cut_options
-@click.option("-j", "--jobs", type=click.IntRange(1), help="Parallel streams (default: all cores but one, at most 4).")
+@flag(
+    "-j", "--jobs", rare=True, type=click.IntRange(1), help="Parallel streams (default: all cores but one, at most 4)."
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be made.")
-@click.option(
+@flag(
     "--force",
+    rare=True,
     is_flag=True,
     help="Make the set again from the beginning, also over another one, and although a host has too little memory.",
 )
@@ -36,8 +39,9 @@ if TYPE_CHECKING:
     shell_complete=suggest.directories,
     help="Cut nothing; check the hash of every file of this shard set.",
 )
-@click.option(
+@flag(
     "--add-tokenizer",
+    rare=True,
     metavar="REPO|DIR",
     help="Cut nothing; give the shard set of --output (default: the newest) this tokenizer.",
 )

@@ -1,0 +1,105 @@
+"""What surprised a new user, line by line, and what is there instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moectl.cli.target import DEMO_SAYS, take_model
+from moectl.cli.verbs.run import cut_text
+from moectl.demo import demo_dir
+from moectl.errors import UsageError
+from tests.cli.test_cli import run
+from tests.support.tiny import write_checkpoint, write_words
+
+
+class Said(list[str]):
+    """Stands for the common flags: it keeps what is said."""
+
+    say = list.append
+
+
+def words_and_options(*words: str, **given: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    options: dict[str, Any] = {"model": None, "shards": None, "demo": False, **given}
+    return take_model(Said(), words, options), options  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: run(capsys, monkeypatch, *words)
+
+
+def test_a_prompt_may_begin_with_a_model() -> None:
+    assert words_and_options("databricks/dbrx-instruct", "hi")[1]["model"] == "databricks/dbrx-instruct"
+    assert words_and_options("some/model-4bit", "hi")[0] == ("hi",)
+    assert words_and_options(str(demo_dir()), "hi")[1]["model"] == str(demo_dir())
+    for kept in (("and/or", "what"), ("llama3 says hi",), ("hello", "llama3"), ("gpt",)):
+        assert words_and_options(*kept)[0] == kept
+    assert words_and_options("llama3", "hi", model="some/model")[0] == ("llama3", "hi")
+
+
+def test_a_model_of_other_tools_is_no_prompt(call: Any) -> None:
+    for name in ("llama3", "qwen2.5-coder:7b", "gpt-oss:20b"):
+        with pytest.raises(UsageError, match="looks like a model"):
+            words_and_options(name, "hi")
+    code, out, err = call("run", "llama3", "hi")
+    assert (code, out) == (2, "")
+    hint = err.rpartition("Hint: moectl ")[2]
+    assert call(*hint.split())[0] == 0
+
+
+def test_the_demo_is_never_taken_for_a_real_model(call: Any) -> None:
+    words = ("run", "--raw", "--local", "1", "--max-tokens", "2", "--keep-alive", "0")
+    code, _, err = call(*words, "-q", "hi")
+    assert (code, err) == (0, f"Warning: no model is named: {DEMO_SAYS}\n")
+    code, _, err = call(*words, "--demo", "-q", "hi")
+    assert (code, err) == (0, "")
+
+
+def test_a_cut_answer_says_what_allows_more() -> None:
+    assert "--max-tokens 20 allows more" in cut_text(5, 5, thinks=False)
+    assert "the context is full" in cut_text(5, None, thinks=False)
+    assert "the context is full" in cut_text(5, 6, thinks=False)
+
+
+def test_old_letters_work_with_a_warning(call: Any, tmp_path: Path) -> None:
+    model = write_words(write_checkpoint(tmp_path / "tiny", n_layers=1))
+    code, _, err = call("shard", str(model), "-n", "1", "-o", "set", "--no-canary", "-q")
+    assert (code, err) == (0, "Warning: -n will not mean this in the next version: write --nodes\n")
+    code, _, err = call("run", "--shards", "set", "--raw", "-m", "2", "--keep-alive", "0", "-q", "a b")
+    assert (code, err) == (0, "Warning: -m is --model now: write --max-tokens 2\n")
+
+
+def test_all_options_are_in_help_all(call: Any) -> None:
+    assert "--min-p" not in call("run", "--help")[1]
+    code, out, err = call("run", "--help-all")
+    assert (code, err) == (0, "")
+    assert "--min-p" in out
+    assert "Model:" in out
+
+
+def test_version_and_ls_are_verbs(call: Any) -> None:
+    assert call("version")[1] == call("--version")[1]
+    assert call("ls")[1] == call("list")[1]
+
+
+def test_a_set_is_deleted_by_its_name(call: Any, tmp_path: Path) -> None:
+    model = write_words(write_checkpoint(tmp_path / "tiny", n_layers=1))
+    assert call("shard", str(model), "--nodes", "1", "--no-canary")[0] == 0
+    [name] = call("list", "-q")[1].split()
+    code, _, err = call("rm", "tinny")
+    assert code == 8
+    assert call(*err.rpartition("Hint: moectl ")[2].split())[0] == 0
+    assert call("rm", name)[0] == 2  # there is no terminal to ask at
+    code, out, _ = call("rm", name, "--yes")
+    assert (code, out.split()[:2]) == (0, ["Deleted", f"{name},"])
+    assert call("list", "-q")[1].strip() == ""
+
+
+def test_tokens_may_be_written_in_thousands(call: Any) -> None:
+    words = ("plan", "--hosts", "a,b", "--chip", "m3-ultra", "--memory", "512GB", "--ctx")
+    assert "KV 32768" in call(*words, "32k")[1]
+    assert call(*words, "32x")[0] == 2
