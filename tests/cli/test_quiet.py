@@ -25,6 +25,8 @@ STEPS: list[tuple[tuple[str, ...], str]] = [
     (("deploy", "hosts.txt"), "localhost"),
     (("list",), "moectl-demo"),
     (("list", "--prune", "--dry-run"), "nothing old"),
+    (("ls",), "moectl-demo"),
+    (("version",), "mlx"),
     (("doctor", "--fast"), "ok"),
     (("completion", "bash"), "complete"),
     (("help",), "daily"),
@@ -35,6 +37,7 @@ STEPS: list[tuple[tuple[str, ...], str]] = [
     (("logs",), "request"),
     (("stop",), "Stopped 1 worker"),
     (("uninstall", "hosts.txt", "--yes"), "localhost"),
+    (("rm", "moectl-demo-bf16-hidden-1", "--yes"), "Deleted"),
 ]
 
 

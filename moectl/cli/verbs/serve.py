@@ -51,8 +51,8 @@ def worker() -> None:
     "allow_origin",
     multiple=True,
     metavar="ORIGIN",
-    help="Let in web pages of this origin, such as https://chat.example, and no others (CORS; repeatable). "
-    "'*', all, needs a key. Without the flag: pages of this machine (localhost).",
+    help="Let in web pages of this origin only (CORS; repeatable); '*', all, needs a key. Without it: pages of this "
+    "machine.",
 )
 @flag(
     "--allow-host",
@@ -66,7 +66,7 @@ def worker() -> None:
 @target_options
 @common
 def serve(common: Common, host: str, port: int, detach: bool, **options: Any) -> None:
-    """Offer an OpenAI-compatible API.
+    """Offer the model over HTTP, by OpenAI's and Anthropic's APIs.
 
     Clients find it under http://HOST:PORT/v1. A browser finds a page with a chat under http://HOST:PORT/. Ctrl-C stops
     serving and unloads the model.
