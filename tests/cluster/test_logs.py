@@ -252,7 +252,7 @@ def test_logs_as_a_user_types_it(
     wait_for(lambda: not any(readers_of(log_of(recorded, rank)) for rank in range(2)))
 
     out, _ = start_moectl("logs", "node1", "--tail", "1").communicate(timeout=30)
-    assert out == "request 1\n"
+    assert out == "2026-11-20T17:41:00Z request 1\n"
     out, _ = start_moectl("logs", "--json", "--tail", "1").communicate(timeout=30)
     document = json.loads(out)
     assert document["schema"] == "moectl.logs/1"

@@ -117,7 +117,7 @@ def test_nearly_right_messages_are_refused(line: bytes) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"temperature": -1.0},
         {"temperature": float("nan")},
         {"top_p": -0.1},

@@ -72,10 +72,10 @@ class PoisonedText:
             raise Panic("poison") if self._place == "panic" else TypeError("poison")
         return self._real.feed(token)
 
-    def finish(self) -> Any:
+    def finish(self, **how: Any) -> Any:
         if self._place == "end of text":
             raise TypeError("poison")
-        return self._real.finish()
+        return self._real.finish(**how)
 
 
 def poison() -> None:

@@ -33,7 +33,19 @@ SCHEMA = "moectl.doctor/1"
 _GAP = "  "
 _WORD = len("FAIL")
 _DOT = " · "
-_TARGET = ("local", "shards", "model", "split", "shares", "replicas", "q_bits", "force", "no_canary")  # not asked for
+# of the target, all that is not asked for
+_TARGET = (
+    "local",
+    "demo",
+    "shards",
+    "model",
+    "split",
+    "shares",
+    "replicas",
+    "q_bits",
+    "force",
+    "no_canary",
+)  # not asked for
 Paint = Callable[[Level, str], str]
 
 
