@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -130,7 +132,8 @@ _HELP_ALL = click.Option(
 class Verb(_WithExamples):
     """One verb, and the section of `moectl --help` in which it stands.
 
-    `old` are letters that had another meaning in the last version: they still work, with a warning.
+    `old` are letters that had another meaning in the last version: they still work, with a warning. `-m N` had it only
+    before a number, which no model is called.
     """
 
     def __init__(self, *args: Any, section: str = "Other", old: Mapping[str, str] | None = None, **kw: Any) -> None:
@@ -142,11 +145,13 @@ class Verb(_WithExamples):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the line, with old letters as what they mean today."""
         end = args.index("--") if "--" in args else len(args)
-        return super().parse_args(ctx, [*filter(None, map(self._read_old, args[:end])), *args[end:]])
+        pairs = zip(args[:end], [*args[1:end], ""][:end], strict=True)
+        return super().parse_args(ctx, [*filter(None, itertools.starmap(self._read_old, pairs)), *args[end:]])
 
-    def _read_old(self, word: str) -> str:
+    def _read_old(self, word: str, after: str) -> str:
         new = self._old.get(word[:2])
-        if new is None:
+        value = word[2:].removeprefix("=") or after
+        if new is None or (word[:2] == "-m" and (not value.isdecimal() or Path(value).exists())):
             return word
         click.echo(f"Warning: {word[:2]} will not mean this in the next version: write {new}", err=True)
         return f"{new}={word[2:].removeprefix('=')}" if word[2:] else new

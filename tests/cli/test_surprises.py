@@ -70,7 +70,9 @@ def test_old_letters_work_with_a_warning(call: Any, tmp_path: Path) -> None:
     code, _, err = call("shard", str(model), "-n", "1", "-o", "set", "--no-canary", "-q")
     assert (code, err) == (0, "Warning: -n will not mean this in the next version: write --nodes\n")
     code, _, err = call("run", "--shards", "set", "--raw", "-m", "2", "--keep-alive", "0", "-q", "a b")
-    assert (code, err) == (0, "Warning: -m is --model now: write --max-tokens 2\n")
+    assert (code, err) == (0, "Warning: -m will not mean this in the next version: write --max-tokens\n")
+    code, _, err = call("run", "--local", "1", "--model", str(model), "-m2", "--raw", "--keep-alive", "0", "-q", "a b")
+    assert (code, err) == (0, "Warning: -m will not mean this in the next version: write --max-tokens\n")
 
 
 def test_all_options_are_in_help_all(call: Any) -> None:

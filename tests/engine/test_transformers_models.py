@@ -119,7 +119,7 @@ def test_the_command_line_says_what_transformers_says(case: str, tmp_path: Path)
     model = theirs.write_model(case, tmp_path / "model")
     write_alphabet(model)
     prompt = "".join(chr(FIRST + token) for token in theirs.PROMPT)
-    asked = ("--local", "2", "--keep-alive", "0", "--raw", "--temp", "0", "-m", str(theirs.STEPS))
+    asked = ("--local", "2", "--keep-alive", "0", "--raw", "--temp", "0", "--max-tokens", str(theirs.STEPS))
     said = moectl("run", "--model", str(model), *asked, prompt, XDG_CACHE_HOME=str(tmp_path / "cache")).stdout
     assert [ord(letter) - FIRST for letter in said.strip()] == theirs.tokens_of(case)
 

@@ -271,7 +271,7 @@ def test_what_if_lists_what_one_could_buy() -> None:
     assert {row["nodes"] for row in rows} == {1, 2, 3, 4, 8}
     assert not any(row["link"] == "rdma" for row in rows if row["chip"] in ("m2-ultra", "m4"))
     assert "m3-ultra" in plan("--what-if").stdout
-    assert PAPER.name in plan("--help").stdout
+    assert PAPER.name in plan("--help-all").stdout
 
 
 def test_shard_deploy_and_run_refuse_by_the_same_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

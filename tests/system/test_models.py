@@ -137,7 +137,7 @@ def test_four_hosts_answer_like_mlx_lm(name: str, split: str, hostfile: Path, ne
     assert made["split"] == split
     deployed = json.loads(moectl("deploy", *at, "--json", MOECTL_DEPLOY_NO_CHECK="0").stdout)
     assert [host["ok"] for host in deployed["hosts"]] == [True] * 4
-    ask = ("run", PROMPT, "--raw", "--temp", "0", "-m", str(LENGTH))
+    ask = ("run", PROMPT, "--raw", "--temp", "0", "--max-tokens", str(LENGTH))
     assert moectl(*ask, *at, "--keep-alive", "0").stdout.rstrip("\n") == right.rstrip("\n")
 
 

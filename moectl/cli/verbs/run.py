@@ -6,7 +6,6 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -53,7 +52,7 @@ def _sampling(parameter: str, *names: str, help: str, rare: bool = False) -> Cal
     return flag(*names, type=kind, help=help, rare=rare)
 
 
-@verb("Use")
+@verb("Use", old={"-m": "--max-tokens"})
 @click.argument("prompt", nargs=-1)
 @click.option("-s", "--system", help="System prompt.")
 @_sampling("max_tokens", "--max-tokens", help="Most tokens of an answer (default: what the context leaves).")
@@ -126,7 +125,6 @@ def run(
     thinking = {"--think/--no-think": options["think"] is not None, "--reasoning-effort": options["reasoning_effort"]}
     refuse_both({"--raw": options["raw"]}, thinking)
     options["temperature"] = options.pop("temp")
-    _read_old_m(options)
     prompt = take_model(common, prompt, options)
     given = {field.name: options[field.name] for field in fields(ChatSettings) if options.get(field.name) is not None}
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and at_terminal()
@@ -155,14 +153,6 @@ def run(
                 found.client.keep_alive(0, asks=False)
             if found.started:
                 found.client.wait_until_gone(_END_S)
-
-
-def _read_old_m(options: dict[str, Any]) -> None:
-    """Take -m N as --max-tokens N, as it was in the last version."""
-    model = options["model"]
-    if model is not None and model.isdecimal() and int(model) and not Path(model).exists():
-        click.echo(f"Warning: -m is --model now: write --max-tokens {model}", err=True)
-        options["model"], options["max_tokens"] = None, int(model)
 
 
 def _ask(client: Client, text: str, settings: ChatSettings, *, raw: bool) -> Events:
