@@ -32,6 +32,7 @@ import contextlib
 import io
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143
@@ -60,7 +61,7 @@ def main() -> NoReturn:
         answer_tab(cli)
         end.code = 0
     else:
-        end.code = run(begin=lambda: _handle_signals(signal.default_int_handler, _on_sigterm))
+        end.code = run(begin=lambda: _handle_signals(_on_sigint, _on_sigterm))
     _handle_signals(end.leave_now, end.leave_now)
     end.code = _flush(end.code)
     sys.exit(end.code)
@@ -88,7 +89,16 @@ class _End:
         os._exit(self.code or 128 + number)
 
 
-def _on_sigterm(*_: object) -> None:
+_arrived: list[int] = []  # the signals, for what turns them into another error
+
+
+def _on_sigint(number: int, frame: FrameType | None) -> None:
+    _arrived.append(number)
+    signal.default_int_handler(number, frame)
+
+
+def _on_sigterm(number: int, _: object) -> None:
+    _arrived.append(number)
     raise Terminated
 
 
@@ -150,7 +160,11 @@ def _print_unexpected(error: Exception) -> int:
 
     if isinstance(error, BrokenPipeError) and _reader_has_left():
         return READER_LEFT
-    if _is_interrupt(error):
+    # PyCapsule_Import, which the import of _ssl calls, puts an ImportError without a cause in the signal's place.
+    by_signal = isinstance(error, ImportError) and _arrived
+    if by_signal and _arrived[-1] == signal.SIGTERM:
+        return _say("Terminated.", TERMINATED)
+    if by_signal or _is_interrupt(error):
         return _say("\nInterrupted.", INTERRUPTED)
     if os.environ.get("MOECTL_DEBUG") == "1":
         raise error

@@ -72,6 +72,31 @@ def handles_signals(process: subprocess.Popen[Any]) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_became_an_import_error_is_still_a_signal(number: signal.Signals, code: int) -> None:
+    program = f"""if True:
+        import os, signal, sys
+        from moectl import __main__
+        from moectl.cli.app import cli
+
+        def fail(*_):
+            try:
+                os.kill(os.getpid(), {int(number)})
+                for _ in range(1000):
+                    pass
+            except BaseException:
+                pass
+            raise ImportError("PyCapsule_Import could not import module _socket")
+
+        cli.invoke = fail
+        sys.argv = ["moectl", "list"]
+        __main__.main()
+    """
+    done = subprocess.run([sys.executable, "-c", program], env=process_env(), stderr=-1, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.strip() == {130: "Interrupted.", 143: "Terminated."}[code]
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells when moectl's code begins")
 @pytest.mark.parametrize("times", [8, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize("verb", ["run", "shard"])
@@ -203,7 +228,7 @@ def test_another_pipe_that_breaks_is_told(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_full_disk_is_told_when_the_result_is_written(words: list[str], unbuffered: str) -> None:
     env = process_env() | {"PYTHONUNBUFFERED": unbuffered}
     if words[0] == "run" and words[-1] != "--help":
-        words = [*words, "--local", "1", "--max-tokens", "2", "--quiet"]
+        words = [*words, "--demo", "--max-tokens", "2", "--quiet"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([*MOECTL, *words], stdout=full, stderr=-1, text=True, env=env)
     assert done.returncode == StateError.exit_code
