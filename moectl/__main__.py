@@ -160,8 +160,8 @@ def _print_unexpected(error: Exception) -> int:
 
     if isinstance(error, BrokenPipeError) and _reader_has_left():
         return READER_LEFT
-    # PyCapsule_Import, which the import of _ssl calls, puts an ImportError without a cause in the signal's place.
-    by_signal = isinstance(error, ImportError) and _arrived
+    # Libraries in C put an ImportError without a cause in the signal's place.
+    by_signal = isinstance(error.error if isinstance(error, Failed) else error, ImportError) and _arrived
     if by_signal and _arrived[-1] == signal.SIGTERM:
         return _say("Terminated.", TERMINATED)
     if by_signal or _is_interrupt(error):
