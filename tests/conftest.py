@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from tests.support.starting import starts_processes
 
 KEPT = ("MOECTL_TEST_",)
 ROOT = Path(__file__).parent.parent
+COUNTED_CASES = 2  # of one test, for the lines that CI counts
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,6 +51,9 @@ LONG_FILES = {
     "test_chaos": 70,
     "test_crash": 60,
     "test_measured_families": 60,
+    "test_session": 60,
+    "test_isolation": 60,
+    "test_canary": 60,
 }
 
 
@@ -83,11 +88,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    cases = Counter[str]()
     for item in items:
         if item.path.parent.name == "system" or starts_processes(item):
             item.add_marker("system")
-        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
-            item.add_marker("no_cover")  # many examples of few lines: counting takes thrice as long
+        test = item.nodeid.partition("[")[0]
+        cases[test] += 1
+        # Many examples or cases of the same lines: counting takes half as long again, up to thrice as long.
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False) or cases[test] > COUNTED_CASES:
+            item.add_marker("no_cover")
     items.sort(key=lambda item: -LONG_FILES.get(item.path.stem, 0))
 
 
