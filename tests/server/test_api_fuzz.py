@@ -107,6 +107,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "max_output_tokens": 2,
     },
 }  # fmt: skip
+BODIES[f"{messages.PATH}/count_tokens"] = BODIES[messages.PATH]
 TALK = {CHAT: "messages", messages.PATH: "messages", responses.PATH: "input"}  # where the conversation is
 
 
@@ -143,7 +144,7 @@ def reader(cluster: FakeCluster, path: str) -> Callable[[bytes], None]:
             return
         assert status in (400, 404, 413), reply
         told = json.loads(reply)
-        if path == messages.PATH:
+        if path.startswith(messages.PATH):
             assert told["type"] == "error"
             assert told["error"]["type"] in ("invalid_request_error", "not_found_error", "request_too_large")
         else:
