@@ -10,6 +10,7 @@ TOPICS = (
     "cluster",
     "models",
     "daily",
+    "agents",
     "planning",
     "deploying",
     "scripting",

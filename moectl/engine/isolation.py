@@ -34,11 +34,14 @@ def isolated(request_id: int, on_error: Callable[[MoectlError], None]) -> Iterat
 
 def explain(request_id: int, error: BaseException) -> MoectlError:
     """Log where an error of one answer came from; return the error for its client."""
-    # Without the error's message: it may quote the prompt or the answer, which are never logged.
-    places = "".join(traceback.format_tb(error.__traceback__)).rstrip()
-    _log.error("request %d ends by an error, the others go on: %s\n%s", request_id, type(error).__name__, places)
+    _log.error("request %d ends by an error, the others go on:\n%s", request_id, trace(error))
     what = ": ".join(filter(None, (type(error).__name__, str(error))))
     return MoectlError(f"internal error in this request: {what} (a bug in moectl)", hint=_HINT)
+
+
+def trace(error: BaseException) -> str:
+    """Return where an exception came from, for a log: without its message, which may quote a prompt or an answer."""
+    return "".join([*traceback.format_tb(error.__traceback__), type(error).__name__])
 
 
 def _concerns_all(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ MAX_STOPS = 64  # OpenAI takes 4, editors send up to 14
 MAX_STOP_BYTES = 1024
 MAX_BIASES = 1024
 MAX_OPTION_BYTES = 64 * 1024  # of the chat template's options
+MAX_MESSAGES = 8192  # with the calls in them: each costs time on every rank, also an empty one
 MAX_TOOLS = 512
 MAX_DEPTH = 32  # lists and objects within each other, in a tool, a call or an option
 TOO_LONG = "context_length_exceeded"  # OpenAI's code; clients shorten a conversation when they meet it
@@ -87,6 +88,7 @@ class Request:
         return self.temperature == 0 or self.top_p <= LEAST_TOP_P
 
     def __post_init__(self) -> None:
+        self._check_messages()
         self._check_depths()
         self._check_texts()
         self._check_tools()
@@ -95,6 +97,12 @@ class Request:
             is_count = name == "max_tokens" and self.max_tokens == 0
             if not (is_count or parameter.allows(value := getattr(self, name))):
                 _bad(name, f"should be {parameter.text}, it is {value}")
+
+    def _check_messages(self) -> None:
+        count = sum(1 + len(message.get("tool_calls") or ()) for message in self.messages or ())
+        if count > MAX_MESSAGES:
+            reason = f"should be shorter: it has {count} messages and calls, more than {MAX_MESSAGES}"
+            raise too_long(f"messages {reason}", "messages")
 
     def _check_depths(self) -> None:
         """Before anything walks them: what is deep cannot be written as JSON."""

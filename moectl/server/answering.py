@@ -10,6 +10,7 @@ from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
 
+from moectl.engine.isolation import trace
 from moectl.engine.protocol import Done, Token
 from moectl.errors import MoectlError, UsageError
 from moectl.server import replies
@@ -24,7 +25,7 @@ _log = logging.getLogger("moectl.server")
 
 
 def _explain(unknown: Exception) -> MoectlError:
-    _log.error("unexpected %s in an answer", type(unknown).__name__, exc_info=unknown)
+    _log.error("an answer ends by a bug:\n%s", trace(unknown))
     return MoectlError(f"unexpected {type(unknown).__name__} (a bug in moectl)", hint=REPORT)
 
 

@@ -1,6 +1,7 @@
-"""An answer as a list of blocks, as Anthropic's blocks and the Responses API's items have it: thinking, text, calls.
+"""An answer put together: a list of blocks, which are thinking, text or calls.
 
-It knows no protocol's names.
+Anthropic's blocks and the Responses API's items are these; a chat's message has the texts of each kind. It knows no
+protocol's names.
 """
 
 from __future__ import annotations
@@ -48,6 +49,15 @@ class Blocks:
         self.done: Done | None = None
         self._open: AnswerBlock | None = None
         self._after = ""  # text that came while a call was open
+
+    def text(self, kind: str) -> str:
+        """Return the text of all blocks of a kind."""
+        return "".join(block.text for block in self.all if block.kind == kind)
+
+    @property
+    def calls(self) -> list[AnswerBlock]:
+        """The blocks that are calls."""
+        return [block for block in self.all if block.kind == CALL]
 
     def take(self, event: Token | Done) -> Iterator[Step]:
         """Note an event; yield what happens to the blocks."""

@@ -9,10 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 from moectl.server import conversation
-from moectl.server.fields import Fields, kind_of, read_boolean, read_typed, refuse, show
+from moectl.server.fields import (
+    TEXT_PARTS,
+    Fields,
+    kind_of,
+    read_boolean,
+    read_object,
+    read_string,
+    read_texts,
+    read_typed,
+    refuse,
+    show,
+)
 
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its text
 _REASONING = ("reasoning_content", "reasoning")  # what an assistant thought: DeepSeek's and vLLM's name, OpenRouter's
 _CHOICES = ("auto", "none", "required")
 
@@ -29,14 +39,12 @@ def read_messages(fields: Fields) -> tuple[Fields, ...]:
 
 
 def _read_message(message: Any, place: str) -> Fields:
-    if not isinstance(message, dict):
-        refuse(place, f"should be an object, it is {kind_of(message)}")
-    role = message.get("role")
+    role = read_object(message, place).get("role")
     if not isinstance(role, str) or role not in _ROLES:
         refuse(f"{place}.role", f"should be one of {', '.join(_ROLES)}, it is {show(role)}")
-    text = read_text(message.get("content"), f"{place}.content")
+    text = read_texts(message.get("content"), f"{place}.content", TEXT_PARTS)
     if role == "tool":
-        return conversation.give_result(_read_string(message, "tool_call_id", place), text)
+        return conversation.give_result(read_string(message, "tool_call_id", place), text)
     reasoning = ""
     for name in _REASONING:
         thinking = message.get(name)
@@ -58,41 +66,8 @@ def _read_call(call: Any, place: str) -> Fields:
     if not isinstance(function, dict):
         refuse(place, "should be an object with a function")
     arguments = conversation.read_arguments(function.get("arguments", ""), f"{place}.function.arguments")
-    name = _read_string(function, "name", f"{place}.function")
-    return conversation.call(_read_string(call, "id", place), name, arguments)
-
-
-def _read_string(fields: Fields, name: str, place: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str) or not value:
-        refuse(f"{place}.{name}", f"should be a text, it is {'empty' if value == '' else kind_of(value)}")
-    return value
-
-
-def read_text(content: Any, place: str) -> str:
-    """Return a message's text, given as a string or as a list of text parts; raise BadField."""
-    if content is None:  # an empty turn, or one that called a tool
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        refuse(place, f"should be a string or a list of text parts, it is {kind_of(content)}")
-    return "".join(_read_part(part, f"{place}[{i}]") for i, part in enumerate(content))
-
-
-def _read_part(part: Any, place: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict):
-        refuse(place, f"should be an object, it is {kind_of(part)}")
-    kind = part.get("type", "text")
-    field = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
-    if field is None:
-        refuse(f"{place}.type", f'should be "text", it is {show(kind)}: this model reads text only')
-    text = part.get(field)
-    if not isinstance(text, str):
-        refuse(f"{place}.{field}", f"should be a string, it is {kind_of(text)}")
-    return text
+    name = read_string(function, "name", f"{place}.function")
+    return conversation.call(read_string(call, "id", place), name, arguments)
 
 
 def read_tools(fields: Fields) -> Fields:
@@ -132,7 +107,7 @@ def _read_tool(tool: Any, place: str) -> Fields:
     if not isinstance(function, dict):
         refuse(place, 'should be an object of the type "function", with a function', hint="leave out other tools")
     return conversation.define_tool(
-        _read_string(function, "name", f"{place}.function"),
+        read_string(function, "name", f"{place}.function"),
         read_typed(function, "description", str, f"{place}.function.description"),
         read_typed(function, "parameters", dict, f"{place}.function.parameters"),
         strict=read_boolean(function, "strict", f"{place}.function.strict"),

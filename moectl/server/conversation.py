@@ -5,13 +5,14 @@ A reader makes messages and tools by these functions; `Request` carries them to 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from moectl.server.fields import Fields, kind_of, refuse, show
+from moectl.engine.request import MAX_DEPTH, is_deeper
+from moectl.server.fields import Fields, kind_of, load_json, refuse, show
 
 INVALID = "invalid_json"
+_MOST_LEVELS = MAX_DEPTH - 3  # of arguments: a list, the call and its function are around them
 
 
 def say(role: str, text: str) -> Fields:
@@ -55,20 +56,17 @@ def define_tool(
     return {"type": "function", "function": function}
 
 
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
 def parse_arguments(text: str) -> Fields:
     """Return the object in a call's arguments; "" is an empty one.
 
-    Clients send a call back as it came, also one that was cut: its text then stands under `INVALID`.
+    Clients send a call back as it came, also one that was cut, or is too deep for a request: its text then stands under
+    `INVALID`.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant) if text.strip() else {}
+        value = load_json(text) if text.strip() else {}
     except (ValueError, RecursionError):
         value = None
-    return value if isinstance(value, dict) else {INVALID: text}
+    return value if isinstance(value, dict) and not is_deeper(value, _MOST_LEVELS) else {INVALID: text}
 
 
 def read_arguments(value: Any, place: str) -> Fields:

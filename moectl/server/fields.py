@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from moectl.errors import BadField
 
 Fields = dict[str, Any]
 
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type → its text
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 # Fields of other servers that moectl does not have, with the values beside _EMPTY that change nothing. Other values
@@ -100,6 +102,58 @@ def read_integer(fields: Fields, name: str, least: int, most: int | None = None)
         allowed = f"{least} or more" if most is None else f"between {least} and {most}"
         refuse(name, f"should be {allowed}, it is {show(value)}")
     return int(value)
+
+
+def read_object(value: Any, place: str) -> Fields:
+    """Return a value that should be an object."""
+    if not isinstance(value, dict):
+        refuse(place, f"should be an object, it is {kind_of(value)}")
+    return value
+
+
+def read_list(value: Any, place: str) -> list[tuple[Fields, str]]:
+    """Return the objects of a list, each with its place."""
+    if not isinstance(value, list):
+        refuse(place, f"should be a list, it is {kind_of(value)}")
+    return [(read_object(each, f"{place}[{i}]"), f"{place}[{i}]") for i, each in enumerate(value)]
+
+
+def read_string(fields: Fields, name: str, place: str) -> str:
+    """Return a field of the object at a place that should be a text of at least one letter."""
+    value = fields.get(name)
+    if not isinstance(value, str) or not value:
+        refuse(f"{place}.{name}", f"should be a text, it is {'empty' if value == '' else kind_of(value)}")
+    return value
+
+
+def read_texts(value: Any, place: str, kinds: Mapping[str, str], between: str = "") -> str:
+    """Return a text that is a string, or a list of strings and of objects of these types; null is an empty one."""
+    if isinstance(value, str | None):
+        return value or ""
+    if not isinstance(value, list):
+        refuse(place, f"should be a string or a list of text parts, it is {kind_of(value)}")
+    parts = ((part, f"{place}[{i}]") for i, part in enumerate(value))
+    return between.join(part if isinstance(part, str) else read_text(part, at, kinds) for part, at in parts)
+
+
+def read_text(part: Any, place: str, kinds: Mapping[str, str]) -> str:
+    """Return the text of an object of these types, each with the field of its text; without a type it is "text"."""
+    kind = read_object(part, place).get("type", "text")
+    if not isinstance(kind, str) or kind not in kinds:
+        refuse(f"{place}.type", f'should be "text", it is {show(kind)}: this model reads text only')
+    text = part.get(kinds[kind])
+    if not isinstance(text, str):
+        refuse(f"{place}.{kinds[kind]}", f"should be a string, it is {kind_of(text)}")
+    return text
+
+
+def load_json(text: str | bytes) -> Any:
+    """Return a JSON value. Raises ValueError for what is none, NaN among it, RecursionError for what is too deep."""
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def refuse(param: str, reason: str, *, hint: str | None = None) -> NoReturn:

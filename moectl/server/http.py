@@ -26,6 +26,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moectl.engine.isolation import trace
 from moectl.engine.protocol import Done, Ready
 from moectl.engine.request import TOO_LONG
 from moectl.errors import MoectlError, QueueFull, StateError
@@ -44,7 +45,7 @@ _IDLE_CONNECTION_S = 75
 _LAST_WORDS_S = 2  # for replies to end by themselves once they have to
 _CLIENT_CLOSED = 499  # nginx' number; only counted, since the client has gone
 _log = logging.getLogger("moectl.server")
-logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # malformed requests need no log
+logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would quote requests; `App` logs bugs
 
 
 def make_app(
@@ -198,11 +199,15 @@ class App:
         try:
             await self._app(scope, receive, note)
         except Exception as error:
-            _log.error("unexpected %s in %s", type(error).__name__, scope["path"], exc_info=error)
+            _log.error("%s fails by a bug:\n%s", self._name(scope), trace(error))
             if not complete:
                 raise  # too late for a status: the connection breaks
         finally:
-            self._metrics.count_http(scope["path"] if scope["path"] in self._paths else "other", status)
+            self._metrics.count_http(self._name(scope), status)
+
+    def _name(self, scope: Scope) -> str:
+        """Return a path for a log: what is no endpoint may be any text."""
+        return scope["path"] if scope["path"] in self._paths else "other"
 
 
 class MakeReply(Protocol):

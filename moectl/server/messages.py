@@ -5,7 +5,6 @@ Fields are those of Anthropic's API reference. It knows no HTTP library, no cloc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +15,21 @@ from moectl.model.parameters import THINKING_SWITCHES
 from moectl.server import blocks, replies
 from moectl.server.blocks import AnswerBlock, Blocks, Step
 from moectl.server.conversation import parse_arguments
-from moectl.server.fields import Fields, kind_of, read_boolean, read_typed, refuse, show
+from moectl.server.fields import (
+    Fields,
+    kind_of,
+    read_boolean,
+    read_list,
+    read_object,
+    read_text,
+    read_texts,
+    read_typed,
+    refuse,
+    show,
+)
 from moectl.server.openai import ApiRequest
-from moectl.server.translation import Translation, pass_on, read_list, read_object, read_text, read_texts, refuse_kind
+from moectl.server.stream import sum_usage
+from moectl.server.translation import Translation, pass_on, refuse_kind
 
 PATH = "/v1/messages"
 _NAMES = {
@@ -27,9 +38,11 @@ _NAMES = {
     "reasoning_effort": "output_config.effort",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
 }
+_PARTS = {"tool_call_id": "tool_use_id", "arguments": "input", "parameters": "input_schema"}
 _CONSUMED = ("system", "messages", "stop_sequences", "tools", "tool_choice", "thinking", "output_config")
 _TEXT = {"text": "text"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_FAILED = "The tool failed:"  # no chat template has a field for it
 # Claude Code's first system block. It differs between sessions: with it no prompt would begin as another one does, and
 # none would be found in the prompt cache.
 _BILLING = "x-anthropic-billing-header"
@@ -39,19 +52,19 @@ def read_messages(fields: Fields, name: str, model: Ready) -> ApiRequest:
     """Return what a body of /v1/messages asks of the model of this name; raise UsageError."""
     if fields.get("mcp_servers"):
         refuse("mcp_servers", "is not supported: moectl calls no tools itself", hint="leave it out")
-    asked = Translation({**pass_on(fields, _CONSUMED), "messages": []}, _NAMES)
+    asked = Translation(pass_on(fields, _CONSUMED), _NAMES, _PARTS)
     if system := _read_system(fields.get("system"), "system"):
         asked.say("system", "system", content=system)
     for message, place in read_list(fields.get("messages"), "messages"):
         _read_message(asked, message, place)
+    for tool, place in read_list(fields.get("tools") or [], "tools"):
+        _read_tool(asked, tool, place)
     asked.fields |= {
         "stop": fields.get("stop_sequences"),
-        "tools": [_read_tool(tool, place) for tool, place in read_list(fields.get("tools") or [], "tools")],
         **_read_choice(fields),
         **_read_output(fields),
         **_read_thinking(fields),
     }
-    asked.fields["tools"] = [tool for tool in asked.fields["tools"] if tool]
     return asked.read(name, model)
 
 
@@ -86,6 +99,8 @@ def _read_user(asked: Translation, blocks: list[tuple[Fields, str]], place: str)
         if block.get("type") == "tool_result":
             _say_texts(asked, place, texts)
             result = read_texts(block.get("content"), f"{at}.content", _TEXT, "\n")
+            if read_boolean(block, "is_error", f"{at}.is_error"):
+                result = f"{_FAILED}\n{result}".rstrip()
             asked.say(at, "tool", tool_call_id=block.get("tool_use_id"), content=result)
         else:
             texts.append(read_text(block, at, _TEXT))
@@ -99,32 +114,31 @@ def _say_texts(asked: Translation, place: str, texts: list[str]) -> None:
 
 
 def _read_assistant(asked: Translation, blocks: list[tuple[Fields, str]], place: str) -> None:
-    said: dict[str, list[Any]] = {"text": [], "thinking": [], "tool_use": []}
+    said: dict[str, list[str]] = {"text": [], "thinking": []}
+    calls: list[tuple[Fields, str]] = []
     for block, at in blocks:
         match block.get("type"):
             case "text" | "thinking" as kind:
                 said[kind].append(read_text(block, at, {kind: kind}))
             case "tool_use":
-                arguments = json.dumps(read_object(block.get("input"), f"{at}.input"), ensure_ascii=False)
-                function = {"name": block.get("name"), "arguments": arguments}
-                said["tool_use"].append({"id": block.get("id"), "type": "function", "function": function})
+                calls.append((block, at))
             case "redacted_thinking":  # of another model: only Anthropic can read it
                 pass
             case kind:
                 refuse_kind(at, kind, "text", "thinking", "tool_use")
     thinking = {"reasoning_content": "".join(said["thinking"])} if said["thinking"] else {}
-    calls = {"tool_calls": said["tool_use"]} if said["tool_use"] else {}
-    asked.say(place, "assistant", content="\n".join(said["text"]), **thinking, **calls)
+    asked.say(place, "assistant", content="\n".join(said["text"]), **thinking)
+    for block, at in calls:
+        asked.call(at, block.get("id"), block.get("name"), read_object(block.get("input"), f"{at}.input"))
 
 
-def _read_tool(tool: Fields, place: str) -> Fields:
-    """Return a tool as OpenAI's chat has it; {} for one that Anthropic's servers would run."""
+def _read_tool(asked: Translation, tool: Fields, place: str) -> None:
     if tool.get("type") not in (None, "custom"):
-        return {}
+        return  # one that Anthropic's servers would run
     if not isinstance(tool.get("input_schema"), dict):
         refuse(f"{place}.input_schema", f"should be an object, it is {kind_of(tool.get('input_schema'))}")
-    function = {name: tool[name] for name in ("name", "description", "strict") if tool.get(name) is not None}
-    return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
+    told = {name: tool.get(name) for name in ("name", "description", "strict")}
+    asked.offer(place, **told, parameters=tool["input_schema"])
 
 
 def _read_choice(fields: Fields) -> Fields:
@@ -203,16 +217,16 @@ class MessageReply:
         reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(done.finish_reason, "end_turn")
         if done.stop_text is not None and reason == "end_turn":
             reason = "stop_sequence"
-        return {"stop_reason": reason, "stop_sequence": done.stop_text}
+        return {"stop_reason": reason, "stop_sequence": done.stop_text if reason == "stop_sequence" else None}
 
     def _usage(self) -> Fields:
         assert self._blocks.done is not None
-        stats = self._blocks.done.stats
+        usage = sum_usage([self._blocks.done.stats])
         return {
-            "input_tokens": stats.prompt_tokens - stats.cached_tokens,  # Anthropic counts these apart
-            "cache_read_input_tokens": stats.cached_tokens,
+            "input_tokens": usage.prompt - usage.cached,  # Anthropic counts these apart
+            "cache_read_input_tokens": usage.cached,
             "cache_creation_input_tokens": 0,
-            "output_tokens": stats.completion_tokens,
+            "output_tokens": usage.completion,
         }
 
 

@@ -10,10 +10,9 @@ are refused. Where nothing is said the model's own defaults hold, then OpenAI's.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from moectl.engine.protocol import Ready
 from moectl.engine.request import Request, too_long
@@ -23,6 +22,7 @@ from moectl.server.chat import read_messages, read_tools
 from moectl.server.fields import (
     Fields,
     kind_of,
+    load_json,
     read_boolean,
     read_integer,
     read_number,
@@ -63,7 +63,7 @@ Reader = Callable[[Fields, str, Ready], ApiRequest]
 def parse_body(body: bytes) -> Fields:
     """Return the JSON object in a body; raise UsageError when it is none."""
     try:
-        fields = json.loads(body, parse_constant=_refuse_constant)
+        fields = load_json(body)
     except RecursionError:
         raise UsageError("the body is not valid JSON: it is nested too deeply", hint=_BODY) from None
     except ValueError as error:
@@ -150,10 +150,6 @@ def _ask(fields: Fields, chat: bool, prompts: list[Request]) -> ApiRequest:
         include_usage=read_boolean(options, "include_usage", "stream_options.include_usage"),
         logprobs=prompts[0].logprobs,
     )
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _reseed(request: Request, choice: int) -> Request:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from moectl import __version__
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
+from moectl.server.blocks import TEXT, THINKING, Blocks
 from moectl.server.contracts import Thinking
 from moectl.server.fields import Fields
 from moectl.server.openai import ApiRequest
-from moectl.server.stream import Part, WholeAnswer, WholeCall, read_parts, sum_usage
+from moectl.server.stream import Part, read_parts, sum_usage
 from moectl.shards.chat.calls import CallPart
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own stand-in
@@ -32,7 +33,7 @@ class Reply:
             "model": name,
             "system_fingerprint": f"moectl-{__version__}-{model.split}-{model.bits or 16}bit",
         }
-        self._answers = [WholeAnswer() for _ in asked.requests]
+        self._answers = [Blocks() for _ in asked.requests]
         self._logprobs: list[list[Token]] = [[] for _ in asked.requests]
 
     def start(self) -> Iterator[Fields]:
@@ -43,7 +44,8 @@ class Reply:
 
     def take(self, index: int, event: Token | Done) -> Iterator[Fields]:
         """Note an event of a choice; yield its chunks of a stream."""
-        self._answers[index].take(event)
+        for _ in self._answers[index].take(event):
+            pass
         parts = list(read_parts(event))
         logprobs: list[Token] = []
         if isinstance(event, Token) and self._asked.logprobs is not None and event.logprob is not None:
@@ -77,13 +79,14 @@ class Reply:
         answer = self._answers[index]
         logprobs = self._tell_logprobs(self._logprobs[index])
         if not self._asked.chat:
-            return {"text": answer.text, "logprobs": logprobs}
-        content = None if answer.calls and not answer.text else answer.text
+            return {"text": answer.text(TEXT), "logprobs": logprobs}
+        text, thinking = answer.text(TEXT), answer.text(THINKING)
+        content = None if answer.calls and not text else text
         message: Fields = {"role": "assistant", "content": content, "refusal": None}
-        if answer.thinking:
-            message["reasoning_content"] = answer.thinking
+        if thinking:
+            message["reasoning_content"] = thinking
         if answer.calls:
-            message["tool_calls"] = [_tell_call(call) for call in answer.calls]
+            message["tool_calls"] = [_tell_call(call.call_id, call.name, call.text) for call in answer.calls]
         return {"message": message, "logprobs": logprobs}
 
     def _chunk(self, index: int, content: Fields, done: Done | None = None) -> Fields:
@@ -113,7 +116,7 @@ class Reply:
         if self._asked.logprobs is None:
             return None
         if self._asked.chat:
-            return {"content": [_tell_token(token, self._asked.logprobs) for token in tokens], "refusal": None}
+            return {"content": [tell_token(token, self._asked.logprobs) for token in tokens], "refusal": None}
         return _tell_legacy(tokens, self._asked.logprobs)
 
 
@@ -134,14 +137,15 @@ def _tell_delta(parts: list[Part]) -> Fields:
 def _tell_call_part(part: CallPart) -> Fields:
     if not part.id:
         return {"index": part.index, "function": {"arguments": part.arguments}}
-    return {"index": part.index, **_tell_call(WholeCall(part.id, part.name, part.arguments))}
+    return {"index": part.index, **_tell_call(part.id, part.name, part.arguments)}
 
 
-def _tell_call(call: WholeCall) -> Fields:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+def _tell_call(call_id: str, name: str, arguments: str) -> Fields:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _tell_token(token: Token, k: int) -> Fields:
+def tell_token(token: Token, k: int) -> Fields:
+    """Return a token's log-probability and those of the `k` most probable ones, as chats and responses have them."""
     top = [_tell_text(text, logprob) for _, text, logprob in token.top[:k]]
     return {**_tell_text(_own_text(token), token.logprob or 0.0), "top_logprobs": top}
 

@@ -15,23 +15,26 @@ from moectl.engine.protocol import Done, Ready, Token
 from moectl.errors import MoectlError
 from moectl.server import blocks, replies
 from moectl.server.blocks import AnswerBlock, Blocks, Step
-from moectl.server.fields import Fields, read_boolean, read_typed, refuse
+from moectl.server.fields import TEXT_PARTS, Fields, read_boolean, read_list, read_texts, read_typed, refuse
 from moectl.server.openai import ApiRequest
-from moectl.server.translation import Translation, pass_on, read_list, read_texts, refuse_kind
+from moectl.server.stream import sum_usage
+from moectl.server.translation import Translation, pass_on, refuse_kind
 
 PATH = "/v1/responses"
 _NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
+    "messages": "input",
 }
+_PARTS = {"tool_call_id": "call_id", "id": "call_id"}
 _CONSUMED = ("input", "instructions", "max_output_tokens", "tools", "text", "reasoning", "messages")
-_TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # type → its text
 _THOUGHTS = {"reasoning_text": "text", "summary_text": "text"}
 # The order of an assistant's doings in one message of a chat; a later one joins the message of an earlier one.
 _ORDER = ("reasoning_content", "content", "tool_calls")
 # What only a server that stores responses has.
 _STORED = {"previous_response_id": "input", "conversation": "input", "prompt": "instructions and input"}
+_LOGPROBS = "message.output_text.logprobs"  # in `include`
 _STATELESS = "moectl stores no responses"
 
 
@@ -42,19 +45,21 @@ def read_responses(fields: Fields, name: str, model: Ready) -> ApiRequest:
             refuse(stored, f"is not supported: {_STATELESS}", hint=f"send the whole conversation as {instead}")
     if read_boolean(fields, "background"):
         refuse("background", f"is not supported: {_STATELESS}", hint="leave it out")
-    if fields.get("top_logprobs"):
-        refuse("top_logprobs", "is not supported here", hint="ask /v1/chat/completions for log-probabilities")
-    asked = Translation({**pass_on(fields, _CONSUMED), "messages": []}, _NAMES)
+    asked = Translation(pass_on(fields, _CONSUMED), _NAMES, _PARTS)
     if instructions := read_typed(fields, "instructions", str):
         asked.say("instructions", "system", content=instructions)
     _read_input(asked, fields.get("input"))
     text = read_typed(fields, "text", dict) or {}
     asked.fields |= {
         "max_completion_tokens": fields.get("max_output_tokens"),
+        **_read_logprobs(fields),
         "reasoning_effort": (read_typed(fields, "reasoning", dict) or {}).get("effort"),
         "response_format": _read_form(read_typed(text, "format", dict) or {}),
-        "tools": [_read_tool(each) for each, _ in read_list(fields.get("tools") or [], "tools") if _is_function(each)],
     }
+    for tool, place in read_list(fields.get("tools") or [], "tools"):
+        if tool.get("type") == "function":  # what OpenAI's servers or a namespace would run is left out
+            told = {name: tool.get(name) for name in ("name", "description", "parameters", "strict")}
+            asked.offer(place, **told)
     return dataclasses.replace(asked.read(name, model), fields=fields)
 
 
@@ -65,7 +70,7 @@ def _read_input(asked: Translation, given: Any) -> None:
     for item, place in read_list(given, "input"):
         match item.get("type", "message"):
             case "message":
-                content = read_texts(item.get("content"), f"{place}.content", _TEXTS)
+                content = read_texts(item.get("content"), f"{place}.content", TEXT_PARTS)
                 if item.get("role") == "assistant":
                     _say_assistant(asked, place, "content", content)
                 else:
@@ -73,11 +78,11 @@ def _read_input(asked: Translation, given: Any) -> None:
             case "reasoning":
                 _read_reasoning(asked, item, place)
             case "function_call":
-                function = {"name": item.get("name"), "arguments": item.get("arguments")}
-                call = {"id": item.get("call_id"), "type": "function", "function": function}
-                _say_assistant(asked, place, "tool_calls", [call])
+                if asked.last.get("role") != "assistant":
+                    asked.say(place, "assistant")
+                asked.call(place, item.get("call_id"), item.get("name"), item.get("arguments"))
             case "function_call_output":
-                output = read_texts(item.get("output"), f"{place}.output", _TEXTS)
+                output = read_texts(item.get("output"), f"{place}.output", TEXT_PARTS)
                 asked.say(place, "tool", tool_call_id=item.get("call_id"), content=output)
             case "item_reference":
                 refuse(f"{place}.type", f"is item_reference: {_STATELESS}", hint="send the item itself")
@@ -93,31 +98,25 @@ def _read_reasoning(asked: Translation, item: Fields, place: str) -> None:
             return
 
 
-def _say_assistant(asked: Translation, place: str, name: str, value: Any) -> None:
-    """Add what an assistant did: to the message before where that is an assistant's and has come less far."""
-    last = asked.fields["messages"][-1] if asked.fields["messages"] else {}
-    reached = max((_ORDER.index(part) for part in _ORDER if part in last), default=0)
-    if last.get("role") != "assistant" or not (name == "tool_calls" or _ORDER.index(name) > reached):
+def _say_assistant(asked: Translation, place: str, name: str, value: str) -> None:
+    """Add what an assistant said or thought: to the message before where that is its own and has come less far."""
+    reached = max((_ORDER.index(part) for part in _ORDER if part in asked.last), default=0)
+    if asked.last.get("role") != "assistant" or _ORDER.index(name) <= reached:
         asked.say(place, "assistant", **{name: value})
-    elif name in last:
-        last[name] += value  # calls
     else:
-        last[name] = value
+        asked.last[name] = value
+
+
+def _read_logprobs(fields: Fields) -> Fields:
+    count = fields.get("top_logprobs") or 0
+    wanted = count or _LOGPROBS in (read_typed(fields, "include", list) or [])
+    return {"logprobs": True, "top_logprobs": count} if wanted else {}
 
 
 def _read_form(form: Fields) -> Fields | None:
     if form.get("type") != "json_schema":
         return form or None
     return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
-
-
-def _is_function(tool: Fields) -> bool:
-    return tool.get("type") == "function"  # what OpenAI's servers or a namespace would run is left out
-
-
-def _read_tool(tool: Fields) -> Fields:
-    names = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
 
 
 # Written.
@@ -128,6 +127,9 @@ class ResponseReply:
 
     def __init__(self, asked: ApiRequest, *, reply_id: str, created: int, name: str, model: Ready) -> None:
         self._id = reply_id
+        self._top = asked.logprobs  # most probable tokens to tell of each; None: no log-probabilities
+        self._odds: list[Fields] = []  # of tokens whose text has not come yet
+        self._told: dict[int, list[Fields]] = {}  # the odds of each message, by its index
         self._head = {"id": f"resp_{reply_id}", "object": "response", "created_at": created, "model": name}
         self._echo = _echo(asked.fields)
         self._blocks = Blocks()
@@ -140,6 +142,8 @@ class ResponseReply:
 
     def take(self, index: int, event: Token | Done) -> Iterator[Fields]:
         """Note an event; yield what it does to the items."""
+        if isinstance(event, Token) and self._top is not None and not (event.thinking or event.calls):
+            self._odds.append(replies.tell_token(event, self._top))
         for step in self._blocks.take(event):
             yield from map(self._number, self._tell_step(step))
 
@@ -177,22 +181,37 @@ class ResponseReply:
         inside = {**item, "item_id": self._item_id(block)}
         content = {**inside, "content_index": 0}
         if what == blocks.BEGIN:
+            if block.kind != blocks.TEXT:
+                self._odds.clear()
             yield {"type": "response.output_item.added", **item, "item": self._item(block, is_new=True)}
             if block.kind != blocks.CALL:
-                yield {"type": "response.content_part.added", **content, "part": _tell_content(block, "")}
+                yield {"type": "response.content_part.added", **content, "part": self._content(block, "")}
             return
         name = f"response.{_DELTAS[block.kind]}"
         place = inside if block.kind == blocks.CALL else content
-        logprobs: Fields = {"logprobs": []} if block.kind == blocks.TEXT else {}
+        is_text = block.kind == blocks.TEXT
         if what == blocks.MORE:
-            yield {"type": f"{name}.delta", **place, "delta": piece, **logprobs}
+            odds: Fields = {"logprobs": self._take_odds(block)} if is_text else {}
+            yield {"type": f"{name}.delta", **place, "delta": piece, **odds}
             return
         if block.kind == blocks.CALL:
             yield {"type": f"{name}.done", **place, "arguments": block.text, "name": block.name}
         else:
-            yield {"type": f"{name}.done", **place, "text": block.text, **logprobs}
-            yield {"type": "response.content_part.done", **content, "part": _tell_content(block, block.text)}
+            odds = {"logprobs": self._told.get(block.index, [])} if is_text else {}
+            yield {"type": f"{name}.done", **place, "text": block.text, **odds}
+            yield {"type": "response.content_part.done", **content, "part": self._content(block, block.text)}
         yield {"type": "response.output_item.done", **item, "item": self._item(block)}
+
+    def _take_odds(self, block: AnswerBlock) -> list[Fields]:
+        odds, self._odds = self._odds, []
+        self._told.setdefault(block.index, []).extend(odds)
+        return odds
+
+    def _content(self, block: AnswerBlock, text: str) -> Fields:
+        if block.kind == blocks.THINKING:
+            return {"type": "reasoning_text", "text": text}
+        odds = self._told.get(block.index, [])
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": odds}
 
     def _item_id(self, block: AnswerBlock) -> str:
         return f"{_PREFIXES[block.kind]}_{self._id}_{block.index}"
@@ -205,7 +224,7 @@ class ResponseReply:
             arguments = "" if is_new else block.text
             call = {"call_id": block.call_id, "name": block.name, "arguments": arguments}
             return {"type": "function_call", **head, **call}
-        content = [] if is_new else [_tell_content(block, block.text)]
+        content = [] if is_new else [self._content(block, block.text)]
         if block.kind == blocks.THINKING:
             return {"type": "reasoning", **head, "summary": [], "content": content}
         return {"type": "message", **head, "role": "assistant", "content": content}
@@ -219,20 +238,14 @@ _DELTAS = {
 _PREFIXES = {blocks.THINKING: "rs", blocks.TEXT: "msg", blocks.CALL: "fc"}
 
 
-def _tell_content(block: AnswerBlock, text: str) -> Fields:
-    if block.kind == blocks.THINKING:
-        return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
 def _tell_usage(done: Done) -> Fields:
-    stats = done.stats
+    usage = sum_usage([done.stats])
     return {
-        "input_tokens": stats.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": stats.cached_tokens},
-        "output_tokens": stats.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": stats.thinking_tokens},
-        "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {"cached_tokens": usage.cached},
+        "output_tokens": usage.completion,
+        "output_tokens_details": {"reasoning_tokens": usage.thinking},
+        "total_tokens": usage.prompt + usage.completion,
     }
 
 
@@ -248,6 +261,7 @@ def _echo(fields: Fields) -> Fields:
         "text": {"format": {"type": "text"}},
         "tool_choice": "auto",
         "tools": [],
+        "top_logprobs": 0,
         "top_p": 1.0,
         "truncation": "disabled",
     }

@@ -1,12 +1,12 @@
-"""One answer as every protocol tells it: a stream of parts in their order, the whole of them, and what it used.
+"""One answer as every protocol tells it: a stream of parts in their order, and what it used.
 
-Chat completions, Responses and Messages only write what is read here: none of them knows tokens.
+Chat completions, Responses and Messages only write what is read here; `blocks` puts the parts together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from moectl.engine.protocol import Done, Token
 from moectl.engine.request import Stats
@@ -30,47 +30,6 @@ def read_parts(event: Token | Done) -> Iterator[Part]:
     if text:
         yield text
     yield from calls
-
-
-@dataclass(slots=True)
-class WholeCall:
-    """One tool call of an answer; `arguments` is the text of a JSON object where it has `ended`, else it was cut."""
-
-    id: str
-    name: str
-    arguments: str = ""
-    ended: bool = False
-
-
-@dataclass(slots=True)
-class WholeAnswer:
-    """The parts of one answer, put together."""
-
-    text: str = ""
-    thinking: str = ""
-    calls: list[WholeCall] = field(default_factory=list)
-    done: Done | None = None
-
-    def take(self, event: Token | Done) -> None:
-        """Add what an event brings."""
-        for part in read_parts(event):
-            self.add(part)
-        if isinstance(event, Done):
-            self.done = event
-
-    def add(self, part: Part) -> None:
-        """Add one part."""
-        match part:
-            case str():
-                self.text += part
-            case Thinking(text=text):
-                self.thinking += text
-            case CallPart():
-                if part.index == len(self.calls):
-                    self.calls.append(WholeCall(part.id, part.name))
-                call = self.calls[part.index]
-                call.arguments += part.arguments
-                call.ended = part.ended
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from moectl.engine.protocol import Ready
 from moectl.errors import BadField
 from moectl.server import openai
-from moectl.server.fields import Fields, kind_of, refuse, show
+from moectl.server.fields import Fields, refuse, show
 
 _OF_CHAT = ("n", "logprobs", "top_logprobs", "stream_options", "functions", "function_call")  # no other protocol's
 
@@ -23,13 +23,37 @@ class Translation:
     """A chat's body, where each of its messages comes from, and what its fields are called in their own protocol."""
 
     fields: Fields
-    names: Mapping[str, str]  # of chat → their own
-    places: list[str] = field(default_factory=list)  # of each message
+    names: Mapping[str, str]  # of a chat's fields → their own
+    parts: Mapping[str, str]  # of the fields of its messages and tools → their own
+    _places: list[str] = field(default_factory=list)  # of each message
+    _calls: list[list[str]] = field(default_factory=list)  # the places of each message's calls
+    _tools: list[str] = field(default_factory=list)  # the place of each tool
+
+    def __post_init__(self) -> None:
+        self.fields |= {"messages": [], "tools": []}
+
+    @property
+    def last(self) -> Fields:
+        """The last message, which may still be added to."""
+        return self.fields["messages"][-1] if self.fields["messages"] else {}
 
     def say(self, place: str, role: str, **parts: Any) -> None:
         """Add a message that comes from this place."""
         self.fields["messages"].append({"role": role, **parts})
-        self.places.append(place)
+        self._places.append(place)
+        self._calls.append([])
+
+    def call(self, place: str, call_id: Any, name: Any, arguments: Any) -> None:
+        """Add a call that comes from this place to the last message."""
+        function = {"name": name, "arguments": arguments}
+        self.last.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
+        self._calls[-1].append(place)
+
+    def offer(self, place: str, **function: Any) -> None:
+        """Add a tool that comes from this place; what is None is not said."""
+        told = {name: value for name, value in function.items() if value is not None}
+        self.fields["tools"].append({"type": "function", "function": told})
+        self._tools.append(place)
 
     def read(self, name: str, model: Ready) -> openai.ApiRequest:
         """Return what it asks of the model of this name; raise UsageError in the protocol's own words."""
@@ -41,12 +65,19 @@ class Translation:
     def _tell_back(self, error: BadField) -> BadField:
         param = error.param or ""
         own = param
-        if found := re.match(r"messages\[(\d+)\]", param):
-            own = self.places[int(found[1])] + param[found.end() :]
+        if found := re.match(r"messages\[(\d+)\](?:\.tool_calls\[(\d+)\](?:\.function)?)?", param):
+            message, call = int(found[1]), found[2]
+            place = self._places[message] if call is None else self._calls[message][int(call)]
+            own = place + self._name_parts(param[found.end() :])
+        elif found := re.match(r"tools\[(\d+)\](?:\.function)?", param):
+            own = self._tools[int(found[1])] + self._name_parts(param[found.end() :])
         elif chat := next((chat for chat in self.names if re.match(rf"{chat}\b", param)), None):
             own = self.names[chat] + param[len(chat) :]
-        message = own + error.message[len(param) :] if error.message.startswith(param) else error.message
-        return BadField(message, param=own or None, code=error.code, hint=error.hint)
+        text = own + error.message[len(param) :] if error.message.startswith(param) else error.message
+        return BadField(text, param=own or None, code=error.code, hint=error.hint)
+
+    def _name_parts(self, place: str) -> str:
+        return re.sub(r"(?<=\.)\w+", lambda name: self.parts.get(name[0], name[0]), place)
 
 
 def pass_on(fields: Fields, consumed: tuple[str, ...]) -> Fields:
@@ -54,39 +85,6 @@ def pass_on(fields: Fields, consumed: tuple[str, ...]) -> Fields:
     return {name: value for name, value in fields.items() if name not in (*consumed, *_OF_CHAT)}
 
 
-def read_object(value: Any, place: str) -> Fields:
-    """Return a value that should be an object."""
-    if not isinstance(value, dict):
-        refuse(place, f"should be an object, it is {kind_of(value)}")
-    return value
-
-
-def read_list(value: Any, place: str) -> list[tuple[Fields, str]]:
-    """Return the objects of a list, each with its place."""
-    if not isinstance(value, list):
-        refuse(place, f"should be a list, it is {kind_of(value)}")
-    return [(read_object(each, f"{place}[{i}]"), f"{place}[{i}]") for i, each in enumerate(value)]
-
-
 def refuse_kind(place: str, kind: Any, *known: str) -> NoReturn:
     """Raise the error of an object of another type than the known ones."""
     refuse(f"{place}.type", f"should be one of {', '.join(known)}, it is {show(kind)}")
-
-
-def read_texts(value: Any, place: str, kinds: Mapping[str, str], between: str = "") -> str:
-    """Return a text that is a string, or a list of objects of these types, each with the field of its text."""
-    if isinstance(value, str | None):
-        return value or ""
-    return between.join(read_text(part, at, kinds) for part, at in read_list(value, place))
-
-
-def read_text(part: Fields, place: str, kinds: Mapping[str, str]) -> str:
-    """Return the text of an object of these types, each with the field of its text."""
-    kind = part.get("type")
-    if not isinstance(kind, str) or kind not in kinds:
-        names = " or ".join(map(show, kinds))
-        refuse(f"{place}.type", f"should be {names}, it is {show(kind)}: this model reads text only")
-    text = part.get(kinds[kind])
-    if not isinstance(text, str):
-        refuse(f"{place}.{kinds[kind]}", f"should be a string, it is {kind_of(text)}")
-    return text

@@ -13,7 +13,7 @@ from moectl.engine.protocol import Done, Token
 from moectl.engine.request import Request
 from moectl.engine.sampling import Sampler
 from moectl.errors import BadField
-from moectl.server.stream import WholeAnswer
+from moectl.server.blocks import TEXT, Blocks
 from moectl.shards.chat.tokenizer import Tokenizer
 from tests.support.callers import STYLES, make_caller, make_tool
 from tests.support.thinkers import ALWAYS, QWEN, make_thinker
@@ -120,11 +120,12 @@ def encode(caller: Tokenizer, text: str) -> list[int]:
 def gather(events: list[Any]) -> tuple[str, list[tuple[str, Any]], Done]:
     done = events[-1]
     assert isinstance(done, Done)
-    answer = WholeAnswer()
+    answer = Blocks()
     for event in events:
-        answer.take(event)
-    assert all(each.ended for each in answer.calls)
-    return answer.text, [(each.name, json.loads(each.arguments)) for each in answer.calls], done
+        for _ in answer.take(event):
+            pass
+    assert all(each.is_whole for each in answer.calls)
+    return answer.text(TEXT), [(each.name, json.loads(each.text)) for each in answer.calls], done
 
 
 ONE = '<tool_call>{"name": "f", "arguments": {"p": "STOP"}}</tool_call>'

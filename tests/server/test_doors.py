@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import httpx2
@@ -177,6 +178,46 @@ def test_without_a_key_a_request_of_another_page_is_refused_even_if_its_browser_
     assert ask(open_site, "GET", "/v1/models", origin=OTHER).json()["error"]["code"] == "forbidden_origin"
     for origin, host in ((PAGE, "localhost:8080"), ("http://localhost:8080", "LOCALHOST:8080"), ("https://moe", "moe")):
         assert post(origin, host) == (200, None)
+
+
+WEBSOCKET = {
+    "connection": "Upgrade",
+    "upgrade": "websocket",
+    "sec-websocket-version": "13",
+    "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+STRANGE: list[tuple[str, dict[str, str], int]] = [  # method, headers, status
+    ("POST", {"content-type": "text/plain"}, 415),
+    ("POST", {"content-type": "text/plain; application/json"}, 415),
+    ("POST", {"content-type": "multipart/form-data; boundary=x"}, 415),
+    ("POST", {"content-type": "application/x-www-form-urlencoded", "sec-fetch-site": "cross-site"}, 415),
+    ("POST", {"content-type": "application/json", "host": "evil.example"}, 403),  # DNS rebinding
+    ("GET", WEBSOCKET, 405),
+    ("HEAD", {}, 405),
+    ("OPTIONS", {}, 405),
+    ("OPTIONS", {"origin": OTHER, **PREFLIGHT}, 403),
+    *(("POST", {"content-type": kind, "origin": origin}, 403) for kind in ("application/json", "text/plain", "")
+      for origin in (OTHER, "null")),
+    *(("GET", {**WEBSOCKET, "origin": origin}, 403) for origin in (OTHER, "null")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"],
+)
+def test_no_protocol_has_a_way_around(open_site: Site, path: str) -> None:
+    field = {"/v1/completions": "prompt", "/v1/responses": "input"}.get(path, "messages")
+    body = {field: say("hello") if field == "messages" else "hello", "max_tokens": 1}
+    before = len(open_site.cluster.requests)
+    with httpx2.Client(base_url=open_site.url) as http:
+        for method, headers, status in STRANGE:
+            reply = http.request(method, path, content=json.dumps(body), headers=headers)
+            assert reply.status_code == status, (method, headers)
+            if method != "HEAD":
+                assert ("type" in reply.json()) == ("messages" in path)  # the form of its own protocol
+        assert len(open_site.cluster.requests) == before
+        assert http.post(path, json=body).status_code == 200
 
 
 # The flags.

@@ -125,7 +125,7 @@ def test_what_came_before_is_told_in_its_order() -> None:
     assert [message["role"] for message in told] == ["user", "assistant", "tool", "tool", "user"]
     assert (told[1]["reasoning_content"], told[1]["content"]) == ("I add.", "Let me see.")
     assert [call["id"] for call in told[1]["tool_calls"]] == ["t1", "t2"]
-    assert [message["content"] for message in told[2:]] == ["5", "no", "Go on."]
+    assert [message["content"] for message in told[2:]] == ["5", "The tool failed:\nno", "Go on."]
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,16 @@ def test_what_came_before_is_told_in_its_order() -> None:
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema should be an object"),
         (
             {"messages": [say([{"type": "tool_result", "tool_use_id": "x", "content": "y"}])]},
-            "messages[0].content[0].tool_call_id should name a call before it",
+            "messages[0].content[0].tool_use_id should name a call before it",
         ),
+        ({"messages": [say([{"type": "tool_use", "id": "", "name": "f", "input": {}}], "assistant")]},
+         "messages[0].content[0].id should be a text"),
+        ({"messages": [say([{"type": "tool_use", "id": "x", "name": "f", "input": 5}], "assistant")]},
+         "messages[0].content[0].input should be an object"),
+        ({"messages": [say([{"type": "tool_result", "is_error": 5}])]},
+         "messages[0].content[0].is_error should be true or false"),
+        ({"tools": [{"type": "bash_20250124"}, {**TOOL, "input_schema": {"type": "array"}}]},
+         'tools[1].input_schema.type should be "object"'),
         ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
     ],
 )  # fmt: skip

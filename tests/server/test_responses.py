@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from moectl.engine.request import Request
+from moectl.engine.request import MAX_MESSAGES, Request
 from moectl.errors import BadField
 from moectl.server import responses
 from tests.server.test_http import KEY, Site, expected, run_site
@@ -17,6 +17,9 @@ from tests.support.fake_cluster import ENDS_AFTER, MODEL, THOUGHTS
 from tests.support.recorded import read_recorded
 
 TOOL: Any = {"type": "function", "name": "add", "description": "Add", "parameters": {"type": "object"}, "strict": False}
+
+
+CALL: Any = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": "{}"}
 
 
 def read(given: Any = "hello", **fields: Any) -> Request:
@@ -112,7 +115,13 @@ def test_tools_and_the_choice_among_them(choice: Any, names: tuple[str, ...], mu
         ({"conversation": "conv_1"}, "conversation is not supported"),
         ({"prompt": {"id": "p"}}, "prompt is not supported"),
         ({"background": True}, "background is not supported"),
-        ({"top_logprobs": 3}, "top_logprobs is not supported here"),
+        ({"top_logprobs": 99}, "top_logprobs should be between 0 and 20"),
+        ({"include": "x"}, "include should be a list"),
+        ({"input": [{"role": "user", "content": "x"}] * (MAX_MESSAGES + 1)}, "input should be shorter"),
+        ({"input": [{"type": "function_call_output", "output": "5"}]}, "input[0].call_id should be a text"),
+        ({"input": [CALL, {**CALL, "name": ""}]}, "input[1].name should be a text"),
+        ({"input": [{**CALL, "arguments": 5}]}, "input[0].arguments should be a JSON object"),
+        ({"tools": [{"type": "web_search"}, {**TOOL, "parameters": 5}]}, "tools[1].parameters should be an object"),
         ({"max_output_tokens": 0}, "max_output_tokens should be 1 or more"),
         ({"input": 5}, "input should be a list, it is a number"),
         ({"input": [5]}, "input[0] should be an object"),
@@ -142,10 +151,6 @@ def test_what_the_hints_say_is_answered(client: openai.OpenAI) -> None:
     named: list[Any] = [{"type": "item_reference", "id": first.output[0].id}]
     with pytest.raises(openai.BadRequestError, match="send the item itself"):
         client.responses.create(model="tiny", input=named)
-    with pytest.raises(openai.BadRequestError, match="ask /v1/chat/completions for log-probabilities"):
-        client.responses.create(model="tiny", input="hello", top_logprobs=2)
-    done = client.chat.completions.create(model="tiny", messages=past, logprobs=True, top_logprobs=2)
-    assert done.choices[0].logprobs is not None
 
 
 def test_a_response(client: openai.OpenAI) -> None:
@@ -190,6 +195,20 @@ def test_a_streamed_response_is_the_whole_one(client: openai.OpenAI) -> None:
     assert [event.sequence_number for event in events if hasattr(event, "sequence_number")] == list(range(len(events)))
     done = [event.item.status for event in events if event.type == "response.output_item.done"]  # type: ignore[union-attr]
     assert done == ["completed", "completed"]
+
+
+def test_log_probabilities(client: openai.OpenAI) -> None:
+    done: Any = client.responses.create(model="tiny", input="hello", top_logprobs=2, max_output_tokens=2)
+    first, second = done.output[0].content[0].logprobs
+    assert (first.token, first.logprob, bytes(first.bytes)) == ("0:0 ", -0.5, b"0:0 ")
+    assert [(top.token, top.logprob) for top in second.top_logprobs] == [("0:1 ", -0.5), ("0:2 ", -1.5)]
+    more: Any = {"input": "ponder", "include": ["message.output_text.logprobs"], "stream": True}
+    events: list[Any] = list(client.responses.create(model="tiny", **more))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert [[odds.token for odds in delta.logprobs] for delta in deltas] == [[delta.delta] for delta in deltas]
+    assert len(events[-1].response.output[1].content[0].logprobs) == ENDS_AFTER - THOUGHTS
+    plain: Any = client.responses.create(model="tiny", input="hello")
+    assert plain.output[0].content[0].logprobs == []
 
 
 def test_a_tool_is_called_and_answers(client: openai.OpenAI) -> None:

@@ -28,6 +28,24 @@ CALLS: Calls = {
 }
 
 
+def install(packages: Sequence[str], fallback: Path) -> Path:
+    """Return where npm has installed packages, each NAME@VERSION; skips the test where it cannot.
+
+    They are kept where MOECTL_TEST_AGENTS says, else in `fallback`.
+    """
+    if shutil.which("npm") is None:
+        pytest.skip(f"{' and '.join(packages)} need node and npm")
+    name = "_".join(packages).replace("@", "_").replace("/", "_")
+    place = Path(os.environ.get("MOECTL_TEST_AGENTS") or fallback) / name
+    if not all((place / "node_modules" / package.rpartition("@")[0]).exists() for package in packages):
+        place.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "install", "--prefix", str(place), "--no-audit", "--no-fund", *packages]
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=_INSTALL_S, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"{' and '.join(packages)} cannot be installed: {done.stderr[-500:]}")
+    return place
+
+
 @dataclass(frozen=True, slots=True)
 class Agent:
     """A package of npm and how it is run; in texts, @URL@ is the server and @MODEL@ the model."""
@@ -40,18 +58,8 @@ class Agent:
 
     def install(self, fallback: Path) -> Path:
         """Return its program; skips the test where it cannot be installed."""
-        if shutil.which("npm") is None:
-            pytest.skip(f"{self.package} needs node and npm")
-        name = f"{self.package}@{self.version}"
-        place = Path(os.environ.get("MOECTL_TEST_AGENTS") or fallback) / name.replace("@", "_").replace("/", "_")
-        program = place / "node_modules" / ".bin" / self.command[0]
-        if not program.exists():
-            place.mkdir(parents=True, exist_ok=True)
-            command = ["npm", "install", "--prefix", str(place), "--no-audit", "--no-fund", name]
-            done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=_INSTALL_S, check=False)
-            if done.returncode != 0 or not program.exists():
-                pytest.skip(f"{name} cannot be installed: {done.stderr[-500:]}")
-        return program
+        place = install([f"{self.package}@{self.version}"], fallback)
+        return place / "node_modules" / ".bin" / self.command[0]
 
     def ask(self, program: Path, home: Path, url: str, model: str, question: str) -> str:
         """Let it answer once, with nothing of this user's; return what it wrote."""

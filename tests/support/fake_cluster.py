@@ -66,7 +66,7 @@ class FakeAnswer:
             if said == 3 and "lose" in self._text:
                 raise PeerLost("rank 1 was lost: connection reset", host="mac2", hint="moectl doctor")
             if said == 3 and "bug" in self._text:
-                raise RuntimeError("secret")
+                raise RuntimeError(f"secret of {self._text}")
         if "unfinished" not in self._text:
             yield self._done("length" if request.max_tokens <= most else "stop", said)
 

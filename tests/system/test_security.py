@@ -205,7 +205,7 @@ def test_a_chat_template_is_kept_in_a_sandbox(checkpoint: Path, template: str, m
 
 # Disks, sockets, logs.
 
-MARKS = ("xyzzyprompt", "plughsystem", "frobozzraw")
+MARKS = ("xyzzyprompt", "plughsystem", "frobozzraw", "wombatool")
 KEY = "sesame-open-5db1"
 
 
@@ -232,6 +232,9 @@ def test_a_running_server_keeps_its_secrets(tmp_path: Path) -> None:
         assert status == 200
         said = answer["choices"][0]["message"]["content"]
         assert post(port, {"messages": MARKS[2]}, KEY)[0] == 400
+        for path, more in OTHERS.items():
+            assert post(port, {**more, "max_tokens": 4}, KEY, path)[0] == 200
+            assert post(port, {**more, "temperature": MARKS[2]}, KEY, path)[0] == 400
         asked = subprocess.run(
             [sys.executable, "-m", "moectl", "run", "-v", "--local", "2", "--raw", MARKS[2], "--max-tokens", "9"],
             env=env,
@@ -257,10 +260,29 @@ def test_a_running_server_keeps_its_secrets(tmp_path: Path) -> None:
         assert not ours, secret
 
 
-def post(port: int, body: Mapping[str, object], key: str) -> tuple[int, Any]:
+_TALK = [{"role": "user", "content": MARKS[0]}]
+_SCHEMA = {"type": "object", "properties": {MARKS[3]: {}}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "/v1/messages": {
+        "messages": _TALK,
+        "system": MARKS[1],
+        "tools": [{"name": MARKS[3], "description": MARKS[2], "input_schema": _SCHEMA}],
+    },
+    "/v1/responses": {
+        "input": [
+            *_TALK,
+            {"type": "function_call", "call_id": MARKS[2], "name": MARKS[3], "arguments": json.dumps(MARKS)},
+            {"type": "function_call_output", "call_id": MARKS[2], "output": MARKS[1]},
+        ],
+        "tools": [{"type": "function", "name": MARKS[3], "parameters": _SCHEMA}],
+    },
+}
+
+
+def post(port: int, body: Mapping[str, object], key: str, path: str = "/v1/chat/completions") -> tuple[int, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    connection.request("POST", path, json.dumps(body), headers)
     response = connection.getresponse()
     found = response.status, json.loads(response.read())
     connection.close()

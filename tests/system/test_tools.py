@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
-from collections.abc import Iterator
+import os
+import random
+import signal
+import string
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx2
 import openai
 import pytest
 
-from tests.support.scripted_caller import AFTER, WITHOUT, write_caller
+from moectl.server import messages, responses
+from moectl.server.http import CHAT
+from tests.support.running import wait_for, workers
+from tests.support.scripted_caller import ADD, AFTER, WITHOUT, write_caller
 from tests.support.serving import serve
 
 TALK: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 3?"}]
+
+
+LONG = "".join(random.Random(1).choices(string.ascii_letters, k=6000))  # arguments that take a while
 
 
 def define(name: str) -> dict[str, Any]:
@@ -106,3 +121,90 @@ def test_a_tool_round_trip_by_messages(client: openai.OpenAI) -> None:
         prompt = usage.input_tokens + (usage.cache_read_input_tokens or 0)
         counted = other.messages.count_tokens(model="", messages=past, tools=tools, system="Be brief.")
         assert counted.input_tokens == prompt
+
+
+def test_llm_calls_a_function(client: openai.OpenAI, tmp_path: Path) -> None:
+    model = {"model_id": "m", "model_name": client.models.list().data[0].id, "api_base": str(client.base_url)}
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([{**model, "supports_tools": True}]))  # JSON is YAML
+    (tmp_path / "tools.py").write_text('def add(a: int, b: int) -> int:\n    "Add"\n    return a + b\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "llm", "-m", "m", "--functions", str(tmp_path / "tools.py"), "--td", "2 + 3?"],
+        env={**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip().endswith(AFTER)
+    assert "add({'a': 2, 'b': 3})" in done.stderr
+
+
+# A rank that dies within a call.
+
+
+def ask_long(url: str, path: str, begin: Callable[[str], None]) -> str:
+    """Return the whole stream of an answer with a long call; `begin` is called once the arguments come."""
+    schema = {"type": "object", "properties": {"text": {"type": "string"}}}
+    tools: dict[str, Any] = {
+        CHAT: {"type": "function", "function": {"name": "long", "parameters": schema}},
+        responses.PATH: {"type": "function", "name": "long", "parameters": schema},
+        messages.PATH: {"name": "long", "input_schema": schema},
+    }
+    talk = {"input" if path == responses.PATH else "messages": TALK[1:], "max_tokens": 4000}
+    said = ""
+    with httpx2.stream(
+        "POST", f"{url}{path}", json={**talk, "tools": [tools[path]], "stream": True}, timeout=120
+    ) as reply:
+        for piece in reply.iter_text():
+            said += piece
+            if said.count("data: ") > 20:
+                begin(path)
+    return said
+
+
+def replay(path: str, said: str) -> Any:
+    """Return the arguments of the call that the protocol's own client reads from a stream; raise its error."""
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=said.encode())
+
+    http = httpx2.Client(transport=httpx2.MockTransport(answer))
+    if path == messages.PATH:
+        with anthropic.Anthropic(base_url="http://x", api_key="none", http_client=http, max_retries=0) as client:
+            with client.messages.stream(model="", max_tokens=9, messages=TALK[1:]) as stream:
+                [block] = stream.get_final_message().content
+            return block.input  # type: ignore[union-attr]
+    with openai.OpenAI(base_url="http://x", api_key="none", http_client=http, max_retries=0) as other:
+        if path == CHAT:
+            with other.chat.completions.stream(model="", messages=TALK) as chunks:
+                message = chunks.get_final_completion().choices[0].message
+            return json.loads(message.tool_calls[0].function.arguments)  # type: ignore[index]
+        last: Any
+        *_, last = other.responses.create(model="", input=TALK, stream=True)
+        if last.type != "response.completed":
+            raise openai.APIError(last.type, httpx2.Request("POST", "http://x"), body=None)
+        return json.loads(last.response.output[0].arguments)
+
+
+def test_a_lost_rank_is_a_comment_and_then_an_error_of_each_protocol(tmp_path: Path) -> None:
+    model = write_caller(tmp_path / "caller", {**ADD, "long": [("long", {"text": LONG})]})
+    paths = (CHAT, responses.PATH, messages.PATH)
+    others = set(workers())  # of another server
+
+    def lose_a_rank(pool: concurrent.futures.Executor, url: str) -> dict[str, str]:
+        """Return what each protocol's stream says of an answer during which a rank dies."""
+        begun: set[str] = set()
+        asked = {path: pool.submit(ask_long, url, path, begun.add) for path in paths}
+        wait_for(lambda: len(begun) == len(paths), 60)
+        os.kill(max(set(workers()) - others), signal.SIGKILL)
+        return {path: future.result(120) for path, future in asked.items()}
+
+    with serve(model, "--max-restarts", "1") as url, concurrent.futures.ThreadPoolExecutor(len(paths)) as pool:
+        base = url.removesuffix("/v1")
+        for path, said in lose_a_rank(pool, base).items():
+            assert ": moectl: " in said
+            assert replay(path, said) == {"text": LONG}
+        for path, said in lose_a_rank(pool, base).items():
+            with pytest.raises((openai.APIError, anthropic.APIStatusError), match=r"response\.failed|lost|killed"):
+                replay(path, said)
