@@ -209,7 +209,7 @@ def test_the_contract_for_scripts() -> None:
 
 
 def test_what_does_not_fit_is_exit_4_after_the_table() -> None:
-    result = plan("--hosts", "a", "--chip", "m2-ultra", "--memory", "192GB", "--json")
+    result = plan("--hosts", "a", "--chip", "m2-ultra", "--memory", "192GB", "--q-bits", "16", "--json")
     assert json.loads(result.stdout)["feasible"] is False
     assert isinstance(result.exception, Failed)
     assert isinstance(result.exception.error, PlanError)

@@ -18,17 +18,22 @@ if TYPE_CHECKING:
     from moectl.model.catalog import CatalogModel
     from moectl.planner.measured import MeasuredCluster
     from moectl.planner.plan import NodePlan, Plan, Question
-    from moectl.planner.questions import PlanOptions
+    from moectl.planner.questions import AnsweredPlan, PlanOptions
     from moectl.planner.what_if import WhatIfRow
 
 
-def plan_text(model: CatalogModel, question: Question, plan: Plan, measured: MeasuredCluster | None = None) -> str:
+def plan_text(answer: AnsweredPlan, measured: MeasuredCluster | None = None) -> str:
     """Return the table of who would hold what, whether it fits, how fast it would be, and what was measured."""
+    from moectl.planner.precision import choice_text
+
+    question, plan = answer.question, answer.plan
+    choice = choice_text(question.quantization, plan.verdict) if answer.chosen else ""
     lines = [
-        model_text(model, question),
+        model_text(answer.model, question),
         plan_table(question, plan),
         *_assumed_lines(question),
         _fit_text(plan),
+        *([f"{choice}."] if choice else []),
         plan.why,
     ]
     if measured is not None:
@@ -129,16 +134,16 @@ def _fit_text(plan: Plan) -> str:
     return f"Does not fit: {worst.host} would need {share} of what it can give. {total} of weights in total."
 
 
-def plan_json(
-    model: CatalogModel, question: Question, plan: Plan, measured: MeasuredCluster | None = None
-) -> dict[str, Any]:
+def plan_json(answer: AnsweredPlan, measured: MeasuredCluster | None = None) -> dict[str, Any]:
     """Return the document of `plan --json`."""
+    question, plan = answer.question, answer.plan
     p = plan.prediction
     quantization = question.quantization
     return {
         "schema": "moectl.plan/1",
-        "model": model.name,
+        "model": answer.model.name,
         "q_bits": quantization.bits if quantization else 16,
+        "q_bits_chosen": answer.chosen,
         "layers": question.structure.n_layers,
         "context": question.context,
         "feasible": plan.feasible,
@@ -278,8 +283,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
         answer, measured = probe_cluster(model, wanted, asked, where, say=common.say)
     else:
         answer = plan_cluster(model, wanted, asked, where.hosts)
-    found = (answer.model, answer.question, answer.plan, measured)
-    common.print(plan_text(*found), plan_json(*found))
+    common.print(plan_text(answer, measured), plan_json(answer, measured))
     if not answer.plan.feasible:
         raise refusal(answer.plan)
 
