@@ -26,7 +26,7 @@ from moectl.planner.nodes import Defaults, default_link, make_node
 from moectl.planner.plan import Node, Plan, Question, best_plan
 from moectl.planner.precision import choice_text, choose_precision
 from moectl.planner.this_machine import CONTEXT, least_need, own_dtype_bytes, own_memory, too_large
-from moectl.planner.what_if import WhatIfRow, what_if
+from moectl.planner.what_if import Buyer, Offer, list_offers
 from moectl.shards import prepare
 from moectl.shards.prepare import (
     ChooseBits,
@@ -136,27 +136,36 @@ def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Quest
     )
 
 
-def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions) -> tuple[CatalogModel, list[WhatIfRow]]:
-    """Return the table of clusters to buy for a model."""
+def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions, buyer: Buyer) -> tuple[CatalogModel, list[Offer]]:
+    """Return the clusters to buy for a model. Raises PlanError where none is as the buyer wants it."""
     model, _ = describe_model(source)
     quantization = choose_quantization(wanted, model.quantization)
     context = find_context(model, asked)
     if asked.link is not None:
         find_link(CALIBRATIONS[asked.calibration], asked.link)
-    rows = list(
-        what_if(
+    offers = list(
+        list_offers(
             model.quantised(quantization) if wanted.bits else model,
             CALIBRATIONS[asked.calibration],
             context=context,
             prompt_tokens=find_prompt(asked, context),
             fixed=wanted.bits is not None,
+            every=buyer.every,
             chip=asked.chip,
             link=asked.link,
         )
     )
-    if not rows:
+    if not offers:
         raise PlanError(f"none of these clusters holds {model.name}", hint="moectl plan --what-if shows all")
-    return model, rows
+    chosen = buyer.choose(offers)
+    if not chosen:
+        fastest, cheapest = max(offer.tok_s for offer in offers), min((o.usd for o in offers if o.usd), default=0)
+        raise PlanError(
+            f"none of these clusters is so cheap and so fast: {cheapest:.0f} USD is the lowest price, "
+            f"{fastest:.1f} tok/s the highest speed",
+            hint="moectl plan --what-if shows all",
+        )
+    return model, chosen
 
 
 def find_context(model: CatalogModel, asked: PlanOptions) -> int:

@@ -11,6 +11,7 @@ from moectl.cli import suggest
 from moectl.cli.options import DEFAULT_MODEL, Common, Tokens, common, refuse_both, wanted_options, was_given
 from moectl.cli.target import read_wanted
 from moectl.cli.verb import flag, verb
+from moectl.errors import UsageError
 from moectl.text import parameters_text, size_text, table_text, time_text
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from moectl.planner.measured import MeasuredCluster
     from moectl.planner.plan import NodePlan, Plan, Question
     from moectl.planner.questions import AnsweredPlan, PlanOptions
-    from moectl.planner.what_if import WhatIfRow
+    from moectl.planner.what_if import Buyer, Offer
+
+MOST_OFFERS = 10  # rows of --what-if
 
 
 def plan_text(answer: AnsweredPlan, measured: MeasuredCluster | None = None) -> str:
@@ -170,47 +173,57 @@ def plan_json(answer: AnsweredPlan, measured: MeasuredCluster | None = None) -> 
     }
 
 
-def what_if_text(rows: list[WhatIfRow]) -> str:
-    """Return predicted tok/s of clusters that you could buy, with the split that gives it."""
-    counts = [count for count, _ in rows[0].cells]
-    header = ("CHIP", "MEMORY", "LINK", "BITS", *(f"{count} NODE{'S' * (count > 1)}" for count in counts))
-    lines = [
-        (row.chip, f"{row.memory_gib} GB", row.link, str(row.bits), *(_cell_text(plan) for _, plan in row.cells))
-        for row in rows
-    ]
-    note = "Predicted tok/s of one answer at a time; ~ memory is borderline, - does not fit."
-    return "\n".join([table_text(header, lines, right="bdefghi"), note])
-
-
-def _cell_text(plan: Plan | None) -> str:
+def what_if_text(offers: list[Offer], buyer: Buyer) -> str:
+    """Return the clusters that you could buy, with their predicted speed."""
     from moectl.planner.memory import Verdict
 
-    if plan is None or plan.prediction is None or not plan.feasible:
-        return "-"
-    mark = "~" if plan.verdict is Verdict.BORDERLINE else ""
-    split = "" if plan.placement.world_size == 1 else f" {plan.split}"
-    return f"{mark}{plan.prediction.decode_tok_s:.1f}{split}"
+    header = ("NODES", "CHIP", "MEMORY", "LINK", "SPLIT", "BITS", "TOK/S", "PRICE", "TOK/S PER 1000 USD")
+    lines = [
+        (
+            str(offer.count),
+            offer.chip,
+            f"{offer.memory_gib} GB",
+            offer.link if offer.count > 1 else "-",
+            offer.plan.split if offer.count > 1 else "-",
+            str(offer.bits),
+            f"{'~' if offer.plan.verdict is Verdict.BORDERLINE else ''}{offer.tok_s:.1f}",
+            "-" if offer.usd is None else f"{offer.usd:,.0f} USD",
+            "-" if offer.usd is None else f"{1000 * offer.tok_s / offer.usd:.2f}",
+        )
+        for offer in (offers if buyer.every else offers[:MOST_OFFERS])
+    ]
+    which = "all that hold it"
+    if not buyer.every:
+        which = "for each machine the fewest that hold it" if buyer.usd is None else "for each machine the fastest"
+        if buyer.usd is None and buyer.tok_s is not None:
+            which = "for each machine the fewest that are so fast"
+    notes = [
+        f"Sorted: {buyer.order}; {which}. Predicted tok/s of one answer at a time; ~ memory is borderline.",
+        "Prices are those at the launch; - is not known. --budget USD, --min-tok-s N and --all show others.",
+    ]
+    return "\n".join([table_text(header, lines, right="acfghi"), *notes])
 
 
-def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
+def what_if_json(model: CatalogModel, offers: list[Offer], buyer: Buyer) -> dict[str, Any]:
     """Return the document of `plan --what-if --json`."""
     return {
         "schema": "moectl.what-if/1",
         "model": model.name,
+        "order": buyer.order,
         "rows": [
             {
-                "chip": row.chip,
-                "memory_gib": row.memory_gib,
-                "link": row.link,
-                "q_bits": row.bits,
-                "nodes": count,
-                "feasible": plan is not None and plan.feasible,
-                "split": None if plan is None else plan.split,
-                "decode_tok_s": None if plan is None or plan.prediction is None else plan.prediction.decode_tok_s,
-                "tok_s_per_usd": None if plan is None else plan.tok_s_per_usd,
+                "chip": offer.chip,
+                "memory_gib": offer.memory_gib,
+                "link": offer.link,
+                "q_bits": offer.bits,
+                "nodes": offer.count,
+                "feasible": True,
+                "split": offer.plan.split,
+                "decode_tok_s": offer.tok_s,
+                "usd": offer.usd,
+                "tok_s_per_usd": offer.plan.tok_s_per_usd,
             }
-            for row in rows
-            for count, plan in row.cells
+            for offer in (offers if buyer.every else offers[:MOST_OFFERS])
         ],
     }
 
@@ -246,7 +259,10 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
 )
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Plan N ranks on this machine (implies --probe).")
 @click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them; this takes about 10 seconds.")
-@click.option("--what-if", is_flag=True, help="Show the speed of clusters that you could buy; needs no hosts.")
+@click.option("--what-if", is_flag=True, help="Show ten clusters that you could buy; needs no hosts.")
+@click.option("--budget", type=click.FloatRange(1), metavar="USD", help="For --what-if: at most this price.")
+@click.option("--min-tok-s", type=click.FloatRange(0), metavar="N", help="For --what-if: at least this speed.")
+@click.option("--all", "every", is_flag=True, help="For --what-if: all clusters, at 4, 8 and 16 bits, over every link.")
 @common
 def plan(common: Common, model: str, **options: Any) -> None:
     """Show which host would hold what, whether it fits, and how fast it would be.
@@ -258,20 +274,24 @@ def plan(common: Common, model: str, **options: Any) -> None:
     Examples:
       moectl plan --hosts mac1,mac2 --chip m2-ultra --memory 192GB
       moectl plan moonshotai/Kimi-K2-Instruct --q-bits 4 --link rdma --hostfile hosts.txt
-      moectl plan --what-if
+      moectl plan --what-if --budget 8000
     """
     from moectl.planner.advice import refusal
     from moectl.planner.questions import plan_cluster, plan_purchase
+    from moectl.planner.what_if import Buyer
 
     asked, wanted = _asked(options), read_wanted(options)
+    buyer = Buyer(options["budget"], options["min_tok_s"], options["every"])
     if options["what_if"]:
         names = ("split", "shares", "memory", "probe", "local", "routing_stats")
         given = {f"--{name.replace('_', '-')}": options[name] not in (None, False, "auto") for name in names}
         given |= {"--replicas": options["replicas"] > 1, "--hosts": common.hosts is not None}
         refuse_both({"--what-if": True}, given)
-        priced, rows = plan_purchase(model, wanted, asked)
-        common.print(what_if_text(rows), what_if_json(priced, rows))
+        priced, offers = plan_purchase(model, wanted, asked, buyer)
+        common.print(what_if_text(offers, buyer), what_if_json(priced, offers, buyer))
         return
+    if buyer != Buyer():
+        raise UsageError("--budget, --min-tok-s and --all are for --what-if", hint="add --what-if")
     if options["local"] and model == DEFAULT_MODEL and not was_given("model"):
         from moectl.demo import demo_dir
 
