@@ -44,6 +44,26 @@ class Tokens(click.ParamType[int]):
         return tokens
 
 
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """One number or several, written as 512 or 32,64."""
+
+    name = "numbers"
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(re.fullmatch(r" *[0-9]{1,9} *", part) for part in parts):
+            self.fail(f"{value!r} is no list of numbers: write 512 or 32,64", param, ctx)
+        numbers = tuple(map(int, parts))
+        if min(numbers) < self._least:
+            self.fail(f"{min(numbers)} is not in the range x>={self._least}", param, ctx)
+        return numbers
+
+
 class Duration(click.ParamType[float]):
     """Seconds, written as 300, 30s, 5m or 1h; with `for_ever` also -1."""
 

@@ -258,17 +258,17 @@ def what_if_json(model: CatalogModel, offers: list[Offer], buyer: Buyer) -> dict
     help="Constants of the prediction: moectl's, those of arXiv 2506.23635, or what exo reaches on clusters of Macs.",
 )
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Plan N ranks on this machine (implies --probe).")
-@click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them; this takes about 10 seconds.")
+@click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them (10 s).")
 @click.option("--what-if", is_flag=True, help="Show ten clusters that you could buy; needs no hosts.")
 @click.option("--budget", type=click.FloatRange(1), metavar="USD", help="For --what-if: at most this price.")
 @click.option("--min-tok-s", type=click.FloatRange(0), metavar="N", help="For --what-if: at least this speed.")
-@click.option("--all", "every", is_flag=True, help="For --what-if: all clusters, at 4, 8 and 16 bits, over every link.")
+@click.option("--all", "every", is_flag=True, help="For --what-if: all clusters, links and bits.")
 @common
 def plan(common: Common, model: str, **options: Any) -> None:
     """Show which host would hold what, whether it fits, and how fast it would be.
 
-    It downloads no weights and sends no files. It knows published models by their names (see moectl models), others by
-    their headers, and hosts by their keys in hosts.txt, by --chip and --memory, or by what they answer with --probe.
+    It downloads no weights and sends no files. It knows published models by name (see moectl models), others by their
+    headers; and hosts by hosts.txt, by --chip and --memory, or by what they answer with --probe.
 
     \b
     Examples:
