@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_MODEL = "databricks/dbrx-instruct"
 SPLIT = click.Choice(["auto", "experts", "hidden", "tensor", "layers"])
-Q_BITS = click.Choice([2, 3, 4, 6, 8, 16])
+Q_BITS = click.Choice([2, 3, 4, 5, 6, 8, 16])
 Q_MODE = click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"])
 Q_RECIPE = click.Choice(["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -42,6 +42,26 @@ class Tokens(click.ParamType[int]):
         if tokens < 1:
             self.fail(f"{value!r} is no number of tokens: write 32768 or 32k", param, ctx)
         return tokens
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """One number or several, written as 512 or 32,64."""
+
+    name = "numbers"
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(re.fullmatch(r" *[0-9]{1,9} *", part) for part in parts):
+            self.fail(f"{value!r} is no list of numbers: write 512 or 32,64", param, ctx)
+        numbers = tuple(map(int, parts))
+        if min(numbers) < self._least:
+            self.fail(f"{min(numbers)} is not in the range x>={self._least}", param, ctx)
+        return numbers
 
 
 class Duration(click.ParamType[float]):
@@ -256,7 +276,13 @@ target_options = _together(
     flag(
         "--replicas", type=click.IntRange(1), help="For --model: copies of each whole expert.", group="Model", rare=True
     ),
-    flag("--q-bits", type=Q_BITS, help="For --model: bits per weight.", group="Model", rare=True),
+    flag(
+        "--q-bits",
+        type=Q_BITS,
+        help="For --model: bits per weight (default: what fits).",
+        group="Model",
+        rare=True,
+    ),
     flag("--force", is_flag=True, help="Try it although there is too little memory.", group="Model", rare=True),
     flag(
         "--no-canary",
@@ -349,7 +375,7 @@ wanted_options = _together(
         help="Copies of each whole expert.",
         rare=True,
     ),
-    flag("--q-bits", type=Q_BITS, help="Bits per weight; 16: not quantised (default: as the model is)."),
+    flag("--q-bits", type=Q_BITS, help="Bits per weight; 16: not quantised (default: the most that fit)."),
     flag("--q-group-size", type=click.IntRange(1), help="Weights per scale (default: MLX's).", rare=True),
     flag("--q-mode", type=Q_MODE, default="affine", show_default=True, help="MLX's mode of quantisation.", rare=True),
     flag(

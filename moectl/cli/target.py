@@ -85,7 +85,7 @@ def run_options(flags: dict[str, Any]) -> RunOptions:
 def choose_target(common: Common, options: dict[str, Any]) -> Target:
     """Return what to run: a shard set on this machine, or a deployment on hosts."""
     from moectl.model.manifest import read_manifest
-    from moectl.planner.questions import check_here, check_hosts, place_here
+    from moectl.planner.questions import check_here, check_hosts, choose_bits_here, place_here
     from moectl.session import target as target_
     from moectl.shards.prepare import Wanted, find_shards
 
@@ -124,6 +124,7 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
         model or str(demo_dir()),
         wanted,
         cached=True,
+        choose_bits=None if force else choose_bits_here(common.say),
         choose_place=place_here(force, common.say),
         no_canary=options["no_canary"],
     )

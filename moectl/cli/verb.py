@@ -64,6 +64,8 @@ def value_name(option: click.Option) -> str:
         return "FILE" if not option.type.dir_okay else "DIR" if not option.type.file_okay else "PATH"
     if isinstance(option.type, click.types.IntParamType | click.types.FloatParamType):
         return "N"
+    if option.type.name == "numbers":
+        return "N,…"
     return "TIME" if option.type.name == "duration" else (option.name or "").upper()
 
 

@@ -33,6 +33,7 @@ PATIENCE_S = 5.0  # for a host's old lines, while others have new ones
 LOCAL = Host("localhost")
 _Heard = dict[str, Any] | MoectlError | None  # what a reader answered, its failure, or its end
 _COPY = re.compile(r"\[[^\]]+\] ")
+_START = re.compile(r"rank \d+ of \d+ starts on ")  # a worker's first line
 _RANK = re.compile(r"(.+)-rank-(\d+)\.log")
 
 
@@ -67,11 +68,29 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class LogQuery:
-    """What to read: the last lines, not older than this many seconds, and whether to go on."""
+    """What to read: the last lines, not older than this many seconds, of the last launch, and whether to go on."""
 
     tail: int | None = None
     since_s: float | None = None
     follow: bool = False
+    last: bool = False
+
+
+class Launches:
+    """Finds where launches begin in lines of several ranks that are in order of time."""
+
+    def __init__(self) -> None:
+        self._begun: set[LogFile] = set()  # sources that the present launch has
+        self._after_others = False  # whether a line came before
+
+    def begins(self, line: LogLine) -> bool:
+        """Return whether this line is the first of a launch, and lines of another one came before it."""
+        after_others, self._after_others = self._after_others, True
+        if not _START.match(line.text):
+            return False
+        first = not self._begun or line.source in self._begun
+        self._begun = {line.source} if first else self._begun | {line.source}
+        return first and after_others
 
 
 def find_sources(deployment: Deployment | None, names: Sequence[str] = ()) -> list[LogFile]:

@@ -23,9 +23,15 @@ _T = TypeVar("_T")
 
 
 def raise_failures(
-    errors: Mapping[str, MoectlError | None], *, then: str = "; then run it again: the other hosts will be skipped."
+    errors: Mapping[str, MoectlError | None],
+    *,
+    then: str = "; then run it again: the other hosts will be skipped.",
+    told: bool = False,
 ) -> None:
-    """Raise an error for the hosts that failed: their own when all failed alike, PartialFailure otherwise."""
+    """Raise an error for the hosts that failed: their own when all failed alike, PartialFailure otherwise.
+
+    `told`: where several failed, the reason of each was printed before.
+    """
     failed = {name: error for name, error in errors.items() if error is not None}
     if not failed:
         return
@@ -33,7 +39,8 @@ def raise_failures(
     if len(failed) == len(errors) and len({type(e) for e in failed.values()}) == 1:
         if len(failed) == 1:
             raise first
-        raise type(first)(f"all {len(failed)} hosts failed; first {first}", hint=first.hint)
+        why = "" if told else f"; first {first}"
+        raise type(first)(f"all {len(failed)} hosts failed{why}", hint=first.hint)
     names = ", ".join(failed)
     raise PartialFailure(
         f"{len(failed)} of {len(errors)} hosts failed: {names}.",

@@ -18,15 +18,24 @@ from moectl.hosts.remote import Remote
 from moectl.model.catalog import MODELS, CatalogModel
 from moectl.model.manifest import Manifest
 from moectl.model.placement import Placement
+from moectl.model.structure import Quantization
 from moectl.planner.advice import make_plan, refusal
 from moectl.planner.calibration import CALIBRATIONS, find_link
 from moectl.planner.memory import METAL_DTYPE_BYTES, Verdict, judge
 from moectl.planner.nodes import Defaults, default_link, make_node
-from moectl.planner.plan import Node, Plan, Question
+from moectl.planner.plan import Node, Plan, Question, best_plan
+from moectl.planner.precision import choice_text, choose_precision
 from moectl.planner.this_machine import CONTEXT, least_need, own_dtype_bytes, own_memory, too_large
-from moectl.planner.what_if import WhatIfRow, what_if
+from moectl.planner.what_if import Buyer, Offer, list_offers
 from moectl.shards import prepare
-from moectl.shards.prepare import Place, Wanted, choose_quantization, describe_model, find_frequencies
+from moectl.shards.prepare import (
+    ChooseBits,
+    Place,
+    Wanted,
+    choose_quantization,
+    describe_model,
+    find_frequencies,
+)
 
 PROMPT = 512  # tokens
 
@@ -52,11 +61,12 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class AnsweredPlan:
-    """A plan with its model and its question."""
+    """A plan with its model and its question; `chosen`: moectl chose the precision."""
 
     model: CatalogModel
     question: Question
     plan: Plan
+    chosen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +77,12 @@ class PlanTask:
     question: Question
     split: str
     shares: tuple[int | float, ...] | None
+    chosen: bool = False
 
     def solve(self) -> AnsweredPlan:
         """Make the plan. Raises PlanError where nothing can be placed."""
-        return AnsweredPlan(self.model, self.question, make_plan(self.question, self.split, shares=self.shares))
+        plan = make_plan(self.question, self.split, shares=self.shares)
+        return AnsweredPlan(self.model, self.question, plan, self.chosen)
 
 
 def plan_cluster(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequence[Host]) -> AnsweredPlan:
@@ -81,7 +93,8 @@ def plan_cluster(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequenc
 def set_task(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequence[Host]) -> PlanTask:
     """Return the question of a model on these hosts.
 
-    A shard set is planned as it is cut, unless `wanted` has another split. Raises HostsError where a host's chip or
+    A shard set is planned as it is cut, unless `wanted` has another split. Where `wanted` leaves the precision of a
+    model in 16 bits open, it gets the most bits that fit. Raises HostsError where a host's chip or
     memory is not known, and what opening a checkpoint raises.
     """
     model, manifest = describe_model(source)
@@ -91,7 +104,16 @@ def set_task(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequence[Ho
     if manifest is not None and wanted.split == "auto" and manifest.world_size == len(hosts) and wanted.replicas == 1:
         question = replace(question, replicas=manifest.placement.replicas)
         return PlanTask(model, question, manifest.split, manifest.shares)
-    return PlanTask(model, question, wanted.split, wanted.shares)
+    chosen = manifest is None and wanted.leaves_precision and question.can_quantise
+    if chosen:
+        question = question.quantised(_most_bits(question, wanted)[0])
+    return PlanTask(model, question, wanted.split, wanted.shares, chosen)
+
+
+def _most_bits(question: Question, wanted: Wanted) -> tuple[Quantization | None, Verdict]:
+    """Return the most bits per weight that fit the hosts. Raises PlanError where the model cannot be placed."""
+    split = "experts" if wanted.replicas > 1 or wanted.routing is not None else wanted.split  # as make_plan
+    return choose_precision(lambda precision: best_plan(question.quantised(precision), split, wanted.shares).verdict)
 
 
 def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Question:
@@ -114,27 +136,36 @@ def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Quest
     )
 
 
-def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions) -> tuple[CatalogModel, list[WhatIfRow]]:
-    """Return the table of clusters to buy for a model."""
+def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions, buyer: Buyer) -> tuple[CatalogModel, list[Offer]]:
+    """Return the clusters to buy for a model. Raises PlanError where none is as the buyer wants it."""
     model, _ = describe_model(source)
     quantization = choose_quantization(wanted, model.quantization)
     context = find_context(model, asked)
     if asked.link is not None:
         find_link(CALIBRATIONS[asked.calibration], asked.link)
-    rows = list(
-        what_if(
+    offers = list(
+        list_offers(
             model.quantised(quantization) if wanted.bits else model,
             CALIBRATIONS[asked.calibration],
             context=context,
             prompt_tokens=find_prompt(asked, context),
             fixed=wanted.bits is not None,
+            every=buyer.every,
             chip=asked.chip,
             link=asked.link,
         )
     )
-    if not rows:
+    if not offers:
         raise PlanError(f"none of these clusters holds {model.name}", hint="moectl plan --what-if shows all")
-    return model, rows
+    chosen = buyer.choose(offers)
+    if not chosen:
+        fastest, cheapest = max(offer.tok_s for offer in offers), min((o.usd for o in offers if o.usd), default=0)
+        raise PlanError(
+            f"none of these clusters is so cheap and so fast: {cheapest:.0f} USD is the lowest price, "
+            f"{fastest:.1f} tok/s the highest speed",
+            hint="moectl plan --what-if shows all",
+        )
+    return model, chosen
 
 
 def find_context(model: CatalogModel, asked: PlanOptions) -> int:
@@ -187,6 +218,54 @@ def place_on(
         return plan.placement
 
     return place
+
+
+def choose_bits_on(
+    hosts: Sequence[Host], asked: PlanOptions, *, say: Callable[[str], None], remotes: Sequence[Remote] | None = None
+) -> ChooseBits:
+    """Return what chooses the most bits that these hosts can hold; where one is not known, the model stays as it is.
+
+    Hosts without memory= are asked first where there are `remotes`.
+    """
+
+    def choose(model: CatalogModel, wanted: Wanted) -> Wanted:
+        count = wanted.nodes or len(wanted.shares or hosts)
+        known = [known_node(host, asked) for host in hosts]
+        if remotes:
+            known = ask_hosts(hosts, known, remotes)
+        nodes = tuple(node for node in known[:count] if node is not None)
+        if len(nodes) < count:
+            return wanted
+        question = replace(ask(model, asked, ()), nodes=nodes, replicas=wanted.replicas)
+        question = replace(question, frequencies=find_frequencies(wanted, model.structure))
+        return _with_bits(wanted, *_most_bits(question, wanted), say)
+
+    return choose
+
+
+def choose_bits_here(say: Callable[[str], None]) -> ChooseBits:
+    """Return what chooses the most bits with which this machine can hold all ranks."""
+
+    def choose(model: CatalogModel, wanted: Wanted) -> Wanted:
+        node = own_node()
+        if node is None:
+            return wanted
+
+        def grade(precision: Quantization | None) -> Verdict:
+            placement = prepare.place(model.quantised(precision), wanted)
+            return judge(least_need(placement, range(placement.world_size), node.dtype_bytes), node.memory.budget)
+
+        return _with_bits(wanted, *choose_precision(grade), say)
+
+    return choose
+
+
+def _with_bits(wanted: Wanted, precision: Quantization | None, verdict: Verdict, say: Callable[[str], None]) -> Wanted:
+    if precision is None:
+        return wanted
+    if verdict is not Verdict.TOO_MUCH:  # else a refusal follows
+        say(f"{choice_text(precision, verdict)}.")
+    return replace(wanted, bits=precision.bits)
 
 
 def refuse_early(source: str, wanted: Wanted, hosts: Sequence[Host]) -> None:

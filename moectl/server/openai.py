@@ -4,7 +4,7 @@ It knows no HTTP library, no clock and no cluster. Fields and their limits are t
 additions that vLLM and llama.cpp share (top_k, min_p, repetition_penalty, ignore_eos, chat_template_kwargs), moectl's
 own `think`, and the values that only those two accept: -1 for no limit and for any seed, empty stop texts, messages
 without content. Unknown fields are ignored. Known fields that moectl does not have, and that would change the answer,
-are refused. Where nothing is said the model's own defaults hold, then OpenAI's.
+are refused. Where nothing is said the model's own defaults hold, then those of a Request: greedy, as `moectl run` is.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _read_prompt(prompt: Any, model: Ready) -> Fields:
 
 
 def _read_parameters(fields: Fields, model: Ready) -> Fields:
-    """Return what both endpoints share, as keyword arguments of a Request; defaults are the model's, then OpenAI's."""
+    """Return what both endpoints share, as keyword arguments of a Request; the model's defaults, then its own."""
     limits = PARAMETERS["temperature"]
     temperature = read_number(fields, "temperature", limits.low, limits.high)
     seed = read_integer(fields, "seed", -(2**63), 2**64 - 1)
@@ -223,7 +223,7 @@ def _read_parameters(fields: Fields, model: Ready) -> Fields:
         "repetition_penalty": read_number(fields, "repeat_penalty") if repetition is None else repetition,
     }
     given = {name: value for name, value in optional.items() if value is not None}
-    return {"temperature": 1.0, **model.sampling, **read, **given}
+    return {**model.sampling, **read, **given}
 
 
 def _read_stop(fields: Fields) -> tuple[str, ...]:

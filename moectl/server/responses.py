@@ -250,14 +250,14 @@ def _tell_usage(done: Done) -> Fields:
 
 
 def _echo(fields: Fields) -> Fields:
-    """Return what a response repeats of its request, with OpenAI's defaults."""
+    """Return what a response repeats of its request, with the defaults."""
     defaults: Fields = {
         "instructions": None,
         "max_output_tokens": None,
         "metadata": {},
         "parallel_tool_calls": True,
         "reasoning": {"effort": None, "summary": None},
-        "temperature": 1.0,
+        "temperature": 0.0,
         "text": {"format": {"type": "text"}},
         "tool_choice": "auto",
         "tools": [],

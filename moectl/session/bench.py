@@ -7,9 +7,10 @@ a token's time come from `moectl.engine.profile`, which defines them; speeds com
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,17 +57,18 @@ class MeanDeviation:
 
 @dataclass(frozen=True, slots=True)
 class RankTime:
-    """One rank's part of a token's time; compute + all-reduce + other is the step's time."""
+    """One rank's part of a token's time; compute + all-reduce + other is the step's time, and none is negative."""
 
     rank: int
     host: str
     compute_s: float
     all_reduce_s: float
-    other_s: float  # below zero where the profile's barriers cost more than the rest of a step
+    other_s: float
     exchanges: int  # per token
     own_experts: float  # that it runs, per token and layer
     peak_memory_bytes: int
     peak_rss_bytes: int
+    overlap_s: float = 0.0  # by which compute and all-reduce, measured apart, exceed the step
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,8 @@ class Benchmark:
 
     @property
     def communication_share(self) -> float:
-        """The slowest rank's all-reduces as part of the time per token; of both parts where barriers exceed it."""
-        slowest = self.slowest
-        return slowest.all_reduce_s / max(self.step_s, slowest.compute_s + slowest.all_reduce_s)
+        """The slowest rank's all-reduces, as far as it waits for them, as part of the time per token."""
+        return self.slowest.all_reduce_s / self.step_s
 
     @property
     def imbalance(self) -> float | None:
@@ -126,11 +127,14 @@ def bench(
     prompt_tokens: int,
     generation_tokens: int,
     trials: int,
+    ids: Iterator[int] | None = None,
     seed: int = 0,
     predicted: Predicted | None = None,
     on_trial: Callable[[int, Trial], None] = lambda number, trial: None,
 ) -> Benchmark:
-    """Measure a session that has not been used yet; `on_trial(number, trial)` gets each trial as it ends.
+    """Measure a session that has no other user; `on_trial(number, trial)` gets each trial as it ends.
+
+    Several measurements of one session share `ids`, the numbers of their requests, and have a `seed` each.
 
     Raises UsageError when the model's context is too short, and what Session raises when a rank fails.
     """
@@ -143,18 +147,19 @@ def bench(
             f"{model.max_seq_len}",
             hint=f"use -p {max(1, model.max_seq_len - generation_tokens)}, or less",
         )
+    ids = ids or itertools.count(1)
     prompts = RandomPrompts(model.vocab_size, seed)
     warm_up = prompts.draw(prompt_tokens)
-    _answer(session, Request(1, "", _WARM_UP, prompt_tokens=warm_up, ignore_eos=True, cache_prompt=False))
+    _answer(session, Request(next(ids), "", _WARM_UP, prompt_tokens=warm_up, ignore_eos=True, cache_prompt=False))
     done: list[Trial] = []
     profiles: list[list[Profiled]] = []
     steps = min(PROFILED_STEPS, generation_tokens - 1)
     for number in range(1, trials + 1):
         prompt = prompts.draw(prompt_tokens)
-        request = Request(2 * number, "", generation_tokens, prompt_tokens=prompt, ignore_eos=True, cache_prompt=False)
+        request = Request(next(ids), "", generation_tokens, prompt_tokens=prompt, ignore_eos=True, cache_prompt=False)
         tokens, trial = _answer(session, request)
         # After each trial, so that both run under the same conditions.
-        profiles.append(session.profile(Profile(2 * number + 1, [*prompt, *tokens], steps)))
+        profiles.append(session.profile(Profile(next(ids), [*prompt, *tokens], steps)))
         done.append(trial)
         on_trial(number, trial)
     by_rank = zip(session.hosts, zip(*profiles, strict=True), strict=True)
@@ -189,8 +194,14 @@ def _step_s(trials: Iterable[Trial]) -> float:
 
 
 def _rank_time(rank: int, host: str, profiles: Sequence[Profiled], step_s: float) -> RankTime:
-    compute_s = statistics.fmean(profile.compute_s for profile in profiles)
-    all_reduce_s = statistics.fmean(profile.all_reduce_s for profile in profiles)
+    """Divide a step's time into parts: what the profile measured, as far as it fits into an ordinary step.
+
+    The profile's barriers end the overlap of an exchange with what is built meanwhile, so its parts may exceed a step.
+    """
+    computes_s = statistics.fmean(profile.compute_s for profile in profiles)
+    exchanges_s = statistics.fmean(profile.all_reduce_s for profile in profiles)
+    compute_s = min(computes_s, step_s)
+    all_reduce_s = min(exchanges_s, step_s - compute_s)
     first = profiles[0]  # its peaks are from before it; its choices are those that are counted
     return RankTime(
         rank,
@@ -202,6 +213,7 @@ def _rank_time(rank: int, host: str, profiles: Sequence[Profiled], step_s: float
         first.own_experts,
         first.peak_memory_bytes,
         first.peak_rss_bytes,
+        max(0.0, computes_s + exchanges_s - step_s),
     )
 
 

@@ -49,17 +49,24 @@ class Wanted:
     mode: str = "affine"
     recipe: str | None = None  # one of mlx-lm's mixtures of precisions
 
+    @property
+    def leaves_precision(self) -> bool:
+        """Whether the precision is left to moectl."""
+        return self.bits is None and self.mode == "affine" and self.group_size is None and self.recipe is None
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A shard set: its directory, its placement, and the bytes of its weight files."""
+    """A shard set: its directory, its placement, the bytes of its weight files, and their bits per weight."""
 
     directory: Path
     placement: Placement
     bytes: int
+    bits: int
 
 
 Place = Callable[[CatalogModel, Wanted], Placement]
+ChooseBits = Callable[[CatalogModel, Wanted], Wanted]
 Bars = Callable[[str, int], Callable[[int], None]]  # (label, total bytes) begins a bar; gives what counts more bytes
 
 
@@ -68,7 +75,7 @@ def choose_quantization(wanted: Wanted, kept: Quantization | None) -> Quantizati
 
     `kept` is how the checkpoint is quantised already.
     """
-    if wanted.bits is None and wanted.mode == "affine" and wanted.group_size is None and wanted.recipe is None:
+    if wanted.leaves_precision:
         return kept
     quantization = None
     if wanted.bits != PLAIN_BITS:
@@ -152,6 +159,15 @@ def draw_wanted(checkpoint: Checkpoint, wanted: Wanted) -> Blueprint:
     return draw(checkpoint, None if quantization == kept else quantization, wanted.recipe)
 
 
+def _settle_bits(checkpoint: Checkpoint, wanted: Wanted, choose_bits: ChooseBits | None) -> tuple[Wanted, Blueprint]:
+    """Draw a model with the precision that is wanted, or that is chosen where a model in 16 bits leaves it open."""
+    blueprint = draw_wanted(checkpoint, wanted)
+    if choose_bits is None or not wanted.leaves_precision or blueprint.quantization is not None:
+        return wanted, blueprint
+    chosen = choose_bits(CatalogModel(checkpoint.source, blueprint.structure, None), wanted)
+    return chosen, blueprint if chosen == wanted else draw_wanted(checkpoint, chosen)
+
+
 def shard_set_name(
     source: str, placement: Placement, quantization: Quantization | None, recipe: str | None = None
 ) -> str:
@@ -201,6 +217,7 @@ def shard(
     force: bool = False,
     cached: bool = False,
     dry_run: bool = False,
+    choose_bits: ChooseBits | None = None,
     choose_place: Place | None = None,
     choose_tokenizer: Callable[[Checkpoint, int], Checkpoint] | None = None,
     compute_canary: ComputeCanary | None = None,
@@ -212,7 +229,8 @@ def shard(
     """Make (or finish, or find) a shard set; return where it is. `dry_run` writes nothing.
 
     `force` starts afresh. `cached` sets live in the cache, apart from those that a person made, and one of another
-    source or with other settings is replaced. `choose_place` decides who holds what (default: `place`) and may refuse.
+    source or with other settings is replaced. `choose_bits` decides on the precision of a model in 16 bits where
+    `wanted` leaves it open. `choose_place` decides who holds what (default: `place`) and may refuse.
     `choose_tokenizer` returns the checkpoint with the tokenizer that it is to have, and may refuse it.
     `compute_canary` runs what was cut, so that every start can be compared with it (None: not done).
 
@@ -234,7 +252,7 @@ def shard(
     try:
         for note in checkpoint.notes:
             say(f"Warning: {note}")
-        blueprint = draw_wanted(checkpoint, wanted)
+        wanted, blueprint = _settle_bits(checkpoint, wanted, choose_bits)
         if blueprint.left:
             stays = f"{blueprint.left:.1%} of the weights stay in 16 bits: their rows are no whole groups"
             say(f"Warning: {stays}; --q-group-size 32 has the smallest groups")
@@ -273,7 +291,8 @@ def shard(
                 cut(force=True)
             # `deploy` takes the set that the user named last, also one that was there already.
             (directory / MANIFEST_NAME).touch()
-        return Made(directory, placement, output_bytes)
+        bits = blueprint.quantization.bits if blueprint.quantization else PLAIN_BITS
+        return Made(directory, placement, output_bytes, bits)
     finally:
         checkpoint.close()
 

@@ -102,7 +102,7 @@ def test_no_command_prints_help_and_is_usage(call: Any) -> None:
         (("run", "--max-tokens", "0", "x"), "0 is not in the range"),
         (("run", "--top-p", "1.1", "x"), "range"),
         (("run", "--temp", "2.5", "x"), "2.5 is not in the range"),  # before anything is loaded
-        (("shard", "--q-bits", "5", "x"), "'5' is not one of"),
+        (("shard", "--q-bits", "7", "x"), "'7' is not one of"),
         (("run", "--shards", "a", "--model", "b", "x"), "exclude each other"),
         (("run", "--hosts", "a", "--local", "2", "x"), "--hosts and --local exclude each other"),
         (("run", "--shards", "a", "--q-bits", "4", "x"), "--shards and --q-bits exclude each other"),

@@ -16,12 +16,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from moectl import __main__
+from moectl.cli.chat.settings import ChatSettings
 from moectl.cli.terminal import AnswerWriter
 from moectl.cli.verbs import run as verb
+from moectl.engine.protocol import Ready
 from moectl.server import attach
 from moectl.server.client import Client
 from moectl.server.contracts import Thinking
 from moectl.server.http import Grace, make_app, serve
+from moectl.server.openai import read_chat
 from moectl.server.sockets import listen_unix
 from tests.support.fake_cluster import FakeCluster
 
@@ -111,6 +114,12 @@ def test_what_the_user_gives_wins_over_the_models_defaults(site: Site, call: Cal
 
     call("hello")
     assert asked() == (0, 1, 0, 0, 1)  # greedy, where a model says nothing
+    request = {"messages": [{"role": "user", "content": "hello"}]}
+    for sampling in ({}, {"temperature": 0.6, "top_k": 20}):  # the API chooses in the same way
+        model = Ready("hidden", None, 100, 100, 0, sampling=sampling)
+        [asks] = read_chat(request, "tiny", model).requests
+        settings = ChatSettings(**sampling)  # type: ignore[arg-type]
+        assert [getattr(asks, name) for name in names] == [getattr(settings, name) for name in names]
     site.sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05}
     _, _, err = call("-v", "hello")
     assert asked() == (0.6, 0.95, 20, 0, 1.05)

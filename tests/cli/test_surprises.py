@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from moectl.cli.target import DEMO_SAYS, take_model
+from moectl.cli.verbs.logs import RULE
 from moectl.cli.verbs.run import cut_text
 from moectl.demo import demo_dir
 from moectl.errors import UsageError
+from moectl.paths import state_dir
 from tests.cli.test_cli import run
 from tests.support.tiny import write_checkpoint, write_words
 
@@ -105,3 +107,30 @@ def test_tokens_may_be_written_in_thousands(call: Any) -> None:
     words = ("plan", "--hosts", "a,b", "--chip", "m3-ultra", "--memory", "512GB", "--ctx")
     assert "KV 32768" in call(*words, "32k")[1]
     assert call(*words, "32x")[0] == 2
+
+
+def test_logs_have_a_rule_between_launches(call: Any) -> None:
+    logs = state_dir() / "logs"
+    logs.mkdir(parents=True)
+    for rank in range(2):
+        lines = [
+            f"2026-11-20T17:4{launch}:0{rank}Z {text}\n"
+            for launch in range(2)
+            for text in (f"rank {rank} of 2 starts on /x", f"loaded {launch}")
+        ]
+        (logs / f"set-rank-{rank}.log").write_text("".join(lines))
+    starts = [f"[localhost/{rank}] rank {rank} of 2 starts on /x" for rank in range(2)]
+    loaded = [[f"[localhost/{rank}] loaded {launch}" for rank in range(2)] for launch in range(2)]
+    [first, second] = [[starts[0], one[0], starts[1], one[1]] for one in loaded]
+    assert call("logs", "--no-timestamps")[1].splitlines() == [*first, RULE, *second]
+    assert call("logs", "--no-timestamps", "--last")[1].splitlines() == second
+
+
+def test_status_says_once_that_a_name_is_unknown(call: Any) -> None:
+    code, out, err = call("status", "--hosts", "nosuch.invalid")
+    assert code == 5
+    assert (out + err).count("no known address") == 1
+    assert err.count("nosuch.invalid") == 1
+    code, out, err = call("status", "--hosts", "nosuch.invalid,other.invalid")
+    assert out.count("no known address") == 2
+    assert err.startswith("Error: all 2 hosts failed\n")

@@ -25,7 +25,7 @@ from moectl.cluster import logs
 from moectl.cluster.logs import LOCAL, LogFile, LogLine, LogQuery, LogReader, Trouble, find_sources, in_order
 from moectl.errors import UsageError
 from moectl.hosts.hostfile import Host
-from moectl.hosts.onhost.logs import Log, parse_line, pick
+from moectl.hosts.onhost.logs import Log, last_launch, parse_line, pick
 from moectl.paths import state_dir
 from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from moectl.session.target import target_key
@@ -173,6 +173,10 @@ def test_lines_and_their_times() -> None:
     assert pick(lines, None, 12.0, 22.0) == lines[1:]
     assert pick(lines, 2, None, 22.0) == lines[2:]
     assert pick(lines, 0, None, 22.0) == []
+    two: list[list[Any]] = [[None, f"[a] rank {rank} of 2 starts on /x"] for rank in (0, 1, 0, 1)]
+    assert last_launch(two) == two[2:]  # as in a controller's log
+    assert last_launch(two[1::2]) == two[3:]  # of one rank
+    assert last_launch(lines) == lines
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.one_of(st.none(), st.floats(0, 9))), max_size=20))

@@ -655,7 +655,7 @@ def test_what_is_said_in_place_of_a_greeting_is_told(sshd: Server, said: bytes, 
 
 def test_a_name_without_an_address_is_unreachable(sshd: Server) -> None:
     error = fails(Unreachable, Host("no-such-host.invalid"))
-    assert "no-such-host.invalid has no known address" in error.message
+    assert str(error).startswith("no-such-host.invalid: the name has no known address: ")
 
 
 def test_a_broken_configuration_is_quoted(sshd: Server) -> None:

@@ -209,7 +209,7 @@ def test_the_contract_for_scripts() -> None:
 
 
 def test_what_does_not_fit_is_exit_4_after_the_table() -> None:
-    result = plan("--hosts", "a", "--chip", "m2-ultra", "--memory", "192GB", "--json")
+    result = plan("--hosts", "a", "--chip", "m2-ultra", "--memory", "192GB", "--q-bits", "16", "--json")
     assert json.loads(result.stdout)["feasible"] is False
     assert isinstance(result.exception, Failed)
     assert isinstance(result.exception.error, PlanError)
@@ -265,13 +265,34 @@ def test_a_checkpoint_in_a_directory_is_planned_by_its_headers() -> None:
 
 @pytest.mark.no_cover  # the tracer takes seven times as long as the sums
 def test_what_if_lists_what_one_could_buy() -> None:
-    result = plan("--what-if", "--json")
+    result = plan("--what-if", "--all", "--json")
     rows = json.loads(result.stdout)["rows"]
     assert {row["q_bits"] for row in rows} == {4, 8, 16}
     assert {row["nodes"] for row in rows} == {1, 2, 3, 4, 8}
     assert not any(row["link"] == "rdma" for row in rows if row["chip"] in ("m2-ultra", "m4"))
-    assert "m3-ultra" in plan("--what-if").stdout
     assert PAPER.name in plan("--help-all").stdout
+
+
+def offers(*words: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(plan("--what-if", *words, "--json").stdout)["rows"]
+    return rows
+
+
+def test_what_if_answers_a_buyer() -> None:
+    rows = offers()
+    assert len(rows) == 10
+    assert {("m5-max", 128), ("m3-ultra", 256)} <= {(row["chip"], row["memory_gib"]) for row in rows}
+    assert [row["decode_tok_s"] for row in rows] == sorted((row["decode_tok_s"] for row in rows), reverse=True)
+    shown = plan("--what-if").stdout
+    assert "Sorted: fastest first; for each machine the fewest that hold it." in shown
+    assert "3,699 USD" in shown
+    cheap = offers("--budget", "8000")
+    assert cheap
+    assert all(row["usd"] <= 8000 for row in cheap)
+    fast = offers("--min-tok-s", "25")
+    assert all(row["decode_tok_s"] >= 25 for row in fast)
+    prices = [row["usd"] for row in fast if row["usd"]]
+    assert prices == sorted(prices)
 
 
 def test_shard_deploy_and_run_refuse_by_the_same_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +355,8 @@ def failed(*words: str) -> str:
         (("--what-if", "--chip", "m9"), "unknown chip 'm9'."),
         (("--what-if", "--chip", "m1-max"), "the table has no m1-max; it has m2-ultra, "),
         (("--what-if", "--link", "wifi"), "unknown link 'wifi'; it is one of"),
+        (("--what-if", "--budget", "100"), "none of these clusters is so cheap and so fast: "),
+        (("--hosts", "a", "--budget", "100"), "--budget, --min-tok-s and --all are for --what-if"),
         (("--what-if", "--chip", "m4", "--q-bits", "16"), "none of these clusters holds databricks/dbrx-instruct"),
         (("--hosts", "a", "--chip", "m4", "--memory", "192"), "'192' is 192 bytes: no host has so little memory"),
         (
@@ -389,7 +412,7 @@ def test_a_rule_of_thumb_is_told() -> None:
 
 
 def test_what_if_knows_a_dgx_spark_and_a_mac_with_256_gb() -> None:
-    rows = json.loads(plan("--what-if", "--q-bits", "4", "--json").stdout)["rows"]
+    rows = json.loads(plan("--what-if", "--all", "--q-bits", "4", "--json").stdout)["rows"]
     assert {row["link"] for row in rows if row["chip"] == "gb10"} == {"10gbe"}  # it has no Thunderbolt
     assert {row["memory_gib"] for row in rows if row["chip"] == "m3-ultra"} == {96, 256, 512}
     assert not any(row["tok_s_per_usd"] for row in rows if row["memory_gib"] == 256)  # its price is not known
@@ -463,6 +486,7 @@ def test_a_model_known_by_name_is_refused_before_it_is_looked_for(tmp_path: Path
             "--hosts a,b --chip m1-max --memory 64GB",
         ),
         ("--what-if --chip m4 --ctx 32768 --q-bits 16", "moectl plan --what-if shows all", "--what-if"),
+        ("--hosts a --all", "add --what-if", "--what-if --all"),
     ],
 )
 def test_what_a_hint_of_plan_says_is_planned(

@@ -29,12 +29,12 @@ def read_completion(**fields: Any) -> openai.ApiRequest:
     return openai.read_completion({"prompt": "hello", **fields}, "tiny", MODEL)
 
 
-def test_defaults_are_openais() -> None:
+def test_defaults_are_openais_and_greedy() -> None:
     asked = read_chat()
     assert asked == openai.ApiRequest(True, asked.requests, 1, False, False, None)
     messages = ({"role": "user", "content": "hello"},)
-    assert asked.requests == (Request(0, "", MODEL.max_seq_len, temperature=1.0, messages=messages),)
-    assert read_completion().requests == (Request(0, "hello", 16, temperature=1.0),)
+    assert asked.requests == (Request(0, "", MODEL.max_seq_len, temperature=0.0, messages=messages),)
+    assert read_completion().requests == (Request(0, "hello", 16, temperature=0.0),)
 
 
 def test_every_field_reaches_the_request() -> None:

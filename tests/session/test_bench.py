@@ -32,7 +32,7 @@ from moectl.errors import PlanError, StateError, UsageError
 from moectl.model.manifest import read_manifest
 from moectl.model.placement import make_placement
 from moectl.model.routing import Routing, read_routing, write_routing
-from moectl.session.bench import Benchmark, Predicted, RankTime, Trial, bench, read_prediction
+from moectl.session.bench import Benchmark, Predicted, RankTime, Trial, _rank_time, bench, read_prediction
 from moectl.session.session import Session
 from moectl.shards.chat.tokenizer import open_tokenizer
 from moectl.shards.prepare import Wanted, find_frequencies
@@ -135,7 +135,7 @@ def test_the_parts_of_a_token_add_up(measured: tuple[Benchmark, list[int]]) -> N
     for rank in result.ranks:
         assert rank.compute_s + rank.all_reduce_s + rank.other_s == pytest.approx(result.step_s)
         assert rank.compute_s > 0
-        assert rank.all_reduce_s > 0
+        assert min(rank.all_reduce_s, rank.other_s, rank.overlap_s) >= 0
         assert rank.exchanges == LAYERS
         assert 0 < rank.peak_memory_bytes < rank.peak_rss_bytes
 
@@ -193,7 +193,7 @@ def test_text_and_json_of_real_ranks(measured: tuple[Benchmark, list[int]]) -> N
     assert (document["schema"], document["split"], document["bits"]) == ("moectl.bench/1", result.model.split, None)
     assert set(document["ranks"][0]) == {
         "rank", "host", "compute_s", "all_reduce_s", "other_s", "exchanges", "own_experts", "peak_memory_bytes",
-        "peak_rss_bytes",
+        "peak_rss_bytes", "overlap_s",
     }  # fmt: skip
     assert [rank["host"] for rank in document["ranks"]] == ["host0", "host1"]
     assert document["predicted"] is None
@@ -349,7 +349,7 @@ def test_the_note_stands_beside_the_header_where_there_is_room() -> None:
 @pytest.mark.parametrize("width", [60, 64, 80, 100, 200])
 @pytest.mark.parametrize("predicted", [None, PREDICTED])
 def test_no_line_is_wider_than_the_terminal(width: int, predicted: Predicted | None) -> None:
-    ranks = tuple(replace(rank, host="studio-in-the-attic", other_s=-0.05) for rank in four_hosts().ranks)
+    ranks = tuple(replace(rank, host="studio-in-the-attic", other_s=0.0, overlap_s=0.05) for rank in four_hosts().ranks)
     for result in (four_hosts(predicted=predicted), four_hosts(predicted=predicted, ranks=ranks)):
         for line in report.bench_text(result, width=width).splitlines():
             assert len(line) <= width, line
@@ -365,22 +365,39 @@ def test_one_trial_on_one_rank_with_layers_that_take_turns() -> None:
     assert (document["decode_tok_s"]["sd"], document["imbalance"]) == (None, None)
 
 
+def profiled(compute_s: float, all_reduce_s: float) -> Profiled:
+    return Profiled(1, compute_s, all_reduce_s, 0.2, 40, 1, 1, [0], [[1]], 1.0, 1.0)
+
+
 def test_parts_that_exceed_a_step_say_so() -> None:
-    ranks = (RankTime(0, "mac1", 0.1, 0.1, -0.039, 40, 1.0, 1, 1),)
-    text = report.bench_text(four_hosts(ranks=ranks), width=80)
-    assert "per token 161 ms = 100 compute + 100 all-reduce - 39 hidden" in text
-    assert "the parts exceed a step by 24%: busy machine or tiny model" in text
+    profiles = [profiled(0.1, 0.1)]
+    rank = _rank_time(0, "mac1", profiles, 0.161)
+    assert (rank.compute_s, rank.all_reduce_s, rank.other_s) == pytest.approx((0.1, 0.061, 0.0))
+    assert rank.overlap_s == pytest.approx(0.039)
+    text = report.bench_text(four_hosts(ranks=(rank,)), width=80)
+    assert "per token 161 ms = 100 compute + 61 all-reduce + 0 other" in text
+    assert "the parts alone take 24% longer: busy machine or tiny model" in text
+
+
+def test_several_lengths_are_rows_of_a_table_of_markdown_or_of_csv() -> None:
+    both = [four_hosts(), four_hosts(prompt_tokens=64)]
+    name = "dbrx-instruct-bf16-experts-4"
+    markdown = report.several_text(both, "md").splitlines()
+    assert markdown[1] == "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    assert markdown[2] == f"| {name} | 4 | experts | bf16 | 512 | 128 | 61.00 ± 0.57 | 6.21 ± 0.05 | 8.500 |"
+    assert report.several_text(both, "csv").splitlines()[2].startswith(f"{name},4,experts,bf16,64,128,")
+    assert report.several_text(both, "table").splitlines()[0] == name
 
 
 @given(st.floats(1e-4, 10), st.floats(0, 1), st.floats(0, 1))
 def test_the_shown_parts_add_up_to_the_shown_total(step_s: float, compute: float, all_reduce: float) -> None:
-    parts = (step_s * compute, step_s * all_reduce)
-    rank = RankTime(0, "a", *parts, step_s - sum(parts), 1, 1.0, 1, 1)
+    profiles = [profiled(step_s * compute, step_s * all_reduce)]
+    rank = _rank_time(0, "a", profiles, step_s)
     text = report.bench_text(four_hosts(trials=(Trial(1.0, 1 / step_s, 1.0),), ranks=(rank,)), width=80)
-    shown = re.search(r"per token ([\d.]+) ms = ([\d.]+) compute \+ ([\d.]+) all-reduce ([+-]) ([\d.]+)", text)
+    shown = re.search(r"per token ([\d.]+) ms = ([\d.]+) compute \+ ([\d.]+) all-reduce \+ ([\d.]+) other", text)
     assert shown
-    total, first, second, rest = (float(shown[i]) for i in (1, 2, 3, 5))
-    assert first + second + (rest if shown[4] == "+" else -rest) == pytest.approx(total)
+    total, first, second, rest = map(float, shown.groups())
+    assert first + second + rest == pytest.approx(total)
 
 
 # Files.
@@ -565,6 +582,9 @@ def test_the_verb_with_everything(source: Path, tmp_path: Path) -> None:
         (("--plan", "absent.json"), "absent.json cannot be read"),
         (("-g", "1"), "1 is not in the range x>=2"),
         (("--num-trials", "0"), "0 is not in the range x>=1"),
+        (("-p", "32,x"), "'32,x' is no list of numbers: write 512 or 32,64"),
+        (("-p", "32,64", "--plot", "x.svg"), "several lengths and --plot exclude each other"),
+        (("--json", "--format", "md"), "--json and --format exclude each other"),
         (("--local", "1", "-p", "5000"), "use -p 1920, or less"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
-from moectl.cli.options import FILE, Common, common, target_options
+from moectl.cli.options import FILE, Common, Numbers, common, refuse_both, target_options
 from moectl.cli.target import choose_target, run_options
 from moectl.cli.terminal import log_printer
 from moectl.cli.verb import flag, verb
 from moectl.text import columns, size_text, table_text, time_text
 
 if TYPE_CHECKING:
-    from moectl.session.bench import Benchmark, Predicted
+    from collections.abc import Sequence
+
+    from moectl.session.bench import Benchmark, MeanDeviation, Predicted
     from moectl.session.target import Target
 
-# Barriers cost time: the parts may exceed an ordinary step. By more than this, they say little about it.
+# The parts, measured apart, may exceed an ordinary step. By more than this, they say little about it.
 DOUBTFUL_EXCESS = 0.1
 
 
@@ -28,9 +31,9 @@ def bench_text(result: Benchmark, *, width: int | None = None) -> str:
     """Return the tables of `bench`; the split of a token's time is that of the rank that computes longest."""
     width = width or columns()
     lines = [_speed_table(result, width), _token_line(result)]
-    excess = -result.slowest.other_s / result.step_s
+    excess = result.slowest.overlap_s / result.step_s
     if excess > DOUBTFUL_EXCESS:
-        lines.append(f"the parts exceed a step by {excess:.0%}: busy machine or tiny model")
+        lines.append(f"the parts alone take {excess:.0%} longer: busy machine or tiny model")
     header = ("RANK", "HOST", "COMPUTE", "ALL-REDUCE", "OTHER", "PEAK", "EXPERTS")
     rows = [
         (
@@ -85,9 +88,51 @@ def _token_line(result: Benchmark) -> str:
     rank, step_ms = result.slowest, 1e3 * result.step_s
     digits = 0 if step_ms >= 20 else 1 if step_ms >= 2 else 2
     total, compute, all_reduce = (round(x, digits) for x in (step_ms, 1e3 * rank.compute_s, 1e3 * rank.all_reduce_s))
-    other = round(total - compute - all_reduce, digits)  # so that what is shown adds up
-    rest = f"+ {other:.{digits}f} other" if other >= 0 else f"- {-other:.{digits}f} hidden"
-    return f"per token {total:.{digits}f} ms = {compute:.{digits}f} compute + {all_reduce:.{digits}f} all-reduce {rest}"
+    # So that what is shown adds up.
+    all_reduce = min(all_reduce, round(total - compute, digits))
+    other = round(total - compute - all_reduce, digits)
+    parts = ((compute, "compute"), (all_reduce, "all-reduce"), (other, "other"))
+    return f"per token {total:.{digits}f} ms = {' + '.join(f'{part:.{digits}f} {name}' for part, name in parts)}"
+
+
+def _row(result: Benchmark) -> dict[str, str]:
+    """Return one measurement in a line, for `several_text`."""
+    precision = "bf16" if result.model.bits is None else f"{result.model.bits} bits"
+
+    def speed(measured: MeanDeviation) -> str:
+        return f"{measured.mean:.2f}" + ("" if measured.sd is None else f" ± {measured.sd:.2f}")
+
+    return {
+        "model": result.name,
+        "ranks": str(len(result.ranks)),
+        "split": result.model.split,
+        "bits": precision,
+        "prompt": str(result.prompt_tokens),
+        "generate": str(result.generation_tokens),
+        "prompt t/s": speed(result.prefill_tok_s),
+        "generate t/s": speed(result.decode_tok_s),
+        "first token s": f"{result.ttft_s.mean:.3f}",
+    }
+
+
+def several_text(results: Sequence[Benchmark], form: str) -> str:
+    """Return a row per measurement: as a table, as Markdown (`md`), or as CSV (`csv`)."""
+    rows = [_row(result) for result in results]
+    header = list(rows[0])
+    lines = [list(row.values()) for row in rows]
+    if form == "csv":
+        import csv
+        import io
+
+        written = io.StringIO()
+        csv.writer(written, lineterminator="\n").writerows([header, *lines])
+        return written.getvalue().rstrip("\n")
+    if form == "md":
+        rule = ["---" if name in ("model", "split", "bits") else "---:" for name in header]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+    del header[0]  # the model, which is named once
+    shown = table_text([name.upper() for name in header], [line[1:] for line in lines], right="adefgh")
+    return f"{results[0].name}\n{shown}"
 
 
 def _duration_text(seconds: float) -> str:
@@ -120,10 +165,20 @@ def bench_json(result: Benchmark) -> dict[str, Any]:
 
 @verb("Use", old={"-n": "--num-trials"})
 @click.option(
-    "-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prompt."
+    "-p",
+    "--prompt-tokens",
+    type=Numbers(1),
+    default="512",
+    show_default=True,
+    help="Tokens of the prompt, or several: 32,64.",
 )
 @click.option(
-    "-g", "--generation-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens to generate."
+    "-g",
+    "--generation-tokens",
+    type=Numbers(2),
+    default="128",
+    show_default=True,
+    help="Tokens to generate, or several.",
 )
 @click.option(
     "-r",
@@ -132,6 +187,14 @@ def bench_json(result: Benchmark) -> dict[str, Any]:
     default=5,
     show_default=True,
     help="Trials; the table shows their mean.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "md", "csv"]),
+    default="table",
+    show_default=True,
+    help="Print Markdown or CSV.",
 )
 @flag(
     "--plan",
@@ -154,16 +217,19 @@ def bench_json(result: Benchmark) -> dict[str, Any]:
 )
 @target_options
 @common
-def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[Path, ...], **options: Any) -> None:
+def bench(
+    common: Common, form: str, plan: Path | None, plot: Path | None, compare: tuple[Path, ...], **options: Any
+) -> None:
     """Measure prompt and generation speed, and where the time goes.
 
     Prompts are random tokens. After the trials every rank times the parts of some decode steps: computing, all-reduce
-    (with the wait for the slowest rank), and the rest.
+    (with the wait for the slowest rank), and the rest. Lists of lengths measure each of them with each.
 
     \b
     Examples:
       moectl bench
       moectl bench --local 2 -p 128 -g 32 --json > two.json
+      moectl bench -p 512,4096 -g 128 --format md
       moectl bench --local 4 --plot ranks.svg --compare two.json
     """
     from moectl import files as disk
@@ -178,14 +244,17 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
         plotting.check_plot(plot)
     elif compare:
         raise errors.UsageError("--compare is for --plot", hint="add --plot FILE.svg")
+    lengths = list(itertools.product(options["prompt_tokens"], options["generation_tokens"]))
+    one = {f"--{name}": value for name, value in (("plan", plan), ("plot", plot))}
+    refuse_both({"several lengths": len(lengths) > 1}, {**one, "--routing-stats": options["routing_stats"]})
+    refuse_both({"--json": common.json}, {"--format": form != "table"})
     earlier = plotting.read_documents(compare)
     target = choose_target(common, options)
     if attach.is_loaded(target):
         raise errors.StateError(
             f"{target.name} is loaded by a controller: measuring beside it would load it twice", hint="moectl stop"
         )
-    predicted = _predicted(target, plan, options)
-    trials = options["num_trials"]
+    trials, ids = options["num_trials"], itertools.count(1)
 
     def on_trial(number: int, trial: benchmark.Trial) -> None:
         speeds = f"prompt {trial.prefill_tok_s:.1f} tok/s, generate {trial.decode_tok_s:.1f} tok/s"
@@ -196,17 +265,32 @@ def bench(common: Common, plan: Path | None, plot: Path | None, compare: tuple[P
             raise errors.UsageError(
                 f"{target.name} has no experts: there are no choices to count", hint="leave --routing-stats out"
             )
-        counts = {key: options[key] for key in ("prompt_tokens", "generation_tokens")}
-        result = benchmark.bench(session, target.name, trials=trials, predicted=predicted, on_trial=on_trial, **counts)
-    document = bench_json(result)
-    common.print(bench_text(result), document)
+        results = [
+            benchmark.bench(
+                session,
+                target.name,
+                prompt_tokens=prompt,
+                generation_tokens=generated,
+                trials=trials,
+                ids=ids,
+                seed=seed,
+                predicted=_predicted(target, plan, prompt, generated),
+                on_trial=on_trial,
+            )
+            for seed, (prompt, generated) in enumerate(lengths)
+        ]
+    result, documents = results[0], list(map(bench_json, results))
+    if len(results) > 1 or form != "table":
+        common.print(several_text(results, form), {"schema": "moectl.benches/1", "results": documents})
+    else:
+        common.print(bench_text(result), documents[0])
     if options["routing_stats"] and result.routing is not None:
         routing.write_routing(options["routing_stats"], result.routing)
     if plot:
-        plotting.write_plot(plot, [*earlier, document])
+        plotting.write_plot(plot, [*earlier, *documents])
 
 
-def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Predicted | None:
+def _predicted(target: Target, plan: Path | None, prompt: int, generated: int) -> Predicted | None:
     """Return what a plan expects of these trials: the one given, else the last `plan --probe` of these hosts."""
     from moectl.cluster import probed_plan
     from moectl.model.manifest import read_manifest
@@ -220,7 +304,6 @@ def _predicted(target: Target, plan: Path | None, options: dict[str, Any]) -> Pr
         hosts = [rank.host.name for rank in target.ranks]
         with contextlib.suppress(errors.MoectlError):  # the copy on this machine may be gone
             manifest = read_manifest(Path(target.shards))
-    prompt, generated = options["prompt_tokens"], options["generation_tokens"]
     if plan is not None:
         bits = manifest.quantization.bits if manifest and manifest.quantization else None
         return read_prediction(plan, manifest.placement if manifest else None, bits, prompt_tokens=prompt)

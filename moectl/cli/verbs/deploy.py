@@ -291,7 +291,7 @@ def _deploy_growing(
     """Cut a model and deploy it at the same time; return the set's name and the result."""
     from moectl.cli.progress import progress
     from moectl.cluster.deploy.feed import shard_and_deploy
-    from moectl.planner.questions import PlanOptions, place_on, refuse_early
+    from moectl.planner.questions import PlanOptions, choose_bits_on, place_on, refuse_early
 
     hosts, force = listed.hosts, options.pop("force")
     wanted = read_wanted(cut, len(hosts))
@@ -310,6 +310,9 @@ def _deploy_growing(
             tokenizer=cut["tokenizer"],
             keep_source=cut["keep_source"],
             no_canary=cut["no_canary"],
+            choose_bits=None
+            if force
+            else choose_bits_on(hosts, PlanOptions(), say=common.say, remotes=options["remotes"]),
             choose_place=place_on(hosts, PlanOptions(), force=force, say=common.say, remotes=options["remotes"]),
         )
         try:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moectl.errors import MoectlError
 
 LINES = 50  # of each log, unless told otherwise
+RULE = "─" * 60  # between launches
 
 
 def line_text(line: LogLine, *, prefix: bool, timestamps: bool) -> str:
@@ -47,18 +48,21 @@ def logs_json(lines: list[LogLine], failed: dict[str, MoectlError]) -> dict[str,
 @click.option("-f", "--follow", is_flag=True, help="Show new lines as they come, until Ctrl-C.")
 @click.option("--tail", type=click.IntRange(0), metavar="N", help=f"Last lines of each (default: {LINES}).")
 @click.option("--since", type=Duration(), metavar="TIME", help="Only lines that are not older: 30s, 10m, 2h.")
+@click.option("--last", is_flag=True, help="Only lines of the last launch.")
 @click.option("--timestamps/--no-timestamps", default=True, help="Show when each line was written, in UTC, or not.")
 @common
 def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
     """Show the workers' logs, in order of time.
 
     HOST is a host of the deployment, `localhost` for ranks on this machine, or `controller`. Without it, the logs of
-    the deployment, of its controller and of what runs here are shown. No log contains prompts or answers.
+    the deployment, of its controller and of what runs here are shown, with a rule before each launch. No log contains
+    prompts or answers.
 
     \b
     Examples:
       moectl logs mac3 --tail 20
       moectl logs --follow
+      moectl logs --last
       moectl logs --since 10m --json
     """
     from moectl.cli.terminal import on_ctrl_t
@@ -71,24 +75,28 @@ def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
     sources = find_sources(deployment, names)
     if not sources:
         raise errors.NotDeployed("nothing has been logged: no model ran here, and none is deployed.", hint="moectl run")
-    tail = LINES if options["tail"] is None and options["since"] is None else options["tail"]
-    reader = LogReader(sources, LogQuery(tail, options["since"], options["follow"]))
+    limited = options["tail"] is not None or options["since"] is not None or options["last"]
+    tail = options["tail"] if limited else LINES
+    reader = LogReader(sources, LogQuery(tail, options["since"], options["follow"], options["last"]))
     with on_ctrl_t(lambda: f"{reader.lines} lines of {count_text(len(sources), 'log')}", common.say), reader:
         _print_logs(common, reader, {source.label for source in sources}, options)
 
 
 def _print_logs(common: Common, reader: LogReader, labels: set[str], options: dict[str, Any]) -> None:
-    from moectl.cluster.logs import LogLine
+    from moectl.cluster.logs import Launches, LogLine
     from moectl.hosts import connect
 
     failed: dict[str, errors.MoectlError] = {}
     kept: list[LogLine] = []
+    launches = Launches()
     for item in reader.read():
         if not isinstance(item, LogLine):
             common.say(f"[{item.label}] {item.text}")
             if item.error is not None:
                 failed[item.label] = item.error
         elif not common.json:
+            if launches.begins(item):
+                click.echo(RULE)
             click.echo(line_text(item, prefix=len(labels) > 1, timestamps=options["timestamps"]))
         elif options["follow"]:
             click.echo(json.dumps({"schema": "moectl.logs/1", **line_json(item)}))

@@ -11,6 +11,7 @@ from moectl.cli import suggest
 from moectl.cli.options import DEFAULT_MODEL, Common, Tokens, common, refuse_both, wanted_options, was_given
 from moectl.cli.target import read_wanted
 from moectl.cli.verb import flag, verb
+from moectl.errors import UsageError
 from moectl.text import parameters_text, size_text, table_text, time_text
 
 if TYPE_CHECKING:
@@ -18,17 +19,24 @@ if TYPE_CHECKING:
     from moectl.model.catalog import CatalogModel
     from moectl.planner.measured import MeasuredCluster
     from moectl.planner.plan import NodePlan, Plan, Question
-    from moectl.planner.questions import PlanOptions
-    from moectl.planner.what_if import WhatIfRow
+    from moectl.planner.questions import AnsweredPlan, PlanOptions
+    from moectl.planner.what_if import Buyer, Offer
+
+MOST_OFFERS = 10  # rows of --what-if
 
 
-def plan_text(model: CatalogModel, question: Question, plan: Plan, measured: MeasuredCluster | None = None) -> str:
+def plan_text(answer: AnsweredPlan, measured: MeasuredCluster | None = None) -> str:
     """Return the table of who would hold what, whether it fits, how fast it would be, and what was measured."""
+    from moectl.planner.precision import choice_text
+
+    question, plan = answer.question, answer.plan
+    choice = choice_text(question.quantization, plan.verdict) if answer.chosen else ""
     lines = [
-        model_text(model, question),
+        model_text(answer.model, question),
         plan_table(question, plan),
         *_assumed_lines(question),
         _fit_text(plan),
+        *([f"{choice}."] if choice else []),
         plan.why,
     ]
     if measured is not None:
@@ -129,16 +137,16 @@ def _fit_text(plan: Plan) -> str:
     return f"Does not fit: {worst.host} would need {share} of what it can give. {total} of weights in total."
 
 
-def plan_json(
-    model: CatalogModel, question: Question, plan: Plan, measured: MeasuredCluster | None = None
-) -> dict[str, Any]:
+def plan_json(answer: AnsweredPlan, measured: MeasuredCluster | None = None) -> dict[str, Any]:
     """Return the document of `plan --json`."""
+    question, plan = answer.question, answer.plan
     p = plan.prediction
     quantization = question.quantization
     return {
         "schema": "moectl.plan/1",
-        "model": model.name,
+        "model": answer.model.name,
         "q_bits": quantization.bits if quantization else 16,
+        "q_bits_chosen": answer.chosen,
         "layers": question.structure.n_layers,
         "context": question.context,
         "feasible": plan.feasible,
@@ -165,47 +173,57 @@ def plan_json(
     }
 
 
-def what_if_text(rows: list[WhatIfRow]) -> str:
-    """Return predicted tok/s of clusters that you could buy, with the split that gives it."""
-    counts = [count for count, _ in rows[0].cells]
-    header = ("CHIP", "MEMORY", "LINK", "BITS", *(f"{count} NODE{'S' * (count > 1)}" for count in counts))
-    lines = [
-        (row.chip, f"{row.memory_gib} GB", row.link, str(row.bits), *(_cell_text(plan) for _, plan in row.cells))
-        for row in rows
-    ]
-    note = "Predicted tok/s of one answer at a time; ~ memory is borderline, - does not fit."
-    return "\n".join([table_text(header, lines, right="bdefghi"), note])
-
-
-def _cell_text(plan: Plan | None) -> str:
+def what_if_text(offers: list[Offer], buyer: Buyer) -> str:
+    """Return the clusters that you could buy, with their predicted speed."""
     from moectl.planner.memory import Verdict
 
-    if plan is None or plan.prediction is None or not plan.feasible:
-        return "-"
-    mark = "~" if plan.verdict is Verdict.BORDERLINE else ""
-    split = "" if plan.placement.world_size == 1 else f" {plan.split}"
-    return f"{mark}{plan.prediction.decode_tok_s:.1f}{split}"
+    header = ("NODES", "CHIP", "MEMORY", "LINK", "SPLIT", "BITS", "TOK/S", "PRICE", "TOK/S PER 1000 USD")
+    lines = [
+        (
+            str(offer.count),
+            offer.chip,
+            f"{offer.memory_gib} GB",
+            offer.link if offer.count > 1 else "-",
+            offer.plan.split if offer.count > 1 else "-",
+            str(offer.bits),
+            f"{'~' if offer.plan.verdict is Verdict.BORDERLINE else ''}{offer.tok_s:.1f}",
+            "-" if offer.usd is None else f"{offer.usd:,.0f} USD",
+            "-" if offer.usd is None else f"{1000 * offer.tok_s / offer.usd:.2f}",
+        )
+        for offer in (offers if buyer.every else offers[:MOST_OFFERS])
+    ]
+    which = "all that hold it"
+    if not buyer.every:
+        which = "for each machine the fewest that hold it" if buyer.usd is None else "for each machine the fastest"
+        if buyer.usd is None and buyer.tok_s is not None:
+            which = "for each machine the fewest that are so fast"
+    notes = [
+        f"Sorted: {buyer.order}; {which}. Predicted tok/s of one answer at a time; ~ memory is borderline.",
+        "Prices are those at the launch; - is not known. --budget USD, --min-tok-s N and --all show others.",
+    ]
+    return "\n".join([table_text(header, lines, right="acfghi"), *notes])
 
 
-def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
+def what_if_json(model: CatalogModel, offers: list[Offer], buyer: Buyer) -> dict[str, Any]:
     """Return the document of `plan --what-if --json`."""
     return {
         "schema": "moectl.what-if/1",
         "model": model.name,
+        "order": buyer.order,
         "rows": [
             {
-                "chip": row.chip,
-                "memory_gib": row.memory_gib,
-                "link": row.link,
-                "q_bits": row.bits,
-                "nodes": count,
-                "feasible": plan is not None and plan.feasible,
-                "split": None if plan is None else plan.split,
-                "decode_tok_s": None if plan is None or plan.prediction is None else plan.prediction.decode_tok_s,
-                "tok_s_per_usd": None if plan is None else plan.tok_s_per_usd,
+                "chip": offer.chip,
+                "memory_gib": offer.memory_gib,
+                "link": offer.link,
+                "q_bits": offer.bits,
+                "nodes": offer.count,
+                "feasible": True,
+                "split": offer.plan.split,
+                "decode_tok_s": offer.tok_s,
+                "usd": offer.usd,
+                "tok_s_per_usd": offer.plan.tok_s_per_usd,
             }
-            for row in rows
-            for count, plan in row.cells
+            for offer in (offers if buyer.every else offers[:MOST_OFFERS])
         ],
     }
 
@@ -240,33 +258,40 @@ def what_if_json(model: CatalogModel, rows: list[WhatIfRow]) -> dict[str, Any]:
     help="Constants of the prediction: moectl's, those of arXiv 2506.23635, or what exo reaches on clusters of Macs.",
 )
 @click.option("--local", type=click.IntRange(1), metavar="N", help="Plan N ranks on this machine (implies --probe).")
-@click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them; this takes about 10 seconds.")
-@click.option("--what-if", is_flag=True, help="Show the speed of clusters that you could buy; needs no hosts.")
+@click.option("--probe", is_flag=True, help="Ask the hosts over SSH and measure them (10 s).")
+@click.option("--what-if", is_flag=True, help="Show ten clusters that you could buy; needs no hosts.")
+@click.option("--budget", type=click.FloatRange(1), metavar="USD", help="For --what-if: at most this price.")
+@click.option("--min-tok-s", type=click.FloatRange(0), metavar="N", help="For --what-if: at least this speed.")
+@click.option("--all", "every", is_flag=True, help="For --what-if: all clusters, links and bits.")
 @common
 def plan(common: Common, model: str, **options: Any) -> None:
     """Show which host would hold what, whether it fits, and how fast it would be.
 
-    It downloads no weights and sends no files. It knows published models by their names (see moectl models), others by
-    their headers, and hosts by their keys in hosts.txt, by --chip and --memory, or by what they answer with --probe.
+    It downloads no weights and sends no files. It knows published models by name (see moectl models), others by their
+    headers; and hosts by hosts.txt, by --chip and --memory, or by what they answer with --probe.
 
     \b
     Examples:
       moectl plan --hosts mac1,mac2 --chip m2-ultra --memory 192GB
       moectl plan moonshotai/Kimi-K2-Instruct --q-bits 4 --link rdma --hostfile hosts.txt
-      moectl plan --what-if
+      moectl plan --what-if --budget 8000
     """
     from moectl.planner.advice import refusal
     from moectl.planner.questions import plan_cluster, plan_purchase
+    from moectl.planner.what_if import Buyer
 
     asked, wanted = _asked(options), read_wanted(options)
+    buyer = Buyer(options["budget"], options["min_tok_s"], options["every"])
     if options["what_if"]:
         names = ("split", "shares", "memory", "probe", "local", "routing_stats")
         given = {f"--{name.replace('_', '-')}": options[name] not in (None, False, "auto") for name in names}
         given |= {"--replicas": options["replicas"] > 1, "--hosts": common.hosts is not None}
         refuse_both({"--what-if": True}, given)
-        priced, rows = plan_purchase(model, wanted, asked)
-        common.print(what_if_text(rows), what_if_json(priced, rows))
+        priced, offers = plan_purchase(model, wanted, asked, buyer)
+        common.print(what_if_text(offers, buyer), what_if_json(priced, offers, buyer))
         return
+    if buyer != Buyer():
+        raise UsageError("--budget, --min-tok-s and --all are for --what-if", hint="add --what-if")
     if options["local"] and model == DEFAULT_MODEL and not was_given("model"):
         from moectl.demo import demo_dir
 
@@ -278,8 +303,7 @@ def plan(common: Common, model: str, **options: Any) -> None:
         answer, measured = probe_cluster(model, wanted, asked, where, say=common.say)
     else:
         answer = plan_cluster(model, wanted, asked, where.hosts)
-    found = (answer.model, answer.question, answer.plan, measured)
-    common.print(plan_text(*found), plan_json(*found))
+    common.print(plan_text(answer, measured), plan_json(answer, measured))
     if not answer.plan.feasible:
         raise refusal(answer.plan)
 

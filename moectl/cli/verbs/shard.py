@@ -69,7 +69,7 @@ def shard(
     if add_tokenizer:
         _add_tokenizer(common, add_tokenizer, options["output"])
         return
-    from moectl.planner.questions import PlanOptions, place_on, refuse_early
+    from moectl.planner.questions import PlanOptions, choose_bits_on, place_on, refuse_early
 
     nodes = options.pop("nodes")
     hosts = common.host_list()
@@ -83,6 +83,8 @@ def shard(
     if hosts is not None:
         if nodes in (None, len(hosts.hosts)) and not options["force"]:
             refuse_early(model, wanted, hosts.hosts)
+        if not options["force"]:
+            options["choose_bits"] = choose_bits_on(hosts.hosts, PlanOptions(), say=common.say)
         options["choose_place"] = place_on(hosts.hosts, PlanOptions(), force=options["force"], say=common.say)
     options["directory"] = options.pop("output")
     made = shard_model(common, model, wanted, dry_run=dry_run, **options)
@@ -146,7 +148,8 @@ def shard_text(made: Made, *, dry_run: bool) -> str:
     """Return one line about a shard set."""
     if dry_run:
         return f"Dry run: nothing was written. {size_text(made.bytes)} would be, in {made.directory}."
-    return f"{size_text(made.bytes)} in {made.directory}, one shard for each of {made.placement.world_size} ranks."
+    count = made.placement.world_size
+    return f"{size_text(made.bytes)} in {made.directory}, one shard for each of {count} ranks, {made.bits} bits."
 
 
 def shard_json(made: Made, *, dry_run: bool) -> dict[str, Any]:
@@ -157,6 +160,7 @@ def shard_json(made: Made, *, dry_run: bool) -> dict[str, Any]:
         "split": made.placement.split,
         "shares": list(made.placement.shares),
         "replicas": made.placement.replicas,
+        "q_bits": made.bits,
         "bytes": made.bytes,
         "dry_run": dry_run,
     }

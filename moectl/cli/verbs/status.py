@@ -68,8 +68,9 @@ def _print_status(common: Common, found: Status, asked: bool) -> None:
 
     if not (found.rows or asked or found.silent):
         raise errors.NotDeployed("nothing is running, and no model is deployed.", hint="moectl deploy hosts.txt")
-    common.print(status_text(found), status_json(found))
-    connect.raise_failures(found.errors, then=".")
+    several = sum(error is not None for error in found.errors.values()) > 1
+    common.print(status_text(found, reasons=several), status_json(found))  # the reason of one is in the error
+    connect.raise_failures(found.errors, then=".", told=True)
 
 
 def _mute(text: str) -> None:
@@ -119,8 +120,11 @@ def up_text(seconds: float) -> str:
     return f"{minutes}m" if minutes else f"{int(seconds)}s"
 
 
-def status_text(status: Status, *, width: int | None = None) -> str:
-    """Return a row per rank, with states in colour, and a line for each thing that is wrong."""
+def status_text(status: Status, *, width: int | None = None, reasons: bool = True) -> str:
+    """Return a row per rank, with states in colour, and a line for each thing that is wrong.
+
+    Without `reasons` it does not say why a host is down.
+    """
     width = width or columns()
     lines = []
     if status.rows:
@@ -128,7 +132,8 @@ def status_text(status: Status, *, width: int | None = None) -> str:
         lines += _paint(table.split("\n"), [row.state for row in status.rows])
     else:
         lines.append(NOTHING)
-    lines += [f"{row.host}: {row.error.message}" for row in status.rows if row.error is not None]
+    if reasons:
+        lines += dict.fromkeys(f"{row.host}: {row.error.message}" for row in status.rows if row.error is not None)
     lines += [_controller_text(one) for one in status.controllers if _is_odd(one)]
     lines += [f"a controller does not answer: it loads, or hangs ({path})" for path in status.silent]
     return "\n".join(lines)

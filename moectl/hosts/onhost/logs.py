@@ -4,7 +4,8 @@
 Its text is sent to the host's own python (`python -c`), so it uses the standard library only and runs from Python 3.9
 on. It follows names, not files: it continues when a log is rotated to NAME.1, truncated or replaced. It writes nothing.
 
-    python -c TEXT        {"files", "tail", "since_s", "follow"} on stdin; answers, each a line of JSON behind `ANSWER`:
+    python -c TEXT        {"files", "tail", "since_s", "follow", "last"} on stdin; answers, each a line of JSON behind
+                          `ANSWER`:
                           {"file": index, "lines": [[seconds since 1970 or null, text]…]}, {"file", "missing"},
                           {"file", "lost": true} where a log grew faster than it was read, {"done"} after the past lines
 """
@@ -26,6 +27,7 @@ POLL_S = 0.2
 _BATCH = 500
 # A controller's log has "[host] " before the line of a worker.
 _STAMP = re.compile(r"(\[[^\]]*\] )?(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:[+-]\d{4}|Z)) ?")
+_START = re.compile(r"(?:^|\] )rank (\d+) of \d+ starts on ")  # a worker's first line
 
 
 def parse_line(text: str) -> list[Any]:
@@ -151,6 +153,15 @@ def pick(lines: list[list[Any]], tail: int | None, since_s: float | None, now_s:
     return lines if tail is None else lines[max(0, len(lines) - tail) :]
 
 
+def last_launch(lines: list[list[Any]]) -> list[list[Any]]:
+    """Return the lines of the last launch; a controller's log has the first line of each rank, so the lowest counts."""
+    starts = [(int(match[1]), at) for at, line in enumerate(lines) if (match := _START.search(line[1]))]
+    if not starts:
+        return lines
+    lowest = min(rank for rank, _ in starts)
+    return lines[max(at for rank, at in starts if rank == lowest) :]
+
+
 def _tell_lines(index: int, lines: list[list[Any]]) -> None:
     for start in range(0, len(lines), _BATCH):
         tell({"file": index, "lines": lines[start : start + _BATCH]})
@@ -164,6 +175,8 @@ def _tell_past(logs: list[Log], request: dict[str, Any]) -> None:
             continue
         if not request["follow"]:
             past += log.rest()
+        if request["last"]:
+            past = last_launch(past)
         _tell_lines(index, pick(past, request["tail"], request["since_s"], time.time()))
     tell({"done": True})
 

@@ -66,7 +66,8 @@ def _explain(settings: SSHSettings, through: tuple[str, ...]) -> Iterator[None]:
         if (wanted := settings.values.get("addressfamily", "any")) != "any":
             hint = "remove AddressFamily from ~/.ssh/config for this host, or give it another HostName there"
             family = f" of AddressFamily {wanted}"
-        message = f"{settings.hostname} has no known address{family}: {error.strerror}{way}"
+        subject = "the name" if settings.hostname == name else settings.hostname  # the name stands before the message
+        message = f"{subject} has no known address{family}: {error.strerror}{way}"
         raise Unreachable(message, host=name, hint=hint) from None
     except ConnectionRefusedError:
         raise Unreachable(
