@@ -37,6 +37,7 @@ _HOSTS = frozenset({"hosts"})
 _SHARDS = frozenset({"shards", "output"})
 _CHAT = frozenset({"no_history"})
 _SETUP = frozenset({"undo"})
+_SERVICE = frozenset({"at"})
 
 ENVIRONMENT = (
     ManualEntry("MOECTL_HOSTFILE", "The hosts file, where --hostfile names none.", _HOSTS),
@@ -68,6 +69,11 @@ FILES = (
     ManualEntry("./moectl.toml, ~/.config/moectl/config.toml", "Defaults of options; see CONFIGURATION in moectl(1)."),
     ManualEntry("~/.local/state/moectl/deployment.json", "The current deployment: which host has which rank.", _HOSTS),
     ManualEntry("~/.local/state/moectl/setup.jsonl", "What setup ran on which host, and what undoes it.", _SETUP),
+    ManualEntry("~/.config/systemd/user/moectl.service", "The service's unit, on Linux.", _SERVICE),
+    ManualEntry("~/Library/LaunchAgents/moectl.serve.plist", "The service on a Mac, at login.", _SERVICE),
+    ManualEntry("/Library/LaunchDaemons/moectl.serve.plist", "The service on a Mac, at boot.", _SERVICE),
+    ManualEntry("~/.local/state/moectl/service.json", "What the service runs.", _SERVICE),
+    ManualEntry("~/.local/state/moectl/logs/controller-service.log", "What the service says.", _SERVICE),
     ManualEntry("~/.local/state/moectl/history", "What was typed in chats; only its owner can read it.", _CHAT),
     ManualEntry("~/.local/state/moectl/run/, $XDG_RUNTIME_DIR/moectl/", "Where running controllers listen.", _HOSTS),
     ManualEntry("~/.local/share/moectl/shards/", "Shard sets, one directory each.", _SHARDS),

@@ -102,7 +102,7 @@ def _reads(ctx: click.Context, verb: click.Command, words: list[str]) -> bool:
 
 
 def _is_rare(option: click.Option) -> bool:
-    return isinstance(option, Flag) and option.rare
+    return getattr(option, "rare", False)
 
 
 def _help_row(option: click.Option) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from moectl.hosts.hostfile import Host
 from moectl.hosts.onhost.prelude import parse_answer
 from moectl.hosts.remote import Process, Remote
 from moectl.paths import state_dir
-from moectl.server.background import log_path
+from moectl.server.background import SERVICE, log_path
 from moectl.server.client import find_running
 from moectl.session.deployment import Deployment
 from moectl.session.target import target_key
@@ -106,6 +106,8 @@ def find_sources(deployment: Deployment | None, names: Sequence[str] = ()) -> li
     local = _local(running)
     if not found or names or any(source.label == CONTROLLER for source in local[1]):
         found += [source for source in local[0] + local[1] if source not in found]
+    if (service := log_path(SERVICE)).exists():  # it says why a start failed, so it counts also when nothing runs
+        found.append(LogFile(CONTROLLER, LOCAL, str(service)))
     chosen = [s for s in found if not names or {s.label, s.host.name, s.host.address} & set(names)]
     known = {s.label for s in found} | {s.host.address for s in found} | {s.host.name for s in found}
     for name in names:

@@ -22,6 +22,7 @@ from moectl.files import make_private_directory
 from moectl.paths import state_dir
 
 VERB = "controller"
+SERVICE = "service"  # the name of the log of `serve` that launchd or systemd starts
 _MOST_BYTES = 1_000_000  # of a log that is continued
 _SILENT_S = 60.0  # without a sign of life: Python itself may take long to start on a busy machine
 _TERM_S = 15.0  # for a controller that is told to end while it starts
@@ -123,6 +124,14 @@ def _open_log(name: str) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError:
         return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)  # without a log it can still run
+
+
+def bound_log() -> None:
+    """Empty the service's log if it has grown long: launchd and systemd only append to it."""
+    with contextlib.suppress(OSError):
+        log = os.fstat(2)
+        if os.path.samestat(log, log_path(SERVICE).stat()) and log.st_size > _MOST_BYTES:
+            os.ftruncate(2, 0)
 
 
 # The other end.

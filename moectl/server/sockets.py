@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moectl.errors import AlreadyRunning, StateError, UsageError
 from moectl.files import make_private_directory
@@ -114,7 +115,26 @@ def _open_directory(directory: Path) -> None:
 def listen_tcp(host: str, port: int, *, has_key: bool) -> socket.socket:
     """Listen on a TCP port (0: any free one) of one interface.
 
-    Raises UsageError when others could come in without a key, or the name is none; StateError when the port is taken.
+    Raises UsageError as `find_interface` does; StateError when the port is taken.
+    """
+    family, address = find_interface(host, port, has_key=has_key)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StateError(
+            f"cannot listen on {host} port {port}: {error.strerror}", hint="choose another --port"
+        ) from None
+    return listener
+
+
+def find_interface(host: str, port: int, *, has_key: bool) -> tuple[socket.AddressFamily, Any]:
+    """Return (family, address) to listen at.
+
+    Raises UsageError when others could come in without a key, or the name is none.
     """
     if not 0 <= port <= 65535:
         raise UsageError(f"port should be between 0 and 65535, it is {port}")
@@ -128,14 +148,4 @@ def listen_tcp(host: str, port: int, *, has_key: bool) -> socket.socket:
             f"refusing to listen on {host} without an API key: every machine that reaches it could use the model",
             hint="give --api-key or --api-key-file, or keep to --host 127.0.0.1",
         )
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise StateError(
-            f"cannot listen on {host} port {port}: {error.strerror}", hint="choose another --port"
-        ) from None
-    return listener
+    return family, address

@@ -27,6 +27,7 @@ STEPS: list[tuple[tuple[str, ...], str]] = [
     (("list", "--prune", "--dry-run"), "nothing old"),
     (("ls",), "moectl-demo"),
     (("version",), "mlx"),
+    (("service", "status"), "No service is installed."),
     (("doctor", "--fast"), "ok"),
     (("completion", "bash"), "complete"),
     (("help",), "daily"),

@@ -118,6 +118,49 @@ def test_apply_restart_and_undo(call: Call, pair: list[FakeMac]) -> None:
     assert call("setup", "--undo", "--yes")[:2] == (0, "There is nothing to undo.\n")
 
 
+def test_what_a_restart_loses_is_run_again_without_a_question(call: Call, pair: list[FakeMac], sshd: Server) -> None:
+    assert call("setup", "--again") == (0, "Nothing that setup did is lost.\n", "")
+    words = ("--apply", "--yes", "--no-sleep", "--wired-limit", "100GiB")
+    assert call("setup", "hosts.txt", *words)[0] == 0
+    before, record = [mac.interfaces for mac in pair], record_path().read_bytes()
+    assert call("setup", "--again", "-q") == (0, "", "")  # nothing is lost yet
+    for number, mac in enumerate(pair):
+        mac.restart(number)
+        (mac.directory / "sudo.log").unlink()
+    limit = pair[0].directory / "says" / "sysctl"
+    limit.write_text(limit.read_text().replace("wired_limit_mb: 102400", "wired_limit_mb: 0"))
+    pair[1].change(password="secret")
+
+    code, out, err = call("setup", "--again")  # as a service: no terminal; mac0 gets its part all the same
+    assert (code, out) == (3, "")
+    assert pair[0].commands == [*PAIR[0], "sysctl iogpu.wired_limit_mb=102400"]
+    assert pair[0].interfaces == before[0]
+    assert "1 of 2 hosts failed: mac1." in err
+    # The line that the hint gives lets sudo run these and no others; `=` is escaped as sudoers(5) asks for.
+    assert (
+        "Hint: run it at a terminal; or, on that Mac: sudo visudo -f /etc/sudoers.d/moectl, and in that file: " in err
+    )
+    assert (
+        "%admin ALL=(root) NOPASSWD: /sbin/ifconfig bridge0 down, "
+        "/sbin/ifconfig en2 inet 192.168.0.2 netmask 255.255.255.252, "
+        "/sbin/route change 192.168.0.1 -interface en2, /usr/sbin/sysctl iogpu.wired_limit_mb\\=102400, then" in err
+    )
+    pair[1].change(password="")
+    assert call("setup", "--again")[:2] == (0, "3 commands run again.\n")
+    assert [mac.interfaces for mac in pair] == before
+    assert record_path().read_bytes() == record  # --undo still takes all back
+    assert call("setup", "--again", "--apply")[0] == 2
+
+    sshd.add_alias("gone", port=1)
+    with open_record() as found:
+        found.finish(found.begin(entry("gone")))
+    pair[0].restart(0)
+    pair[0].change(fails="route change")
+    code, _, err = call("setup", "--again")
+    assert (code, is_up(pair[0])) == (3, (False, True))  # a host that is away keeps no other one from its part
+    assert "goes on without: route: ioctl" in err
+
+
 def test_what_was_run_before_a_failure_is_undone_and_nothing_else(call: Call, pair: list[FakeMac]) -> None:
     pair[1].change(fails="ifconfig en2 inet")
     code, out, err = call("setup", "hosts.txt", "--apply", "--yes", "-o", "new.txt")

@@ -129,6 +129,23 @@ SECURITY = """
 echo "security: SecKeychainItemCopyContent: User interaction is not allowed." >&2
 exit 36
 """
+# One job; `loaded` is its property list while launchd has it, `screen` is there while its user is logged in.
+LAUNCHCTL = """
+echo "$*" >>launchctl.log
+refuse() { echo "$2" >&2; exit "$1"; }
+case "$1 $2" in
+  "print "*/*/*|"print system/"*) [ -e loaded ] || refuse 113 "Could not find service"; cat says/launchctl;;
+  "print gui/"*) [ -e screen ] || refuse 125 "Domain does not support specified action";;
+  "print-disabled "*) cat says/disabled;;
+  "bootstrap "*)
+    [ ! -e loaded ] && [ -e "$3" ] || refuse 5 "Bootstrap failed: 5: Input/output error"
+    [ ! -s fails_to_start ] || refuse 5 "$(cat fails_to_start)"
+    cp "$3" loaded;;
+  "bootout "*) rm loaded 2>/dev/null || refuse 3 "Boot-out failed: 3: No such process";;
+  "enable "*|"kickstart "*) ;;
+  *) refuse 64 "Unrecognized subcommand: $1";;
+esac
+"""
 FIREWALL_TOOL = "ApplicationFirewall/socketfilterfw"
 FIREWALL = """
 case "$1" in
@@ -180,6 +197,16 @@ def write_tools(directory: Path, *, with_rdma: bool) -> None:
         if real is not None:
             write_script(tools / tool, ONLY_BSD.format(flags=flags or "-", name=tool, refused=refused, real=real))
     (tools / "sh").symlink_to("/bin/sh")
+
+
+def write_launchd(directory: Path) -> Path:
+    """Write launchctl and sudo into a directory for this machine's own PATH, and return that directory of programs."""
+    (directory / "says").mkdir(parents=True)
+    for name in ("password", "fails", "cut_at", "listener", "fails_to_start", "says/launchctl", "says/disabled"):
+        (directory / name).write_text("")
+    for tool, script in {"sudo": SUDO, "launchctl": LAUNCHCTL}.items():
+        write_script(directory / "bin" / tool, f"mac=$PATH\ncd {shlex.quote(str(directory))} || exit\n{script}")
+    return directory / "bin"
 
 
 def write_login(directory: Path) -> Path:

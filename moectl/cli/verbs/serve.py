@@ -78,13 +78,12 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
       moectl serve --host 0.0.0.0 --api-key-file key.txt
     """
     from moectl.server import attach
+    from moectl.server.background import bound_log
     from moectl.server.contracts import FOR_EVER, ControllerOptions
     from moectl.server.run import run as run_controller
-    from moectl.server.visitors import read_host_names, read_origins
 
-    key = _api_key(options["api_key"], options["api_key_file"])
-    origins = read_origins(options["allow_origin"], has_key=key is not None)
-    names = read_host_names(options["allow_host"])
+    bound_log()
+    key, origins, names = read_visitors(options)
     target = choose_target(common, options)
     settings = ControllerOptions(
         attach.place_of(target), FOR_EVER, (host, port), key, count_restarts(options), origins=origins, hosts=names
@@ -92,7 +91,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
     attach.refuse_second(target)
 
     def on_ready(bound: int | None) -> None:
-        url = f"http://{f'[{host}]' if ':' in host else host}:{bound}/v1"
+        url = base_url(host, bound)
         ending = "moectl stop ends it" if detach else "Ctrl-C stops serving and unloads; -d would leave it running"
         common.print(f"Serving {url}  ({ending})", {"schema": "moectl.serve/1", "url": url, "model": target.name}, url)
 
@@ -110,6 +109,19 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
         say=common.say,
         advise=advise,
     )
+
+
+def base_url(host: str, port: int | None) -> str:
+    """Return where clients find a server that listens at this address."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def read_visitors(options: dict[str, Any]) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
+    """Return (API key, origins, host names) that `serve` lets in, as its flags say. Raises UsageError."""
+    from moectl.server.visitors import read_host_names, read_origins
+
+    key = _api_key(options["api_key"], options["api_key_file"])
+    return key, read_origins(options["allow_origin"], has_key=key is not None), read_host_names(options["allow_host"])
 
 
 def _api_key(key: str | None, file: Path | None) -> str | None:

@@ -12,6 +12,7 @@ import click
 from moectl import errors
 from moectl.cli import suggest
 from moectl.cli.options import Common, at_terminal, common, refuse_both
+from moectl.cli.root import become_root, is_wanted
 from moectl.cli.verb import verb
 from moectl.text import count_text
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from moectl.cluster.setup.commands import Step, Wish
     from moectl.cluster.setup.plan import SetupPlan
     from moectl.cluster.setup.record import RecordedCommand
-    from moectl.cluster.setup.run import OnCommand, Sudo
+    from moectl.cluster.setup.run import OnCommand
     from moectl.cluster.setup.shape import Advice
-    from moectl.hosts.hostfile import Host, HostList
+    from moectl.hosts.hostfile import HostList
     from moectl.hosts.remote import Remote
     from moectl.hosts.thunderbolt import Cable
 
@@ -36,6 +37,7 @@ _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be run: the default.")
 @click.option("--apply", is_flag=True, help="Run the commands on the hosts, with sudo; asks first.")
 @click.option("--undo", is_flag=True, help="Undo what --apply ran, last command first; asks first.")
+@click.option("--again", is_flag=True, help="Run again what --apply ran and a restart of a Mac has lost.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option(
     "-o",
@@ -79,7 +81,8 @@ def setup(common: Common, **options: Any) -> None:
       moectl setup --undo
     """
     refuse_both({"--undo": options["undo"]}, {"--apply": options["apply"], "--output": options["output"]})
-    refuse_both({"--dry-run": options["dry_run"]}, {"--apply": options["apply"]})
+    refuse_both({"--dry-run": options["dry_run"]}, {"--apply": options["apply"], "--again": options["again"]})
+    refuse_both({"--again": options["again"]}, {f"--{name}": options[name] for name in ("apply", "undo", "output")})
     changes = (options["apply"] or options["undo"]) and not options["dry_run"]
     if changes and not (options["yes"] or at_terminal()):
         flag = "--undo" if options["undo"] else "--apply"
@@ -89,8 +92,10 @@ def setup(common: Common, **options: Any) -> None:
         )
     source = click.get_current_context().get_parameter_source("hostfile")
     typed = source is not None and source.name == "COMMANDLINE"  # the variable and the configuration name no hosts here
-    if options["undo"]:
-        named = bool(click.get_current_context().params["hostfile_"] or typed or common.hosts)
+    named = bool(click.get_current_context().params["hostfile_"] or typed or common.hosts)
+    if options["again"]:
+        _repeat(common, named=named)
+    elif options["undo"]:
         _undo(common, named=named, dry_run=options["dry_run"], yes=options["yes"])
     else:
         _set_up(common, options)
@@ -187,9 +192,9 @@ def _apply(
     if not changed:
         return 0
     affected = [plan.machines[place].host for place in changed]
-    if not _is_wanted(common, plan_text(plan, verbose=common.verbose > 0), _to_do_text(plan), affected, yes=yes):
+    if not is_wanted(common, plan_text(plan, verbose=common.verbose > 0), _to_do_text(plan), affected, yes=yes):
         return None
-    sudo = _become_root([remotes[place] for place in changed])
+    sudo = become_root([remotes[place] for place in changed])
     with open_record() as record:
         count = setup_run.apply(plan, remotes, record, sudo, _teller(common))
     again = plan_setup(setup_run.look(hosts.hosts, remotes), hosts, wish)
@@ -215,10 +220,10 @@ def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
         common.print(text, undo_json(entries, state="planned", run=0))
         return
     at = setup_run.find_hosts_of(entries)
-    if not _is_wanted(common, undo_text(entries), count_text(len(entries), "command"), at, yes=yes):
+    if not is_wanted(common, undo_text(entries), count_text(len(entries), "command"), at, yes=yes):
         return
     with open_remotes(at) as remotes, open_record() as record:
-        sudo = _become_root(remotes)
+        sudo = become_root(remotes)
         entries = setup_run.choose_entries(record.entries, listed)  # another setup may have come between
         by_host = {host.address: remote for host, remote in zip(at, remotes, strict=True)}
         ran = setup_run.undo(entries, by_host, record, sudo, _teller(common))
@@ -226,31 +231,25 @@ def _undo(common: Common, *, named: bool, dry_run: bool, yes: bool) -> None:
     common.print(f"{count_text(ran, 'command')} run: what setup had changed is undone.", document)
 
 
-def _become_root(remotes: Sequence[Remote]) -> Sudo:
-    """Return how to become root on these hosts; asks for a password where sudo does."""
-    from moectl.cluster.setup.run import Sudo, check_sudo, who_wants_password
+def _repeat(common: Common, *, named: bool) -> None:
+    """Run again what a restart has lost; it asks for a password only at a terminal."""
+    from moectl.cluster.setup.again import repeat
+    from moectl.cluster.setup.record import read_record
+    from moectl.cluster.setup.run import choose_entries, find_hosts_of
+    from moectl.hosts.connect import open_remotes
 
-    names = who_wants_password(remotes)
-    if not names:
-        return Sudo()
-    if not at_terminal():
-        raise errors.AuthFailed(
-            "sudo asks for a password, and standard input is no terminal",
-            host=names[0],
-            hint="run it from a terminal, or run the commands of the dry run by hand",
-        )
-    sudo = Sudo(click.prompt(f"Password for sudo on {', '.join(names)} (it is not kept)", hide_input=True, err=True))
-    check_sudo(sudo, remotes)
-    return sudo
-
-
-def _is_wanted(common: Common, shown: str, commands: str, hosts: Sequence[Host], *, yes: bool) -> bool:
-    """Show the commands and ask whether to run them."""
-    common.say(shown)
-    if yes or click.confirm(f"Run {commands} as root on {', '.join(host.name for host in hosts)}?", err=True):
-        return True
-    common.say("Nothing was changed.")
-    return False
+    entries = choose_entries(read_record(), common.require_hosts().hosts if named else None)[::-1]
+    try:
+        ran = repeat(entries, {}, _teller(common))
+    except (errors.AuthFailed, errors.PartialFailure):
+        if not at_terminal():
+            raise
+        hosts = find_hosts_of(entries)
+        with open_remotes(hosts) as remotes:
+            sudo = become_root(remotes)
+        ran = repeat(entries, {host.address: sudo for host in hosts}, _teller(common))
+    text = f"{count_text(ran, 'command')} run again." if ran else "Nothing that setup did is lost."
+    common.print(text, {"schema": "moectl.setup-again/1", "commands_run": ran}, "")
 
 
 def _teller(common: Common) -> OnCommand:

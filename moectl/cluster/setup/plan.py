@@ -165,7 +165,10 @@ def _host_advice(machines: Sequence[Machine], steps: Sequence[Sequence[Step]], w
             text = f"sleeps after {machine.sleep_minutes} min without a user: --no-sleep sets it to never; "
             yield Advice(machine.host.name, f"{text}for one run: caffeinate -is")
     if any(step.address for some in steps for step in some):
-        yield Advice(None, "addresses are gone when a Mac restarts: run moectl setup --apply again then")
+        yield Advice(
+            None,
+            "addresses are gone when a Mac restarts: run moectl setup --again then; moectl service does it by itself",
+        )
 
 
 def _find_blockers(machines: Sequence[Machine], steps: Sequence[Sequence[Step]]) -> Iterator[Advice]:

@@ -23,7 +23,7 @@ from moectl.hosts.thunderbolt import parse_ifconfig
 COMMAND_S = 30.0
 UNDO = "moectl setup --undo takes back what was run"
 # sshd's PATH lacks /usr/sbin and /sbin on some systems; those that are there come first.
-_RUN = ("sh", "-c", 'PATH="$PATH:/usr/bin:/bin:/usr/sbin:/sbin"; export PATH LC_ALL=C; exec "$@"', "sh")
+RUN = ("sh", "-c", 'PATH="$PATH:/usr/bin:/bin:/usr/sbin:/sbin"; export PATH LC_ALL=C; exec "$@"', "sh")
 
 OnCommand = Callable[[str, tuple[str, ...], str], None]  # (host, argv, "run", "undo", or why it was skipped)
 
@@ -37,7 +37,7 @@ class Sudo:
     def run(self, remote: Remote, argv: Sequence[str]) -> Completed:
         """Run a command as root; its exit code is the caller's to judge."""
         flags, stdin = (["-n"], b"") if self.password is None else (["-S", "-p", ""], self.password.encode() + b"\n")
-        return remote.run([*_RUN, "sudo", *flags, *argv], stdin=stdin, timeout_s=COMMAND_S, check=False)
+        return remote.run([*RUN, "sudo", *flags, *argv], stdin=stdin, timeout_s=COMMAND_S, check=False)
 
 
 def look(hosts: Sequence[Host], remotes: Sequence[Remote]) -> tuple[Machine, ...]:
@@ -187,6 +187,6 @@ def _undo_host(
 
 def _addresses(remote: Remote) -> set[tuple[str | None, str]]:
     """Return (interface, address) of a host as they are now."""
-    done = remote.run([*_RUN, "ifconfig"], timeout_s=COMMAND_S)
+    done = remote.run([*RUN, "ifconfig"], timeout_s=COMMAND_S)
     interfaces = parse_ifconfig(done.stdout.decode("utf-8", "replace"))
     return {(interface.name, str(address.ip)) for interface in interfaces for address in interface.ipv4}
