@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moectl.hosts.hostfile import Host
     from moectl.model.canary import Canary
     from moectl.model.manifest import Manifest
-    from moectl.session.deployment import Deployment
+    from moectl.session.deployment import DeployedRank, Deployment
     from moectl.session.target import Target
     from moectl.shards.prepare import Bars, Made, Wanted
 
@@ -129,6 +129,28 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
         no_canary=options["no_canary"],
     )
     return target_.Local(made.directory, read_manifest(made.directory))
+
+
+def find_others(common: Common, target: Target) -> list[Target]:
+    """Return the other deployments on a deployment's hosts, newest first; say which of them is not whole."""
+    from moectl.session.deployment import Deployment, find_deployments
+
+    if not isinstance(target, Deployment):
+        return []
+    found: list[Target] = []
+    for other in find_deployments():
+        if other.addresses != target.addresses or other.name == target.name:
+            continue
+        if other.missing:
+            common.say(f"{other.name} is not offered: it is not deployed on {', '.join(other.missing)} yet.")
+        else:
+            found.append(replace(target, name=other.name, shards=other.shards, ranks=_move(target, other)))
+    return found
+
+
+def _move(target: Deployment, other: Deployment) -> tuple[DeployedRank, ...]:
+    """Return another deployment's ranks, with the hosts as they are now."""
+    return tuple(replace(theirs, host=ours.host) for ours, theirs in zip(target.ranks, other.ranks, strict=True))
 
 
 def shard_model(

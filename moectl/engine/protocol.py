@@ -184,6 +184,7 @@ class Ready:
     step_s: float = 0.0  # for a single token
     sampling: dict[str, int | float] = field(default_factory=dict)  # the model's defaults, by parameter
     tools: str = "none"  # how it is told of tools: by its own "template", as "text", or not at all: "none"
+    thinks: bool = False  # whether it thinks before it answers, or can
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,7 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
     if start.run.load_delays_s:
         _log.info("loads %g s late, as asked", start.run.load_delays_s[start.rank])
         time.sleep(start.run.load_delays_s[start.rank])
+    link.memory_bytes = mx.get_active_memory  # from here on, so that who waits for the model sees how far it is
     check_files(directory, manifest, start.rank)  # in the phase that may take long: some files may have to be hashed
     dtype = getattr(mx, start.run.dtype) if start.run.dtype else None
     model = load_rank(directory, manifest, start.rank, group, dtype=dtype)
@@ -205,7 +206,6 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
     limit_memory(need_of_tokens(manifest, start.rank, tokens, own_dtype_bytes()), ranks_here=start.ranks_here)
     _log.info("loaded in %.1f s, %.1f GB in use", time.perf_counter() - begin, mx.get_active_memory() / 1e9)
     bits = manifest.quantization.bits if manifest.quantization else None
-    link.memory_bytes = mx.get_active_memory
     ready = Ready(
         manifest.placement.split,
         bits,
@@ -214,6 +214,7 @@ def _run(link: ControllerLink, start: Start, load: Load, manifest: Manifest, gro
         structure.top_k,
         sampling=read_sampling(directory),
         tools=tokenizer.tells_tools,
+        thinks=tokenizer.thinks,
     )
     link.tell(Loaded())
     link.take(Check)  # no exchange before it: other ranks may still load

@@ -6,7 +6,7 @@ There is one controller for each set of ranks on its hosts; its socket's name fo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,15 @@ def refuse_second(target: Target) -> None:
         raise StateError(f"{target.name} is loaded already, by another controller", hint="moectl stop")
 
 
-def start(target: Target, options: RunOptions, settings: ControllerOptions, *, on_log: OnLog) -> int | None:
-    """Start a controller in the background; return its TCP port. Raises what went wrong there."""
+def start(
+    target: Target, options: RunOptions, settings: ControllerOptions, *, others: Sequence[Target] = (), on_log: OnLog
+) -> int | None:
+    """Start a controller in the background; return its TCP port. `others` are loaded where requests ask for them.
+
+    Raises what went wrong there.
+    """
     order = {
-        "target": encode_target(target),
+        "targets": [encode_target(each) for each in (target, *others)],
         "settings": {**asdict(settings), "socket_path": str(settings.socket_path)},
         "options": asdict(options),
     }
@@ -128,7 +133,7 @@ def obey(advise: Callable[[Target, MoectlError], str | None]) -> None:
     settings = build(ControllerOptions, order["settings"])
     try:
         run(
-            decode_target(order["target"]),
+            [decode_target(each) for each in order["targets"]],
             build(RunOptions, order["options"]),
             settings,
             on_ready=lambda sockets: background.tell_ready(sockets[1].getsockname()[1] if settings.tcp else None),

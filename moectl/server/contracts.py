@@ -5,7 +5,7 @@ Only types: the controller implements them over a session, tests without one.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -77,10 +77,29 @@ class ControllerOptions:
     restarts: int = 0  # of a failed cluster, within ten minutes
     origins: tuple[str, ...] = ()  # their pages may ask; as `visitors` reads them
     hosts: tuple[str, ...] = ()  # names of this server that are allowed without a key
+    aliases: tuple[str, ...] = ()  # as `menu` reads them
+    any_model: bool = False  # any name means the model, where there is only one
+    pin: str | None = None  # the name of the model that stays loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One model of a server, as /v1/models lists it."""
+
+    name: str
+    created: int
+    model: Ready
+    loaded: bool = True
+    aliases: tuple[str, ...] = ()
+    set_name: str = ""
+    quantization: str = ""  # "4bit"
+    bytes: int = 0  # of all ranks' weights
+    demo: bool = False  # the toy
+    pinned: bool = False
 
 
 class Cluster(Protocol):
-    """A loaded model that answers many requests at once."""
+    """One model of a server: it answers many requests at once, and is loaded for the first one where it is not."""
 
     @property
     def name(self) -> str:
@@ -94,7 +113,7 @@ class Cluster(Protocol):
 
     @property
     def model(self) -> Ready:
-        """What kind of model it is."""
+        """What kind of model it is; before it was ever loaded, what its shard set says."""
         ...
 
     async def submit(self, request: Request) -> AnswerEvents:
@@ -102,6 +121,26 @@ class Cluster(Protocol):
 
         Raises QueueFull when no more may wait, StateError when the cluster is stopping, RemoteError when it has failed.
         """
+        ...
+
+
+class Models(Protocol):
+    """All models of a server, of which one at most is loaded."""
+
+    @property
+    def loaded_name(self) -> str | None:
+        """The name of the model that is loaded."""
+        ...
+
+    def find(self, name: str | None) -> Cluster:
+        """Return the model that a client means, by any of its names; "" and None: no name.
+
+        Raises BadField when there is none of this name.
+        """
+        ...
+
+    def listed(self) -> Sequence[Listed]:
+        """Return all models, the one for requests without a name first, unless another one is loaded."""
         ...
 
     def health(self) -> Health:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -12,25 +13,26 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from moectl.errors import RemoteError
-from moectl.server.controller import GRACE_S, READING_S, Controller, KeepAlive
+from moectl.server.controller import GRACE_S, READING_S, KeepAlive
 from moectl.server.doors import CONTROL, write_json
 from moectl.server.http import Grace
+from moectl.server.models import ServedModels
 
 
 class Control:
     """The end of a controller: `stopping` is set when it has to end, by its owner, a signal, or itself.
 
-    `description` is what it runs, as JSON. With `stays` it does not end for being idle.
+    `describe` returns what it runs, as JSON. With `stays` it does not end for being idle.
     """
 
     def __init__(
-        self, controller: Controller, description: dict[str, Any], keep_alive: KeepAlive, *, stays: bool
+        self, models: ServedModels, describe: Callable[[], dict[str, Any]], keep_alive: KeepAlive, *, stays: bool
     ) -> None:
         self.stopping = asyncio.Event()
         self.grace = Grace(GRACE_S)
         self.signal: int | None = None
-        self._controller = controller
-        self._description = description
+        self._models = models
+        self._describe_run = describe
         self._keep_alive = keep_alive
         self._stays = stays
 
@@ -55,11 +57,10 @@ class Control:
         return write_json(described)
 
     def _describe(self) -> dict[str, Any]:
-        health, throughput, now_s = self._controller.health(), self._controller.throughput, time.monotonic()
+        health, throughput, now_s = self._models.health(), self._models.throughput, time.monotonic()
         return {
             "schema": "moectl.controller/1",
-            **self._description,
-            "sampling": self._controller.model.sampling,
+            **self._describe_run(),
             "pid": os.getpid(),
             "running": health.running,
             "queued": health.queued,
@@ -77,21 +78,21 @@ class Control:
 
         Raises RemoteError when the controller is leaving already.
         """
-        if self._controller.is_closed:
+        if self._models.is_closed:
             raise RemoteError("the controller is leaving", hint="run the command again: it starts a new one")
         if not self._stays:
             self._keep_alive.renew(seconds, asks=asks)
 
     def stop(self, grace_s: float) -> None:
         """End soon; answers in progress have this many seconds."""
-        self._controller.close()
+        self._models.close()
         self.grace.change(grace_s)
         self.stopping.set()
 
     def leave(self) -> None:
         """End because it was idle for long enough, or has failed; clients may read their answers to the end."""
         if not self.stopping.is_set():
-            self.stop(GRACE_S if self._controller.failure is not None else READING_S)
+            self.stop(GRACE_S if self._models.failure is not None else READING_S)
 
     def on_signal(self, number: int) -> None:
         # A second signal does not wait for answers any more.

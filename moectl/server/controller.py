@@ -73,6 +73,8 @@ class Controller:
         self._shut = threading.Event()  # the session is to end for good
         self._closing = threading.Lock()
         self._changed = asyncio.Event()  # a request came or ended
+        self.idle = asyncio.Event()  # no request is unfinished
+        self.idle.set()
         self._unfinished: list[ResumedAnswer] = []  # in the order in which they came
         self._numbered: dict[int, ResumedAnswer] = {}  # of those: handed to the session, by its request ids
         self._last_id = 0
@@ -96,18 +98,14 @@ class Controller:
             raise self.failure
         if self._closed:
             raise StateError("moectl is stopping", hint="ask again: that starts it again")
-        _refuse_too_long(request, self.model.max_seq_len)
-        if sum(not answer.started for answer in self._unfinished) >= self._max_waiting:
-            raise QueueFull(
-                f"{self._max_waiting} requests wait already",
-                hint=f"ask again in {_RETRY_S:g} s",
-                retry_after_s=_RETRY_S,
-            )
+        refuse_too_long(request, self.model.max_seq_len)
+        refuse_full(sum(not answer.started for answer in self._unfinished), self._max_waiting)
         if not self._unfinished:
             self._progress_s = time.monotonic()
         answer = ResumedAnswer(request, self._cancel)
         self._unfinished.append(answer)
         self._changed.set()
+        self.idle.clear()
         if self._is_up:
             self._hand_over_soon()
         return answer
@@ -138,6 +136,11 @@ class Controller:
     def is_closed(self) -> bool:
         """Whether it accepts no more requests."""
         return self._closed or self.failure is not None
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests have not ended."""
+        return len(self._unfinished)
 
     def close(self) -> None:
         """Accept no more requests, and do not restart."""
@@ -279,6 +282,7 @@ class Controller:
         if not self._unfinished:
             self._keep_alive.renew()
             self._changed.set()
+            self.idle.set()
 
     def _end(self, answer: ResumedAnswer, error: MoectlError) -> None:
         if answer in self._unfinished:
@@ -327,9 +331,17 @@ class Controller:
         self._unfinished.clear()
         self._numbered.clear()
         self._ended.set()
+        self.idle.set()
 
 
-def _refuse_too_long(request: Request, max_seq_len: int) -> None:
+def refuse_full(waiting: int, most: int = MAX_WAITING) -> None:
+    """Raise QueueFull when no more requests may wait."""
+    if waiting >= most:
+        raise QueueFull(f"{most} requests wait already", hint=f"ask again in {_RETRY_S:g} s", retry_after_s=_RETRY_S)
+
+
+def refuse_too_long(request: Request, max_seq_len: int) -> None:
+    """Raise UsageError for a prompt that is longer than the context, without its tokens."""
     if request.chars > BYTES_PER_TOKEN * max_seq_len or len(request.prompt_tokens or ()) > max_seq_len:
         raise too_long(f"the prompt is longer than the model's context of {max_seq_len} tokens", request.source)
 

@@ -1,4 +1,4 @@
-"""The HTTP server: its routes and its end, over a `contracts.Cluster`.
+"""The HTTP server: its routes and its end, over `contracts.Models`.
 
 It knows HTTP and nothing of sessions or models; `openai` and `replies` know the JSON, `answering` is one reply. It logs
 no prompt and no answer. uvicorn is imported here only.
@@ -16,7 +16,7 @@ import uuid
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from socket import socket
-from typing import Any, Protocol
+from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -32,8 +32,9 @@ from moectl.engine.request import TOO_LONG
 from moectl.errors import MoectlError, QueueFull, StateError
 from moectl.server import messages, openai, replies, responses
 from moectl.server.answering import REPORT, Answering, AnyReply
-from moectl.server.contracts import SILENCE_S, AnswerEvents, Cluster
+from moectl.server.contracts import SILENCE_S, AnswerEvents, Cluster, Models
 from moectl.server.doors import Doors, ErrorResponse, no_such_path, refuse, write_json
+from moectl.server.fields import read_typed
 from moectl.server.metrics import CONTENT_TYPE, Metrics
 from moectl.server.page import PAGE, Page
 
@@ -49,7 +50,7 @@ logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would quote 
 
 
 def make_app(
-    cluster: Cluster,
+    models: Models,
     *,
     api_key: str | None = None,
     origins: Collection[str] = (),
@@ -57,14 +58,14 @@ def make_app(
     silence_s: float = SILENCE_S,
     owner_routes: Sequence[Route] = (),
 ) -> App:
-    """Return the ASGI application that serves a cluster.
+    """Return the ASGI application that serves models.
 
     With a key, everything but /health and the page needs it as a bearer token, except over the Unix socket, which only
     its user can open. Pages of `origins` may ask; where there are none, those of this machine. Without a key, `hosts`
     are names of this server beside localhost and addresses. `owner_routes` are reached over the Unix socket alone.
     """
-    metrics = Metrics(cluster.health)
-    service = _Service(cluster, metrics, silence_s)
+    metrics = Metrics(models.health)
+    service = _Service(models, metrics, silence_s)
     routes = [
         Route(PAGE, Page().show),
         Route(CHAT, service.chat, methods=["POST"]),
@@ -221,8 +222,8 @@ class MakeReply(Protocol):
 class _Service:
     """The endpoints."""
 
-    def __init__(self, cluster: Cluster, metrics: Metrics, silence_s: float) -> None:
-        self._cluster = cluster
+    def __init__(self, models: Models, metrics: Metrics, silence_s: float) -> None:
+        self._models = models
         self._metrics = metrics
         self._silence_s = silence_s
         self.answering: weakref.WeakSet[Answering] = weakref.WeakSet()
@@ -240,29 +241,28 @@ class _Service:
         return await self._answer(http, messages.read_messages, messages.MessageReply)
 
     async def count_tokens(self, http: HttpRequest) -> ASGIApp:
-        asked = await self._read(http, messages.read_messages)
-        if isinstance(asked, Response):
-            return asked
+        found = await self._read(http, messages.read_messages)
+        if isinstance(found, Response):
+            return found
+        cluster, asked = found
         [request] = asked.requests
-        async for event in await self._cluster.submit(dataclasses.replace(request, max_tokens=0)):
+        async for event in await cluster.submit(dataclasses.replace(request, max_tokens=0)):
             if isinstance(event, Done):
                 return write_json({"input_tokens": event.stats.prompt_tokens})
         raise MoectlError("the count ended before it was done (a bug in moectl)", hint=REPORT)
 
     async def list_models(self, http: HttpRequest) -> Response:
-        return write_json({"object": "list", "data": [self._model()]})
+        return write_json({"object": "list", "data": [replies.describe_model(one) for one in self._models.listed()]})
 
     async def show_model(self, http: HttpRequest) -> Response:
-        name = http.path_params["name"]
-        if name != self._cluster.name:
-            raise openai.no_such_model(name, self._cluster.name)
-        return write_json(self._model())
+        name = self._models.find(http.path_params["name"]).name
+        return write_json(next(replies.describe_model(one) for one in self._models.listed() if one.name == name))
 
     async def show_health(self, http: HttpRequest) -> Response:
-        health = self._cluster.health()
+        health = self._models.health()
         body = {
             "status": "ok" if health.healthy else "unhealthy",
-            "model": self._cluster.name,
+            "model": self._models.loaded_name,
             **dataclasses.asdict(health),
         }
         return write_json(body, 200 if health.healthy else 503)
@@ -270,33 +270,34 @@ class _Service:
     async def show_metrics(self, http: HttpRequest) -> Response:
         return Response(self._metrics.write(), headers={"content-type": CONTENT_TYPE})
 
-    def _model(self) -> dict[str, Any]:
-        return replies.describe_model(self._cluster.name, self._cluster.created, self._cluster.model)
-
-    async def _read(self, http: HttpRequest, read: openai.Reader) -> openai.ApiRequest | Response:
+    async def _read(self, http: HttpRequest, read: openai.Reader) -> tuple[Cluster, openai.ApiRequest] | Response:
         refusal = _check_headers(http)
         if refusal is not None:
             return refusal
         body = await _read_body(http)
         if isinstance(body, Response):
             return body
-        return read(openai.parse_body(body), self._cluster.name, self._cluster.model)
+        fields = openai.parse_body(body)
+        cluster = self._models.find(read_typed(fields, "model", str))
+        # A request that is wrong is refused here, before a model is loaded for it.
+        return cluster, read({**fields, "model": cluster.name}, cluster.name, cluster.model)
 
     async def _answer(self, http: HttpRequest, read: openai.Reader, make_reply: MakeReply) -> ASGIApp:
-        asked = await self._read(http, read)
-        if isinstance(asked, Response):
-            return asked
-        name, model = self._cluster.name, self._cluster.model
+        found = await self._read(http, read)
+        if isinstance(found, Response):
+            return found
+        cluster, asked = found
+        name, model = cluster.name, cluster.model
         reply = make_reply(asked, reply_id=uuid.uuid4().hex, created=int(time.time()), name=name, model=model)
-        answering = Answering(asked, reply, await self._submit(asked), self._metrics, self._silence_s)
+        answering = Answering(asked, reply, await self._submit(cluster, asked), self._metrics, self._silence_s)
         self.answering.add(answering)
         return answering
 
-    async def _submit(self, asked: openai.ApiRequest) -> list[AnswerEvents]:
+    async def _submit(self, cluster: Cluster, asked: openai.ApiRequest) -> list[AnswerEvents]:
         answers: list[AnswerEvents] = []
         try:
             for request in asked.requests:
-                answers.append(await self._cluster.submit(request))
+                answers.append(await cluster.submit(request))
         except BaseException as error:
             for answer in answers:
                 answer.cancel()

@@ -165,11 +165,12 @@ def _check_model(fields: Fields, name: str) -> None:
         raise no_such_model(model, name)
 
 
-def no_such_model(asked: str, name: str) -> BadField:
-    """Return the error of a request for a model of another name than the one that is served."""
+def no_such_model(asked: str, *names: str) -> BadField:
+    """Return the error of a request for a model of another name than those that are served."""
+    served = f"{', '.join(map(repr, names))} {'are' if len(names) > 1 else 'is'}"
     return BadField(
-        f"model {show(asked)} is not served here, {name!r} is",
-        hint=f"ask for {name!r}, or for no model",
+        f"model {show(asked)} is not served here, {served}",
+        hint=f"ask for {names[0]!r}, or for no model",
         param="model",
         code="model_not_found",
     )

@@ -13,7 +13,7 @@ from moectl import __version__
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.errors import BadField, HostError, MoectlError, QueueFull, RemoteError, StateError, UsageError
 from moectl.server.blocks import TEXT, THINKING, Blocks
-from moectl.server.contracts import Thinking
+from moectl.server.contracts import Listed, Thinking
 from moectl.server.fields import Fields
 from moectl.server.openai import ApiRequest
 from moectl.server.stream import Part, read_parts, sum_usage
@@ -173,15 +173,29 @@ def _finite(logprob: float) -> float:
     return max(logprob, _LEAST_LOGPROB) if logprob == logprob else _LEAST_LOGPROB
 
 
-def describe_model(name: str, created: int, model: Ready) -> Fields:
-    """Return one entry of /v1/models; max_model_len as vLLM has it, `tools` is moectl's own: see `Ready`."""
+def describe_model(listed: Listed) -> Fields:
+    """Return one entry of /v1/models.
+
+    `max_model_len` is vLLM's, `context_length` the name that most others have. The rest is moectl's own: see `Listed`.
+    `tools` and `thinking` are known once the model was loaded; null before.
+    """
+    model = listed.model
     return {
-        "id": name,
+        "id": listed.name,
         "object": "model",
-        "created": created,
+        "created": listed.created,
         "owned_by": "moectl",
+        "loaded": listed.loaded,
+        "aliases": list(listed.aliases),
         "max_model_len": model.max_seq_len,
-        "tools": model.tools,
+        "context_length": model.max_seq_len,
+        "tools": model.tools or None,
+        "thinking": model.thinks if model.tools else None,
+        "quantization": listed.quantization,
+        "size_bytes": listed.bytes,
+        "shard_set": listed.set_name,
+        "pinned": listed.pinned,
+        "demo": listed.demo,
     }
 
 

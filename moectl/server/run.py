@@ -17,14 +17,18 @@ from moectl.server.contracts import SILENCE_S, ControllerOptions
 from moectl.server.control import Control
 from moectl.server.controller import Controller, KeepAlive, Open
 from moectl.server.http import make_app, serve as serve_http
+from moectl.server.menu import PIN_FLAG, Menu, Offered, make_offers
+from moectl.server.models import ServedModels
 from moectl.server.restarts import Restarts
 from moectl.server.sockets import beating, listen_tcp, listen_unix
 from moectl.session.session import Session
 from moectl.session.target import Target, open_session
 
+OnMade = Callable[[Session], None]
+
 
 def run(
-    target: Target,
+    targets: Sequence[Target],
     options: RunOptions,
     settings: ControllerOptions,
     *,
@@ -33,51 +37,71 @@ def run(
     say: Callable[[str], None],
     advise: Callable[[Target, MoectlError], str | None],
 ) -> None:
-    """Run a session behind its sockets until it is over.
+    """Run one of the targets behind its sockets until it is over; a request for another one loads that instead.
 
-    `on_ready` gets the sockets once the model is loaded, `on_log` a host's name and a line of its worker's log, `say`
-    what happens while a failed session restarts. `advise` returns a hint for a failure that no restart mends.
+    The first is loaded, or the one that is pinned. `on_ready` gets the sockets then, `on_log` a host's name and a line
+    of its worker's log, `say` what happens while a failed session restarts. `advise` returns a hint for a failure that
+    no restart mends.
 
     Raises what starting raises, the session's failure, and KeyboardInterrupt after SIGINT.
     """
-    open_ = functools.partial(open_session, target, options, on_log=on_log)
+    menu = make_menu(targets, settings)
+    pin = menu.find_flag(settings.pin, PIN_FLAG) if settings.pin is not None else None
+    first = pin or menu.first
+
+    def open_(target: Target, on_made: OnMade, kv_tokens: int | None) -> AbstractContextManager[Session]:
+        return open_session(target, options, on_log=on_log, on_made=on_made, kv_tokens=kv_tokens)
+
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(listen_unix(settings.socket_path))]
         if settings.tcp is not None:
             sockets.append(held.enter_context(listen_tcp(*settings.tcp, has_key=settings.api_key is not None)))
+        opened = held.enter_context(contextlib.ExitStack())
         with beating(settings.socket_path, SILENCE_S):
-            session = held.enter_context(open_())
+            session = opened.enter_context(open_session(first.target, options, on_log=on_log))
 
-        def make_controller(keep_alive: KeepAlive) -> Controller:
-            return Controller(
-                session,
-                target.name,
-                ranks=len(target.addresses),
-                keep_alive=keep_alive,
-                open_=open_like(session, open_),
-                restarts=Restarts(settings.restarts),
-                advise=lambda failure: advise(target, failure),
-                say=say,
-            )
+        def make_models(keep_alive: KeepAlive) -> ServedModels:
+            def make_controller(offer: Offered, session: Session) -> Controller:
+                return Controller(
+                    session,
+                    offer.name,
+                    ranks=len(offer.target.addresses),
+                    keep_alive=keep_alive,
+                    open_=open_like(session, functools.partial(open_session, offer.target, options, on_log=on_log)),
+                    restarts=Restarts(settings.restarts),
+                    advise=lambda failure: advise(offer.target, failure),
+                    say=say,
+                )
+
+            # A server for others stays when its model was idle, and unloads it.
+            stays = settings.tcp is not None
+            models = ServedModels(menu, open_, make_controller, keep_alive=keep_alive, stays=stays, pin=pin, say=say)
+            models.take(first, session, opened)
+            return models
 
         # Not asyncio.run: its handler for SIGINT would cancel what ends by itself.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(_run(make_controller, describe_run(target, options), settings, sockets, on_ready))
+            runner.run(_run(make_models, options, settings, sockets, on_ready))
+
+
+def make_menu(targets: Sequence[Target], settings: ControllerOptions) -> Menu:
+    """Return the models that a controller offers, by their names. Raises UsageError for a wrong alias."""
+    return Menu(make_offers(targets), aliases=settings.aliases, any_model=settings.any_model)
 
 
 async def _run(
-    make_controller: Callable[[KeepAlive], Controller],
-    description: dict[str, Any],
+    make_models: Callable[[KeepAlive], ServedModels],
+    options: RunOptions,
     settings: ControllerOptions,
     sockets: list[socket],
     on_ready: Callable[[Sequence[socket]], None],
 ) -> None:
     keep_alive = KeepAlive(settings.keep_alive_s)
-    controller = make_controller(keep_alive)
+    models = make_models(keep_alive)
     # A server for others stays when one client asks for another time to keep it alive.
-    control = Control(controller, description, keep_alive, stays=settings.tcp is not None)
+    control = Control(models, lambda: describe_run(models, options), keep_alive, stays=settings.tcp is not None)
     app = make_app(
-        controller,
+        models,
         api_key=settings.api_key,
         origins=settings.origins,
         hosts=settings.hosts,
@@ -86,16 +110,15 @@ async def _run(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, control.on_signal, number)
-    over = asyncio.create_task(controller.wait_until_over())
+    over = asyncio.create_task(models.wait_until_over())
     over.add_done_callback(lambda _: control.leave())
     on_ready(sockets)
     try:
         await serve_http(app, sockets, stopping=control.stopping, grace=control.grace)
     finally:
         over.cancel()
-        failure = controller.failure  # before closing makes one
-        # Here, because a thread that is stuck in sending to a frozen worker would keep the loop from ending.
-        await asyncio.to_thread(controller.end_session)
+        failure = models.failure  # before closing makes one
+        await models.end()
     if failure is not None:
         raise failure
     if control.signal == signal.SIGINT:
@@ -113,7 +136,18 @@ def open_like(first: Session, open_: Callable[..., AbstractContextManager[Sessio
     return lambda patience, on_made: open_(on_made=on_made, patience=patience, kv_tokens=first.kv_tokens)
 
 
-def describe_run(target: Target, options: RunOptions) -> dict[str, Any]:
-    """Return what a controller runs, as JSON; `attach` compares it with what is wanted."""
-    hosts = list(target.addresses)
-    return {"name": target.name, "hosts": hosts, "shards": target.shards, "options": options.shared()}
+def describe_run(models: ServedModels, options: RunOptions) -> dict[str, Any]:
+    """Return what a controller runs, as JSON; `attach` compares it with what is wanted.
+
+    No host runs anything while no model is loaded.
+    """
+    target = models.shown.offer.target
+    hosts = list(target.addresses) if models.loaded_name else []
+    return {
+        "name": target.name,
+        "hosts": hosts,
+        "shards": target.shards,
+        "options": options.shared(),
+        "sampling": models.shown.model.sampling,
+        "samplings": {one.set_name: one.model.sampling for one in models.listed()},
+    }

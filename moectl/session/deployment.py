@@ -1,13 +1,15 @@
-"""The current deployment: which hosts hold which shard set, and where.
+"""The deployments: which hosts hold which shard set, and where.
 
-`deploy` writes it to `$XDG_STATE_HOME/moectl/deployment.json`, the other verbs read it. It records what was done;
-only the hosts know whether it is still true.
+`deploy` writes the current one to `$XDG_STATE_HOME/moectl/deployment.json`, the other verbs read it. The earlier ones,
+of other sets or on other hosts, are in `deployments/` beside it: what they brought is still on the hosts. All this
+records what was done; only the hosts know whether it is still true.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -76,24 +78,64 @@ def _unwritable(error: OSError) -> StateError:
 
 
 def write_deployment(deployment: Deployment) -> None:
-    """Make a deployment the current one: directory 0700, file 0600, atomically. Raises StateError."""
-    path = deployment_path()
-    text = encode_deployment(deployment)
+    """Make a deployment the current one, and keep the one before: directory 0700, files 0600. Raises StateError."""
+    before = None
+    with contextlib.suppress(StateError):  # a damaged record is replaced
+        before = find_deployment()
+    if before is not None and _earlier_path(before) != _earlier_path(deployment):
+        _write(before, _earlier_path(before))
+    _write(deployment, deployment_path())
+    _remove(_earlier_path(deployment))
+
+
+def _earlier_path(deployment: Deployment) -> Path:
+    """Return where a deployment is kept that is not the current one: a set's name has one place on its hosts."""
+    key = hashlib.sha256("\n".join((deployment.name, *deployment.addresses)).encode()).hexdigest()[:16]
+    return state_dir() / "deployments" / f"{key}.json"
+
+
+def _write(deployment: Deployment, path: Path) -> None:
     try:
         make_private_directory(path.parent)
         path.parent.chmod(0o700)
-        replace_file(path, text.encode(), mode=0o600)
+        replace_file(path, encode_deployment(deployment).encode(), mode=0o600)
     except OSError as error:
         raise _unwritable(error) from None
 
 
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StateError(f"cannot remove {path}: {error.strerror}") from None
+
+
 def find_deployment() -> Deployment | None:
     """Return the current deployment, complete or not, or None. Raises StateError when it is damaged."""
-    path = deployment_path()
+    try:
+        return _read(deployment_path())
+    except FileNotFoundError:
+        return None
+
+
+def find_deployments() -> list[Deployment]:
+    """Return all deployments, the current one first, then the earlier ones, newest first. Raises StateError."""
+    return [deployment for deployment, _ in _find_all()]
+
+
+def _find_all() -> list[tuple[Deployment, Path]]:
+    """Return all deployments with the files that record them."""
+    earlier = [(path.stat().st_mtime_ns, path) for path in (state_dir() / "deployments").glob("*.json")]
+    paths = [deployment_path(), *(path for _, path in sorted(earlier, reverse=True))]
+    return [(_read(path), path) for path in paths if path.exists()]
+
+
+def _read(path: Path) -> Deployment:
+    """Return the deployment in a file. Raises FileNotFoundError where there is none, StateError when it is damaged."""
     try:
         return decode_deployment(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        raise
     except OSError as error:
         raise StateError(f"cannot read {path}: {error.strerror}", hint=HINT) from None
     except (ValueError, HostsError) as error:
@@ -158,19 +200,14 @@ def _among(host: Host, places: Sequence[int | None]) -> Host:
 
 def forget_hosts(roots: Mapping[str, str]) -> None:
     """Record that nothing is deployed under these roots any more: address of the host → its root. Raises StateError."""
-    deployment = find_deployment()
-    if deployment is None:
-        return
-    ranks = tuple(
-        DeployedRank(rank.host) if rank.root and roots.get(rank.host.address) == rank.root else rank
-        for rank in deployment.ranks
-    )
-    if ranks == deployment.ranks:
-        return
-    if any(rank.python for rank in ranks):
-        write_deployment(replace(deployment, ranks=ranks))
-        return
-    try:
-        deployment_path().unlink(missing_ok=True)
-    except OSError as error:
-        raise StateError(f"cannot remove {deployment_path()}: {error.strerror}") from None
+    for deployment, path in _find_all():
+        ranks = tuple(
+            DeployedRank(rank.host) if rank.root and roots.get(rank.host.address) == rank.root else rank
+            for rank in deployment.ranks
+        )
+        if ranks == deployment.ranks:
+            continue
+        if any(rank.python for rank in ranks):
+            _write(replace(deployment, ranks=ranks), path)
+        else:
+            _remove(path)

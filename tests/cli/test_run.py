@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from starlette.requests import Request as HttpRequest
@@ -40,7 +41,7 @@ class Site:
         self.sampling: dict[str, float] = {}
 
     async def describe(self, http: HttpRequest) -> Response:
-        return JSONResponse({"sampling": self.sampling})
+        return JSONResponse({"samplings": {self.cluster.name: self.sampling}})
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def call(site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     monkeypatch.setattr(attach, "attach", lambda *args, **kw: attach.Attached(Client(site.path), False))
     monkeypatch.setattr(attach, "place_of", lambda target: site.path)
-    monkeypatch.setattr(verb, "choose_target", lambda common, options: None)
+    monkeypatch.setattr(verb, "choose_target", lambda common, options: SimpleNamespace(name=site.cluster.name))
 
     def call(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["moectl", "run", *words])

@@ -603,7 +603,8 @@ def test_an_idle_controller_leaves_and_a_busy_one_stays() -> None:
 
 def test_a_controller_that_leaves_promises_to_stay_to_nobody() -> None:
     async def test(controller: Controller, session: FakeSession) -> None:
-        control = Control(controller, {}, controller._keep_alive, stays=False)
+        owned: Any = controller
+        control = Control(owned, dict, controller._keep_alive, stays=False)
         control.keep_alive(5, asks=True)
         control.keep_alive(0, asks=False)
         await controller.wait_until_over()

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Iterator
 from moectl.engine.protocol import Done, Ready, Token
 from moectl.engine.request import Request, Stats, too_long
 from moectl.errors import PeerLost, QueueFull, StateError
-from moectl.server.contracts import Health
+from moectl.server.contracts import Health, Listed
+from moectl.server.openai import no_such_model
 from moectl.shards.chat.calls import CallPart
 
 ENDS_AFTER = 20  # tokens, unless ignore_eos
@@ -111,7 +112,10 @@ def _call(request: Request) -> Iterator[Token]:
 
 
 class FakeCluster:
-    """Answers as FakeAnswer; refuses to when the prompt says full or stopping."""
+    """All models of a server, and the only one of them.
+
+    It answers as FakeAnswer, and refuses to when the prompt says full or stopping.
+    """
 
     name = "tiny"
     created = 1_700_000_000
@@ -132,6 +136,18 @@ class FakeCluster:
             raise StateError("moectl is stopping", hint="moectl serve")
         self.requests.append(request)
         return FakeAnswer(self, request, text)
+
+    @property
+    def loaded_name(self) -> str:
+        return self.name
+
+    def find(self, name: str | None) -> FakeCluster:
+        if name not in (None, "", self.name):
+            raise no_such_model(name or "", self.name)
+        return self
+
+    def listed(self) -> list[Listed]:
+        return [Listed(self.name, self.created, self.model)]
 
     def health(self) -> Health:
         return Health(2, self.ranks_answered, self.progress_age_s, self.running, 0, (1000, 2000), 1)

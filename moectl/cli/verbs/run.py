@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from moectl.server.attach import Attached
     from moectl.server.client import Client, Events
     from moectl.server.contracts import Thinking
+    from moectl.session.target import Target
 
 _END_S = 15.0  # for a controller to unload the model
 
@@ -140,13 +141,15 @@ def run(
     found = connect()
     looks = {"stats": stats or bool(common.verbose), "hides_thinking": hide_thinking}
     try:
-        settings = ChatSettings(**{**found.client.describe().get("sampling", {}), **given})
+        # A server may have loaded another model by now: the question names its own.
+        settings = ChatSettings(**{**found.client.describe().get("samplings", {}).get(target.name, {}), **given})
         if common.verbose:
             common.say(f"Sampling: {sampling_text(settings)}.")
         if chats:
-            _chat(common, settings, connect, attach.describe_place(target), history=not no_history, **looks)
+            _chat(common, settings, connect, target, history=not no_history, **looks)
         else:
-            _answer(common, _ask(found.client, text, settings, raw=options["raw"]), settings.max_tokens, **looks)
+            asked = _ask(found.client, text, settings, target.name, raw=options["raw"])
+            _answer(common, asked, settings.max_tokens, **looks)
     finally:
         if keep_alive == 0:
             with contextlib.suppress(errors.MoectlError):  # it may have ended already
@@ -155,18 +158,19 @@ def run(
                 found.client.wait_until_gone(_END_S)
 
 
-def _ask(client: Client, text: str, settings: ChatSettings, *, raw: bool) -> Events:
+def _ask(client: Client, text: str, settings: ChatSettings, model: str, *, raw: bool) -> Events:
+    fields = {**settings.api_fields(), "model": model}
     if raw:
-        return client.complete({**settings.api_fields(), "prompt": text})
+        return client.complete({**fields, "prompt": text})
     system = [{"role": "system", "content": settings.system}] if settings.system is not None else []
-    return client.chat({**settings.api_fields(), "messages": [*system, {"role": "user", "content": text}]})
+    return client.chat({**fields, "messages": [*system, {"role": "user", "content": text}]})
 
 
 def _chat(
     common: Common,
     settings: ChatSettings,
     connect: Callable[[], Attached],
-    title: str,
+    target: Target,
     *,
     history: bool,
     stats: bool,
@@ -174,12 +178,14 @@ def _chat(
 ) -> None:
     from moectl.cli.chat.chat import chat
     from moectl.paths import state_dir
+    from moectl.server.attach import describe_place
     from moectl.server.contracts import Notice
 
     def answer(messages: Sequence[Message], settings: ChatSettings) -> Generator[str | Thinking | Done, None, None]:
         said = [message.api_fields() for message in messages]
+        fields = {**settings.api_fields(), "model": target.name, "messages": said}
         # A controller may end in a long pause: each question looks for it again. To close the connection is to cancel.
-        with contextlib.closing(connect().client.chat({**settings.api_fields(), "messages": said})) as events:
+        with contextlib.closing(connect().client.chat(fields)) as events:
             for event in events:
                 if isinstance(event, Notice):
                     common.say(f"\n[{event.text}]")
@@ -187,7 +193,15 @@ def _chat(
                     yield event
 
     path = state_dir() / "history" if history else None
-    chat(title, answer, settings, history=path, stats=stats, hides_thinking=hides_thinking, color=common.color)
+    chat(
+        describe_place(target),
+        answer,
+        settings,
+        history=path,
+        stats=stats,
+        hides_thinking=hides_thinking,
+        color=common.color,
+    )
 
 
 def _prompt_text(words: tuple[str, ...], common: Common) -> str:

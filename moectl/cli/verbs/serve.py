@@ -17,7 +17,7 @@ from moectl.cli.options import (
     restart_options,
     target_options,
 )
-from moectl.cli.target import advise, choose_target, run_options
+from moectl.cli.target import advise, choose_target, find_others, run_options
 from moectl.cli.terminal import log_printer
 from moectl.cli.verb import flag, verb
 
@@ -40,9 +40,7 @@ def worker() -> None:
     show_default=True,
     help="Address to listen at; beyond this machine needs a key.",
 )
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen at; 0: any free one."
-)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0: any free one.")
 @flag("--api-key", rare=True, metavar="KEY", help="Key that clients have to send as their bearer token.")
 @click.option("--api-key-file", type=FILE, metavar="FILE", help="Read the key from the first line of this file.")
 @click.option(
@@ -62,14 +60,35 @@ def worker() -> None:
     help="Another name of this server that clients may use without a key, such as host.docker.internal (repeatable).",
 )
 @click.option("-d", "--detach", is_flag=True, help="Run in the background.")
+@click.option(
+    "--alias",
+    multiple=True,
+    metavar="NAME[=MODEL]",
+    help="Another name of a model (repeatable).",
+)
+@flag("--any-model", is_flag=True, rare=True, help="Take any name for the model, where there is only one.")
+@flag(
+    "--keep-alive",
+    rare=True,
+    type=Duration(for_ever=True),
+    metavar="TIME",
+    default="-1",
+    help="Unload the model when it was idle for so long; the next request loads it (default: never).",
+)
+@flag(
+    "--pin",
+    rare=True,
+    metavar="MODEL",
+    help="Load this model, and keep it: requests for another one are refused.",
+)
 @restart_options
 @target_options
 @common
 def serve(common: Common, host: str, port: int, detach: bool, **options: Any) -> None:
-    """Offer the model over HTTP, by OpenAI's and Anthropic's APIs.
+    """Offer models over HTTP, by OpenAI's and Anthropic's APIs.
 
-    Clients find it under http://HOST:PORT/v1. A browser finds a page with a chat under http://HOST:PORT/. Ctrl-C stops
-    serving and unloads the model.
+    Clients use http://HOST:PORT/v1, a browser http://HOST:PORT/. A request loads its model, where that is deployed on
+    the same hosts. Ctrl-C unloads.
 
     \b
     Examples:
@@ -80,28 +99,52 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
     from moectl.server import attach
     from moectl.server.background import bound_log
     from moectl.server.contracts import FOR_EVER, ControllerOptions
-    from moectl.server.run import run as run_controller
+    from moectl.server.run import make_menu, run as run_controller
 
     bound_log()
     key, origins, names = read_visitors(options)
+    keep_alive = options["keep_alive"]
+    refuse_both({"--pin": options["pin"]}, {"--keep-alive": keep_alive != FOR_EVER})
     target = choose_target(common, options)
+    others = find_others(common, target)
     settings = ControllerOptions(
-        attach.place_of(target), FOR_EVER, (host, port), key, count_restarts(options), origins=origins, hosts=names
+        attach.place_of(target),
+        keep_alive,
+        (host, port),
+        key,
+        count_restarts(options),
+        origins=origins,
+        hosts=names,
+        aliases=options["alias"],
+        any_model=options["any_model"],
+        pin=options["pin"],
     )
     attach.refuse_second(target)
+    menu = make_menu([target, *others], settings)
+    first = menu.find_flag(options["pin"], "--pin") if options["pin"] else menu.first
 
     def on_ready(bound: int | None) -> None:
         url = base_url(host, bound)
         ending = "moectl stop ends it" if detach else "Ctrl-C stops serving and unloads; -d would leave it running"
-        common.print(f"Serving {url}  ({ending})", {"schema": "moectl.serve/1", "url": url, "model": target.name}, url)
+        toy = ", a toy" if first.demo else ""
+        document = {
+            "schema": "moectl.serve/1",
+            "url": url,
+            "model": first.name,
+            "models": [o.name for o in menu.offers],
+        }
+        common.print(f"Serving {first.name}{toy}: {url}  ({ending})", document, url)
+        if len(menu.offers) > 1 and not options["pin"]:
+            rest = ", ".join(offer.name for offer in menu.offers if offer is not first)
+            common.say(f"A request for another model loads it: {rest}")
 
     wanted = run_options(options)
     if detach:
-        on_ready(attach.start(target, wanted, settings, on_log=log_printer(common)))
+        on_ready(attach.start(target, wanted, settings, others=others, on_log=log_printer(common)))
         return
-    common.say(f"Loading {target.name}")
+    common.say(f"Loading {first.name}")
     run_controller(
-        target,
+        [target, *others],
         wanted,
         settings,
         on_ready=lambda sockets: on_ready(sockets[1].getsockname()[1]),

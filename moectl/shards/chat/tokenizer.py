@@ -76,6 +76,11 @@ class Tokenizer:
         """How a model is told of tools: by its own "template", as "text", or not at all: "none"."""
         return "none" if self._chat is None else "template" if self._chat.tells_tools else "text"
 
+    @property
+    def thinks(self) -> bool:
+        """Whether a model thinks before it answers, or can."""
+        return self._chat is not None and self._chat.markers is not None and bool(self._chat.markers.openings)
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
