@@ -20,6 +20,7 @@ from moectl.cli.verbs import (
     serve,
     setup,
     shard,
+    show,
     status,
 )
 from moectl.cli.verbs.completion import completion, generate
@@ -102,6 +103,7 @@ for _verb in (
     status.status,
     logs.logs,
     list_.list_,
+    show.show,
     list_.rm,
     deploy.uninstall,
     serve.controller,
