@@ -21,6 +21,7 @@ from moectl.cli.verbs import (
     service,
     setup,
     shard,
+    show,
     status,
 )
 from moectl.cli.verbs.completion import completion, generate
@@ -104,6 +105,7 @@ for _verb in (
     status.status,
     logs.logs,
     list_.list_,
+    show.show,
     list_.rm,
     deploy.uninstall,
     serve.controller,

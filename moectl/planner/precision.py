@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from moectl.model.structure import Quantization
 from moectl.planner.memory import Verdict
+from moectl.planner.plan import Question, best_plan
+from moectl.shards.prepare import Wanted
 
 # What mlx-lm quantises well, in its usual groups. With 2 bits it rounds too much: only --q-bits asks for them.
 _GROUP = 64
@@ -23,6 +25,12 @@ def choose_precision(grade: Callable[[Quantization | None], Verdict]) -> tuple[Q
     if grades[best] is Verdict.TOO_MUCH:
         best = PRECISIONS[-1]
     return best, grades[best]
+
+
+def most_bits(question: Question, wanted: Wanted) -> tuple[Quantization | None, Verdict]:
+    """Return the most bits per weight that fit the hosts. Raises PlanError where the model cannot be placed."""
+    split = "experts" if wanted.replicas > 1 or wanted.routing is not None else wanted.split  # as make_plan
+    return choose_precision(lambda precision: best_plan(question.quantised(precision), split, wanted.shares).verdict)
 
 
 def choice_text(precision: Quantization | None, verdict: Verdict) -> str:

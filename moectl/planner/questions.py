@@ -23,10 +23,10 @@ from moectl.planner.advice import make_plan, refusal
 from moectl.planner.calibration import CALIBRATIONS, find_link
 from moectl.planner.memory import METAL_DTYPE_BYTES, Verdict, judge
 from moectl.planner.nodes import Defaults, default_link, make_node
-from moectl.planner.plan import Node, Plan, Question, best_plan
-from moectl.planner.precision import choice_text, choose_precision
+from moectl.planner.plan import Node, Plan, Question
+from moectl.planner.precision import choice_text, choose_precision, most_bits
 from moectl.planner.this_machine import CONTEXT, least_need, own_dtype_bytes, own_memory, too_large
-from moectl.planner.what_if import Buyer, Offer, list_offers
+from moectl.planner.what_if import Buyer, ClusterOffer, list_offers
 from moectl.shards import prepare
 from moectl.shards.prepare import (
     ChooseBits,
@@ -106,14 +106,8 @@ def set_task(source: str, wanted: Wanted, asked: PlanOptions, hosts: Sequence[Ho
         return PlanTask(model, question, manifest.split, manifest.shares)
     chosen = manifest is None and wanted.leaves_precision and question.can_quantise
     if chosen:
-        question = question.quantised(_most_bits(question, wanted)[0])
+        question = question.quantised(most_bits(question, wanted)[0])
     return PlanTask(model, question, wanted.split, wanted.shares, chosen)
-
-
-def _most_bits(question: Question, wanted: Wanted) -> tuple[Quantization | None, Verdict]:
-    """Return the most bits per weight that fit the hosts. Raises PlanError where the model cannot be placed."""
-    split = "experts" if wanted.replicas > 1 or wanted.routing is not None else wanted.split  # as make_plan
-    return choose_precision(lambda precision: best_plan(question.quantised(precision), split, wanted.shares).verdict)
 
 
 def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Question:
@@ -136,7 +130,9 @@ def ask(model: CatalogModel, asked: PlanOptions, hosts: Sequence[Host]) -> Quest
     )
 
 
-def plan_purchase(source: str, wanted: Wanted, asked: PlanOptions, buyer: Buyer) -> tuple[CatalogModel, list[Offer]]:
+def plan_purchase(
+    source: str, wanted: Wanted, asked: PlanOptions, buyer: Buyer
+) -> tuple[CatalogModel, list[ClusterOffer]]:
     """Return the clusters to buy for a model. Raises PlanError where none is as the buyer wants it."""
     model, _ = describe_model(source)
     quantization = choose_quantization(wanted, model.quantization)
@@ -238,7 +234,7 @@ def choose_bits_on(
             return wanted
         question = replace(ask(model, asked, ()), nodes=nodes, replicas=wanted.replicas)
         question = replace(question, frequencies=find_frequencies(wanted, model.structure))
-        return _with_bits(wanted, *_most_bits(question, wanted), say)
+        return _with_bits(wanted, *most_bits(question, wanted), say)
 
     return choose
 

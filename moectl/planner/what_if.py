@@ -36,7 +36,7 @@ PLAIN_BITS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class ClusterOffer:
     """A cluster of equal machines that holds the model, and its plan; `usd` is None where the price is not known."""
 
     chip: str
@@ -62,7 +62,7 @@ def list_offers(
     every: bool = False,
     chip: str | None = None,
     link: str | None = None,
-) -> Iterator[Offer]:
+) -> Iterator[ClusterOffer]:
     """Yield the clusters that hold a model: at 4 bits, or with `fixed` at the model's own; over their fastest link.
 
     With `every` at 4, 8 and 16 bits and over every link; with `chip` or `link` only with these. Raises HostsError for a
@@ -97,7 +97,7 @@ def list_offers(
                     if plan is not None and plan.feasible:
                         usd = None if node.price is None else node.price * count
                         bits_ = quantization.bits if quantization else PLAIN_BITS
-                        yield Offer(name, memory_gib, count, kind, bits_, plan, usd)
+                        yield ClusterOffer(name, memory_gib, count, kind, bits_, plan, usd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,34 +113,34 @@ class Buyer:
         """How offers are sorted, in words."""
         return "cheapest first" if self.tok_s is not None and self.usd is None else "fastest first"
 
-    def choose(self, offers: Iterable[Offer]) -> list[Offer]:
+    def choose(self, offers: Iterable[ClusterOffer]) -> list[ClusterOffer]:
         """Return what the buyer wants to see, sorted.
 
         One cluster of each machine: with a budget the fastest, with a speed the cheapest, else the smallest.
         """
         able = [offer for offer in offers if self._takes(offer)]
         if not self.every:
-            best: dict[tuple[str, int], Offer] = {}
+            best: dict[tuple[str, int], ClusterOffer] = {}
             for offer in sorted(able, key=self._preference):
                 best.setdefault((offer.chip, offer.memory_gib), offer)
             able = list(best.values())
         return sorted(able, key=_cheapest if self.order == "cheapest first" else _fastest)
 
-    def _takes(self, offer: Offer) -> bool:
+    def _takes(self, offer: ClusterOffer) -> bool:
         dear = self.usd is not None and (offer.usd is None or offer.usd > self.usd)
         return not dear and offer.tok_s >= (self.tok_s or 0.0)
 
-    def _preference(self, offer: Offer) -> tuple[float, ...]:
+    def _preference(self, offer: ClusterOffer) -> tuple[float, ...]:
         if self.usd is not None:
             return _fastest(offer)
         return offer.count, *_fastest(offer)
 
 
-def _fastest(offer: Offer) -> tuple[float, ...]:
+def _fastest(offer: ClusterOffer) -> tuple[float, ...]:
     return -offer.tok_s, offer.usd or math.inf
 
 
-def _cheapest(offer: Offer) -> tuple[float, ...]:
+def _cheapest(offer: ClusterOffer) -> tuple[float, ...]:
     return offer.usd or math.inf, -offer.tok_s
 
 

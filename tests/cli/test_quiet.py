@@ -26,6 +26,7 @@ STEPS: list[tuple[tuple[str, ...], str]] = [
     (("list",), "moectl-demo"),
     (("list", "--prune", "--dry-run"), "nothing old"),
     (("ls",), "moectl-demo"),
+    (("show", "moectl-demo-bf16-hidden-1"), "hidden"),
     (("version",), "mlx"),
     (("service", "status"), "No service is installed."),
     (("doctor", "--fast"), "ok"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,22 @@ def test_status_says_once_that_a_name_is_unknown(call: Any) -> None:
     code, out, err = call("status", "--hosts", "nosuch.invalid,other.invalid")
     assert out.count("no known address") == 2
     assert err.startswith("Error: all 2 hosts failed\n")
+
+
+def test_show_says_what_a_set_and_a_model_are(call: Any, tmp_path: Path) -> None:
+    assert call("shard", str(demo_dir()), "--nodes", "2", "--q-bits", "8", "--no-canary", "-q")[0] == 0
+    code, out, err = call("show", "moectl-demo-q8-hidden-2")
+    assert (code, err) == (0, "")
+    for line in ("precision    8 bits, affine, groups of 64", "split        hidden, shares 1:1", "template     yes"):
+        assert line in out
+    document = json.loads(call("show", str(demo_dir()), "--json")[1])
+    assert (document["set"], document["quantization"], document["sampling"]) == (None, None, {})
+    assert document["licence"]
+    assert json.loads(call("show", "databricks/dbrx-instruct", "--json")[1])["active_parameters"] > 36e9
+
+
+def test_help_knows_verbs_and_guides(call: Any) -> None:
+    for topic in ("show", "rm", "daily"):
+        code, out, err = call("help", topic)
+        assert (code, err) == (0, "")
+        assert out.startswith("# " if topic == "daily" else "Usage: ")

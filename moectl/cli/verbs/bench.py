@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
-from moectl.cli.options import FILE, Common, Numbers, common, refuse_both, target_options
+from moectl.cli.numbers import Numbers
+from moectl.cli.options import FILE, Common, common, refuse_both, target_options
 from moectl.cli.target import choose_target, run_options
 from moectl.cli.terminal import log_printer
 from moectl.cli.verb import flag, verb

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl.cli import suggest
-from moectl.cli.options import DEFAULT_MODEL, Common, Tokens, common, refuse_both, wanted_options, was_given
+from moectl.cli.numbers import Tokens
+from moectl.cli.options import DEFAULT_MODEL, Common, common, refuse_both, wanted_options, was_given
 from moectl.cli.target import read_wanted
 from moectl.cli.verb import flag, verb
 from moectl.errors import UsageError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from moectl.planner.measured import MeasuredCluster
     from moectl.planner.plan import NodePlan, Plan, Question
     from moectl.planner.questions import AnsweredPlan, PlanOptions
-    from moectl.planner.what_if import Buyer, Offer
+    from moectl.planner.what_if import Buyer, ClusterOffer
 
 MOST_OFFERS = 10  # rows of --what-if
 
@@ -173,7 +174,7 @@ def plan_json(answer: AnsweredPlan, measured: MeasuredCluster | None = None) -> 
     }
 
 
-def what_if_text(offers: list[Offer], buyer: Buyer) -> str:
+def what_if_text(offers: list[ClusterOffer], buyer: Buyer) -> str:
     """Return the clusters that you could buy, with their predicted speed."""
     from moectl.planner.memory import Verdict
 
@@ -204,7 +205,7 @@ def what_if_text(offers: list[Offer], buyer: Buyer) -> str:
     return "\n".join([table_text(header, lines, right="acfghi"), *notes])
 
 
-def what_if_json(model: CatalogModel, offers: list[Offer], buyer: Buyer) -> dict[str, Any]:
+def what_if_json(model: CatalogModel, offers: list[ClusterOffer], buyer: Buyer) -> dict[str, Any]:
     """Return the document of `plan --what-if --json`."""
     return {
         "schema": "moectl.what-if/1",
