@@ -16,7 +16,7 @@ import pytest
 
 from moectl.engine.answer import read_prompt
 from moectl.engine.protocol import Generate, decode, encode
-from moectl.engine.request import MAX_DEPTH, MAX_MESSAGES, MAX_TOOLS, Request
+from moectl.engine.request import MAX_DEPTH, MAX_MESSAGES, MAX_PROMPT_BYTES, MAX_TOOLS, Request
 from moectl.errors import UsageError
 from moectl.server import messages, responses
 from moectl.server.http import CHAT, make_app
@@ -117,11 +117,13 @@ class RankedCluster(FakeCluster):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self._tokenizer = tokenizer
+        self.prompt = ""  # the last one, as the model reads it
 
     async def submit(self, request: Request) -> FakeAnswer:
         told = decode(encode(Generate(request)))
         assert told == Generate(request)
-        read_prompt(request, self._tokenizer, vocab_size=10**6, max_seq_len=10**6)
+        tokens = read_prompt(request, self._tokenizer, vocab_size=10**6, max_seq_len=10**6)
+        self.prompt = self._tokenizer.decode(tokens)
         return await super().submit(request)
 
 
@@ -182,13 +184,18 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(each)
 
 
+HOSTILE = ["\ud800", "\0\x1b[2J\u2028\u202e", 10**400, {"a": {}}, nest(300)]
+MORE = ["{{ ''.__class__ }}{% for i in range(9**9) %}x{% endfor %}", -0.0, "x" * 2000, [], {}, [None] * 1000, True]
+
+
+def shorten(value: Any) -> str:
+    return ascii(value)[:20]
+
+
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize(
-    "hostile",
-    ["\ud800", "\0\x1b[2J\u2028\u202e", "{{ ''.__class__ }}{% for i in range(9**9) %}x{% endfor %}", 10**400, -0.0,
-     "x" * 2000, [], {}, [None] * 1000, {"a": {}}, True, nest(300)],
-    ids=lambda value: ascii(value)[:20],
-)  # fmt: skip
+    "hostile", [*HOSTILE, *(pytest.param(value, marks=pytest.mark.long) for value in MORE)], ids=shorten
+)
 def test_one_hostile_value_anywhere(cluster: RankedCluster, path: str, hostile: Any) -> None:
     read = reader(cluster, path)
     for number, _ in enumerate(places(BODIES[path])):
@@ -200,6 +207,16 @@ def test_one_hostile_value_anywhere(cluster: RankedCluster, path: str, hostile: 
             container[hostile] = container.pop(key)
             refuse_or_accept(read, json.dumps(body).encode())
     assert refuse_or_accept(read, json.dumps(BODIES[path]).encode()), "the server goes on"
+
+
+@pytest.mark.parametrize("path", TALK)
+def test_what_a_request_says_is_never_a_template(cluster: RankedCluster, path: str) -> None:
+    body = json.dumps(BODIES[path])
+    for text in ("2+3?", "Be brief.", '"Add"'):
+        body = body.replace(text.strip('"'), "{% if 1 %}{{ 7 * 7 }}{% endif %}")
+    assert refuse_or_accept(reader(cluster, path), body.encode())
+    assert cluster.prompt.count("{% if 1 %}{{ 7 * 7 }}{% endif %}") == 3
+    assert "49" not in cluster.prompt
 
 
 def with_tools(path: str, tools: list[tuple[str, Any]]) -> bytes:
@@ -219,9 +236,8 @@ def test_tools_have_limits(cluster: RankedCluster, path: str) -> None:
     assert refuse_or_accept(read, with_tools(path, [(f"t{i}", plain) for i in range(MAX_TOOLS)]))
     refused = [
         [(f"t{i}", plain) for i in range(MAX_TOOLS + 1)],
-        [(f"t{i}", plain) for i in range(20_000)],
         [("a", nest(MAX_DEPTH))],
-        [("a", {"type": "object", "description": "x" * (5 << 20)})],
+        [("a", {"type": "object", "description": "x" * (MAX_PROMPT_BYTES + 1)})],
         *([(name, plain)] for name in ("", "a b", "a\n", "ä", "\0", "x" * 129, "<tool_call>", "\ud800")),
     ]
     for tools in refused:
@@ -236,9 +252,8 @@ def test_conversations_have_limits(cluster: RankedCluster, path: str) -> None:
         roles = [{"role": ("user", "assistant")[i % 2], "content": "x"} for i in range(count)]
         return json.dumps({TALK[path]: roles, "max_tokens": 1}).encode()
 
-    assert refuse_or_accept(read, talk(1001))
-    for count in (MAX_MESSAGES + 1, 40_000):
-        assert not refuse_or_accept(read, talk(count))
+    assert refuse_or_accept(read, talk(301))
+    assert not refuse_or_accept(read, talk(MAX_MESSAGES + 1))
 
 
 @pytest.mark.parametrize("path", BODIES)
