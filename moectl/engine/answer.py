@@ -8,15 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import mlx.core as mx
 
 from moectl.engine.isolation import isolated
 from moectl.engine.lookup import Lookup
+from moectl.engine.prompt_cache import Branch
 from moectl.engine.protocol import Done, Event, Refused, Token
 from moectl.engine.request import Request, Stats, too_long
 from moectl.engine.sampling import Odds, Sampler
 from moectl.errors import BadField, MoectlError
+from moectl.planner.memory import KV_STEP
+from moectl.shards.chat.branches import count_system, count_tail
 from moectl.shards.chat.thinking import NOTHING, AnswerText, Told
 from moectl.shards.chat.tokenizer import Tokenizer
 
@@ -32,6 +36,9 @@ class Answer:
     refusal: MoectlError | None = None  # why it takes no row
     reach: int = 0  # the most tokens that prompt and answer may have
     cached: int = 0  # of the prompt: not computed again
+    firm: int = 0  # of the prompt's tokens: the next turn of this conversation begins with them
+    branches: dict[int, Branch] = field(default_factory=dict)  # number of tokens → what is kept after so many of them
+    heard: int = 0  # tokens of the answer, on every rank
     uid: int = -1  # in mlx-lm's generator
     lookup: Lookup | None = None  # of prompt and answer so far, where tokens are proposed from them
     drafted: int = 0  # tokens proposed by it
@@ -55,6 +62,36 @@ class Answer:
     def tokens(self) -> list[int]:
         """What the model reads first: the prompt, and the answer so far where it is resumed."""
         return [*self.prompt, *self.request.answered]
+
+    @property
+    def held(self) -> int:
+        """For how many tokens its row may hold memory now: room grows ahead of them, in steps."""
+        known = len(self.prompt) + len(self.request.answered) + self.heard
+        return min(self.reach, (known // KV_STEP + 2) * KV_STEP)
+
+    def find_branches(self, tokenizer: Tokenizer, *, trimmable: bool) -> None:
+        """Find where other prompts branch off from this one, and of them what is kept where caches are not trimmable.
+
+        It has to be known whether anything of the prompt is cached. The same on every rank.
+        """
+        request = self.request
+        if request.messages is None:
+            self.firm = len(self.prompt)
+            self.branches = {} if trimmable else {len(self.prompt) - 1: Branch.QUESTION}
+            return
+        asked = request.messages, request.think, request.template_options
+        self.firm = len(self.prompt) - count_tail(tokenizer, *asked, request.must_call)
+        if trimmable:
+            return
+        is_result = request.messages[-1]["role"] == "tool"
+        self.branches = {self.firm: Branch.RESULT if is_result else Branch.QUESTION}
+        if not self.cached and (system := count_system(tokenizer, self.prompt, *asked, request.tools)):
+            self.branches[min(system, self.firm)] = Branch.SYSTEM
+
+    def cut(self, tokens: list[int], computed: int) -> list[list[int]]:
+        """Return the tokens behind the computed ones, cut at its branches."""
+        ends = [computed, *sorted(end for end in self.branches if computed < end < len(tokens)), len(tokens)]
+        return [tokens[start:end] for start, end in pairwise(ends)]
 
     def read(self, tokenizer: Tokenizer, *, vocab_size: int, max_seq_len: int, kv_tokens: int | None) -> None:
         """Find its prompt and its reach, or note why it takes no row.

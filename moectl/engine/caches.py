@@ -29,6 +29,13 @@ def pack(caches: list[Any]) -> None:
     mx.async_eval([whole.state for whole in caches])  # type: ignore[no-untyped-call]
 
 
+def forget(caches: list[Any], count: int) -> None:
+    """Let caches forget their last tokens. Raises RuntimeError where one cannot: mlx-lm's own function is silent."""
+    for part in (part for whole in caches for part in list_parts(whole)):
+        if not part.empty() and part.trim(count) != count:
+            raise RuntimeError(f"a {type(part).__name__} cannot forget {count} tokens")
+
+
 def make_one_row(caches: list[Any]) -> list[Any]:
     """Let mlx-lm's generator take caches that it has no batch for, one row at a time; return the caches."""
     for whole in caches:

@@ -36,7 +36,7 @@ from moectl.engine.answer import Answer, sample_rows
 from moectl.engine.caches import make_one_row, pack
 from moectl.engine.isolation import isolated
 from moectl.engine.profile import profile
-from moectl.engine.prompt_cache import PromptCache
+from moectl.engine.prompt_cache import Branch, PromptCache
 from moectl.engine.protocol import PREFILL_STEP, Cancel, Event, Generate, Order, Prefilled, Profile
 from moectl.engine.sampling import Sampler
 from moectl.engine.speculation import Speculation
@@ -225,7 +225,8 @@ class Engine:
     def _insert(self, answer: Answer) -> None:
         layers = None
         if answer.request.cache_prompt:
-            answer.cached, layers = self._cache.find(answer.tokens)
+            answer.cached, layers = self._cache.find(answer.tokens, answer.request.space)
+            answer.find_branches(self._tokenizer, trimmable=self._trimmable)
         self._running[answer.request.id] = answer
         self._cache.shrink(self._cache_room())
         self._speculation.watch(answer)
@@ -238,8 +239,8 @@ class Engine:
         """Give the generator a row, the first `computed` of whose tokens are in `layers`."""
         if not self._batchable:
             layers = make_one_row(layers or make_prompt_cache(self._model))
-        [answer.uid] = self._generator.insert(
-            [tokens[computed:]],
+        [answer.uid] = self._generator.insert_segments(
+            [answer.cut(tokens, computed)],
             max_tokens=[max(1, answer.reach - len(tokens))],
             caches=[layers],
             all_tokens=[tokens[:computed]],
@@ -261,27 +262,28 @@ class Engine:
         if self._leads:
             self._admission.end(answer.request.id)
         if answer.request.cache_prompt and layers is not None:
-            self._keep(tokens, layers)
+            self._keep(answer, tokens, layers, Branch.ANSWER)
 
-    def _keep(self, tokens: list[int], layers: list[Any]) -> None:
-        if self._cache.keep(tokens, layers, self._cache_room()):
+    def _keep(self, answer: Answer, tokens: list[int], layers: list[Any], kind: Branch) -> None:
+        if self._cache.keep(tokens, layers, self._cache_room(), kind, answer.firm, answer.request.space):
             pack(layers)
 
-    def _keep_prompt(self, answer: Answer) -> None:
-        """Keep what was computed of a prompt: of its answer's caches that would be lost, and other turns begin so."""
-        if self._trimmable or not answer.request.cache_prompt:
-            return
-        with mx.stream(self._generator.stream):
-            layers, tokens = self._generator.extract_cache([answer.uid])[answer.uid]
-            self._keep(tokens, layers)
+    def _keep_prompt(self, part: Any) -> None:
+        """Keep what was computed of a prompt where others branch off: a longer text's caches do not have it."""
+        answer = next(answer for answer in self._prefilling if answer.uid == part.uid)
+        if (computed := answer.cached + part.progress[0]) in answer.branches:
+            with mx.stream(self._generator.stream):
+                layers, tokens = self._generator.extract_cache([answer.uid])[answer.uid]
+                self._keep(answer, tokens, layers, answer.branches[computed])
 
     def _cache_room(self) -> int:
-        return self._cache.find_room([answer.reach for answer in self._running.values()])
+        return self._cache.find_room([answer.held for answer in self._running.values()])
 
     # One step: compute, tell, obey.
 
     def _step(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
         self._agreement.begin_step()
+        self._cache.shrink(self._cache_room())  # running rows grow
         if self._speculation.has_row or self._foresees():
             yield from self._speculate(inbox)
         else:
@@ -296,7 +298,7 @@ class Engine:
         if prompts:
             self._agreement.meet(self._generator.stream)
         for part in (part for part in prompts if part.end_of_segment and not part.end_of_prompt):
-            self._keep_prompt(next(answer for answer in self._prefilling if answer.uid == part.uid))
+            self._keep_prompt(part)
         if self._leads:
             # Without the one that has just joined, and without those that have ended.
             reading = {answer.uid: answer for answer in self._prefilling if not answer.ended}
@@ -319,6 +321,7 @@ class Engine:
 
     def _hear(self, answer: Answer, response: Any) -> Iterator[Event]:
         """Take one more token of a row."""
+        answer.heard += 1
         if answer.lookup is not None:
             answer.lookup.add(response.token)
         if response.finish_reason is not None:
@@ -351,8 +354,7 @@ class Engine:
             mx.synchronize(self._generator.stream)
 
     def _take_out(self, answer: Answer) -> list[Any]:
-        _, tokens = self._in_flight
-        agreed: list[int] = tokens.tolist()  # type: ignore[assignment]
+        agreed: list[int] = self._in_flight[1].tolist()  # type: ignore[assignment]
         layers, _ = self._generator.remove([answer.uid], return_prompt_caches=True)[answer.uid]
         return self._speculation.take(answer, layers, agreed[0])
 

@@ -60,6 +60,7 @@ class Request:
     tools: tuple[dict[str, Any], ...] = ()
     must_call: tuple[str, ...] = ()  # names of tools, one of which has to be called; (): the model may choose
     parallel_calls: bool = True  # several calls in one answer
+    space: int = 0  # of the prompt cache: prompts of other spaces are not found
     cache_prompt: bool = True  # look for it in the prompt cache, and keep it there; a measurement wants neither
 
     @property

@@ -16,9 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationBatch
-from mlx_lm.models.cache import trim_prompt_cache
 
 from moectl.engine.answer import Answer
+from moectl.engine.caches import forget
 from moectl.engine.lookup import Lookup
 from moectl.engine.request import Request
 
@@ -104,7 +104,7 @@ class Speculation:
             chosen = mx.zeros((1 + len(draft),), dtype=mx.int32)
         agreed: list[int] = self._agree(chosen, logits).tolist()  # type: ignore[assignment]
         right = next((i for i, token in enumerate(draft) if token != agreed[i]), len(draft))
-        trim_prompt_cache(self._layers, len(draft) - right)
+        forget(self._layers, len(draft) - right)
         responses = self._accept(agreed[: right + 1])
         row.drafted += len(draft)
         row.accepted += min(right, len(responses))
@@ -131,7 +131,7 @@ class Speculation:
                 reason = "stop"
             responses.append(_Response(row.uid, token, None, reason, None, None))
             if reason is not None:
-                trim_prompt_cache(self._layers, len(tokens) - count)
+                forget(self._layers, len(tokens) - count)
                 _, known, responses[-1].prompt_cache = self.give_back()
                 responses[-1].all_tokens = [*known, *tokens[: count - 1]]
                 break

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import pytest
 from hypothesis import given, settings, strategies as st
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
-from moectl.engine.prompt_cache import MIN_PREFIX, PromptCache
+from moectl.engine.caches import forget
+from moectl.engine.prompt_cache import MIN_PREFIX, Branch, PromptCache
 
 
 def make_layers(tokens: list[int], layers: int = 2) -> list[KVCache]:
@@ -74,6 +76,62 @@ def test_a_prompt_too_long_for_the_room_drives_nobody_out() -> None:
     assert [prompt[0] for prompt in cache.prompts] == [0]
 
 
+def test_a_turn_that_tells_the_last_answer_otherwise_replaces_the_turn_before() -> None:
+    """The first 20 tokens are a prompt, of which the last 2 begin the thinking that the next turn leaves out."""
+    cache = PromptCache()
+    other = [*count(0, 17), *count(900, 10)]  # of another conversation with the same system message
+    for tokens in (other, count(0, 30), [*count(0, 18), *count(500, 9)]):
+        cache.keep(tokens, make_layers(tokens), room=1000, firm=18)
+    assert cache.prompts == [other, [*count(0, 18), *count(500, 9)]]
+
+
+def test_what_is_used_in_part_goes_before_what_is_used_whole() -> None:
+    cache = PromptCache()
+    for start in (100, 200):
+        cache.keep(count(start, 30), make_layers(count(start, 30)), room=100)
+    assert cache.find([*count(100, 20), 1, 2])[0] == 20  # whose own entry will have these 20
+    cache.shrink(30)
+    assert [prompt[0] for prompt in cache.prompts] == [200]
+
+
+def test_entries_before_an_answer_stay_until_their_like_replaces_them() -> None:
+    cache = PromptCache(trimmable=False)
+    told = [
+        (20, Branch.SYSTEM),
+        (30, Branch.QUESTION),
+        (40, Branch.ANSWER),
+        (50, Branch.RESULT),  # after the call that is the answer
+        (60, Branch.ANSWER),
+        (70, Branch.QUESTION),
+    ]
+    left = [[20], [20, 30], [20, 30, 40], [20, 30, 50], [20, 30, 50, 60], [20, 70]]
+    for (length, kind), lengths in zip(told, left, strict=True):
+        cache.keep(count(0, length), make_layers(count(0, length)), 1000, kind)
+        assert [len(prompt) for prompt in cache.prompts] == lengths
+
+
+def test_spaces_find_nothing_of_each_other() -> None:
+    cache = PromptCache()
+    cache.keep(count(0, 30), make_layers(count(0, 30)), 100, space=1)
+    assert cache.find([*count(0, 30), 7]) == (0, None)
+    assert cache.find([*count(0, 30), 7], 2) == (0, None)
+    assert cache.keep(count(0, 30), make_layers(count(0, 30)), 100, space=2)
+    assert [cache.find([*count(0, 30), 7], space)[0] for space in (0, 1, 2)] == [0, 30, 30]
+    assert cache.tokens == 60
+
+
+def test_a_cache_that_does_not_forget_is_no_silence() -> None:
+    kept = CacheList(KVCache(), *make_layers(count(0, 10)))
+    forget([kept], 3)
+    assert keys_of([kept[1]]) == count(0, 7)
+    full = RotatingKVCache(max_size=4)
+    for _ in range(6):
+        full.update_and_fetch(mx.zeros((1, 1, 1, 4)), mx.zeros((1, 1, 1, 4)))
+    full._idx = full.offset = 2
+    with pytest.raises(RuntimeError, match="a RotatingKVCache cannot forget 3 tokens"):
+        forget([full], 3)
+
+
 def test_a_turn_replaces_the_turn_it_continues() -> None:
     cache = PromptCache()
     cache.keep(count(0, 20), make_layers(count(0, 20)), room=100)
@@ -84,9 +142,9 @@ def test_a_turn_replaces_the_turn_it_continues() -> None:
 
 def test_an_entry_that_cannot_be_trimmed_begins_texts_with_all_of_it() -> None:
     cache = PromptCache(trimmable=False)
-    for length in (20, 30):
-        assert cache.keep(count(0, length), make_layers(count(0, length)), room=100)
-    assert cache.prompts == [count(0, 20), count(0, 30)]  # a prompt and its answer
+    for length, kind in ((20, Branch.QUESTION), (30, Branch.ANSWER)):
+        assert cache.keep(count(0, length), make_layers(count(0, length)), 100, kind)
+    assert cache.prompts == [count(0, 20), count(0, 30)]
     assert cache.find(count(0, 29))[0] == 20
     assert cache.find(count(0, 20))[0] == 0
     assert cache.find([*count(0, 25), 99, 98])[0] == 20
