@@ -34,16 +34,16 @@ _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
 
 @verb("Prepare")
 @click.argument("hostfile_", metavar="[HOSTFILE]", required=False, shell_complete=suggest.files)
-@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be run: the default.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only show the commands: the default.")
 @click.option("--apply", is_flag=True, help="Run the commands on the hosts, with sudo; asks first.")
 @click.option("--undo", is_flag=True, help="Undo what --apply ran, last command first; asks first.")
-@click.option("--again", is_flag=True, help="Run again what --apply ran and a restart of a Mac has lost.")
+@click.option("--again", is_flag=True, help="Run again what a restart of a Mac has lost.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the new hosts file; MLX's JSON where the name ends in .json.",
+    help="Write the hosts file; as MLX's JSON to *.json.",
 )
 @click.option("--force", is_flag=True, help="Overwrite the file of -o.")
 @click.option(
@@ -58,7 +58,7 @@ _CARRIES = {"jaccl": "RDMA", "jaccl-ring": "RDMA", "ring": "TCP"}
     type=click.Choice(["auto", "ring", "jaccl", "jaccl-ring"]),
     default="auto",
     show_default=True,
-    help="ring is TCP; jaccl is RDMA over a mesh, jaccl-ring over a ring.",
+    help="ring: TCP; jaccl: RDMA over a mesh; jaccl-ring: over a ring.",
 )
 @click.option("--no-sleep", is_flag=True, help="Also keep the Macs from sleeping (pmset).")
 @click.option(
