@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from moectl.cli.target import find_others
+from moectl.errors import StateError
 from moectl.hosts.hostfile import Host
+from moectl.server import attach
+from moectl.server.client import Client
 from moectl.session.deployment import DeployedRank, Deployment, write_deployment
-from moectl.session.target import Local
+from moectl.session.target import Local, target_key
 from tests.cli.test_cli import run
 
 PLACE = ("/python", "/root", "/root/shards/set")
@@ -40,6 +43,18 @@ def test_the_deployments_on_the_same_hosts_are_offered_with_the_hosts_as_they_ar
     assert found == Deployment("earlier", earlier.shards, (DeployedRank(now, *PLACE), earlier.ranks[1]))
     assert said == ["half is not offered: it is not deployed on b yet."]
     assert find_others(said, Local(Path("/x"), None)) == []  # type: ignore[arg-type]
+
+
+def test_a_server_that_offers_a_deployment_is_found_by_any_of_its_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (Deployment(name, f"/sets/{name}", (DeployedRank(Host("a"), *PLACE),)) for name in "abc")
+    place = attach.place_of(first)
+    offers = [target_key(each) for each in (first, second)]
+    monkeypatch.setattr(attach, "find_running", lambda: [place])
+    monkeypatch.setattr(attach, "is_running", lambda path: path == place)
+    monkeypatch.setattr(Client, "describe", lambda self, **how: {"offers": offers})
+    assert [attach.find_place(each) for each in (first, second, third)] == [place, place, None]
+    with pytest.raises(StateError, match="b is loaded already"):
+        attach.refuse_second(second)
 
 
 @pytest.mark.parametrize(
