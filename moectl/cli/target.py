@@ -53,7 +53,7 @@ def take_model(common: Common, words: tuple[str, ...], options: dict[str, Any]) 
         return words
     deployment = find_deployment()
     here = Path(first).expanduser()
-    if deployment is not None and first == deployment.name:
+    if deployment is not None and first in (deployment.name, _source_of(deployment)):
         return words[1:]
     if any((root / MANIFEST).is_file() for root in (here, data_dir() / "shards" / first)):
         options["shards"] = first
@@ -67,6 +67,15 @@ def take_model(common: Common, words: tuple[str, ...], options: dict[str, Any]) 
         return words
     common.say(f"The model is {first}.")
     return words[1:]
+
+
+def _source_of(deployment: Deployment) -> str | None:
+    """Return the name that a deployment's model has in the API, where its copy on this machine is still there."""
+    from moectl.model.manifest import read_manifest
+
+    with contextlib.suppress(errors.NotSharded, errors.IntegrityError):
+        return read_manifest(Path(deployment.shards)).source
+    return None
 
 
 def run_options(flags: dict[str, Any]) -> RunOptions:
@@ -133,14 +142,12 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
 
 def find_others(common: Common, target: Target) -> list[Target]:
     """Return the other deployments on a deployment's hosts, newest first; say which of them is not whole."""
-    from moectl.session.deployment import Deployment, find_deployments
+    from moectl.session.deployment import Deployment, find_beside
 
     if not isinstance(target, Deployment):
         return []
     found: list[Target] = []
-    for other in find_deployments():
-        if other.addresses != target.addresses or other.name == target.name:
-            continue
+    for other in find_beside(target):
         if other.missing:
             common.say(f"{other.name} is not offered: it is not deployed on {', '.join(other.missing)} yet.")
         else:

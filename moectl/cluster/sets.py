@@ -17,10 +17,11 @@ from moectl.files import explain_refusal
 from moectl.model.manifest import NAME as MANIFEST_NAME, Manifest, read_manifest
 from moectl.paths import cache_dir, data_dir
 from moectl.server.client import Client, find_running
-from moectl.session.deployment import find_deployment
+from moectl.session.deployment import find_deployment, find_deployments
 from moectl.shards.journal import lock_directory
 
-DEPLOYED, RUNNING = "deployed", "running"
+# In use; one that was deployed before the current one is still on its hosts, where `serve` offers it.
+DEPLOYED, RUNNING, BEFORE = "deployed", "running", "deployed before"
 _ASK_S = 2.0
 
 
@@ -34,7 +35,7 @@ class ShardSet:
     bytes: int  # of all files in it
     changed_s: float  # when it was made, or named last
     state: str  # "complete", "unfinished" (running the same `shard` again goes on), "damaged", "download"
-    use: str = ""  # "deployed", "running"
+    use: str = ""  # "deployed", "running", "deployed before"
     ranks: int | None = None
     split: str | None = None
     bits: int | None = None
@@ -69,17 +70,19 @@ class Listing:
 def make_listing() -> Listing:
     """Look at this machine's shard sets, newest first. Raises StateError when the deployment's record is damaged."""
     deployment = find_deployment()
-    deployed = Path(deployment.shards) if deployment else None
+    deployed = [Path(one.shards) for one in find_deployments()]
+    uses = dict.fromkeys((path.resolve() for path in deployed), BEFORE)
+    if deployment:
+        uses[Path(deployment.shards).resolve()] = DEPLOYED
     running = {Path(one["shards"]).resolve() for one in _described()}
     roots = {"data": data_dir(), "cache": cache_dir()}
     places = [(path, place) for place, root in roots.items() for path in _directories(root / "shards")]
-    if deployed and deployed.is_dir() and deployed.resolve() not in {path.resolve() for path, _ in places}:
-        places.append((deployed, "elsewhere"))
+    known = {path.resolve() for path, _ in places}
+    places += [(path, "elsewhere") for path in deployed if path.is_dir() and path.resolve() not in known]
     sets = []
     for path, place in places:
         here = path.resolve()
-        use = RUNNING if here in running else DEPLOYED if deployed and here == deployed.resolve() else ""
-        sets.append(_look(path, place, use))
+        sets.append(_look(path, place, RUNNING if here in running else uses.get(here, "")))
     sizes = None
     if deployment:
         manifest = None
@@ -116,7 +119,7 @@ def delete_set(one: ShardSet) -> None:
     Raises StateError when it is in use by now, when another moectl works on it, or when the disk refuses.
     """
     fresh = {other.directory: other for other in make_listing().sets}.get(one.directory)
-    if fresh is None or fresh.use:
+    if fresh is None or fresh.use not in ("", BEFORE):
         raise StateError(f"{one.name} is {fresh.use if fresh else 'gone'} by now")
     _refuse_if_unknown()
     try:

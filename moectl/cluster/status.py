@@ -72,13 +72,22 @@ class _Seen:
 
 
 class Observer:
-    """Looks at a deployment, or at hosts without one, and at this machine's controllers; use as a context manager."""
+    """Looks at a deployment, or at hosts without one, and at this machine's controllers; use as a context manager.
 
-    def __init__(self, deployment: Deployment | None, hosts: Sequence[Host] = (), *, limit_s: float = LOOK_S) -> None:
-        self._name = deployment.name if deployment else None
+    `others` are on the same hosts: where a controller has loaded one of them, that one is looked at.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment | None,
+        hosts: Sequence[Host] = (),
+        *,
+        others: Sequence[Deployment] = (),
+        limit_s: float = LOOK_S,
+    ) -> None:
+        self._all = (deployment, *others) if deployment else ()
         ranks = deployment.ranks if deployment else tuple(DeployedRank(host) for host in hosts)
-        self._ranks = ranks
-        self._deployment = deployment
+        self._use(deployment, ranks)
         self._limit_s = limit_s
         self._remotes: list[Remote] = [make_remote(rank.host) for rank in ranks]
         self._asking: set[int] = set()  # ranks whose host has not answered the last question yet
@@ -92,6 +101,10 @@ class Observer:
     def look(self) -> Status:
         """Ask all once, at the same time; a host that hangs is given up after the limit, 15 seconds."""
         described, silent = _describe_all()
+        if self._all:
+            loaded = (one for one in self._all if any(_runs(told, one) for told in described))
+            shown = next(loaded, self._all[0])
+            self._use(shown, shown.ranks)
         seen = on_each([rank.host for rank in self._ranks], self._see, limit_s=self._limit_s)
         rows = [self._row(rank, found) for rank, found in enumerate(seen)]
         others = []
@@ -102,6 +115,11 @@ class Observer:
             else:
                 others += _controller_rows(one)
         return Status(time.time(), (*rows, *self._strangers(seen), *others), tuple(described), silent)
+
+    def _use(self, deployment: Deployment | None, ranks: Sequence[DeployedRank]) -> None:
+        self._deployment = deployment
+        self._name = deployment.name if deployment else None
+        self._ranks = ranks
 
     def _see(self, rank: int, host: Host) -> _Seen:
         if rank in self._asking:

@@ -15,7 +15,7 @@ from moectl.engine.protocol import RunOptions
 from moectl.errors import AlreadyRunning, MoectlError, RemoteError, StateError
 from moectl.records import build
 from moectl.server import background
-from moectl.server.client import Client, is_running, last_beat, socket_path
+from moectl.server.client import Client, find_running, is_running, last_beat, socket_path
 from moectl.server.contracts import ControllerOptions
 from moectl.session.target import Local, Target, decode_target, encode_target, target_key
 
@@ -24,6 +24,7 @@ _OPEN = (None, "auto", 0, False)  # values that agree with any other
 _SAFEGUARDS = ("agree_routing", "paranoia")  # wanted ones have to be on
 _ATTEMPTS = 3
 _LEAVING_S = 30.0
+_LOOK_S = 2.0  # for a controller to say what it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,8 @@ def attach(
 
     Waits until the model is loaded. Raises StateError when one runs with other options, and what starting raises.
     """
-    client = Client(settings.socket_path)
     for _ in range(_ATTEMPTS):
+        client = Client(find_place(target) or settings.socket_path)
         if is_running(client.path) and _join(client, target, options, settings.keep_alive_s):
             return Attached(client, False)
         ranks = len(target.addresses)
@@ -98,9 +99,22 @@ def describe_place(target: Target) -> str:
     return f"{target.name} on {where}"
 
 
+def find_place(target: Target) -> Path | None:
+    """Return the socket of the controller that runs a target, or that may load it for a request; None for none."""
+    own = place_of(target)
+    if is_running(own):
+        return own
+    key = target_key(target)
+    for path in find_running():
+        with contextlib.suppress(MoectlError):  # one that does not answer loads its first model, which is another
+            if key in Client(path).describe(timeout_s=_LOOK_S).get("offers", ()):
+                return path
+    return None
+
+
 def is_loaded(target: Target) -> bool:
     """Return whether a controller of the target runs."""
-    return is_running(place_of(target))
+    return find_place(target) is not None
 
 
 def refuse_second(target: Target) -> None:

@@ -118,7 +118,7 @@ class ServedModels:
         request unloads.
         """
         self.failure: MoectlError | None = None
-        self._menu = menu
+        self.menu = menu
         self._open = open_
         self._make_controller = make_controller
         self._keep_alive = keep_alive
@@ -145,7 +145,7 @@ class ServedModels:
         return self._loaded.served.name if self._loaded else None
 
     def find(self, name: str | None) -> ServedModel:
-        return self._all[self._menu.find(name, self._loaded_offer).name]
+        return self._all[self.menu.find(name, self._loaded_offer).name]
 
     def listed(self) -> list[Listed]:
         loaded = self._loaded_offer
@@ -158,7 +158,7 @@ class ServedModels:
             served.created,
             served.model,
             loaded=offer is loaded,
-            aliases=self._menu.aliases_of(offer, loaded),
+            aliases=self.menu.aliases_of(offer, loaded),
             set_name=offer.target.name,
             quantization=offer.quantization,
             bytes=offer.bytes,
@@ -227,7 +227,7 @@ class ServedModels:
     @property
     def shown(self) -> ServedModel:
         """The model that is loaded, else the first one."""
-        return self._loaded.served if self._loaded else self._all[self._menu.first.name]
+        return self._loaded.served if self._loaded else self._all[self.menu.first.name]
 
     def close(self) -> None:
         """Accept no more requests, load no other model, and do not restart."""

@@ -22,7 +22,7 @@ from moectl.server.models import ServedModels
 from moectl.server.restarts import Restarts
 from moectl.server.sockets import beating, listen_tcp, listen_unix
 from moectl.session.session import Session
-from moectl.session.target import Target, open_session
+from moectl.session.target import Target, open_session, target_key
 
 OnMade = Callable[[Session], None]
 
@@ -149,5 +149,6 @@ def describe_run(models: ServedModels, options: RunOptions) -> dict[str, Any]:
         "shards": target.shards,
         "options": options.shared(),
         "sampling": models.shown.model.sampling,
+        "offers": [target_key(offer.target) for offer in models.menu.offers],
         "samplings": {one.set_name: one.model.sampling for one in models.listed()},
     }

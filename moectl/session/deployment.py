@@ -123,6 +123,11 @@ def find_deployments() -> list[Deployment]:
     return [deployment for deployment, _ in _find_all()]
 
 
+def find_beside(deployment: Deployment) -> list[Deployment]:
+    """Return the deployments of other sets on the same hosts, newest first. Raises StateError."""
+    return [one for one in find_deployments() if one.addresses == deployment.addresses and one.name != deployment.name]
+
+
 def _find_all() -> list[tuple[Deployment, Path]]:
     """Return all deployments with the files that record them."""
     earlier = [(path.stat().st_mtime_ns, path) for path in (state_dir() / "deployments").glob("*.json")]

@@ -13,7 +13,11 @@ from moectl.cli.verbs.logs import RULE
 from moectl.cli.verbs.run import cut_text
 from moectl.demo import demo_dir
 from moectl.errors import UsageError
+from moectl.hosts.hostfile import Host
 from moectl.paths import state_dir
+from moectl.session.deployment import DeployedRank, Deployment, write_deployment
+from moectl.shards import prepare
+from moectl.shards.prepare import Wanted
 from tests.cli.test_cli import run
 from tests.support.tiny import write_checkpoint, write_words
 
@@ -42,6 +46,14 @@ def test_a_prompt_may_begin_with_a_model() -> None:
     for kept in (("and/or", "what"), ("llama3 says hi",), ("hello", "llama3"), ("gpt",)):
         assert words_and_options(*kept)[0] == kept
     assert words_and_options("llama3", "hi", model="some/model")[0] == ("llama3", "hi")
+
+
+def test_a_prompt_may_begin_with_the_deployments_model(tmp_path: Path) -> None:
+    directory = prepare.shard(str(demo_dir()), Wanted(nodes=1), directory=tmp_path / "set").directory
+    rank = DeployedRank(Host("mac1"), "/python", "/root", "/root/shards/set")
+    write_deployment(Deployment("set", str(directory), (rank,)))
+    for name in ("set", "moectl-demo"):  # the shard set's, and the one of /v1/models
+        assert words_and_options(name, "hi") == (("hi",), {"model": None, "shards": None, "demo": False})
 
 
 def test_a_model_of_other_tools_is_no_prompt(call: Any) -> None:

@@ -85,11 +85,25 @@ def test_what_is_here(sets: dict[str, Path]) -> None:
     assert "\nDeployed: deployed\n" in text
 
 
+def test_a_set_that_was_deployed_before_is_not_pruned_and_may_be_deleted_by_name(sets: dict[str, Path]) -> None:
+    for name in ("older", "old"):
+        ranks = (DeployedRank(Host("mac0"), "/python", "/root", f"/root/shards/{name}"),)
+        write_deployment(Deployment(name, str(sets[name]), ranks))
+    found = make_listing()
+    uses = {one.name: one.use for one in found.sets if one.use}
+    assert uses == {"old": "deployed", "older": "deployed before", "deployed": "deployed before"}
+    assert [one.name for one in choose_old(found)] == ["cached-old"]
+    assert found.deployment is not None
+    assert found.deployment.name == "old"
+    delete_set(next(one for one in found.sets if one.name == "older"))
+    assert not sets["older"].exists()
+
+
 def test_a_deployed_set_elsewhere_and_one_that_is_gone(sets: dict[str, Path]) -> None:
     ranks = (DeployedRank(Host("mac0"), "/python", "/root", "/root/shards/away"), DeployedRank(Host("mac1")))
     write_deployment(Deployment("away", str(sets["away"]), ranks))
     found = make_listing()
-    assert [(one.name, one.place) for one in found.sets if one.use] == [("away", "elsewhere")]
+    assert [(one.name, one.place) for one in found.sets if one.use == "deployed"] == [("away", "elsewhere")]
     assert found.deployment is not None
     assert [r.bytes for r in found.deployment.ranks] == [5 * LAYER_BYTES, None]
     (sets["away"] / NAME).write_text("{}")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,9 +185,14 @@ DESCRIBED: dict[str, Any] = {
 }
 
 
-def look(monkeypatch: pytest.MonkeyPatch, deployment: Deployment | None, *described: dict[str, Any]) -> Status:
+def look(
+    monkeypatch: pytest.MonkeyPatch,
+    deployment: Deployment | None,
+    *described: dict[str, Any],
+    others: Sequence[Deployment] = (),
+) -> Status:
     monkeypatch.setattr(status_module, "_describe_all", lambda: (list(described), ()))
-    with Observer(deployment) as observer:
+    with Observer(deployment, others=others) as observer:
         return observer.look()
 
 
@@ -208,6 +213,17 @@ def test_a_controller_knows_more_than_is_seen(monkeypatch: pytest.MonkeyPatch, t
         ("other", 0, UNKNOWN),
         ("other", 1, UNKNOWN),
     ]
+
+
+def test_the_deployment_that_a_server_has_loaded_is_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    current = deploy_to([Host("localhost", dir=str(tmp_path / name)) for name in "ab"])
+    earlier = replace(current, name="earlier")
+    for told, shown in ((DESCRIBED, NAME), ({**DESCRIBED, "name": "earlier"}, "earlier")):
+        rows = look(monkeypatch, current, told, others=[earlier]).rows
+        assert [(row.model, row.rank, row.state) for row in rows] == [(shown, 0, RUNNING), (shown, 1, RUNNING)]
+    unloaded = {**DESCRIBED, "name": "earlier", "hosts": [], "memory_bytes": [], "ranks_answered": 0}
+    rows = look(monkeypatch, current, unloaded, others=[earlier]).rows
+    assert [(row.model, row.state) for row in rows] == [(NAME, IDLE), (NAME, IDLE)]
 
 
 ROWS = (

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from moectl.engine.protocol import Done, Ready, Token
@@ -18,6 +20,7 @@ from moectl.errors import MoectlError, PeerLost, QueueFull, StateError, UsageErr
 from moectl.server import models as module
 from moectl.server.contracts import Notice
 from moectl.server.controller import MAX_WAITING, Controller, KeepAlive
+from moectl.server.http import make_app
 from moectl.server.menu import Menu, Offered
 from moectl.server.models import ServedModels
 from moectl.session.target import Local
@@ -182,6 +185,43 @@ def test_a_load_that_fails_is_an_error_and_the_model_before_comes_back() -> None
         await until(lambda: len(site.sessions) == 3)
         await site.answer(1)
         assert isinstance((await collect(again))[-1], Done)
+
+    drive(test)
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kinds"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO}, ("server_error", "server_error")),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 5}, ("api_error", "api_error")),
+        ("/v1/responses", {"input": "hello"}, ("server_error", "server_error")),
+    ],
+)
+def test_a_load_that_fails_is_an_error_of_each_protocol(
+    path: str, body: dict[str, Any], kinds: tuple[str, str]
+) -> None:
+    async def test(site: Site) -> None:
+        transport = httpx2.ASGITransport(make_app(site.models))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            replies = []
+            for stream in (False, True):
+                site.failures.append(PeerLost("rank 1 was lost"))
+                replies.append(await http.post(path, json={**body, "model": "b", "stream": stream}))
+            unknown = await http.post(path, json={**body, "model": "c"})
+            listed = (await http.get("/v1/models")).json()["data"]
+        assert [reply.status_code for reply in (*replies, unknown)] == [503, 200, 404]
+        assert replies[0].json()["error"]["type"] == kinds[0]
+        assert "b cannot be loaded: rank 1 was lost" in replies[0].json()["error"]["message"]
+        lines = replies[1].text.split("\n")
+        assert ": moectl: Loading b." in lines
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        told = events[-1].get("response", events[-1])["error"]
+        assert told["type"] == kinds[1]
+        assert "b cannot be loaded" in told["message"]
+        assert [(one["id"], one["loaded"]) for one in listed] == [("a", False), ("b", False)]
 
     drive(test)
 

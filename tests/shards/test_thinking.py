@@ -212,6 +212,15 @@ def test_a_stream_knows_whether_it_thinks(make: Callable[..., Tokenizer]) -> Non
     assert not tokenizer.stream_answer(None).is_thinking
 
 
+@pytest.mark.parametrize(
+    ("template", "added", "thinks"), [(QWEN, THINK, True), (HARMONY, CHANNELS, True), (PLAIN, (), False)]
+)
+def test_whether_a_model_thinks_at_all(
+    make: Callable[..., Tokenizer], template: str, added: Sequence[str], thinks: bool
+) -> None:
+    assert make(template, added).thinks is thinks
+
+
 # On and off.
 
 

@@ -202,7 +202,7 @@ def test_serving_openais_client(served: tuple[subprocess.Popen[str], dict[str, A
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert text == whole.choices[0].message.content
     assert moectl(*QUESTION, "--max-tokens", "40").stdout == f"{text}\n"  # run attaches to the same controller
-    assert "\nError: " in moectl("serve", "--local", "2", check=8).stderr  # after the warning that it is the demo
+    assert "Error: moectl-demo-bf16-hidden-2 is loaded already" in moectl("serve", "--local", "2", check=8).stderr
     with pytest.raises(openai.BadRequestError, match="context"):
         api.completions.create(model=name, prompt="word " * 5000)
     with api.chat.completions.create(**{**asked, "max_tokens": 400}, stream=True, extra_body={"ignore_eos": True}) as s:

@@ -129,10 +129,10 @@ def test_a_requests_model_decides(sets: list[Path]) -> None:
             others = [pool.submit(server.ask, "four") for _ in range(7)]
             streamed = pool.submit(lambda: list(server.stream(FOUR)))
             whole = begun + list(running)
-            told = {each.result()["choices"][0]["message"]["content"] for each in others}
+            said = {each.result()["choices"][0]["message"]["content"] for each in others}
         assert whole[-1] == "data: [DONE]"
         assert sum('"delta":{"content"' in line for line in whole) > 60
-        assert told == {text_of(streamed.result())}
+        assert said == {text_of(streamed.result())}
         assert f": moectl: Loading {FOUR}." in streamed.result()
         assert [line.strip() for line in server.loads] == [f"Loading {SIXTEEN}", f"Loading {FOUR}."]
         now = server.models()
@@ -141,6 +141,15 @@ def test_a_requests_model_decides(sets: list[Path]) -> None:
         assert server.ask("default")["model"] == FOUR
         again = server.ask("toy-bf16")  # the shard set's name
         assert again["choices"][0]["message"] == first["choices"][0]["message"]
+        assert len(server.loads) == 3
+        # `run` joins the server, and its question names its own model; the one that is loaded is looked at.
+        command = [sys.executable, "-m", "moectl"]
+        status = json.loads(subprocess.check_output([*command, "status", "--json"], env=process_env()))
+        assert {(one["rank"], one["model"], one["state"]) for one in status["hosts"]} == {
+            (rank, "toy-bf16", "running") for rank in range(2)
+        }
+        told = subprocess.check_output([*command, "run", QUESTION, "--max-tokens", "24"], env=process_env(), text=True)
+        assert told.strip() == first["choices"][0]["message"]["content"].strip()
         assert len(server.loads) == 3
 
 

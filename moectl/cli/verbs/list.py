@@ -121,7 +121,7 @@ def rm(common: Common, name: str, yes: bool) -> None:
     if len(same) > 1:
         raise errors.UsageError(f"{len(same)} shard sets have the name {name}", hint="moectl list")
     [one] = same
-    if one.use:
+    if one.use not in ("", listing.BEFORE):
         raise errors.StateError(f"{name} is {one.use}", hint="moectl list")
     confirm(f"Delete {one.name}, {size_text(one.bytes)}?", yes=yes)
     listing.delete_set(one)

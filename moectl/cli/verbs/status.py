@@ -48,13 +48,15 @@ def status(common: Common, watch: bool) -> None:
     """
     from moectl.cli.terminal import can_redraw, on_ctrl_t
     from moectl.cluster.status import Observer
+    from moectl.session.deployment import find_beside
 
     deployment, hosts = find_deployment_or_hosts(common)
+    others = find_beside(deployment) if deployment else ()
     begin = time.monotonic()
     redraws = watch and can_redraw(sys.stdout) and not (common.json or common.quiet)
     with (
         on_ctrl_t(lambda: f"asking the hosts since {time.monotonic() - begin:.1f} s", _mute if redraws else common.say),
-        Observer(deployment, hosts, **({"limit_s": WATCH_LOOK_S} if watch else {})) as observer,
+        Observer(deployment, hosts, others=others, **({"limit_s": WATCH_LOOK_S} if watch else {})) as observer,
     ):
         if redraws:
             _show_live(common, observer)
