@@ -22,6 +22,7 @@ from moectl.cli.verbs import (
     setup,
     shard,
     status,
+    upgrade,
 )
 from moectl.cli.verbs.completion import completion, generate
 from moectl.cli.verbs.hosts import hosts
@@ -96,6 +97,7 @@ for _verb in (
     shard.shard,
     shard.pull,
     deploy.deploy,
+    upgrade.upgrade,
     run_.run,
     serve.serve,
     serve.stop,
