@@ -23,6 +23,7 @@ from moectl.cli.verbs import (
     shard,
     show,
     status,
+    upgrade,
 )
 from moectl.cli.verbs.completion import completion, generate
 from moectl.cli.verbs.hosts import hosts
@@ -97,6 +98,7 @@ for _verb in (
     shard.shard,
     shard.pull,
     deploy.deploy,
+    upgrade.upgrade,
     run_.run,
     serve.serve,
     serve.stop,

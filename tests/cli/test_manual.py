@@ -92,7 +92,7 @@ def test_a_page_says_what_help_says(command: Verb) -> None:
     shown = mandoc("-Tascii", source=pages(cli)[f"man1/moectl-{command.name}.1"])
     words = " ".join(shown.split())
     for parameter in command.params:
-        if isinstance(parameter, click.Option):
+        if isinstance(parameter, click.Option) and not parameter.hidden:
             assert parameter.help, f"{command.name}: {parameter.opts} needs help="
             assert ", ".join(sorted(parameter.opts, key=len)) in words
     assert command.examples, f"{command.name}: add a block of Examples to its docstring"

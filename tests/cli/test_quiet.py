@@ -23,6 +23,7 @@ STEPS: list[tuple[tuple[str, ...], str]] = [
     (("hosts",), "localhost"),
     (("setup", "hosts.txt"), "localhost"),
     (("deploy", "hosts.txt"), "localhost"),
+    (("upgrade", "--hosts-only"), "as before"),
     (("list",), "moectl-demo"),
     (("list", "--prune", "--dry-run"), "nothing old"),
     (("ls",), "moectl-demo"),

@@ -68,7 +68,7 @@ def service(common: Common, action: str, at: str, dry_run: bool, yes: bool, **_:
         case "install":
             _install(common, manager, found, _make_job(ctx, at), dry_run=dry_run, yes=yes)
         case "start":
-            _start(common, manager, found or service_.require_service(manager), yes=yes)
+            common.print(*start_service(common, yes=yes))
         case "status":
             _show(common, manager, found)
         case _:
@@ -230,16 +230,20 @@ def _warn_of_agent(common: Common) -> None:
         )
 
 
-def _start(common: Common, manager: Manager, found: Service, *, yes: bool) -> None:
+def start_service(common: Common, *, yes: bool) -> tuple[str, dict[str, Any]]:
+    """Start the service that is installed; return what a person and what a script should know. Raises StateError."""
     from moectl.cluster.service import service as service_
 
+    manager = service_.find_manager()
+    found = service_.require_service(manager)
     manager.refuse(found.at)
     document = _document(manager, found.at, found.job)
     if service_.is_up(manager.look(found.at)):
-        common.print("The service runs already.", document)
-    elif _allow(common, manager, found.at, "start", yes=yes):
-        manager.start(found.at)
-        common.print("Started: it loads now. 'moectl service status' says how it stands.", document)
+        return "The service runs already.", document
+    if not _allow(common, manager, found.at, "start", yes=yes):
+        return "", document
+    manager.start(found.at)
+    return "Started: it loads now. 'moectl service status' says how it stands.", document
 
 
 def _remove(common: Common, manager: Manager, found: Service | None, *, yes: bool) -> None:

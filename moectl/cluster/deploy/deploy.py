@@ -96,7 +96,7 @@ def deploy(
         check_writable()
     with ExitStack() as held, tempfile.TemporaryDirectory(prefix="moectl-") as scratch:
         versions, code = wanted_versions(), hash_code()
-        wheels = _list_wheels(pack_wheel(Path(scratch)), wheelhouse, Path(scratch))
+        wheels = list_wheels(pack_wheel(Path(scratch)), wheelhouse, Path(scratch))
         tasks = [
             HostTask(
                 rank=rank,
@@ -174,7 +174,7 @@ def manifest_entry(shard_dir: Path) -> FileEntry:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}", hint="moectl shard MODEL") from None
 
 
-def _list_wheels(ours: Path, wheelhouse: Path | None, scratch: Path) -> dict[Path, FileEntry]:
+def list_wheels(ours: Path, wheelhouse: Path | None, scratch: Path) -> dict[Path, FileEntry]:
     """Return moectl's own wheel first, then those of a wheelhouse, which are checked, and the list that pins them."""
     wheels = [ours]
     if wheelhouse:

@@ -7,7 +7,7 @@ The order is look, compare, install, push. What is right already is left alone: 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -70,6 +70,23 @@ def survey_environment(remote: Remote, host: Host) -> FileSurvey:
     Raises VersionMismatch without a python that is new enough, CommandFailed, HostError.
     """
     return _survey(remote, HostTask(0, host, Path(), "", {}, {}, "", {}, dry_run=True, verify=False))
+
+
+def renew_environment(
+    task: HostTask, remote: Remote, on_event: OnEvent, before: Callable[[FileSurvey], None]
+) -> tuple[FileSurvey, str, bool]:
+    """Bring a host's environment, and nothing else, to the wanted versions.
+
+    Returns what was there, the python ("" where a dry run would make it), and whether anything had to be installed.
+    `before` is called before that, and may raise. Raises HostError, RemoteError.
+    """
+    found = _survey(remote, task)
+    remote.python = found.python
+    python = _plan(task, found).python
+    if python or task.dry_run:
+        return found, python, not python
+    before(found)
+    return found, prepare_python(remote, task, found, on_event), True
 
 
 @contextlib.contextmanager

@@ -68,14 +68,7 @@ def _clear(host: Host, keep: Sequence[str], dry_run: bool) -> Cleared:
     # The environment's own python last: it goes with the rest.
     pythons = (*list_pythons(host), *([] if host.is_local else [f"{root}/env/bin/python"]))
     with closing(make_remote(host)) as remote:
-        running = _find_running(remote, pythons, root)
-        if running:
-            time.sleep(ENDING_S)  # one that has just been stopped is on its way out
-            running = _find_running(remote, pythons, root)
-        if running:
-            pids = ", ".join(map(str, running))
-            hint = "moectl stop" if find_running() else f"stop it where it was started, or end {pids} there"
-            raise StateError(f"a worker runs there (process {pids})", host=host.address, hint=hint)
+        refuse_workers(remote, pythons, root, host)
         request = {"root": root, "keep": list(keep) if host.is_local else [], "dry_run": dry_run}
         answer = ask(remote, pythons, "clear", request, timeout_s=CLEAR_S)
     if answer["busy"]:
@@ -84,6 +77,18 @@ def _clear(host: Host, keep: Sequence[str], dry_run: bool) -> Cleared:
     if answer["failed"]:
         error = CommandFailed(f"cannot remove {answer['failed'][0]}", host=host.address)
     return Cleared(host.address, answer["root"], answer["items"], tuple(answer["left"]), error)
+
+
+def refuse_workers(remote: Remote, pythons: Sequence[str], root: str, host: Host) -> None:
+    """Raise StateError where a worker uses what is under this root."""
+    running = _find_running(remote, pythons, root)
+    if running:
+        time.sleep(ENDING_S)  # one that has just been stopped is on its way out
+        running = _find_running(remote, pythons, root)
+    if running:
+        pids = ", ".join(map(str, running))
+        hint = "moectl stop" if find_running() else f"stop it where it was started, or end {pids} there"
+        raise StateError(f"a worker runs there (process {pids})", host=host.address, hint=hint)
 
 
 def _find_running(remote: Remote, pythons: Sequence[str], root: str) -> list[int]:

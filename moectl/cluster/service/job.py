@@ -127,7 +127,7 @@ def find_program() -> tuple[str, ...]:
     script = Path(sys.executable).with_name("moectl")
     if os.access(script, os.X_OK):
         return (str(script),)
-    return (sys.executable, "-m", "moectl")
+    return (sys.executable, "-P", "-m", "moectl")
 
 
 def tool(*argv: str) -> Completed:
