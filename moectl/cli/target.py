@@ -131,11 +131,6 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
     return target_.Local(made.directory, read_manifest(made.directory))
 
 
-def is_demo(target: Target) -> bool:
-    """Return whether a target is the bundled demo model, cut in any way."""
-    return target.name.startswith(f"{demo_dir().name}-")
-
-
 def shard_model(
     common: Common,
     model: str,

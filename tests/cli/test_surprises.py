@@ -62,15 +62,6 @@ def test_the_demo_is_never_taken_for_a_real_model(call: Any) -> None:
     assert (code, err) == (0, "")
 
 
-def test_serves_banner_names_the_toy(call: Any) -> None:
-    code, out, _ = call("serve", "--demo", "--local", "1", "--port", "0", "--detach")
-    assert (code, out.splitlines()[1]) == (
-        0,
-        "moectl-demo-bf16-hidden-1 is the demo, a toy: -m MODEL serves a real model.",
-    )
-    assert call("stop")[0] == 0
-
-
 def test_a_cut_answer_says_what_allows_more() -> None:
     assert "--max-tokens 20 allows more" in cut_text(5, 5, thinks=False)
     assert "the context is full" in cut_text(5, None, thinks=False)

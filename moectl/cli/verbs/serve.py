@@ -17,7 +17,7 @@ from moectl.cli.options import (
     restart_options,
     target_options,
 )
-from moectl.cli.target import advise, choose_target, is_demo, run_options
+from moectl.cli.target import advise, choose_target, run_options
 from moectl.cli.terminal import log_printer
 from moectl.cli.verb import flag, verb
 
@@ -94,9 +94,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
     def on_ready(bound: int | None) -> None:
         url = f"http://{f'[{host}]' if ':' in host else host}:{bound}/v1"
         ending = "moectl stop ends it" if detach else "Ctrl-C stops serving and unloads; -d would leave it running"
-        document = {"schema": "moectl.serve/1", "url": url, "model": target.name, "demo": is_demo(target)}
-        toy = f"\n{target.name} is the demo, a toy: -m MODEL serves a real model." if is_demo(target) else ""
-        common.print(f"Serving {url}  ({ending}){toy}", document, url)
+        common.print(f"Serving {url}  ({ending})", {"schema": "moectl.serve/1", "url": url, "model": target.name}, url)
 
     wanted = run_options(options)
     if detach:
