@@ -31,6 +31,7 @@ USERS = {
     "mlx": ["engine", "shards", "demo"],
     "mlx_lm": ["engine", "shards", "demo"],
     "numpy": ["engine", "shards", "demo"],
+    "llguidance": ["engine"],
     "transformers": ["shards", "demo"],
     "tokenizers": ["engine", "shards", "demo"],
 }

@@ -6,20 +6,23 @@ It decides nothing about the batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import mlx.core as mx
 
+from moectl.engine.grammar import Grammars, Matcher
 from moectl.engine.isolation import isolated
 from moectl.engine.lookup import Lookup
 from moectl.engine.prompt_cache import Branch
 from moectl.engine.protocol import Done, Event, Refused, Token
 from moectl.engine.request import Request, Stats, too_long
 from moectl.engine.sampling import Odds, Sampler
+from moectl.engine.schema import close
 from moectl.errors import BadField, MoectlError
 from moectl.planner.memory import KV_STEP
+from moectl.shards.chat.answer_grammar import HeldForm
 from moectl.shards.chat.branches import count_system, count_tail
 from moectl.shards.chat.thinking import NOTHING, AnswerText, Told
 from moectl.shards.chat.tokenizer import Tokenizer
@@ -44,6 +47,8 @@ class Answer:
     drafted: int = 0  # tokens proposed by it
     accepted: int = 0  # of those: right
     sampler: Sampler | None = None
+    matcher: Matcher | None = None  # that holds it to a form
+    hooks: list[Callable[[mx.array, mx.array], mx.array]] = field(default_factory=list)  # its row's logits processors
     failure: MoectlError | None = None  # an error of this answer alone, see `isolation`
     arrived_s: float = field(default_factory=time.perf_counter)
     admitted_s: float = 0.0
@@ -107,12 +112,34 @@ class Answer:
             except BadField as refusal:
                 self.refuse_for(refusal)
 
+    def hold(self, grammars: Grammars, tokenizer: Tokenizer, then: Callable[[], None]) -> None:
+        """Get its matcher in the thread of `grammars`, or note why there is none, and call `then` there."""
+
+        def take(made: Matcher | MoectlError) -> None:
+            if isinstance(made, MoectlError):
+                self.fail(made)
+            else:
+                self.matcher = made
+            then()
+
+        with isolated(self.request.id, take):
+            prompt = None if self.request.messages is None else self.prompt
+            grammars.make(tokenizer.write_grammar(_form_of(self.request), prompt), self.request.answered, take)
+
+    def begin(self, tokenizer: Tokenizer) -> None:
+        """Get ready on the leader. An error fails this answer alone."""
+        with isolated(self.request.id, self.fail):
+            sampler = Sampler(self.request, prompt_tokens=len(self.prompt), matcher=self.matcher)
+            self.lead(tokenizer, sampler)
+            self.hooks = [] if sampler.hook is None else [self.adjust]
+
     def lead(self, tokenizer: Tokenizer, sampler: Sampler) -> None:
         """Get ready to sample and to send events."""
         self.sampler = sampler
         self.admitted_s = time.perf_counter()
         self._tokenizer = tokenizer
-        self._text = tokenizer.stream_answer(None if self.request.messages is None else self.prompt, self.request.tools)
+        prompt = None if self.request.messages is None else self.prompt
+        self._text = tokenizer.stream_answer(prompt, self.request.tools, held=self.request.holds_calls)
         self._stop = StopText(self.request.stop)
         for token in self.request.answered:  # what they say was sent, or is held back again
             self._hold(self._feed(token))
@@ -336,7 +363,12 @@ def _tokenize(request: Request, tokenizer: Tokenizer) -> list[int]:
         raise BadField("this model has no chat template", hint=_WITHOUT_TEMPLATE, param=request.source)
     try:
         return tokenizer.encode_chat(
-            request.messages, request.think, request.template_options, request.tools, request.must_call
+            request.messages,
+            request.think,
+            request.template_options,
+            request.tools,
+            request.must_call,
+            held=request.holds_calls,
         )
     except BadField:
         raise
@@ -345,6 +377,18 @@ def _tokenize(request: Request, tokenizer: Tokenizer) -> list[int]:
         raise BadField(
             f"the model's chat template fails: {reason}", hint=_WITHOUT_TEMPLATE, param=request.source
         ) from None
+
+
+def _form_of(request: Request) -> HeldForm:
+    """Return the form that a request holds its answer to, its schemas closed."""
+    functions = [tool["function"] for tool in request.tools]
+    callable_ = [f for f in functions if not request.must_call or f["name"] in request.must_call]
+    return HeldForm(
+        None if request.schema is None else close(request.schema),
+        tuple({"function": {**f, "parameters": close(f["parameters"])}} for f in callable_),
+        must_call=bool(request.must_call),
+        parallel_calls=request.parallel_calls,
+    )
 
 
 def sample_rows(answers: list[Answer], logprobs: mx.array) -> mx.array:

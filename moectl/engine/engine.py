@@ -13,9 +13,8 @@ A row's answer does not depend on the other rows but for rounding: attention ove
 add up in another order. Tokens are the same except where two logits tie in float32's (or bfloat16's) last places.
 
 A single greedy row that repeats earlier text may go on outside the generator, several tokens at a time (`speculation`).
-There the newest control word is obeyed, because the engine waits for the tokens anyway.
-
-An idle engine waits for a message, never inside an exchange.
+There the newest control word is obeyed, because the engine waits for the tokens anyway. An idle engine waits for a
+message, never inside an exchange.
 """
 
 from __future__ import annotations
@@ -34,11 +33,10 @@ from moectl.engine.admission import Admission
 from moectl.engine.agreement import MAX_CANCELS, Agreement
 from moectl.engine.answer import Answer, sample_rows
 from moectl.engine.caches import make_one_row, pack
-from moectl.engine.isolation import isolated
+from moectl.engine.grammar import Grammars
 from moectl.engine.profile import profile
 from moectl.engine.prompt_cache import Branch, PromptCache
 from moectl.engine.protocol import PREFILL_STEP, Cancel, Event, Generate, Order, Prefilled, Profile
-from moectl.engine.sampling import Sampler
 from moectl.engine.speculation import Speculation
 from moectl.model.placement import Placement
 from moectl.shards.chat.tokenizer import Tokenizer
@@ -115,6 +113,8 @@ class Engine:
         if cache_tokens is None:
             cache_tokens = max_seq_len if kv_tokens is None else kv_tokens
         self._cache = PromptCache(cache_tokens, kv_tokens, trimmable=trimmable, row_tokens=row_tokens)
+        self._grammars = Grammars(tokenizer, vocab_size)
+        self._in_making: dict[int, Answer] = {}  # by request id; on the leader, until their grammars are there
         self._arrived: dict[int, Answer] = {}  # by request id, not yet admitted
         self._withdrawn: set[int] = set()  # cancelled while they waited: passed by when the count gets there
         self._profiles: dict[int, Profile] = {}  # by id, waiting for their turn and for idleness
@@ -127,10 +127,8 @@ class Engine:
         self._closing = False
 
     def serve(self, inbox: queue.SimpleQueue[Order | None]) -> Iterator[Event]:
-        """Obey orders from `inbox`; yield the leader's events (followers: none).
-
-        Returns once None has arrived there and every request before it is answered.
-        """
+        """Obey orders from `inbox` until None has come, and all before it is answered; yield the leader's events."""
+        self._put = inbox.put
         while True:
             if self._running:
                 while not inbox.empty():
@@ -140,7 +138,7 @@ class Engine:
                 yield from self._admit(self._admitted + 1, inbox)
             elif self._admitted + 1 in self._profiles:
                 yield from self._profile(self._profiles.pop(self._admitted + 1))
-            elif self._closing:
+            elif self._closing and not self._in_making:
                 return
             else:
                 yield from self._note(inbox.get())
@@ -151,10 +149,10 @@ class Engine:
         match order:
             case None:
                 self._closing = True
+            case Generate() if self._leads:
+                yield from self._line_up(order)
             case Generate(request=request):
-                self._arrived[request.id] = answer = Answer(request)
-                if self._leads:
-                    yield from self._line_up(answer)
+                self._arrived[request.id] = Answer(request)
             case Profile(id=profile_id):
                 self._profiles[profile_id] = order
             case Cancel(id=request_id) if self._leads:
@@ -168,11 +166,21 @@ class Engine:
             answer.ended = True
             self._admission.cancel(request_id)
 
-    def _line_up(self, answer: Answer) -> Iterator[Event]:
-        self._read(answer)
+    def _line_up(self, order: Generate) -> Iterator[Event]:
+        """Take a request; one that is held to a form comes again once its grammar is there."""
+        answer = self._in_making.pop(order.request.id, None)
+        if answer is None:
+            self._read(answer := Answer(order.request))
+            if answer.request.is_held and answer.refusal is None:
+                self._in_making[answer.request.id] = answer
+                answer.hold(self._grammars, self._tokenizer, partial(self._put, order))
+                return
+        self._arrived[answer.request.id] = answer
         if answer.refusal is not None:
             yield from answer.refuse()
-        if self._admission.arrive(answer.request.id, answer.reach):
+        ends = self._admission.arrive(answer.request.id, answer.reach)
+        # The other ranks have a request without a grammar too: they skip it like one that is cancelled.
+        if ends or (answer.failure is not None and self._admission.cancel(answer.request.id)):
             yield from answer.cancel()
 
     def _profile(self, order: Profile) -> Iterator[Event]:
@@ -218,7 +226,7 @@ class Engine:
     def _end_resumed(self, answer: Answer) -> Iterator[Event]:
         # A restart came between its last token and its end.
         if self._leads:
-            self._lead(answer)
+            answer.begin(self._tokenizer)
             self._admission.end(answer.request.id)
             yield from answer.end("length")
 
@@ -230,12 +238,12 @@ class Engine:
         self._running[answer.request.id] = answer
         self._cache.shrink(self._cache_room())
         self._speculation.watch(answer)
-        self._line_up_row(answer, answer.tokens, answer.cached, layers, self._lead(answer) if self._leads else [])
+        if self._leads:
+            answer.begin(self._tokenizer)
+        self._line_up_row(answer, answer.tokens, answer.cached, layers)
         self._agreement.meet(self._generator.stream)
 
-    def _line_up_row(
-        self, answer: Answer, tokens: list[int], computed: int, layers: list[Any] | None, hooks: list[Any]
-    ) -> None:
+    def _line_up_row(self, answer: Answer, tokens: list[int], computed: int, layers: list[Any] | None) -> None:
         """Give the generator a row, the first `computed` of whose tokens are in `layers`."""
         if not self._batchable:
             layers = make_one_row(layers or make_prompt_cache(self._model))
@@ -244,17 +252,10 @@ class Engine:
             max_tokens=[max(1, answer.reach - len(tokens))],
             caches=[layers],
             all_tokens=[tokens[:computed]],
-            logits_processors=[hooks],
+            logits_processors=[answer.hooks],
             stop_sequences=[StopSequences() if answer.request.ignore_eos else self._stop],
         )
         self._prefilling.append(answer)
-
-    def _lead(self, answer: Answer) -> list[Any]:
-        with isolated(answer.request.id, answer.fail):
-            sampler = Sampler(answer.request, prompt_tokens=len(answer.prompt))
-            answer.lead(self._tokenizer, sampler)
-            return [] if sampler.hook is None else [answer.adjust]
-        return []
 
     def _leave(self, answer: Answer, tokens: list[int], layers: list[Any] | None) -> None:
         """Take an answer out of the count, and keep what it has computed: `layers` of these tokens."""
@@ -361,7 +362,7 @@ class Engine:
     def _put_back(self) -> None:
         answer, tokens, layers = self._speculation.give_back()
         self._decoding.remove(answer)
-        self._line_up_row(answer, tokens, len(tokens) - 1, layers, [])
+        self._line_up_row(answer, tokens, len(tokens) - 1, layers)
 
     def _is_news(self, word: list[int]) -> bool:
         return word[0] > self._admitted or any(word[1:])

@@ -61,6 +61,8 @@ class Request:
     must_call: tuple[str, ...] = ()  # names of tools, one of which has to be called; (): the model may choose
     parallel_calls: bool = True  # several calls in one answer
     space: int = 0  # of the prompt cache: prompts of other spaces are not found
+    # JSON schema of the answer's text, None for any text. Calls of tools may come instead of it.
+    schema: dict[str, Any] | None = None
     cache_prompt: bool = True  # look for it in the prompt cache, and keep it there; a measurement wants neither
 
     @property
@@ -79,6 +81,17 @@ class Request:
         return tuple(tool["function"]["name"] for tool in self.tools)
 
     @property
+    def holds_calls(self) -> bool:
+        """Whether its answer's calls are held to their tools' schemas."""
+        is_strict = any(tool["function"].get("strict") for tool in self.tools)
+        return bool(self.tools) and (is_strict or bool(self.must_call) or self.schema is not None)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a grammar holds its answer to a form."""
+        return self.schema is not None or self.holds_calls
+
+    @property
     def source(self) -> str:
         """The field of an API request that the prompt came from."""
         return "prompt" if self.messages is None else "messages"
@@ -94,6 +107,8 @@ class Request:
         self._check_texts()
         self._check_tools()
         self._check_biases()
+        if self.is_held and self.ignore_eos:
+            _bad("ignore_eos", "goes on after the end, and an answer that is held to a form ends with it")
         for name, parameter in PARAMETERS.items():
             is_count = name == "max_tokens" and self.max_tokens == 0
             if not (is_count or parameter.allows(value := getattr(self, name))):

@@ -1,6 +1,7 @@
 """Choose one request's tokens, on the leader only: penalties, filters, temperature and log-probabilities.
 
-Nothing here waits for the device: all of it is added to the graph of the step in flight. Randomness is a key per (seed,
+Nothing here waits for the device, except for the last token of an answer that a grammar holds to a form: all of it is
+added to the graph of the step in flight. Randomness is a key per (seed,
 number of tokens generated so far), so a seeded answer is the same alone, in any batch, and after a restart. The filters
 act on the model's probabilities before temperature, as in mlx-lm and llama.cpp.
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
+from moectl.engine.grammar import Matcher
 from moectl.engine.request import Request
 
 _WHOLE_ANSWER = 1 << 30  # tokens that mlx-lm's penalties look back: all of them
@@ -34,11 +36,13 @@ class Sampler:
     """One request's sampler; called once for every token, in order.
 
     Where `hook` is not None it has to be among the row's logits processors in mlx-lm's generator: it gets the model's
-    own logits, and the tokens before.
+    own logits, and the tokens before. `matcher` holds the answer to its grammar.
     """
 
-    def __init__(self, request: Request, *, prompt_tokens: int) -> None:
+    def __init__(self, request: Request, *, prompt_tokens: int, matcher: Matcher | None = None) -> None:
         self._request = request
+        self._matcher = matcher
+        self._last: mx.array | None = None  # token, where there is a grammar
         self._prompt_tokens = prompt_tokens
         self._position = len(request.answered)
         seed = request.seed if request.seed is not None else int.from_bytes(os.urandom(8))
@@ -63,12 +67,16 @@ class Sampler:
     @property
     def is_plain(self) -> bool:
         """Whether only the most probable token is wanted, without log-probabilities."""
-        return self._request.is_greedy and self._request.logprobs is None
+        return self._request.is_greedy and self._request.logprobs is None and self._matcher is None
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Return the token (1,) chosen from log-probabilities (1, V) that `hook` has been through."""
-        token: mx.array = self._choose(logprobs.astype(mx.float32))
+        logprobs = logprobs.astype(mx.float32)
+        if self._matcher is not None:
+            logprobs = self._keep_to_grammar(logprobs, self._matcher)
+        token: mx.array = self._choose(logprobs)
         self._position += 1
+        self._last = token
         if self._request.logprobs is None:
             return token
         odds = self._tell_odds(token)
@@ -76,6 +84,15 @@ class Sampler:
         # Computed with the step, because the token depends on them.
         bound: mx.array = mx.depends([token], [odds.chosen, odds.top_ids, odds.top])[0]
         return bound
+
+    def _keep_to_grammar(self, logprobs: mx.array, matcher: Matcher) -> mx.array:
+        """Return the log-probabilities of the tokens that may come next, the others' as -inf."""
+        # The device computes this step while the last token is read and the mask is made.
+        mx.async_eval(logprobs)  # type: ignore[no-untyped-call]
+        if self._last is not None:
+            matcher.take(int(self._last.item()))  # type: ignore[arg-type]
+        allowed = mx.where(matcher.find_allowed(logprobs.shape[-1]), logprobs, -mx.inf)
+        return allowed - mx.logsumexp(allowed, axis=-1, keepdims=True)
 
     def take_odds(self) -> Odds | None:
         """Return the odds of the oldest token not taken yet; None where the request wants none."""

@@ -34,6 +34,7 @@ def is_foreseeable(request: Request) -> bool:
     """Return whether each token is the model's most probable one, and no log-probabilities are wanted."""
     return (
         request.is_greedy
+        and not request.is_held
         and request.logprobs is None
         and request.presence_penalty == request.frequency_penalty == 0
         and request.repetition_penalty == 1

@@ -38,9 +38,6 @@ def refuse_unsupported(fields: Fields) -> None:
     for field in ("functions", "function_call"):
         if fields.get(field) not in (*_EMPTY, "none", "auto"):
             refuse(field, "is not supported: it is an older form", hint="send tools and tool_choice")
-    form = read_typed(fields, "response_format", dict)
-    if form and form.get("type") != "text":
-        refuse("response_format", 'is not supported, except {"type": "text"}', hint="ask for the form in the prompt")
     for name, harmless in _UNSUPPORTED.items():
         if fields.get(name) not in (*_EMPTY, *harmless):
             usual = f", except {show(harmless[0])}" if harmless else ""

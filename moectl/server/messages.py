@@ -34,6 +34,7 @@ from moectl.server.translation import Translation, pass_on, refuse_kind
 PATH = "/v1/messages"
 _NAMES = {
     "stop": "stop_sequences",
+    "response_format.json_schema": "output_config.format",
     "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",

@@ -16,6 +16,7 @@ from typing import Any
 
 from moectl.engine.protocol import Ready
 from moectl.engine.request import Request, too_long
+from moectl.engine.schema import check_calls
 from moectl.errors import BadField, UsageError
 from moectl.model.parameters import EFFORTS, MAX_LOGPROBS, PARAMETERS
 from moectl.server.chat import read_messages, read_tools
@@ -31,6 +32,7 @@ from moectl.server.fields import (
     refuse_unsupported,
     show,
 )
+from moectl.server.form import read_form
 
 MAX_CHOICES = 64  # prompts × n of one HTTP request
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI
@@ -141,6 +143,7 @@ def _ask(fields: Fields, chat: bool, prompts: list[Request]) -> ApiRequest:
     n = read_integer(fields, "n", 1, MAX_CHOICES) or 1
     if n * len(prompts) > MAX_CHOICES:
         refuse("n", f"times the number of prompts should be at most {MAX_CHOICES}, it is {n * len(prompts)}")
+    check_calls(prompts[0])
     options = read_typed(fields, "stream_options", dict) or {}
     return ApiRequest(
         chat,
@@ -212,6 +215,7 @@ def _read_parameters(fields: Fields, model: Ready) -> Fields:
         "ignore_eos": read_boolean(fields, "ignore_eos"),
         "stop": _read_stop(fields),
         "logit_bias": _read_bias(fields, model),
+        "schema": read_form(fields),
     }
     top_k = read_integer(fields, "top_k", -1)
     repetition = read_number(fields, "repetition_penalty")

@@ -23,6 +23,7 @@ from moectl.server.translation import Translation, pass_on, refuse_kind
 PATH = "/v1/responses"
 _NAMES = {
     "max_completion_tokens": "max_output_tokens",
+    "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
     "messages": "input",

@@ -279,3 +279,10 @@ def test_silence_is_filled_with_comments(site: Site, client: anthropic.Anthropic
     assert names[-1] == "message_stop"
     kinds = [event.type for event in ask(client, "slow", max_tokens=2, stream=True)]
     assert kinds == names
+
+
+def test_a_schema_is_named_by_its_place_here() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    assert read(output_config={"format": {"type": "json_schema", "schema": schema}}).schema == schema
+    with pytest.raises(BadField, match=r"output_config.format.schema.properties.a.not cannot be enforced"):
+        read(output_config={"format": {"type": "json_schema", "schema": {"properties": {"a": {"not": {}}}}}})

@@ -29,6 +29,11 @@ def read_completion(**fields: Any) -> openai.ApiRequest:
     return openai.read_completion({"prompt": "hello", **fields}, "tiny", MODEL)
 
 
+def ask_form(schema: Any) -> dict[str, Any]:
+    """Return a response_format of this schema."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+
+
 def test_defaults_are_openais_and_greedy() -> None:
     asked = read_chat()
     assert asked == openai.ApiRequest(True, asked.requests, 1, False, False, None)
@@ -61,6 +66,32 @@ def test_every_field_reaches_the_request() -> None:
         [request] = asked.requests
         assert {name: getattr(request, name) for name in expected} == expected
         assert request.max_tokens == 5
+
+
+def test_forms_of_an_answer() -> None:
+    person = {"type": "object", "properties": {"name": {"type": "string"}}}
+    for form, schema in (
+        (ask_form(person), person),
+        (ask_form({"x-guidance": {"lenient": True}, **person}), person),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_object", "schema": person}, person),
+        ({"type": "text"}, None),
+    ):
+        assert read_chat(response_format=form).requests[0].schema == schema
+        assert read_completion(response_format=form).requests[0].schema == schema
+
+
+def test_strict_tools_are_checked_and_others_passed_over() -> None:
+    def tool(strict: bool) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+        return {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": strict}}
+
+    assert not read_chat(tools=[tool(False)]).requests[0].is_held
+    assert read_chat(tools=[tool(False)], tool_choice="required").requests[0].is_held
+    with pytest.raises(BadField, match=r"tools\[0\].function.parameters.properties.a.uniqueItems cannot be enforced"):
+        read_chat(tools=[tool(True)])
+    with pytest.raises(BadField, match="ignore_eos"):
+        read_chat(response_format={"type": "json_object"}, ignore_eos=True)
 
 
 def test_a_models_defaults_hold_where_nothing_is_said() -> None:
@@ -266,7 +297,12 @@ CHAT_REFUSALS: list[tuple[str, Any, str]] = [
     ("messages", [{"role": "user", "content": [{"type": "text"}]}], "should be a string"),
     ("messages", [{"role": "user", "content": [5]}], "should be an object"),
     ("tools", [{"type": "function"}], "with a function"),
-    ("response_format", {"type": "json_object"}, "not supported"),
+    ("response_format", {"type": "xml"}, "should be one of text, json_object, json_schema"),
+    ("response_format", {"type": "json_schema"}, "json_schema.schema should be an object, it is null"),
+    ("response_format", ask_form({"properties": {"a": {"not": {}}}}), "schema.properties.a.not cannot be enforced"),
+    ("response_format", ask_form({"type": "object", "properties": {"a": {"type": "x"}}}), "properties.a cannot be"),
+    ("response_format", ask_form({"type": "integer", "minimum": 2, "maximum": 1}), "Unsatisfiable"),
+    ("response_format", ask_form({"anyOf": [{"$ref": "#"}]}), "needs itself within itself"),
     ("modalities", ["audio"], "not supported"),
     ("logprobs", 5, "true or false"),
     ("top_logprobs", 5, "needs logprobs"),

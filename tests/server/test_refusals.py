@@ -18,7 +18,7 @@ from moectl.server import replies
 from moectl.server.client import _rebuild
 from moectl.server.http import MAX_BODY_BYTES, make_app
 from tests.server.test_http import GOOD, KEY, Site, run_site, say
-from tests.server.test_openai import CHAT_REFUSALS, COMPLETION_REFUSALS, SHARED_REFUSALS
+from tests.server.test_openai import CHAT_REFUSALS, COMPLETION_REFUSALS, SHARED_REFUSALS, ask_form
 from tests.support.fake_cluster import MODEL, FakeCluster
 
 CHAT, COMPLETIONS = GOOD
@@ -281,7 +281,12 @@ def test_a_key_may_come_under_either_name(site: Site, name: str) -> None:
         (CHAT, {"tool_choice": "required"}, "send tools, or leave it out", {}),
         (CHAT, {"messages": [*say("hi"), OLD_CALL]}, "send tool_calls", {"messages": [*say("hi"), CALL]}),
         (CHAT, {"functions": [{"name": "f"}]}, "send tools and tool_choice", {"tools": [TOOL], "tool_choice": "auto"}),
-        (CHAT, {"response_format": {"type": "json_object"}}, "ask for the form in the prompt", {}),
+        (
+            CHAT,
+            {"response_format": ask_form({"type": "string", "minLength": 2, "maxLength": 1})},
+            "change the schema",
+            {"response_format": ask_form({"type": "string", "minLength": 1, "maxLength": 2})},
+        ),
         (CHAT, {"modalities": ["audio"]}, "leave it out", {"modalities": ["text"]}),
         (COMPLETIONS, {"best_of": 3}, "leave it out", {}),
         (CHAT, {"model": "other"}, "ask for 'tiny', or for no model", {"model": "tiny"}),

@@ -263,3 +263,11 @@ def test_silence_is_filled_with_comments(site: Site, client: openai.OpenAI) -> N
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     heard = client.responses.create(model="tiny", input="slow", max_output_tokens=2, stream=True)
     assert [event.type for event in heard] == names
+
+
+def test_a_schema_is_named_by_its_place_here() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "name": "answer", "strict": True, "schema": schema}
+    assert read(text={"format": form}).schema == schema
+    with pytest.raises(BadField, match=r"text.format.schema.properties.a.not cannot be enforced"):
+        read(text={"format": {**form, "schema": {"properties": {"a": {"not": {}}}}}})

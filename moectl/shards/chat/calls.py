@@ -16,6 +16,7 @@ from typing import Any
 
 TEXT_FORMAT = "json_tools"  # mlx-lm's name of the format that models without one of their own are told of
 MAX_CALL_CHARS = 1 << 20  # between two markers: a parser's time may grow with the square of it
+CHANNEL_FORMAT = "gpt_oss"
 CHANNELS = frozenset(("<|start|>", "<|channel|>", "<|message|>", "<|end|>"))  # of gpt-oss, one message for each
 _CHANNEL_CALL = re.compile(r"\s*(?:functions\.)?([^\s<]+)[^{]*<\|message\|>(.*)", re.DOTALL)
 _BLANKS = re.compile(r"\s*")
@@ -55,6 +56,7 @@ class CallPart:
 class CallFormat:
     """How a model writes calls: between these texts, and what reads them (text, tools → one call or a list of them)."""
 
+    name: str  # mlx-lm's, or CHANNEL_FORMAT
     start: str
     end: str
     parse: Callable[[str, Any], Any]
@@ -75,7 +77,7 @@ def find_format(
     from mlx_lm.tokenizer_utils import _infer_tool_parser
 
     if added.keys() >= CHANNELS | {"<|call|>"}:
-        return CallFormat(" to=", "<|call|>", parse_channel_call, True, _CHANNEL_HEADER)
+        return CallFormat(CHANNEL_FORMAT, " to=", "<|call|>", parse_channel_call, True, _CHANNEL_HEADER)
     name = config.get("tool_parser_type", defaults.get("tool_parser_type"))
     if name is None:
         name = _infer_tool_parser(renderer)
@@ -89,7 +91,8 @@ def open_format(name: str) -> CallFormat:
     # JSON is whole or it is none; the other formats can be read, wrongly, from a part of a call.
     ends_with_answer = name == TEXT_FORMAT or not module.tool_call_end
     leads = _JSON_HEADERS.get(name, ())
-    return CallFormat(module.tool_call_start, module.tool_call_end, module.parse_tool_call, ends_with_answer, *leads)
+    start, end = module.tool_call_start, module.tool_call_end
+    return CallFormat(name, start, end, module.parse_tool_call, ends_with_answer, *leads)
 
 
 def parse_channel_call(text: str, tools: Any = None) -> dict[str, Any]:

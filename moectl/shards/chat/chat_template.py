@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from moectl.errors import BadField
 from moectl.model.parameters import THINKING_SWITCHES
+from moectl.shards.chat.answer_grammar import can_describe
 from moectl.shards.chat.calls import TEXT_FORMAT, CallFormat, find_format, open_format
 from moectl.shards.chat.thinking import Markers, find_markers
 from moectl.shards.chat.tools_as_text import mend_systems, tell_as_text, urge
@@ -55,6 +56,12 @@ class ChatTemplate:
         self.tells_tools = own_calls is not None and self._knows_tools()
         self.calls = own_calls if own_calls is not None and self.tells_tools else open_format(TEXT_FORMAT)
         self.call_markers = find_markers(self._renderer, template or "", added, form, self.calls)
+        # The same where calls are held to a grammar: what it cannot describe is told as text.
+        self.held_calls, self.held_markers = self.calls, self.call_markers
+        if not can_describe(self.calls):
+            self.held_calls = open_format(TEXT_FORMAT)
+            self.held_markers = find_markers(self._renderer, template or "", added, form, self.held_calls)
+        self.added = added
         self._has_thinking = "message.thinking" in (template or "")
         names = self.markers.names if self.markers else ()
         self._thinks = any(own is not None or name in (template or "") for name in names)
@@ -68,11 +75,12 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         must_call: Sequence[str] = (),
+        held: bool = False,
     ) -> str:
         """Return a conversation as one text; with `ask` an answer can follow. Raises what the template raises.
 
-        The answer may call `tools`, and is told to call one of `must_call`. A system message where the template takes
-        none becomes text of the user's.
+        The answer may call `tools`, and is told to call one of `must_call`; `held` says that its calls are held to a
+        grammar. A system message where the template takes none becomes text of the user's.
         `think` turns thinking on or off, None leaves it as mlx-lm has it. `options` are the template's own; those that
         it does not know have no effect. Raises BadField where thinking cannot be turned on or off.
         """
@@ -82,7 +90,7 @@ class ChatTemplate:
         chosen = {**self._choose_thinking(think), **self._choose_options(options or {})}
         told = urge(told, must_call)
         known = [_without_strict(tool) for tool in tools]
-        if not self.tells_tools:
+        if not self.tells_tools or (held and self.held_calls is not self.calls):
             told, known = tell_as_text(told, known), []
         if known:
             chosen["tools"] = known

@@ -76,16 +76,23 @@ class Markers:
 
         self.names = tuple(dict.fromkeys(text for leads in edges.values() for text, _ in leads))
         self.openings = tuple(text for leads in edges.values() for text, state in leads if state == THINKING)
+        self.edges = edges
         self.first = first
         used = sorted((text for text in added if any(text in name for name in self.names)), key=len, reverse=True)
         self.signs = {added[text]: chr(_FIRST_SIGN + i) for i, text in enumerate(used)}
         self.texts = {ord(self.signs[added[text]]): text for text in used}
+        self.tokens = {text: added[text] for text in used}  # that are, or are part of, one of the names
         tokens = re.compile("|".join(map(re.escape, used)) or "(?!)")
         signed = {
             state: [(tokens.sub(lambda found: self.signs[added[found[0]]], text), to) for text, to in leads]
             for state, leads in edges.items()
         }
         self.machine = TextStateMachine(signed)
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether these are gpt-oss's."""
+        return "<|channel|>final<|message|>" in self.names
 
     def are_opened_by(self, prompt: str) -> bool:
         """Whether a prompt ends in the middle of thinking, so that the answer begins with it."""

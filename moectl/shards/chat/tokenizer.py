@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import tokenizers
 
 from moectl.errors import BadField, CheckpointError
+from moectl.shards.chat.answer_grammar import HeldForm, write_grammar
 from moectl.shards.chat.calls import CallReader
 from moectl.shards.chat.chat_template import ChatTemplate, Json, find_defaults, open_chat_template
 from moectl.shards.chat.thinking import AnswerText
@@ -88,27 +89,54 @@ class Tokenizer:
         options: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         must_call: Sequence[str] = (),
+        *,
+        held: bool = False,
     ) -> list[int]:
         """Return a conversation's tokens up to the beginning of the answer; see `ChatTemplate.render`."""
         assert self._chat is not None
-        text = self._chat.render(messages, think=think, options=options, tools=tools, must_call=must_call)
+        text = self._chat.render(messages, think=think, options=options, tools=tools, must_call=must_call, held=held)
         return self._encode(text, special=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
         return self._tokens.decode(tokens, skip_special_tokens=False)
 
-    def stream_answer(self, prompt: Sequence[int] | None, tools: Sequence[Mapping[str, Any]] = ()) -> AnswerText:
+    def stream_answer(
+        self, prompt: Sequence[int] | None, tools: Sequence[Mapping[str, Any]] = (), *, held: bool = False
+    ) -> AnswerText:
         """Return a stream that turns an answer's tokens into text one by one, its thinking and calls of `tools` apart.
 
-        `prompt` are the tokens of a conversation; after any other text, None, there is neither.
+        `prompt` are the tokens of a conversation; after any other text, None, there is neither. `held` says that calls
+        are held to a grammar.
         """
         if prompt is None or self._chat is None:
             return AnswerText(self.stream_text)
         tail = self.decode(prompt[-_TAIL:])
         if not tools:
             return AnswerText(self.stream_text, self._chat.markers, tail)
-        return AnswerText(self.stream_text, self._chat.call_markers, tail, CallReader(self._chat.calls, tools))
+        calls, markers = self._chat.calls, self._chat.call_markers
+        if held:
+            calls, markers = self._chat.held_calls, self._chat.held_markers
+        return AnswerText(self.stream_text, markers, tail, CallReader(calls, tools))
+
+    def write_grammar(self, form: HeldForm, prompt: Sequence[int] | None) -> str:
+        """Return the grammar of an answer of this form after a `prompt`, as in `stream_answer`."""
+        if prompt is None or self._chat is None:
+            return write_grammar(form, added={}, ends=self.eos_token_ids)
+        markers = self._chat.held_markers if form.tools else self._chat.markers
+        return write_grammar(
+            form,
+            added=self._chat.added,
+            ends=self.eos_token_ids,
+            markers=markers,
+            calls=self._chat.held_calls,
+            thinks=markers is not None and markers.are_opened_by(self.decode(prompt[-_TAIL:])),
+        )
+
+    @property
+    def json(self) -> str:
+        """The whole of it as the tokenizers library writes it."""
+        return self._tokens.to_str()
 
     def stream_text(self) -> TextStream:
         """Return a stream that turns tokens into text one by one."""
