@@ -8,7 +8,6 @@ it was sent, when its step has been computed: reading the newest would stall the
 
 `admission` makes the control word, `sampling` chooses tokens, `answer` turns them into events. What is kept of past
 answers follows from the control words, so every rank keeps the same.
-
 A row's answer does not depend on the other rows but for rounding: attention over padding and, on a CPU, grouped experts
 add up in another order. Tokens are the same except where two logits tie in float32's (or bfloat16's) last places.
 

@@ -110,7 +110,11 @@ def _close(part: Any, joins: bool) -> Any:
         closed[keyword] = value
     named, required = part.get("properties"), part.get("required", [])
     is_open = {"additionalProperties", "patternProperties", "minProperties"} & part.keys()
-    names_all = isinstance(named, dict) and isinstance(required, list) and all(name in named for name in required)
+    names_all = (
+        isinstance(named, dict)
+        and isinstance(required, list)
+        and all(isinstance(n, str) and n in named for n in required)
+    )
     if names_all and not is_open and not joins:
         closed["additionalProperties"] = False
     return closed

@@ -112,7 +112,7 @@ def test_a_script_as_json() -> None:
         ("shard --verify ", ["<dir>"]),
         ("shard -o ", ["<dir>"]),
         ("completion ", ["bash", "zsh", "fish"]),
-        ("help s", ["scripting", "security", "setup", "shard", "serve", "stop", "status", "show"]),
+        ("help s", ["scripting", "security", "setup", "shard", "serve", "stop", "service", "status", "show"]),
         ("help wor", []),  # hidden
         ("run 'an open quotation", []),
     ],
