@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moectl import errors
+from moectl.cli import suggest
 from moectl.cli.options import (
     FILE,
     Common,
@@ -79,6 +80,7 @@ def worker() -> None:
     "--pin",
     rare=True,
     metavar="MODEL",
+    shell_complete=suggest.shard_sets,
     help="Load this model, and keep it: requests for another one are refused.",
 )
 @restart_options
