@@ -21,6 +21,39 @@ from moectl.shards.prepare import Wanted
 from tests.cli.test_cli import run
 from tests.support.tiny import write_checkpoint, write_words
 
+# What was typed → the test of what comes now. The names of models that clients use: tests/server/test_menu.py. A server
+# that is there after a reboot: tests/cli/test_service.py.
+TESTS = {
+    "run llama3 hi": "cli/test_surprises.py::test_a_model_of_other_tools_is_no_prompt",
+    "serve, bench with nothing deployed": "cli/test_surprises.py::test_the_demo_is_never_taken_for_a_real_model",
+    "run -m 5": "cli/test_surprises.py::test_a_cut_answer_says_what_allows_more",
+    "OPTIONS": "server/test_doors.py::test_a_preflight_needs_no_key",
+    "/": "server/test_page.py::test_the_page_needs_no_key_and_its_policy_names_its_own_script_and_style",
+    "curl without a content type": "server/test_http.py::test_wrong_ways_in",
+    "plan on 2 × 64 GB": "planner/test_precision.py::test_plan_chooses_bits_and_says_so",
+    "-n, -t, -m": "cli/test_surprises.py::test_old_letters_work_with_a_warning",
+    "run --help": "cli/test_surprises.py::test_all_options_are_in_help_all",
+    "ls version": "cli/test_surprises.py::test_version_and_ls_are_verbs",
+    "rm": "cli/test_surprises.py::test_a_set_is_deleted_by_its_name",
+    "show": "cli/test_surprises.py::test_show_says_what_a_set_and_a_model_are",
+    "help TOPIC": "cli/test_surprises.py::test_help_knows_verbs_and_guides",
+    "plan --what-if": "planner/test_plan.py::test_what_if_answers_a_buyer",
+    "bench": "session/test_bench.py::test_the_shown_parts_add_up_to_the_shown_total",
+    "bench -p 32,64": "session/test_bench.py::test_several_lengths_are_rows_of_a_table_of_markdown_or_of_csv",
+    "bench -q": "cli/test_quiet.py::test_quiet_verbs_print_their_results_and_nothing_else",
+    "status": "cli/test_surprises.py::test_status_says_once_that_a_name_is_unknown",
+    "logs": "cli/test_surprises.py::test_logs_have_a_rule_between_launches",
+    "--ctx 32k": "cli/test_surprises.py::test_tokens_may_be_written_in_thousands",
+    "max_tokens: -1": "server/test_openai.py::test_minus_one_is_no_limit_of_tokens",
+    "temperature in run and in the API": "cli/test_run.py::test_what_the_user_gives_wins_over_the_models_defaults",
+}
+
+
+@pytest.mark.parametrize("typed", TESTS)
+def test_every_surprise_has_its_test(typed: str) -> None:
+    path, _, name = TESTS[typed].partition("::")
+    assert f"\ndef {name}(" in (Path(__file__).parent.parent / path).read_text(encoding="utf-8")
+
 
 class Said(list[str]):
     """Stands for the common flags: it keeps what is said."""
@@ -137,6 +170,9 @@ def test_logs_have_a_rule_between_launches(call: Any) -> None:
     [first, second] = [[starts[0], one[0], starts[1], one[1]] for one in loaded]
     assert call("logs", "--no-timestamps")[1].splitlines() == [*first, RULE, *second]
     assert call("logs", "--no-timestamps", "--last")[1].splitlines() == second
+    Path("hosts.txt").write_text("mac1\n")  # nothing is deployed there
+    assert call("logs", "--no-timestamps", "--last")[1].splitlines() == second
+    assert call("logs", "--hosts", "mac1")[0] == 8
 
 
 def test_status_says_once_that_a_name_is_unknown(call: Any) -> None:

@@ -69,7 +69,8 @@ def logs(common: Common, names: tuple[str, ...], **options: Any) -> None:
     from moectl.cluster.logs import LogQuery, LogReader, find_sources
 
     deployment, hosts = find_deployment_or_hosts(common)
-    if hosts:
+    asked = common.hosts is not None or common.hostfile is not None or names
+    if hosts and (asked or not find_sources(None)):  # hosts.txt alone does not hide what ran here
         listed = ", ".join(host.address for host in hosts)
         raise errors.NotDeployed(f"no model is deployed on {listed}.", hint="moectl deploy")
     sources = find_sources(deployment, names)
