@@ -83,7 +83,7 @@ def read_tools(fields: Fields) -> Fields:
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         # Responses has the list without an object of its own.
         allowed = read_typed(choice, "allowed_tools", dict, "tool_choice.allowed_tools") or choice
-        names = [_read_choice(each) for each in read_typed(allowed, "tools", list, "tool_choice.tools") or []]
+        names = {_read_choice(each) for each in read_typed(allowed, "tools", list, "tool_choice.tools") or []}
         tools = [tool for tool in tools if tool["function"]["name"] in names]
         choice = allowed.get("mode", "auto")
     must_call: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moectl.engine.protocol import Ready
-from moectl.engine.request import Request, too_long
+from moectl.engine.request import MAX_DEPTH, Request, is_deeper, too_long
 from moectl.engine.schema import check_calls
 from moectl.errors import BadField, UsageError
 from moectl.model.parameters import EFFORTS, MAX_LOGPROBS, PARAMETERS
@@ -43,6 +43,7 @@ _TAKEN = frozenset(
 ).union(("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"))
 _NO_LIMITS = (-1, -2)  # LM Studio's and llama.cpp's; ollama's "the rest of the context"
 _ANY_SEED = -1  # llama.cpp's and vLLM's
+_MOST_LEVELS = 2 * MAX_DEPTH  # of lists and objects in a body: what was read can be written again
 _BODY = 'send one JSON object, as {"messages": [{"role": "user", "content": "hello"}]}'
 
 
@@ -66,8 +67,11 @@ def parse_body(body: bytes) -> Fields:
     """Return the JSON object in a body; raise UsageError when it is none."""
     try:
         fields = load_json(body)
+        if is_deeper(fields, _MOST_LEVELS):
+            raise RecursionError
     except RecursionError:
-        raise UsageError("the body is not valid JSON: it is nested too deeply", hint=_BODY) from None
+        reason = f"it should have at most {_MOST_LEVELS} lists and objects within each other"
+        raise UsageError(f"the body is nested too deeply: {reason}", hint=_BODY) from None
     except ValueError as error:
         raise UsageError(f"the body is not valid JSON: {error}", hint=_BODY) from None
     if not isinstance(fields, dict):

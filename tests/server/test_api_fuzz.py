@@ -244,6 +244,14 @@ def test_tools_have_limits(cluster: RankedCluster, path: str) -> None:
         assert not refuse_or_accept(read, with_tools(path, tools)), tools[0][0]
 
 
+def test_many_tools_of_which_many_are_allowed_take_no_time(cluster: RankedCluster) -> None:
+    names = [f"t{i}" for i in range(50_000)]
+    tools = [{"function": {"name": name}} for name in names]
+    choice = {"type": "allowed_tools", "allowed_tools": {"tools": [{"name": name} for name in names]}}
+    body = {**BODIES[CHAT], "tools": tools, "tool_choice": choice}
+    assert not refuse_or_accept(reader(cluster, CHAT), json.dumps(body).encode())
+
+
 @pytest.mark.parametrize("path", TALK)
 def test_conversations_have_limits(cluster: RankedCluster, path: str) -> None:
     read = reader(cluster, path)
@@ -260,6 +268,8 @@ def test_conversations_have_limits(cluster: RankedCluster, path: str) -> None:
 def test_what_is_hardly_json(cluster: RankedCluster, path: str) -> None:
     read = reader(cluster, path)
     whole = json.dumps(BODIES[path])
+    for levels in (70, 900, *range(950, 1000, 5)):
+        assert not refuse_or_accept(read, f'{{"metadata": {"[" * levels + "]" * levels}, {whole[1:]}'.encode())
     for refused in (
         "[" * 100_000, '{"a":' * 100_000, '{"messages":' + "9" * 5000 + "}", '{"max_tokens": NaN}', '"\\ud800"', "",
         whole + whole, whole[:-1] + ', "model": "other"}', "\0", "{'messages': []}",
