@@ -16,7 +16,11 @@ import pytest
 from moectl import __main__
 from moectl.cluster.service import launchd
 from moectl.cluster.service.job import record_path
+from moectl.hosts.hostfile import Host
+from moectl.server.background import SERVICE, log_path
+from moectl.session.deployment import DeployedRank, Deployment, write_deployment
 from tests.support.mac_tools import write_launchd, write_script
+from tests.support.sshd import Server, make_key
 
 Call = Callable[..., tuple[int, str, str]]
 DEMO = ("--demo", "--local", "1")
@@ -185,6 +189,34 @@ def test_the_flags_become_absolute_and_those_of_variables_are_kept(
     assert Path(document["command"][0]).is_absolute()
     assert "HF_HOME=/models" in document["file"]
     assert "secret" not in document["file"]
+
+
+def test_only_an_agent_that_opens_a_host_is_warned_of(
+    call: Call, sshd: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_script(tmp_path / "bin/systemctl", "exit 0\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    ranks = tuple(DeployedRank(Host(sshd.add_alias(name)), "/p", "/r", "/s") for name in ("node0", "node1"))
+    write_deployment(Deployment("x", "shards", ranks))
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
+    assert call("install")[::2] == (0, "")
+    assert os.environ["SSH_AUTH_SOCK"] == str(tmp_path / "agent")
+    head, _, tail = sshd.config.read_text().rpartition(str(sshd.key))
+    sshd.config.write_text(f"{head}{make_key(tmp_path / 'other')}{tail}")  # no key that node1 knows
+    err = call("install", "--yes", "--port", "9000")[2]
+    assert "Warning: only the ssh agent of this login opens node1, and the service may have none." in err
+
+
+def test_a_log_that_has_grown_long_begins_again(tmp_path: Path) -> None:
+    """By a process whose standard error it is, as launchd and systemd open it."""
+    log = log_path(SERVICE)
+    log.parent.mkdir(parents=True)
+    code = "from moectl.server.background import bound_log; bound_log(); import sys; print('new', file=sys.stderr)"
+    for before, after in ((10, 10 + len("new\n")), (1_000_001, len("new\n"))):
+        log.write_text("x" * before)
+        with log.open("ab") as f:
+            subprocess.run([sys.executable, "-c", code], stderr=f, check=True)
+        assert log.stat().st_size == after
 
 
 # launchd.

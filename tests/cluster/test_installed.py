@@ -70,6 +70,8 @@ def test_an_environment_of_uv_has_no_pip(told: dict[str, str], tmp_path: Path, m
     assert found.upgrade == (f"{tmp_path}/uv", "pip", "install", "--python", sys.executable, "--upgrade", "moectl")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert found.find_newer() == "0.2.0"
+    (tmp_path / "pipx_metadata.json").touch()  # made by pipx, which used uv
+    assert "--report" not in find_installation(tmp_path).look
 
 
 GIT, DIR = "git+https://example.org/moectl", "/src/moectl"

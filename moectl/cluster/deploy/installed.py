@@ -82,7 +82,9 @@ def find_installation(prefix: Path | None = None) -> Installation:
     by_uv = (*uv, "--dry-run", "--no-deps", "moectl")
     match tool:
         case "pipx":
-            return Installation(tool, (_program("pipx"), "upgrade", "moectl"), by_pip)
+            # pipx may make environments by uv, and these have no pip.
+            look = by_uv if importlib.util.find_spec("pip") is None else by_pip
+            return Installation(tool, (_program("pipx"), "upgrade", "moectl"), look)
         case "uv tool":
             return Installation(tool, (_program("uv"), "tool", "upgrade", "moectl"), by_uv)
         case "uv":
