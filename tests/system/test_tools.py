@@ -187,6 +187,7 @@ def replay(path: str, said: str) -> Any:
         return json.loads(last.response.output[0].arguments)
 
 
+@pytest.mark.long
 def test_a_lost_rank_is_a_comment_and_then_an_error_of_each_protocol(tmp_path: Path) -> None:
     model = write_caller(tmp_path / "caller", {**ADD, "long": [("long", {"text": LONG})]})
     paths = (CHAT, responses.PATH, messages.PATH)
