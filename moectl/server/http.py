@@ -32,7 +32,7 @@ from moectl.errors import MoectlError, QueueFull, StateError
 from moectl.server import messages, openai, replies, responses
 from moectl.server.answering import REPORT, Answering, AnyReply
 from moectl.server.contracts import SILENCE_S, AnswerEvents, Cluster
-from moectl.server.doors import Doors, ErrorResponse, no_such_path, refuse, write_json
+from moectl.server.doors import KEY_NUMBER, Doors, ErrorResponse, no_such_path, refuse, write_json
 from moectl.server.metrics import CONTENT_TYPE, Metrics
 from moectl.server.page import PAGE, Page
 
@@ -50,7 +50,8 @@ logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # malformed requests
 def make_app(
     cluster: Cluster,
     *,
-    api_key: str | None = None,
+    api_keys: Sequence[str] = (),
+    share_cache: bool = False,
     origins: Collection[str] = (),
     hosts: Collection[str] = (),
     silence_s: float = SILENCE_S,
@@ -58,12 +59,13 @@ def make_app(
 ) -> App:
     """Return the ASGI application that serves a cluster.
 
-    With a key, everything but /health and the page needs it as a bearer token, except over the Unix socket, which only
-    its user can open. Pages of `origins` may ask; where there are none, those of this machine. Without a key, `hosts`
-    are names of this server beside localhost and addresses. `owner_routes` are reached over the Unix socket alone.
+    With keys, everything but /health and the page needs one as a bearer token, except over the Unix socket, which only
+    its user can open; each key has a prompt cache of its own, or all share one. Pages of `origins` may ask; where there
+    are none, those of this machine. Without a key, `hosts` are names of this server beside localhost and addresses.
+    `owner_routes` are reached over the Unix socket alone.
     """
     metrics = Metrics(cluster.health)
-    service = _Service(cluster, metrics, silence_s)
+    service = _Service(cluster, metrics, silence_s, share_cache)
     routes = [
         Route(PAGE, Page().show),
         Route(CHAT, service.chat, methods=["POST"]),
@@ -80,7 +82,7 @@ def make_app(
     handlers = {HTTPException: _answer_http_error, MoectlError: _answer_error, Exception: _answer_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
     app.router.redirect_slashes = False
-    doors = Doors(app, api_key=api_key, origins=origins, hosts=hosts)
+    doors = Doors(app, api_keys=api_keys, origins=origins, hosts=hosts)
     return App(doors, service, metrics, {route.path for route in routes})
 
 
@@ -216,10 +218,11 @@ class MakeReply(Protocol):
 class _Service:
     """The endpoints."""
 
-    def __init__(self, cluster: Cluster, metrics: Metrics, silence_s: float) -> None:
+    def __init__(self, cluster: Cluster, metrics: Metrics, silence_s: float, share_cache: bool) -> None:
         self._cluster = cluster
         self._metrics = metrics
         self._silence_s = silence_s
+        self._share_cache = share_cache
         self.answering: weakref.WeakSet[Answering] = weakref.WeakSet()
 
     async def chat(self, http: HttpRequest) -> ASGIApp:
@@ -275,7 +278,11 @@ class _Service:
         body = await _read_body(http)
         if isinstance(body, Response):
             return body
-        return read(openai.parse_body(body), self._cluster.name, self._cluster.model)
+        asked = read(openai.parse_body(body), self._cluster.name, self._cluster.model)
+        if self._share_cache or (space := http.scope.get(KEY_NUMBER)) is None:
+            return asked
+        requests = tuple(dataclasses.replace(request, space=space) for request in asked.requests)
+        return dataclasses.replace(asked, requests=requests)
 
     async def _answer(self, http: HttpRequest, read: openai.Reader, make_reply: MakeReply) -> ASGIApp:
         asked = await self._read(http, read)

@@ -44,7 +44,7 @@ def run(
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(listen_unix(settings.socket_path))]
         if settings.tcp is not None:
-            sockets.append(held.enter_context(listen_tcp(*settings.tcp, has_key=settings.api_key is not None)))
+            sockets.append(held.enter_context(listen_tcp(*settings.tcp, has_key=bool(settings.api_keys))))
         with beating(settings.socket_path, SILENCE_S):
             session = held.enter_context(open_())
 
@@ -78,7 +78,8 @@ async def _run(
     control = Control(controller, description, keep_alive, stays=settings.tcp is not None)
     app = make_app(
         controller,
-        api_key=settings.api_key,
+        api_keys=settings.api_keys,
+        share_cache=settings.share_cache,
         origins=settings.origins,
         hosts=settings.hosts,
         owner_routes=control.routes(),

@@ -44,7 +44,8 @@ def worker() -> None:
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen at; 0: any free one."
 )
 @flag("--api-key", rare=True, metavar="KEY", help="Key that clients have to send as their bearer token.")
-@click.option("--api-key-file", type=FILE, metavar="FILE", help="Read the key from the first line of this file.")
+@click.option("--api-key-file", type=FILE, metavar="FILE", help="Read the keys from this file, one per line.")
+@flag("--share-cache", rare=True, is_flag=True, help="Let all keys share one prompt cache; else each has its own.")
 @click.option(
     "--allow-origin",
     "--allowed-origins",
@@ -82,12 +83,19 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
     from moectl.server.run import run as run_controller
     from moectl.server.visitors import read_host_names, read_origins
 
-    key = _api_key(options["api_key"], options["api_key_file"])
-    origins = read_origins(options["allow_origin"], has_key=key is not None)
+    keys = _api_keys(options["api_key"], options["api_key_file"])
+    origins = read_origins(options["allow_origin"], has_key=bool(keys))
     names = read_host_names(options["allow_host"])
     target = choose_target(common, options)
     settings = ControllerOptions(
-        attach.place_of(target), FOR_EVER, (host, port), key, count_restarts(options), origins=origins, hosts=names
+        attach.place_of(target),
+        FOR_EVER,
+        (host, port),
+        keys,
+        share_cache=options["share_cache"],
+        restarts=count_restarts(options),
+        origins=origins,
+        hosts=names,
     )
     attach.refuse_second(target)
 
@@ -112,16 +120,18 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
     )
 
 
-def _api_key(key: str | None, file: Path | None) -> str | None:
+def _api_keys(key: str | None, file: Path | None) -> tuple[str, ...]:
     refuse_both({"--api-key": key is not None}, {"--api-key-file": file is not None})
+    keys = [] if key is None else [key]
     if file is not None:
         try:
-            key = file.read_text(encoding="utf-8").split("\n", 1)[0].strip()
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise errors.UsageError(f"{file} cannot be read: {error}") from None
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+        keys = list(dict.fromkeys(filter(None, lines))) or [""]
+    if not all(key.isascii() and key.isprintable() and key.strip() for key in keys):
         raise errors.UsageError("the API key should be printable ASCII, and not empty")
-    return key
+    return tuple(keys)
 
 
 @verb("Observe", old={"-t": "--timeout"})
