@@ -73,7 +73,8 @@ class ControllerOptions:
     socket_path: Path
     keep_alive_s: float
     tcp: tuple[str, int] | None = None  # host and port
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
+    share_cache: bool = False  # the prompt cache, between keys
     restarts: int = 0  # of a failed cluster, within ten minutes
     origins: tuple[str, ...] = ()  # their pages may ask; as `visitors` reads them
     hosts: tuple[str, ...] = ()  # names of this server that are allowed without a key

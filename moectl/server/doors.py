@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -29,6 +29,7 @@ from moectl.server.visitors import (
     names_this_machine,
 )
 
+KEY_NUMBER = "moectl.key"  # in a request's scope: which of the keys it has, from 1; not there without one
 CONTROL = "/moectl"  # the owner's paths, over the Unix socket only
 _METHODS = ("GET", "HEAD", "POST")
 _AUTHENTICATE = {"www-authenticate": "Bearer"}
@@ -72,10 +73,10 @@ class Doors:
     """The application behind the checks; CORS is outermost, so that pages can read every reply, also errors."""
 
     def __init__(
-        self, app: ASGIApp, *, api_key: str | None, origins: Collection[str] = (), hosts: Collection[str] = ()
+        self, app: ASGIApp, *, api_keys: Sequence[str] = (), origins: Collection[str] = (), hosts: Collection[str] = ()
     ) -> None:
         self._app = app
-        self._key = api_key.encode() if api_key is not None else None
+        self._keys = [key.encode() for key in api_keys]
         self._hosts = hosts
         self._cors = _Pages(
             self._check,
@@ -96,12 +97,12 @@ class Doors:
 
     def _refuse(self, scope: Scope) -> Response | None:
         path = scope["path"]
-        if _is_unix(scope) or path == "/health" or (path == PAGE and self._key is not None):
+        if _is_unix(scope) or path == "/health" or (path == PAGE and self._keys):
             return None
         if path.startswith(CONTROL):
             return no_such_path(path)
         headers = Headers(scope=scope)
-        if self._key is None:
+        if not self._keys:
             name = host_name(headers.get("host", ""))
             if not names_this_machine(name, self._hosts):
                 return _strange_host(name)
@@ -115,10 +116,12 @@ class Doors:
                 hint=_WHICH_KEY,
                 headers=_AUTHENTICATE,
             )
-        if not hmac.compare_digest(given.encode("latin-1"), self._key):
+        same = [hmac.compare_digest(given.encode("latin-1"), key) for key in self._keys]  # all, whichever it is
+        if not any(same):
             return refuse(
                 401, "this is not the server's API key", code="invalid_api_key", hint=_WHICH_KEY, headers=_AUTHENTICATE
             )
+        scope[KEY_NUMBER] = 1 + same.index(True)
         return None
 
     def _lets_in(self, headers: Headers) -> bool:

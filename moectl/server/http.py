@@ -33,7 +33,7 @@ from moectl.errors import MoectlError, QueueFull, StateError
 from moectl.server import messages, openai, replies, responses
 from moectl.server.answering import REPORT, Answering, AnyReply
 from moectl.server.contracts import SILENCE_S, AnswerEvents, Cluster, Models
-from moectl.server.doors import Doors, ErrorResponse, no_such_path, refuse, write_json
+from moectl.server.doors import KEY_NUMBER, Doors, ErrorResponse, no_such_path, refuse, write_json
 from moectl.server.fields import read_typed
 from moectl.server.metrics import CONTENT_TYPE, Metrics
 from moectl.server.page import PAGE, Page
@@ -52,7 +52,8 @@ logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would quote 
 def make_app(
     models: Models,
     *,
-    api_key: str | None = None,
+    api_keys: Sequence[str] = (),
+    share_cache: bool = False,
     origins: Collection[str] = (),
     hosts: Collection[str] = (),
     silence_s: float = SILENCE_S,
@@ -60,12 +61,13 @@ def make_app(
 ) -> App:
     """Return the ASGI application that serves models.
 
-    With a key, everything but /health and the page needs it as a bearer token, except over the Unix socket, which only
-    its user can open. Pages of `origins` may ask; where there are none, those of this machine. Without a key, `hosts`
-    are names of this server beside localhost and addresses. `owner_routes` are reached over the Unix socket alone.
+    With keys, everything but /health and the page needs one as a bearer token, except over the Unix socket, which only
+    its user can open; each key has a prompt cache of its own, or all share one. Pages of `origins` may ask; where there
+    are none, those of this machine. Without a key, `hosts` are names of this server beside localhost and addresses.
+    `owner_routes` are reached over the Unix socket alone.
     """
     metrics = Metrics(models.health)
-    service = _Service(models, metrics, silence_s)
+    service = _Service(models, metrics, silence_s, share_cache)
     routes = [
         Route(PAGE, Page().show),
         Route(CHAT, service.chat, methods=["POST"]),
@@ -82,7 +84,7 @@ def make_app(
     handlers = {HTTPException: _answer_http_error, MoectlError: _answer_error, Exception: _answer_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
     app.router.redirect_slashes = False
-    doors = Doors(app, api_key=api_key, origins=origins, hosts=hosts)
+    doors = Doors(app, api_keys=api_keys, origins=origins, hosts=hosts)
     return App(doors, service, metrics, {route.path for route in routes})
 
 
@@ -222,10 +224,11 @@ class MakeReply(Protocol):
 class _Service:
     """The endpoints."""
 
-    def __init__(self, models: Models, metrics: Metrics, silence_s: float) -> None:
+    def __init__(self, models: Models, metrics: Metrics, silence_s: float, share_cache: bool) -> None:
         self._models = models
         self._metrics = metrics
         self._silence_s = silence_s
+        self._share_cache = share_cache
         self.answering: weakref.WeakSet[Answering] = weakref.WeakSet()
 
     async def chat(self, http: HttpRequest) -> ASGIApp:
@@ -280,7 +283,11 @@ class _Service:
         fields = openai.parse_body(body)
         cluster = self._models.find(read_typed(fields, "model", str))
         # A request that is wrong is refused here, before a model is loaded for it.
-        return cluster, read({**fields, "model": cluster.name}, cluster.name, cluster.model)
+        asked = read({**fields, "model": cluster.name}, cluster.name, cluster.model)
+        if not self._share_cache and (space := http.scope.get(KEY_NUMBER)) is not None:
+            requests = tuple(dataclasses.replace(request, space=space) for request in asked.requests)
+            asked = dataclasses.replace(asked, requests=requests)
+        return cluster, asked
 
     async def _answer(self, http: HttpRequest, read: openai.Reader, make_reply: MakeReply) -> ASGIApp:
         found = await self._read(http, read)

@@ -55,7 +55,7 @@ def run(
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(listen_unix(settings.socket_path))]
         if settings.tcp is not None:
-            sockets.append(held.enter_context(listen_tcp(*settings.tcp, has_key=settings.api_key is not None)))
+            sockets.append(held.enter_context(listen_tcp(*settings.tcp, has_key=bool(settings.api_keys))))
         opened = held.enter_context(contextlib.ExitStack())
         with beating(settings.socket_path, SILENCE_S):
             session = opened.enter_context(open_session(first.target, options, on_log=on_log))
@@ -102,7 +102,8 @@ async def _run(
     control = Control(models, lambda: describe_run(models, options), keep_alive, stays=settings.tcp is not None)
     app = make_app(
         models,
-        api_key=settings.api_key,
+        api_keys=settings.api_keys,
+        share_cache=settings.share_cache,
         origins=settings.origins,
         hosts=settings.hosts,
         owner_routes=control.routes(),

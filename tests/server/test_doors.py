@@ -10,7 +10,10 @@ import pytest
 
 from moectl.errors import UsageError
 from moectl.server import visitors
+from moectl.server.http import CHAT, make_app
 from tests.server.test_http import KEY, Site, run_site, say
+from tests.server.test_refusals import ask as post
+from tests.support.fake_cluster import FakeCluster
 
 PAGE, OTHER = "http://localhost:3000", "http://evil.example"
 PREFLIGHT = {
@@ -306,6 +309,20 @@ def test_what_a_hint_about_names_says_lets_in(site: Site, open_site: Site) -> No
     assert ask(open_site, "GET", "/v1/models", host=name).status_code == 200
     key = f"Bearer {KEY}"
     assert ask(site, "GET", "/v1/models", host="any.example", authorization=key).status_code == 200
+
+
+def test_keys_share_no_prompt_cache_unless_told() -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    for share, spaces in ((False, [1, 2, 2]), (True, [0, 0, 0])):
+        cluster = FakeCluster()
+        app = make_app(cluster, api_keys=("one", "two"), share_cache=share)
+        for headers in ({"authorization": "Bearer one"}, {"authorization": "Bearer two"}, {"x_api_key": "two"}):
+            assert post(CHAT, body, app=app, **headers)[0] == 200
+        assert [request.space for request in cluster.requests] == spaces
+        assert post(CHAT, body, app=app, authorization="Bearer onetwo")[0] == 401
+        assert not {"one", "two"} & set(str(cluster.requests).split("'"))
+    assert post(CHAT, body, app=make_app(cluster))[0] == 200
+    assert cluster.requests[-1].space == 0
 
 
 def test_what_a_hint_about_the_key_or_a_method_says_is_answered(site: Site) -> None:

@@ -54,7 +54,7 @@ def run_site(path: Path, api_key: str | None, **visitors: Any) -> Iterator[Site]
     with listen_unix(path) as unix:
         tcp = listen_tcp("127.0.0.1", 0, has_key=api_key is not None)
         port = tcp.getsockname()[1]
-        app = make_app(cluster, api_key=api_key, silence_s=0.1, **visitors)
+        app = make_app(cluster, api_keys=() if api_key is None else (api_key,), silence_s=0.1, **visitors)
         thread = threading.Thread(
             target=loop.run_until_complete, args=(serve(app, [unix, tcp], stopping=stopping, grace=Grace(0.2)),)
         )

@@ -136,7 +136,7 @@ def test_refusals_of_http_have_the_same_form(
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer other"}, {"x_api_key": "other"}])
 def test_refusals_of_keys_have_the_same_form(headers: dict[str, str]) -> None:
-    status, told, names = ask("/v1/models", b"", app=make_app(FakeCluster(), api_key=KEY), method="GET", **headers)
+    status, told, names = ask("/v1/models", b"", app=make_app(FakeCluster(), api_keys=(KEY,)), method="GET", **headers)
     assert (status, told["error"]["code"], names["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
     assert "--api-key-file" in told["error"]["message"]
     check_form(told["error"])

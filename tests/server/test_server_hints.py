@@ -52,7 +52,7 @@ def test_a_server_started_as_the_hint_says_takes_the_name() -> None:
     assert hint.startswith("start it with: moectl serve --")
     assert "moe.example" in hint
     assert ask(CHAT, GOOD[CHAT], app=make_app(FakeCluster(), hosts=("moe.example",)), **headers)[0] == 200
-    keyed = make_app(FakeCluster(), api_key="secret")
+    keyed = make_app(FakeCluster(), api_keys=("secret",))
     assert ask(CHAT, GOOD[CHAT], app=keyed, authorization="Bearer secret", **headers)[0] == 200
 
 

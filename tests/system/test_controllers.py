@@ -217,7 +217,7 @@ def test_what_is_no_api_key(tmp_path: Path) -> None:
     key = tmp_path / "key"
     assert "exclude each other" in moectl("serve", "--api-key", "a", "--api-key-file", str(key), check=2).stderr
     assert "cannot be read" in moectl("serve", "--api-key-file", str(key), check=2).stderr
-    key.write_text("\n")
+    key.write_text("\n \n")
     assert "not empty" in moectl("serve", "--api-key-file", str(key), check=2).stderr
     assert "without an API key" in moectl("serve", "--local", "1", "--host", "0.0.0.0", check=2).stderr
 

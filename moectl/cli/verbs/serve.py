@@ -43,7 +43,8 @@ def worker() -> None:
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0: any free one.")
 @flag("--api-key", rare=True, metavar="KEY", help="Key that clients have to send as their bearer token.")
-@click.option("--api-key-file", type=FILE, metavar="FILE", help="Read the key from the first line of this file.")
+@click.option("--api-key-file", type=FILE, metavar="FILE", help="Read the keys from this file, one per line.")
+@flag("--share-cache", rare=True, is_flag=True, help="Let all keys share one prompt cache; else each has its own.")
 @click.option(
     "--allow-origin",
     "--allowed-origins",
@@ -104,7 +105,7 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
     from moectl.server.run import make_menu, run as run_controller
 
     bound_log()
-    key, origins, names = read_visitors(options)
+    keys, origins, names = read_visitors(options)
     keep_alive = options["keep_alive"]
     refuse_both({"--pin": options["pin"]}, {"--keep-alive": keep_alive != FOR_EVER})
     target = choose_target(common, options)
@@ -113,8 +114,9 @@ def serve(common: Common, host: str, port: int, detach: bool, **options: Any) ->
         attach.place_of(target),
         keep_alive,
         (host, port),
-        key,
-        count_restarts(options),
+        keys,
+        share_cache=options["share_cache"],
+        restarts=count_restarts(options),
         origins=origins,
         hosts=names,
         aliases=options["alias"],
@@ -161,24 +163,26 @@ def base_url(host: str, port: int | None) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
-def read_visitors(options: dict[str, Any]) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
-    """Return (API key, origins, host names) that `serve` lets in, as its flags say. Raises UsageError."""
+def read_visitors(options: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return (API keys, origins, host names) that `serve` lets in, as its flags say. Raises UsageError."""
     from moectl.server.visitors import read_host_names, read_origins
 
-    key = _api_key(options["api_key"], options["api_key_file"])
-    return key, read_origins(options["allow_origin"], has_key=key is not None), read_host_names(options["allow_host"])
+    keys = _api_keys(options["api_key"], options["api_key_file"])
+    return keys, read_origins(options["allow_origin"], has_key=bool(keys)), read_host_names(options["allow_host"])
 
 
-def _api_key(key: str | None, file: Path | None) -> str | None:
+def _api_keys(key: str | None, file: Path | None) -> tuple[str, ...]:
     refuse_both({"--api-key": key is not None}, {"--api-key-file": file is not None})
+    keys = [] if key is None else [key]
     if file is not None:
         try:
-            key = file.read_text(encoding="utf-8").split("\n", 1)[0].strip()
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise errors.UsageError(f"{file} cannot be read: {error}") from None
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+        keys = list(dict.fromkeys(filter(None, lines))) or [""]
+    if not all(key.isascii() and key.isprintable() and key.strip() for key in keys):
         raise errors.UsageError("the API key should be printable ASCII, and not empty")
-    return key
+    return tuple(keys)
 
 
 @verb("Observe", old={"-t": "--timeout"})

@@ -120,8 +120,8 @@ def _make_job(ctx: click.Context, at: str) -> ServiceJob:
             raise errors.UsageError("a service has no standard input", hint="write a hosts file: --hostfile FILE")
         if flags["port"] == 0:
             raise errors.UsageError("clients could not find a service on any free port", hint="choose a --port")
-        key, _, _ = read_visitors(flags)
-        find_interface(flags["host"], flags["port"], has_key=key is not None)
+        keys, _, _ = read_visitors(flags)
+        find_interface(flags["host"], flags["port"], has_key=bool(keys))
         words = list_words(inner, _flags_of_serve())
         words += _check_model(flags)
         return make_job(at, words, base_url(flags["host"], flags["port"]))
