@@ -17,7 +17,8 @@ TALK: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", 
 
 
 def define(name: str) -> dict[str, Any]:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
+    numbers = {"a": {"type": "integer"}, "b": {"type": "integer"}}
+    schema = {"type": "object", "properties": numbers, "additionalProperties": False}
     return {"type": "function", "function": {"name": name, "description": name, "parameters": schema}}
 
 
