@@ -6,10 +6,12 @@ request's matcher before that request is admitted.
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -64,6 +66,7 @@ class Grammars:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._vocabulary: LLTokenizer | None = None
+        self._head = ""  # of each grammar
         self._last: tuple[str, LLMatcher] | None = None  # the choices of one call have the same grammar
 
     def make(self, grammar: str, answered: tuple[int, ...], done: Callable[[Matcher | MoectlError], None]) -> None:
@@ -89,7 +92,7 @@ class Grammars:
         if self._last is None or self._last[0] != job.grammar:
             if self._vocabulary is None:
                 self._vocabulary = self._read_vocabulary()
-            made = LLMatcher(self._vocabulary, job.grammar, log_level=0, limits=make_limits())
+            made = LLMatcher(self._vocabulary, self._head + job.grammar, log_level=0, limits=make_limits())
             if made.is_error():
                 why = " ".join(made.get_error().split())[:200]
                 raise BadField(f"the schema cannot be enforced: {why}", hint="change the schema")
@@ -100,13 +103,47 @@ class Grammars:
         return Matcher(matcher)
 
     def _read_vocabulary(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
+        from llguidance import LLTokenizer, TokenizerWrapper
 
-        ends = sorted(end for end in self._tokenizer.eos_token_ids if end < self._vocab_size)
+        tokenizer, size = self._tokenizer, self._vocab_size
+        ends = sorted(end for end in tokenizer.eos_token_ids if end < size)
+        if not ends:
+            raise BadField("an answer of this model cannot be held to a form: none of its tokens ends an answer")
         try:
-            return LLTokenizer(self._tokenizer.json, n_vocab=self._vocab_size, eos_token=ends)
-        except ValueError as error:
-            why = " ".join(str(error).split())[:200]
-            raise BadField(
-                f"answers of this model cannot be held to a schema or a call: its tokenizer is of no known kind ({why})"
-            ) from None
+            return LLTokenizer(_fill_gaps(tokenizer.json), n_vocab=size, eos_token=ends)
+        except ValueError:  # llguidance knows byte-level and byte-fallback vocabularies; of others, the text is told
+            # Else it would ask for the tokens of what has to come, and such a tokenizer may have none for a part of it.
+            self._head = '%llguidance {"no_forcing": true}\n'
+            return LLTokenizer(TokenizerWrapper(_Told(tokenizer, size, ends[0])), n_vocab=size, eos_token=ends)
+
+
+def _fill_gaps(text: str) -> str:
+    """Return a tokenizer.json in which every number has a token: llguidance leaves out as many as there are gaps.
+
+    What fills a gap is special, so no form allows it.
+    """
+    told = json.loads(text)
+    vocabulary, added = told["model"].get("vocab"), told["added_tokens"]
+    if not isinstance(vocabulary, dict):
+        return text
+    known = {*vocabulary.values(), *(token["id"] for token in added)}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for number in sorted(set(range(max(known))) - known):
+        name = f"<|moectl gap {number}|>"
+        vocabulary[name] = number
+        added.append({"id": number, "content": name, "special": True, **flags})
+    added.sort(key=itemgetter("id"))
+    return json.dumps(told)
+
+
+class _Told:
+    """A vocabulary in the form that llguidance's TokenizerWrapper takes."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, end: int) -> None:
+        self.eos_token_id, self.bos_token_id = end, None
+        self.special_token_ids = [number for number in tokenizer.added if number < size]
+        self.tokens = [tokenizer.tell(number).encode() for number in range(size)]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._tokenizer.encode(text if isinstance(text, str) else text.decode())

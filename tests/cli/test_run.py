@@ -147,6 +147,27 @@ def test_how_to_think_reaches_the_request(site: Site, call: Call) -> None:
         assert "--raw and " in err
 
 
+def test_a_schema_reaches_the_request(site: Site, call: Call, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"a": {"type": "integer"}}}')
+    for flags in ((), ("--raw",)):
+        assert call("--schema", str(schema), *flags, "hello")[0] == 0
+        assert site.cluster.requests[-1].schema == json.loads(schema.read_text())
+    for text, said in (
+        ("{", "is not JSON"),
+        ("[]", "should be an object"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"properties": {"a": {"not": {}}}}', "schema.properties.a.not cannot be enforced"),
+        ('{"type": "string", "minLength": 3, "maxLength": 2}', "Unsatisfiable"),
+    ):
+        schema.write_text(text)
+        code, out, err = call("--schema", str(schema), "hello")
+        assert (code, out) == (2, "")
+        assert said in err
+        assert err.count("\n") <= 2, "a line and its hint"
+    assert call("--schema", str(tmp_path / "none"), "hello")[0] == 2
+
+
 class _Screen(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -32,7 +32,8 @@ LONG = "".join(random.Random(1).choices(string.ascii_letters, k=6000))  # argume
 
 
 def define(name: str) -> dict[str, Any]:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
+    numbers = {"a": {"type": "integer"}, "b": {"type": "integer"}}
+    schema = {"type": "object", "properties": numbers, "additionalProperties": False}
     return {"type": "function", "function": {"name": name, "description": name, "parameters": schema}}
 
 

@@ -84,6 +84,13 @@ def _sampling(parameter: str, *names: str, help: str, rare: bool = False) -> Cal
     help="How much to think; a model without such levels ignores it.",
 )
 @flag("--hide-thinking", is_flag=True, rare=True, help="Show the answer only.")
+@flag(
+    "--schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    rare=True,
+    help="Hold the answer to the JSON schema in this file; say in the prompt that it should be JSON.",
+)
 @flag("--raw", is_flag=True, rare=True, help="Send the prompt as it is, without the chat template.")
 @click.option("--stats", is_flag=True, help="Print speeds on standard error at the end.")
 @click.option(
@@ -105,6 +112,7 @@ def run(
     keep_alive: float,
     no_history: bool,
     hide_thinking: bool,
+    schema: Path | None,
     **options: Any,
 ) -> None:
     """Generate text; without PROMPT at a terminal, chat.
@@ -129,6 +137,11 @@ def run(
     prompt = take_model(common, prompt, options)
     given = {field.name: options[field.name] for field in fields(ChatSettings) if options.get(field.name) is not None}
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and at_terminal()
+    if chats and schema is not None:
+        raise errors.UsageError(
+            "--schema needs a prompt", hint='moectl run --schema FILE "Name three rivers, as JSON."'
+        )
+    form = {} if schema is None else _read_form(schema)
     text = "" if chats else _prompt_text(prompt, common)
     ChatSettings(**given)  # a wrong number is refused before a model is loaded
     target = choose_target(common, options)
@@ -148,7 +161,7 @@ def run(
         if chats:
             _chat(common, settings, connect, target, history=not no_history, **looks)
         else:
-            asked = _ask(found.client, text, settings, target.name, raw=options["raw"])
+            asked = _ask(found.client, text, settings, {**form, "model": target.name}, raw=options["raw"])
             _answer(common, asked, settings.max_tokens, **looks)
     finally:
         if keep_alive == 0:
@@ -158,8 +171,21 @@ def run(
                 found.client.wait_until_gone(_END_S)
 
 
-def _ask(client: Client, text: str, settings: ChatSettings, model: str, *, raw: bool) -> Events:
-    fields = {**settings.api_fields(), "model": model}
+def _read_form(path: Path) -> dict[str, Any]:
+    """Return the fields of a request whose answer is held to the schema in a file."""
+    try:
+        schema = json.loads(path.read_bytes())
+    except OSError as error:
+        raise errors.UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise errors.UsageError(f"{path} is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise errors.UsageError(f"{path} is not a JSON schema: it should be an object")
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}
+
+
+def _ask(client: Client, text: str, settings: ChatSettings, more: dict[str, Any], *, raw: bool) -> Events:
+    fields = {**settings.api_fields(), **more}
     if raw:
         return client.complete({**fields, "prompt": text})
     system = [{"role": "system", "content": settings.system}] if settings.system is not None else []

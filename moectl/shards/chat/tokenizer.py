@@ -138,6 +138,11 @@ class Tokenizer:
         """The whole of it as the tokenizers library writes it."""
         return self._tokens.to_str()
 
+    @property
+    def added(self) -> list[int]:
+        """The tokens that ordinary text does not have."""
+        return sorted(self._tokens.get_added_tokens_decoder())
+
     def stream_text(self) -> TextStream:
         """Return a stream that turns tokens into text one by one."""
         return TextStream(self._tokens, self._context, has_byte_runs=self._has_byte_runs)
