@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
