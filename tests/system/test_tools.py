@@ -65,6 +65,32 @@ def test_a_tool_round_trip(client: openai.OpenAI) -> None:
     assert ask(client, tools=tools, tool_choice="none").choices[0].message.content == WITHOUT
 
 
+def test_the_second_turn_computes_only_what_is_new(client: openai.OpenAI) -> None:
+    """By each protocol, after 8000 lines of history, which are as many tokens; another agent's turn is in between."""
+    tools: Any = [define("add")]
+    history = [{"role": "user", "content": "line\n" * 8000}, {"role": "assistant", "content": "Read."}, TALK[1]]
+    talk: list[Any] = [TALK[0], *history]
+    first = ask(client, talk, tools=tools)
+    ask(client, [TALK[0], {"role": "user", "content": "another\n" * 8000}], tools=tools)
+    [call] = first.choices[0].message.tool_calls
+    after = [*talk, first.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
+    usage = ask(client, after, tools=tools).usage
+    known = first.usage.prompt_tokens
+    assert known > 8000
+    assert known - 4 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
+    flat: Any = [{"type": "function", "strict": False, **tools[0]["function"]}]
+    told = client.responses.create(model="", input=talk, tools=flat).usage
+    assert told is not None
+    assert known - 4 < told.input_tokens_details.cached_tokens < told.input_tokens == known
+    schema = tools[0]["function"]["parameters"]
+    own: Any = [{"name": "add", "description": "add", "input_schema": schema}]
+    with anthropic.Anthropic(base_url=str(client.base_url).removesuffix("/v1/"), api_key="none") as other:
+        said = other.messages.create(model="", system="Be brief.", messages=history, tools=own, max_tokens=9).usage
+    assert known - 4 < (said.cache_read_input_tokens or 0) < known
+    assert said.input_tokens == known - (said.cache_read_input_tokens or 0)
+    assert said.cache_creation_input_tokens == 0
+
+
 def test_streamed_and_cut_calls(client: openai.OpenAI) -> None:
     tools: Any = [define("twice")]
     with client.chat.completions.stream(model="", messages=TALK, tools=tools) as stream:
