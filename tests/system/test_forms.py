@@ -57,7 +57,7 @@ def test_calls_that_have_to_come(client: openai.OpenAI) -> None:
         ).choices
         assert answer.finish_reason == "tool_calls"
         assert not answer.message.content
-        call: Any = (answer.message.tool_calls or [None])[0]
+        call: Any = next(iter(answer.message.tool_calls or ()))
         assert call.type == "function"
         assert call.function.name in (["second"] if choice is named else ["first", "second"])
         jsonschema.validate(json.loads(call.function.arguments), NUMBERS)
