@@ -139,9 +139,7 @@ def run(
     given = {field.name: options[field.name] for field in fields(ChatSettings) if options.get(field.name) is not None}
     chats = not (prompt or common.json or options["raw"]) and common.hostfile != "-" and at_terminal()
     if chats and schema is not None:
-        raise errors.UsageError(
-            "--schema needs a prompt", hint='moectl run --schema FILE "Name three rivers, as JSON."'
-        )
+        raise errors.UsageError("--schema needs a prompt: a chat has no schema")
     form = {} if schema is None else _read_form(schema)
     text = "" if chats else _prompt_text(prompt, common)
     ChatSettings(**given)  # a wrong number is refused before a model is loaded
