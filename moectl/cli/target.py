@@ -44,9 +44,8 @@ def take_model(common: Common, words: tuple[str, ...], options: dict[str, Any]) 
     Raises UsageError where the first word is a model's name in other tools, and names nothing here.
     """
     from moectl.model.catalog import MODELS
-    from moectl.model.manifest import NAME as MANIFEST
-    from moectl.paths import data_dir
     from moectl.session.deployment import find_deployment
+    from moectl.shards.prepare import names_shards
 
     first = words[0] if words else ""
     if not first or first.split() != [first] or any(options[name] for name in ("model", "shards", "demo")):
@@ -55,7 +54,7 @@ def take_model(common: Common, words: tuple[str, ...], options: dict[str, Any]) 
     here = Path(first).expanduser()
     if deployment is not None and first in (deployment.name, _source_of(deployment)):
         return words[1:]
-    if any((root / MANIFEST).is_file() for root in (here, data_dir() / "shards" / first)):
+    if names_shards(first):
         options["shards"] = first
     elif (here / "config.json").is_file() or first in MODELS or (len(words) > 1 and _REPOSITORY.fullmatch(first)):
         options["model"] = first
@@ -96,9 +95,11 @@ def choose_target(common: Common, options: dict[str, Any]) -> Target:
     from moectl.model.manifest import read_manifest
     from moectl.planner.questions import check_here, check_hosts, choose_bits_here, place_here
     from moectl.session import target as target_
-    from moectl.shards.prepare import Wanted, find_shards
+    from moectl.shards.prepare import Wanted, find_shards, names_shards
 
     local, shards, model, demo = options["local"], options["shards"], options["model"], options["demo"]
+    if model and not shards and names_shards(model):  # `-m NAME`, where other tools know no shards
+        shards, model = model, None
     here = {"--local": local, "--shards": shards, "--model": model}
     cutting = {f"--{name.replace('_', '-')}": options[name] for name in ("split", "shares", "replicas", "q_bits")}
     force = options["force"]

@@ -340,12 +340,21 @@ def describe_model(source: str) -> tuple[CatalogModel, Manifest | None]:
     return CatalogModel(manifest.name, manifest.structure, manifest.quantization, manifest.config), manifest
 
 
+def names_shards(where: str) -> bool:
+    """Return whether this is a shard set, by directory or by name."""
+    return any((directory / MANIFEST_NAME).is_file() for directory in _places(where))
+
+
 def find_shards(where: str | Path) -> tuple[Path, Manifest]:
-    """Return a shard set by directory or by name. Raises NotSharded."""
-    for directory in (Path(where).expanduser(), data_dir() / "shards" / where):
+    """Return a shard set by directory or by name, also one that `run` cut for itself. Raises NotSharded."""
+    for directory in _places(where):
         if directory.is_dir():
             return directory, read_manifest(directory)
     raise NotSharded(f"there is no shard set {str(where)!r}", hint="moectl shard MODEL")
+
+
+def _places(where: str | Path) -> tuple[Path, ...]:
+    return Path(where).expanduser(), *(root / "shards" / where for root in (data_dir(), cache_dir()))
 
 
 def newest_shards(world_size: int | None) -> tuple[Path, Manifest]:

@@ -55,11 +55,17 @@ def hub() -> Iterator[Hub]:
 def test_quiet_verbs_print_their_results_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "hosts.txt").write_text(f"localhost dir={tmp_path}/here chip=m4-max memory=64GB\n")
     env = process_env(HOME=str(tmp_path), HF_HOME=str(tmp_path), HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0")
-    for words, said in STEPS:
-        done = subprocess.run(
+
+    def call(words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             [sys.executable, "-m", "moectl", *words, "-q"],
             cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=180, check=False,
         )  # fmt: skip
+
+    for words, said in STEPS:
+        done = call(words)
+        while "a worker runs there" in done.stderr:  # of a test beside this one
+            done = call(words)
         assert (done.returncode, done.stderr) == (0, ""), words
         assert said in done.stdout, words
 

@@ -113,6 +113,18 @@ def test_a_cut_answer_says_what_allows_more() -> None:
     assert "the context is full" in cut_text(5, 6, thinks=False)
 
 
+def test_a_set_that_run_cut_is_known_by_its_name(call: Any) -> None:
+    assert call("run", "--demo", "--local", "1", "--raw", "--max-tokens", "1", "--keep-alive", "0", "-q", "a b")[0] == 0
+    name = "moectl-demo-bf16-hidden-1"
+    assert name in call("ls")[1]
+    flags = ("--raw", "--max-tokens", "1", "--keep-alive", "0")
+    code, _, err = call("run", name, "a b", *flags)
+    assert (code, "a toy" in err) == (0, False)
+    assert f"The model is {name}." in err
+    assert call("run", "-m", name, *flags, "a b")[0] == 0
+    assert call("show", name)[0] == 0
+
+
 def test_old_letters_work_with_a_warning(call: Any, tmp_path: Path) -> None:
     model = write_words(write_checkpoint(tmp_path / "tiny", n_layers=1))
     code, _, err = call("shard", str(model), "-n", "1", "-o", "set", "--no-canary", "-q")

@@ -125,7 +125,8 @@ def test_who_may_load_fork_and_run_a_shell() -> None:
     users = {p.name for p in TREES if "import multiprocessing" in p.read_text()}
     assert users == {"fleet.py"}
     shells = {p.name for p in TREES if '"/bin/sh"' in p.read_text()}
-    assert shells == {"proxy.py"}  # a ProxyCommand of the user's own configuration, as ssh runs it
+    # A ProxyCommand of the user's own configuration, as ssh runs it; and two commands of moectl's, quoted, in a plist.
+    assert shells == {"proxy.py", "launchd.py"}
 
 
 EVIL = "from pathlib import Path\nPath({!r}).write_text('run')\n"

@@ -62,7 +62,10 @@ def test_a_service_from_its_installation_to_its_removal(tmp_path: Path) -> None:
         assert (found["state"], found["enabled"], found["as_written"], found["starts"]) == ("running", True, True, 1)
         assert found["pid"] > 0
         assert found["up_s"] > 0
-        assert f"Serving http://127.0.0.1:{port}/v1" in manager.run(*MOECTL, "logs", "controller").stdout
+        assert (
+            f"Serving moectl-demo, a toy: http://127.0.0.1:{port}/v1"
+            in manager.run(*MOECTL, "logs", "controller").stdout
+        )
         assert Path(found["log"]).stat().st_mode & 0o077 == 0
 
         assert "nothing has changed" in manager.run(*install).stdout
