@@ -94,12 +94,23 @@ _arrived: list[int] = []  # the signals, for what turns them into another error
 
 def _on_sigint(number: int, frame: FrameType | None) -> None:
     _arrived.append(number)
+    if _is_loading(frame):
+        _leave_now(number, frame)
     signal.default_int_handler(number, frame)
 
 
-def _on_sigterm(number: int, _: object) -> None:
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
     _arrived.append(number)
+    if _is_loading(frame):
+        _leave_now(number, frame)
     raise Terminated
+
+
+def _is_loading(frame: FrameType | None) -> bool:
+    """Return whether a library in C++ is being loaded: an exception there aborts the process, as with MLX's enums."""
+    while frame is not None and not frame.f_code.co_qualname.startswith("ExtensionFileLoader."):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _flush(code: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import pexpect
 import pyte
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"
 
 

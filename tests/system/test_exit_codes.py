@@ -120,6 +120,34 @@ def test_a_signal_in_the_first_half_second(
     wait_for(lambda: not workers())
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_a_library_in_cpp_is_loaded(number: signal.Signals, code: int) -> None:
+    """MLX makes its enums with Python's `enum` then, and an exception from there aborts the process."""
+    program = f"""if True:
+        import enum, os, sys
+        from moectl import __main__
+        from moectl.cluster import sets
+
+        new = enum.EnumType.__call__
+
+        def call(*args, **kwargs):
+            if "mlx" in str(kwargs.get("module")):
+                os.kill(os.getpid(), {number.value})
+            return new(*args, **kwargs)
+
+        def load(*args):
+            enum.EnumType.__call__ = call
+            import mlx.core
+
+        sets.make_listing = load
+        sys.argv = ["moectl", "list"]
+        __main__.main()
+    """
+    done = subprocess.run([sys.executable, "-c", program], env=process_env(), stderr=-1, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.strip() == {130: "Interrupted.", 143: "Terminated."}[code]
+
+
 def test_an_interrupt_that_a_library_made_an_import_error_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
