@@ -193,6 +193,10 @@ def _loading_bytes(placement: Placement, rank: int, dtype_bytes: int) -> int:
     return max(round(largest), outer_bytes(placement, rank, METAL_DTYPE_BYTES))
 
 
+# A block of attention's scores with its mask, in numpy (`engine.network.attention`).
+_SCORES_BYTES = 1 << 25
+
+
 def _activation_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> int:
     """Return the largest set of MLX's intermediate arrays, at prefill (`shards.working`)."""
     structure = placement.structure
@@ -234,13 +238,13 @@ def _unpacked_bytes(placement: Placement, rank: int) -> float:
 
 
 def _runtime_bytes(placement: Placement, rank: int, context: int, dtype_bytes: int) -> int:
-    """Return what is held outside MLX: the process, and on a CPU numpy's rows for stacked experts, before and after."""
+    """Return what is held outside MLX: the process, and on a CPU what numpy needs for stacked experts and scores."""
     if dtype_bytes != CPU_DTYPE_BYTES:
         return RUNTIME_BYTES[dtype_bytes]
     tokens, width = min(PREFILL_TOKENS, context), placement.structure.width
     stacks = [part for kind in placement.structure.kinds for part in kind.parts if part.experts]
     rows = (part.top_k * (_hidden_of(placement, part, rank) + width) for part in stacks)
-    return RUNTIME_BYTES[dtype_bytes] + round(tokens * max(rows, default=0.0) * dtype_bytes)
+    return RUNTIME_BYTES[dtype_bytes] + round(tokens * max(rows, default=0.0) * dtype_bytes) + _SCORES_BYTES
 
 
 def _hidden_of(placement: Placement, part: Part, rank: int) -> float:

@@ -49,7 +49,7 @@ def test_this_machine_has_memory() -> None:
 def test_a_rank_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, manifest: tuple[Path, Manifest]) -> None:
     this_machine.check_own_memory(manifest[1], 0)
     monkeypatch.setattr(this_machine, "own_memory", lambda: Memory(300_000_000))
-    with pytest.raises(PlanError, match=r"does not fit: 0\.4 GB are needed, 0\.2 GB usable \(0\.2 GB too little\)"):
+    with pytest.raises(PlanError, match=r"does not fit: 0\.5 GB are needed, 0\.2 GB usable \(0\.2 GB too little\)"):
         this_machine.check_own_memory(manifest[1], 0)
     monkeypatch.setattr(this_machine, "own_memory", lambda: Memory(64 << 30))
     this_machine.check_own_memory(manifest[1], 0)
@@ -62,7 +62,7 @@ def test_a_rank_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, manifest: tup
 def test_a_worker_refuses_what_its_host_cannot_hold(manifest: tuple[Path, Manifest]) -> None:
     spec = RankSpec(Host("mac1"), LocalRemote("mac1"), (sys.executable, "-c", SMALL), str(manifest[0]), ("127.0.0.1",))
     with (
-        pytest.raises(PlanError, match=r"^mac1: rank 0: .* does not fit: 0\.4 GB are needed") as caught,
+        pytest.raises(PlanError, match=r"^mac1: rank 0: .* does not fit: 0\.5 GB are needed") as caught,
         Session([spec]),
     ):
         pass

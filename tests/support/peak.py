@@ -14,8 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from moectl.engine.network import exchange
-from moectl.engine.network.experts import install
+from moectl.engine.network import attention, exchange, experts
 from moectl.engine.network.parallel import cut, divide
 from moectl.engine.network.stages import keep, make_stage
 from moectl.model.ownership import hold, own_layers
@@ -66,7 +65,8 @@ def compare(
         holdings = hold(divisions_of(model, found.parts, split), placement.shares, 0)
         cut(model, holdings)
         divide(model, found.parts, holdings, group)
-    install(model)
+    experts.install(model)
+    attention.install(skeleton.layers)
     filled = [(name, _fill(array)) for name, array in tree_flatten(model.parameters()) if name in names]
     model.update(tree_unflatten(filled))
     mx.eval(model.parameters())

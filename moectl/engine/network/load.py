@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from moectl.engine.network import experts
+from moectl.engine.network import attention, experts
 from moectl.engine.network.parallel import divide
 from moectl.engine.network.stages import keep, make_stage, remove_head
 from moectl.errors import IntegrityError
@@ -100,6 +100,7 @@ def make_part(
         if rank != placement.head_rank and found.flow is not None:
             remove_head(model, found.flow)
     experts.install(model)
+    attention.install(skeleton.layers)
     return names, holdings
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +22,7 @@ from moectl.model.regions import Division, Role
 from moectl.model.structure import Moment
 from moectl.shards.look.caches import list_parts
 from moectl.shards.look.hooks import Hook, hooked, uncompiled
+from moectl.shards.look.pass_graph import ATTENTION, STACKS, PassGraph, Primitive, make_graph
 from moectl.shards.look.skeleton import Skeleton
 
 TOKENS = 509  # of the prompt: a prime number, so that a dimension of this length is the prompt's
@@ -41,27 +41,8 @@ _VIEWS = {
 }
 _REORDERING = {"Broadcast", "BroadcastAxes", "Transpose", "Slice", "Split", "AsStrided", "DynamicSlice"}
 _PRODUCTS = {"Matmul", "QuantizedMatmul", "GatherMM", "GatherQMM", "AddMM"}
-_WIDTH = 20  # of MLX's search, where nothing else is set
-_STACKS = {"GatherMM", "GatherQMM"}
 _FUSED_WIDTHS = (64, 80, 128)  # of heads for which MLX's attention on a GPU writes no scores
 _FRACTIONS = ((1.0, 1.0), (0.5, 1.0), (0.5, 0.5), (0.25, 1.0), (0.25, 0.25), (0.0, 1.0), (0.0, 0.0))
-
-
-@dataclass(frozen=True, slots=True)
-class _Operation:
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _Graph:
-    shapes: dict[str, tuple[int, ...]]
-    bytes: dict[str, int]
-    operations: list[_Operation]
-    parameters: dict[str, str]  # name in the graph → path of a divided array
-    given: set[str]  # arrays that are there before and after: parameters, the prompt, numbers
-    outputs: list[str]  # of caches
 
 
 def find_moments(
@@ -69,15 +50,15 @@ def find_moments(
 ) -> tuple[Moment, ...]:
     """Return the moments of a prompt's pass at which most is there, one for each way to divide the model.
 
-    `order` has the kind of each layer. A CPU writes the scores of attention out, and waits where experts work
-    (`engine.network.experts`); a GPU has one operation for an attention. Returns nothing where MLX cannot write the
+    `order` has the kind of each layer. A CPU waits where experts and attention work outside MLX
+    (`engine.network`); a GPU has one operation for an attention. Returns nothing where MLX cannot write the
     graph down.
     """
     device = mx.default_device()
     mx.set_default_device(mx.cpu)  # so that the graph is the same on every machine
     try:
-        with _fused_attention() if on_gpu else nullcontext(), _no_loops(on_gpu=on_gpu), _only_some(skeleton, order):
-            graph = _read_graph(skeleton, divisions)
+        with _fused_attention(on_gpu=on_gpu), _no_loops(on_gpu=on_gpu), _only_some(skeleton, order):
+            graph = _read_graph(skeleton, divisions, waits=not on_gpu)
     except Exception:  # any code of a model file runs here, and with layers that give back what they get
         return ()
     finally:
@@ -103,8 +84,13 @@ def count_launches(skeleton: Skeleton, order: Sequence[int]) -> list[int]:
 
 
 def _read_graph(
-    skeleton: Skeleton, divisions: Mapping[str, Division], *, tokens: int = TOKENS, whole: bool = False
-) -> _Graph:
+    skeleton: Skeleton,
+    divisions: Mapping[str, Division],
+    *,
+    tokens: int = TOKENS,
+    whole: bool = False,
+    waits: bool = False,
+) -> PassGraph:
     """Return the graph of a prompt's pass, as far as the caches need it, or the `whole` of it."""
     model, before = skeleton.model, skeleton.parameters
     divided = {name: array for name, array in before.items() if _division_of(name, divisions) is not None}
@@ -125,65 +111,13 @@ def _read_graph(
     finally:
         mx.contiguous = contiguous
         model.update(tree_unflatten(list(before.items())))
-    return _make_graph(told, list(divided))
+    return make_graph(told, list(divided), waits=waits)
 
 
 def _arrays_of(cache: Any) -> Iterator[mx.array]:
     for part in list_parts(cache):
         held = [part.__dict__.get(name) for name in ("keys", "values", "cache")]
         yield from (array for _, array in tree_flatten(held) if isinstance(array, mx.array) and array.size)
-
-
-def _make_graph(told: list[dict[str, Any]], divided: list[str]) -> _Graph:
-    graph = _Graph({}, {}, [], {}, set(), [])
-
-    def note(arrays: list[tuple[str, tuple[int, ...], mx.Dtype]]) -> tuple[str, ...]:
-        for name, shape, dtype in arrays:
-            graph.shapes[name], graph.bytes[name] = shape, math.prod(shape) * dtype.size
-        return tuple(name for name, _, _ in arrays)
-
-    for one in told:
-        match one["type"]:
-            case "inputs":
-                given = note(one["inputs"])
-                graph.given |= {*given}
-                graph.parameters = dict(zip(given[1:], divided, strict=True))
-            case "outputs":
-                graph.outputs = list(note(one["outputs"]))
-            case "constants":
-                for name, array in one["constants"]:
-                    graph.given |= set(note([(name, array.shape, array.dtype)]))
-            case "primitive":
-                inputs, outputs = note(one["inputs"]), note(one["outputs"])
-                graph.operations.append(_Operation(one["name"], inputs, outputs))
-    graph.operations = _put_in_order(graph)
-    return graph
-
-
-def _put_in_order(graph: _Graph) -> list[_Operation]:
-    """Return the operations as MLX runs them: breadth first from the outputs, up to a width (mlx/transforms.cpp)."""
-    makers = {name: operation for operation in graph.operations for name in operation.outputs}
-    asked = _Operation("asked", tuple(graph.outputs), ())
-    left = Counter(id(makers[name]) for o in (*graph.operations, asked) for name in o.inputs if name in makers)
-    tape, place = [asked], 0
-    deeper: list[tuple[_Operation, int]] = []
-    while place < len(tape) or deeper:
-        if place < len(tape):
-            operation, start = tape[place], 0
-            place += 1
-        else:
-            operation, start = deeper.pop()
-        for number in range(start, len(operation.inputs)):
-            maker = makers.get(operation.inputs[number])
-            if maker is None:
-                continue
-            if len(tape) - place >= _WIDTH:
-                deeper.append((operation, number))
-                break
-            left[id(maker)] -= 1
-            if left[id(maker)] == 0:
-                tape.append(maker)
-    return tape[:0:-1]
 
 
 def _division_of(name: str, divisions: Mapping[str, Division]) -> Division | None:
@@ -193,7 +127,7 @@ def _division_of(name: str, divisions: Mapping[str, Division]) -> Division | Non
 class _Pass:
     """One pass, operation by operation. A buffer has the name of the array that it was made for."""
 
-    def __init__(self, graph: _Graph, divisions: Mapping[str, Division], *, waits: bool) -> None:
+    def __init__(self, graph: PassGraph, divisions: Mapping[str, Division], *, waits: bool) -> None:
         self._graph = graph
         self._waits = waits  # for what it has queued, before stacked experts work
         self._divisions = divisions
@@ -209,12 +143,12 @@ class _Pass:
         uses, kept = self._count_uses(), {self._buffer[name] for name in self._graph.outputs}
         last_read: dict[str, int] = {}  # buffer → number of the command that reads it last, so far
         waiting: defaultdict[int, list[str]] = defaultdict(list)
-        command = 0
+        outside = 0  # the command at which work outside MLX was waited for last
+        command = run = 0  # so many commands are queued, and so many have run
         for number, operation in enumerate(self._graph.operations):
             command += 1 if operation.name in _VIEWS else 2
-            if self._waits and operation.name in _STACKS:
-                command += _QUEUED
-            for done in [done for done in waiting if done <= command - _QUEUED]:
+            run = max(run, command if self._waits and operation.name == ATTENTION else command - _QUEUED)
+            for done in [done for done in waiting if done <= run]:
                 for buffer in waiting.pop(done):
                     self._release(buffer)
             for name in operation.outputs:
@@ -225,6 +159,9 @@ class _Pass:
                 if uses[buffer] == number:
                     waiting[command].append(buffer)
             self._compare()
+            if self._waits and operation.name in STACKS:
+                # All has run; but what the caller has a name for is held until the next such work has returned.
+                run, outside = max(run, outside), command
         return tuple(dict.fromkeys(_make_moment(sums) for _, sums in self._best.values()))
 
     def _share_buffers(self) -> None:
@@ -237,7 +174,7 @@ class _Pass:
                 self._in_order[name] = not (shares and (not in_order or operation.name in _REORDERING))
                 self._kind[name] = self._find_kind(operation)
 
-    def _find_kind(self, operation: _Operation) -> str:
+    def _find_kind(self, operation: Primitive) -> str:
         """Return how an operation's results are divided."""
         parameters = self._graph.parameters
         if operation.name in _PRODUCTS:
@@ -260,7 +197,7 @@ class _Pass:
 
     def _make(
         self,
-        operation: _Operation,
+        operation: Primitive,
         name: str,
         kept: set[str],
         last_read: dict[str, int],
@@ -373,15 +310,18 @@ def _single_operations() -> Iterator[None]:
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Let an attention give its result without scores, for the heads for which a GPU can do that."""
+def _fused_attention(*, on_gpu: bool) -> Iterator[None]:
+    """Let an attention give its result without scores: on a GPU for the heads for which it can, on a CPU always.
+
+    A CPU works outside MLX then (`engine.network.attention`), when all that is queued has run.
+    """
     before: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
 
     def stand_in(q: mx.array, k: mx.array, v: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        if q.shape[-1] not in _FUSED_WIDTHS or q.shape[-1] != v.shape[-1]:
+        if on_gpu and (q.shape[-1] not in _FUSED_WIDTHS or q.shape[-1] != v.shape[-1]):
             return before(q, k, v, *args, **kwargs)
-        first = (array.reshape(-1)[0] for array in (k, v))
-        return q * next(first) + next(first)
+        rows, rest = mx.broadcast_to(q[..., :1], (*q.shape[:-1], v.shape[-1])), k.reshape(-1)[0] + v.reshape(-1)[0]
+        return rows * rest if on_gpu else mx.arctan2(rows, rest)
 
     mx.fast.scaled_dot_product_attention = stand_in
     try:
