@@ -20,7 +20,7 @@ from moectl.cluster.doctor.finding import Level
 from moectl.cluster.doctor.login import check_locale, check_sessions, check_sshd_limits
 from moectl.cluster.logs import LogQuery, find_sources
 from moectl.cluster.setup.record import open_record
-from moectl.errors import CommandFailed, IntegrityError, PlanError, StateError, UsageError
+from moectl.errors import CommandFailed, IntegrityError, MoectlError, PlanError, StateError, UsageError
 from moectl.hosts.connect import make_remote
 from moectl.hosts.hostfile import Host
 from moectl.hosts.survey import parse_sshd
@@ -38,6 +38,14 @@ MAC = Host("mac1")
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     return tmp_path / "tiny-experts"
+
+
+def clear(host: Host) -> MoectlError | None:
+    """Return why a host was not cleared, once no worker of a test beside this one could be of its root."""
+    while True:
+        error = clear_hosts([host], dry_run=False)[0].error
+        if not (isinstance(error, StateError) and "a worker runs there" in str(error)):
+            return error
 
 
 def test_a_set_for_as_many_hosts_as_the_hint_says_is_deployed(sshd: Server, tmp_path: Path, shards: Path) -> None:
@@ -121,7 +129,7 @@ def test_a_host_whose_worker_was_ended_as_the_hint_says_is_cleared(sshd: Server,
         error = clear_hosts([host], dry_run=False)[0].error
     assert isinstance(error, StateError)
     assert error.hint == f"stop it where it was started, or end {pid} there"
-    assert clear_hosts([host], dry_run=False)[0].error is None
+    assert clear(host) is None
 
 
 def test_a_host_whose_deploy_has_ended_as_the_hint_says_is_cleared(sshd: Server, tmp_path: Path) -> None:
@@ -131,10 +139,10 @@ def test_a_host_whose_deploy_has_ended_as_the_hint_says_is_cleared(sshd: Server,
     note_root(root)
     with (root / "env.lock").open("a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        error = clear_hosts([host], dry_run=False)[0].error
+        error = clear(host)
     assert isinstance(error, StateError)
     assert error.hint == "wait for the other deploy to end"
-    assert clear_hosts([host], dry_run=False)[0].error is None
+    assert clear(host) is None
 
 
 def test_a_setup_that_waits_as_the_hint_says_holds_the_record() -> None:
